@@ -1,0 +1,85 @@
+"""The words of a decision: tiers, actions, and what is decided per block and per unit of state.
+
+Index letters used throughout the planner: ``l`` block, ``u`` unit (a block, or what stands before
+or after the blocks), ``a`` action, ``t`` tier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Tier(str, Enum):
+    """A place that holds bytes, from fast to slow.
+
+    On a CPU-only machine ``DEVICE`` is DRAM, and ``HOST`` is the same DRAM under the same budget, so
+    plans there use ``DEVICE``, ``NVME`` and, where a memory-only NUMA node exists, ``CXL``.
+    """
+
+    DEVICE = "device"
+    HOST = "host"
+    CXL = "cxl"
+    NVME = "nvme"
+
+
+class Action(str, Enum):
+    """What happens to the tensors that one block saves for its backward pass."""
+
+    KEEP = "keep"
+    """They stay on the device, as in plain PyTorch."""
+    SWAP = "swap"
+    """They are written to another tier after forward and read back ahead of backward."""
+    RECOMPUTE = "recompute"
+    """Only the block's input survives; backward runs the block's forward again."""
+    RECOMPUTE_EXCEPT_ATTENTION = "recompute_except_attention"
+    """As RECOMPUTE, but the attention kernels' outputs are stored and not computed twice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDecision:
+    """What happens to the activations of block ``block``."""
+
+    block: int
+    action: Action
+    saved_tier: Tier = Tier.DEVICE
+    """Where the tensors that survive forward live: all saved tensors under SWAP, the attention
+    outputs under RECOMPUTE_EXCEPT_ATTENTION. ``DEVICE`` under KEEP and RECOMPUTE."""
+    input_tier: Tier = Tier.DEVICE
+    """Where the block's input lives between forward and recompute; ``DEVICE`` unless recomputed."""
+
+    def __post_init__(self) -> None:
+        if self.block < 0:
+            raise ValueError(f"block must be >= 0, got {self.block}")
+        if self.action is Action.SWAP and self.saved_tier is Tier.DEVICE:
+            raise ValueError(f"block {self.block}: action swap needs saved_tier other than device")
+        if self.action in (Action.KEEP, Action.RECOMPUTE) and self.saved_tier is not Tier.DEVICE:
+            raise ValueError(
+                f"block {self.block}: action {self.action.value} stores no saved tensors, "
+                f"yet saved_tier is {self.saved_tier.value}; use device"
+            )
+        if self.action in (Action.KEEP, Action.SWAP) and self.input_tier is not Tier.DEVICE:
+            raise ValueError(
+                f"block {self.block}: input_tier {self.input_tier.value} is only for recomputed "
+                f"blocks, not for action {self.action.value}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateDecision:
+    """Where the gradients and the optimizer's state of one unit of parameters live."""
+
+    unit: str
+    gradient_tier: Tier = Tier.DEVICE
+    optimizer_tier: Tier = Tier.DEVICE
+    """Moments, and master weights where the regime has them."""
+
+
+class UpdateSchedule(str, Enum):
+    """When ``optimizer.step()`` does its work."""
+
+    SEQUENTIAL = "sequential"
+    """Inside ``step()``; it returns when every weight is updated."""
+    AHEAD = "ahead"
+    """Unit by unit, just before the next forward needs the unit, so that reading and writing state
+    hides behind the forward pass. Reading or saving weights waits for it."""

@@ -1,0 +1,154 @@
+"""The machine a plan is made for: tiers with capacity, links with bandwidth, each number with its source."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import parse_bytes
+
+MACHINE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Link:
+    """The way between the device and one tier."""
+
+    tier: Tier
+    read_bytes_per_second: float
+    """Tier to device, nothing else moving."""
+    write_bytes_per_second: float
+    """Device to tier, nothing else moving."""
+    mixed_bytes_per_second: float
+    """Sum of both directions while both are busy."""
+    cpu_seconds_per_byte: float = 0.0
+    """Processor time that moving one byte costs (copy, checksum, system call): taken from the
+    arithmetic where device and processor are the same."""
+    latency_seconds: float = 0.0
+    source: str = "given"
+    """``preset: ...``, ``measured 2026-11-22``, or ``given``."""
+
+    def __post_init__(self) -> None:
+        for name in ("read_bytes_per_second", "write_bytes_per_second", "mixed_bytes_per_second"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"link to {self.tier.value}: {name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Links by tier, and what computes."""
+
+    name: str
+    device: str
+    """``cpu`` or ``cuda:0``."""
+    cores: int
+    dram_copy_bytes_per_second: float
+    links: tuple[Link, ...]
+    """One per tier that exists beside the device. On a CPU-only machine without a memory-only NUMA
+    node that is ``nvme`` alone."""
+    source: str = "given"
+    version: int = MACHINE_VERSION
+
+    def link(self, tier: Tier) -> Link:
+        """The link to ``tier``. Raises KeyError with the tiers that exist."""
+        for link in self.links:
+            if link.tier is tier:
+                return link
+        raise KeyError(f"machine {self.name} has no tier {tier.value}; it has {[k.tier.value for k in self.links]}")
+
+    def to_json(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Machine:
+        """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
+        data: dict[str, Any] = json.loads(text)
+        if data.get("version") != MACHINE_VERSION:
+            raise ValueError(f"machine version {data.get('version')!r}, this memtrain reads {MACHINE_VERSION}")
+        try:
+            data["links"] = tuple(Link(**{**link, "tier": Tier(link["tier"])}) for link in data["links"])
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a machine: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Hash of the canonical form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """Bytes that the job may use in each tier: a promise, not a hint.
+
+    ``Budget(device="1.2GiB", nvme="/mnt/fast:40GiB")``. On a CPU-only machine ``device`` is the whole
+    process, libraries included. ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk.
+    ``cxl`` is ``NODE:SIZE``, the number of a memory-only NUMA node.
+    """
+
+    device: str | int
+    host: str | int = 0
+    cxl: str | None = None
+    nvme: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.device_bytes <= 0:
+            raise ValueError(f"budget.device must be > 0, got {self.device!r}")
+        parse_bytes(self.host)
+        _ = (self.nvme_bytes, self.cxl_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the device."""
+        return parse_bytes(self.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of DRAM beside the device; 0 on a CPU-only machine, where DRAM is the device."""
+        return parse_bytes(self.host)
+
+    @property
+    def nvme_directory(self) -> str | None:
+        """The swap directory, or None."""
+        return None if self.nvme is None else _split("nvme", self.nvme)[0]
+
+    @property
+    def nvme_bytes(self) -> int:
+        """Bytes of the swap directory; 0 without one."""
+        return 0 if self.nvme is None else _split("nvme", self.nvme)[1]
+
+    @property
+    def cxl_node(self) -> int | None:
+        """The NUMA node of the CXL memory, or None."""
+        if self.cxl is None:
+            return None
+        node = _split("cxl", self.cxl)[0]
+        if not node.isdigit():
+            raise ValueError(f"budget.cxl must be NODE:SIZE such as '1:64GiB', got {self.cxl!r}")
+        return int(node)
+
+    @property
+    def cxl_bytes(self) -> int:
+        """Bytes of the CXL node; 0 without one."""
+        return 0 if self.cxl is None else _split("cxl", self.cxl)[1]
+
+    def capacity(self, tier: Tier) -> int:
+        """Bytes allowed in ``tier``."""
+        return {
+            Tier.DEVICE: self.device_bytes,
+            Tier.HOST: self.host_bytes,
+            Tier.CXL: self.cxl_bytes,
+            Tier.NVME: self.nvme_bytes,
+        }[tier]
+
+
+def _split(field: str, text: str) -> tuple[str, int]:
+    where, colon, size = text.rpartition(":")
+    if not colon or not where:
+        raise ValueError(f"budget.{field} must be WHERE:SIZE such as '/mnt/fast:40GiB', got {text!r}")
+    return where, parse_bytes(size)

@@ -1,0 +1,208 @@
+"""The plan: one versioned, canonical document that the executors obey and the checker checks.
+
+Same inputs give the same bytes and the same hash. What differs from run to run (how long the solver
+took) is provenance: written beside the plan, never hashed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Staging:
+    """Page-aligned slabs through which bytes pass between the device and slower tiers.
+
+    All of it is allocated when the plan is installed and is on the device's bill from then on.
+    """
+
+    saved_slots: int = 0
+    saved_slot_bytes: int = 0
+    """Ring for swapped blocks: one slot holds all saved tensors of the largest of them."""
+    input_slots: int = 0
+    input_slot_bytes: int = 0
+    """Ring for recomputed blocks: input and attention outputs of the largest of them that leave."""
+    gradient_slots: int = 0
+    gradient_slot_bytes: int = 0
+    """Ring of chunks through which gradients leave and come back."""
+    update_slots: int = 0
+    update_slot_bytes: int = 0
+    """Ring for the optimizer: read k+1, step k, write k-1."""
+    update_shard_elements: int = 0
+    """Elements of the flat index that one update slot holds."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All slabs together."""
+        return (
+            self.saved_slots * self.saved_slot_bytes
+            + self.input_slots * self.input_slot_bytes
+            + self.gradient_slots * self.gradient_slot_bytes
+            + self.update_slots * self.update_slot_bytes
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One interval of the predicted timeline of a step."""
+
+    name: str
+    """Such as ``forward model.layers.3`` or ``write model.layers.3``."""
+    resource: str
+    """``compute``, ``write`` or ``read`` (with the tier, as ``write:nvme``)."""
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BillLine:
+    """Bytes of one category in one tier at that tier's peak."""
+
+    category: str
+    """libraries, weights, gradients, optimizer state, activations, transients, staging, slack."""
+    tier: Tier
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What happens to every tensor of a training step, and what that is predicted to cost."""
+
+    status: str
+    """``optimal``, ``gap`` (feasible within ``gap`` of the bound), ``heuristic`` (feasible, no bound)
+    or ``infeasible``."""
+    blocks: tuple[BlockDecision, ...]
+    states: tuple[StateDecision, ...]
+    staging: Staging
+    update_schedule: UpdateSchedule
+    micro_batches: int
+    step_seconds: float
+    """Predicted wall-clock of one optimizer step, all micro-batches."""
+    lower_bound_seconds: float
+    gap: float
+    solver: str
+    bill: tuple[BillLine, ...]
+    peaks: tuple[tuple[Tier, int], ...]
+    """Predicted peak of each tier in use."""
+    capacities: tuple[tuple[Tier, int], ...]
+    bytes_moved_per_step: int
+    timeline: tuple[Event, ...] = ()
+    shortfall_bytes: tuple[tuple[Tier, int], ...] = ()
+    """Infeasible only: by how many bytes each tier is short."""
+    remedies: tuple[str, ...] = ()
+    """Infeasible only: the cheapest relaxations, the cheapest first."""
+    profile_digest: str = ""
+    machine_digest: str = ""
+    version: int = PLAN_VERSION
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    """``solve_seconds``, creation date: not hashed."""
+
+    def peak(self, tier: Tier) -> int:
+        """Predicted peak of ``tier``; 0 where the plan does not use it."""
+        return dict(self.peaks).get(tier, 0)
+
+    def action_counts(self) -> dict[str, int]:
+        """How many blocks get which action, as ``{"swap to nvme": 21, "keep": 9}``."""
+        return dict(Counter(describe(block) for block in self.blocks))
+
+    def state(self, unit: str) -> StateDecision:
+        """The decision for ``unit``. Raises KeyError with the unit's name."""
+        for decision in self.states:
+            if decision.unit == unit:
+                return decision
+        raise KeyError(f"the plan has no unit {unit!r}")
+
+    def _hashed(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "provenance"}
+        return {key: _plain(value) for key, value in data.items()}
+
+    @property
+    def digest(self) -> str:
+        """Hash of everything but the provenance."""
+        return hashlib.sha256(_canonical(self._hashed()).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON of the plan, its hash, and its provenance."""
+        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not a plan, another version, unknown keys, or a hash that does not match.
+        """
+        try:
+            document = json.loads(text)
+            data = dict(document["plan"])
+            if data["version"] != PLAN_VERSION:
+                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            data["blocks"] = tuple(
+                BlockDecision(
+                    block=b["block"],
+                    action=Action(b["action"]),
+                    saved_tier=Tier(b["saved_tier"]),
+                    input_tier=Tier(b["input_tier"]),
+                )
+                for b in data["blocks"]
+            )
+            data["states"] = tuple(
+                StateDecision(
+                    unit=s["unit"],
+                    gradient_tier=Tier(s["gradient_tier"]),
+                    optimizer_tier=Tier(s["optimizer_tier"]),
+                )
+                for s in data["states"]
+            )
+            data["staging"] = Staging(**data["staging"])
+            data["update_schedule"] = UpdateSchedule(data["update_schedule"])
+            data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
+            for key in ("peaks", "capacities", "shortfall_bytes"):
+                data[key] = tuple((Tier(tier), size) for tier, size in data[key])
+            data["timeline"] = tuple(Event(**event) for event in data["timeline"])
+            data["remedies"] = tuple(data["remedies"])
+            plan = cls(**data, provenance=dict(document.get("provenance", {})))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
+        if document.get("hash") != plan.digest:
+            raise ValueError(
+                f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: it was edited or damaged"
+            )
+        return plan
+
+
+def describe(block: BlockDecision) -> str:
+    """``swap to nvme``, ``recompute (input to nvme)``: a decision in words."""
+    if block.action is Action.KEEP:
+        return "keep"
+    if block.action is Action.SWAP:
+        return f"swap to {block.saved_tier.value}"
+    where = "" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})"
+    if block.action is Action.RECOMPUTE:
+        return f"recompute{where}"
+    return f"recompute, attention outputs on {block.saved_tier.value}{where}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (Tier, Action, UpdateSchedule)):
+        return value.value
+    if isinstance(value, float):
+        return round(value, 9)
+    return value
+
+
+def _canonical(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -1,0 +1,151 @@
+"""What a plan must know of a model: bytes and seconds per block, per unit of state, and around them.
+
+A profile is measured on the real model (``planner.trace``), loaded from JSON, or written by hand in a
+test. It holds no tensors. All bytes are those of one micro-batch, all seconds of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockProfile:
+    """One repeated layer of the model."""
+
+    name: str
+    """Qualified module name, such as ``model.layers.3``."""
+    input_bytes: int
+    """The block's input activation (its first tensor argument)."""
+    saved_bytes: int
+    """Bytes saved for backward: every unique storage once; parameters, buffers and arguments that
+    other blocks share (masks, rotary tables) excluded."""
+    attention_bytes: int
+    """Outputs of the attention kernels among the saved bytes; 0 when the block has none."""
+    forward_seconds: float
+    backward_seconds: float
+    attention_seconds: float
+    """Part of ``forward_seconds`` spent in attention kernels."""
+    forward_transient_bytes: int
+    """Peak above (start of forward + saved_bytes) while the block's forward runs."""
+    backward_transient_bytes: int
+    """Peak above (start of backward, with the block's saved tensors present) while backward runs,
+    gradients of the block's parameters included only as far as they are alive at once when each is
+    dropped as soon as it is produced."""
+    recomputable: bool = True
+    reason: str = ""
+    """Why the block may not be recomputed, when it may not."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        if self.attention_bytes > self.saved_bytes:
+            raise ValueError(
+                f"{self.name}: attention_bytes {self.attention_bytes} exceeds saved_bytes "
+                f"{self.saved_bytes}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnitProfile:
+    """Parameters that are needed together: one block's, or those before or after the blocks."""
+
+    name: str
+    """The block's name, or ``prologue`` / ``epilogue``."""
+    block: int | None
+    """Index of the block, None outside the blocks."""
+    weight_bytes: int
+    gradient_bytes: int
+    """Trainable parameters only."""
+    state_bytes: int
+    """Optimizer state (moments, and master weights where the regime has them) that may leave memory."""
+    resident_state_bytes: int = 0
+    """State and gradients too small to be worth moving; always in memory."""
+    update_seconds: float = 0.0
+    """Arithmetic of one optimizer step over this unit, with everything in memory."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelProfile:
+    """One training step of one model at one batch shape."""
+
+    model: str
+    batch: str
+    """For people: shape and dtype of the sample batch."""
+    blocks: tuple[BlockProfile, ...]
+    units: tuple[UnitProfile, ...]
+    """In the order in which forward needs them."""
+    micro_batches: int
+    """Forward-backward passes per optimizer step (gradient accumulation)."""
+    baseline_bytes: int
+    """Resident memory of the process without weights, activations or state: the libraries."""
+    weight_bytes: int
+    """Weights, resident."""
+    prologue_forward_seconds: float
+    prologue_backward_seconds: float
+    epilogue_forward_seconds: float
+    """From the last block's output to the loss."""
+    epilogue_backward_seconds: float
+    epilogue_saved_bytes: int
+    """What stays alive from the loss's forward until its backward (final norm, precomputed gradients)."""
+    epilogue_peak_bytes: int
+    """Peak above the resting state while the part after the blocks runs forward or backward."""
+    persistent_backward_bytes: int = 0
+    """Gradients that outlive the epilogue and stay through the whole backward pass, such as the
+    output projection's share of a tied embedding."""
+    prologue_peak_bytes: int = 0
+    update_workspace_bytes_per_element: float = 0.0
+    """Temporaries of the optimizer's arithmetic, per element of a shard (fused AdamW: 0)."""
+    state_bytes_per_element: float = 0.0
+    gradient_bytes_per_element: float = 0.0
+    largest_gradient_bytes: int = 0
+    elementwise: bool = True
+    """The optimizer may be run on any cut of the flat index; otherwise parameter by parameter."""
+    largest_parameter_elements: int = 0
+    allocator_slack_bytes: int = 0
+    """Freed memory that the allocator keeps (measured), part of what the process occupies."""
+    version: int = PROFILE_VERSION
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        if not self.blocks:
+            raise ValueError(f"{self.model}: a profile needs at least one block")
+        if self.micro_batches < 1:
+            raise ValueError(f"{self.model}: micro_batches must be >= 1, got {self.micro_batches}")
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelProfile:
+        """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
+        data: dict[str, Any] = json.loads(text)
+        if data.get("version") != PROFILE_VERSION:
+            raise ValueError(f"profile version {data.get('version')!r}, this memtrain reads {PROFILE_VERSION}")
+        try:
+            data["blocks"] = tuple(BlockProfile(**block) for block in data["blocks"])
+            data["units"] = tuple(UnitProfile(**unit) for unit in data["units"])
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not a profile: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Hash of the canonical form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _non_negative(record: Any) -> None:
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value < 0:
+            raise ValueError(f"{type(record).__name__}.{field.name} must be >= 0, got {value}")
