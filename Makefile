@@ -1,0 +1,52 @@
+# make quickstart   set-up, data, then the main job
+# make test         set-up, then the tests
+# A GPU machine: make setup TORCH=torch==2.13.0
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0+cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.memtrain-setup
+MODEL := data/models/smollm2-135m
+CORPUS := data/corpora/torch-sources
+RECIPE := recipes/smollm2_135m_full_cpu.yaml
+
+.PHONY: setup data quickstart test lint types imports package clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" VENV="$(VENV)" sh scripts/setup.sh
+	touch $@
+
+data: $(MODEL)/config.json $(CORPUS)/meta.json
+
+$(MODEL)/config.json: $(STAMP)
+	$(BIN)/python scripts/fetch_model.py --output $(MODEL)
+	touch $@
+
+$(CORPUS)/meta.json: $(STAMP) $(MODEL)/config.json
+	$(BIN)/python -m memtrain.data --tokenizer $(MODEL) --output $(CORPUS)
+	touch $@
+
+quickstart: data
+	$(BIN)/torchrun --standalone --nproc-per-node 1 -m memtrain.train $(RECIPE)
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/python scripts/typecheck.py
+
+imports: setup
+	$(BIN)/lint-imports
+
+package: setup
+	$(BIN)/python scripts/check_package.py
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
