@@ -38,6 +38,9 @@ class BlockProfile:
     """Peak above (start of backward, with the block's saved tensors present) while backward runs,
     gradients of the block's parameters included only as far as they are alive at once when each is
     dropped as soon as it is produced."""
+    saved_tensors: int = 64
+    """How many tensors make up ``saved_bytes``: each starts on a boundary of its own in a staging slot.
+    A Llama block saves about 25; the default leaves room."""
     recomputable: bool = True
     reason: str = ""
     """Why the block may not be recomputed, when it may not."""

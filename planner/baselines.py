@@ -1,0 +1,251 @@
+"""Plans found without a solver: the uniform ones, and a greedy search around the best of them.
+
+They are computed first and always kept, so that a solver that runs out of time costs nothing but the bound.
+Everything is judged by the simulator and the bill, never by a surrogate; the number of simulations is
+bounded by a count, not by the clock, so that the same inputs give the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.bill import tier_peaks
+from memtrain.planner.decisions import (
+    SLOT_COUNTS,
+    Decisions,
+    PlannerOptions,
+    Space,
+    staging_for,
+)
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.profile import ModelProfile
+from memtrain.planner.simulate import simulate
+
+Blocks = tuple[BlockDecision, ...]
+States = tuple[StateDecision, ...]
+Knobs = tuple[int, int, int, UpdateSchedule]
+"""saved_slots, input_slots, shard_elements, schedule."""
+
+MAX_SIMULATIONS = 600
+"""A simulation of 30 blocks and two micro-batches takes 5 ms: three seconds at most."""
+
+
+@dataclass(slots=True)
+class Search:
+    """What is being planned, and the best choice so far."""
+
+    profile: ModelProfile
+    machine: Machine
+    budget: Budget
+    options: PlannerOptions
+    space: Space
+    best: Decisions | None = None
+    best_cost: tuple[float, int] = (float("inf"), 0)
+    simulations_left: int = MAX_SIMULATIONS
+    _seen: dict[Decisions, tuple[float, int]] = field(default_factory=dict)
+
+    def excess(self, decisions: Decisions) -> dict[Tier, int]:
+        """Bytes above capacity, of the tiers that are overfull."""
+        peaks = tier_peaks(self.profile, decisions, self.space.tiers, self.options.safety_margin)
+        over = {tier: peak - self.budget.capacity(tier) for tier, peak in peaks.items()}
+        return {tier: size for tier, size in over.items() if size > 0}
+
+    def build(self, blocks: Blocks, states: States, knobs: Knobs) -> Decisions:
+        """A complete choice, with the staging it needs."""
+        saved_slots, input_slots, shard, schedule = knobs
+        staging = staging_for(
+            self.profile,
+            blocks,
+            states,
+            saved_slots=saved_slots,
+            input_slots=input_slots,
+            shard_elements=shard,
+        )
+        return Decisions(blocks=blocks, states=states, staging=staging, update_schedule=schedule)
+
+    def cost(self, decisions: Decisions) -> tuple[float, int]:
+        """Predicted seconds, and as a tie-break bytes moved."""
+        if decisions not in self._seen:
+            timeline = simulate(self.profile, self.machine, decisions)
+            self._seen[decisions] = timeline.step_seconds, timeline.bytes_moved
+            self.simulations_left -= 1
+        return self._seen[decisions]
+
+    def offer(self, decisions: Decisions) -> bool:
+        """Take ``decisions`` if they fit and are better; says whether."""
+        if self.excess(decisions):
+            return False
+        cost = self.cost(decisions)
+        if cost >= self.best_cost:
+            return False
+        self.best, self.best_cost = decisions, cost
+        return True
+
+
+def default_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
+    """Two slots, and the second smallest shard."""
+    return 2, 2, space.shards[min(1, len(space.shards) - 1)], schedule
+
+
+def uniform(search: Search) -> None:
+    """The same action for the first m blocks, keep (or what is nearest to it) for the others.
+
+    For every action and every placement of gradients and state the least m that fits is tried: from there
+    on more blocks of the same action only cost time.
+    """
+    space = search.space
+    schedule = space.schedules[-1]
+    for states in _state_placements(space):
+        used = UpdateSchedule.SEQUENTIAL if _all_on_device(states) and len(space.schedules) > 1 else schedule
+        for wanted in _block_wishes(space):
+            for knobs in (default_knobs(space, used), (1, 1, space.shards[0], used)):
+                least = _least_prefix(search, wanted, states, knobs)
+                if least is not None:
+                    search.offer(search.build(_prefix(space, wanted, least), states, knobs))
+                    break
+    if search.best is None:
+        search.offer(smallest(search))
+
+
+def greedy(search: Search) -> None:
+    """Improve the best plan: change one block, one unit or one knob at a time, as long as it gets better."""
+    if search.best is None:
+        return
+    improved = True
+    while improved and search.simulations_left > 0:
+        improved = False
+        for neighbour in _neighbours(search):
+            if search.simulations_left <= 0:
+                return
+            improved |= search.offer(neighbour)
+
+
+def smallest(search: Search) -> Decisions:
+    """The choice that needs the least of the device, then of the other tiers, capacities ignored.
+
+    Used when nothing fits: its excess over the budget is the shortfall.
+    """
+    space = search.space
+    knobs: Knobs = (1, 1, space.shards[0], space.schedules[0])
+    candidates = [search.build(blocks, states, knobs) for blocks, states in wishes(space)]
+    best = min(candidates, key=lambda d: _shortness(search, d))
+    changed = True
+    while changed:
+        changed = False
+        for blocks, states in _flips(best, space):
+            other = search.build(blocks, states, (1, 1, space.shards[0], best.update_schedule))
+            if _shortness(search, other) < _shortness(search, best):
+                best, changed = other, True
+    return best
+
+
+def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:
+    """Every uniform action with every uniform placement of gradients and state."""
+    for states in _state_placements(space):
+        for wanted in _block_wishes(space):
+            yield _prefix(space, wanted, len(space.blocks)), states
+
+
+def _shortness(search: Search, decisions: Decisions) -> tuple[int, int, int]:
+    excess = search.excess(decisions)
+    peaks = tier_peaks(search.profile, decisions, search.space.tiers, search.options.safety_margin)
+    others = sum(size for tier, size in excess.items() if tier is not Tier.DEVICE)
+    return others + excess.get(Tier.DEVICE, 0), peaks[Tier.DEVICE], sum(peaks.values())
+
+
+def _all_on_device(states: States) -> bool:
+    return all(s.optimizer_tier is Tier.DEVICE for s in states)
+
+
+def _block_wishes(space: Space) -> list[BlockDecision]:
+    """The distinct kinds of choice over all blocks, block numbers set to 0."""
+    kinds = {dataclasses.replace(c, block=0): None for choices in space.blocks for c in choices}
+    return list(kinds)
+
+
+def _state_placements(space: Space) -> list[States]:
+    """Gradients in one place and state in one place, as far as each unit allows."""
+    kinds = {(c.gradient_tier, c.optimizer_tier): None for choices in space.states for c in choices}
+    placements = []
+    for gradient, optimizer in kinds:
+        placements.append(
+            tuple(
+                min(
+                    choices,
+                    key=lambda c: (c.gradient_tier is not gradient) + (c.optimizer_tier is not optimizer),
+                )
+                for choices in space.states
+            )
+        )
+    return list(dict.fromkeys(placements))
+
+
+def _prefix(space: Space, wanted: BlockDecision, count: int) -> Blocks:
+    """``wanted`` for the first ``count`` blocks, the others keep; where a block cannot, its first choice."""
+    blocks = []
+    for index, choices in enumerate(space.blocks):
+        wish = dataclasses.replace(wanted, block=index)
+        keep = next((c for c in choices if c.action is Action.KEEP), choices[0])
+        blocks.append(wish if index < count and wish in choices else keep)
+    return tuple(blocks)
+
+
+def _least_prefix(search: Search, wanted: BlockDecision, states: States, knobs: Knobs) -> int | None:
+    for count in range(len(search.space.blocks) + 1):
+        if not search.excess(search.build(_prefix(search.space, wanted, count), states, knobs)):
+            return count
+    return None
+
+
+def _flips(best: Decisions, space: Space) -> Iterator[tuple[Blocks, States]]:
+    """One block or one unit changed, and all units changed at once."""
+    for index in reversed(range(len(space.blocks))):
+        for choice in space.blocks[index]:
+            if choice != best.blocks[index]:
+                yield (*best.blocks[:index], choice, *best.blocks[index + 1 :]), best.states
+    for index, choices in enumerate(space.states):
+        for state in choices:
+            if state != best.states[index]:
+                yield best.blocks, (*best.states[:index], state, *best.states[index + 1 :])
+    for states in _state_placements(space):
+        if states != best.states:
+            yield best.blocks, states
+
+
+def _neighbours(search: Search) -> Iterator[Decisions]:
+    """Changes of the best plan, re-read as it improves: first the knobs, then blocks and units."""
+    space = search.space
+    changes: list[Callable[[Knobs], Knobs]] = [
+        *(lambda k, n=n: (n, *k[1:]) for n in (1, *SLOT_COUNTS)),
+        *(lambda k, n=n: (k[0], n, *k[2:]) for n in (1, *SLOT_COUNTS)),
+        *(lambda k, s=s: (*k[:2], s, k[3]) for s in space.shards),
+        *(lambda k, s=s: (*k[:3], s) for s in space.schedules),
+    ]
+    for change in changes:
+        best = _best(search)
+        yield search.build(best.blocks, best.states, change(knobs_of(best, space)))
+    start = _best(search)
+    for blocks, states in _flips(start, space):
+        if search.best is not start:
+            return
+        yield search.build(blocks, states, knobs_of(start, space))
+
+
+def knobs_of(decisions: Decisions, space: Space) -> Knobs:
+    """The knobs that ``decisions`` were built with; a default where a ring is unused."""
+    staging = decisions.staging
+    default = default_knobs(space, decisions.update_schedule)
+    return (
+        staging.saved_slots or default[0],
+        staging.input_slots or default[1],
+        staging.update_shard_elements or default[2],
+        decisions.update_schedule,
+    )
+
+
+def _best(search: Search) -> Decisions:
+    assert search.best is not None
+    return search.best

@@ -1,0 +1,258 @@
+"""The bill: how many bytes each tier holds, position by position, and at its peak.
+
+A step is walked through once: forward of prologue and blocks, the epilogue, backward, and the update. At
+each position the device holds what is always there (libraries, weights, staging, resident state), what has
+been kept so far, and what that position needs for a moment. With several micro-batches the last one is the
+largest, because all resident gradients are present; so one micro-batch is enough.
+
+A block that does not keep its tensors is charged ``saved_bytes`` during its forward all the same: the profile
+measured a forward that saves, and of the working set of one that does not this is the proven upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.decisions import PAGE_BYTES, Decisions, recompute_traffic, unit_elements
+from memtrain.planner.plan import BillLine
+from memtrain.planner.profile import BlockProfile, ModelProfile
+from memtrain.planner.units import round_up
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Position:
+    """Bytes of the device that vary, at one place of the step."""
+
+    name: str
+    kept_bytes: int
+    gradient_bytes: int
+    transient_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What varies, together."""
+        return self.kept_bytes + self.gradient_bytes + self.transient_bytes
+
+
+def kept_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes of a block that stay on the device from its forward to its backward."""
+    if decision.action is Action.KEEP:
+        return block.saved_bytes
+    if decision.action is Action.SWAP:
+        return 0
+    kept = block.input_bytes if decision.input_tier is Tier.DEVICE else 0
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
+        kept += block.attention_bytes
+    return kept
+
+
+def forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes that a block needs during its forward, above what earlier blocks keep."""
+    return kept_bytes(block, decision) * (decision.action is not Action.KEEP) + (
+        block.saved_bytes + block.forward_transient_bytes
+    )
+
+
+def backward_transient_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes that a block needs during its backward, above what it and earlier blocks keep."""
+    if decision.action in (Action.KEEP, Action.SWAP):
+        return block.backward_transient_bytes
+    return block.saved_bytes + max(block.forward_transient_bytes, block.backward_transient_bytes)
+
+
+def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Position]:
+    """Every position at which the device may reach its peak."""
+    gradients = _GradientCount(profile, decisions)
+    blocks = list(zip(profile.blocks, decisions.blocks, strict=True))
+    positions = [
+        Position(
+            name="forward prologue",
+            kept_bytes=0,
+            gradient_bytes=gradients.at_forward(-1),
+            transient_bytes=profile.prologue_peak_bytes,
+        )
+    ]
+    kept_before = [0]
+    for index, (block, decision) in enumerate(blocks):
+        positions.append(
+            Position(
+                name=f"forward {block.name}",
+                kept_bytes=kept_before[-1],
+                gradient_bytes=gradients.at_forward(index),
+                transient_bytes=forward_bytes(block, decision),
+            )
+        )
+        kept_before.append(kept_before[-1] + kept_bytes(block, decision))
+    positions.append(
+        Position(
+            name="epilogue",
+            kept_bytes=kept_before[-1],
+            gradient_bytes=gradients.at_epilogue(),
+            transient_bytes=profile.epilogue_peak_bytes,
+        )
+    )
+    for index, (block, decision) in reversed(list(enumerate(blocks))):
+        positions.append(
+            Position(
+                name=f"backward {block.name}",
+                kept_bytes=kept_before[index + 1],
+                gradient_bytes=gradients.at_backward(index),
+                transient_bytes=profile.persistent_backward_bytes + backward_transient_bytes(block, decision),
+            )
+        )
+    positions.append(
+        Position(
+            name="backward prologue",
+            kept_bytes=0,
+            gradient_bytes=gradients.total,
+            transient_bytes=profile.persistent_backward_bytes + profile.prologue_peak_bytes,
+        )
+    )
+    positions += _update_positions(profile, decisions, gradients, kept_before)
+    return positions
+
+
+class _GradientCount:
+    """Gradients resident on the device, by position.
+
+    With several micro-batches all of them are there throughout the last one. With one, a unit's gradient
+    is there from its backward until its update: to the end of ``step()``, or, when the update runs ahead,
+    until just before the unit's next forward.
+    """
+
+    def __init__(self, profile: ModelProfile, decisions: Decisions) -> None:
+        self._accumulates = profile.micro_batches > 1
+        self._ahead = decisions.update_schedule is UpdateSchedule.AHEAD
+        self.prologue = self.epilogue = 0
+        self.blocks = [0] * len(profile.blocks)
+        for unit, decision in zip(profile.units, decisions.states, strict=True):
+            if decision.gradient_tier is not Tier.DEVICE:
+                continue
+            if unit.block is not None:
+                self.blocks[unit.block] += unit.gradient_bytes
+            elif unit.name == "epilogue":
+                self.epilogue += unit.gradient_bytes
+            else:
+                self.prologue += unit.gradient_bytes
+        self.total = self.prologue + self.epilogue + sum(self.blocks)
+
+    def at_forward(self, index: int) -> int:
+        """Before the forward of block ``index`` (-1: the prologue), its own included: its update is just over."""
+        if self._accumulates:
+            return self.total
+        if not self._ahead:
+            return 0
+        own = self.prologue if index < 0 else 0
+        return own + sum(self.blocks[max(index, 0) :]) + self.epilogue
+
+    def at_epilogue(self) -> int:
+        """While the loss is computed."""
+        return self.total if self._accumulates else self.epilogue
+
+    def at_backward(self, index: int) -> int:
+        """While the backward of block ``index`` runs, its own gradient included."""
+        return self.total if self._accumulates else self.epilogue + sum(self.blocks[index:])
+
+
+def _update_positions(
+    profile: ModelProfile, decisions: Decisions, gradients: _GradientCount, kept_before: list[int]
+) -> list[Position]:
+    """Updates of units whose state stays on the device: the arithmetic's temporaries over the whole unit.
+
+    A shard that is streamed has its workspace in its slot already.
+    """
+    positions = []
+    ahead = decisions.update_schedule is UpdateSchedule.AHEAD
+    for unit, decision in zip(profile.units, decisions.states, strict=True):
+        streamed = decision.optimizer_tier is not Tier.DEVICE
+        workspace = (
+            0 if streamed else math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
+        )
+        kept = 0
+        if ahead and unit.block is not None:
+            kept = kept_before[unit.block]
+        elif ahead and unit.name == "epilogue":
+            kept = kept_before[-1]
+        positions.append(
+            Position(
+                name=f"update {unit.name}",
+                kept_bytes=kept,
+                gradient_bytes=gradients.total,
+                transient_bytes=workspace,
+            )
+        )
+    return positions
+
+
+def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int]:
+    """What the device holds at every position, by category."""
+    state = sum(unit.resident_state_bytes for unit in profile.units) + sum(
+        unit.state_bytes
+        for unit, decision in zip(profile.units, decisions.states, strict=True)
+        if decision.optimizer_tier is Tier.DEVICE
+    )
+    return {
+        "libraries": profile.baseline_bytes,
+        "weights": profile.weight_bytes,
+        "optimizer state": state,
+        "staging": decisions.staging.total_bytes,
+    }
+
+
+def device_need_bytes(profile: ModelProfile, decisions: Decisions) -> int:
+    """Peak of the device before the safety margin."""
+    fixed = sum(constant_bytes(profile, decisions).values()) + profile.allocator_slack_bytes
+    return fixed + max(position.total_bytes for position in device_positions(profile, decisions))
+
+
+def with_margin(need_bytes: int, safety_margin: float) -> int:
+    """A need on the device with the safety margin on top."""
+    return need_bytes + math.ceil(need_bytes * safety_margin)
+
+
+def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> dict[str, int]:
+    """Bytes that a tier beside the device holds, by category: each extent rounded up to pages."""
+    activations = 0
+    for block, decision in zip(profile.blocks, decisions.blocks, strict=True):
+        if decision.action is Action.SWAP:
+            parts: tuple[tuple[Tier, int], ...] = ((decision.saved_tier, block.saved_bytes),)
+        else:
+            parts = recompute_traffic(block, decision)
+        activations += sum(round_up(size, PAGE_BYTES) for where, size in parts if where is tier)
+    units = list(zip(profile.units, decisions.states, strict=True))
+    return {
+        "activations": activations,
+        "gradients": sum(round_up(u.gradient_bytes, PAGE_BYTES) for u, d in units if d.gradient_tier is tier),
+        "optimizer state": sum(round_up(u.state_bytes, PAGE_BYTES) for u, d in units if d.optimizer_tier is tier),
+    }
+
+
+def tier_peaks(
+    profile: ModelProfile, decisions: Decisions, tiers: tuple[Tier, ...], safety_margin: float
+) -> dict[Tier, int]:
+    """Predicted peak of the device and of each of ``tiers``."""
+    peaks = {Tier.DEVICE: with_margin(device_need_bytes(profile, decisions), safety_margin)}
+    peaks.update({tier: sum(tier_contents(profile, decisions, tier).values()) for tier in tiers})
+    return peaks
+
+
+def make_bill(
+    profile: ModelProfile, decisions: Decisions, tiers: tuple[Tier, ...], safety_margin: float
+) -> tuple[BillLine, ...]:
+    """What fills each tier at its peak: lines of one tier sum exactly to its peak."""
+    top = max(device_positions(profile, decisions), key=lambda position: position.total_bytes)
+    device = constant_bytes(profile, decisions)
+    device |= {
+        "gradients": top.gradient_bytes,
+        "activations": top.kept_bytes,
+        "transients": top.transient_bytes,
+    }
+    need = sum(device.values()) + profile.allocator_slack_bytes
+    device["slack"] = profile.allocator_slack_bytes + with_margin(need, safety_margin) - need
+    lines = [BillLine(category=c, tier=Tier.DEVICE, size_bytes=size) for c, size in device.items() if size]
+    for tier in tiers:
+        contents = tier_contents(profile, decisions, tier)
+        lines += [BillLine(category=c, tier=tier, size_bytes=size) for c, size in contents.items() if size]
+    return tuple(lines)

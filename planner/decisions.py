@@ -1,0 +1,295 @@
+"""What the planner may choose from, and one complete choice.
+
+A choice (``Decisions``) is an action per block, tiers per unit of parameters, the schedule of the update
+and the staging slabs. Slab sizes follow from the rest: ``staging_for`` is the one place that computes them.
+
+Index letters: ``l`` block, ``u`` unit, ``t`` tier.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import Staging
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.units import MiB, round_up
+
+PAGE_BYTES = 4096
+"""Direct I/O and the kernel's page: every slot and every extent is a multiple of it."""
+TENSOR_ALIGNMENT_BYTES = 64
+"""Each tensor in a slot starts on a cache line."""
+GRADIENT_SLOTS = 4
+GRADIENT_SLOT_BYTES = 4 * MiB
+"""Four pieces of 4 MiB: pieces of 4 to 8 MiB reach a local disk's bandwidth (reference: fio, direct I/O)."""
+UPDATE_SLOTS = 3
+"""Read shard k+1, step k, write k-1."""
+SHARD_ELEMENTS = (1 << 20, 1 << 21, 1 << 22, 1 << 23)
+SLOT_COUNTS = (2, 3, 4)
+"""Two is the least that overlaps a transfer with a block; beyond four nothing was gained in simulation."""
+SHARD_GRANULE = 2048
+"""Elements: shards start at multiples of it (see docs/architecture.md)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decisions:
+    """One complete choice, without any prediction of what it costs."""
+
+    blocks: tuple[BlockDecision, ...]
+    states: tuple[StateDecision, ...]
+    staging: Staging
+    update_schedule: UpdateSchedule
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannerOptions:
+    """How to plan: limits of the search, and what may be chosen."""
+
+    time_limit_seconds: float = 10.0
+    gap: float = 1e-3
+    """Relative distance from the bound at which the search stops."""
+    allow: frozenset[Action] = frozenset(Action)
+    force: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
+    "state": {"optimizer_tier": "nvme"}, "state.prologue": {"gradient_tier": "device"}}``. An entry for one
+    block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision."""
+    safety_margin: float = 0.015
+    """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
+    was seen between predicted and measured peaks when everything is measured on the same machine."""
+    update_schedule: str = "auto"
+    """``auto``, ``sequential`` or ``ahead``."""
+
+    def __post_init__(self) -> None:
+        if self.time_limit_seconds <= 0:
+            raise ValueError(f"time_limit_seconds must be > 0, got {self.time_limit_seconds}")
+        if not 0 <= self.gap < 1:
+            raise ValueError(f"gap must be in [0, 1), got {self.gap}")
+        if not 0 <= self.safety_margin < 1:
+            raise ValueError(f"safety_margin must be in [0, 1), got {self.safety_margin}")
+        if self.update_schedule not in ("auto", "sequential", "ahead"):
+            raise ValueError(f"update_schedule must be auto, sequential or ahead, got {self.update_schedule!r}")
+        if not self.allow:
+            raise ValueError("allow is empty: name at least one action")
+        for key, entry in self.force.items():
+            kind, _, which = key.partition(".")
+            known = {"block": ("action", "saved_tier", "input_tier"), "state": ("gradient_tier", "optimizer_tier")}
+            if kind not in known or (kind == "block" and which and not which.isdigit()):
+                raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
+            for name, value in entry.items():
+                if name not in known[kind]:
+                    raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
+                (Action if name == "action" else Tier)(value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """Every choice that is open for this profile, machine and budget."""
+
+    blocks: tuple[tuple[BlockDecision, ...], ...]
+    states: tuple[tuple[StateDecision, ...], ...]
+    schedules: tuple[UpdateSchedule, ...]
+    tiers: tuple[Tier, ...]
+    shards: tuple[int, ...]
+    """Possible sizes of an update shard, in elements; ``(0,)`` when no state may leave."""
+
+
+def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Space:
+    """The choices that machine, budget and options leave open.
+
+    Raises:
+        ValueError: the options force what cannot be, the budget names a tier that the machine lacks, or the
+            profile lacks the bytes per element that sharding needs. The message names value and remedy.
+    """
+    tiers = usable_tiers(machine, budget)
+    blocks = tuple(
+        _block_choices(index, block, tiers, options) for index, block in enumerate(profile.blocks)
+    )
+    states = tuple(_state_choices(unit, tiers, options) for unit in profile.units)
+    for key in options.force:
+        kind, _, which = key.partition(".")
+        if kind == "block" and which and int(which) >= len(profile.blocks):
+            raise ValueError(f"force names {key}; {profile.model} has {len(profile.blocks)} blocks")
+        if kind == "state" and which and which not in {unit.name for unit in profile.units}:
+            raise ValueError(f"force names {key}; units are {', '.join(unit.name for unit in profile.units)}")
+    state_leaves = any(c.optimizer_tier is not Tier.DEVICE for choices in states for c in choices)
+    if state_leaves and profile.state_bytes_per_element <= 0:
+        raise ValueError(
+            f"{profile.model}: units have state_bytes but state_bytes_per_element is 0; profile the model "
+            f"with its optimizer, or force optimizer_tier device"
+        )
+    schedules = {
+        "auto": (UpdateSchedule.SEQUENTIAL, UpdateSchedule.AHEAD) if state_leaves else (UpdateSchedule.SEQUENTIAL,),
+        "sequential": (UpdateSchedule.SEQUENTIAL,),
+        "ahead": (UpdateSchedule.AHEAD,),
+    }[options.update_schedule]
+    return Space(
+        blocks=blocks,
+        states=states,
+        schedules=schedules,
+        tiers=tiers,
+        shards=_shard_sizes(profile) if state_leaves else (0,),
+    )
+
+
+def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
+    """Tiers beside the device that have capacity in the budget and a link in the machine."""
+    tiers = []
+    for tier in (Tier.HOST, Tier.CXL, Tier.NVME):
+        if budget.capacity(tier) == 0:
+            continue
+        if tier is Tier.HOST and machine.device == "cpu":
+            raise ValueError("budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device")
+        if tier not in {link.tier for link in machine.links}:
+            raise ValueError(
+                f"the budget gives {tier.value} {budget.capacity(tier)} bytes but machine {machine.name} has no "
+                f"link to it; measure the machine again with that tier, or drop it from the budget"
+            )
+        tiers.append(tier)
+    return tuple(tiers)
+
+
+def _block_choices(
+    index: int, block: BlockProfile, tiers: tuple[Tier, ...], options: PlannerOptions
+) -> tuple[BlockDecision, ...]:
+    places = (Tier.DEVICE, *tiers)
+    choices = [BlockDecision(block=index, action=Action.KEEP)]
+    choices += [BlockDecision(block=index, action=Action.SWAP, saved_tier=t) for t in tiers]
+    if block.recomputable:
+        choices += [BlockDecision(block=index, action=Action.RECOMPUTE, input_tier=t) for t in places]
+        if block.attention_bytes > 0:
+            choices += [
+                BlockDecision(
+                    block=index, action=Action.RECOMPUTE_EXCEPT_ATTENTION, saved_tier=s, input_tier=i
+                )
+                for s, i in itertools.product(places, places)
+            ]
+    wanted = options.force.get(f"block.{index}", options.force.get("block", {}))
+    open_choices = tuple(
+        c for c in choices if (c.action in options.allow or "action" in wanted) and _matches(c, wanted)
+    )
+    if not open_choices:
+        reason = "" if block.recomputable else f"; it may not be recomputed: {block.reason or 'profile says so'}"
+        raise ValueError(
+            f"block {index} ({block.name}): no action is left by allow={sorted(a.value for a in options.allow)}, "
+            f"force={dict(wanted)} and tiers {[t.value for t in places]}{reason}"
+        )
+    return open_choices
+
+
+def _state_choices(
+    unit: UnitProfile, tiers: tuple[Tier, ...], options: PlannerOptions
+) -> tuple[StateDecision, ...]:
+    gradient_places = (Tier.DEVICE, *tiers) if unit.gradient_bytes else (Tier.DEVICE,)
+    state_places = (Tier.DEVICE, *tiers) if unit.state_bytes else (Tier.DEVICE,)
+    wanted = options.force.get(f"state.{unit.name}")
+    if wanted is None:
+        # A general wish speaks of units that have something to move; a frozen unit has nothing.
+        general = options.force.get("state", {})
+        has = {"gradient_tier": unit.gradient_bytes > 0, "optimizer_tier": unit.state_bytes > 0}
+        wanted = {key: value for key, value in general.items() if has[key]}
+    choices = tuple(
+        decision
+        for g, o in itertools.product(gradient_places, state_places)
+        if _matches(decision := StateDecision(unit=unit.name, gradient_tier=g, optimizer_tier=o), wanted)
+    )
+    if not choices:
+        raise ValueError(
+            f"unit {unit.name}: force={dict(wanted)} leaves nothing; tiers are "
+            f"{[t.value for t in (Tier.DEVICE, *tiers)]}"
+        )
+    return choices
+
+
+def _matches(decision: BlockDecision | StateDecision, wanted: Mapping[str, str]) -> bool:
+    return all(getattr(decision, name).value == value for name, value in _plain(wanted))
+
+
+def _plain(wanted: Mapping[str, str]) -> Iterable[tuple[str, str]]:
+    return ((name, (Action if name == "action" else Tier)(value).value) for name, value in wanted.items())
+
+
+def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
+    """Elements of a unit whose state or gradients may leave memory."""
+    by_state = unit.state_bytes / profile.state_bytes_per_element if profile.state_bytes_per_element else 0
+    by_gradient = (
+        unit.gradient_bytes / profile.gradient_bytes_per_element if profile.gradient_bytes_per_element else 0
+    )
+    return -int(-max(by_state, by_gradient) // 1)
+
+
+def _shard_sizes(profile: ModelProfile) -> tuple[int, ...]:
+    largest_unit = max((unit_elements(profile, unit) for unit in profile.units), default=0)
+    cap = round_up(max(largest_unit, 1), SHARD_GRANULE)
+    floor = 0 if profile.elementwise else round_up(profile.largest_parameter_elements, SHARD_GRANULE)
+    return tuple(sorted({max(min(size, cap), floor) for size in SHARD_ELEMENTS}))
+
+
+def saved_slot_bytes(block: BlockProfile) -> int:
+    """A staging slot for all saved tensors of ``block``."""
+    return round_up(block.saved_bytes + TENSOR_ALIGNMENT_BYTES * block.saved_tensors, PAGE_BYTES)
+
+
+def input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """A staging slot for what leaves of a recomputed ``block``; 0 when nothing does."""
+    sizes = [size for _, size in recompute_traffic(block, decision)]
+    return round_up(sum(sizes) + TENSOR_ALIGNMENT_BYTES * len(sizes), PAGE_BYTES) if sizes else 0
+
+
+def recompute_traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
+    """(tier, bytes) of what leaves the device under the two recompute actions."""
+    parts = []
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
+        parts.append((decision.saved_tier, block.attention_bytes))
+    if decision.input_tier is not Tier.DEVICE:
+        parts.append((decision.input_tier, block.input_bytes))
+    return tuple(parts)
+
+
+def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
+    """One slot of the update ring: state, gradient and workspace of one shard."""
+    per_element = (
+        profile.state_bytes_per_element
+        + profile.gradient_bytes_per_element
+        + profile.update_workspace_bytes_per_element
+    )
+    return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES)
+
+
+def staging_for(
+    profile: ModelProfile,
+    blocks: tuple[BlockDecision, ...],
+    states: tuple[StateDecision, ...],
+    *,
+    saved_slots: int,
+    input_slots: int,
+    shard_elements: int,
+) -> Staging:
+    """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
+    saved = [saved_slot_bytes(b) for b, d in zip(profile.blocks, blocks, strict=True) if d.action is Action.SWAP]
+    moved = [size for b, d in zip(profile.blocks, blocks, strict=True) if (size := input_slot_bytes(b, d))]
+    gradients = [
+        unit.gradient_bytes
+        for unit, d in zip(profile.units, states, strict=True)
+        if d.gradient_tier is not Tier.DEVICE
+    ]
+    updates = any(d.optimizer_tier is not Tier.DEVICE for d in states)
+    return Staging(
+        saved_slots=min(saved_slots, len(saved)),
+        saved_slot_bytes=max(saved, default=0),
+        input_slots=min(input_slots, len(moved)),
+        input_slot_bytes=max(moved, default=0),
+        gradient_slots=GRADIENT_SLOTS if gradients else 0,
+        gradient_slot_bytes=gradient_slot_bytes(profile) if gradients else 0,
+        update_slots=UPDATE_SLOTS if updates else 0,
+        update_slot_bytes=update_slot_bytes(profile, shard_elements) if updates else 0,
+        update_shard_elements=shard_elements if updates else 0,
+    )
+
+
+def gradient_slot_bytes(profile: ModelProfile) -> int:
+    """4 MiB, or less for a model whose largest unit has less."""
+    largest = max((unit.gradient_bytes for unit in profile.units), default=0)
+    return min(GRADIENT_SLOT_BYTES, round_up(max(largest, 1), PAGE_BYTES))

@@ -1,0 +1,117 @@
+"""The answer when nothing fits: how much is short, what budget would work, and the cheapest remedies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from memtrain.planner import baselines
+from memtrain.planner.actions import Action, Tier
+from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
+from memtrain.planner.decisions import Decisions, open_space
+from memtrain.planner.plan import Plan
+from memtrain.planner.simulate import simulate
+from memtrain.planner.units import MiB, format_gib
+
+
+def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
+    """The plan that comes nearest to fitting, marked infeasible, with shortfall and remedies."""
+    profile, budget = search.profile, search.budget
+    tiers = search.space.tiers
+    nearest = baselines.smallest(search)
+    timeline = simulate(profile, search.machine, nearest)
+    peaks = tier_peaks(profile, nearest, tiers, search.options.safety_margin)
+    excess = search.excess(nearest)
+    return Plan(
+        status="infeasible",
+        blocks=nearest.blocks,
+        states=nearest.states,
+        staging=nearest.staging,
+        update_schedule=nearest.update_schedule,
+        micro_batches=profile.micro_batches,
+        step_seconds=timeline.step_seconds,
+        lower_bound_seconds=0.0,
+        gap=0.0,
+        solver="none: nothing fits",
+        bill=make_bill(profile, nearest, tiers, search.options.safety_margin),
+        peaks=tuple((t, size) for t, size in peaks.items() if size),
+        capacities=tuple((t, budget.capacity(t)) for t in (Tier.DEVICE, *tiers)),
+        bytes_moved_per_step=timeline.bytes_moved,
+        shortfall_bytes=tuple(excess.items()),
+        remedies=_remedies(search, nearest, excess),
+        profile_digest=profile.digest,
+        machine_digest=search.machine.digest,
+        provenance={"solve_seconds": round(solve_seconds, 3)},
+    )
+
+
+def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> tuple[str, ...]:
+    """What would make a plan exist, in words, by the bytes each asks for: nothing to buy comes first."""
+    budget = search.budget
+    remedies: list[tuple[int, str]] = []
+    allow = _allow_remedy(search)
+    if allow:
+        remedies.append((0, allow))
+    words = []
+    for tier, size in excess.items():
+        capacity = budget.capacity(tier)
+        words.append(f"{tier.value} {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")
+        if tier is not Tier.DEVICE:
+            words[-1] += f" ({tier.value} +{format_gib(size)})"
+    remedies.append((sum(excess.values()), " and ".join(words)))
+    remedies += _device_alone(search, excess)
+    shrink = _sequence_remedy(search, nearest, excess)
+    if shrink:
+        remedies.append((sum(excess.values()) + 1, shrink))
+    if Tier.NVME not in search.space.tiers and any(k.tier is Tier.NVME for k in search.machine.links):
+        remedies.append((sum(excess.values()) + 2, "give an nvme budget, such as nvme='/mnt/fast:40GiB'"))
+    return tuple(dict.fromkeys(text for _, text in sorted(remedies)))
+
+
+def _up(size_bytes: int) -> int:
+    """Rounded up to what three digits of GiB can say, so that the number printed works when typed in."""
+    step = MiB * 1024 // 1000
+    return -(-size_bytes // step) * step + step
+
+
+def _allow_remedy(search: baselines.Search) -> str:
+    """Actions that were not allowed, if allowing all of them makes a plan fit."""
+    missing = sorted(a.value for a in set(Action) - search.options.allow)
+    if not missing and not search.options.force:
+        return ""
+    freed = dataclasses.replace(search.options, allow=frozenset(Action), force={})
+    space = open_space(search.profile, search.machine, search.budget, freed)
+    other = dataclasses.replace(search, options=freed, space=space, best=None)
+    if other.excess(baselines.smallest(other)):
+        return ""
+    return f"allow {', '.join(missing)}" if missing else "drop the forced choices"
+
+
+def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tuple[int, str]]:
+    """If another tier is what is short: the device that would do without more of it."""
+    if set(excess) == {Tier.DEVICE}:
+        return []
+    needs = []
+    for blocks, states in baselines.wishes(search.space):
+        knobs = (1, 1, search.space.shards[0], search.space.schedules[0])
+        other = search.build(blocks, states, knobs)
+        over = search.excess(other)
+        if set(over) <= {Tier.DEVICE}:
+            needs.append(over.get(Tier.DEVICE, 0))
+    if not needs:
+        return []
+    size, capacity = min(needs), search.budget.device_bytes
+    return [(size, f"device {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")]
+
+
+def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> str:
+    """Activations shrink at least in proportion to the sequence; only said where that alone is enough."""
+    short = excess.get(Tier.DEVICE, 0)
+    top = max(device_positions(search.profile, nearest), key=lambda p: p.total_bytes)
+    scalable = top.kept_bytes + top.transient_bytes
+    scalable += nearest.staging.saved_slots * nearest.staging.saved_slot_bytes
+    scalable += nearest.staging.input_slots * nearest.staging.input_slot_bytes
+    if not short or set(excess) != {Tier.DEVICE} or scalable <= short:
+        return ""
+    assert device_need_bytes(search.profile, nearest) >= scalable
+    percent = int(100 * (scalable - short) / scalable)
+    return f"sequence length (or micro-batch) at most about {percent} % of the present one" if percent else ""

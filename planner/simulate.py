@@ -1,0 +1,383 @@
+"""What a step will take: the executors' queues, replayed event by event.
+
+One thread computes. Each tier has a read queue and a write queue, first in, first out. A step is a fixed
+list of jobs per queue with dependencies between them (see docs/plan.md for which); the clock runs from the
+end of one step's ``step()`` to the end of the next, everything written included, so that an update that
+runs ahead of the forward is counted once.
+
+While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
+they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
+that starts or awaits it, divided by the cores. On a CUDA device it is not: the processor is not what computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.decisions import Decisions, recompute_traffic, unit_elements
+from memtrain.planner.machine import Machine
+from memtrain.planner.plan import Event
+from memtrain.planner.profile import ModelProfile, UnitProfile
+
+MAX_PIECES = 32
+"""A unit's shards beyond this many are simulated as so many larger ones: the pipeline's ramp, one piece in
+32, is below the error of the bandwidth measurement, and a 70 B model stays quick to simulate."""
+
+COMPUTE = "compute"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """The predicted step."""
+
+    step_seconds: float
+    bytes_moved: int
+    """Over all links, both directions, one optimizer step."""
+    events: tuple[Event, ...]
+
+
+@dataclass(slots=True)
+class _Job:
+    name: str
+    resource: str
+    amount: float
+    """Seconds for the computing thread, bytes for a queue."""
+    after: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Ring:
+    """Slots taken in turn; each remembers the jobs after which it is free."""
+
+    count: int
+    free_after: list[tuple[int, ...]] = field(default_factory=list)
+    taken: int = 0
+
+    def __post_init__(self) -> None:
+        self.free_after = [() for _ in range(self.count)]
+
+    def take(self) -> tuple[int, tuple[int, ...]]:
+        """The next slot and the jobs that must be over before it may be filled."""
+        slot = self.taken % self.count
+        self.taken += 1
+        return slot, self.free_after[slot]
+
+
+def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> Timeline:
+    """The timeline of one step in the steady state under ``decisions``.
+
+    Raises:
+        KeyError: a decision names a tier that ``machine`` has no link to.
+    """
+    jobs = _Schedule(profile, machine, decisions).jobs
+    starts, ends = _run(jobs, machine)
+    return Timeline(
+        step_seconds=round(max(ends, default=0.0), 9),
+        bytes_moved=round(sum(job.amount for job in jobs if job.resource != COMPUTE)),
+        events=tuple(
+            Event(
+                name=job.name, resource=job.resource, start_seconds=round(start, 9), end_seconds=round(end, 9)
+            )
+            for job, start, end in zip(jobs, starts, ends, strict=True)
+        ),
+    )
+
+
+class _Schedule:
+    """The jobs of one step, in the order in which each queue gets them."""
+
+    def __init__(self, profile: ModelProfile, machine: Machine, decisions: Decisions) -> None:
+        self.profile, self.decisions = profile, decisions
+        self.jobs: list[_Job] = []
+        on_cpu = machine.device == "cpu"
+        self._cpu = {k.tier: k.cpu_seconds_per_byte / machine.cores * on_cpu for k in machine.links}
+        self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
+        staging = decisions.staging
+        self._saved_ring = _Ring(staging.saved_slots)
+        self._input_ring = _Ring(staging.input_slots)
+        # Gradients pass in pieces of half the ring: two pieces overlap as well as four slots do.
+        self._gradient_ring = _Ring(min(2, staging.gradient_slots))
+        self._gradient_piece = staging.gradient_slots * staging.gradient_slot_bytes // 2
+        self._update_ring = _Ring(staging.update_slots)
+        self._last_compute: int | None = None
+        self._gradient_written: dict[tuple[str, int], int] = {}
+        self._open: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
+        self._units = list(zip(profile.units, decisions.states, strict=True))
+        ahead = decisions.update_schedule is UpdateSchedule.AHEAD
+        for micro_batch in range(profile.micro_batches):
+            self._micro_batch(micro_batch, update=ahead and micro_batch == 0)
+        if not ahead:
+            step_begins = self._after_compute()
+            for unit, decision in self._units:
+                self._update(unit, decision, step_begins)
+
+    def _add(self, name: str, resource: str, amount: float, after: tuple[int, ...] = ()) -> int:
+        self.jobs.append(_Job(name, resource, amount, after))
+        if resource == COMPUTE:
+            self._last_compute = len(self.jobs) - 1
+        return len(self.jobs) - 1
+
+    def _after_compute(self) -> tuple[int, ...]:
+        return () if self._last_compute is None else (self._last_compute,)
+
+    def _of(self, block: int | None, name: str) -> Iterator[tuple[UnitProfile, StateDecision]]:
+        for unit, decision in self._units:
+            here = "epilogue" if unit.name == "epilogue" else "prologue"
+            if unit.block == block and (block is not None or here == name):
+                yield unit, decision
+
+    def _micro_batch(self, micro_batch: int, *, update: bool) -> None:
+        profile = self.profile
+        self._part(None, "prologue", profile.prologue_forward_seconds, "forward", update=update)
+        saved: dict[int, tuple[int, tuple[int, ...]]] = {}
+        moved: dict[int, tuple[int, tuple[int, ...]]] = {}
+        for index in range(len(profile.blocks)):
+            self._forward(index, saved, moved, update=update)
+        seconds = profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
+        self._part(None, "epilogue", seconds, "loss", update=update)
+        self._open_gradients(None, "epilogue", micro_batch)
+        self._gradients(None, "epilogue", micro_batch)
+        present: dict[int, tuple[int, ...]] = {}
+        for index in reversed(range(len(profile.blocks))):
+            self._backward(index, saved, moved, present, micro_batch)
+        self._open_gradients(None, "prologue", micro_batch)
+        self._add("backward prologue", COMPUTE, profile.prologue_backward_seconds)
+        self._gradients(None, "prologue", micro_batch)
+
+    def _part(self, block: int | None, name: str, seconds: float, verb: str, *, update: bool) -> None:
+        if update:
+            for unit, decision in self._of(block, name):
+                self._update(unit, decision, ())
+        self._add(f"{verb} {name}", COMPUTE, seconds)
+
+    def _parts(self, index: int) -> tuple[tuple[Tier, int], ...]:
+        block, decision = self.profile.blocks[index], self.decisions.blocks[index]
+        if decision.action is Action.SWAP:
+            return ((decision.saved_tier, block.saved_bytes),)
+        return recompute_traffic(block, decision)
+
+    def _forward(
+        self,
+        index: int,
+        saved: dict[int, tuple[int, tuple[int, ...]]],
+        moved: dict[int, tuple[int, tuple[int, ...]]],
+        *,
+        update: bool,
+    ) -> None:
+        block, decision = self.profile.blocks[index], self.decisions.blocks[index]
+        if update:
+            for unit, state in self._of(index, block.name):
+                self._update(unit, state, ())
+        parts = self._parts(index)
+        seconds = block.forward_seconds + sum(
+            size * (self._copy_seconds_per_byte + self._cpu[tier]) for tier, size in parts
+        )
+        if not parts:
+            self._add(f"forward {block.name}", COMPUTE, seconds)
+            return
+        ring, held = (
+            (self._saved_ring, saved) if decision.action is Action.SWAP else (self._input_ring, moved)
+        )
+        slot, free = ring.take()
+        forward = self._add(f"forward {block.name}", COMPUTE, seconds, free)
+        writes = tuple(
+            self._add(f"write {block.name}", f"write:{tier.value}", size, (forward,)) for tier, size in parts
+        )
+        ring.free_after[slot] = writes
+        held[index] = (slot, writes)
+
+    def _backward(
+        self,
+        index: int,
+        saved: dict[int, tuple[int, tuple[int, ...]]],
+        moved: dict[int, tuple[int, tuple[int, ...]]],
+        present: dict[int, tuple[int, ...]],
+        micro_batch: int,
+    ) -> None:
+        """Backward of a block: fetched, recomputed where it must be, and the slot handed to an earlier one."""
+        block, decision = self.profile.blocks[index], self.decisions.blocks[index]
+        self._open_gradients(index, block.name, micro_batch)
+        reads = present.get(index, ())
+        fetch = sum(self._cpu[tier] * size for tier, size in self._parts(index)) if reads else 0.0
+        if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+            again = block.forward_seconds
+            if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
+                again = max(0.0, again - block.attention_seconds)
+            self._add(f"recompute {block.name}", COMPUTE, again + fetch, reads)
+            reads, fetch = (), 0.0
+        backward = self._add(f"backward {block.name}", COMPUTE, block.backward_seconds + fetch, reads)
+        for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
+            if index in held:
+                self._hand_over(index, backward, ring, held, present)
+        self._gradients(index, block.name, micro_batch)
+
+    def _hand_over(
+        self,
+        index: int,
+        backward: int,
+        ring: _Ring,
+        held: dict[int, tuple[int, tuple[int, ...]]],
+        present: dict[int, tuple[int, ...]],
+    ) -> None:
+        """The slot of block ``index`` goes to the block ``ring.count`` places before it, which is fetched."""
+        slot, writes = held[index]
+        order = sorted(held)
+        ring.free_after[slot] = (backward, *writes)
+        earlier = order.index(index) - ring.count
+        if earlier < 0:
+            return
+        target = order[earlier]
+        name = self.profile.blocks[target].name
+        written = held[target][1]
+        present[target] = tuple(
+            self._add(f"read {name}", f"read:{tier.value}", size, (backward, *writes, *written))
+            for tier, size in self._parts(target)
+        )
+
+    def _open_gradients(self, block: int | None, name: str, micro_batch: int) -> None:
+        """As backward begins: the ring's first slots, and from the second micro-batch on the old sums' reads."""
+        started = self._after_compute()
+        for unit, decision in self._of(block, name):
+            if decision.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
+                pieces = min(MAX_PIECES, -(-unit.gradient_bytes // self._gradient_piece))
+                for piece in range(min(pieces, self._gradient_ring.count)):
+                    self._open_piece(unit, decision.gradient_tier, pieces, piece, micro_batch, started)
+                return
+
+    def _open_piece(
+        self, unit: UnitProfile, tier: Tier, pieces: int, piece: int, micro_batch: int, started: tuple[int, ...]
+    ) -> None:
+        slot, free = self._gradient_ring.take()
+        if micro_batch > 0:
+            old = self._gradient_written[unit.name, piece]
+            resource = f"read:{tier.value}"
+            size = unit.gradient_bytes / pieces
+            free = (self._add(f"read gradient {unit.name}", resource, size, (*free, *started, old)),)
+        self._open[unit.name, piece] = slot, free
+
+    def _gradients(self, block: int | None, name: str, micro_batch: int) -> None:
+        """Gradients leave in pieces; from the second micro-batch on they are added to the old sum first."""
+        for unit, decision in self._of(block, name):
+            tier = decision.gradient_tier
+            if tier is Tier.DEVICE or not unit.gradient_bytes:
+                continue
+            pieces = min(MAX_PIECES, -(-unit.gradient_bytes // self._gradient_piece))
+            size = unit.gradient_bytes / pieces
+            moves = 2 if micro_batch > 0 else 1
+            seconds = size * (self._copy_seconds_per_byte + self._cpu[tier] * moves)
+            for piece in range(pieces):
+                if (unit.name, piece) not in self._open:
+                    self._open_piece(unit, tier, pieces, piece, micro_batch, ())
+                slot, free = self._open.pop((unit.name, piece))
+                stored = self._add(f"gradient {unit.name}", COMPUTE, seconds, free)
+                write = self._add(f"write gradient {unit.name}", f"write:{tier.value}", size, (stored,))
+                self._gradient_ring.free_after[slot] = (write,)
+                self._gradient_written[unit.name, piece] = write
+                ahead = piece + self._gradient_ring.count
+                if ahead < pieces:
+                    self._open_piece(unit, tier, pieces, ahead, micro_batch, ())
+
+    def _update(self, unit: UnitProfile, decision: StateDecision, after: tuple[int, ...]) -> None:
+        """One unit's optimizer step: read shard k+1, step k, write k-1."""
+        reads = [
+            (tier, size)
+            for tier, size in (
+                (decision.optimizer_tier, unit.state_bytes),
+                (decision.gradient_tier, unit.gradient_bytes),
+            )
+            if tier is not Tier.DEVICE and size
+        ]
+        streamed = decision.optimizer_tier is not Tier.DEVICE and unit.state_bytes > 0
+        if not reads:
+            if unit.update_seconds:
+                self._add(f"update {unit.name}", COMPUTE, unit.update_seconds)
+            return
+        ring = self._update_ring if streamed else self._gradient_ring
+        if streamed:
+            shard = self.decisions.staging.update_shard_elements
+            pieces = -(-unit_elements(self.profile, unit) // shard)
+        else:
+            pieces = -(-unit.gradient_bytes // self._gradient_piece)
+        pieces = max(1, min(MAX_PIECES, pieces))
+        # Within this step the gradient's pieces must have been written; ahead, they were so a step ago.
+        written = tuple(
+            job for (name, _), job in self._gradient_written.items() if name == unit.name and after
+        )
+        for _ in range(pieces):
+            slot, free = ring.take()
+            fetched = tuple(
+                self._add(
+                    f"read update {unit.name}", f"read:{tier.value}", size / pieces, (*free, *after, *written)
+                )
+                for tier, size in reads
+            )
+            seconds = unit.update_seconds + sum(size * self._cpu[tier] for tier, size in reads)
+            if streamed:
+                seconds += unit.state_bytes * self._cpu[decision.optimizer_tier]
+            step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, fetched)
+            ring.free_after[slot] = (step,)
+            if streamed:
+                where = f"write:{decision.optimizer_tier.value}"
+                write = self._add(f"write update {unit.name}", where, unit.state_bytes / pieces, (step,))
+                ring.free_after[slot] = (write,)
+
+
+def _run(jobs: list[_Job], machine: Machine) -> tuple[list[float], list[float]]:
+    """Start and end of every job: each queue serves its jobs in order, the head waits for what it needs."""
+    queues: dict[str, list[int]] = {}
+    for index, job in enumerate(jobs):
+        queues.setdefault(job.resource, []).append(index)
+    rates, shared, latency, opposite = _rates(machine)
+    heads = dict.fromkeys(queues, 0)
+    running: dict[str, int] = {}
+    left = [0.0] * len(jobs)
+    starts, ends = [0.0] * len(jobs), [0.0] * len(jobs)
+    done = [False] * len(jobs)
+    now, finished = 0.0, 0
+    while finished < len(jobs):
+        for resource, queue in queues.items():
+            if resource in running or heads[resource] == len(queue):
+                continue
+            index = queue[heads[resource]]
+            if all(done[other] for other in jobs[index].after):
+                running[resource] = index
+                starts[index] = now
+                left[index] = jobs[index].amount + latency[resource] * rates[resource]
+        assert running, "the jobs of a step wait for each other in a circle"
+        speeds = {r: shared[r] if opposite.get(r) in running else rates[r] for r in running}
+        step = min(left[index] / speeds[r] for r, index in running.items())
+        now += step
+        for resource, index in list(running.items()):
+            left[index] -= step * speeds[resource]
+            # Ends that coincide up to rounding are taken together.
+            if left[index] <= 1e-12 * speeds[resource]:
+                ends[index], done[index] = now, True
+                finished += 1
+                heads[resource] += 1
+                del running[resource]
+    return starts, ends
+
+
+def _rates(
+    machine: Machine,
+) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, str]]:
+    """Per queue: rate alone, rate while the other direction is busy, latency, and the other direction."""
+    rates, shared, latency, opposite = {COMPUTE: 1.0}, {COMPUTE: 1.0}, {COMPUTE: 0.0}, {}
+    for link in machine.links:
+        read, write = f"read:{link.tier.value}", f"write:{link.tier.value}"
+        fraction = mixed_fraction(machine, link.tier)
+        for name, rate in (
+            (read, link.read_bytes_per_second),
+            (write, link.write_bytes_per_second),
+        ):
+            rates[name], shared[name], latency[name] = rate, rate * fraction, link.latency_seconds
+        opposite[read], opposite[write] = write, read
+    return rates, shared, latency, opposite
+
+
+def mixed_fraction(machine: Machine, tier: Tier) -> float:
+    """Part of its own rate at which each direction of ``tier`` runs while both are busy."""
+    link = machine.link(tier)
+    return min(1.0, link.mixed_bytes_per_second / (link.read_bytes_per_second + link.write_bytes_per_second))

@@ -1,0 +1,88 @@
+"""From profile, machine and budget to a plan, with a bound that says how good it is.
+
+Heuristics come first and always count (``baselines``); then PuLP models the choice and HiGHS solves it
+(``program``), which gives a bound and often a better choice. Whatever is returned was simulated and billed
+as a whole: ``step_seconds`` and ``peaks`` never come from the solver.
+"""
+
+from __future__ import annotations
+
+import time
+
+from memtrain.planner import baselines
+from memtrain.planner.actions import Tier
+from memtrain.planner.bill import make_bill, tier_peaks
+from memtrain.planner.decisions import Decisions, PlannerOptions, open_space
+from memtrain.planner.infeasible import infeasible_plan
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import Plan
+from memtrain.planner.profile import ModelProfile
+from memtrain.planner.program import Bound, bound_and_choice
+from memtrain.planner.simulate import simulate
+
+__all__ = ["PlannerOptions", "make_plan"]
+
+
+def make_plan(
+    profile: ModelProfile,
+    machine: Machine,
+    budget: Budget,
+    *,
+    options: PlannerOptions | None = None,
+) -> Plan:
+    """The fastest plan found that fits, and a lower bound on what any plan can reach.
+
+    A budget that cannot work is an answer, not an error: ``status`` is ``infeasible`` and the plan says what
+    is short and what would help.
+
+    Raises:
+        ValueError: inputs that contradict each other (see ``decisions.open_space``).
+    """
+    began = time.monotonic()
+    options = options or PlannerOptions()
+    space = open_space(profile, machine, budget, options)
+    search = baselines.Search(
+        profile=profile, machine=machine, budget=budget, options=options, space=space
+    )
+    baselines.uniform(search)
+    baselines.greedy(search)
+    bound = bound_and_choice(search, began + options.time_limit_seconds)
+    if search.best is None:
+        return infeasible_plan(search, solve_seconds=time.monotonic() - began)
+    return _feasible_plan(search, search.best, bound, time.monotonic() - began)
+
+
+def _feasible_plan(
+    search: baselines.Search, decisions: Decisions, bound: Bound, solve_seconds: float
+) -> Plan:
+    profile, options = search.profile, search.options
+    timeline = simulate(profile, search.machine, decisions)
+    step = timeline.step_seconds
+    lower = round(min(max(bound.seconds, 0.0), step), 9)
+    gap = round((step - lower) / step, 9) if step > 0 else 0.0
+    if bound.seconds <= 0:
+        status = "heuristic"
+    else:
+        status = "optimal" if gap <= options.gap else "gap"
+    used = tuple(t for t in search.space.tiers)
+    peaks = tier_peaks(profile, decisions, used, options.safety_margin)
+    return Plan(
+        status=status,
+        blocks=decisions.blocks,
+        states=decisions.states,
+        staging=decisions.staging,
+        update_schedule=decisions.update_schedule,
+        micro_batches=profile.micro_batches,
+        step_seconds=step,
+        lower_bound_seconds=lower,
+        gap=gap,
+        solver=bound.solver,
+        bill=make_bill(profile, decisions, used, options.safety_margin),
+        peaks=tuple((t, size) for t, size in peaks.items() if size),
+        capacities=tuple((t, search.budget.capacity(t)) for t in (Tier.DEVICE, *used)),
+        bytes_moved_per_step=timeline.bytes_moved,
+        timeline=timeline.events,
+        profile_digest=profile.digest,
+        machine_digest=search.machine.digest,
+        provenance={"solve_seconds": round(solve_seconds, 3), **bound.provenance},
+    )
