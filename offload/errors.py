@@ -45,3 +45,11 @@ class SavedTensorModifiedError(OffloadError):
 
 class UnsupportedGradientOperation(OffloadError):
     """An operation on an offloaded gradient that cannot be done exactly without its bytes."""
+
+
+class ExtentStateError(OffloadError):
+    """An extent was used against its state: never written, freed, of another store, or cut through a chunk."""
+
+
+class StagingError(OffloadError):
+    """A staging slot was asked for that can never become free, or is larger than a slot."""

@@ -1,0 +1,201 @@
+"""Staging memory: anonymous, page-aligned, of exactly the size asked for, and bounded.
+
+Torch's own pinned allocator rounds every request up to a power of two; an anonymous mapping does not. Where
+there is a CUDA device the mapping is registered with it (``device.py``).
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+import time
+from collections import deque
+from types import TracebackType
+
+import torch
+
+from memtrain.offload import numa
+from memtrain.offload.errors import StagingError
+from memtrain.planner.units import round_up
+
+PAGE_BYTES = 4096
+"""Unit of every size and offset here: the page, and the block that direct I/O wants."""
+HUGE_PAGE_BYTES = 2 << 20
+_RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
+
+
+class Slab:
+    """``nbytes`` (rounded up to 4096) of anonymous memory.
+
+    The memory is given back when the slab is closed and the last view of it is gone: a view is never left
+    pointing at nothing. A forked child does not inherit it (its pages would be copied one by one as the parent
+    writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels before 6.3).
+
+    Args:
+        nbytes: at least 1.
+        numa_node: bind to this node before the first touch and check where the pages went.
+        huge_pages: ask for transparent huge pages from 2 MiB on (fewer faults at first touch).
+
+    Raises:
+        PlacementError: the node does not exist or the pages did not go there.
+    """
+
+    def __init__(self, nbytes: int, numa_node: int | None = None, *, huge_pages: bool = True) -> None:
+        if nbytes < 1:
+            raise ValueError(f"a slab needs nbytes >= 1, got {nbytes}")
+        self.nbytes = round_up(nbytes, PAGE_BYTES)
+        self.numa_node = numa_node
+        # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
+        # export and a view that is still in use would fault.
+        mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping.madvise(mmap.MADV_DONTFORK)
+        if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        if numa_node is not None:
+            numa.bind(self.address, self.nbytes, numa_node)
+            self.buffer[::PAGE_BYTES] = 0
+            numa.verify(self.address, self.nbytes, numa_node)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The memory as a 1-D uint8 tensor."""
+        if self._buffer is None:
+            raise StagingError("the slab is closed")
+        return self._buffer
+
+    @property
+    def address(self) -> int:
+        """Where the memory starts: page aligned."""
+        return int(self.buffer.data_ptr())
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._buffer is None
+
+    def close(self) -> None:
+        """Let go of the memory; views that are still in use keep it. May be called twice."""
+        self._buffer = None
+
+    def __enter__(self) -> Slab:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Slot:
+    """One slot of a ring, held until ``release``."""
+
+    __slots__ = ("_holder", "_ring", "buffer", "index")
+
+    def __init__(self, ring: Ring, index: int, buffer: torch.Tensor) -> None:
+        self._ring = ring
+        self._holder: threading.Thread | None = None
+        self.index = index
+        self.buffer = buffer
+        """The slot's memory, 1-D uint8, page aligned."""
+
+    def release(self) -> None:
+        """Give the slot back. Raises StagingError when it is not held."""
+        self._ring._release(self)
+
+
+class Ring:
+    """``count`` slots of ``slot_bytes`` (rounded up to 4096) in one slab; thread-safe.
+
+    ``acquire`` waits for a slot. Where it would wait for ever, because every slot is held by a thread
+    that is dead or itself waits for a slot of this ring, it raises instead.
+    """
+
+    def __init__(self, count: int, slot_bytes: int, numa_node: int | None = None) -> None:
+        if count < 1:
+            raise ValueError(f"a ring needs count >= 1, got {count}")
+        self.count = count
+        self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
+        self.slab = Slab(count * self.slot_bytes, numa_node)
+        parts = self.slab.buffer.split(self.slot_bytes)
+        self._slots = [Slot(self, index, part) for index, part in enumerate(parts)]
+        self._free = deque(self._slots)
+        self._waiting: set[threading.Thread] = set()
+        self._changed = threading.Condition()
+
+    @property
+    def free_count(self) -> int:
+        """Slots that nobody holds."""
+        with self._changed:
+            return len(self._free)
+
+    def acquire(self, nbytes: int | None = None, timeout_seconds: float | None = None) -> Slot:
+        """A free slot, waiting for one where needed.
+
+        Args:
+            nbytes: what it must hold, when the caller wants that checked.
+            timeout_seconds: give up after this long.
+
+        Raises:
+            StagingError: larger than a slot, closed, timed out, or no slot can ever become free.
+        """
+        if nbytes is not None and nbytes > self.slot_bytes:
+            raise StagingError(f"{nbytes} bytes do not fit a staging slot of {self.slot_bytes} bytes")
+        me = threading.current_thread()
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        with self._changed:
+            self._waiting.add(me)
+            try:
+                while (slot := self._take()) is None:
+                    self._refuse_deadlock()
+                    pause = _RECHECK_SECONDS
+                    if deadline is not None:
+                        pause = min(pause, deadline - time.monotonic())
+                        if pause <= 0:
+                            raise StagingError(f"no staging slot became free within {timeout_seconds} s")
+                    self._changed.wait(pause)
+                return slot
+            finally:
+                self._waiting.discard(me)
+
+    def try_acquire(self) -> Slot | None:
+        """A free slot, or None. Raises StagingError when the ring is closed."""
+        with self._changed:
+            return self._take()
+
+    def close(self) -> None:
+        """Give the memory back; whoever waits gets StagingError. May be called twice."""
+        with self._changed:
+            self._free.clear()
+            self._slots.clear()
+            self.slab.close()
+            self._changed.notify_all()
+
+    def _take(self) -> Slot | None:
+        if self.slab.closed:
+            raise StagingError("the staging ring is closed")
+        if not self._free:
+            return None
+        slot = self._free.popleft()
+        slot._holder = threading.current_thread()
+        return slot
+
+    def _release(self, slot: Slot) -> None:
+        with self._changed:
+            if slot._holder is None:
+                raise StagingError(f"staging slot {slot.index} was released twice")
+            slot._holder = None
+            if not self.slab.closed:
+                self._free.append(slot)
+            self._changed.notify()
+
+    def _refuse_deadlock(self) -> None:
+        holders = [slot._holder for slot in self._slots]
+        if all(
+            holder is not None and (holder in self._waiting or not holder.is_alive()) for holder in holders
+        ):
+            names = sorted({holder.name for holder in holders if holder is not None})
+            raise StagingError(
+                f"all {self.count} staging slots are held by threads that wait for one more or are dead "
+                f"({', '.join(names)}): none can become free. Release a slot first, or use more slots"
+            )
