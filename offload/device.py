@@ -1,0 +1,192 @@
+"""Copies between the device and staging memory: a thin layer over streams and events.
+
+On a CPU a copy is made inline and is over when the call returns. On CUDA each direction has a stream of its own, and
+every copy has an event edge at both ends: it waits for what the compute stream has queued so far, and whoever uses
+the result waits for the copy. The caching allocator is told about the second stream, or it would hand the
+tensor's memory out again while the copy still reads it.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from memtrain.offload.errors import OffloadError
+from memtrain.offload.slab import Slab
+
+
+class Event(Protocol):
+    """A copy under way."""
+
+    def wait(self) -> None:
+        """Make the work that the device is given from now on wait for the copy; the caller goes on."""
+
+    def synchronize(self) -> None:
+        """Return when the copy is over."""
+
+    def done(self) -> bool:
+        """Whether ``synchronize`` would return at once."""
+
+
+class Device(Protocol):
+    """Where the arithmetic happens."""
+
+    type: str
+    """``cpu`` or ``cuda``."""
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Copy the bytes of ``source`` (contiguous, on the device) to ``target`` (1-D uint8 view of a slab).
+
+        ``source`` may be changed or dropped by work queued after the event's ``wait``; ``target`` may be read after
+        its ``synchronize``.
+        """
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        """Copy ``source`` (1-D uint8 view of a slab) over the bytes of ``target`` (contiguous, on the device).
+
+        ``target`` may be read by work queued after the event's ``wait``; ``source`` may be changed after its
+        ``synchronize``.
+        """
+
+    def register(self, slab: Slab) -> None:
+        """Let the device reach the slab directly. Raises OffloadError where it refuses."""
+
+    def unregister(self, slab: Slab) -> None:
+        """Undo ``register``, before the slab is closed. Waits for copies under way."""
+
+    def synchronize(self) -> None:
+        """Return when every copy is over."""
+
+
+class CpuDevice:
+    """Device and host are the same memory."""
+
+    type = "cpu"
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        target.copy_(_bytes_of(source, target))
+        return _DONE
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        _bytes_of(target, source).copy_(source)
+        return _DONE
+
+    def register(self, slab: Slab) -> None:
+        """Nothing to do: it is reachable."""
+
+    def unregister(self, slab: Slab) -> None:
+        """Nothing to do."""
+
+    def synchronize(self) -> None:
+        """Nothing to do: copies are over when their call returns."""
+
+
+class CudaDevice:
+    """One CUDA device, a stream per direction beside its compute stream."""
+
+    type = "cuda"
+
+    def __init__(self, device: str | torch.device = "cuda") -> None:
+        self._device = torch.device(device)
+        self._out = torch.cuda.Stream(self._device)
+        self._in = torch.cuda.Stream(self._device)
+        self._registered: dict[int, int] = {}
+
+    def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        return self._copy(self._out, _bytes_of(source, target), target, on_device=source)
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Event:
+        return self._copy(self._in, source, _bytes_of(target, source), on_device=target)
+
+    def register(self, slab: Slab) -> None:
+        if slab.address in self._registered:
+            return
+        self._check(torch.cuda.cudart().cudaHostRegister(slab.address, slab.nbytes, 0), "register", slab)
+        self._registered[slab.address] = slab.nbytes
+
+    def unregister(self, slab: Slab) -> None:
+        if self._registered.pop(slab.address, None) is None:
+            return
+        self.synchronize()
+        self._check(torch.cuda.cudart().cudaHostUnregister(slab.address), "unregister", slab)
+
+    def synchronize(self) -> None:
+        self._out.synchronize()
+        self._in.synchronize()
+
+    def _copy(
+        self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, on_device: torch.Tensor
+    ) -> Event:
+        # Also before a copy in: the target's memory may still be in use by work queued earlier, under
+        # another tensor's name.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        event = torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+            event.record(stream)
+        on_device.record_stream(stream)
+        return _CudaEvent(event, self._device)
+
+    def _check(self, error: object, what: str, slab: Slab) -> None:
+        # The runtime's error is an enum whose value 0 is success.
+        number = int(getattr(error, "value", error))  # type: ignore[call-overload]
+        if number != 0:
+            raise OffloadError(
+                f"CUDA cannot {what} a slab of {slab.nbytes} bytes (error {number}): lower the staging memory, or "
+                "raise the limit of locked memory (ulimit -l)"
+            )
+
+
+class _DoneEvent:
+    def wait(self) -> None:
+        """The copy is over."""
+
+    def synchronize(self) -> None:
+        """The copy is over."""
+
+    def done(self) -> bool:
+        return True
+
+
+_DONE = _DoneEvent()
+
+
+class _CudaEvent:
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self._event = event
+        self._device = device
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+
+def make_device(name: str) -> Device:
+    """The device of this name: ``cpu``, ``cuda`` or ``cuda:N``. Raises OffloadError."""
+    if name == "cpu":
+        return CpuDevice()
+    if torch.device(name).type != "cuda":
+        raise OffloadError(f"device {name!r} is not known: use cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise OffloadError(f"device {name!r} was asked for, and this torch sees no CUDA device: use cpu")
+    return CudaDevice(name)
+
+
+def _bytes_of(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes as 1-D uint8, checked against the other side of the copy."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"only contiguous tensors are copied, got strides {tensor.stride()} for {tuple(tensor.shape)}"
+        )
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    if other.dtype != torch.uint8 or flat.shape != other.shape:
+        raise ValueError(
+            f"cannot copy between {flat.numel()} bytes and {other.dtype} of shape {tuple(other.shape)}"
+        )
+    return flat
