@@ -1,0 +1,74 @@
+"""The checkpoints of a run: which to take up, when a recipe may take one up, how many to keep.
+
+What a checkpoint holds is ``memtrain.offload.snapshot``'s business; here are only their names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from memtrain.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from memtrain.session import Session
+
+
+class Checkpoints:
+    """The folder ``checkpoint/`` of a run, with one folder ``step-<steps done>`` per checkpoint."""
+
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
+        self.directory, self.recipe = directory, recipe
+
+    def find_resume(self) -> Path | None:
+        """The checkpoint that the recipe asks to take up, or None to start anew.
+
+        Raises:
+            RecipeError: the folder named is not there.
+        """
+        from memtrain.offload.snapshot import latest_checkpoint
+
+        resume = self.recipe.checkpoint.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            return latest_checkpoint(self.directory) if self.directory.is_dir() else None
+        if not Path(resume).is_dir():
+            raise RecipeError(
+                f"checkpoint.resume {resume!r} is not a folder; give auto, never or a checkpoint's folder"
+            )
+        return Path(resume)
+
+    def load(self, folder: Path, session: Session) -> int:
+        """Put ``folder`` into the session; the steps done.
+
+        Raises:
+            RecipeError: ``auto`` found a run that computes something else, or one that went further.
+        """
+        from memtrain.offload.snapshot import load_checkpoint
+
+        progress = load_checkpoint(folder, session)
+        if self.recipe.checkpoint.resume == "auto" and progress["recipe_digest"] != self.recipe.digest:
+            raise RecipeError(
+                f"{folder} belongs to a run whose model, data, training, optimizer or schedule differ: "
+                f"set checkpoint.resume=never to start anew, checkpoint.resume={folder} to take it up "
+                "nevertheless, or another output.directory"
+            )
+        steps = int(progress["steps_done"])
+        if steps > self.recipe.training.steps:
+            raise RecipeError(
+                f"{folder} is {steps} steps far, training.steps is {self.recipe.training.steps}: raise it"
+            )
+        return steps
+
+    def save(self, session: Session, steps_done: int) -> Path:
+        """Write ``step-<steps_done>``, then delete what is older than the newest ``checkpoint.keep``."""
+        from memtrain.offload.snapshot import save_checkpoint
+
+        folder = self.directory / f"step-{steps_done:06d}"
+        progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
+        save_checkpoint(folder, session, progress=progress)
+        for old in sorted(self.directory.glob("step-*"))[: -self.recipe.checkpoint.keep]:
+            shutil.rmtree(old)
+        return folder

@@ -1,0 +1,294 @@
+"""A recipe: one YAML file that says what to train, on what, how, and inside which budget.
+
+    memtrain validate recipes/smollm2_135m_full_cpu.yaml
+    memtrain run recipes/smollm2_135m_full_cpu.yaml -- training.steps=10 optimizer.lr=1e-5
+
+Nothing is accepted and ignored: a key that no section knows is refused with the nearest one that exists.
+YAML reads ``1e-5`` as a string, so numbers are taken from either form. Relative paths are those of the
+working directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from memtrain.planner.machine import Budget
+from memtrain.planner.units import parse_bytes
+
+
+class RecipeError(ValueError):
+    """The recipe cannot be read; the message names the file, the key, the value and the remedy."""
+
+
+def _size(text: str | int) -> str | int:
+    parse_bytes(text)
+    return text
+
+
+Size = Annotated[str | int, AfterValidator(_size)]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(_Section):
+    """The model: a folder or hub name that ``from_pretrained`` reads, or fields of a configuration."""
+
+    path: str | None = None
+    config: dict[str, Any] | None = None
+    """``model_type`` and what its configuration class takes; the weights are random, from the seed."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give either model.path (a trained model) or model.config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("model.config needs model_type, such as llama")
+        return self
+
+
+class DataSection(_Section):
+    """Token files made by ``python -m memtrain.data``, or ``.txt`` files, whose bytes are the tokens."""
+
+    train: Path
+    heldout: Path
+    sequence_length: Annotated[int, Field(ge=2)]
+
+
+class BudgetSection(_Section):
+    """Bytes the job may use in each tier; see ``memtrain.Budget``."""
+
+    device: Size
+    host: Size = 0
+    cxl: str | None = None
+    nvme: str | int | None = None
+    """``DIRECTORY:SIZE`` with a directory that exists, or ``SIZE`` for ``swap`` in the output directory."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> BudgetSection:
+        self.budget(Path("unused"))
+        return self
+
+    @property
+    def swap_is_ours(self) -> bool:
+        """The swap directory lies in the output directory, and the trainer makes it."""
+        return self.nvme is not None and ":" not in str(self.nvme)
+
+    def budget(self, output_directory: Path) -> Budget:
+        """The budget, with the swap directory in ``output_directory`` where none is named."""
+        nvme = self.nvme
+        if self.swap_is_ours:
+            nvme = f"{output_directory / 'swap'}:{parse_bytes(typing.cast('str | int', nvme))}"
+        return Budget(
+            device=self.device, host=self.host, cxl=self.cxl, nvme=None if nvme is None else str(nvme)
+        )
+
+
+class TrainingSection(_Section):
+    """The loop."""
+
+    steps: Positive
+    """Optimizer steps."""
+    micro_batch_size: Positive = 1
+    """Sequences per forward pass."""
+    accumulation: Positive = 1
+    """Forward-backward passes per optimizer step."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    nonfinite: Literal["raise", "skip"] = "raise"
+    """What a NaN or an infinity in the gradients does to the step."""
+    chunked_loss: bool = True
+    """Compute the loss by chunks of tokens, so that the logits of a sequence never exist at once."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Positive | None = None
+    """Of the arithmetic; None leaves torch's own choice."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: Positive = 1
+
+
+class AdamWSection(_Section):
+    """torch.optim.AdamW."""
+
+    name: Literal["AdamW"] = "AdamW"
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    fused: bool = True
+    master_weights: bool = True
+    """Keep fp32 copies of weights that are narrower, and step those."""
+
+
+class SGDSection(_Section):
+    """torch.optim.SGD."""
+
+    name: Literal["SGD"]
+    lr: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Fraction = 0.0
+    fused: bool = True
+    master_weights: bool = True
+
+
+OptimizerSection = Annotated[AdamWSection | SGDSection, Field(discriminator="name")]
+
+
+class ScheduleSection(_Section):
+    """The learning rate as a fraction of ``optimizer.lr``, step by step."""
+
+    name: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_fraction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What cosine and linear end at."""
+
+
+class EvaluationSection(_Section):
+    """Held-out loss, before and after the run and every so many steps."""
+
+    every: Positive | None = None
+    batches: Positive = 4
+
+
+class CheckpointSection(_Section):
+    """When the run can be taken up again, and whether this one takes one up."""
+
+    every: Positive | None = None
+    """Steps between checkpoints; one is written at the end in any case."""
+    keep: Positive = 1
+    resume: str = "auto"
+    """``auto`` takes up the output directory's last checkpoint if there is one, ``never`` starts anew,
+    anything else is the folder of a checkpoint."""
+
+
+class OutputSection(_Section):
+    """Where the run's files go."""
+
+    directory: Path | None = None
+    """``runs/<name>`` unless given."""
+
+
+class Recipe(_Section):
+    """All of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    description: str = ""
+    model: ModelSection
+    data: DataSection
+    budget: BudgetSection
+    training: TrainingSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    output: OutputSection = OutputSection()
+
+    @property
+    def output_directory(self) -> Path:
+        """The run's folder."""
+        return self.output.directory or Path("runs") / self.name
+
+    def memory_budget(self) -> Budget:
+        """The budget of the run."""
+        return self.budget.budget(self.output_directory)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what decides the numbers: not of the budget, the threads, the output or the logging."""
+        data = self.model_dump(mode="json", include={"model", "data", "training", "optimizer", "schedule"})
+        for key in ("threads", "device", "log_every"):
+            del data["training"][key]
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out."""
+        return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read ``path``, apply ``section.key=value`` overrides, check everything.
+
+    Raises:
+        RecipeError: the file, a key or a value cannot be used.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read recipe {path}: {error.strerror}; `memtrain ls` lists recipes"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} must hold the sections of a recipe, got {type(data).__name__}")
+    for override in overrides:
+        _override(data, override)
+    return parse_recipe(data, source=str(path))
+
+
+def parse_recipe(data: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Check the sections of a recipe. Raises RecipeError that names every fault."""
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        faults = [_describe(fault) for fault in error.errors()]
+        raise RecipeError("\n  ".join([f"{source} cannot be used:", *faults])) from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set ``a.b=value`` in nested dictionaries; the value is read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(
+            f"an override must be section.key=value such as training.steps=10, got {override!r}"
+        )
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RecipeError(f"override {override!r}: {parent} is a value, not a section")
+    data[last] = yaml.safe_load(text)
+
+
+def _describe(fault: Any) -> str:
+    location = [str(part) for part in fault["loc"]]
+    if fault["type"] != "extra_forbidden":
+        message = fault["msg"].removeprefix("Value error, ")
+        given = "" if fault["type"] in ("missing", "value_error") else f", got {fault['input']!r}"
+        return f"{'.'.join(location) or 'recipe'}: {message}{given}"
+    known = _fields(location[:-1])
+    nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
+    where = ".".join(part for part in location if part not in ("AdamW", "SGD"))
+    return f"{where}: unknown key; {hint}"
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Names of the fields of the section at ``path``; a union's member is named by its tag."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        members = _models(section.model_fields[part].annotation) if part in section.model_fields else []
+        if members:
+            section = members[0]
+        elif part == "SGD":
+            section = SGDSection
+    return list(section.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [model for argument in typing.get_args(annotation) for model in _models(argument)]
+    return []

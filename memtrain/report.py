@@ -1,0 +1,179 @@
+"""What a run says about itself: the plan before it, the prediction beside the measurement after it.
+
+Plain text in columns, the same on a terminal and in a log file. The training process prints with this
+module, so it imports nothing that costs memory; the pictures are drawn elsewhere (``memtrain.page``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from memtrain.planner.actions import Tier
+from memtrain.planner.plan import Plan
+from memtrain.planner.units import GiB, format_gib
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns two spaces apart, the first flush left and the others flush right."""
+    cells = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for row in cells:
+        aligned = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *aligned]).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def bill_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of category by tier in GiB, with the predicted peak and the budget beneath.
+
+    Lines of a bill that share category and tier are added up. The peak of a tier is predicted by
+    simulation and need not be the sum of the lines above it where they peak at different times.
+    """
+    tiers = [tier for tier in Tier if tier in dict(plan.capacities) or plan.peak(tier)]
+    sizes: dict[str, dict[Tier, int]] = {}
+    for line in plan.bill:
+        row = sizes.setdefault(line.category, {})
+        row[line.tier] = row.get(line.tier, 0) + line.size_bytes
+    header = ["GiB", *[tier.value for tier in tiers]]
+    rows = [[name, *[_gib(row.get(tier)) for tier in tiers]] for name, row in sizes.items()]
+    rows.append(["predicted peak", *[_gib(plan.peak(tier)) for tier in tiers]])
+    rows.append(["budget", *[_gib(dict(plan.capacities).get(tier)) for tier in tiers]])
+    return header, rows
+
+
+def plan_text(plan: Plan) -> str:
+    """The plan for people: bytes by category and tier, actions, predicted time and how good it is."""
+    status = plan.status if plan.status != "gap" else f"within {plan.gap:.1%} of the best"
+    actions = ", ".join(f"{count} x {action}" for action, count in sorted(plan.action_counts().items()))
+    lines = [
+        f"plan {plan.digest[:12]}: {status} ({plan.solver})",
+        table(*bill_rows(plan)),
+        f"blocks: {actions}",
+        f"optimizer: {_optimizer_text(plan)}",
+        f"predicted: {plan.step_seconds:.2f} s a step (lower bound {plan.lower_bound_seconds:.2f} s), "
+        f"{format_gib(plan.bytes_moved_per_step)} moved a step",
+    ]
+    return "\n".join(lines)
+
+
+def _optimizer_text(plan: Plan) -> str:
+    counts: dict[str, int] = {}
+    for state in plan.states:
+        where = f"gradients on {state.gradient_tier.value}, state on {state.optimizer_tier.value}"
+        counts[where] = counts.get(where, 0) + 1
+    parts = [f"{count} units with {where}" for where, count in counts.items()]
+    return "; ".join([*parts, f"update {plan.update_schedule.value}"])
+
+
+def infeasible_text(plan: Plan) -> str:
+    """Why no plan fits: by how many bytes which tier is short, and what would help, cheapest first."""
+    lines = ["the budget cannot work:"]
+    for tier, short in plan.shortfall_bytes:
+        limit = dict(plan.capacities).get(tier, 0)
+        lines.append(f"  {tier.value}: short by {short:,} bytes ({format_gib(short)}) of {format_gib(limit)}")
+    if plan.remedies:
+        lines.append("what would help, the cheapest first:")
+        lines += [f"  {number}. {remedy}" for number, remedy in enumerate(plan.remedies, start=1)]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """A named stretch of the run, on the clock of the memory samples."""
+
+    name: str
+    start_seconds: float
+    end_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What came of a run; ``summary.json``."""
+
+    name: str
+    device: str
+    steps: int
+    """Steps of this process, not those before a resume."""
+    budget_bytes: int
+    """Of the device."""
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    """Of the device while steps ran."""
+    process_peak_bytes: int
+    """Of the whole process, from its start: loading, profiling, evaluation and checkpoints too."""
+    predicted_step_seconds: float
+    measured_step_seconds: float
+    """Median, without the first step."""
+    tokens_per_second: float
+    heldout_loss_before: float
+    heldout_loss_after: float
+    checkpoint: str
+    phases: tuple[Phase, ...] = ()
+
+    def to_json(self) -> str:
+        """For ``summary.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Summary:
+        """Read what ``to_json`` wrote. Raises OSError and ValueError."""
+        data = json.loads(path.read_text())
+        try:
+            data["phases"] = tuple(Phase(**phase) for phase in data["phases"])
+            return cls(**data)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a summary of a run: {error}") from error
+
+
+def error_fraction(predicted: float, measured: float) -> float:
+    """(predicted - measured) / measured; NaN where nothing was measured."""
+    return (predicted - measured) / measured if measured else float("nan")
+
+
+def comparison_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of predicted against measured."""
+    peak_error = error_fraction(summary.predicted_peak_bytes, summary.measured_peak_bytes)
+    time_error = error_fraction(summary.predicted_step_seconds, summary.measured_step_seconds)
+    rows = [
+        [
+            f"peak of {summary.device} (GiB)",
+            _gib(summary.predicted_peak_bytes),
+            _gib(summary.measured_peak_bytes),
+            f"{peak_error:+.1%}",
+        ],
+        [
+            "step time (s)",
+            f"{summary.predicted_step_seconds:.2f}",
+            f"{summary.measured_step_seconds:.2f}",
+            f"{time_error:+.1%}",
+        ],
+    ]
+    return ["", "predicted", "measured", "error"], rows
+
+
+def summary_text(summary: Summary) -> str:
+    """The end of a run, for people."""
+    over = summary.process_peak_bytes - summary.budget_bytes
+    verdict = f"OVER by {over:,} bytes" if over > 0 else f"{format_gib(-over)} to spare"
+    limit = format_gib(summary.budget_bytes)
+    before, after = summary.heldout_loss_before, summary.heldout_loss_after
+    change = after - before
+    return "\n".join(
+        [
+            table(*comparison_rows(summary)),
+            f"whole process: {format_gib(summary.process_peak_bytes)} of {limit}, {verdict}",
+            f"held-out loss: {before:.4f} before, {after:.4f} after ({change:+.4f}); "
+            f"{summary.tokens_per_second:.0f} tokens/s",
+            f"checkpoint: {summary.checkpoint}",
+        ]
+    )
+
+
+def _gib(size_bytes: int | None) -> str:
+    return "-" if not size_bytes else f"{size_bytes / GiB:.3f}"

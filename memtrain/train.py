@@ -1,0 +1,338 @@
+"""Train a recipe: the plan first, then an ordinary PyTorch loop, then prediction beside measurement.
+
+    torchrun --standalone --nproc-per-node 1 -m memtrain.train RECIPE [section.key=value ...]
+
+Exit codes: 0 trained, 1 a mistake in the recipe or a failure, 2 the budget cannot work.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from memtrain.malloc import restart_with_huge_pages
+
+    restart_with_huge_pages()  # before torch is loaded, or it would be loaded twice
+
+import argparse
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import memtrain
+from memtrain.checkpoints import Checkpoints
+from memtrain.data import DataError, Tokens, Windows
+from memtrain.memory import MemorySampler, PeakMeter
+from memtrain.offload.errors import OffloadError
+from memtrain.planner import resident
+from memtrain.planner.actions import Tier
+from memtrain.progress import ProgressDisplay, StepRecord
+from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
+from memtrain.report import Phase, Summary, infeasible_text, plan_text, summary_text
+from memtrain.weights import load_model
+
+if TYPE_CHECKING:
+    from memtrain.session import Session
+
+Batch = dict[str, torch.Tensor]
+
+
+def learning_rate_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:
+    """The learning rate of step ``step`` (from 0) as a fraction of the optimizer's: linear warm-up from
+    1/(warmup+1), then constant, linear or half a cosine down to ``final_fraction`` at the last step.
+
+    A function of the step alone, so a resumed run needs no schedule state.
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / (schedule.warmup_steps + 1)
+    if schedule.name == "constant":
+        return 1.0
+    span = max(1, total_steps - 1 - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    remaining = 1 - progress if schedule.name == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return schedule.final_fraction + (1 - schedule.final_fraction) * remaining
+
+
+def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer over the trainable parameters. It holds no state yet."""
+    section = recipe.optimizer
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    common = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": section.fused}
+    if isinstance(section, AdamWSection):
+        return torch.optim.AdamW(parameters, betas=section.betas, eps=section.eps, **common)
+    return torch.optim.SGD(parameters, momentum=section.momentum, **common)
+
+
+def pick_device(choice: str) -> torch.device:
+    """``auto`` is this process's GPU where there is one. Raises RecipeError when cuda is asked in vain."""
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("training.device is cuda, but torch finds no CUDA device; use auto or cpu")
+    if choice == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+class Trainer:
+    """One run of one recipe in this process.
+
+    Raises, from the constructor: RecipeError and DataError for what the recipe asks and cannot have,
+    ``memtrain.InfeasibleError`` when no plan fits the budget, OffloadError when a tier cannot serve.
+    """
+
+    def __init__(self, recipe: Recipe, sampler: MemorySampler) -> None:
+        self.recipe, self.sampler, self.peaks = recipe, sampler, PeakMeter()
+        self.phases: list[Phase] = []
+        self.output = recipe.output_directory
+        self._prepare_output()
+        training = recipe.training
+        torch.manual_seed(training.seed)
+        if training.threads is not None:
+            torch.set_num_threads(training.threads)
+        self.device = pick_device(training.device)
+        train, heldout = Tokens(recipe.data.train), Tokens(recipe.data.heldout)
+        shape = {
+            "sequence_length": recipe.data.sequence_length,
+            "batch_size": training.micro_batch_size,
+        }
+        self.train_windows = Windows(train, seed=training.seed, **shape)
+        self.heldout_windows = Windows(heldout, seed=None, **shape)
+        self.checkpoints = Checkpoints(self.output / "checkpoint", recipe)
+        resume_from = self.checkpoints.find_resume()
+        with self._phase("load"):
+            model = load_model(recipe.model, self.device)
+        _check_vocabulary(model, train, heldout)
+        with self._phase("plan"):
+            self.session: Session = memtrain.prepare(
+                model,
+                build_optimizer(recipe, model),
+                self._batch(self.train_windows, 0),
+                budget=recipe.memory_budget(),
+                micro_batches=training.accumulation,
+                master_weights=recipe.optimizer.master_weights,
+                nonfinite=training.nonfinite,
+                chunked_loss=training.chunked_loss,
+                directory=self.output,
+            )
+        self.done_steps = 0
+        if resume_from is not None:
+            self.done_steps = self.checkpoints.load(resume_from, self.session)
+            print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
+
+    def run(self) -> Summary:
+        """Evaluate, train, evaluate, save."""
+        session, recipe = self.session, self.recipe
+        for name in ("plan", "profile", "machine"):
+            (self.output / f"{name}.json").write_text(getattr(session, name).to_json() + "\n")
+        print(plan_text(session.plan), flush=True)
+        with ProgressDisplay(
+            self.output / "metrics.jsonl",
+            total_steps=recipe.training.steps,
+            done_steps=self.done_steps,
+            budget_bytes=recipe.memory_budget().device_bytes,
+            log_every=recipe.training.log_every,
+        ) as display:
+            before = self.evaluate()
+            display.note(f"held-out loss before: {before:.4f}")
+            seconds, peak_bytes = self._steps(display)
+            after = self.evaluate()
+            display.note(f"held-out loss after: {after:.4f}")
+            with self._phase("save"):
+                saved = self.checkpoints.save(session, recipe.training.steps)
+        step_seconds = statistics.median(seconds[1:] or seconds or [0.0])
+        tokens = recipe.training.accumulation * self._tokens_per_batch()
+        return Summary(
+            name=recipe.name,
+            device=str(self.device),
+            steps=len(seconds),
+            budget_bytes=recipe.memory_budget().device_bytes,
+            predicted_peak_bytes=session.plan.peak(Tier.DEVICE),
+            measured_peak_bytes=peak_bytes,
+            process_peak_bytes=self.peaks.whole_bytes(),
+            predicted_step_seconds=session.plan.step_seconds,
+            measured_step_seconds=step_seconds,
+            tokens_per_second=tokens / step_seconds if step_seconds else 0.0,
+            heldout_loss_before=before,
+            heldout_loss_after=after,
+            checkpoint=str(saved),
+            phases=tuple(self.phases),
+        )
+
+    def evaluate(self) -> float:
+        """Mean loss over the first held-out batches."""
+        model = self.session.model
+        batches = min(self.recipe.evaluation.batches, self.heldout_windows.batches_per_pass)
+        model.eval()
+        with self._phase("evaluate"), torch.no_grad():
+            losses = [float(model(**self._batch(self.heldout_windows, i)).loss) for i in range(batches)]
+        model.train()
+        return math.fsum(losses) / batches
+
+    def _steps(self, display: ProgressDisplay) -> tuple[list[float], int]:
+        """Train what is left; seconds of each step, and the device's peak while they ran."""
+        recipe, seconds = self.recipe, []
+        self._start_peak()
+        started = self.sampler.now_seconds()
+        peak_bytes = 0
+        for step in range(self.done_steps, recipe.training.steps):
+            record = self._step(step)
+            seconds.append(record.seconds)
+            display.show(record)
+            peak_bytes = max(peak_bytes, self._device_peak())
+            if _due(recipe.checkpoint.every, step, recipe.training.steps):
+                self.checkpoints.save(self.session, step + 1)
+            if _due(recipe.evaluation.every, step, recipe.training.steps):
+                display.note(f"held-out loss after step {step + 1}: {self.evaluate():.4f}")
+            self._start_peak()
+        self.phases.append(Phase(name="train", start_seconds=started, end_seconds=self.sampler.now_seconds()))
+        return seconds, peak_bytes
+
+    def _step(self, step: int) -> StepRecord:
+        """One optimizer step over ``accumulation`` micro-batches."""
+        training, optimizer = self.recipe.training, self.session.optimizer
+        rate = self.recipe.optimizer.lr * learning_rate_factor(self.recipe.schedule, step, training.steps)
+        start = time.perf_counter()
+        losses = []
+        for micro in range(training.accumulation):
+            batch = self._batch(self.train_windows, step * training.accumulation + micro)
+            loss = self.session.model(**batch).loss
+            (loss / training.accumulation).backward()
+            losses.append(loss.detach())
+        norm = None
+        if training.max_grad_norm is not None:
+            norm = float(optimizer.clip_grad_norm_(training.max_grad_norm))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        mean_loss = math.fsum(float(loss) for loss in losses) / len(losses)
+        return StepRecord(
+            step=step + 1,
+            loss=mean_loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            seconds=time.perf_counter() - start,
+            tokens=training.accumulation * self._tokens_per_batch(),
+            memory_now_bytes=self._device_now(),
+            memory_peak_bytes=self._device_peak(),
+        )
+
+    def _tokens_per_batch(self) -> int:
+        return self.recipe.training.micro_batch_size * self.recipe.data.sequence_length
+
+    def _batch(self, windows: Windows, index: int) -> Batch:
+        ids = torch.from_numpy(windows.batch(index)).to(self.device)
+        return {"input_ids": ids, "labels": ids}
+
+    def _start_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self.peaks.start_phase()
+
+    def _device_peak(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return self.peaks.phase_bytes()
+
+    def _device_now(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.memory_reserved(self.device)
+        return resident.rss_bytes()
+
+    def _phase(self, name: str) -> _PhaseTimer:
+        return _PhaseTimer(self, name)
+
+    def _prepare_output(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        if self.recipe.budget.swap_is_ours:
+            (self.output / "swap").mkdir(exist_ok=True)
+        (self.output / "recipe.yaml").write_text(self.recipe.to_yaml())
+
+
+class _PhaseTimer:
+    """Notes when a phase of the run begins and ends."""
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self._trainer, self._name = trainer, name
+
+    def __enter__(self) -> None:
+        self._start = self._trainer.sampler.now_seconds()
+
+    def __exit__(self, *exception: object) -> None:
+        end = self._trainer.sampler.now_seconds()
+        self._trainer.phases.append(Phase(name=self._name, start_seconds=self._start, end_seconds=end))
+
+
+def _due(every: int | None, step: int, total_steps: int) -> bool:
+    """After step ``step`` (from 0)? The last step has an evaluation and a checkpoint of its own."""
+    return every is not None and (step + 1) % every == 0 and step + 1 < total_steps
+
+
+def _check_vocabulary(model: Any, *corpora: Tokens) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    for tokens in corpora:
+        if tokens.vocabulary_size > size:
+            raise DataError(
+                f"{tokens.path} has a vocabulary of {tokens.vocabulary_size}, the model's embedding {size}: "
+                "build the corpus with the model's own tokenizer"
+            )
+
+
+def train(recipe: Recipe) -> Summary:
+    """Run ``recipe`` and write its output directory. Errors as for ``Trainer``."""
+    with MemorySampler() as sampler:
+        trainer = Trainer(recipe, sampler)
+        try:
+            summary = trainer.run()
+        finally:
+            trainer.session.close()
+    output = recipe.output_directory
+    (output / "summary.json").write_text(summary.to_json())
+    rows = zip(sampler.seconds, sampler.resident_bytes, strict=True)
+    lines = [f"{seconds:.3f},{size_bytes}" for seconds, size_bytes in rows]
+    (output / "memory.csv").write_text("\n".join(["seconds,resident_bytes", *lines]) + "\n")
+    return summary
+
+
+def _draw(output: Path) -> None:
+    """Draw report.html and memory.png in a process of their own: this one's memory is what they show."""
+    result = subprocess.run([sys.executable, "-m", "memtrain.page", str(output)], check=False)
+    if result.returncode:
+        print(f"the report could not be drawn; again: python -m memtrain.page {output}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="memtrain.train", description="Train a recipe inside a memory budget."
+    )
+    parser.add_argument("recipe", type=Path, help="YAML file, such as recipes/tiny_llama_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = parser.parse_args(arguments)
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RecipeError(
+                f"memtrain.train runs in one process, WORLD_SIZE is {os.environ['WORLD_SIZE']}: "
+                "start it with --nproc-per-node 1"
+            )
+        recipe = load_recipe(options.recipe, options.overrides)
+        summary = train(recipe)
+    except (RecipeError, DataError, OffloadError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except memtrain.InfeasibleError as error:
+        print(infeasible_text(error.plan), file=sys.stderr)
+        return 2
+    print(summary_text(summary), flush=True)
+    _draw(recipe.output_directory)
+    return 0
+
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    sys.exit(record(main)())

@@ -1,0 +1,115 @@
+"""The model of a recipe, in memory of its own.
+
+``from_pretrained`` leaves the weights where safetensors mapped them: pages of the file, which count as
+resident as soon as they are read and stay so until the last tensor of the file is gone. Copying all of
+them would hold the model twice, so each is copied and its pages are given back at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import difflib
+import mmap
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memtrain.recipe import ModelSection, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MADV_DONTNEED = 4
+
+
+def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
+    """The model in training mode, its cache of keys and values off.
+
+    Random weights (``model.config``) are drawn from torch's generator as it stands.
+
+    Raises:
+        RecipeError: no such folder, or a field that the configuration does not have.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = getattr(torch, section.dtype)
+    if section.config is not None:
+        model = AutoModelForCausalLM.from_config(_configuration(section.config), dtype=dtype)
+    else:
+        assert section.path is not None
+        path = Path(section.path)
+        if not path.exists() and (section.path.startswith((".", "/")) or section.path.count("/") != 1):
+            raise RecipeError(
+                f"no model at {path.resolve()}; `make data` fetches the model of the main recipe"
+            )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(section.path, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.path {section.path!r} cannot be loaded: {error}") from error
+        own_weights(model)
+    model.config.use_cache = False
+    model.train()
+    return model.to(device)
+
+
+def _configuration(fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    values = dict(fields)
+    model_type = values.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type).to_dict()
+    except (KeyError, ValueError) as error:
+        raise RecipeError(
+            f"model.config.model_type {model_type!r} is unknown to transformers: {error}"
+        ) from error
+    for name in values:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise RecipeError(f"model.config.{name}: {model_type} has no such field{hint}")
+    return AutoConfig.for_model(model_type, **values)
+
+
+def own_weights(model: torch.nn.Module) -> int:
+    """Copy every parameter and buffer that lies in a mapped file; the bytes that were copied."""
+    mapped = _mapped_files()
+    copied_bytes = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        address = tensor.data_ptr()
+        if any(start <= address < end for start, end in mapped):
+            old = tensor.data
+            tensor.data = old.clone()
+            _give_back(address, old.nbytes)
+            copied_bytes += old.nbytes
+    return copied_bytes
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Address ranges of the files that this process has mapped.
+
+    Not by suffix: in a hub's cache the file behind ``model.safetensors`` is called by its hash.
+    """
+    ranges = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5].startswith("/"):
+            start, _, end = fields[0].partition("-")
+            ranges.append((int(start, 16), int(end, 16)))
+    return ranges
+
+
+def _give_back(address: int, size_bytes: int) -> None:
+    """Drop the whole pages of a mapped file in a range: they are clean, and read again if needed."""
+    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (address + size_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end <= start:
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED):
+        number = ctypes.get_errno()
+        raise OSError(number, f"madvise of a mapped weight file: {os.strerror(number)}")
