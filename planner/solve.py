@@ -12,12 +12,12 @@ import time
 from memtrain.planner import baselines
 from memtrain.planner.actions import Tier
 from memtrain.planner.bill import make_bill, tier_peaks
+from memtrain.planner.bounding import Bound, improve_and_bound
 from memtrain.planner.decisions import Decisions, PlannerOptions, open_space
 from memtrain.planner.infeasible import infeasible_plan
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
-from memtrain.planner.program import Bound, bound_and_choice
 from memtrain.planner.simulate import simulate
 
 __all__ = ["PlannerOptions", "make_plan"]
@@ -46,7 +46,7 @@ def make_plan(
     )
     baselines.uniform(search)
     baselines.greedy(search)
-    bound = bound_and_choice(search, began + options.time_limit_seconds)
+    bound = improve_and_bound(search, began + options.time_limit_seconds)
     if search.best is None:
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
     return _feasible_plan(search, search.best, bound, time.monotonic() - began)
@@ -64,7 +64,7 @@ def _feasible_plan(
         status = "heuristic"
     else:
         status = "optimal" if gap <= options.gap else "gap"
-    used = tuple(t for t in search.space.tiers)
+    used = search.space.tiers
     peaks = tier_peaks(profile, decisions, used, options.safety_margin)
     return Plan(
         status=status,
@@ -84,5 +84,5 @@ def _feasible_plan(
         timeline=timeline.events,
         profile_digest=profile.digest,
         machine_digest=search.machine.digest,
-        provenance={"solve_seconds": round(solve_seconds, 3), **bound.provenance},
+        provenance={"solve_seconds": round(solve_seconds, 3)},
     )
