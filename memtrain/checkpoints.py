@@ -20,6 +20,8 @@ class Checkpoints:
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory, self.recipe = directory, recipe
+        self._ours: list[Path] = []
+        """What this run may keep: what it took up and what it wrote, the oldest first."""
 
     def find_resume(self) -> Path | None:
         """The checkpoint that the recipe asks to take up, or None to start anew.
@@ -33,7 +35,7 @@ class Checkpoints:
         if resume == "never":
             return None
         if resume == "auto":
-            return latest_checkpoint(self.directory) if self.directory.is_dir() else None
+            return latest_checkpoint(self.directory)
         if not Path(resume).is_dir():
             raise RecipeError(
                 f"checkpoint.resume {resume!r} is not a folder; give auto, never or a checkpoint's folder"
@@ -60,15 +62,22 @@ class Checkpoints:
             raise RecipeError(
                 f"{folder} is {steps} steps far, training.steps is {self.recipe.training.steps}: raise it"
             )
+        self._ours = [folder] if folder.parent == self.directory else []
         return steps
 
     def save(self, session: Session, steps_done: int) -> Path:
-        """Write ``step-<steps_done>``, then delete what is older than the newest ``checkpoint.keep``."""
+        """Write ``step-<steps_done>``, then delete all but this run's newest ``checkpoint.keep``.
+
+        A run that starts anew in the directory of another leaves the other's checkpoints alone until its
+        own first one is complete.
+        """
         from memtrain.offload.snapshot import save_checkpoint
 
         folder = self.directory / f"step-{steps_done:06d}"
         progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
         save_checkpoint(folder, session, progress=progress)
-        for old in sorted(self.directory.glob("step-*"))[: -self.recipe.checkpoint.keep]:
-            shutil.rmtree(old)
+        self._ours = [*(one for one in self._ours if one != folder), folder][-self.recipe.checkpoint.keep :]
+        for other in self.directory.glob("step-*"):
+            if other not in self._ours:
+                shutil.rmtree(other)
         return folder

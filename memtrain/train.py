@@ -62,10 +62,22 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optim
     """The recipe's optimizer over the trainable parameters. It holds no state yet."""
     section = recipe.optimizer
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    common = {"lr": section.lr, "weight_decay": section.weight_decay, "fused": section.fused}
     if isinstance(section, AdamWSection):
-        return torch.optim.AdamW(parameters, betas=section.betas, eps=section.eps, **common)
-    return torch.optim.SGD(parameters, momentum=section.momentum, **common)
+        return torch.optim.AdamW(
+            parameters,
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=section.fused,
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=section.lr,
+        momentum=section.momentum,
+        weight_decay=section.weight_decay,
+        fused=section.fused,
+    )
 
 
 def pick_device(choice: str) -> torch.device:

@@ -53,7 +53,8 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
         own_weights(model)
     model.config.use_cache = False
     model.train()
-    return model.to(device)
+    moved: PreTrainedModel = model.to(device)
+    return moved
 
 
 def _configuration(fields: dict[str, Any]) -> Any:

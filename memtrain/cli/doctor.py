@@ -1,0 +1,130 @@
+"""``memtrain doctor``: what this machine has, what a run may use, and what stands in the way."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from memtrain.malloc import TUNABLE, environment_for_children
+from memtrain.memory import cgroup_limit, machine_memory
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import format_gib
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "pulp", "highspy", "deepspeed", "bitsandbytes", "matplotlib")
+
+Rows = list[tuple[str, str]]
+
+
+class Findings:
+    """Rows of the table, and what would keep a run from working."""
+
+    def __init__(self) -> None:
+        self.rows: Rows = []
+        self.faults: list[str] = []
+
+    def add(self, name: str, text: str) -> None:
+        """A fact."""
+        self.rows.append((name, text))
+
+    def fault(self, name: str, text: str) -> None:
+        """A fact that stands in the way."""
+        self.rows.append((name, text))
+        self.faults.append(f"{name}: {text}")
+
+
+def examine(swap: Path, *, measure: bool) -> int:
+    """Print what was found; 0 when a run can work, 1 when something stands in the way."""
+    found = Findings()
+    parts: list[Callable[[Findings], None]] = [_libraries, _devices, _numa, _memory]
+    for part in parts:
+        part(found)
+    _swap_directory(found, swap, measure=measure)
+    _uses(found, swap)
+    table = Table("", "", show_header=False, box=None, pad_edge=False)
+    for row in found.rows:
+        table.add_row(*row)
+    Console().print(table)
+    for fault in found.faults:
+        print(f"in the way: {fault}")
+    if not found.faults:
+        print("nothing stands in the way")
+    return 1 if found.faults else 0
+
+
+def _libraries(found: Findings) -> None:
+    found.add("python", f"{platform.python_version()} on {platform.platform()}")
+    for name in _LIBRARIES:
+        try:
+            found.add(name, version(name))
+        except PackageNotFoundError:
+            if name in ("torch", "pulp", "highspy"):
+                found.fault(name, f"not installed: pip install {name}")
+            else:
+                found.add(name, "not installed (optional)")
+
+
+def _devices(found: Findings) -> None:
+    try:
+        import torch
+    except ImportError:
+        return
+    found.add("cpu", f"{torch.get_num_threads()} threads of torch, {torch.backends.cpu.get_cpu_capability()}")
+    if not torch.cuda.is_available():
+        found.add("cuda", "no device")
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        found.add(f"cuda:{index}", f"{facts.name}, {format_gib(facts.total_memory)}")
+
+
+def _numa(found: Findings) -> None:
+    from memtrain.offload import numa
+
+    nodes, memory_only = numa.online_nodes(), numa.memory_only_nodes()
+    found.add("NUMA nodes", ", ".join(map(str, nodes)) or "the kernel shows none")
+    for node in memory_only:
+        found.add(f"NUMA node {node}", f"memory only, {format_gib(numa.node_free_bytes(node))} free: usable as cxl")
+    if not memory_only:
+        found.add("cxl", "no memory-only NUMA node: the tier cannot be used here")
+
+
+def _memory(found: Findings) -> None:
+    machine, group = machine_memory(), cgroup_limit()
+    found.add("memory", f"{format_gib(machine.free_bytes)} available of {format_gib(machine.limit_bytes)}")
+    if group is None:
+        found.add("control group", "no memory limit")
+    else:
+        found.add("control group", f"{format_gib(group.limit_bytes)} at most ({group.source})")
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    found.add("memlock", "unlimited" if soft == resource.RLIM_INFINITY else format_gib(soft))
+
+
+def _swap_directory(found: Findings, swap: Path, *, measure: bool) -> None:
+    from memtrain.offload.errors import OffloadError
+    from memtrain.offload.measure import measure_machine, probe_swap_directory
+
+    try:
+        for name, text in probe_swap_directory(swap).rows():
+            found.add(name, text)
+        if not measure:
+            return
+        link = measure_machine(swap).link(Tier.NVME)
+    except OffloadError as error:
+        found.fault("swap directory", str(error))
+        return
+    rates = (link.read_bytes_per_second, link.write_bytes_per_second, link.mixed_bytes_per_second)
+    read, write, mixed = (f"{rate / 1e9:.2f} GB/s" for rate in rates)
+    found.add("swap bandwidth", f"{read} read, {write} write, {mixed} both at once ({link.source})")
+
+
+def _uses(found: Findings, swap: Path) -> None:
+    group, machine = cgroup_limit(), machine_memory()
+    free = min(machine.free_bytes, group.free_bytes if group else machine.free_bytes)
+    found.add("a budget may be", f"device up to {format_gib(free)}, nvme under {swap.resolve()}")
+    tuned = environment_for_children()
+    found.add("huge pages", f"{TUNABLE} will be set" if tuned else "left as the environment has them")
