@@ -1,0 +1,279 @@
+"""The independent checker: is this plan what it says, for this profile, machine and budget?
+
+It shares nothing with what made the plan but the words (profile, machine, plan): its own arithmetic of bytes,
+its own reading of the timeline. Each violation names the rule that broke and the numbers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.check_timeline import timeline_faults
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import Plan
+from memtrain.planner.profile import BlockProfile, ModelProfile
+
+PAGE = 4096
+
+
+class Rule(str, Enum):
+    """What a plan must obey."""
+
+    PROFILE_DIGEST = "made for another profile"
+    MACHINE_DIGEST = "made for another machine"
+    MICRO_BATCHES = "another number of micro-batches"
+    BLOCK_DECIDED_ONCE = "every block decided exactly once"
+    UNIT_DECIDED_ONCE = "every unit decided exactly once"
+    TIER_EXISTS = "only tiers that machine and budget have"
+    RECOMPUTABLE = "recompute only where it is possible"
+    STAGING = "staging slots large enough and present"
+    BILL = "the bill sums to the peaks and covers every byte"
+    DEVICE_PEAK = "the device's peak is what the decisions need"
+    TIER_PEAK = "a tier's peak is what the decisions put there"
+    CAPACITY = "no tier above its budget"
+    OVERLAP = "one resource does one thing at a time"
+    DEPENDENCY = "nothing starts before what it needs"
+    DURATION = "nothing is faster than profile and links allow"
+    BYTES_MOVED = "bytes moved are those of the decisions"
+    STEP_SECONDS = "the step ends with its last event"
+    GAP = "bound, gap and status agree"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Violation:
+    """A rule that does not hold, and the numbers."""
+
+    rule: Rule
+    detail: str
+
+
+def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -> tuple[Violation, ...]:
+    """Everything that is wrong with ``plan``; empty when it may be executed.
+
+    An infeasible plan is reported as above capacity. Bytes and times are only looked at once decisions,
+    tiers and digests are sound, for they mean nothing before.
+    """
+    structure = tuple(Violation(rule=rule, detail=detail) for rule, detail in _structure(plan, profile, machine, budget))
+    if structure:
+        return structure
+    faults = [*_staging(plan, profile), *_peaks(plan, profile, budget), *_bound(plan)]
+    faults += [(Rule[name], detail) for name, detail in timeline_faults(plan, profile, machine)]
+    return tuple(Violation(rule=rule, detail=detail) for rule, detail in faults)
+
+
+Fault = tuple[Rule, str]
+
+
+def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -> Iterator[Fault]:
+    if plan.profile_digest != profile.digest:
+        yield Rule.PROFILE_DIGEST, f"plan says {plan.profile_digest}, the profile is {profile.digest}"
+    if plan.machine_digest != machine.digest:
+        yield Rule.MACHINE_DIGEST, f"plan says {plan.machine_digest}, the machine is {machine.digest}"
+    if plan.micro_batches != profile.micro_batches:
+        yield Rule.MICRO_BATCHES, f"plan {plan.micro_batches}, profile {profile.micro_batches}"
+    if [b.block for b in plan.blocks] != list(range(len(profile.blocks))):
+        yield Rule.BLOCK_DECIDED_ONCE, f"blocks {[b.block for b in plan.blocks]} of {len(profile.blocks)}"
+    if [s.unit for s in plan.states] != [u.name for u in profile.units]:
+        yield Rule.UNIT_DECIDED_ONCE, f"units {[s.unit for s in plan.states]} of {[u.name for u in profile.units]}"
+    linked = {link.tier for link in machine.links}
+    usable = {Tier.DEVICE} | {tier for tier in linked if budget.capacity(tier) > 0}
+    for block in plan.blocks:
+        for tier in {block.saved_tier, block.input_tier} - usable:
+            yield Rule.TIER_EXISTS, f"block {block.block} uses {tier.value}"
+        recomputed = block.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION)
+        if recomputed and block.block < len(profile.blocks):
+            measured = profile.blocks[block.block]
+            if not measured.recomputable:
+                yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {measured.reason}"
+            elif block.action is Action.RECOMPUTE_EXCEPT_ATTENTION and measured.attention_bytes == 0:
+                yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}) has no attention outputs to store"
+    for state in plan.states:
+        for tier in {state.gradient_tier, state.optimizer_tier} - usable:
+            yield Rule.TIER_EXISTS, f"unit {state.unit} uses {tier.value}"
+
+
+def _pages(size: int) -> int:
+    return (size + PAGE - 1) // PAGE * PAGE
+
+
+def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
+    staging = plan.staging
+    saved = inputs = 0
+    for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+        if decision.action is Action.SWAP:
+            saved = max(saved, _pages(block.saved_bytes + 64 * block.saved_tensors))
+        out = _leaving_of_recompute(block, decision)
+        if out:
+            inputs = max(inputs, _pages(sum(out.values()) + 64 * len(out)))
+    yield from _ring("saved", saved, staging.saved_slots, staging.saved_slot_bytes, 1)
+    yield from _ring("input", inputs, staging.input_slots, staging.input_slot_bytes, 1)
+    away = any(s.gradient_tier is not Tier.DEVICE for s in plan.states)
+    yield from _ring("gradient", PAGE if away else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2)
+    if any(s.optimizer_tier is not Tier.DEVICE for s in plan.states):
+        elements = staging.update_shard_elements
+        if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
+            yield Rule.STAGING, f"update shard of {elements} elements, largest parameter {profile.largest_parameter_elements}"
+        one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
+        one += profile.update_workspace_bytes_per_element
+        yield from _ring("update", int(elements * one), staging.update_slots, staging.update_slot_bytes, 3)
+
+
+def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iterator[Fault]:
+    if need and (slots < least or slot_bytes < need):
+        yield Rule.STAGING, f"{name} ring has {slots} slots of {slot_bytes} bytes, needs {least} of {need}"
+    if slot_bytes % PAGE:
+        yield Rule.STAGING, f"{name} slot of {slot_bytes} bytes is not a multiple of {PAGE}"
+
+
+def _leaving_of_recompute(block: BlockProfile, decision: BlockDecision) -> dict[str, int]:
+    out = {}
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
+        out["attention"] = block.attention_bytes
+    if decision.input_tier is not Tier.DEVICE:
+        out["input"] = block.input_bytes
+    return out
+
+
+def _device_need(plan: Plan, profile: ModelProfile) -> int:
+    """Walks the step in time, counting what comes and goes."""
+    resident = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
+    s = plan.staging
+    for slots, size in (
+        (s.saved_slots, s.saved_slot_bytes),
+        (s.input_slots, s.input_slot_bytes),
+        (s.gradient_slots, s.gradient_slot_bytes),
+        (s.update_slots, s.update_slot_bytes),
+    ):
+        resident += slots * size
+    gradient: dict[object, int] = defaultdict(int)
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        resident += unit.resident_state_bytes
+        if state.optimizer_tier is Tier.DEVICE:
+            resident += unit.state_bytes
+        if state.gradient_tier is Tier.DEVICE:
+            where = unit.block if unit.block is not None else ("end" if unit.name == "epilogue" else "start")
+            gradient[where] += unit.gradient_bytes
+    every = sum(gradient.values())
+    many, ahead = profile.micro_batches > 1, plan.update_schedule is UpdateSchedule.AHEAD
+    held = every if many or ahead else 0
+    peak = held + profile.prologue_peak_bytes
+    if not many and ahead:
+        held -= gradient["start"]
+    kept, stack = 0, []
+    for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
+        stays = 0
+        if decision.action is Action.KEEP:
+            stays = block.saved_bytes
+        elif decision.action is not Action.SWAP:
+            stays = block.input_bytes * (decision.input_tier is Tier.DEVICE)
+            if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
+                stays += block.attention_bytes
+        extra = 0 if decision.action is Action.KEEP else stays
+        peak = max(peak, held + kept + extra + block.saved_bytes + block.forward_transient_bytes)
+        peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
+        if not many and ahead:
+            held -= gradient[index]
+        kept += stays
+        stack.append((block, decision, stays))
+    held = every if many else gradient["end"]
+    peak = max(peak, held + kept + profile.epilogue_peak_bytes)
+    if ahead:
+        peak = max(peak, every + kept + _workspace(plan, profile, None, "epilogue"))
+    for index in reversed(range(len(stack))):
+        block, decision, stays = stack[index]
+        held += 0 if many else gradient[index]
+        local = block.backward_transient_bytes
+        if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+            local = block.saved_bytes + max(local, block.forward_transient_bytes)
+        peak = max(peak, held + kept + local + profile.persistent_backward_bytes)
+        kept -= stays
+    peak = max(peak, every + profile.prologue_peak_bytes + profile.persistent_backward_bytes)
+    places: list[tuple[int | None, str]] = [(None, "prologue")]
+    if not ahead:
+        places += [(None, "epilogue"), *((i, "") for i in range(len(stack)))]
+    return resident + max(peak, every + max(_workspace(plan, profile, *place) for place in places))
+
+
+def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str = "") -> int:
+    """Temporaries of the largest update at one place, of state that stays on the device."""
+    largest = 0.0
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        here = unit.block == block
+        if block is None and part:
+            here = here and (unit.name == "epilogue") is (part == "epilogue")
+        if not here or state.optimizer_tier is not Tier.DEVICE:
+            continue
+        counts = [0.0]
+        if profile.state_bytes_per_element:
+            counts.append(unit.state_bytes / profile.state_bytes_per_element)
+        if profile.gradient_bytes_per_element:
+            counts.append(unit.gradient_bytes / profile.gradient_bytes_per_element)
+        largest = max(largest, float(-(-max(counts) // 1)) * profile.update_workspace_bytes_per_element)
+    return int(-(-largest // 1))
+
+
+def _tier_need(plan: Plan, profile: ModelProfile, tier: Tier) -> int:
+    total = 0
+    for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+        if decision.action is Action.SWAP:
+            total += _pages(block.saved_bytes) * (decision.saved_tier is tier)
+            continue
+        out = _leaving_of_recompute(block, decision)
+        total += _pages(out.get("attention", 0)) * (decision.saved_tier is tier)
+        total += _pages(out.get("input", 0)) * (decision.input_tier is tier)
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        total += _pages(unit.gradient_bytes) * (state.gradient_tier is tier)
+        total += _pages(unit.state_bytes) * (state.optimizer_tier is tier)
+    return total
+
+
+def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]:
+    billed: Counter[Tier] = Counter()
+    for line in plan.bill:
+        billed[line.tier] += line.size_bytes
+        if line.size_bytes < 0:
+            yield Rule.BILL, f"{line.category} on {line.tier.value} is {line.size_bytes} bytes"
+    tiers = {Tier.DEVICE, *dict(plan.peaks), *billed, *dict(plan.capacities)}
+    lines = {(line.tier, line.category): line.size_bytes for line in plan.bill}
+    slack = lines.get((Tier.DEVICE, "slack"), 0)
+    if slack < profile.allocator_slack_bytes:
+        yield Rule.BILL, f"slack {slack} bytes is below the allocator's {profile.allocator_slack_bytes}"
+    for category, size in (
+        ("libraries", profile.baseline_bytes),
+        ("weights", profile.weight_bytes),
+        ("staging", plan.staging.total_bytes),
+    ):
+        if lines.get((Tier.DEVICE, category), 0) != size:
+            yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, should be {size}"
+    for tier in sorted(tiers, key=lambda t: t.value):
+        if billed[tier] != plan.peak(tier):
+            yield Rule.BILL, f"{tier.value}: lines sum to {billed[tier]}, the peak is {plan.peak(tier)}"
+        capacity = budget.capacity(tier)
+        if plan.peak(tier) > capacity:
+            yield Rule.CAPACITY, f"{tier.value}: peak {plan.peak(tier)} above the budget's {capacity} bytes"
+        if dict(plan.capacities).get(tier, capacity) != capacity:
+            yield Rule.CAPACITY, f"{tier.value}: plan says {dict(plan.capacities)[tier]}, the budget {capacity}"
+        if tier is Tier.DEVICE:
+            need, said = _device_need(plan, profile), plan.peak(tier) - slack + profile.allocator_slack_bytes
+            if need != said:
+                yield Rule.DEVICE_PEAK, f"needs {need} bytes before the margin, the plan says {said}"
+            if need > capacity:
+                yield Rule.CAPACITY, f"device: needs {need} of {capacity} bytes"
+        elif (held := _tier_need(plan, profile, tier)) != plan.peak(tier):
+            yield Rule.TIER_PEAK, f"{tier.value}: decisions put {held} bytes there, the plan says {plan.peak(tier)}"
+
+
+def _bound(plan: Plan) -> Iterator[Fault]:
+    if plan.status not in ("optimal", "gap", "heuristic", "infeasible"):
+        yield Rule.GAP, f"unknown status {plan.status!r}"
+    if plan.status == "infeasible":
+        return
+    if plan.lower_bound_seconds > plan.step_seconds + 1e-9:
+        yield Rule.GAP, f"bound {plan.lower_bound_seconds} above the step's {plan.step_seconds} seconds"
+    gap = (plan.step_seconds - plan.lower_bound_seconds) / plan.step_seconds if plan.step_seconds else 0.0
+    if abs(gap - plan.gap) > 1e-6:
+        yield Rule.GAP, f"gap is {gap:.6f}, the plan says {plan.gap:.6f}"

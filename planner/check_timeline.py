@@ -1,0 +1,216 @@
+"""The checker's reading of a plan's timeline: order, overlap, durations and bytes.
+
+Part of the independent checker (``check``): it knows what must come before what, and how fast a link is at
+most, but nothing of how the timeline was made.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.machine import Machine
+from memtrain.planner.plan import Event, Plan
+from memtrain.planner.profile import BlockProfile, ModelProfile
+
+ROUNDING_SECONDS = 1e-8
+"""Times are written with nine digits; a sum of a few is off by less than this."""
+
+Fault = tuple[str, str]
+Events = dict[tuple[str, str], list[Event]]
+"""By name and kind of resource (compute, read, write), each in order of time."""
+
+
+def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
+    """Names of rules broken by the timeline, with the numbers. An infeasible plan has no timeline."""
+    if plan.status == "infeasible":
+        return
+    yield from _one_thing_at_a_time(plan)
+    events: Events = defaultdict(list)
+    for event in sorted(plan.timeline, key=lambda e: (e.start_seconds, e.end_seconds)):
+        events[event.name, event.resource].append(event)
+    yield from _passes(plan, profile, events)
+    for index in range(len(profile.blocks)):
+        yield from _block(plan, profile, machine, events, index)
+    yield from _units(plan, profile, machine, events)
+    yield from _bytes_moved(plan, profile)
+    end = max((event.end_seconds for event in plan.timeline), default=0.0)
+    if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
+        yield "STEP_SECONDS", f"the last event ends at {end}, the step takes {plan.step_seconds}"
+
+
+def _one_thing_at_a_time(plan: Plan) -> Iterator[Fault]:
+    by_resource: dict[str, list[Event]] = defaultdict(list)
+    for event in plan.timeline:
+        by_resource[event.resource].append(event)
+        if event.end_seconds < event.start_seconds:
+            yield "OVERLAP", f"{event.name} ends before it starts"
+    for resource, events in by_resource.items():
+        events.sort(key=lambda e: (e.start_seconds, e.end_seconds))
+        for before, after in zip(events, events[1:], strict=False):
+            if after.start_seconds < before.end_seconds - ROUNDING_SECONDS:
+                yield "OVERLAP", f"{resource}: {after.name} starts before {before.name} is over"
+
+
+def _passes(plan: Plan, profile: ModelProfile, events: Events) -> Iterator[Fault]:
+    """Forward in order, the loss, backward in reverse order, once per micro-batch, each long enough."""
+    sequence = [("forward prologue", profile.prologue_forward_seconds)]
+    sequence += [(f"forward {b.name}", b.forward_seconds) for b in profile.blocks]
+    sequence += [("loss epilogue", profile.epilogue_forward_seconds + profile.epilogue_backward_seconds)]
+    sequence += [(f"backward {b.name}", b.backward_seconds) for b in reversed(profile.blocks)]
+    sequence += [("backward prologue", profile.prologue_backward_seconds)]
+    over = 0.0
+    for name, _ in sequence:
+        if len(events[name, "compute"]) != profile.micro_batches:
+            count = len(events[name, "compute"])
+            yield "DEPENDENCY", f"{name} happens {count} times in {profile.micro_batches} micro-batches"
+            return
+    for micro_batch in range(profile.micro_batches):
+        for name, least in sequence:
+            event = events[name, "compute"][micro_batch]
+            if event.start_seconds < over - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"{name} of micro-batch {micro_batch} starts before what precedes it is over"
+            yield from _long_enough(event, least)
+            over = event.end_seconds
+
+
+def _long_enough(event: Event, least: float) -> Iterator[Fault]:
+    if event.end_seconds - event.start_seconds < least - ROUNDING_SECONDS:
+        took = event.end_seconds - event.start_seconds
+        yield "DURATION", f"{event.name} takes {took:.9f} s on {event.resource}, at least {least:.9f} s are needed"
+
+
+def _parts(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int]]:
+    if decision.action is Action.SWAP:
+        return [(decision.saved_tier, block.saved_bytes)]
+    parts = []
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
+        parts.append((decision.saved_tier, block.attention_bytes))
+    if decision.input_tier is not Tier.DEVICE:
+        parts.append((decision.input_tier, block.input_bytes))
+    return parts
+
+
+def _from_slots(plan: Plan, index: int, profile: ModelProfile) -> bool:
+    """Whether the block's bytes are still in its slot when backward begins: true of a ring's last blocks."""
+    swap = plan.blocks[index].action is Action.SWAP
+    later = [
+        d.block
+        for b, d in zip(profile.blocks, plan.blocks, strict=True)
+        if d.block > index and (d.action is Action.SWAP) is swap and _parts(b, d)
+    ]
+    return len(later) < (plan.staging.saved_slots if swap else plan.staging.input_slots)
+
+
+def _block(
+    plan: Plan, profile: ModelProfile, machine: Machine, events: Events, index: int
+) -> Iterator[Fault]:
+    block, decision = profile.blocks[index], plan.blocks[index]
+    count = profile.micro_batches
+    forward, backward = events[f"forward {block.name}", "compute"], events[f"backward {block.name}", "compute"]
+    first_use = backward
+    if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+        first_use = events[f"recompute {block.name}", "compute"]
+        stored = decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
+        least = block.forward_seconds - (block.attention_seconds if stored else 0.0)
+        if len(first_use) != count:
+            yield "DEPENDENCY", f"{block.name} is recomputed {len(first_use)} times in {count} micro-batches"
+            return
+        for again, use in zip(first_use, backward, strict=False):
+            yield from _long_enough(again, least)
+            if again.end_seconds > use.start_seconds + ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"backward {block.name} starts before its recompute is over"
+    by_tier: dict[Tier, list[int]] = defaultdict(list)
+    for tier, size in _parts(block, decision):
+        by_tier[tier].append(size)
+    for tier, sizes in by_tier.items():
+        link, each = machine.link(tier), len(sizes)
+        writes = events[f"write {block.name}", f"write:{tier.value}"]
+        reads = events[f"read {block.name}", f"read:{tier.value}"]
+        wanted = 0 if _from_slots(plan, index, profile) else each * count
+        if (len(writes), len(reads)) != (each * count, wanted):
+            yield (
+                "DEPENDENCY",
+                f"{block.name}: {len(writes)} writes and {len(reads)} reads on {tier.value}, "
+                f"{each * count} and {wanted} are needed",
+            )
+            continue
+        for position, write in enumerate(writes):
+            micro_batch = position // each
+            yield from _long_enough(write, sizes[position % each] / link.write_bytes_per_second)
+            if write.start_seconds < forward[micro_batch].end_seconds - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"write {block.name} starts before its forward is over"
+        for position, read in enumerate(reads):
+            micro_batch = position // each
+            yield from _long_enough(read, sizes[position % each] / link.read_bytes_per_second)
+            if read.start_seconds < writes[position].end_seconds - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"read {block.name} starts before its write is over"
+            if first_use[micro_batch].start_seconds < read.end_seconds - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"backward {block.name} starts before its read is over"
+
+
+def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) -> Iterator[Fault]:
+    """Gradients written before they are read, updates after both, and all of it long enough."""
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        steps = events[f"update {unit.name}", "compute"]
+        took = sum(e.end_seconds - e.start_seconds for e in steps)
+        if took < unit.update_seconds - ROUNDING_SECONDS * (1 + len(steps)):
+            yield "DURATION", f"update {unit.name} takes {took:.9f} s, at least {unit.update_seconds:.9f} s are needed"
+        if plan.update_schedule is UpdateSchedule.AHEAD and steps:
+            name = profile.blocks[unit.block].name if unit.block is not None else unit.name
+            verb = "loss" if name == "epilogue" and unit.block is None else "forward"
+            name = "prologue" if unit.block is None and verb == "forward" else name
+            if events[f"{verb} {name}", "compute"][0].start_seconds < steps[-1].end_seconds - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"{verb} {name} starts before the update of {unit.name} is over"
+        if plan.update_schedule is UpdateSchedule.SEQUENTIAL and steps:
+            last = events["backward prologue", "compute"][-1].end_seconds
+            if steps[0].start_seconds < last - ROUNDING_SECONDS:
+                yield "DEPENDENCY", f"update {unit.name} starts before backward is over"
+        moved: dict[Tier, list[int]] = defaultdict(lambda: [0, 0])
+        moved[state.optimizer_tier][0] += unit.state_bytes
+        moved[state.optimizer_tier][1] += unit.state_bytes
+        moved[state.gradient_tier][0] += unit.gradient_bytes
+        for tier, (read, written) in moved.items():
+            if tier is Tier.DEVICE:
+                continue
+            link = machine.link(tier)
+            reads = events[f"read update {unit.name}", f"read:{tier.value}"]
+            writes = events[f"write update {unit.name}", f"write:{tier.value}"]
+            yield from _sum_long_enough(f"read update {unit.name}", reads, read / link.read_bytes_per_second)
+            yield from _sum_long_enough(f"write update {unit.name}", writes, written / link.write_bytes_per_second)
+            for step, write in zip(steps, writes, strict=False):
+                if write.start_seconds < step.end_seconds - ROUNDING_SECONDS:
+                    yield "DEPENDENCY", f"write update {unit.name} starts before its step is over"
+            each = max(1, len(reads) // max(1, len(steps)))
+            for position, read_event in enumerate(reads):
+                step = steps[min(position // each, len(steps) - 1)]
+                if step.start_seconds < read_event.end_seconds - ROUNDING_SECONDS:
+                    yield "DEPENDENCY", f"update {unit.name} starts before its state is read"
+        if state.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
+            link = machine.link(state.gradient_tier)
+            writes = events[f"write gradient {unit.name}", f"write:{state.gradient_tier.value}"]
+            least = profile.micro_batches * unit.gradient_bytes / link.write_bytes_per_second
+            yield from _sum_long_enough(f"write gradient {unit.name}", writes, least)
+
+
+def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[Fault]:
+    took = sum(event.end_seconds - event.start_seconds for event in events)
+    if took < least - ROUNDING_SECONDS * (1 + len(events)):
+        yield "DURATION", f"{name} takes {took:.9f} s together, at least {least:.9f} s are needed"
+
+
+def _bytes_moved(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
+    moved = 0
+    for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
+        once = sum(size for _, size in _parts(block, decision))
+        ways = 1 if once and _from_slots(plan, index, profile) else 2
+        moved += profile.micro_batches * ways * once
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        if state.gradient_tier is not Tier.DEVICE:
+            # Written once per micro-batch, fetched to be added to in all but the first, and for the update.
+            moved += 2 * profile.micro_batches * unit.gradient_bytes
+        if state.optimizer_tier is not Tier.DEVICE:
+            moved += 2 * unit.state_bytes
+    if abs(moved - plan.bytes_moved_per_step) > 1:
+        yield "BYTES_MOVED", f"the decisions move {moved} bytes, the plan says {plan.bytes_moved_per_step}"
