@@ -1,0 +1,163 @@
+import re
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtrain.offload import numa
+from memtrain.offload.errors import PlacementError, StagingError
+from memtrain.offload.slab import HUGE_PAGE_BYTES, Ring, Slab
+
+
+@pytest.mark.parametrize(("asked", "got"), [(1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
+def test_slab_is_exact_and_page_aligned(asked, got):
+    with Slab(asked) as slab:
+        assert slab.nbytes == got
+        assert slab.buffer.shape == (got,)
+        assert slab.buffer.dtype == torch.uint8
+        assert slab.address % 4096 == 0
+        assert int(slab.buffer.sum()) == 0
+
+
+def test_a_view_outlives_the_closed_slab():
+    slab = Slab(8192)
+    view = slab.buffer[4096:]
+    view.fill_(7)
+    slab.close()
+    slab.close()
+    assert slab.closed
+    assert int(view.sum()) == 7 * 4096
+    with pytest.raises(StagingError, match="closed"):
+        _ = slab.buffer
+
+
+def test_huge_pages_are_asked_for_from_their_size_on():
+    def advised(slab):
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(mapping[1], 16) <= slab.address < int(mapping[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return "hg" in line.split()
+        raise AssertionError("the slab is not mapped")
+
+    with Slab(HUGE_PAGE_BYTES) as large, Slab(HUGE_PAGE_BYTES, huge_pages=False) as refused, Slab(4096) as small:
+        assert advised(large)
+        assert not advised(refused)
+        assert not advised(small)
+
+
+def test_slab_on_a_node_lies_there():
+    with Slab(1 << 20, numa_node=0) as slab:
+        assert set(numa.nodes_of_pages(slab.address, slab.nbytes)) == {0}
+
+
+def test_slab_on_an_absent_node_is_refused_by_name():
+    with pytest.raises(PlacementError, match="NUMA node 77 does not exist"):
+        Slab(4096, numa_node=77)
+
+
+def test_bad_sizes():
+    with pytest.raises(ValueError, match="nbytes >= 1, got 0"):
+        Slab(0)
+    with pytest.raises(ValueError, match="count >= 1, got 0"):
+        Ring(0, 4096)
+
+
+def test_ring_gives_each_slot_once_and_takes_it_back():
+    ring = Ring(2, 5000)
+    assert ring.slot_bytes == 8192
+    first, second = ring.acquire(), ring.acquire()
+    assert {first.buffer.data_ptr(), second.buffer.data_ptr()} == {ring.slab.address, ring.slab.address + 8192}
+    assert ring.try_acquire() is None
+    assert ring.free_count == 0
+    first.release()
+    assert ring.try_acquire() is first
+    first.release()
+    with pytest.raises(StagingError, match="released twice"):
+        first.release()
+
+
+def test_acquire_raises_where_the_caller_holds_every_slot():
+    ring = Ring(2, 4096)
+    held = [ring.acquire(), ring.acquire()]
+    with pytest.raises(StagingError, match="none can become free"):
+        ring.acquire()
+    held[0].release()
+    assert ring.acquire() is held[0]
+
+
+def test_acquire_raises_where_a_dead_thread_holds_the_slot():
+    ring = Ring(1, 4096)
+    thread = threading.Thread(target=ring.acquire)
+    thread.start()
+    thread.join()
+    with pytest.raises(StagingError, match="none can become free"):
+        ring.acquire()
+
+
+def test_two_threads_that_wait_for_each_other_do_not_hang():
+    ring = Ring(2, 4096)
+    ready = threading.Barrier(2)
+    outcomes = []
+
+    def work():
+        slot = ring.acquire()
+        ready.wait()
+        try:
+            ring.acquire().release()
+            outcomes.append("slot")
+        except StagingError:
+            outcomes.append("refused")
+        slot.release()
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(outcomes) == ["refused", "slot"]
+
+
+def test_acquire_waits_for_a_release_by_another_thread():
+    ring = Ring(1, 4096)
+    slot = ring.acquire()
+    got = []
+    thread = threading.Thread(target=lambda: got.append(ring.acquire(timeout_seconds=10)))
+    thread.start()
+    slot.release()
+    thread.join(10)
+    assert got == [slot]
+
+
+def test_acquire_gives_up_in_time_and_refuses_what_does_not_fit():
+    ring = Ring(1, 4096)
+    stop = threading.Event()
+
+    def hold():
+        slot = ring.acquire()
+        stop.wait(10)
+        slot.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    while ring.free_count:
+        pass
+    with pytest.raises(StagingError, match=r"within 0\.05 s"):
+        ring.acquire(timeout_seconds=0.05)
+    with pytest.raises(StagingError, match="4097 bytes do not fit a staging slot of 4096"):
+        ring.acquire(4097)
+    stop.set()
+    thread.join()
+
+
+def test_a_closed_ring_refuses_and_takes_back_what_is_out():
+    ring = Ring(1, 4096)
+    slot = ring.acquire()
+    ring.close()
+    slot.release()
+    with pytest.raises(StagingError, match="closed"):
+        ring.acquire()
+    with pytest.raises(StagingError, match="closed"):
+        ring.try_acquire()
