@@ -205,11 +205,14 @@ class Store:
         return self._enqueue(Direction.READ, extent, buffer, offset)
 
     def free(self, extent: Extent) -> None:
-        """Give the extent's room back, when what is under way on it has ended. Raises ExtentStateError if freed."""
+        """Give the extent's room back, when what is under way on it has ended as usual.
+
+        Raises:
+            ExtentStateError: it was freed already, or is another store's.
+        """
         with self._changed:
             self._check_usable(extent)
             extent.freed = True
-            extent.chunks.clear()
             if extent not in self._pending:
                 self._release(extent)
 
@@ -340,7 +343,7 @@ class Store:
 
     def _finish(self, ticket: Ticket, error: OffloadError | None) -> None:
         extent, direction = ticket.extent, ticket.direction
-        if direction is Direction.WRITE and not extent.freed:
+        if direction is Direction.WRITE:
             if error is None:
                 extent.publish(
                     Chunk(
