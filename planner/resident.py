@@ -1,0 +1,89 @@
+"""What the kernel says this process occupies, now and at its peak, and giving freed memory back.
+
+All figures are of ``/proc/self/status`` in bytes. Peak is ``VmHWM``, which the kernel updates when pages are
+mapped: no sampling thread can miss it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resident:
+    """One reading of the process's memory, bytes."""
+
+    total_bytes: int
+    """VmRSS: anonymous, file-backed and shared."""
+    peak_bytes: int
+    """VmHWM: the largest VmRSS since the start or the last reset."""
+    anonymous_bytes: int
+    """RssAnon: heap, stacks, anonymous maps."""
+    file_bytes: int
+    """RssFile: pages of mapped files, such as libraries and memory-mapped weights; the kernel may drop
+    them, yet they count in VmRSS while they are there."""
+
+
+def read(status: Path = _STATUS) -> Resident:
+    """Read the kernel's figures now.
+
+    Raises:
+        OSError: no ``/proc`` (not Linux).
+        ValueError: a field is missing.
+    """
+    fields: dict[str, int] = {}
+    for line in status.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if rest.endswith(" kB"):
+            fields[name] = int(rest[:-3]) * 1024
+    try:
+        return Resident(
+            total_bytes=fields["VmRSS"],
+            peak_bytes=fields["VmHWM"],
+            anonymous_bytes=fields["RssAnon"],
+            file_bytes=fields["RssFile"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{status} has no field {error.args[0]}: the kernel is older than 4.5") from error
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process now."""
+    return read().total_bytes
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process since it started, or since ``reset_peak`` returned True."""
+    return read().peak_bytes
+
+
+def reset_peak(clear_refs: Path = _CLEAR_REFS) -> bool:
+    """Let the peak start again from what is resident now.
+
+    Returns:
+        False where the kernel or the sandbox does not permit it; the peak then goes on counting from
+        the start of the process, and a caller must not present it as the peak of a part.
+    """
+    try:
+        clear_refs.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def trim() -> bool:
+    """Ask the C library to give freed memory back to the kernel.
+
+    Returns:
+        True if it gave any back; False if not, or if the C library cannot (musl, macOS).
+    """
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError):
+        return False
+    return bool(malloc_trim(ctypes.c_size_t(0)))
