@@ -1,0 +1,430 @@
+"""Activations under a plan: keep, swap or recompute what each block saves for its backward pass.
+
+Every decided block's forward runs inside ``saved_tensors_hooks``. Under *swap* each saved tensor is
+copied once into the block's staging slot as autograd packs it, so its memory is free as soon as
+forward lets go of it; the slot is written to the tier behind the following blocks and read back ahead
+of the block's backward. Under *recompute* nothing is saved but the input (``recompute.py``).
+
+Rules that keep this exact, each the answer to a bug that other engines have had:
+
+- A tensor is identified by its storage and version, and the storage by a weak reference, never by an
+  address alone: an address is reused, and then two tensors would share one copy.
+- One copy per storage; views are restored as views of it.
+- Parameters, buffers, and arguments that several blocks share are never moved.
+- A copy is taken when autograd saves the tensor, so what backward sees is the value that was saved.
+- Slots, extents and handles live exactly as long as the graph that needs them: a graph that is dropped
+  without a backward pass, or walked twice, leaves nothing behind and finds everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memtrain.offload.engine import Engine
+from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.recompute import RecomputeFrame
+from memtrain.offload.staging import SlotCache, StagedSlot, Ticket
+from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.plan import Plan
+
+_ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
+_MIN_MOVED_BYTES = 4096  # below one page a copy costs more than the memory it frees
+
+
+class FixedTensors:
+    """Storages that no executor may move: parameters and buffers of the model.
+
+    ``refresh`` is called at every forward pass of the model, since ``load_state_dict(assign=True)`` and
+    friends replace storages; between two refreshes the model itself keeps the storages alive, so an
+    address cannot have been reused.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._addresses: frozenset[int] = frozenset()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model's parameters and buffers again."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._addresses = frozenset(t.untyped_storage().data_ptr() for t in tensors)
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._addresses
+
+
+@dataclass(slots=True)
+class SavedTensor:
+    """What autograd holds instead of a tensor that was moved: where its storage lies, and its view of it."""
+
+    group: SavedGroup
+    offset_bytes: int
+    storage_bytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    storage_offset: int
+
+
+class SavedGroup:
+    """The tensors of one block in one forward pass that share a slot and an extent."""
+
+    def __init__(self, executor: ActivationExecutor, cache: SlotCache, name: str, tier: Tier) -> None:
+        self.name = name
+        self.tier = tier
+        self.sequence = executor.next_sequence()
+        self.cache = cache
+        self._executor = executor
+        self._lock = executor.lock
+        self._placed: dict[tuple[int, ...], tuple[int, StorageWeakRef]] = {}
+        self._used_bytes = 0
+        self._sealed = False
+        self._extent: Any = None
+        self._write: Ticket | None = None
+        self._read: Ticket | None = None
+        self._restored: weakref.ref[torch.Tensor] | None = None
+        self._copies: list[Any] = []
+        self._slot: StagedSlot | None = cache.take(self)
+        executor.register(self)
+
+    # forward ----------------------------------------------------------------------------------
+
+    def pack(self, tensor: torch.Tensor) -> SavedTensor | torch.Tensor:
+        """Copy ``tensor``'s storage into the slot, once, and return what stands for the tensor."""
+        if not self._executor.movable(tensor):
+            return tensor
+        storage = tensor.untyped_storage()
+        size = tensor.element_size()
+        span = size * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
+        if storage.nbytes() <= 2 * span:
+            source, key = (
+                torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage),
+                (storage._cdata,),
+            )
+            stride, start = tensor.stride(), tensor.storage_offset()
+        else:  # a small window of a large storage: the window alone
+            source = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            key = (storage._cdata, tensor.storage_offset(), size, *tensor.shape, *tensor.stride())
+            stride, start = torch.empty(tensor.shape, device="meta").stride(), 0
+        key = (*key, tensor._version)
+        with self._lock:
+            placed = self._placed.get(key)
+            if placed is None:
+                # The weak reference keeps the storage's identity from being given to another one.
+                placed = self._place(source), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+                self._placed[key] = placed
+        return SavedTensor(self, placed[0], source.numel(), tensor.dtype, tensor.shape, stride, int(start))
+
+    def _place(self, source: torch.Tensor) -> int:
+        assert self._slot is not None
+        offset = self._used_bytes
+        end = offset + source.numel()
+        if end > self.cache.slot_bytes:
+            raise PlanMismatchError(
+                f"{self.name}: the tensors saved for backward take more than the {self.cache.slot_bytes} bytes "
+                f"that the plan reserved for a block; prepare with the largest batch that will be used"
+            )
+        self._copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
+        self._used_bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
+        return offset
+
+    def seal(self) -> None:
+        """Forward of the block is over: send the slot on its way."""
+        with self._lock:
+            self._placed.clear()
+            self._sealed = True
+        self._executor.submit_ready()
+
+    def try_submit(self, *, patient: bool = False) -> bool:
+        """Queue the write once the device's copies into the slot are done. True when queued (or empty)."""
+        with self._lock:
+            if not self._sealed or self._slot is None or self._write is not None or self._used_bytes == 0:
+                return self._sealed
+            if not patient and not all(copy.done() for copy in self._copies):
+                return False
+            for copy in self._copies:
+                copy.synchronize()
+            self._copies.clear()
+            store = self._executor.store(self.tier)
+            self._extent = store.allocate(f"activations of {self.name}", self._used_bytes)
+            self._write = store.write(self._extent, self._slot.buffer[: self._used_bytes])
+            self._slot.ticket = self._write
+            return True
+
+    # the slot cache's view --------------------------------------------------------------------
+
+    def may_leave(self) -> bool:
+        """Only a sealed group that no backward pass is reading."""
+        return self._sealed and (self._restored is None or self._restored() is None)
+
+    def leave(self) -> None:
+        """Give up the slot; raises the error of the write, while the bytes are still in memory."""
+        with self._lock:
+            self.try_submit(patient=True)
+            if self._write is not None:
+                self._write.wait()
+            self._slot = None
+            self._read = None
+
+    # backward ---------------------------------------------------------------------------------
+
+    def prefetch(self) -> bool:
+        """Start reading if the bytes are not in memory. False when no slot is free for them."""
+        with self._lock:
+            if self._slot is not None or self._used_bytes == 0:
+                return True
+            slot = self.cache.try_take(self, only_later=True)
+            if slot is None:
+                return False
+            self._start_read(slot)
+            return True
+
+    def _start_read(self, slot: StagedSlot) -> None:
+        self._slot = slot
+        self._read = self._executor.store(self.tier).read(self._extent, slot.buffer[: self._used_bytes])
+        slot.ticket = self._read
+
+    def unpack(self, saved: SavedTensor) -> torch.Tensor:
+        """The tensor as it was: same bytes, dtype, shape, stride, and storage shared with its siblings."""
+        base = self._restore()
+        size = saved.dtype.itemsize
+        start = (base.storage_offset() + saved.offset_bytes) // size + saved.storage_offset
+        whole = base[: base.numel() // size * size].view(saved.dtype)
+        return torch.as_strided(whole, saved.shape, saved.stride, start)
+
+    def _restore(self) -> torch.Tensor:
+        with self._lock:
+            base = self._restored() if self._restored is not None else None
+            if base is None:
+                self._executor.release_held()
+                if self._slot is None:
+                    self._start_read(self.cache.take(self))
+                assert self._slot is not None
+                if self._read is not None:
+                    self._read.wait()
+                for copy in self._copies:
+                    copy.synchronize()
+                base = self._executor.to_device(self._slot, self._used_bytes)
+                self._restored = weakref.ref(base)
+            self._executor.hold(self, base)
+        return base
+
+    def __del__(self) -> None:
+        # The graph is done with the block (or was dropped): the slot and the extent go back.
+        executor = getattr(self, "_executor", None)
+        if executor is not None:
+            executor.retire(self)
+
+
+class ActivationExecutor:
+    """Carries out ``plan.blocks`` on the blocks of a model.
+
+    Args:
+        model: for its parameters and buffers, which are never moved.
+        blocks: ``(name, module)`` in forward order, one per decision of the plan.
+        plan: decisions and staging sizes.
+        engine: the stores of the tiers that the plan uses.
+
+    Raises:
+        PlanMismatchError: the plan decides for another number of blocks.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], plan: Plan, engine: Engine
+    ) -> None:
+        if len(plan.blocks) != len(blocks):
+            raise PlanMismatchError(
+                f"the plan decides for {len(plan.blocks)} blocks, the model has {len(blocks)}: "
+                f"make a plan for this model"
+            )
+        self.device = engine.device
+        self.fixed = FixedTensors(model)
+        self.lock = threading.RLock()
+        """One lock for groups, caches and this: backward may run in a thread of its own (CUDA)."""
+        self._model = model
+        self._engine = engine
+        self._blocks = list(blocks)
+        self._decisions = sorted(plan.blocks, key=lambda decision: decision.block)
+        staging = plan.staging
+        self._saved = self._make_cache(staging.saved_slots, staging.saved_slot_bytes, "saved")
+        self._input = self._make_cache(staging.input_slots, staging.input_slot_bytes, "input")
+        self._groups: dict[int, weakref.ref[SavedGroup]] = {}
+        self._retired: list[tuple[Any, Any, list[Ticket]]] = []
+        self._held: tuple[int, torch.Tensor | None] = (0, None)
+        self._sequence = 0
+        self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+
+    def _make_cache(self, count: int, slot_bytes: int, name: str) -> SlotCache | None:
+        return SlotCache(count, slot_bytes, name, self.lock) if count and slot_bytes else None
+
+    # installing -------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Route every decided block's forward through its action."""
+        self._hook = self._model.register_forward_pre_hook(lambda *_: self.fixed.refresh())
+        for (name, module), decision in zip(self._blocks, self._decisions, strict=True):
+            original = module.__dict__.get("forward")
+            self._originals.append((module, original))
+            run = functools.partial(self._run, name, decision, original or module.forward)
+            module.forward = functools.update_wrapper(run, module.forward)
+
+    def remove(self) -> None:
+        """Give the blocks their own forward back and release the staging memory.
+
+        Raises:
+            OffloadError: a graph that still needs its tensors is alive.
+        """
+        self.release_held()
+        alive = [group.name for group in self._living()]
+        if alive:
+            raise OffloadError(
+                f"cannot remove the executor: backward has not run for {', '.join(alive[:3])}"
+                f"{' and others' if len(alive) > 3 else ''}; finish or drop the graph first"
+            )
+        self._hook.remove()
+        for module, original in self._originals:
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+        self._originals.clear()
+        self._sweep(patient=True)
+        for cache in (self._saved, self._input):
+            if cache is not None:
+                cache.close()
+
+    # forward ----------------------------------------------------------------------------------
+
+    def _run(
+        self, name: str, decision: BlockDecision, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if not torch.is_grad_enabled() or decision.action is Action.KEEP:
+            return forward(*args, **kwargs)
+        if decision.action is Action.SWAP:
+            assert self._saved is not None
+            group = SavedGroup(self, self._saved, name, decision.saved_tier)
+            with torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
+                output = forward(*args, **kwargs)
+            group.seal()
+            return output
+        tier = decision.input_tier if decision.input_tier is not Tier.DEVICE else decision.saved_tier
+        leaving = None
+        if tier is not Tier.DEVICE:
+            assert self._input is not None
+            leaving = SavedGroup(self, self._input, name, tier)
+        frame = RecomputeFrame(
+            name,
+            forward,
+            args,
+            kwargs,
+            is_fixed=self.fixed.__contains__,
+            store_attention=decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION,
+            pack_input=leaving.pack if leaving and decision.input_tier is not Tier.DEVICE else None,
+            pack_attention=leaving.pack if leaving and decision.saved_tier is not Tier.DEVICE else None,
+            unpack=_unpack,
+        )
+        output = frame.forward()
+        if leaving is not None:
+            leaving.seal()
+        return output
+
+    def movable(self, tensor: torch.Tensor) -> bool:
+        """Whether swapping ``tensor`` is right and worth it."""
+        return (
+            type(tensor) in (torch.Tensor, nn.Parameter)
+            and tensor.layout is torch.strided
+            and tensor.device.type == self.device.type
+            and not tensor.is_conj()
+            and not tensor.is_neg()
+            and tensor.numel() * tensor.element_size() >= _MIN_MOVED_BYTES
+            and tensor not in self.fixed
+        )
+
+    # groups -----------------------------------------------------------------------------------
+
+    def store(self, tier: Tier) -> Any:
+        """The store of ``tier``."""
+        return self._engine.store(tier)
+
+    def next_sequence(self) -> int:
+        """Creation order of groups."""
+        with self.lock:
+            self._sequence += 1
+            return self._sequence
+
+    def register(self, group: SavedGroup) -> None:
+        """Remember a living group, weakly: the graph owns it."""
+        with self.lock:
+            self._groups[group.sequence] = weakref.ref(group)
+
+    def _living(self) -> list[SavedGroup]:
+        with self.lock:
+            groups = (reference() for _, reference in sorted(self._groups.items()))
+            return [group for group in groups if group is not None]
+
+    def submit_ready(self) -> None:
+        """Queue the writes of all sealed groups whose copies are done, oldest first."""
+        self._sweep()
+        for group in self._living():
+            if not group.try_submit():
+                break
+
+    def hold(self, group: SavedGroup, base: torch.Tensor) -> None:
+        """Backward reached ``group``: keep its bytes until the next group, and prefetch what follows.
+
+        Several nodes of the block unpack from it one after the other; between two of them nothing else
+        may refer to the slot's memory, yet it must not be given away.
+        """
+        if self._held[0] == group.sequence:
+            return
+        self._held = (group.sequence, base)
+        for other in reversed(self._living()):
+            if other.sequence < group.sequence and other.cache is group.cache and not other.prefetch():
+                break
+
+    def release_held(self) -> None:
+        """Backward has left the last group."""
+        self._held = (0, None)
+
+    def to_device(self, slot: StagedSlot, used_bytes: int) -> torch.Tensor:
+        """The slot's bytes where the arithmetic happens: the slot itself on a CPU, a copy elsewhere."""
+        if self.device.type == "cpu":
+            return slot.view(used_bytes)
+        target = torch.empty(used_bytes, dtype=torch.uint8, device=self.device.type)
+        self.device.copy_in(slot.buffer[:used_bytes], target).wait()
+        return target
+
+    def retire(self, group: SavedGroup) -> None:
+        """A group's graph is gone: its extent is free once no transfer uses it (slots hold groups weakly)."""
+        with self.lock:
+            self._groups.pop(group.sequence, None)
+            if self._held[0] == group.sequence:
+                self.release_held()
+            if group._extent is not None:
+                tickets = [ticket for ticket in (group._write, group._read) if ticket is not None]
+                self._retired.append((self.store(group.tier), group._extent, tickets))
+
+    def _sweep(self, *, patient: bool = False) -> None:
+        with self.lock:
+            waiting = []
+            for store, extent, tickets in self._retired:
+                if patient or all(ticket.done() for ticket in tickets):
+                    for ticket in tickets:
+                        ticket.wait()
+                    store.free(extent)
+                else:
+                    waiting.append((store, extent, tickets))
+            self._retired = waiting
+
+
+def _unpack(saved: SavedTensor | torch.Tensor) -> torch.Tensor:
+    return saved.group.unpack(saved) if isinstance(saved, SavedTensor) else saved

@@ -1,0 +1,168 @@
+"""A cache of staging slots: what was staged last is found again without a read.
+
+Executors stage a group of tensors in a slot, send it to a tier, and need it again later. A slot is
+handed to another group only when its write is on the tier, its read is over, and nothing aliases its
+memory any more: backward reads straight from the slot, so an alias that outlives the group (a gradient
+that *is* a saved tensor) must hold the slot, not be overwritten.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Protocol
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memtrain.offload.errors import OffloadError
+from memtrain.offload.slab import Ring, Slot
+
+
+class Ticket(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None:
+        """Return when the transfer is over; raise its typed error."""
+        ...
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        ...
+
+
+class Occupant(Protocol):
+    """What lies in a slot."""
+
+    sequence: int
+    """Creation order. Backward runs in reverse, so the lowest is needed last."""
+
+    def may_leave(self) -> bool:
+        """Whether the bytes are (or will be, once the pending write is over) safe on a tier."""
+        ...
+
+    def leave(self) -> None:
+        """Give up the slot; waits for the pending write and raises its error."""
+        ...
+
+
+class StagedSlot:
+    """One slot of the cache, and why it may not be reused yet."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+        self.bytes = slot.buffer.numpy()
+        self._occupant: weakref.ref[Occupant] | None = None
+        self.ticket: Ticket | None = None
+        """The last transfer that touches this memory."""
+        self._alias: StorageWeakRef | None = None
+
+    @property
+    def occupant(self) -> Occupant | None:
+        """What lies here; None when nothing does or it has died."""
+        return None if self._occupant is None else self._occupant()
+
+    def occupy(self, occupant: Occupant) -> None:
+        """Hand the slot over, weakly: the graph owns the group, not the cache."""
+        self._occupant = weakref.ref(occupant)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The slot's memory, uint8, page-aligned."""
+        return self.slot.buffer
+
+    def view(self, used_bytes: int) -> torch.Tensor:
+        """The first ``used_bytes`` as a uint8 tensor with a storage of its own.
+
+        Its own storage tells when the last tensor made from it has died.
+        """
+        view = torch.frombuffer(self.bytes, dtype=torch.uint8, count=used_bytes)
+        self._alias = StorageWeakRef(view.untyped_storage())  # type: ignore[no-untyped-call]
+        return view
+
+    @property
+    def aliased(self) -> bool:
+        """Whether a tensor made from :meth:`view` still lives."""
+        return self._alias is not None and not self._alias.expired()
+
+    def settle(self) -> None:
+        """Wait for the transfer that still uses the memory."""
+        ticket, self.ticket = self.ticket, None
+        if ticket is not None:
+            ticket.wait()
+
+
+class SlotCache:
+    """``count`` slots of ``slot_bytes``, handed out least-soon-needed first.
+
+    Args:
+        count: slots; with one slot every block waits for its own write.
+        slot_bytes: size of each, the largest group.
+        name: for error messages, such as ``saved``.
+        lock: the executor's, held while slots change hands.
+    """
+
+    def __init__(self, count: int, slot_bytes: int, name: str, lock: threading.RLock) -> None:
+        self.name = name
+        self.slot_bytes = slot_bytes
+        self._ring = Ring(count, slot_bytes)
+        self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
+        self._lock = lock
+
+    def take(self, occupant: Occupant) -> StagedSlot:
+        """A slot for ``occupant``, waiting for writes if need be.
+
+        Raises:
+            OffloadError: every slot holds memory that is in use right now.
+        """
+        slot = self.try_take(occupant, patient=True)
+        if slot is None:
+            raise OffloadError(
+                f"all {len(self._slots)} {self.name} staging slots of {self.slot_bytes} bytes are in use at "
+                f"once; plan with more {self.name}_slots"
+            )
+        return slot
+
+    def try_take(
+        self, occupant: Occupant, *, patient: bool = False, only_later: bool = False
+    ) -> StagedSlot | None:
+        """A slot for ``occupant`` or None.
+
+        Args:
+            patient: wait for a transfer where that frees a slot.
+            only_later: turn out only groups that are needed later than ``occupant`` (prefetch).
+        """
+        with self._lock:
+            for slot in sorted(self._slots, key=self._reuse_order):
+                if slot.aliased:
+                    continue
+                holder = slot.occupant
+                if holder is not None and (
+                    not holder.may_leave() or (only_later and holder.sequence > occupant.sequence)
+                ):
+                    continue
+                if not patient and slot.ticket is not None and not slot.ticket.done():
+                    continue
+                if holder is not None:
+                    holder.leave()
+                slot.settle()
+                slot.occupy(occupant)
+                return slot
+            return None
+
+    @staticmethod
+    def _reuse_order(slot: StagedSlot) -> tuple[int, int]:
+        """Empty slots first, those without a pending transfer before the others; then the group that
+        is needed last."""
+        holder = slot.occupant
+        if holder is None:
+            return (0 if slot.ticket is None or slot.ticket.done() else 1, 0)
+        return (2, holder.sequence)
+
+    def close(self) -> None:
+        """Return the memory. No transfer may be under way."""
+        for slot in self._slots:
+            slot.settle()
+            slot.slot.release()
+        self._slots.clear()
+        self._ring.close()
