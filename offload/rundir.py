@@ -258,14 +258,18 @@ def _remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def machine_identity() -> str:
+    """What tells this machine from others that may share its disks."""
+    try:
+        return Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
+
+
 def _this_process() -> dict[str, Any]:
     pid = os.getpid()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    try:
-        machine = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        machine = os.uname().nodename
-    return {"pid": pid, "start": _start_time(pid), "boot": boot, "machine": machine}
+    return {"pid": pid, "start": _start_time(pid), "boot": boot, "machine": machine_identity()}
 
 
 def _start_time(pid: int) -> int | None:

@@ -55,8 +55,8 @@ class Ticket:
 
     __slots__ = (
         "_checksums",
-        "_event",
         "_error",
+        "_event",
         "_left",
         "_store",
         "_waits_for",

@@ -1,0 +1,257 @@
+"""How fast this machine moves bytes: measured through the engine that will move them, and remembered.
+
+The disk is read alone, written alone, and both together, in a preallocated file that was written once before: what
+an arena does all day. One measurement takes a few seconds and under 128 MiB; it is kept per machine and device
+of the directory, with its date.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from memtrain.offload.errors import OffloadError, SwapDirectoryError
+from memtrain.offload.rundir import (
+    RunDirectory,
+    check_swap_directory,
+    filesystem_type,
+    machine_identity,
+    open_arena,
+)
+from memtrain.offload.slab import Slab
+from memtrain.offload.targets import BLOCK_BYTES
+from memtrain.offload.tiers import NvmeStore, Store, Ticket, wait_all
+from memtrain.planner.actions import Tier
+from memtrain.planner.machine import Link, Machine
+from memtrain.planner.units import MiB, format_gib
+
+TRANSFER_BYTES = 8 * MiB
+TRANSFERS = 4  # in flight: 32 MiB a direction, 64 MiB with both, and as much again is never touched
+_ROUNDS = 3  # of each pattern; the median counts
+_ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
+_DRAM_BYTES = 32 * MiB  # two of them lie well outside the caches of a core
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwapProbe:
+    """What a swap directory can do, for people to read."""
+
+    path: str
+    usable: bool
+    filesystem: str
+    free_bytes: int
+    direct_io: bool
+    alignment_bytes: int | None
+    """Of direct I/O as it will be used; None without it."""
+    memlock_bytes: int | None
+    """Limit of locked memory; None means unlimited. Only CUDA registration counts against it."""
+    problem: str = ""
+    """Why it is not usable, and what to do."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and text of each finding."""
+        memlock = "unlimited" if self.memlock_bytes is None else format_gib(self.memlock_bytes)
+        direct = f"yes, blocks of {self.alignment_bytes} bytes" if self.direct_io else "no"
+        rows = [
+            ("swap directory", self.path),
+            ("file system", self.filesystem),
+            ("free", format_gib(self.free_bytes)),
+            ("direct I/O", direct),
+            ("locked memory limit", memlock),
+        ]
+        return [*rows, ("problem", self.problem)] if self.problem else rows
+
+
+def probe_swap_directory(path: str | os.PathLike[str]) -> SwapProbe:
+    """Look at a directory as ``NvmeStore`` will, with a real write and read of one block. Never raises for a bad one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    problem, direct = "", False
+    try:
+        run = RunDirectory(path)
+    except SwapDirectoryError as error:
+        problem = str(error)
+    else:
+        try:
+            os.close(open_arena(run, BLOCK_BYTES, direct=True))
+            direct = True
+        except OffloadError as error:
+            problem = str(error)
+        finally:
+            run.close()
+    exists = os.path.isdir(path)
+    space = os.statvfs(path) if exists else None
+    return SwapProbe(
+        path=os.path.realpath(path),
+        usable=not problem,
+        filesystem=filesystem_type(path) if exists else "none",
+        free_bytes=space.f_bavail * space.f_frsize if space else 0,
+        direct_io=direct,
+        alignment_bytes=BLOCK_BYTES if direct else None,
+        memlock_bytes=None if soft == resource.RLIM_INFINITY else soft,
+        problem=problem,
+    )
+
+
+def measure_machine(
+    directory: str | os.PathLike[str] | None,
+    *,
+    device: str = "cpu",
+    refresh: bool = False,
+    round_seconds: float = _ROUND_SECONDS,
+) -> Machine:
+    """This machine's DRAM and swap bandwidth, from the cache where it was measured before.
+
+    Args:
+        directory: the swap directory; without one the machine has no nvme link.
+        device: what computes, as the plan names it.
+        refresh: measure again.
+        round_seconds: of each of nine rounds.
+
+    Raises:
+        SwapDirectoryError, TierFullError: the directory cannot serve.
+    """
+    where = None if directory is None else check_swap_directory(directory)
+    cache = _cache_path(where, device)
+    if not refresh and (known := _read_cache(cache)) is not None:
+        return known
+    source = f"measured {date.today().isoformat()}"
+    machine = Machine(
+        name=platform.node() or "this machine",
+        device=device,
+        cores=len(os.sched_getaffinity(0)),
+        dram_copy_bytes_per_second=_measure_dram(),
+        links=() if where is None else (_measure_nvme(where, source, round_seconds),),
+        source=source,
+    )
+    _write_cache(cache, machine)
+    return machine
+
+
+def _measure_dram() -> float:
+    source, target = Slab(_DRAM_BYTES), Slab(_DRAM_BYTES)
+    source.buffer.fill_(1)
+    target.buffer.fill_(2)
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        ctypes.memmove(target.address, source.address, _DRAM_BYTES)
+        rates.append(_DRAM_BYTES / (time.perf_counter() - start))
+    return statistics.median(rates)
+
+
+def _measure_nvme(directory: Path, source: str, round_seconds: float) -> Link:
+    with NvmeStore(directory, 2 * TRANSFERS * TRANSFER_BYTES + BLOCK_BYTES) as store:
+        slab = Slab(2 * TRANSFERS * TRANSFER_BYTES)
+        slab.buffer.random_(0, 256)  # nothing that a disk or a file system could compress
+        views = list(torch.split(slab.buffer, TRANSFER_BYTES))
+        extents = [store.allocate(f"probe {i}", TRANSFER_BYTES) for i in range(2 * TRANSFERS)]
+        pairs = list(zip(extents, views, strict=True))
+        wait_all([store.write(*pair) for pair in pairs])
+        read = [partial(store.read, *pair) for pair in pairs[:TRANSFERS]]
+        write = [partial(store.write, *pair) for pair in pairs[TRANSFERS:]]
+        patterns = {
+            "read": read,
+            "write": write,
+            "mixed": [f for pair in zip(read, write, strict=True) for f in pair],
+        }
+        rates: dict[str, list[float]] = {name: [] for name in patterns}
+        cpu_seconds, moved = _cpu_seconds(), _moved(store)
+        for _ in range(_ROUNDS):
+            for name, submit in patterns.items():
+                rates[name].append(_rate(submit, round_seconds))
+        cpu_seconds, moved = _cpu_seconds() - cpu_seconds, _moved(store) - moved
+        latency = _latency(store)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    return Link(
+        tier=Tier.NVME,
+        read_bytes_per_second=median["read"],
+        write_bytes_per_second=median["write"],
+        mixed_bytes_per_second=median["mixed"],
+        cpu_seconds_per_byte=cpu_seconds / moved,
+        latency_seconds=latency,
+        source=source,
+    )
+
+
+def _rate(submit: Sequence[Callable[[], Ticket]], seconds: float) -> float:
+    """Bytes per second with every transfer of ``submit`` under way all the time."""
+    start = time.perf_counter()
+    tickets = [again() for again in submit]
+    moved, stopping = 0, False
+    while not stopping:
+        stopping = time.perf_counter() - start >= seconds
+        for index, again in enumerate(submit):
+            tickets[index].wait()
+            moved += tickets[index].nbytes
+            if not stopping:
+                tickets[index] = again()
+    return moved / (time.perf_counter() - start)
+
+
+def _latency(store: Store) -> float:
+    """Seconds of a lone read of one block, submission to result."""
+    extent, block = store.allocate("probe latency", BLOCK_BYTES), Slab(BLOCK_BYTES).buffer
+    store.write(extent, block).wait()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        store.read(extent, block).wait()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _moved(store: Store) -> int:
+    now = store.statistics()
+    return now.bytes_read + now.bytes_written
+
+
+def _cache_path(directory: Path | None, device: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
+    key = hashlib.sha256(f"{machine_identity()} {platform.node()} {disk} {device}".encode()).hexdigest()[:16]
+    return base / "memtrain" / f"machine-{key}.json"
+
+
+def _read_cache(path: Path) -> Machine | None:
+    try:
+        return Machine.from_json(path.read_text())
+    except (OSError, ValueError, json.JSONDecodeError):
+        return None  # never measured, or by another version
+
+
+def _write_cache(path: Path, machine: Machine) -> None:
+    """Remember, where there is a place to; a machine without a writable home measures each time."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(machine.to_json())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (
+            errno.EACCES,
+            errno.EROFS,
+            errno.ENOSPC,
+            errno.EPERM,
+            errno.ENOENT,
+            errno.ENOTDIR,
+        ):
+            raise
