@@ -139,7 +139,10 @@ class PeakMeter:
         self._whole_bytes = 0
 
     def start_phase(self) -> None:
-        """Begin a phase; the kernel's mark starts at what is resident now."""
+        """Begin a phase; the kernel's mark starts at what is resident now.
+
+        Where the kernel does not permit that, a phase's peak is that of the whole process: never too small.
+        """
         self._whole_bytes = self.whole_bytes()
         resident.reset_peak()
 

@@ -64,7 +64,8 @@ class ProgressDisplay:
     """Shows and writes down every step. Only rank 0 has one.
 
     Args:
-        metrics_path: JSON lines are appended to it, one a step, and reach the disk's cache at once.
+        metrics_path: one JSON line a step, written at once. A resumed run keeps the lines of the steps
+            before it; those of steps that it will do again are dropped.
         total_steps: of the whole run; done_steps: before this process (a resumed run).
         stream: a bar when it is a terminal.
     """
@@ -81,7 +82,9 @@ class ProgressDisplay:
     ) -> None:
         self.total_steps, self.budget_bytes, self.log_every = total_steps, budget_bytes, log_every
         self._stream = sys.stdout if stream is None else stream
-        self._file = metrics_path.open("a" if done_steps else "w", buffering=1)
+        kept = _lines_until(metrics_path, done_steps)
+        self._file = metrics_path.open("w", buffering=1)
+        self._file.writelines(kept)
         self._bar: Progress | None = None
         if self._stream.isatty():
             self._bar = _make_bar(self._stream)
@@ -117,6 +120,14 @@ class ProgressDisplay:
             self._bar.print(text)
         else:
             print(text, file=self._stream, flush=True)
+
+
+def _lines_until(path: Path, step: int) -> list[str]:
+    """Lines of a metrics file up to ``step``; a last line that a crash cut short is not among them."""
+    if step == 0 or not path.exists():
+        return []
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
+    return [line for line in lines if json.loads(line)["step"] <= step]
 
 
 def _make_bar(stream: TextIO) -> Progress:

@@ -42,6 +42,16 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_values(cls, data: Any) -> Any:
+        """YAML reads ``yes`` and ``no`` as booleans, and Python would take those for 1 and 0."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} is not a yes-or-no key; YAML reads yes, no, on and off as {value}")
+        return data
+
 
 class ModelSection(_Section):
     """The model: a folder or hub name that ``from_pretrained`` reads, or fields of a configuration."""
@@ -79,7 +89,7 @@ class BudgetSection(_Section):
 
     @model_validator(mode="after")
     def _readable(self) -> BudgetSection:
-        self.budget(Path("unused"))
+        _ = self.budget(Path("unused")).cxl_node  # its value errors are ours
         return self
 
     @property

@@ -164,7 +164,8 @@ class Trainer:
             budget_bytes=recipe.memory_budget().device_bytes,
             predicted_peak_bytes=session.plan.peak(Tier.DEVICE),
             measured_peak_bytes=peak_bytes,
-            process_peak_bytes=self.peaks.whole_bytes(),
+            # The samples stand in where the planner, while it profiles, sets the kernel's mark back.
+            process_peak_bytes=max(self.peaks.whole_bytes(), *self.sampler.resident_bytes),
             predicted_step_seconds=session.plan.step_seconds,
             measured_step_seconds=step_seconds,
             tokens_per_second=tokens / step_seconds if step_seconds else 0.0,
@@ -272,6 +273,7 @@ class _PhaseTimer:
         self._trainer, self._name = trainer, name
 
     def __enter__(self) -> None:
+        self._trainer.peaks.start_phase()
         self._start = self._trainer.sampler.now_seconds()
 
     def __exit__(self, *exception: object) -> None:

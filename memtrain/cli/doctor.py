@@ -16,7 +16,16 @@ from memtrain.memory import cgroup_limit, machine_memory
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import format_gib
 
-_LIBRARIES = ("torch", "transformers", "accelerate", "pulp", "highspy", "deepspeed", "bitsandbytes", "matplotlib")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "pulp",
+    "highspy",
+    "deepspeed",
+    "bitsandbytes",
+    "matplotlib",
+)
 
 Rows = list[tuple[str, str]]
 
@@ -88,7 +97,9 @@ def _numa(found: Findings) -> None:
     nodes, memory_only = numa.online_nodes(), numa.memory_only_nodes()
     found.add("NUMA nodes", ", ".join(map(str, nodes)) or "the kernel shows none")
     for node in memory_only:
-        found.add(f"NUMA node {node}", f"memory only, {format_gib(numa.node_free_bytes(node))} free: usable as cxl")
+        found.add(
+            f"NUMA node {node}", f"memory only, {format_gib(numa.node_free_bytes(node))} free: usable as cxl"
+        )
     if not memory_only:
         found.add("cxl", "no memory-only NUMA node: the tier cannot be used here")
 

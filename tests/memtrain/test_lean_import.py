@@ -1,0 +1,60 @@
+"""The front door is light: measured by the names of the modules that are loaded, not by time."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "transformers", "tokenizers", "matplotlib", "accelerate", "deepspeed", "datasets"}
+
+
+def loaded_by(code: str) -> set[str]:
+    """Heavy packages in memory after ``code`` ran in a fresh process."""
+    report = f"\nimport sys; print('LOADED', *({HEAVY!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split()[1:])
+
+
+def test_import_memtrain_loads_nothing_heavy() -> None:
+    assert loaded_by("import memtrain") == set()
+
+
+def test_the_budget_and_the_plan_need_no_torch() -> None:
+    code = "import memtrain; memtrain.Budget(device='1GiB'); memtrain.Plan; memtrain.Machine"
+    assert loaded_by(code) == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["ls"],
+        ["show", "recipes/tiny_llama_cpu.yaml"],
+        ["validate", "recipes/tiny_llama_cpu.yaml"],
+    ],
+)
+def test_commands_that_do_not_train_load_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+from memtrain.cli import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    assert end.code == 0, end.code
+"""
+    assert loaded_by(code) == set()
+
+
+def test_training_loads_neither_tokenizers_nor_a_plotting_library() -> None:
+    assert loaded_by("import memtrain.train") == {"torch"}
+
+
+def test_drawing_the_report_does_without_torch() -> None:
+    assert loaded_by("import memtrain.page") == set()
+
+
+def test_no_import_initialises_cuda() -> None:
+    code = "import memtrain.train, torch; assert not torch.cuda.is_initialized()"
+    assert loaded_by(code) == {"torch"}

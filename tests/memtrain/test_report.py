@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from memtrain import page
+from memtrain.charts import Chart, Series
+from memtrain.report import (
+    Summary,
+    bill_rows,
+    comparison_rows,
+    error_fraction,
+    infeasible_text,
+    plan_text,
+    summary_text,
+    table,
+)
+from tests.memtrain.plans import GIB, feasible_plan, infeasible_plan, summary
+
+
+def test_columns_line_up() -> None:
+    text = table(["", "device", "nvme"], [["weights", "0.250", "-"], ["a", "1.000", "13.000"]])
+    assert text.splitlines() == [
+        "         device    nvme",
+        "-------  ------  ------",
+        "weights   0.250       -",
+        "a         1.000  13.000",
+    ]
+
+
+def test_the_bill_adds_up_lines_of_one_category() -> None:
+    header, rows = bill_rows(feasible_plan())
+    assert header == ["GiB", "device", "nvme"]
+    assert rows == [
+        ["weights", "0.500", "-"],
+        ["optimizer state", "-", "3.000"],
+        ["predicted peak", "1.000", "3.000"],
+        ["budget", "1.250", "8.000"],
+    ]
+
+
+def test_a_plan_in_words() -> None:
+    text = plan_text(feasible_plan())
+    assert "within 5.0% of the best (highs)" in text
+    assert "blocks: 1 x keep, 2 x swap to nvme" in text
+    assert "1 units with gradients on nvme, state on nvme; 1 units with gradients on device" in text
+    assert "update ahead" in text
+    assert "4.00 s a step (lower bound 3.80 s), 6.000 GiB moved a step" in text
+
+
+def test_infeasible_says_what_is_short_and_what_helps() -> None:
+    assert infeasible_text(infeasible_plan()).splitlines() == [
+        "the budget cannot work:",
+        "  device: short by 123,456,789 bytes (0.115 GiB) of 1.000 GiB",
+        "what would help, the cheapest first:",
+        "  1. device=1.12GiB",
+        "  2. nvme of 2 GiB",
+    ]
+
+
+def test_prediction_beside_measurement() -> None:
+    header, rows = comparison_rows(summary())
+    assert header == ["", "predicted", "measured", "error"]
+    assert rows == [
+        ["peak of cpu (GiB)", "1.000", "1.143", "-12.5%"],  # 1 against 8/7
+        ["step time (s)", "4.00", "5.00", "-20.0%"],
+    ]
+    text = summary_text(summary())
+    assert "whole process: 1.200 GiB of 1.250 GiB, 0.050 GiB to spare" in text
+    assert "2.5000 before, 2.2500 after (-0.2500); 410 tokens/s" in text
+
+
+def test_a_broken_promise_is_said_loudly() -> None:
+    text = summary_text(
+        Summary(**{**{f: getattr(summary(), f) for f in Summary.__slots__}, "process_peak_bytes": 2 * GIB})
+    )
+    assert "OVER by 805,306,368 bytes" in text  # 0.75 GiB
+
+
+def test_no_error_without_a_measurement() -> None:
+    assert math.isnan(error_fraction(1.0, 0.0))
+    assert error_fraction(11.0, 10.0) == pytest.approx(0.1)
+
+
+def test_a_summary_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(summary().to_json())
+    assert Summary.read(path) == summary()
+    path.write_text(json.dumps({"name": "x"}))
+    with pytest.raises(ValueError, match="is not a summary of a run"):
+        Summary.read(path)
+
+
+def write_run(folder: Path) -> None:
+    (folder / "summary.json").write_text(summary().to_json())
+    (folder / "plan.json").write_text(feasible_plan().to_json())
+    (folder / "recipe.yaml").write_text("name: <run>\n")
+    lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": "nan"}, {"step": 3, "loss": 2.25}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "memory.csv").write_text(f"seconds,resident_bytes\n0.0,{GIB // 2}\n1.5,{GIB}\n")
+
+
+def test_the_page_stands_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path)
+    assert page.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<svg") == 2
+    assert "&lt;run&gt; &amp; co" in text
+    assert "<run>" not in text
+    assert "budget 1.250 GiB" in text
+    outside = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    assert all(word not in outside for word in ("http:", "https:", "src=", "href=", "<script", "@import"))
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_the_page_without_matplotlib_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_run(tmp_path)
+    monkeypatch.setattr(page.importlib.util, "find_spec", lambda name: None)
+    assert page.main([str(tmp_path)]) == 0
+    assert "memtrain[plots]" in capsys.readouterr().out
+    assert not (tmp_path / "memory.png").exists()
+
+
+def test_an_unfinished_run_has_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert page.main([str(tmp_path)]) == 1
+    assert "is not the folder of a finished run" in capsys.readouterr().err
+
+
+def test_a_chart_places_its_points() -> None:
+    chart = Chart(
+        x_label="x", y_label="y", series=(Series(name="s", x=[0, 10], y=[0, 100 / 1.04]),), from_zero=True
+    )
+    # x: 62 at the left edge, 848 at the right; y: 240 at zero, and 14 at 1.04 times the largest.
+    assert 'points="62.0,240.0 848.0,22.7"' in chart.svg()
+
+
+def test_a_chart_keeps_peaks_when_it_thins() -> None:
+    y = [0.0] * 10_000
+    y[4321] = 7.0
+    svg = Chart(x_label="", y_label="", series=(Series(name="s", x=range(10_000), y=y),)).svg()
+    assert len(svg) < 60_000
+    heights = [float(p.split(",")[1]) for p in svg.split('points="')[1].split('"')[0].split()]
+    assert min(heights) == pytest.approx(240 - 226 / 1.04, abs=0.05)
+
+
+def test_a_chart_of_nothing_is_nothing() -> None:
+    assert Chart(x_label="", y_label="", series=(Series(name="s", x=[1], y=[math.nan]),)).svg() == ""
