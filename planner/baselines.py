@@ -8,6 +8,7 @@ bounded by a count, not by the clock, so that the same inputs give the same plan
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -29,6 +30,8 @@ States = tuple[StateDecision, ...]
 Knobs = tuple[int, int, int, UpdateSchedule]
 """saved_slots, input_slots, shard_elements, schedule."""
 
+MAX_PAIRS = 1000
+"""Two changes at once are tried only where all pairs are few: a model of a handful of blocks."""
 MAX_SIMULATIONS = 600
 """A simulation of 30 blocks and two micro-batches takes 5 ms: three seconds at most."""
 
@@ -228,10 +231,20 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
         best = _best(search)
         yield search.build(best.blocks, best.states, change(knobs_of(best, space)))
     start = _best(search)
+    knobs = knobs_of(start, space)
     for blocks, states in _flips(start, space):
         if search.best is not start:
             return
-        yield search.build(blocks, states, knobs_of(start, space))
+        yield search.build(blocks, states, knobs)
+    singles = list(_flips(start, space))
+    if len(singles) ** 2 > MAX_PAIRS:
+        return
+    for (first, states), ring in itertools.product(singles, (1, *SLOT_COUNTS)):
+        middle = dataclasses.replace(start, blocks=first, states=states)
+        for blocks, placed in _flips(middle, space):
+            if search.best is not start:
+                return
+            yield search.build(blocks, placed, (ring, ring, *knobs[2:]))
 
 
 def knobs_of(decisions: Decisions, space: Space) -> Knobs:

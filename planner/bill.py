@@ -139,7 +139,7 @@ class _GradientCount:
         self.total = self.prologue + self.epilogue + sum(self.blocks)
 
     def at_forward(self, index: int) -> int:
-        """Before the forward of block ``index`` (-1: the prologue), its own included: its update is just over."""
+        """Before the forward of block ``index`` (-1: the prologue), its own included."""
         if self._accumulates:
             return self.total
         if not self._ahead:
@@ -168,7 +168,9 @@ def _update_positions(
     for unit, decision in zip(profile.units, decisions.states, strict=True):
         streamed = decision.optimizer_tier is not Tier.DEVICE
         workspace = (
-            0 if streamed else math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
+            0
+            if streamed
+            else math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
         )
         kept = 0
         if ahead and unit.block is not None:
@@ -225,7 +227,9 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
     return {
         "activations": activations,
         "gradients": sum(round_up(u.gradient_bytes, PAGE_BYTES) for u, d in units if d.gradient_tier is tier),
-        "optimizer state": sum(round_up(u.state_bytes, PAGE_BYTES) for u, d in units if d.optimizer_tier is tier),
+        "optimizer state": sum(
+            round_up(u.state_bytes, PAGE_BYTES) for u, d in units if d.optimizer_tier is tier
+        ),
     }
 
 

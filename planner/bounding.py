@@ -69,7 +69,9 @@ def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Ans
     # The request's class lives beside the solver's model; importing it here would load PuLP.
     fields = {name: getattr(search, name) for name in ("profile", "machine", "budget", "options", "space")}
     root = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([_package_root(root), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([_package_root(root), os.environ.get("PYTHONPATH", "")])
+    }
     try:
         child = subprocess.run(
             [sys.executable, "-m", "memtrain.planner.bounding"],

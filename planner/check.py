@@ -57,7 +57,9 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
     An infeasible plan is reported as above capacity. Bytes and times are only looked at once decisions,
     tiers and digests are sound, for they mean nothing before.
     """
-    structure = tuple(Violation(rule=rule, detail=detail) for rule, detail in _structure(plan, profile, machine, budget))
+    structure = tuple(
+        Violation(rule=rule, detail=detail) for rule, detail in _structure(plan, profile, machine, budget)
+    )
     if structure:
         return structure
     faults = [*_staging(plan, profile), *_peaks(plan, profile, budget), *_bound(plan)]
@@ -78,7 +80,10 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
     if [b.block for b in plan.blocks] != list(range(len(profile.blocks))):
         yield Rule.BLOCK_DECIDED_ONCE, f"blocks {[b.block for b in plan.blocks]} of {len(profile.blocks)}"
     if [s.unit for s in plan.states] != [u.name for u in profile.units]:
-        yield Rule.UNIT_DECIDED_ONCE, f"units {[s.unit for s in plan.states]} of {[u.name for u in profile.units]}"
+        yield (
+            Rule.UNIT_DECIDED_ONCE,
+            f"units {[s.unit for s in plan.states]} of {[u.name for u in profile.units]}",
+        )
     linked = {link.tier for link in machine.links}
     usable = {Tier.DEVICE} | {tier for tier in linked if budget.capacity(tier) > 0}
     for block in plan.blocks:
@@ -90,7 +95,10 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
             if not measured.recomputable:
                 yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {measured.reason}"
             elif block.action is Action.RECOMPUTE_EXCEPT_ATTENTION and measured.attention_bytes == 0:
-                yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}) has no attention outputs to store"
+                yield (
+                    Rule.RECOMPUTABLE,
+                    f"block {block.block} ({measured.name}) has no attention outputs to store",
+                )
     for state in plan.states:
         for tier in {state.gradient_tier, state.optimizer_tier} - usable:
             yield Rule.TIER_EXISTS, f"unit {state.unit} uses {tier.value}"
@@ -116,7 +124,11 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     if any(s.optimizer_tier is not Tier.DEVICE for s in plan.states):
         elements = staging.update_shard_elements
         if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
-            yield Rule.STAGING, f"update shard of {elements} elements, largest parameter {profile.largest_parameter_elements}"
+            yield (
+                Rule.STAGING,
+                f"update shard of {elements} elements, the largest parameter has "
+                f"{profile.largest_parameter_elements}",
+            )
         one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
         one += profile.update_workspace_bytes_per_element
         yield from _ring("update", int(elements * one), staging.update_slots, staging.update_slot_bytes, 3)
@@ -256,7 +268,10 @@ def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]
         if plan.peak(tier) > capacity:
             yield Rule.CAPACITY, f"{tier.value}: peak {plan.peak(tier)} above the budget's {capacity} bytes"
         if dict(plan.capacities).get(tier, capacity) != capacity:
-            yield Rule.CAPACITY, f"{tier.value}: plan says {dict(plan.capacities)[tier]}, the budget {capacity}"
+            yield (
+                Rule.CAPACITY,
+                f"{tier.value}: plan says {dict(plan.capacities)[tier]}, the budget {capacity}",
+            )
         if tier is Tier.DEVICE:
             need, said = _device_need(plan, profile), plan.peak(tier) - slack + profile.allocator_slack_bytes
             if need != said:
@@ -264,7 +279,10 @@ def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]
             if need > capacity:
                 yield Rule.CAPACITY, f"device: needs {need} of {capacity} bytes"
         elif (held := _tier_need(plan, profile, tier)) != plan.peak(tier):
-            yield Rule.TIER_PEAK, f"{tier.value}: decisions put {held} bytes there, the plan says {plan.peak(tier)}"
+            yield (
+                Rule.TIER_PEAK,
+                f"{tier.value}: decisions put {held} bytes there, the plan says {plan.peak(tier)}",
+            )
 
 
 def _bound(plan: Plan) -> Iterator[Fault]:

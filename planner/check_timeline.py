@@ -6,6 +6,7 @@ most, but nothing of how the timeline was made.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -48,7 +49,7 @@ def _one_thing_at_a_time(plan: Plan) -> Iterator[Fault]:
             yield "OVERLAP", f"{event.name} ends before it starts"
     for resource, events in by_resource.items():
         events.sort(key=lambda e: (e.start_seconds, e.end_seconds))
-        for before, after in zip(events, events[1:], strict=False):
+        for before, after in itertools.pairwise(events):
             if after.start_seconds < before.end_seconds - ROUNDING_SECONDS:
                 yield "OVERLAP", f"{resource}: {after.name} starts before {before.name} is over"
 
@@ -70,7 +71,10 @@ def _passes(plan: Plan, profile: ModelProfile, events: Events) -> Iterator[Fault
         for name, least in sequence:
             event = events[name, "compute"][micro_batch]
             if event.start_seconds < over - ROUNDING_SECONDS:
-                yield "DEPENDENCY", f"{name} of micro-batch {micro_batch} starts before what precedes it is over"
+                yield (
+                    "DEPENDENCY",
+                    f"{name} of micro-batch {micro_batch} starts before what precedes it is over",
+                )
             yield from _long_enough(event, least)
             over = event.end_seconds
 
@@ -78,13 +82,16 @@ def _passes(plan: Plan, profile: ModelProfile, events: Events) -> Iterator[Fault
 def _long_enough(event: Event, least: float) -> Iterator[Fault]:
     if event.end_seconds - event.start_seconds < least - ROUNDING_SECONDS:
         took = event.end_seconds - event.start_seconds
-        yield "DURATION", f"{event.name} takes {took:.9f} s on {event.resource}, at least {least:.9f} s are needed"
+        yield (
+            "DURATION",
+            f"{event.name} takes {took:.9f} s on {event.resource}, at least {least:.9f} s are needed",
+        )
 
 
 def _parts(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int]]:
     if decision.action is Action.SWAP:
         return [(decision.saved_tier, block.saved_bytes)]
-    parts = []
+    parts: list[tuple[Tier, int]] = []
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
         parts.append((decision.saved_tier, block.attention_bytes))
     if decision.input_tier is not Tier.DEVICE:
@@ -108,7 +115,10 @@ def _block(
 ) -> Iterator[Fault]:
     block, decision = profile.blocks[index], plan.blocks[index]
     count = profile.micro_batches
-    forward, backward = events[f"forward {block.name}", "compute"], events[f"backward {block.name}", "compute"]
+    forward, backward = (
+        events[f"forward {block.name}", "compute"],
+        events[f"backward {block.name}", "compute"],
+    )
     first_use = backward
     if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
         first_use = events[f"recompute {block.name}", "compute"]
@@ -156,12 +166,18 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
         steps = events[f"update {unit.name}", "compute"]
         took = sum(e.end_seconds - e.start_seconds for e in steps)
         if took < unit.update_seconds - ROUNDING_SECONDS * (1 + len(steps)):
-            yield "DURATION", f"update {unit.name} takes {took:.9f} s, at least {unit.update_seconds:.9f} s are needed"
+            yield (
+                "DURATION",
+                f"update {unit.name} takes {took:.9f} s, at least {unit.update_seconds:.9f} s are needed",
+            )
         if plan.update_schedule is UpdateSchedule.AHEAD and steps:
             name = profile.blocks[unit.block].name if unit.block is not None else unit.name
             verb = "loss" if name == "epilogue" and unit.block is None else "forward"
             name = "prologue" if unit.block is None and verb == "forward" else name
-            if events[f"{verb} {name}", "compute"][0].start_seconds < steps[-1].end_seconds - ROUNDING_SECONDS:
+            if (
+                events[f"{verb} {name}", "compute"][0].start_seconds
+                < steps[-1].end_seconds - ROUNDING_SECONDS
+            ):
                 yield "DEPENDENCY", f"{verb} {name} starts before the update of {unit.name} is over"
         if plan.update_schedule is UpdateSchedule.SEQUENTIAL and steps:
             last = events["backward prologue", "compute"][-1].end_seconds
@@ -178,12 +194,14 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
             reads = events[f"read update {unit.name}", f"read:{tier.value}"]
             writes = events[f"write update {unit.name}", f"write:{tier.value}"]
             yield from _sum_long_enough(f"read update {unit.name}", reads, read / link.read_bytes_per_second)
-            yield from _sum_long_enough(f"write update {unit.name}", writes, written / link.write_bytes_per_second)
+            yield from _sum_long_enough(
+                f"write update {unit.name}", writes, written / link.write_bytes_per_second
+            )
             for step, write in zip(steps, writes, strict=False):
                 if write.start_seconds < step.end_seconds - ROUNDING_SECONDS:
                     yield "DEPENDENCY", f"write update {unit.name} starts before its step is over"
             each = max(1, len(reads) // max(1, len(steps)))
-            for position, read_event in enumerate(reads):
+            for position, read_event in enumerate(reads if steps else ()):
                 step = steps[min(position // each, len(steps) - 1)]
                 if step.start_seconds < read_event.end_seconds - ROUNDING_SECONDS:
                     yield "DEPENDENCY", f"update {unit.name} starts before its state is read"

@@ -70,12 +70,17 @@ class PlannerOptions:
         if not 0 <= self.safety_margin < 1:
             raise ValueError(f"safety_margin must be in [0, 1), got {self.safety_margin}")
         if self.update_schedule not in ("auto", "sequential", "ahead"):
-            raise ValueError(f"update_schedule must be auto, sequential or ahead, got {self.update_schedule!r}")
+            raise ValueError(
+                f"update_schedule must be auto, sequential or ahead, got {self.update_schedule!r}"
+            )
         if not self.allow:
             raise ValueError("allow is empty: name at least one action")
         for key, entry in self.force.items():
             kind, _, which = key.partition(".")
-            known = {"block": ("action", "saved_tier", "input_tier"), "state": ("gradient_tier", "optimizer_tier")}
+            known = {
+                "block": ("action", "saved_tier", "input_tier"),
+                "state": ("gradient_tier", "optimizer_tier"),
+            }
             if kind not in known or (kind == "block" and which and not which.isdigit()):
                 raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
             for name, value in entry.items():
@@ -104,9 +109,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             profile lacks the bytes per element that sharding needs. The message names value and remedy.
     """
     tiers = usable_tiers(machine, budget)
-    blocks = tuple(
-        _block_choices(index, block, tiers, options) for index, block in enumerate(profile.blocks)
-    )
+    blocks = tuple(_block_choices(index, block, tiers, options) for index, block in enumerate(profile.blocks))
     states = tuple(_state_choices(unit, tiers, options) for unit in profile.units)
     for key in options.force:
         kind, _, which = key.partition(".")
@@ -121,7 +124,9 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             f"with its optimizer, or force optimizer_tier device"
         )
     schedules = {
-        "auto": (UpdateSchedule.SEQUENTIAL, UpdateSchedule.AHEAD) if state_leaves else (UpdateSchedule.SEQUENTIAL,),
+        "auto": (UpdateSchedule.SEQUENTIAL, UpdateSchedule.AHEAD)
+        if state_leaves
+        else (UpdateSchedule.SEQUENTIAL,),
         "sequential": (UpdateSchedule.SEQUENTIAL,),
         "ahead": (UpdateSchedule.AHEAD,),
     }[options.update_schedule]
@@ -141,11 +146,13 @@ def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
         if budget.capacity(tier) == 0:
             continue
         if tier is Tier.HOST and machine.device == "cpu":
-            raise ValueError("budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device")
+            raise ValueError(
+                "budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device"
+            )
         if tier not in {link.tier for link in machine.links}:
             raise ValueError(
-                f"the budget gives {tier.value} {budget.capacity(tier)} bytes but machine {machine.name} has no "
-                f"link to it; measure the machine again with that tier, or drop it from the budget"
+                f"the budget gives {tier.value} {budget.capacity(tier)} bytes but machine {machine.name} has "
+                f"no link to it; measure the machine again with that tier, or drop it from the budget"
             )
         tiers.append(tier)
     return tuple(tiers)
@@ -171,10 +178,12 @@ def _block_choices(
         c for c in choices if (c.action in options.allow or "action" in wanted) and _matches(c, wanted)
     )
     if not open_choices:
-        reason = "" if block.recomputable else f"; it may not be recomputed: {block.reason or 'profile says so'}"
+        reason = (
+            "" if block.recomputable else f"; it may not be recomputed: {block.reason or 'profile says so'}"
+        )
         raise ValueError(
-            f"block {index} ({block.name}): no action is left by allow={sorted(a.value for a in options.allow)}, "
-            f"force={dict(wanted)} and tiers {[t.value for t in places]}{reason}"
+            f"block {index} ({block.name}): no action is left by "
+            f"allow={sorted(a.value for a in options.allow)}, force={dict(wanted)} and tiers {[t.value for t in places]}{reason}"
         )
     return open_choices
 
@@ -268,7 +277,9 @@ def staging_for(
     shard_elements: int,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
-    saved = [saved_slot_bytes(b) for b, d in zip(profile.blocks, blocks, strict=True) if d.action is Action.SWAP]
+    saved = [
+        saved_slot_bytes(b) for b, d in zip(profile.blocks, blocks, strict=True) if d.action is Action.SWAP
+    ]
     moved = [size for b, d in zip(profile.blocks, blocks, strict=True) if (size := input_slot_bytes(b, d))]
     gradients = [
         unit.gradient_bytes

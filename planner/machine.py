@@ -58,7 +58,8 @@ class Machine:
         for link in self.links:
             if link.tier is tier:
                 return link
-        raise KeyError(f"machine {self.name} has no tier {tier.value}; it has {[k.tier.value for k in self.links]}")
+        tiers = [link.tier.value for link in self.links]
+        raise KeyError(f"machine {self.name} has no tier {tier.value}; it has {tiers}")
 
     def to_json(self) -> str:
         """Canonical JSON."""
@@ -69,7 +70,8 @@ class Machine:
         """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
         data: dict[str, Any] = json.loads(text)
         if data.get("version") != MACHINE_VERSION:
-            raise ValueError(f"machine version {data.get('version')!r}, this memtrain reads {MACHINE_VERSION}")
+            found = data.get("version")
+            raise ValueError(f"machine version {found!r}, this memtrain reads {MACHINE_VERSION}")
         try:
             data["links"] = tuple(Link(**{**link, "tier": Tier(link["tier"])}) for link in data["links"])
             return cls(**data)

@@ -175,7 +175,8 @@ class Plan:
             raise ValueError(f"not a plan: {error!r}") from error
         if document.get("hash") != plan.digest:
             raise ValueError(
-                f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: it was edited or damaged"
+                f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: "
+                "it was edited or damaged"
             )
         return plan
 

@@ -49,8 +49,7 @@ class BlockProfile:
         _non_negative(self)
         if self.attention_bytes > self.saved_bytes:
             raise ValueError(
-                f"{self.name}: attention_bytes {self.attention_bytes} exceeds saved_bytes "
-                f"{self.saved_bytes}"
+                f"{self.name}: attention_bytes {self.attention_bytes} exceeds saved_bytes {self.saved_bytes}"
             )
 
 
@@ -71,6 +70,9 @@ class UnitProfile:
     """State and gradients too small to be worth moving; always in memory."""
     update_seconds: float = 0.0
     """Arithmetic of one optimizer step over this unit, with everything in memory."""
+    parameters: tuple[str, ...] = ()
+    """Qualified names, trainable or not; a tied parameter in the first unit alone. Empty in a profile that was
+    written by hand: it can be planned for, but not installed."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -133,10 +135,13 @@ class ModelProfile:
         """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
         data: dict[str, Any] = json.loads(text)
         if data.get("version") != PROFILE_VERSION:
-            raise ValueError(f"profile version {data.get('version')!r}, this memtrain reads {PROFILE_VERSION}")
+            found = data.get("version")
+            raise ValueError(f"profile version {found!r}, this memtrain reads {PROFILE_VERSION}")
         try:
             data["blocks"] = tuple(BlockProfile(**block) for block in data["blocks"])
-            data["units"] = tuple(UnitProfile(**unit) for unit in data["units"])
+            data["units"] = tuple(
+                UnitProfile(**{**unit, "parameters": tuple(unit["parameters"])}) for unit in data["units"]
+            )
             return cls(**data)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a profile: {error}") from error

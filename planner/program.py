@@ -5,7 +5,7 @@ times. Every row is implied by the simulator's rules (docs/plan.md lists them), 
 bound of every plan's simulated step; memory and capacity rows are the bill's, exactly. First-in-first-out
 queues keep the order of the blocks, so the maxima need no binaries: the objective pushes times down.
 
-PuLP holds the model. Bound and status are read from HiGHS itself, for PuLP reports a stopped solver as optimal.
+PuLP holds the model. Bound and status are read from HiGHS itself: PuLP reports a stopped solver as optimal.
 
 Index letters: ``l`` block, ``u`` unit, ``t`` tier, ``n`` slots of a ring, ``s`` shard.
 """
@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
 
 import pulp
 
@@ -39,7 +41,8 @@ from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.simulate import MAX_PIECES, mixed_fraction
 from memtrain.planner.units import round_up
 
-Expression = pulp.LpAffineExpression
+Expression: TypeAlias = Any
+"""An affine expression of PuLP, which is not typed."""
 RINGS = (1, *SLOT_COUNTS)
 
 
@@ -95,11 +98,11 @@ class Program:
     # -- what is chosen -------------------------------------------------------------------------------
 
     def _binary(self, name: str) -> pulp.LpVariable:
-        return pulp.LpVariable(name, cat=pulp.LpBinary)
+        return self.problem.add_variable(name, cat=pulp.LpBinary)
 
     def _time(self) -> pulp.LpVariable:
         self._times += 1
-        return pulp.LpVariable(f"time_{self._times:05d}", lowBound=0)
+        return self.problem.add_variable(f"time_{self._times:05d}", lowBound=0)
 
     def _add(self, constraint: pulp.LpConstraint | bool) -> None:
         # PuLP folds a row without variables to a bool; all such rows hold by construction.
@@ -121,7 +124,10 @@ class Program:
         self.gradient_ring = self._binary("gradient_ring")
         self.gradient_fed = self._binary("gradient_ring_feeds_update")
         for one_of in (
-            *self.x, *self.z, list(self.saved_ring.values()), list(self.input_ring.values()),
+            *self.x,
+            *self.z,
+            list(self.saved_ring.values()),
+            list(self.input_ring.values()),
             list(self.shard.values()),
         ):
             self._add(pulp.lpSum(one_of) == 1)
@@ -129,22 +135,34 @@ class Program:
             self._add(self.swapped(index) <= 1 - self.saved_ring[0])
             self._add(self.moved(index) <= 1 - self.input_ring[0])
         for index in range(len(self.z)):
-            self._add(self.unit_sum(index, lambda _, d: d.optimizer_tier is not Tier.DEVICE) <= 1 - self.shard[0])
-            self._add(self.unit_sum(index, lambda _, d: d.gradient_tier is not Tier.DEVICE) <= self.gradient_ring)
+            self._add(
+                self.unit_sum(index, lambda _, d: d.optimizer_tier is not Tier.DEVICE) <= 1 - self.shard[0]
+            )
+            self._add(
+                self.unit_sum(index, lambda _, d: d.gradient_tier is not Tier.DEVICE) <= self.gradient_ring
+            )
             self._add(self.unit_sum(index, _fed_by_gradient_ring) <= self.gradient_fed)
 
     def block_sum(self, index: int, value: Callable[[BlockProfile, BlockDecision], float]) -> Expression:
         """The value of whichever choice block ``index`` gets."""
         block = self.profile.blocks[index]
         return pulp.LpAffineExpression(
-            [(v, w) for v, d in zip(self.x[index], self.space.blocks[index], strict=True) if (w := value(block, d))]
+            [
+                (v, w)
+                for v, d in zip(self.x[index], self.space.blocks[index], strict=True)
+                if (w := value(block, d))
+            ]
         )
 
     def unit_sum(self, index: int, value: Callable[[UnitProfile, StateDecision], float]) -> Expression:
         """The value of whichever choice unit ``index`` gets."""
         unit = self.profile.units[index]
         return pulp.LpAffineExpression(
-            [(v, float(w)) for v, d in zip(self.z[index], self.space.states[index], strict=True) if (w := value(unit, d))]
+            [
+                (v, float(w))
+                for v, d in zip(self.z[index], self.space.states[index], strict=True)
+                if (w := value(unit, d))
+            ]
         )
 
     def swapped(self, index: int) -> Expression:
@@ -162,11 +180,14 @@ class Program:
     ) -> Expression:
         """Bytes of a ring: slots times the largest block that uses it."""
         sizes = [
-            s for b, choices in zip(self.profile.blocks, self.space.blocks, strict=True) for d in choices if (s := size(b, d))
+            s
+            for b, choices in zip(self.profile.blocks, self.space.blocks, strict=True)
+            for d in choices
+            if (s := size(b, d))
         ]
         if not sizes:
             return pulp.LpAffineExpression()
-        total = pulp.LpVariable(f"{name}_bytes", lowBound=0)
+        total = self.problem.add_variable(f"{name}_bytes", lowBound=0)
         self._add(total >= pulp.lpSum(n * min(sizes) * v for n, v in ring.items()))
         if max(sizes) > min(sizes):
             for index in range(len(self.x)):
@@ -188,14 +209,18 @@ class Program:
         )
         always += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         always += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
-        always += pulp.lpSum(UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s)
+        always += pulp.lpSum(
+            UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
+        )
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
 
         def row(*parts: Expression | float) -> None:
             # Megabytes keep the coefficients near 1; the choice is checked in bytes afterwards.
             self._add((pulp.lpSum([always, *parts])) * 1e-6 <= limit * 1e-6)
 
-        gradient = [self.unit_sum(u, lambda p, d: p.gradient_bytes * (d.gradient_tier is Tier.DEVICE)) for u in units]
+        gradient = [
+            self.unit_sum(u, lambda p, d: p.gradient_bytes * (d.gradient_tier is Tier.DEVICE)) for u in units
+        ]
         every = pulp.lpSum(gradient)
         many = profile.micro_batches > 1
 
@@ -223,7 +248,7 @@ class Program:
         row(every, profile.persistent_backward_bytes + profile.prologue_peak_bytes)
         for u, unit in enumerate(profile.units):
             workspace = math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
-            here = self.unit_sum(u, lambda _, d, w=workspace: w * (d.optimizer_tier is Tier.DEVICE))
+            here = workspace * self.unit_sum(u, lambda _, d: d.optimizer_tier is Tier.DEVICE)
             place = _place(unit)
             held: Expression | float = 0.0
             if self.ahead and place >= 0:
@@ -232,11 +257,8 @@ class Program:
 
     def _capacities(self) -> None:
         for tier in self.space.tiers:
-            used = [
-                self.block_sum(i, lambda b, d, t=tier: sum(round_up(s, PAGE_BYTES) for w, s in _traffic(b, d) if w is t))
-                for i in range(len(self.x))
-            ]
-            used += [self.unit_sum(u, lambda p, d, t=tier: _unit_pages(p, d, t)) for u in range(len(self.z))]
+            used = [self.block_sum(i, partial(_block_pages, tier)) for i in range(len(self.x))]
+            used += [self.unit_sum(u, partial(_unit_pages, tier)) for u in range(len(self.z))]
             self._add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
     # -- seconds --------------------------------------------------------------------------------------
@@ -284,8 +306,12 @@ class Program:
             return self.unit_sum(
                 unit,
                 lambda p, d: (
-                    p.state_bytes * (d.optimizer_tier is tier) + p.gradient_bytes * (d.gradient_tier is tier)
-                ) / rate,
+                    (
+                        p.state_bytes * (d.optimizer_tier is tier)
+                        + p.gradient_bytes * (d.gradient_tier is tier)
+                    )
+                    / rate
+                ),
             )
         rate = link.write_bytes_per_second
         return self.unit_sum(unit, lambda p, d: p.state_bytes * (d.optimizer_tier is tier) / rate)
@@ -305,7 +331,8 @@ class Program:
         for shard, chosen in self.shard.items():
             if shard:
                 largest = max(
-                    (p.state_bytes + p.gradient_bytes * read) / _pieces(unit_elements(self.profile, p) / shard)
+                    (p.state_bytes + p.gradient_bytes * read)
+                    / _pieces(unit_elements(self.profile, p) / shard)
                     for p in self.profile.units
                 )
                 held += UPDATE_SLOTS * (largest / rate + 2 * link.latency_seconds) * chosen
@@ -313,7 +340,9 @@ class Program:
 
     def _gradient_piece(self) -> float:
         half = GRADIENT_SLOTS * gradient_slot_bytes(self.profile) // 2
-        return max((p.gradient_bytes / _pieces(p.gradient_bytes / half) for p in self.profile.units), default=0.0)
+        return max(
+            (p.gradient_bytes / _pieces(p.gradient_bytes / half) for p in self.profile.units), default=0.0
+        )
 
     def _busy(self, tier: Tier) -> float:
         """Queue seconds that both directions of a tier together serve in a second, at most."""
@@ -347,7 +376,13 @@ class Program:
                     reads[t] = reads[t] + read
                     writes[t] = writes[t] + write
                     behind = self._update_slots(t, read=False)
-                    self._add(self._busy(t) * done >= reads[t] + writes[t] - behind - self._slots(t, self.machine.link(t).write_bytes_per_second))
+                    self._add(
+                        self._busy(t) * done
+                        >= reads[t]
+                        + writes[t]
+                        - behind
+                        - self._slots(t, self.machine.link(t).write_bytes_per_second)
+                    )
                     read_end[t], write_end[t] = fetched, stored
                 now = pulp.LpAffineExpression(done)
             return now
@@ -355,7 +390,9 @@ class Program:
         now = update(-1, now) + profile.prologue_forward_seconds
         for index, block in enumerate(profile.blocks):
             now = update(index, now)
-            out = self.block_sum(index, lambda _, d, b=block: sum(s * (self.copy + self.cpu[w]) for w, s in _traffic(b, d)))
+            out = self.block_sum(
+                index, lambda b, d: sum(s * (self.copy + self.cpu[w]) for w, s in _traffic(b, d))
+            )
             done = self._time()
             self._add(done >= now + block.forward_seconds + out)
             for t in tiers:
@@ -385,15 +422,18 @@ class Program:
             return pulp.lpSum(
                 self.unit_sum(
                     u,
-                    lambda p, d: p.gradient_bytes * (self.copy + self.cpu[d.gradient_tier] * moves)
-                    if d.gradient_tier is not Tier.DEVICE
-                    else 0.0,
+                    lambda p, d: (
+                        p.gradient_bytes * (self.copy + self.cpu[d.gradient_tier] * moves)
+                        if d.gradient_tier is not Tier.DEVICE
+                        else 0.0
+                    ),
                 )
                 for u, unit in enumerate(profile.units)
                 if _place(unit) == place
             )
 
         now = now + store(BEYOND)
+        later: Expression | None = None
         for index in reversed(range(len(profile.blocks))):
             block = profile.blocks[index]
             again = self.block_sum(index, _recompute_seconds)
@@ -404,13 +444,12 @@ class Program:
                 work = self._work(t, index, read=True)
                 fetched = self._time()
                 self._add(fetched - read_end[t] - work >= 0)
-                if index + 1 < len(profile.blocks):
-                    later_over = self._over
-                    self._add(fetched >= later_over - self._slots(t, rates[t], index + 1) + work)
+                if later is not None:
+                    self._add(fetched >= later - self._slots(t, rates[t], index + 1) + work)
                 self._add(over >= fetched + block.backward_seconds + again)
                 read_end[t] = pulp.LpAffineExpression(fetched)
                 reads[t] = reads[t] + work
-            self._over = over
+            later = over
             now = over + store(index)
         now = now + profile.prologue_backward_seconds + store(-1)
         end = self._time()
@@ -425,8 +464,7 @@ class Program:
         for t in self.space.tiers:
             link = self.machine.link(t)
             gradient = pulp.lpSum(
-                self.unit_sum(u, lambda p, d, t=t: p.gradient_bytes * (d.gradient_tier is t))
-                for u in range(len(self.z))
+                self.unit_sum(u, partial(_gradient_bytes_on, t)) for u in range(len(self.z))
             )
             fetched = reads[t] + (0.0 if first else gradient * (1 / link.read_bytes_per_second))
             behind = 2 * self._gradient_piece() / link.write_bytes_per_second * self.gradient_ring
@@ -476,9 +514,17 @@ def _recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
     return 0.0
 
 
-def _unit_pages(unit: UnitProfile, decision: StateDecision, tier: Tier) -> int:
+def _block_pages(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:
+    return sum(round_up(size, PAGE_BYTES) for where, size in _traffic(block, decision) if where is tier)
+
+
+def _unit_pages(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
     pages = round_up(unit.gradient_bytes, PAGE_BYTES) if decision.gradient_tier is tier else 0
     return pages + (round_up(unit.state_bytes, PAGE_BYTES) if decision.optimizer_tier is tier else 0)
+
+
+def _gradient_bytes_on(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
+    return unit.gradient_bytes * (decision.gradient_tier is tier)
 
 
 def _fed_by_gradient_ring(_: UnitProfile, decision: StateDecision) -> bool:
@@ -505,7 +551,9 @@ def solve_program(request: Request, schedule: UpdateSchedule, time_limit_seconds
     if info.primal_solution_status != 2:  # kSolutionStatusFeasible
         return Answer(bound_seconds=max(0.0, bound))
     values = list(highs.getSolution().col_value)
-    chosen = {v.name for v in program.problem.variables() if v.cat == pulp.LpInteger and values[v.index] > 0.5}
+    chosen = {
+        v.name for v in program.problem.variables() if v.cat == pulp.LpInteger and values[v.index] > 0.5
+    }
     return Answer(
         # HiGHS proves within its tolerances: 1e-6 of the bound is given away.
         bound_seconds=max(0.0, bound * (1 - 1e-6)),

@@ -7,7 +7,7 @@ runs ahead of the forward is counted once.
 
 While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
 they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
-that starts or awaits it, divided by the cores. On a CUDA device it is not: the processor is not what computes.
+that starts or awaits it, divided by the cores. On a CUDA device it is not.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class _Schedule:
         present: dict[int, tuple[int, ...]],
         micro_batch: int,
     ) -> None:
-        """Backward of a block: fetched, recomputed where it must be, and the slot handed to an earlier one."""
+        """Backward of a block: fetched, recomputed where it must be, its slot handed to an earlier one."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         self._open_gradients(index, block.name, micro_batch)
         reads = present.get(index, ())
@@ -237,7 +237,7 @@ class _Schedule:
         )
 
     def _open_gradients(self, block: int | None, name: str, micro_batch: int) -> None:
-        """As backward begins: the ring's first slots, and from the second micro-batch on the old sums' reads."""
+        """As backward begins: the ring's first slots, and from the second micro-batch on the old sums."""
         started = self._after_compute()
         for unit, decision in self._of(block, name):
             if decision.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
@@ -247,7 +247,13 @@ class _Schedule:
                 return
 
     def _open_piece(
-        self, unit: UnitProfile, tier: Tier, pieces: int, piece: int, micro_batch: int, started: tuple[int, ...]
+        self,
+        unit: UnitProfile,
+        tier: Tier,
+        pieces: int,
+        piece: int,
+        micro_batch: int,
+        started: tuple[int, ...],
     ) -> None:
         slot, free = self._gradient_ring.take()
         if micro_batch > 0:

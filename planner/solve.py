@@ -41,9 +41,7 @@ def make_plan(
     began = time.monotonic()
     options = options or PlannerOptions()
     space = open_space(profile, machine, budget, options)
-    search = baselines.Search(
-        profile=profile, machine=machine, budget=budget, options=options, space=space
-    )
+    search = baselines.Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
     baselines.uniform(search)
     baselines.greedy(search)
     bound = improve_and_bound(search, began + options.time_limit_seconds)
@@ -60,10 +58,8 @@ def _feasible_plan(
     step = timeline.step_seconds
     lower = round(min(max(bound.seconds, 0.0), step), 9)
     gap = round((step - lower) / step, 9) if step > 0 else 0.0
-    if bound.seconds <= 0:
-        status = "heuristic"
-    else:
-        status = "optimal" if gap <= options.gap else "gap"
+    proved = "optimal" if gap <= options.gap else "gap"
+    status = proved if bound.seconds > 0 else "heuristic"
     used = search.space.tiers
     peaks = tier_peaks(profile, decisions, used, options.safety_margin)
     return Plan(

@@ -1,0 +1,164 @@
+"""Faults planted in sound plans: each must be found and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.check import Rule, check
+from memtrain.planner.decisions import PlannerOptions
+from memtrain.planner.machine import Budget
+from memtrain.planner.plan import BillLine, Event, Plan
+from memtrain.planner.solve import make_plan
+from tests.planner.toys import make_block, make_machine, make_profile
+
+# Five blocks are swapped and a ring has four slots at most: the first block is always read back.
+BLOCKS = tuple(make_block(index, recomputable=index != 3) for index in range(6))
+PROFILE = make_profile(block_profiles=BLOCKS, trainable=True, micro_batches=2)
+MACHINE = make_machine()
+BUDGET = Budget(device="1GiB", nvme="/x:1GiB")
+FORCE = {
+    "block": {"action": "swap"},
+    "block.2": {"action": "recompute"},
+    "state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"},
+}
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: None)
+    options = PlannerOptions(force=FORCE, update_schedule="sequential")
+    return make_plan(PROFILE, MACHINE, BUDGET, options=options)
+
+
+def rules(plan: Plan, budget: Budget = BUDGET) -> set[Rule]:
+    return {violation.rule for violation in check(plan, PROFILE, MACHINE, budget)}
+
+
+def test_a_sound_plan_has_no_violation(plan: Plan) -> None:
+    assert rules(plan) == set()
+
+
+def shifted(plan: Plan, name: str, resource: str, by: float) -> Plan:
+    """The first such event moved in time, its length kept."""
+    events = list(plan.timeline)
+    index = next(i for i, e in enumerate(events) if (e.name, e.resource) == (name, resource))
+    old = events[index]
+    events[index] = Event(
+        name=name,
+        resource=resource,
+        start_seconds=old.start_seconds + by,
+        end_seconds=old.end_seconds + by,
+    )
+    return replace(plan, timeline=tuple(events))
+
+
+def without(plan: Plan, name: str) -> Plan:
+    return replace(plan, timeline=tuple(e for e in plan.timeline if e.name != name))
+
+
+def quicker(plan: Plan, name: str) -> Plan:
+    events = tuple(
+        replace(e, end_seconds=(e.start_seconds + e.end_seconds) / 2) if e.name == name else e
+        for e in plan.timeline
+    )
+    return replace(plan, timeline=events)
+
+
+def decided(plan: Plan, block: int, action: Action, tier: Tier = Tier.DEVICE) -> Plan:
+    blocks = list(plan.blocks)
+    blocks[block] = BlockDecision(block=block, action=action, saved_tier=tier)
+    return replace(plan, blocks=tuple(blocks))
+
+
+def staged(plan: Plan, **changes: int) -> Plan:
+    return replace(plan, staging=replace(plan.staging, **changes))
+
+
+def billed(plan: Plan, category: str, by: int) -> Plan:
+    lines = tuple(
+        BillLine(category=x.category, tier=x.tier, size_bytes=x.size_bytes + by * (x.category == category))
+        if x.tier is Tier.DEVICE
+        else x
+        for x in plan.bill
+    )
+    return replace(plan, bill=lines)
+
+
+def peaked(plan: Plan, tier: Tier, by: int) -> Plan:
+    return replace(plan, peaks=tuple((t, size + by * (t is tier)) for t, size in plan.peaks))
+
+
+FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
+    ("profile", Rule.PROFILE_DIGEST, lambda p: replace(p, profile_digest="0" * 16)),
+    ("machine", Rule.MACHINE_DIGEST, lambda p: replace(p, machine_digest="0" * 16)),
+    ("micro-batches", Rule.MICRO_BATCHES, lambda p: replace(p, micro_batches=3)),
+    ("missing block", Rule.BLOCK_DECIDED_ONCE, lambda p: replace(p, blocks=p.blocks[:-1])),
+    ("block twice", Rule.BLOCK_DECIDED_ONCE, lambda p: replace(p, blocks=(p.blocks[0], *p.blocks))),
+    ("missing unit", Rule.UNIT_DECIDED_ONCE, lambda p: replace(p, states=p.states[1:])),
+    ("tier", Rule.TIER_EXISTS, lambda p: decided(p, 0, Action.SWAP, Tier.CXL)),
+    ("recompute", Rule.RECOMPUTABLE, lambda p: decided(p, 3, Action.RECOMPUTE)),
+    ("small slot", Rule.STAGING, lambda p: staged(p, saved_slot_bytes=p.staging.saved_slot_bytes - 4096)),
+    ("no slot", Rule.STAGING, lambda p: staged(p, saved_slots=0)),
+    ("unaligned slot", Rule.STAGING, lambda p: staged(p, saved_slot_bytes=p.staging.saved_slot_bytes + 1)),
+    ("two update slots", Rule.STAGING, lambda p: staged(p, update_slots=2)),
+    ("no gradient ring", Rule.STAGING, lambda p: staged(p, gradient_slots=0)),
+    ("bill", Rule.BILL, lambda p: billed(p, "transients", 1)),
+    ("weights forgotten", Rule.BILL, lambda p: billed(p, "weights", -1)),
+    ("device peak", Rule.DEVICE_PEAK, lambda p: peaked(billed(p, "activations", -4096), Tier.DEVICE, -4096)),
+    ("tier peak", Rule.TIER_PEAK, lambda p: peaked(p, Tier.NVME, 4096)),
+    ("bytes", Rule.BYTES_MOVED, lambda p: replace(p, bytes_moved_per_step=p.bytes_moved_per_step - 4096)),
+    ("step", Rule.STEP_SECONDS, lambda p: replace(p, step_seconds=p.step_seconds * 0.9)),
+    ("bound", Rule.GAP, lambda p: replace(p, lower_bound_seconds=p.step_seconds * 2)),
+    ("gap", Rule.GAP, lambda p: replace(p, gap=0.5)),
+    ("status", Rule.GAP, lambda p: replace(p, status="best")),
+    ("overlap", Rule.OVERLAP, lambda p: shifted(p, "forward layers.1", "compute", -0.005)),
+    ("write early", Rule.DEPENDENCY, lambda p: shifted(p, "write layers.0", "write:nvme", -0.005)),
+    ("read early", Rule.DEPENDENCY, lambda p: shifted(p, "read layers.0", "read:nvme", -0.5)),
+    ("read late", Rule.DEPENDENCY, lambda p: shifted(p, "read layers.0", "read:nvme", 0.5)),
+    ("no read", Rule.DEPENDENCY, lambda p: without(p, "read layers.0")),
+    ("no write", Rule.DEPENDENCY, lambda p: without(p, "write layers.0")),
+    ("no recompute", Rule.DEPENDENCY, lambda p: without(p, "recompute layers.2")),
+    ("no backward", Rule.DEPENDENCY, lambda p: without(p, "backward layers.1")),
+    ("late recompute", Rule.DEPENDENCY, lambda p: shifted(p, "recompute layers.2", "compute", 0.05)),
+    ("update early", Rule.DEPENDENCY, lambda p: shifted(p, "update layers.0", "compute", -0.2)),
+    ("fast forward", Rule.DURATION, lambda p: quicker(p, "forward layers.0")),
+    ("fast write", Rule.DURATION, lambda p: quicker(p, "write layers.0")),
+    ("fast recompute", Rule.DURATION, lambda p: quicker(p, "recompute layers.2")),
+    ("fast state", Rule.DURATION, lambda p: quicker(p, "read update layers.1")),
+    ("fast gradient", Rule.DURATION, lambda p: quicker(p, "write gradient layers.1")),
+    ("no update", Rule.DURATION, lambda p: without(p, "update layers.1")),
+]
+
+
+@pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+def test_a_planted_fault_is_named(plan: Plan, rule: Rule, fault: Callable[[Plan], Plan]) -> None:
+    assert rule in rules(fault(plan))
+
+
+def test_a_smaller_budget_than_planned_for_is_named(plan: Plan) -> None:
+    assert Rule.CAPACITY in rules(plan, Budget(device="100MiB", nvme="/x:1GiB"))
+    assert Rule.CAPACITY in rules(plan, Budget(device="1GiB", nvme="/x:1MiB"))
+
+
+def test_every_rule_has_a_planted_fault() -> None:
+    assert {f[1] for f in FAULTS} | {Rule.CAPACITY} == set(Rule)
+
+
+def test_the_checker_shares_nothing_with_what_makes_plans() -> None:
+    import ast
+    import importlib.util
+    from pathlib import Path
+
+    allowed = {"actions", "check_timeline", "machine", "plan", "profile", "units"}
+    for name in ("check", "check_timeline"):
+        spec = importlib.util.find_spec(f"memtrain.planner.{name}")
+        assert spec is not None
+        assert spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_text())
+        modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        ours = {m.rsplit(".", 1)[1] for m in modules if m.startswith("memtrain.")}
+        assert ours <= allowed

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from memtrain.planner.profile import ModelProfile
+from tests.planner.toys import make_block, make_profile
+
+
+def test_round_trip_and_digest() -> None:
+    profile = make_profile(2, trainable=True)
+    again = ModelProfile.from_json(profile.to_json())
+    assert again == profile
+    assert again.digest == profile.digest
+    assert dataclasses.replace(profile, micro_batches=2).digest != profile.digest
+
+
+def test_negative_and_impossible_numbers_are_named() -> None:
+    with pytest.raises(ValueError, match=r"BlockProfile.saved_bytes must be >= 0, got -1"):
+        make_block(saved_bytes=-1, attention_bytes=-2)
+    with pytest.raises(ValueError, match="attention_bytes 3 exceeds saved_bytes 2"):
+        make_block(saved_bytes=2, attention_bytes=3)
+    with pytest.raises(ValueError, match="micro_batches must be >= 1, got 0"):
+        make_profile(1, micro_batches=0)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"version": 99}', '{"version": 1}', '{"version": 1, "blocks": [], "units": [], "x": 1}']
+)
+def test_what_is_no_profile_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="profile"):
+        ModelProfile.from_json(text)

@@ -1,0 +1,281 @@
+"""The plan against brute force, against figures worked out by hand, and in the directions it must move."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.baselines import Search
+from memtrain.planner.check import check
+from memtrain.planner.decisions import PlannerOptions, open_space
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import Plan
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.solve import make_plan
+from memtrain.planner.units import MiB
+from tests.planner.toys import make_block, make_machine, make_profile
+
+EXACT = PlannerOptions(safety_margin=0.0)
+
+
+def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> float:
+    """The least seconds over every action, tier, ring size, shard and schedule; inf when nothing fits."""
+    space = open_space(profile, machine, budget, options)
+    search = Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
+    rings = range(1, len(profile.blocks) + 1)
+    for schedule, blocks, states, saved, moved, shard in itertools.product(
+        space.schedules,
+        itertools.product(*space.blocks),
+        itertools.product(*space.states),
+        rings,
+        rings,
+        space.shards,
+    ):
+        search.offer(search.build(blocks, states, (saved, moved, shard, schedule)))
+    return search.best_cost[0]
+
+
+SLOW = {"read_bytes_per_second": 500 * MiB, "write_bytes_per_second": 250 * MiB}
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(
+    ("blocks", "trainable", "micro_batches", "device", "nvme", "link"),
+    [
+        (3, False, 1, 145, 100, {}),
+        (3, False, 2, 150, 100, SLOW | {"mixed_bytes_per_second": 300 * MiB}),
+        (3, False, 1, 152, 15, SLOW | {"mixed_bytes_per_second": 750 * MiB, "latency_seconds": 1e-3}),
+        (1, True, 2, 146, 100, SLOW | {"mixed_bytes_per_second": 400 * MiB, "cpu_seconds_per_byte": 2e-10}),
+        (2, True, 1, 156, 30, {"mixed_bytes_per_second": 1024 * MiB}),
+    ],
+)
+def test_nothing_beats_the_plan_and_nothing_is_below_the_bound(
+    blocks: int, trainable: bool, micro_batches: int, device: int, nvme: int, link: dict[str, Any]
+) -> None:
+    profile = make_profile(blocks, trainable=trainable, micro_batches=micro_batches)
+    machine, budget = make_machine(**link), Budget(device=device * MiB, nvme=f"/x:{nvme}MiB")
+    allow = frozenset(Action) if not trainable else frozenset({Action.KEEP, Action.SWAP, Action.RECOMPUTE})
+    options = PlannerOptions(allow=allow)
+    best = brute_force(profile, machine, budget, options)
+    plan = make_plan(profile, machine, budget, options=options)
+    assert best < math.inf
+    assert plan.step_seconds <= best * (1 + options.gap)
+    assert plan.lower_bound_seconds <= best + 1e-9
+    assert check(plan, profile, machine, budget) == ()
+
+
+@pytest.mark.usefixtures("solver_here")
+def test_enough_memory_keeps_everything_and_is_proved_without_a_solver() -> None:
+    plan = make_plan(make_profile(3), make_machine(), Budget(device="1GiB", nvme="/x:1GiB"))
+    assert (plan.status, plan.gap, plan.step_seconds) == ("optimal", 0.0, 0.1)
+    assert plan.action_counts() == {"keep": 3}
+    # 120 MiB fixed, 30 MiB kept, then the last block's 4 MiB of backward; 1.5 % on top.
+    need = 154 * MiB
+    assert plan.peak(Tier.DEVICE) == need + math.ceil(need * 0.015)
+
+
+def test_shortfall_by_hand() -> None:
+    # Recomputing needs 120 MiB fixed, 1 of input kept, 10 saved again and 4 of backward: 135.
+    profile = make_profile(1)
+    plan = make_plan(profile, make_machine(), Budget(device=130 * MiB), options=EXACT)
+    assert plan.status == "infeasible"
+    # Keeping needs 120 + 10 + 4 = 134 MiB and is less.
+    assert plan.shortfall_bytes == ((Tier.DEVICE, 4 * MiB),)
+    assert plan.remedies[0] == "device 0.132 GiB instead of 0.127 GiB"
+    again = make_plan(profile, make_machine(), Budget(device=134 * MiB), options=EXACT)
+    assert again.status == "optimal"
+    assert again.peak(Tier.DEVICE) == 134 * MiB
+
+
+def test_remedies_name_what_may_be_allowed_and_the_tier_that_is_short() -> None:
+    profile = make_profile(3)
+    keep = PlannerOptions(safety_margin=0.0, allow=frozenset({Action.KEEP}))
+    refused = make_plan(profile, make_machine(), Budget(device=150 * MiB), options=keep)
+    assert refused.shortfall_bytes == ((Tier.DEVICE, 4 * MiB),)
+    assert refused.remedies[0] == "allow recompute, recompute_except_attention, swap"
+    assert "give an nvme budget, such as nvme='/mnt/fast:40GiB'" in refused.remedies
+    forced = PlannerOptions(
+        safety_margin=0.0,
+        allow=frozenset({Action.SWAP}),
+        force={"block": {"action": "swap"}},
+    )
+    short = make_plan(profile, make_machine(), Budget(device=160 * MiB, nvme="/x:20MiB"), options=forced)
+    assert short.shortfall_bytes == ((Tier.NVME, 10 * MiB),)
+    assert any("nvme +0.010 GiB" in remedy for remedy in short.remedies)
+
+
+def test_a_state_that_fits_nowhere_is_short_by_what_it_lacks() -> None:
+    profile = make_profile(1, trainable=True)
+    # Without nvme: 100 + 20 + 6 state + 1 gradient + 10 saved + 4 transient.
+    plan = make_plan(profile, make_machine(), Budget(device=131 * MiB), options=EXACT)
+    assert plan.shortfall_bytes == ((Tier.DEVICE, 10 * MiB),)
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(
+    ("force", "words"),
+    [
+        ({"block": {"action": "swap"}}, {"swap to nvme": 3}),
+        ({"block": {"action": "recompute", "input_tier": "nvme"}}, {"recompute (input to nvme)": 3}),
+        (
+            {"block": {"action": "recompute_except_attention", "saved_tier": "nvme", "input_tier": "device"}},
+            {"recompute, attention outputs on nvme": 3},
+        ),
+        ({"block": {"action": "keep"}, "block.1": {"action": "swap"}}, {"keep": 2, "swap to nvme": 1}),
+    ],
+)
+def test_forced_actions_are_obeyed(force: dict[str, dict[str, str]], words: dict[str, int]) -> None:
+    profile, machine = make_profile(3, trainable=True), make_machine()
+    budget = Budget(device="1GiB", nvme="/x:1GiB")
+    both = {"state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"}}
+    plan = make_plan(
+        profile, machine, budget, options=PlannerOptions(force=force | both, update_schedule="ahead")
+    )
+    assert plan.action_counts() == words
+    assert {(s.gradient_tier, s.optimizer_tier) for s in plan.states} == {(Tier.NVME, Tier.NVME)}
+    assert plan.update_schedule is UpdateSchedule.AHEAD
+    assert check(plan, profile, machine, budget) == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"force": {"block": {"action": "swap"}}}, "no action is left"),
+        ({"force": {"block.7": {"action": "keep"}}}, "has 3 blocks"),
+        ({"force": {"state.head": {"gradient_tier": "device"}}}, "names state.head"),
+    ],
+)
+def test_forcing_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_plan(make_profile(3), make_machine(), Budget(device="1GiB"), options=PlannerOptions(**changes))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"time_limit_seconds": 0}, "time_limit_seconds must be > 0"),
+        ({"safety_margin": 1.0}, "safety_margin must be in"),
+        ({"allow": frozenset()}, "allow is empty"),
+        ({"update_schedule": "later"}, "got 'later'"),
+        ({"force": {"layer": {}}}, "force key 'layer'"),
+        ({"force": {"block": {"tier": "nvme"}}}, "has 'tier'"),
+    ],
+)
+def test_options_validate_themselves(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PlannerOptions(**fields)
+
+
+def test_a_tier_without_a_link_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no link to it"):
+        make_plan(make_profile(1), make_machine(), Budget(device="1GiB", cxl="1:1GiB"))
+    with pytest.raises(ValueError, match=r"budget\.host is for machines with a GPU"):
+        make_plan(make_profile(1), make_machine(), Budget(device="1GiB", host="1GiB"))
+
+
+def test_a_block_that_may_not_be_recomputed_is_not() -> None:
+    blocks = (make_block(0, recomputable=False, reason="draws random numbers"), make_block(1))
+    profile = make_profile(block_profiles=blocks)
+    only = PlannerOptions(allow=frozenset({Action.RECOMPUTE}))
+    with pytest.raises(ValueError, match="draws random numbers"):
+        make_plan(profile, make_machine(), Budget(device="1GiB"), options=only)
+
+
+@pytest.mark.usefixtures("solver_here")
+def test_more_memory_bandwidth_or_capacity_is_never_slower() -> None:
+    profile = make_profile(4, trainable=True, micro_batches=2)
+
+    def seconds(device: int = 145, nvme: int = 60, rate: int = 300) -> float:
+        machine = make_machine(
+            read_bytes_per_second=rate * MiB,
+            write_bytes_per_second=rate * MiB,
+            mixed_bytes_per_second=1.2 * rate * MiB,
+        )
+        plan = make_plan(profile, machine, Budget(device=device * MiB, nvme=f"/x:{nvme}MiB"))
+        return plan.step_seconds if plan.status != "infeasible" else math.inf
+
+    for name, values in (("device", (140, 160, 200)), ("nvme", (20, 50, 100)), ("rate", (200, 600, 2000))):
+        times = [seconds(**{name: value}) for value in values]
+        # Within the gap of the search; an exact optimum would be monotone.
+        assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(times)), (name, times)
+
+
+SIZES = st.integers(0, 3 * MiB)
+
+
+@st.composite
+def adversarial(draw: st.DrawFn) -> ModelProfile:
+    """Sizes that no grid divides, zeros among them."""
+    blocks = []
+    for index in range(draw(st.integers(1, 4))):
+        saved = draw(SIZES)
+        blocks.append(
+            BlockProfile(
+                name=f"b{index}",
+                input_bytes=draw(SIZES),
+                saved_bytes=saved,
+                attention_bytes=draw(st.integers(0, saved)),
+                forward_seconds=draw(st.floats(0, 0.01)),
+                backward_seconds=draw(st.floats(0, 0.01)),
+                attention_seconds=draw(st.floats(0, 0.01)),
+                forward_transient_bytes=draw(SIZES),
+                backward_transient_bytes=draw(SIZES),
+                recomputable=draw(st.booleans()),
+            )
+        )
+    elements = draw(st.integers(1, 10**6))
+    unit = UnitProfile(
+        name=draw(st.sampled_from(["prologue", "epilogue", "b0"])),
+        block=None,
+        weight_bytes=2 * elements,
+        gradient_bytes=2 * elements,
+        state_bytes=12 * elements,
+        update_seconds=0.001,
+    )
+    return make_profile(
+        block_profiles=tuple(blocks),
+        units=(unit,),
+        micro_batches=draw(st.integers(1, 2)),
+        baseline_bytes=draw(SIZES),
+        weight_bytes=2 * elements,
+        update_workspace_bytes_per_element=draw(st.sampled_from([0.0, 2.0, 4.5])),
+        persistent_backward_bytes=draw(SIZES),
+    )
+
+
+@pytest.mark.usefixtures("solver_here")
+@settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(adversarial(), st.integers(1 * MiB, 40 * MiB), st.integers(0, 20 * MiB))
+def test_never_over_budget_and_always_approved(profile: ModelProfile, device: int, nvme: int) -> None:
+    machine, budget = make_machine(), Budget(device=device, nvme=f"/x:{nvme}B")
+    plan = make_plan(profile, machine, budget)
+    assert Plan.from_json(plan.to_json()) == plan
+    if plan.status == "infeasible":
+        assert plan.shortfall_bytes
+        return
+    assert check(plan, profile, machine, budget) == ()
+    assert all(plan.peak(tier) <= budget.capacity(tier) for tier in Tier)
+
+
+def test_the_solver_in_a_process_of_its_own_agrees() -> None:
+    profile, machine = make_profile(3, trainable=True), make_machine(**SLOW)
+    plan = make_plan(profile, machine, Budget(device="160MiB", nvme="/x:1GiB"))
+    assert plan.solver == "HiGHS through PuLP"
+    assert 0 < plan.lower_bound_seconds <= plan.step_seconds
+
+
+def test_a_solver_that_returns_nothing_costs_only_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: None)
+    plan = make_plan(make_profile(3), make_machine(**SLOW), Budget(device="145MiB", nvme="/x:1GiB"))
+    assert (plan.status, plan.lower_bound_seconds, plan.gap) == ("heuristic", 0.0, 1.0)
