@@ -1,0 +1,374 @@
+"""``prepare``: from a model, an optimizer and a budget to training that stays inside it.
+
+    session = memtrain.prepare(model, optimizer, sample_batch, budget=budget)
+    for batch in loader:
+        loss = session.model(**batch).loss
+        loss.backward()
+        session.optimizer.step(); session.optimizer.zero_grad()
+
+The loop is an ordinary one. What the session adds to the model (hooks, wrapped forwards, the chunked loss)
+``close`` takes away again.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from memtrain.offload.activations import ActivationExecutor
+from memtrain.offload.engine import Engine, open_engine
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.measure import measure_machine
+from memtrain.offload.offloaded_grad import OffloadedGrad
+from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
+from memtrain.offload.shards import Unit
+from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
+from memtrain.planner import resident
+from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.check import check
+from memtrain.planner.decisions import PlannerOptions
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import Plan
+from memtrain.planner.profile import ModelProfile
+from memtrain.planner.solve import make_plan
+from memtrain.planner.trace import find_blocks, profile_model
+from memtrain.planner.units import format_gib
+
+_ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never fill an arena to the last page
+_WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
+
+
+class InfeasibleError(RuntimeError):
+    """No plan fits the budget.
+
+    Attributes:
+        plan: its ``shortfall_bytes`` says what is short, ``remedies`` what would help, the cheapest first.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        short = ", ".join(f"{tier.value} by {size} bytes ({format_gib(size)})" for tier, size in plan.shortfall_bytes)
+        remedies = "; or ".join(plan.remedies) or "none known"
+        super().__init__(f"the budget cannot work: short of {short or 'memory'}. Remedies: {remedies}")
+        self.plan = plan
+
+
+def prepare(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sample_batch: Any,
+    *,
+    budget: Budget,
+    micro_batches: int = 1,
+    master_weights: bool = False,
+    nonfinite: str = "ignore",
+    plan: Plan | None = None,
+    options: PlannerOptions | None = None,
+    machine: Machine | None = None,
+    block_names: Sequence[str] | None = None,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
+    chunked_loss: bool = True,
+    directory: Path | str | None = None,
+) -> Session:
+    """Profile ``model``, plan, and install the plan.
+
+    Args:
+        model: any Hugging Face causal LM with repeated blocks, or an ``nn.Module`` with repeated blocks; its
+            weights are on the device it is to be trained on.
+        optimizer: over the model's parameters; state that it already has is taken over.
+        sample_batch: the largest batch that will be used: a mapping (``model(**batch)``), a tuple
+            (``model(*batch)``) or a tensor.
+        budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process.
+        micro_batches: forward-backward passes per optimizer step (gradient accumulation).
+        master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
+        nonfinite: what ``optimizer.step()`` does about NaN or inf gradients: ``ignore`` as PyTorch does,
+            ``skip`` the step, or ``raise``.
+        plan: use this one instead of solving; it must fit the profile that is measured now.
+        options: limits of the search, and what the planner may choose.
+        machine: instead of the measured one.
+        block_names: the repeated blocks, or their container, where they are not found automatically.
+        loss_fn: ``loss_fn(output, batch)``, for a model whose output carries no loss; used to profile.
+        chunked_loss: for a causal LM with labels in the batch, compute the loss by chunks of tokens, so that
+            the logits are never whole in memory.
+        directory: where the planned run writes its files; profile and plan are left there when given.
+
+    Raises:
+        InfeasibleError: no plan fits.
+        PlanMismatchError: ``plan`` was made for another model or budget.
+        BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
+        OffloadError: a tier cannot serve.
+    """
+    if getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "the model has its own gradient checkpointing switched on, which memtrain's plan would work against: "
+            "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
+        )
+    device = _device_of(model)
+    began_peak_bytes = resident.peak_bytes()
+    handle = _install_loss(model, sample_batch) if chunked_loss else None
+    try:
+        if machine is None:
+            machine = measure_machine(budget.nvme_directory if budget.nvme_bytes else None, device=str(device))
+        profile = profile_model(
+            model,
+            sample_batch,
+            optimizer=optimizer,
+            micro_batches=micro_batches,
+            master_weights=master_weights,
+            loss_fn=loss_fn,
+            block_names=block_names,
+        )
+        if plan is None:
+            plan = make_plan(profile, machine, budget, options=options)
+        if plan.status == "infeasible":
+            raise InfeasibleError(plan)
+        broken = check(plan, profile, machine, budget)
+        if broken:
+            raise PlanMismatchError(
+                "the plan does not hold for this model, machine and budget: " + "; ".join(map(str, broken[:3]))
+            )
+        if directory is not None:
+            _write(Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json())
+        return Session(
+            model,
+            optimizer,
+            plan=plan,
+            profile=profile,
+            machine=machine,
+            budget=budget,
+            config=OptimizerConfig(
+                master_weights=master_weights, nonfinite=nonfinite, elementwise=profile.elementwise
+            ),
+            blocks=find_blocks(model, block_names),
+            chunked_loss=handle,
+            began_peak_bytes=began_peak_bytes,
+        )
+    except BaseException:
+        if handle is not None:
+            handle.uninstall()
+        raise
+
+
+class Session:
+    """A model and an optimizer under a plan. Made by ``prepare``; a context manager.
+
+    Attributes:
+        model: the model that was given, with the plan installed.
+        optimizer: stands for the one that was given; step this one.
+        plan, profile, machine, budget: what was decided, and from what.
+        engine: the stores of the tiers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        plan: Plan,
+        profile: ModelProfile,
+        machine: Machine,
+        budget: Budget,
+        config: OptimizerConfig,
+        blocks: Sequence[tuple[str, nn.Module]],
+        chunked_loss: ChunkedLossHandle | None,
+        began_peak_bytes: int,
+    ) -> None:
+        self.model = model
+        self.plan = plan
+        self.profile = profile
+        self.machine = machine
+        self.budget = budget
+        self._blocks = list(blocks)
+        self._chunked_loss = chunked_loss
+        self._step_ends: list[float] = []
+        self._hooks: list[RemovableHandle] = []
+        self._use_cache = _set_use_cache(model, False)
+        self._closed = False
+        resident.trim()
+        planned = int(plan.peak(Tier.NVME) * _ARENA_ALLOWANCE)
+        self.engine: Engine = open_engine(
+            budget, machine.device, nvme_bytes=min(planned, budget.nvme_bytes) if budget.nvme_bytes else None
+        )
+        try:
+            units = _units(model, profile)
+            self.optimizer = OffloadedOptimizer(
+                optimizer, engine=self.engine, plan=plan, units=units, config=config
+            )
+            self._activations = ActivationExecutor(model, blocks, plan, self.engine)
+        except BaseException:
+            self.engine.close()
+            raise
+        self._activations.install()
+        if plan.update_schedule is UpdateSchedule.AHEAD:
+            self._guard_weights(units)
+        self._hooks.append(self.optimizer.register_step_post_hook(self._note_step))
+        self._prepared_peak_bytes = max(began_peak_bytes, resident.peak_bytes())
+        self._phased = resident.reset_peak()
+
+    # running ahead ----------------------------------------------------------------------------
+
+    def _guard_weights(self, units: Sequence[Unit]) -> None:
+        """Finish a unit's update before its weights are read: by its modules' forward, or by name."""
+        owner = {id(parameter): unit for unit, members in reversed(units) for _, parameter in members}
+        for module in self.model.modules():
+            needed = {owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner}
+            if needed:
+                self._hooks.append(module.register_forward_pre_hook(self._ensurer(sorted(needed))))
+        inside = {name for name, _ in self._blocks}
+        before = [name for name, _ in units if name == "prologue"]
+        after = [name for name, _ in units if name not in inside and name != "prologue"]
+        # A head may be used as a weight only (the chunked loss, F.linear with a tied table): no forward of its
+        # own tells that it is needed, so it is ready as soon as the blocks are done.
+        self._hooks.append(self.model.register_forward_pre_hook(self._ensurer(before)))
+        self._hooks.append(self._blocks[-1][1].register_forward_hook(self._ensurer(after)))
+        self._hooks.append(self.model.register_state_dict_pre_hook(lambda *_: self.flush()))
+        named_parameters = self.model.named_parameters
+
+        def flushed(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+            self.flush()
+            return named_parameters(*args, **kwargs)
+
+        self.model.named_parameters = flushed  # type: ignore[method-assign]
+
+    def _ensurer(self, names: Sequence[str]) -> Callable[..., None]:
+        def ensure(*_: Any) -> None:
+            for name in names:
+                self.optimizer.ensure(name)
+
+        return ensure
+
+    def flush(self) -> None:
+        """Finish an update that runs ahead of the next forward. Needed before weights are read through a
+        reference that was taken earlier; ``model.parameters()``, ``state_dict()`` and forward do it themselves."""
+        self.optimizer.flush()
+
+    # measuring --------------------------------------------------------------------------------
+
+    def _note_step(self, *_: Any) -> None:
+        self._step_ends.append(time.perf_counter())
+
+    def measure(self) -> dict[str, float]:
+        """Predicted and measured peak and step time.
+
+        ``peak_bytes`` is the device's peak since ``prepare`` returned; ``process_peak_bytes`` also covers
+        loading and profiling. ``step_seconds`` is the median distance between the ends of two steps, the first
+        left out; NaN before there is one.
+        """
+        if self.machine.device.startswith("cuda"):
+            peak = process = torch.cuda.max_memory_reserved()
+        else:
+            peak = resident.peak_bytes()
+            process = max(peak, self._prepared_peak_bytes)
+        ends = self._step_ends[_WARM_UP_STEPS:]
+        seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        return {
+            "predicted_peak_bytes": self.plan.peak(Tier.DEVICE),
+            "peak_bytes": peak,
+            "process_peak_bytes": process,
+            "budget_bytes": self.budget.device_bytes,
+            "predicted_step_seconds": self.plan.step_seconds,
+            "step_seconds": statistics.median(seconds) if seconds else float("nan"),
+            "steps": len(self._step_ends),
+        }
+
+    def report(self) -> str:
+        """Prediction beside measurement, for people."""
+        found = self.measure()
+        rows = [
+            ("peak", found["predicted_peak_bytes"], found["peak_bytes"], lambda v: format_gib(int(v))),
+            ("step", found["predicted_step_seconds"], found["step_seconds"], lambda v: f"{v:.3f} s"),
+        ]
+        lines = [f"{'':6}{'predicted':>14}{'measured':>14}{'error':>9}"]
+        for name, predicted, measured, show in rows:
+            if measured != measured:
+                lines.append(f"{name:6}{show(predicted):>14}{'not yet':>14}")
+                continue
+            error = (predicted - measured) / measured
+            lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
+        lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
+        for tier, statistics_ in self.engine.statistics().items():
+            lines.append(f"{tier.value}: {statistics_}")
+        return "\n".join(lines)
+
+    # ending -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
+
+        A pending update is finished. Gradients that had left become ordinary tensors. Optimizer state is not
+        brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._activations.remove()
+            self.flush()
+            for parameter in self.model.parameters():
+                if isinstance(parameter.grad, OffloadedGrad):
+                    parameter.grad = parameter.grad.materialize()
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self.model.__dict__.pop("named_parameters", None)
+            if self._use_cache is not None:
+                _set_use_cache(self.model, self._use_cache)
+            if self._chunked_loss is not None:
+                self._chunked_loss.uninstall()
+            try:
+                self.optimizer.close()
+            finally:
+                self.engine.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        names = ", ".join(sorted(map(str, devices))) or "none"
+        raise ValueError(f"the model's parameters must be on one device, cpu or cuda; they are on: {names}")
+    return next(iter(devices))
+
+
+def _install_loss(model: nn.Module, sample_batch: Any) -> ChunkedLossHandle | None:
+    """Only for a Hugging Face causal LM that computes its own loss from labels."""
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        return None
+    if not hasattr(sample_batch, "keys") or sample_batch.get("labels") is None:
+        return None
+    return install_chunked_loss(model)
+
+
+def _set_use_cache(model: nn.Module, value: bool) -> bool | None:
+    """Training has no use for a key-value cache, and a block that is recomputed would fill it twice."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if isinstance(before, bool):
+        config.use_cache = value  # type: ignore[union-attr]
+        return before
+    return None
+
+
+def _units(model: nn.Module, profile: ModelProfile) -> list[Unit]:
+    parameters = dict(model.named_parameters())
+    return [(unit.name, [(name, parameters[name]) for name in unit.parameters]) for unit in profile.units]
+
+
+def _write(directory: Path, **documents: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in documents.items():
+        (directory / f"{name}.json").write_text(text + "\n")
