@@ -1,0 +1,397 @@
+"""Gradients leave memory as they are produced.
+
+A hook on every trainable parameter copies its finished gradient, chunk by chunk through a bounded ring, to the
+plan's tier and puts an ``OffloadedGrad`` in its place. A later micro-batch reads the old gradient back, adds it
+into the incoming one's own memory (addition commutes bit by bit), and writes the sum: no second gradient is
+ever in memory, and the norm is taken, by the operator that ``clip_grad_norm_`` uses, while the whole is hot.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.errors import PlanMismatchError, UnsupportedGradientOperation
+from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad, Scaling
+from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
+from memtrain.offload.slab import Ring, Slot
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import round_up
+
+
+class Ticket(Protocol):
+    """A transfer under way."""
+
+    def wait(self) -> None: ...
+    def done(self) -> bool: ...
+
+
+class Store(Protocol):
+    """One tier, as ``tiers.Store``."""
+
+    def allocate(self, name: str, nbytes: int) -> Any: ...
+    def write(self, extent: Any, buffer: Tensor, offset: int = 0) -> Ticket: ...
+    def read(self, extent: Any, buffer: Tensor, offset: int = 0) -> Ticket: ...
+    def free(self, extent: Any) -> None: ...
+
+
+class Engine(Protocol):
+    """The session's stores, as ``engine.Engine``."""
+
+    def store(self, tier: Tier) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class GradientValue:
+    """One state of a gradient. A pending update keeps the one it was given."""
+
+    zero: bool = False
+    """All zeros; nothing is on the tier."""
+    norm: Tensor | None = None
+    """2-norm of the bytes on the tier, in the store's ``norm_dtype``."""
+    largest: Tensor | None = None
+    """Greatest absolute value on the tier, NaN where there is one; shape (1,), the gradient's dtype."""
+    scalings: tuple[Scaling, ...] = ()
+    """Still to be applied to what is on the tier, in order."""
+
+    def apply(self, tensor: Tensor) -> None:
+        """Scale bytes that were just read, in place."""
+        for scaling in self.scalings:
+            scaling.apply(tensor)
+
+    def scaled_largest(self) -> Tensor:
+        """Greatest absolute value after the scalings. Exact, since rounding is monotone."""
+        assert self.largest is not None
+        largest = self.largest.clone()
+        self.apply(largest)
+        return largest.abs()
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Elements ``start`` to ``stop`` of a parameter: one write, and later one read."""
+
+    start: int
+    stop: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(kw_only=True, eq=False)
+class OffloadedGradient:
+    """The home of one parameter's gradient on a tier."""
+
+    owner: GradientStore
+    name: str
+    unit: str
+    parameter: torch.nn.Parameter
+    store: Store
+    extent: Any
+    chunks: tuple[_Chunk, ...]
+    identity: int = 0
+    """Counts gradients; accumulating keeps it, a new gradient raises it."""
+    value: GradientValue = field(default_factory=GradientValue)
+
+    def accumulate(self, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
+        """``grad += alpha * incoming``."""
+        self.owner._accumulate(self, incoming, alpha, fingerprint)
+
+    def scale(self, scaling: Scaling) -> None:
+        """Remember ``scaling``."""
+        self.value = replace(self.value, scalings=(*self.value.scalings, scaling))
+
+    def zero(self) -> None:
+        """Make it all zeros; the bytes on the tier are left to whoever still needs them."""
+        like = self.parameter
+        self.value = GradientValue(
+            zero=True,
+            norm=torch.zeros((), dtype=self.owner.norm_dtype or like.dtype),
+            largest=torch.zeros(1, dtype=like.dtype),
+        )
+
+    def finite(self) -> bool:
+        """Whether every element is finite once the scalings are applied."""
+        value = self.value
+        assert value.largest is not None
+        # A scaling only ever makes non-finite what was finite; 0 * inf and nan hide in no maximum but that of 0.
+        probes = torch.cat([value.scaled_largest(), torch.zeros_like(value.largest)])
+        value.apply(probes[1:])
+        return bool(torch.isfinite(probes).all()) and bool(torch.isfinite(value.largest).all())
+
+    def norm(self, order: float, dtype: torch.dtype | None) -> Tensor:
+        """2-norm or inf-norm, bit-equal to ``torch.linalg.vector_norm`` of the real gradient.
+
+        Reads the bytes where the 2-norm that was kept is of another dtype, or scaled since.
+        """
+        own = self.parameter.dtype
+        if order == float("inf"):
+            largest = self.value.scaled_largest()[0]
+            return largest if dtype is None else largest.to(dtype)
+        kept = self.value.norm
+        if kept is not None and not self.value.scalings and (dtype or own) == (self.owner.norm_dtype or own):
+            return kept.clone()
+        return torch.linalg.vector_norm(self.materialize(), order, dtype=dtype)
+
+    def materialize(self) -> Tensor:
+        """An ordinary tensor with the gradient's values."""
+        whole = torch.empty_like(self.parameter, requires_grad=False)
+        flat = whole.view(-1)
+        for chunk, old in self.owner._stream(self):
+            flat[chunk.start : chunk.stop].copy_(old)
+        return whole
+
+
+class GradientStore:
+    """Installs the hooks and owns the ring through which gradients pass.
+
+    Args:
+        engine: whose stores hold the bytes.
+        index: the parameters and their pieces.
+        tiers: gradient tier of each unit. Small parameters stay in memory whatever it says.
+        slots, slot_bytes: the ring, allocated here where any gradient leaves.
+        norm_dtype: of the 2-norm that is kept: float32 where clipping is done on fp32 gradients, None for the
+            gradient's own dtype. The other is computed from the bytes when asked for.
+        before_overwrite: called with the unit before a gradient's bytes are replaced.
+
+    Raises:
+        PlanMismatchError: gradients leave but there is no ring.
+        TierFullError: no room for them; nothing is installed.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        index: FlatIndex,
+        tiers: Mapping[str, Tier],
+        slots: int,
+        slot_bytes: int,
+        norm_dtype: torch.dtype | None = None,
+        before_overwrite: Callable[[str], None] = lambda unit: None,
+    ) -> None:
+        self.norm_dtype = norm_dtype
+        self._before_overwrite = before_overwrite
+        self._slot_bytes = slot_bytes // PAGE_BYTES * PAGE_BYTES
+        self._in_flight: deque[tuple[Slot, Ticket]] = deque()
+        self._hooks: list[Any] = []
+        self.homes: dict[str, OffloadedGradient] = {}
+        """By parameter, of the gradients that leave."""
+        leaving = [
+            name
+            for name, parameter in index.parameters.items()
+            if tiers[index.unit_of[name]] is not Tier.DEVICE and parameter.numel() >= SMALL
+        ]
+        if leaving and (slots < 1 or self._slot_bytes < 2 * PAGE_BYTES):
+            raise PlanMismatchError(
+                f"gradients such as that of {leaving[0]} leave the device, but the plan has {slots} gradient slots of "
+                f"{slot_bytes} bytes: at least 1 slot of {2 * PAGE_BYTES} bytes is needed"
+            )
+        try:
+            for name in leaving:
+                self._adopt(engine, index, name, tiers[index.unit_of[name]])
+        except BaseException:
+            self.close()
+            raise
+        self._ring = Ring(slots, self._slot_bytes) if leaving else None
+        self._exclusive = exclusive_fingerprints() if leaving else frozenset()
+        for home in self.homes.values():
+            self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
+
+    def load(self, home: OffloadedGradient, value: GradientValue, piece: Piece, buffer: Tensor) -> list[Ticket]:
+        """Start reading the piece's gradient into ``buffer`` (uint8, padded to pages).
+
+        When the tickets are waited for, call ``value.apply`` on the typed view.
+        """
+        if value.zero:
+            buffer.zero_()
+            return []
+        tickets, position = [], 0
+        for chunk in home.chunks:
+            if piece.start <= chunk.start < piece.stop:
+                tickets.append(home.store.read(home.extent, buffer[position : position + chunk.nbytes], chunk.offset))
+                position += chunk.nbytes
+        return tickets
+
+    def drain(self) -> None:
+        """Wait until every gradient is on its tier. Raises what went wrong."""
+        while self._in_flight:
+            self._retire()
+
+    def close(self) -> None:
+        """Remove the hooks and give tiers and memory back. Gradients not materialised are gone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        try:
+            self.drain()
+        finally:
+            for home in self.homes.values():
+                if isinstance(home.parameter.grad, OffloadedGrad):
+                    home.parameter.grad = None
+                home.store.free(home.extent)
+            self.homes.clear()
+            if getattr(self, "_ring", None) is not None:
+                self._ring.close()
+                self._ring = None
+
+    def _adopt(self, engine: Engine, index: FlatIndex, name: str, tier: Tier) -> None:
+        parameter = index.parameters[name]
+        itemsize = parameter.dtype.itemsize
+        step = self._slot_bytes // itemsize // PIECE_ALIGNMENT * PIECE_ALIGNMENT
+        chunks = []
+        for _, piece in index.pieces[name]:
+            for start in range(piece.start, piece.stop, step):
+                stop = min(start + step, piece.stop)
+                nbytes = round_up((stop - start) * itemsize, PAGE_BYTES)
+                chunks.append(_Chunk(start=start, stop=stop, offset=start * itemsize, nbytes=nbytes))
+        store = engine.store(tier)
+        self.homes[name] = OffloadedGradient(
+            owner=self,
+            name=name,
+            unit=index.unit_of[name],
+            parameter=parameter,
+            store=store,
+            extent=store.allocate(f"gradient of {name}", round_up(parameter.numel() * itemsize, PAGE_BYTES)),
+            chunks=tuple(chunks),
+        )
+
+    def _hook(self, home: OffloadedGradient) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def leave(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is None or isinstance(gradient, OffloadedGrad):
+                return
+            if gradient.layout is not torch.strided:
+                raise UnsupportedGradientOperation(
+                    f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the device; "
+                    f"make it dense (sparse=False) or keep this unit's gradients on the device"
+                )
+            self._before_overwrite(home.unit)
+            self._write(home, gradient.detach())
+            home.identity += 1
+            parameter.grad = OffloadedGrad(parameter.detach(), home)
+
+        return leave
+
+    def _accumulate(self, home: OffloadedGradient, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
+        self._before_overwrite(home.unit)
+        same = incoming.dtype == home.parameter.dtype and incoming.shape == home.parameter.shape
+        if alpha == 1 and same and incoming.is_contiguous() and fingerprint in self._exclusive:
+            flat = incoming.detach().view(-1)
+            for chunk, old in self._stream(home):
+                flat[chunk.start : chunk.stop].add_(old)
+            total = incoming
+        else:
+            # Somebody else may see the incoming memory: bring the old gradient in instead.
+            total = home.materialize()
+            total.add_(incoming, alpha=alpha)
+        self._write(home, total)
+
+    def _write(self, home: OffloadedGradient, gradient: Tensor) -> None:
+        norm = torch.linalg.vector_norm(gradient, 2.0, dtype=self.norm_dtype)
+        low, high = torch.aminmax(gradient)
+        flat = gradient.reshape(-1)
+        for chunk in home.chunks:
+            slot = self._slot()
+            try:
+                _typed(slot, chunk, flat.dtype).copy_(flat[chunk.start : chunk.stop])
+                ticket = home.store.write(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
+            except BaseException:
+                slot.release()
+                raise
+            self._in_flight.append((slot, ticket))
+        home.value = GradientValue(norm=norm, largest=torch.maximum(low.abs(), high.abs()).view(1))
+
+    def _stream(self, home: OffloadedGradient) -> Iterator[tuple[_Chunk, Tensor]]:
+        """The gradient's chunks in order, scaled; each is valid until the next is asked for. Reads run ahead
+        by as many slots as the ring has."""
+        self.drain()  # every slot is free from here on
+        assert self._ring is not None
+        value, dtype = home.value, home.parameter.dtype
+        waiting = deque(home.chunks)
+        reading: deque[tuple[_Chunk, Slot, Ticket | None]] = deque()
+        try:
+            while waiting or reading:
+                while waiting and (slot := self._ring.try_acquire()) is not None:
+                    chunk = waiting.popleft()
+                    reading.append((chunk, slot, None))
+                    if not value.zero:
+                        ticket = home.store.read(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
+                        reading[-1] = (chunk, slot, ticket)
+                chunk, slot, ticket = reading[0]
+                typed = _typed(slot, chunk, dtype)
+                if ticket is None:
+                    typed.zero_()
+                else:
+                    ticket.wait()
+                value.apply(typed)
+                yield chunk, typed
+                reading.popleft()
+                slot.release()
+        finally:
+            for _, slot, ticket in reading:
+                _settle(ticket)
+                slot.release()
+
+    def _slot(self) -> Slot:
+        assert self._ring is not None
+        slot = self._ring.try_acquire()
+        while slot is None:
+            self._retire()
+            slot = self._ring.try_acquire()
+        return slot
+
+    def _retire(self) -> None:
+        slot, ticket = self._in_flight.popleft()
+        try:
+            ticket.wait()
+        finally:
+            slot.release()
+
+
+def _typed(slot: Slot, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
+    return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize].view(dtype)
+
+
+def _settle(ticket: Ticket | None) -> None:
+    """Wait for a transfer whose outcome no longer matters: another error is on its way already."""
+    if ticket is not None:
+        try:
+            ticket.wait()
+        except Exception:
+            return
+
+
+@dataclass(eq=False)
+class _Witness:
+    """A home that only records how its incoming gradient is referenced."""
+
+    name: str = "witness"
+    identity: int = 0
+    seen: list[Fingerprint] = field(default_factory=list)
+
+    def accumulate(self, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
+        self.seen.append(fingerprint)
+
+
+def exclusive_fingerprints() -> frozenset[Fingerprint]:
+    """How a gradient looks when autograd hands it over and nobody else holds it.
+
+    Measured on two backward passes whose gradients are exclusive by construction: a fresh tensor (of a product)
+    and a view of a fresh tensor (of a linear layer, whose gradient is a transpose).
+    """
+    witness = _Witness()
+    with torch.enable_grad():
+        for run in (
+            lambda weight: (weight * 2.0).sum(),
+            lambda weight: torch.nn.functional.linear(torch.ones(2, 3), weight).sum(),
+        ):
+            weight = torch.nn.Parameter(torch.ones(4, 3))
+            weight.grad = OffloadedGrad(weight.detach(), witness)  # type: ignore[arg-type]
+            run(weight).backward()
+    return frozenset(witness.seen)

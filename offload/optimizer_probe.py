@@ -1,0 +1,229 @@
+"""What an optimizer does, found out by running it on small tensors: its state, and whether it may be cut.
+
+An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it. That is a
+property of the class and of its hyper-parameters, so it is tried on the very instance's class, per parameter group.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.shards import PIECE_ALIGNMENT, StateSpec, StateTensor
+
+_PROBE_SHAPE = (48, 257)  # 12336 elements: no power of two, a tail behind six aligned blocks
+_PROBE_CUTS = (0, 2 * PIECE_ALIGNMENT, 5 * PIECE_ALIGNMENT, 48 * 257)
+_PROBE_STEPS = 4
+_SCALAR_TYPES = (int, float, bool, type(None))
+
+
+class UnsupportedOptimizerError(PlanMismatchError):
+    """An optimizer whose update cannot be streamed, and why."""
+
+
+class Runner:
+    """Runs an optimizer's own ``step`` on tensors that stand for its parameters.
+
+    It shares the instance's attributes but has parameter groups, state and hooks of its own, so that the user's
+    instance keeps its own. Hooks registered on the instance, or for all optimizers, do not fire here.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.name = type(optimizer).__name__
+        self.twin: Any = object.__new__(type(optimizer))
+        self.twin.__dict__.update(optimizer.__dict__)
+        self.twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the instance
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self.twin, hooks, OrderedDict())
+        step = type(optimizer).step
+        self._step: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", None) else step
+
+    def run(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+        """One step over ``groups``, from ``state``; the state after it."""
+        self.twin.param_groups = groups
+        self.twin.state = defaultdict(dict, state)
+        try:
+            with torch.no_grad():
+                self._step(self.twin)
+            return self.twin.state
+        finally:
+            self.twin.param_groups, self.twin.state = [], defaultdict(dict)
+
+
+def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """A group without its parameters, as it is now: a scheduler may change it, tensors in place, right after."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in group.items()
+        if key not in ("params", "param_names")
+    }
+
+
+def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:
+    """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit."""
+    whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype)])
+    sizes = [stop - start for start, stop in zip(_PROBE_CUTS, _PROBE_CUTS[1:], strict=False)]
+    cut = _Trial(optimizer, group, [torch.empty(size, dtype=dtype) for size in sizes])
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(_PROBE_SHAPE, generator=generator).to(dtype)
+
+    start = draw()
+    whole.fill([start])
+    cut.fill(start.view(-1).split(sizes))
+    try:
+        for _ in range(_PROBE_STEPS):
+            gradient = draw()
+            whole.step([gradient])
+            cut.step(gradient.view(-1).split(sizes))
+            if not _agree(whole, cut):
+                return False
+    except UnsupportedOptimizerError:
+        raise
+    except Exception:
+        # Refuses flat pieces (Muon takes matrices only). Whether it takes whole parameters, state_spec will see.
+        return False
+    return True
+
+
+def state_spec(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, *, cut: bool
+) -> StateSpec:
+    """The state of a parameter of ``shape`` after a step.
+
+    Args:
+        cut: the optimizer is elementwise: state of the parameter's shape may be cut with it.
+
+    Raises:
+        UnsupportedOptimizerError: it needs a closure, keeps state outside tensors and numbers, changes the shape of
+            its state, or counts in its attributes or parameter groups.
+    """
+    trial = _Trial(optimizer, group, [torch.zeros(tuple(shape), dtype=dtype)])
+    specs = []
+    for _ in range(2):
+        try:
+            trial.step([torch.zeros(tuple(shape), dtype=dtype)])
+        except UnsupportedOptimizerError:
+            raise
+        except Exception as error:
+            raise UnsupportedOptimizerError(
+                f"{trial.runner.name}.step() fails on a parameter of shape {tuple(shape)} that stands for the real one: "
+                f"{error!r}. Such an optimizer cannot be run on substituted parameters"
+            ) from error
+        specs.append(_describe(trial.runner.name, trial.state.get(trial.parameters[0], {}), tuple(shape), cut))
+    if specs[0] != specs[1]:
+        raise UnsupportedOptimizerError(
+            f"{trial.runner.name} changes the form of its state from step to step ({specs[0]}, then {specs[1]}): "
+            f"its state has no fixed place on a tier; keep its optimizer in plain PyTorch"
+        )
+    return specs[0]
+
+
+class _Trial:
+    """Some stand-in parameters under the optimizer's class and a group's hyper-parameters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.runner = Runner(optimizer)
+        self.hyper = hyperparameters(group)
+        self.state: dict[Tensor, dict[str, Any]] = {}
+        if optimizer.state:
+            self._initial_state(optimizer)
+
+    def _initial_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Classes such as Adagrad make state in the constructor: have it made for the stand-ins too."""
+        kind: Any = type(optimizer)
+        try:
+            fresh = kind([{"params": self.parameters, **self.hyper}], **optimizer.defaults)
+        except TypeError:
+            return  # its constructor takes something else; then state is made by step(), or step() will say
+        self.state = {parameter: dict(fresh.state[parameter]) for parameter in self.parameters if fresh.state}
+
+    def fill(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        group = {**self.hyper, "params": list(self.parameters)}
+        before = self._numbers(group)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                self.state = dict(self.runner.run([group], self.state))
+        except TypeError as error:
+            if "closure" in str(error):
+                raise UnsupportedOptimizerError(
+                    f"{self.runner.name}.step() needs a closure that evaluates the model several times: such an "
+                    f"optimizer cannot be streamed; use one whose step() takes the gradients as they are"
+                ) from error
+            raise
+        if self._numbers(group) != before:
+            raise UnsupportedOptimizerError(
+                f"{self.runner.name}.step() changes its own attributes or parameter groups, from {before} to "
+                f"{self._numbers(group)}: run shard by shard it would count each shard; keep such values in state"
+            )
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        values = {**self.runner.twin.__dict__, **{f"param_groups.{key}": value for key, value in group.items()}}
+        return {
+            key: value.tolist() if isinstance(value, Tensor) else value
+            for key, value in values.items()
+            if isinstance(value, (*_SCALAR_TYPES, str, tuple)) or (isinstance(value, Tensor) and value.dim() == 0)
+        }
+
+
+def _agree(whole: _Trial, cut: _Trial) -> bool:
+    """Parameter and state of the uncut trial equal those of the cut one, end to end."""
+    parameter = whole.parameters[0]
+    if not torch.equal(parameter.view(-1), torch.cat(cut.parameters)):
+        return False
+    state = whole.state.get(parameter, {})
+    parts = [cut.state.get(piece, {}) for piece in cut.parameters]
+    for key, value in state.items():
+        others = [part.get(key) for part in parts]
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if any(
+                not isinstance(other, Tensor) or other.shape != piece.shape
+                for other, piece in zip(others, cut.parameters, strict=True)
+            ):
+                return False
+            if not torch.equal(value.reshape(-1), torch.cat([other for other in others if other is not None])):
+                return False
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            return False
+        elif any(not same_scalar(value, other) for other in others):
+            return False
+    return all(part.keys() == state.keys() for part in parts)
+
+
+def same_scalar(one: Any, other: Any) -> bool:
+    """Equality of 0-dim tensors or numbers, NaN equal to itself."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and (one == other or one != one)
+
+
+def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: bool) -> StateSpec:
+    tensors, scalars = [], set()
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            if value.dim() == 0:
+                scalars.add(key)
+            else:
+                own = cut and tuple(value.shape) == shape
+                tensors.append(StateTensor(key=key, dtype=value.dtype, shape=None if own else tuple(value.shape)))
+        elif isinstance(value, _SCALAR_TYPES):
+            scalars.add(key)
+        else:
+            raise UnsupportedOptimizerError(
+                f"{name} keeps state {key!r} of type {type(value).__name__}: only dense tensors and numbers have a place "
+                f"on a tier"
+            )
+    return StateSpec(tensors=tuple(tensors), scalars=frozenset(scalars))

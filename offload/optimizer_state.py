@@ -1,0 +1,289 @@
+"""Optimizer state that lives in records: where it is, and how checkpoints read and write it piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.gradients import Engine, Store, Ticket
+from memtrain.offload.shards import FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
+from memtrain.planner.actions import Tier
+
+
+class StateOwner(Protocol):
+    """Who can bring a state tensor back: ``optimizer.OffloadedOptimizer``."""
+
+    def read_state(self, name: str, key: str) -> Tensor: ...
+
+
+class OffloadedState(Tensor):
+    """A state tensor in a ``state_dict``: shape and dtype now, the bytes when somebody uses it.
+
+    Passing the dict on (as ``Accelerator.prepare`` does, with ``.to(device)`` on every tensor) moves nothing; saving,
+    copying or computing reads the state as it then is, one tensor at a time.
+    """
+
+    owner: StateOwner
+    name_and_key: tuple[str, str]
+
+    @staticmethod
+    def __new__(
+        cls, owner: StateOwner, name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> OffloadedState:
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        handle.owner, handle.name_and_key = owner, (name, key)
+        return handle
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def materialize(self) -> Tensor:
+        """An ordinary tensor with the present values."""
+        return self.owner.read_state(*self.name_and_key)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OffloadedState({'/'.join(self.name_and_key)}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.materialize()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # results are ordinary tensors
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            handle = args[0]
+            return cls(handle.owner, *handle.name_and_key, tuple(handle.shape), handle.dtype)
+        if func._schema.is_mutable and isinstance(args[0], OffloadedState):
+            raise TypeError(
+                f"{func} would change the optimizer state {args[0]!r} in place: read it with materialize(), and write "
+                f"it with load_state_dict()"
+            )
+        return func(*_real(args), **_real(kwargs or {}))
+
+
+def _real(value: Any) -> Any:
+    if isinstance(value, OffloadedState):
+        return value.materialize()
+    if isinstance(value, (list, tuple)):
+        return type(value)(_real(item) for item in value)
+    return {key: _real(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+class RecordStore:
+    """The records of all shards: on a tier, or in memory where the plan or their size says so.
+
+    Args:
+        layouts: by shard.
+        specs: by parameter, master weights included.
+
+    Raises:
+        TierFullError: no room for a record; nothing stays allocated.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        index: FlatIndex,
+        layouts: Mapping[Shard, ShardLayout],
+        specs: Mapping[str, StateSpec],
+        tiers: Mapping[str, Tier],
+    ) -> None:
+        self._index, self._layouts, self._specs = index, layouts, specs
+        self._memory: dict[Shard, Tensor] = {}
+        self._extents: dict[Shard, tuple[Store, Any]] = {}
+        self._written: set[Shard] = set()
+        self.scalars: dict[str, dict[str, Any]] = {}
+        """``step`` and the like, by parameter."""
+        self.initialised: set[str] = set()
+        """Parameters that have state: from their first step, or loaded."""
+        try:
+            for shard, layout in layouts.items():
+                if layout.record_bytes == 0:
+                    continue
+                if shard.small or tiers[shard.unit] is Tier.DEVICE:
+                    self._memory[shard] = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+                else:
+                    store = engine.store(tiers[shard.unit])
+                    name = f"optimizer state of {shard.name}"
+                    self._extents[shard] = (store, store.allocate(name, layout.record_bytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def on_tier(self, shard: Shard) -> bool:
+        """Whether the shard's record must be read and written."""
+        return shard in self._extents
+
+    def memory(self, shard: Shard, slot: Tensor | None) -> Tensor:
+        """The bytes that hold the shard's record while it is in hand."""
+        if shard in self._memory:
+            return self._memory[shard]
+        return slot if slot is not None else torch.empty(0, dtype=torch.uint8)
+
+    def read(self, shard: Shard, slot: Tensor) -> list[Ticket]:
+        """Start reading the record into the slot."""
+        if shard not in self._extents:
+            return []
+        record = slot[: self._layouts[shard].record_bytes]
+        if shard not in self._written:
+            record.zero_()  # whatever else passed through the slot does not belong on the tier
+            return []
+        store, extent = self._extents[shard]
+        return [store.read(extent, record)]
+
+    def write(self, shard: Shard, slot: Tensor) -> Ticket | None:
+        """Start writing the record from the slot."""
+        if shard not in self._extents:
+            return None
+        store, extent = self._extents[shard]
+        ticket = store.write(extent, slot[: self._layouts[shard].record_bytes])
+        self._written.add(shard)
+        return ticket
+
+    def close(self) -> None:
+        """Give the tiers their room back."""
+        for store, extent in self._extents.values():
+            store.free(extent)
+        self._extents.clear()
+        self._memory.clear()
+
+    def tensors(self, name: str) -> tuple[StateTensor, ...]:
+        """The state tensors of parameter ``name``; empty before its first step."""
+        return self._specs[name].tensors if name in self.initialised else ()
+
+    def shape(self, name: str, tensor: StateTensor) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._index.parameters[name].shape) if tensor.shape is None else tensor.shape
+
+    def find(self, name: str, key: str) -> StateTensor:
+        """The description of one state tensor. Raises KeyError with both names."""
+        for tensor in self._specs[name].tensors:
+            if tensor.key == key:
+                return tensor
+        raise KeyError(f"{name} has no state tensor {key!r}")
+
+
+class RecordCursor:
+    """Holds one record at a time, so that neighbours in it cost one read, and one write when they changed."""
+
+    def __init__(self, records: RecordStore, layouts: Mapping[Shard, ShardLayout], slot: Tensor | None) -> None:
+        self._records, self._layouts, self._slot = records, layouts, slot
+        self._shard: Shard | None = None
+        self._dirty = False
+
+    def at(self, shard: Shard, *, change: bool = False) -> Tensor:
+        """The shard's record; what is written to it is kept where ``change`` is set."""
+        if self._shard is not shard:
+            self.leave()
+            if self._records.on_tier(shard):
+                assert self._slot is not None
+                for ticket in self._records.read(shard, self._slot):
+                    ticket.wait()
+                self._shard = shard
+        self._dirty |= change and self._shard is shard
+        return self._records.memory(shard, self._slot)
+
+    def leave(self) -> None:
+        """Write the record back if it changed."""
+        if self._dirty and self._shard is not None and self._slot is not None:
+            ticket = self._records.write(self._shard, self._slot)
+            if ticket is not None:
+                ticket.wait()
+        self._shard, self._dirty = None, False
+
+
+class StateAccess:
+    """Reads and writes whole state tensors, never more than one in memory.
+
+    Args:
+        borrow: a context that lends a slot (None where no record is on a tier).
+    """
+
+    def __init__(
+        self,
+        records: RecordStore,
+        index: FlatIndex,
+        layouts: Mapping[Shard, ShardLayout],
+        borrow: Callable[[], Any],
+    ) -> None:
+        self._records, self._index, self._layouts, self._borrow = records, index, layouts, borrow
+
+    @contextmanager
+    def _cursor(self) -> Iterator[RecordCursor]:
+        with self._borrow() as slot:
+            cursor = RecordCursor(self._records, self._layouts, slot)
+            yield cursor
+            cursor.leave()
+
+    def read(self, name: str, key: str) -> Tensor:
+        """One state tensor of one parameter."""
+        with self._cursor() as cursor:
+            return self._gather(cursor, name, self._records.find(name, key))
+
+    def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
+        """``(parameter, key, tensor)``, parameter by parameter."""
+        with self._cursor() as cursor:
+            for name in self._index.parameters:
+                for tensor in self._records.tensors(name):
+                    yield name, tensor.key, self._gather(cursor, name, tensor)
+
+    def load(self, entries: Iterable[tuple[str, str, Any]], scalars: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace all state by ``entries``; a value may be a tensor or a function that returns one.
+
+        Raises:
+            PlanMismatchError: unknown names, other shapes, or a parameter with part of its state only.
+        """
+        arrived: dict[str, set[str]] = {}
+        with self._cursor() as cursor:
+            for name, key, value in entries:
+                self._scatter(cursor, name, key, value() if callable(value) else value)
+                arrived.setdefault(name, set()).add(key)
+        for name in arrived.keys() | scalars.keys():
+            spec = self._records._specs.get(name)
+            wanted = set() if spec is None else {tensor.key for tensor in spec.tensors}
+            if spec is None or arrived.get(name, set()) != wanted or set(scalars.get(name, {})) != spec.scalars:
+                raise PlanMismatchError(
+                    f"the state of {name} has {sorted(arrived.get(name, ()))} and {sorted(scalars.get(name, ()))}, this "
+                    f"optimizer keeps {sorted(wanted)} and {sorted(spec.scalars if spec else ())}: load the state of the "
+                    f"same optimizer and precision"
+                )
+        self._records.initialised = set(arrived) | set(scalars)
+        self._records.scalars = {
+            name: {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+            for name, values in scalars.items()
+        }
+
+    def _gather(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Tensor:
+        whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
+        for shard, piece in self._index.pieces[name]:
+            part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
+            (whole if tensor.shape is not None else piece.of(whole)).copy_(part)
+        return whole
+
+    def _scatter(self, cursor: RecordCursor, name: str, key: str, value: Tensor) -> None:
+        if name not in self._index.parameters:
+            raise PlanMismatchError(f"state for {name!r}, which is no trainable parameter of this model")
+        try:
+            tensor = self._records.find(name, key)
+        except KeyError as error:
+            raise PlanMismatchError(f"{error.args[0]}: load the state of the same optimizer and precision") from error
+        if tuple(value.shape) != self._records.shape(name, tensor):
+            raise PlanMismatchError(
+                f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {self._records.shape(name, tensor)}"
+            )
+        value = value.contiguous()
+        for shard, piece in self._index.pieces[name]:
+            part = self._layouts[shard].state(cursor.at(shard, change=True), piece)[key]
+            part.copy_(value if tensor.shape is not None else piece.of(value))

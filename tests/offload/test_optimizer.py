@@ -1,0 +1,576 @@
+"""The streamed optimizer equals plain PyTorch bit for bit, and says no by name."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from memtrain.offload.errors import OffloadError, PlanMismatchError, TierFullError, TierIOError
+from memtrain.offload.io import Direction, Fault, FaultyBackend, IORequest, ThreadPoolBackend
+from memtrain.offload.offloaded_grad import OffloadedGrad
+from memtrain.offload.optimizer import NonFiniteGradientError, OffloadedOptimizer
+from memtrain.offload.optimizer_probe import UnsupportedOptimizerError
+from memtrain.offload.optimizer_state import OffloadedState
+from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.plan import Staging
+from tests.offload.training import (
+    STAGING,
+    Lion,
+    batches,
+    make_model,
+    make_plan,
+    open_engine,
+    plain_run,
+    trainable,
+    units_of,
+    wrap,
+)
+
+SEQUENTIAL, AHEAD = UpdateSchedule.SEQUENTIAL, UpdateSchedule.AHEAD
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=False),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
+    "sgd nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "lion": lambda p: Lion(p, lr=1e-2, decay=0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-2),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+}
+
+
+def train(
+    model: nn.Module,
+    optimizer: OffloadedOptimizer,
+    steps: int = 5,
+    accumulate: int = 1,
+    clip: Callable[[], Any] = lambda: None,
+    scheduler: Any = None,
+    zero: Callable[[], Any] | None = None,
+    order: tuple[str, ...] = ("prologue", "block", "epilogue"),
+) -> list[torch.Tensor]:
+    """An ordinary loop, with the calls that pre-forward hooks make."""
+    data, norms = iter(batches(steps * accumulate)), []
+    for _ in range(steps):
+        for _ in range(accumulate):
+            for unit in order:
+                optimizer.ensure(unit)
+            (model(next(data)) / accumulate).backward()
+        norms.append(clip())
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        (zero or optimizer.zero_grad)()
+    optimizer.flush()
+    return norms
+
+
+def assert_equal_models(one: nn.Module, other: nn.Module) -> None:
+    for (name, p), q in zip(one.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def assert_equal_state(optimizer: OffloadedOptimizer, model: nn.Module, plain: Any) -> None:
+    """Every state tensor equals plain PyTorch's, and none is missing."""
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    reference = dict(zip(names, [p for g in plain.param_groups for p in g["params"]], strict=True))
+    seen = 0
+    for name, key, tensor in optimizer.iter_state():
+        expected = reference[name] if key == "master_weight" else plain.state[reference[name]][key]
+        assert torch.equal(tensor, expected), (name, key)
+        seen += key != "master_weight"
+    for name, scalars in optimizer.scalar_state().items():
+        for key, value in scalars.items():
+            assert value == plain.state[reference[name]][key]
+            seen += 1
+    assert seen == sum(len(state) for state in plain.state.values())
+
+
+@pytest.mark.parametrize(("kind", "schedule"), list(product(OPTIMIZERS, [SEQUENTIAL, AHEAD])))
+def test_fp32_equals_plain_pytorch(kind: str, schedule: UpdateSchedule) -> None:
+    make = OPTIMIZERS[kind]
+    expected, plain, norms = plain_run(make, accumulate=3, max_norm=0.05)
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, make(trainable(model)), engine, make_plan(schedule))
+        assert optimizer.elementwise == (kind != "adafactor")
+        order = ("epilogue", "prologue", "block")
+        ours = train(
+            model, optimizer, accumulate=3, order=order,
+            clip=lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05),
+        )  # fmt: skip
+        assert float(norms[0]) > 0.05
+        assert torch.equal(torch.stack(ours), torch.stack(norms))
+        assert_equal_models(model, expected)
+        assert_equal_state(optimizer, model, plain)
+        optimizer.close()
+
+
+@pytest.mark.parametrize(("kind", "schedule"), list(product(["adamw", "adamw fused", "lion", "adafactor"], [SEQUENTIAL, AHEAD])))
+def test_bf16_with_masters_equals_plain_pytorch(kind: str, schedule: UpdateSchedule) -> None:
+    make = OPTIMIZERS[kind]
+    expected, plain, norms = plain_run(make, accumulate=2, max_norm=0.05, dtype=torch.bfloat16, master=True)
+    model = make_model(torch.bfloat16)
+    with open_engine() as engine:
+        optimizer = wrap(model, make(trainable(model)), engine, make_plan(schedule), master_weights=True)
+        ours = train(model, optimizer, accumulate=2, clip=lambda: optimizer.clip_grad_norm_(0.05))
+        assert torch.equal(torch.stack(ours), torch.stack(norms))
+        assert_equal_models(model, expected)
+        assert_equal_state(optimizer, model, plain)
+        optimizer.close()
+
+
+@pytest.mark.parametrize("tiers", list(product([Tier.DEVICE, Tier.HOST], repeat=2)))
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+@pytest.mark.parametrize("master", [False, True])
+def test_every_pair_of_tiers(tiers: tuple[Tier, Tier], schedule: UpdateSchedule, master: bool) -> None:
+    dtype = torch.bfloat16 if master else torch.float32
+    expected, _, norms = plain_run(OPTIMIZERS["adamw"], accumulate=2, max_norm=0.05, dtype=dtype, master=master)
+    model = make_model(dtype)
+    with open_engine() as engine:
+        plan = make_plan(schedule, gradient_tier=tiers[0], optimizer_tier=tiers[1])
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, plan, master_weights=master)
+        ours = train(model, optimizer, accumulate=2, clip=lambda: optimizer.clip_grad_norm_(0.05))
+        assert torch.equal(torch.stack(ours), torch.stack(norms))
+        assert_equal_models(model, expected)
+        assert isinstance(model.first.weight.grad, OffloadedGrad) is False
+        optimizer.close()
+
+
+def test_with_everything_on_the_device_no_slab_is_needed() -> None:
+    expected, _, _ = plain_run(OPTIMIZERS["adamw"])
+    model = make_model()
+    with open_engine() as engine:
+        plan = make_plan(
+            gradient_tier=Tier.DEVICE, optimizer_tier=Tier.DEVICE, staging=Staging(update_shard_elements=50_000)
+        )
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, plan)
+        train(model, optimizer)
+        assert_equal_models(model, expected)
+        assert engine.store(Tier.HOST).statistics().peak_used_bytes == 0
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+def test_groups_and_schedulers(schedule: UpdateSchedule) -> None:
+    def groups(parameters: list[Any]) -> list[dict[str, Any]]:
+        return [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.3},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "lr": 3e-2},
+        ]
+
+    def cosine(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+
+    make = OPTIMIZERS["adamw"]
+    expected, _, _ = plain_run(make, schedule=cosine, groups=groups)
+    model = make_model()
+    with open_engine() as engine:
+        inner = make(groups(trainable(model)))
+        optimizer = wrap(model, inner, engine, make_plan(schedule))
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        assert optimizer.param_groups is inner.param_groups
+        train(model, optimizer, scheduler=cosine(optimizer))
+        assert_equal_models(model, expected)
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+@pytest.mark.parametrize("gradient_tier", [Tier.HOST, Tier.DEVICE])
+@pytest.mark.parametrize("way", ["optimizer", "optimizer zeros", "model zeros", "model", "none"])
+def test_ways_to_clear_gradients(schedule: UpdateSchedule, gradient_tier: Tier, way: str) -> None:
+    model, reference = make_model(), make_model()
+    plain = OPTIMIZERS["adamw"](trainable(reference))
+
+    def clear(model: nn.Module, optimizer: Any) -> None:
+        if way.startswith("optimizer"):
+            optimizer.zero_grad(set_to_none=way == "optimizer")
+        elif way.startswith("model"):
+            if isinstance(optimizer, OffloadedOptimizer) and gradient_tier is Tier.DEVICE and way == "model zeros":
+                optimizer.flush()  # without it: refused, see test_gradients_changed_under_an_update
+            model.zero_grad(set_to_none=way == "model")
+        else:
+            for p in model.parameters():
+                p.grad = None
+
+    for batch in batches(4):
+        reference(batch).backward()
+        plain.step()
+        clear(reference, plain)
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(schedule, gradient_tier))
+        train(model, optimizer, steps=4, zero=lambda: clear(model, optimizer))
+        assert_equal_models(model, reference)
+
+
+def test_gradients_changed_under_an_update_are_refused() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD, Tier.DEVICE))
+        model(batches(1)[0]).backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=False)
+        with pytest.raises(OffloadError, match=r"embed.weight was changed in place while an update waited"):
+            optimizer.flush()
+        with pytest.raises(OffloadError, match="an earlier update failed half-way"):
+            optimizer.step()
+
+
+def test_gradients_that_are_not_cleared_accumulate_over_steps() -> None:
+    model, reference = make_model(), make_model()
+    plain = OPTIMIZERS["sgd nesterov"](trainable(reference))
+    for batch in batches(3):
+        reference(batch).backward()
+        plain.step()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["sgd nesterov"](trainable(model)), engine, make_plan(AHEAD))
+        for batch in batches(3):
+            for unit in ("prologue", "block", "epilogue"):
+                optimizer.ensure(unit)
+            model(batch).backward()
+            optimizer.step()
+        optimizer.flush()
+        assert_equal_models(model, reference)
+
+
+def test_an_update_ahead_waits_for_ensure_and_survives_new_gradients() -> None:
+    model, reference = make_model(), make_model()
+    plain = OPTIMIZERS["adamw"](trainable(reference))
+    first, second = batches(2)
+    reference(first).backward()
+    plain.step()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD))
+        before = model.first.weight.detach().clone()
+        model(first).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(model.first.weight, before)
+        # Nobody called ensure: the hook must, before a gradient that the update needs is overwritten.
+        nn.functional.linear(torch.randn(3, 101), model.first.weight).sum().backward()
+        assert torch.equal(model.first.weight, reference.first.weight)
+        assert not torch.equal(model.second.weight, reference.second.weight)
+        optimizer.flush()
+        assert_equal_models(model, reference)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("gradient_tier", [Tier.HOST, Tier.DEVICE])
+def test_nonfinite_gradients(value: float, gradient_tier: Tier) -> None:
+    with open_engine() as engine:
+        for policy in ("skip", "raise"):
+            model = make_model()
+            optimizer = wrap(
+                model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD, gradient_tier), nonfinite=policy
+            )
+            before = copy.deepcopy(model.state_dict())
+            handle = model.first.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), value))
+            model(batches(1)[0]).backward()
+            handle.remove()
+            if policy == "raise":
+                with pytest.raises(NonFiniteGradientError, match=r"1 parameters, first first\.weight"):
+                    optimizer.step()
+            else:
+                optimizer.step()
+                assert optimizer.last_step_skipped
+            optimizer.flush()
+            assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+            assert optimizer.scalar_state() == {}
+            optimizer.zero_grad()
+            model(batches(1)[0]).backward()
+            optimizer.step()
+            assert not optimizer.last_step_skipped
+            optimizer.close()
+
+
+def test_nonfinite_ignored_is_plain_pytorch() -> None:
+    model, reference = make_model(), make_model()
+    plain = OPTIMIZERS["adamw"](trainable(reference))
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        for m, o in ((model, optimizer), (reference, plain)):
+            m.second.weight.register_hook(lambda g: g.index_fill(0, torch.tensor([3]), float("inf")))
+            m(batches(1)[0]).backward()
+            assert torch.isinf(torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0))
+            o.step()
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(p.isnan(), q.isnan())
+            assert torch.equal(p.nan_to_num(), q.nan_to_num())
+
+
+def test_grad_scaler() -> None:
+    def run(model: nn.Module, optimizer: Any) -> list[float]:
+        scaler, scales = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=2), []
+        for batch in batches(6):
+            scaler.scale(model(batch) * 1e3).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            scales.append(scaler.get_scale())
+        return scales
+
+    model, reference = make_model(), make_model()
+    expected = run(reference, OPTIMIZERS["adamw"](trainable(reference)))
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        assert run(model, optimizer) == expected
+        assert_equal_models(model, reference)
+
+
+def test_clipping_twice_and_changing_after_clipping_with_masters() -> None:
+    model = make_model(torch.bfloat16)
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, master_weights=True)
+        model(batches(1)[0]).backward()
+        total = optimizer.clip_grad_norm_(0.05)
+        again = optimizer.clip_grad_norm_(0.05)
+        assert float(total) > 0.05
+        assert float(again) == pytest.approx(0.05, rel=1e-4)
+        model(batches(1)[0]).backward()
+        with pytest.raises(OffloadError, match="changed between clip_grad_norm_"):
+            optimizer.step()
+
+
+def test_torch_clipping_with_masters_scales_the_narrow_gradient() -> None:
+    model, reference = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    masters = [p.detach().float() for p in trainable(reference)]
+    plain = OPTIMIZERS["adamw"](masters)
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, master_weights=True)
+        for batch in batches(3):
+            for m in (model, reference):
+                m(batch).backward()
+            ours = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+            assert torch.equal(ours, torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.05))
+            optimizer.step()
+            optimizer.zero_grad()
+            for m, p in zip(masters, trainable(reference), strict=True):
+                m.grad = None if p.grad is None else p.grad.float()
+            plain.step()
+            with torch.no_grad():
+                for m, p in zip(masters, trainable(reference), strict=True):
+                    p.copy_(m)
+                    p.grad = None
+        assert_equal_models(model, reference)
+
+
+def test_closure_hooks_and_frozen_groups() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        inner = OPTIMIZERS["sgd"](list(model.parameters()))  # frozen ones too
+        fired: list[str] = []
+        inner.register_step_pre_hook(lambda *_: fired.append("inner"))
+        optimizer = wrap(model, inner, engine)
+        optimizer.register_step_post_hook(lambda *_: fired.append("outer"))
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(batches(1)[0])
+            loss.backward()
+            return loss
+
+        assert float(optimizer.step(closure)) > 0
+        assert fired == ["inner", "outer"]
+        with pytest.raises(PlanMismatchError, match="add_param_group after the plan was made"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+
+def test_state_dict_moves_nothing_until_it_is_used() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        make = OPTIMIZERS["adamw"]
+        optimizer = wrap(model, make(trainable(model)), engine)
+        assert optimizer.state_dict()["state"] == {}
+        assert optimizer.state == {}
+        train(model, optimizer, steps=2)
+        read = engine.store(Tier.HOST).statistics().bytes_read
+        saved = optimizer.state_dict()
+        moved = {
+            n: {k: v.to("cpu") if isinstance(v, torch.Tensor) else v for k, v in s.items()}
+            for n, s in saved["state"].items()
+        }
+        optimizer.load_state_dict({**saved, "state": moved})
+        assert engine.store(Tier.HOST).statistics().bytes_read == read
+        _, plain, _ = plain_run(make, steps=2)
+        expected = plain.state_dict()
+        assert saved["param_groups"] == expected["param_groups"]
+        assert saved["state"].keys() == expected["state"].keys()
+        for number, state in expected["state"].items():
+            assert all(torch.equal(saved["state"][number][key], value) for key, value in state.items())
+            assert isinstance(saved["state"][number]["exp_avg"], OffloadedState)
+        file = io.BytesIO()
+        torch.save(saved, file)
+        file.seek(0)
+        plain.load_state_dict(torch.load(file))
+
+
+@pytest.mark.parametrize("through", ["state_dict", "plain state_dict", "load_state", "lazily"])
+def test_resume_is_bit_equal(through: str) -> None:
+    make = OPTIMIZERS["adamw"]
+    data = batches(4)
+    expected, _, _ = plain_run(make, steps=4)
+    model = make_model()
+    with open_engine() as engine, open_engine() as other:
+        if through == "plain state_dict":
+            model, plain, _ = plain_run(make, steps=2)
+            saved = plain.state_dict()
+        else:
+            optimizer = wrap(model, make(trainable(model)), engine)
+            train(model, optimizer, steps=2)
+            saved = copy.deepcopy(optimizer.state_dict())
+        resumed = make_model()
+        resumed.load_state_dict(model.state_dict())
+        staging = Staging(**{**{f: getattr(STAGING, f) for f in STAGING.__dataclass_fields__}, "update_shard_elements": 8192})
+        again = wrap(resumed, make(trainable(resumed)), other, make_plan(staging=staging))
+        if through == "load_state":
+            again.load_state(optimizer.iter_state(), optimizer.scalar_state())
+        elif through == "lazily":
+            lazy = {(n, k): (lambda n=n, k=k: optimizer.read_state(n, k)) for n, k, _ in optimizer.iter_state()}
+            again.load_state(lazy, optimizer.scalar_state())
+        else:
+            again.load_state_dict(saved)
+        for batch in data[2:]:
+            resumed(batch).backward()
+            again.step()
+            again.zero_grad()
+        assert_equal_models(resumed, expected)
+
+
+def test_state_that_does_not_fit_is_refused_by_name() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        with pytest.raises(PlanMismatchError, match="'nobody', which is no trainable parameter"):
+            optimizer.load_state([("nobody", "exp_avg", torch.zeros(3))], {})
+        with pytest.raises(PlanMismatchError, match=r"first\.weight has no state tensor 'm'"):
+            optimizer.load_state([("first.weight", "m", torch.zeros(683, 101))], {})
+        with pytest.raises(PlanMismatchError, match=r"shape \(3,\), expected \(683, 101\)"):
+            optimizer.load_state([("first.weight", "exp_avg", torch.zeros(3))], {})
+        with pytest.raises(PlanMismatchError, match=r"first\.weight has \['exp_avg'\]"):
+            optimizer.load_state([("first.weight", "exp_avg", torch.zeros(683, 101))], {})
+        with pytest.raises(ValueError, match="parameter groups"):
+            optimizer.load_state_dict({"state": {}, "param_groups": []})
+
+
+def test_state_that_exists_is_taken_over() -> None:
+    make = OPTIMIZERS["adamw"]
+    expected, _, _ = plain_run(make, steps=4)
+    model, inner, _ = plain_run(make, steps=2)
+    with open_engine() as engine:
+        optimizer = wrap(model, inner, engine)
+        assert not inner.state
+        for batch in batches(4)[2:]:
+            model(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_equal_models(model, expected)
+
+
+class Counting(torch.optim.SGD):
+    calls = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.calls = self.calls + 1
+        super().step()
+
+
+class Listing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["history"] = [1.0]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: torch.optim.LBFGS(p), r"LBFGS.step\(\) needs a closure"),
+        (lambda p: Counting(p, lr=0.1), "Counting.step.* changes its own attributes"),
+        (lambda p: Listing(p, lr=0.1), "Listing keeps state 'history' of type list"),
+    ],
+)
+def test_optimizers_that_cannot_be_streamed_are_refused(make: Callable[[Any], Any], message: str) -> None:
+    model = make_model()
+    with open_engine() as engine, pytest.raises(UnsupportedOptimizerError, match=message):
+        wrap(model, make(trainable(model)), engine)
+
+
+def test_plans_that_do_not_fit_are_refused_with_numbers() -> None:
+    model = make_model()
+    small = Staging(
+        gradient_slots=2, gradient_slot_bytes=8192, update_slots=3, update_slot_bytes=4096, update_shard_elements=50_000
+    )
+    with open_engine() as engine:
+        # 49152 elements: two moments and a gradient of 4 bytes each.
+        with pytest.raises(PlanMismatchError, match="needs an update slot of 589824 bytes, the plan has 3 of 4096"):
+            wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(staging=small))
+        with pytest.raises(PlanMismatchError, match="in no parameter group"):
+            wrap(model, OPTIMIZERS["adamw"]([model.first.weight]), engine)
+        with pytest.raises(PlanMismatchError, match="in no unit"):
+            OffloadedOptimizer(
+                OPTIMIZERS["adamw"](trainable(model)), engine=engine, plan=make_plan(), units=units_of(model)[:1]
+            )
+    with open_engine(1 << 20) as engine:
+        with pytest.raises(TierFullError, match="optimizer state of prologue shard"):
+            wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        assert engine.store(Tier.HOST).used_bytes == 0
+
+
+class FullDisk(FaultyBackend):
+    """Has no room for writes while ``full``."""
+
+    full = False
+
+    def submit(self, request: IORequest) -> None:
+        if self.full and request.direction is Direction.WRITE:
+            self.plan[self.submitted] = Fault(error=errno.ENOSPC)
+        super().submit(request)
+
+
+def test_a_full_disk_in_mid_update_raises_and_stops() -> None:
+    model = make_model()
+    backend = FullDisk(ThreadPoolBackend(2, "test"))
+    with open_engine(backend=backend) as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        train(model, optimizer, steps=1)
+        exp_avg = optimizer.read_state("second.weight", "exp_avg")
+        model(batches(1)[0]).backward()
+        optimizer.gradients.drain()
+        backend.full = True
+        with pytest.raises(TierIOError, match="optimizer state of prologue shard 1"):
+            optimizer.step()
+        backend.full = False
+        assert torch.equal(optimizer.read_state("second.weight", "exp_avg"), exp_avg)
+        with pytest.raises(OffloadError, match="an earlier update failed half-way"):
+            optimizer.step()
+
+
+def test_what_is_on_the_tier_and_in_slabs_in_bytes() -> None:
+    model = make_model(torch.bfloat16)
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, master_weights=True)
+        page = 4096
+        records = gradients = 0
+        for shard in optimizer.index.all_shards():
+            if not shard.small:
+                records += sum(3 * -(-piece.elements * 4 // page) * page for piece in shard.pieces)
+        for name in ("embed.weight", "unused", "first.weight", "second.weight"):
+            gradients += -(-model.get_parameter(name).numel() * 2 // page) * page
+        assert engine.store(Tier.HOST).used_bytes == records + gradients
+        assert optimizer.gradients._ring.slab.nbytes == 3 * (64 << 10)
+        assert optimizer._ring.slab.nbytes == 3 * (2 << 20)
+        train(model, optimizer, steps=2)
+        assert engine.store(Tier.HOST).statistics().peak_used_bytes == records + gradients
+        assert not optimizer.optimizer.state
+        optimizer.close()
+        assert engine.store(Tier.HOST).used_bytes == 0
