@@ -1,0 +1,709 @@
+"""Measure a model: one real step, block by block, into a ``ModelProfile``.
+
+Never more than one block's activations exist: the model runs once without gradients to see what each block is
+given; then each block runs alone, forward and backward, on the output of the one before; and once more the
+model runs with the blocks passing a known hidden state through, for what stands before and after them.
+
+Bytes are counted, not estimated. *Saved* bytes are the storages that autograd packs; *peaks* come from a
+dispatch mode that sees every storage born by an operator and, by weak reference, its death. Both are exact and
+repeatable, unlike the resident memory of a process, in which the allocator's habits are mixed. Blocks of one
+kind (class, configuration, shapes) are counted once and timed each; the median of their times is used.
+
+The resting state to which transients refer holds weights and saved tensors, so that a block's output, the
+incoming gradient and, where it is not saved, the block's input are transients.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memtrain.planner import resident
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+
+SMALL = 65536
+"""Parameters of fewer elements keep gradient and state in memory: one transfer would cost more than they do."""
+_PAGE_BYTES = 4096
+_PROBE_ELEMENTS = 1 << 20
+"""For timing the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
+
+
+class BlocksNotFoundError(ValueError):
+    """The model's repeated blocks cannot be found, or do not follow one another."""
+
+
+def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[tuple[str, nn.Module]]:
+    """The repeated blocks of ``model`` with their qualified names, in order.
+
+    Args:
+        model: any module.
+        names: the blocks, or containers of blocks; None: the ``ModuleList`` or ``Sequential`` whose children
+            are of one class and which has the most bytes of parameters.
+
+    Raises:
+        BlocksNotFoundError: a name does not exist, or nothing repeats.
+    """
+    modules = dict(model.named_modules())
+    if names is not None:
+        found: list[tuple[str, nn.Module]] = []
+        for name in names:
+            if name not in modules:
+                raise BlocksNotFoundError(f"{type(model).__name__} has no module {name!r}")
+            found += _children(name, modules[name]) or [(name, modules[name])]
+        if not found:
+            raise BlocksNotFoundError("names is empty: name at least one block")
+        return found
+    repeated = [_children(name, module) for name, module in modules.items()]
+    repeated = [c for c in repeated if len(c) > 1 and len({type(block) for _, block in c}) == 1]
+    best = max(repeated, key=lambda c: sum(_unique_bytes(b.parameters()) for _, b in c), default=None)
+    if best is None or not any(True for _, block in best for _ in block.parameters()):
+        raise BlocksNotFoundError(
+            f"{type(model).__name__} holds no ModuleList or Sequential of at least two blocks of one class with "
+            "parameters: name the blocks (block_names)"
+        )
+    return best
+
+
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        return []
+    return [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
+
+
+def _unique_bytes(tensors: Any) -> int:
+    return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages born while the mode was on and still alive, and their peak.
+
+    Also the outputs of attention kernels and the seconds spent in them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_bytes = 0
+        self.peak_bytes = 0
+        self.attention: dict[int, int] = {}
+        self.attention_seconds = 0.0
+        self._born: dict[weakref.ref[Any], int] = {}
+
+    def restart_peak(self) -> None:
+        """Count the peak from what is alive now."""
+        self.peak_bytes = self.now_bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        known = {_storage(t) for t in _tensors((args, kwargs))}
+        started = time.perf_counter()
+        out = func(*args, **kwargs)
+        fresh = {_storage(t): t for t in _tensors(out) if _storage(t) not in known}
+        for tensor in fresh.values():
+            storage = tensor.untyped_storage()
+            self._born[weakref.ref(storage, self._died)] = storage.nbytes()
+            self.now_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        name = func._schema.name
+        if "attention" in name and "backward" not in name:
+            self.attention_seconds += time.perf_counter() - started
+            self.attention.update((key, t.untyped_storage().nbytes()) for key, t in fresh.items())
+        return out
+
+    def _died(self, ref: weakref.ref[Any]) -> None:
+        self.now_bytes -= self._born.pop(ref)
+
+
+@dataclass
+class _Call:
+    """What a block is given, its hidden state taken out."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int | str
+    rest: tuple[Any, ...] | None = None
+    """What follows the hidden state in a tuple that the block returns; None: it returns a tensor."""
+
+    @classmethod
+    def of(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:
+        for place, value in (*enumerate(args), *kwargs.items()):
+            if isinstance(value, Tensor):
+                call = cls(tuple(args), dict(kwargs), place)
+                call._put(call, None)
+                return call, value
+        raise BlocksNotFoundError(f"{name} is given no tensor")
+
+    def _put(self, target: _Call, hidden: Tensor | None) -> None:
+        if isinstance(self.place, int):
+            target.args = (*self.args[: self.place], hidden, *self.args[self.place + 1 :])
+        else:
+            target.kwargs = {**self.kwargs, self.place: hidden}
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        call = _Call(self.args, self.kwargs, self.place)
+        self._put(call, hidden)
+        return _first(block(*call.args, **call.kwargs))
+
+    def shared(self) -> list[Tensor]:
+        return _tensors((self.args, self.kwargs))
+
+
+def _first(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(hidden, Tensor):
+        raise BlocksNotFoundError(f"a block must return a tensor or a tuple that starts with one, got {type(output)}")
+    return hidden
+
+
+@dataclass
+class _Trace:
+    """Of one model: what its blocks are given, and which parameters stand before them."""
+
+    calls: list[_Call] = field(default_factory=list)
+    first_input: Tensor | None = None
+    last_output: Tensor | None = None
+    early: set[int] = field(default_factory=set)
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    """Trainable."""
+
+
+def profile_model(
+    model: nn.Module,
+    sample_batch: Any,
+    *,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: int = 1,
+    master_weights: bool = False,
+    loss_fn: Callable[[Any, Any], Tensor] | None = None,
+    block_names: Sequence[str] | None = None,
+) -> ModelProfile:
+    """Measure one micro-batch of ``model`` and one step of its optimizer.
+
+    Parameters, gradients, buffers, modes and random numbers are left as they were found. An evaluating model is
+    measured in training mode, and a Hugging Face model without its key-value cache, as it must be trained.
+
+    Args:
+        model: with its weights, on the device on which it will be trained.
+        sample_batch: a mapping (``model(**batch)``), a tuple or list (``model(*batch)``) or one tensor.
+        optimizer: over the model's parameters; a copy of its class is measured, it is not stepped.
+        micro_batches: forward-backward passes per optimizer step.
+        master_weights: the optimizer updates fp32 copies of lower-precision weights.
+        loss_fn: ``loss_fn(output, batch)``; None: ``output.loss``, or the sum of a tensor output.
+        block_names: as ``names`` of ``find_blocks``.
+
+    Raises:
+        BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.
+        TypeError: no loss can be had from the model's output.
+        ValueError: the optimizer cannot be measured (it needs a closure, for example).
+    """
+    blocks = find_blocks(model, block_names)
+    run = _runner(model, sample_batch, loss_fn)
+    with _left_as_found(model):
+        trace = _capture(model, blocks, run)
+        profiles, last = _measure_blocks(model, blocks, trace)
+        around = _measure_around(blocks, trace, run, last)
+        del last
+        step = _measure_optimizer(optimizer, master_weights)
+        units = _units(model, blocks, trace, step)
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    baseline, slack = _baseline(model, optimizer)
+    trainable = [p for p in parameters if p.requires_grad]
+    return ModelProfile(
+        model=type(model).__name__,
+        batch=", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors(sample_batch)),
+        blocks=tuple(profiles),
+        units=tuple(units),
+        micro_batches=micro_batches,
+        baseline_bytes=baseline,
+        allocator_slack_bytes=slack,
+        weight_bytes=_unique_bytes([*parameters, *model.buffers()]),
+        **around,
+        update_workspace_bytes_per_element=step.workspace,
+        state_bytes_per_element=step.state,
+        gradient_bytes_per_element=max((float(p.element_size()) for p in trainable), default=0.0),
+        largest_gradient_bytes=max((p.nbytes for p in trainable), default=0),
+        elementwise=step.elementwise,
+        largest_parameter_elements=max((p.numel() for p in trainable), default=0),
+    )
+
+
+def _runner(
+    model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None
+) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        if loss_fn is not None:
+            return loss_fn(output, batch)
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, Tensor):
+            return loss
+        if isinstance(output, Tensor):
+            return output.sum()
+        raise TypeError(
+            f"{type(model).__name__} returned {type(output).__name__} without a loss: put labels into the sample "
+            "batch, or give loss_fn(output, batch)"
+        )
+
+    return run
+
+
+@contextmanager
+def _left_as_found(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    gradients = [(p, p.grad) for p in model.parameters()]
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.enable_grad())
+        for parameter, _ in gradients:
+            parameter.grad = None
+            if parameter.requires_grad and parameter.is_leaf:
+                stack.enter_context(parameter.register_post_accumulate_grad_hook(_drop))
+        try:
+            if not model.training:
+                model.train()
+            if use_cache:
+                config.use_cache = False
+            yield
+        finally:
+            if use_cache:
+                config.use_cache = use_cache
+            for module, training in modes:
+                module.training = training
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
+                        buffer.copy_(value)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callable[[], Tensor]) -> _Trace:
+    """Run the whole model once without gradients and note what each block is given."""
+    trace = _Trace(parameters=[p for p in model.parameters() if p.requires_grad])
+    order = {id(block): index for index, (_, block) in enumerate(blocks)}
+
+    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = order[id(block)]
+        name = blocks[index][0]
+        if index != len(trace.calls):
+            raise BlocksNotFoundError(f"{name} does not run once, and after the blocks before it in the list")
+        call, hidden = _Call.of(name, args, kwargs)
+        if trace.last_output is not None and _storage(hidden) != _storage(trace.last_output):
+            raise BlocksNotFoundError(
+                f"the model changes the hidden state between {blocks[index - 1][0]} and {name}: name blocks that "
+                "include what stands between them"
+            )
+        if index == 0:
+            trace.first_input = hidden.detach()
+        trace.calls.append(call)
+
+    def after_block(block: nn.Module, args: Any, output: Any) -> None:
+        trace.last_output = _first(output).detach()
+        trace.calls[-1].rest = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+
+    def before_other(module: nn.Module, args: Any) -> None:
+        if not trace.calls:
+            trace.early.update(id(p) for p in module.parameters(recurse=False))
+
+    with ExitStack() as stack:
+        for _, block in blocks:
+            stack.enter_context(block.register_forward_pre_hook(before_block, with_kwargs=True))
+            stack.enter_context(block.register_forward_hook(after_block))
+        for module in model.modules():
+            stack.enter_context(module.register_forward_pre_hook(before_other))
+        with torch.no_grad():
+            run()
+    if len(trace.calls) != len(blocks):
+        raise BlocksNotFoundError(f"{blocks[len(trace.calls)][0]} did not run: the model skips it")
+    trace.last_output = None
+    return trace
+
+
+def _measure_blocks(
+    model: nn.Module, blocks: list[tuple[str, nn.Module]], trace: _Trace
+) -> tuple[list[BlockProfile], Tensor]:
+    """Each block alone on the output of the one before. Returns profiles and the last hidden state."""
+    outside = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    inside = {id(p) for _, block in blocks for p in block.parameters()}
+    needs = any(p.requires_grad for p in model.parameters() if id(p) in trace.early - inside)
+    assert trace.first_input is not None
+    hidden = trace.first_input
+    counted: dict[Any, dict[str, Any]] = {}
+    seconds: dict[Any, list[tuple[float, float]]] = {}
+    kinds = []
+    for (_, block), call in zip(blocks, trace.calls, strict=True):
+        kind = _kind(block, call, hidden, needs)
+        if kind not in counted:
+            excluded = outside | {_storage(t) for t in call.shared()}
+            counted[kind] = _count(block, call, hidden, needs, excluded)
+        kinds.append(kind)
+        forward, backward, hidden = _time(block, call, hidden, needs)
+        seconds.setdefault(kind, []).append((forward, backward))
+        needs = needs or any(p.requires_grad for p in block.parameters())
+    profiles = []
+    for (name, _), kind in zip(blocks, kinds, strict=True):
+        forward, backward = (median(column) for column in zip(*seconds[kind], strict=True))
+        values = counted[kind]
+        attention = min(values["attention_seconds"], forward)
+        profiles.append(
+            BlockProfile(
+                **{**values, "attention_seconds": attention},
+                name=name,
+                forward_seconds=forward,
+                backward_seconds=backward,
+            )
+        )
+    return profiles, hidden
+
+
+def _kind(block: nn.Module, call: _Call, hidden: Tensor, needs: bool) -> Any:
+    parameters = tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+    shared = tuple((t.shape, t.dtype) for t in call.shared())
+    return repr(block), parameters, shared, hidden.shape, hidden.dtype, needs
+
+
+def _given(hidden: Tensor, needs: bool) -> Tensor:
+    """The block's input as in training: not a leaf, so that in-place operations behave as they would."""
+    return hidden.detach().clone().requires_grad_().clone() if needs else hidden.detach().clone()
+
+
+def _count(
+    block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded: set[int]
+) -> dict[str, Any]:
+    """Bytes of one forward and backward of ``block``, and whether its forward can be run again."""
+    given, saved = _given(hidden, needs), {}
+    own = _storage(given)
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in excluded:
+            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    reason = _not_recomputable(block, call, hidden, needs)
+    with LiveBytes() as live, saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call.run(block, given)
+        saved_bytes = sum(saved.values())
+        attention = sum(size for key, size in live.attention.items() if key in saved)
+        input_bytes = given.untyped_storage().nbytes()
+        forward_transient = live.peak_bytes + input_bytes - saved_bytes
+        backward_transient = 0
+        if output.requires_grad:
+            edge, gradient = torch.autograd.graph.get_gradient_edge(output), torch.randn_like(output)
+            del given, output
+            live.restart_peak()
+            torch.autograd.backward(edge, gradient)
+            backward_transient = live.peak_bytes + (input_bytes if own in saved else 0) - saved_bytes
+    return {
+        "input_bytes": hidden.nbytes,
+        "saved_bytes": saved_bytes,
+        "attention_bytes": attention,
+        "attention_seconds": live.attention_seconds,
+        "forward_transient_bytes": max(0, forward_transient),
+        "backward_transient_bytes": max(0, backward_transient),
+        "recomputable": not reason,
+        "reason": reason,
+    }
+
+
+def _not_recomputable(block: nn.Module, call: _Call, hidden: Tensor, needs: bool) -> str:
+    """Why a second forward would not give the first one's output bit for bit; empty when it does."""
+    cache = call.kwargs.get("past_key_values")
+    if cache is not None:
+        return "the block appends to a key-value cache (past_key_values); turn use_cache off"
+    watched = [*call.shared(), *block.buffers()]
+    before = [t._version for t in watched]
+    outputs = []
+    for _ in range(2):
+        given = _given(hidden, needs)
+        version = given._version
+        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []):
+            outputs.append(call.run(block, given).detach())
+        if given._version != version:
+            return "the block changes its input in place"
+    if [t._version for t in watched] != before:
+        return "forward changes a buffer or an argument that other blocks share (such as BatchNorm's statistics)"
+    if not torch.equal(*outputs):
+        return "two forwards from the same input and random state differ"
+    return ""
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _time(block: nn.Module, call: _Call, hidden: Tensor, needs: bool) -> tuple[float, float, Tensor]:
+    """Seconds of forward and backward, and the output."""
+    given = _given(hidden, needs)
+    start = _clock(hidden.device)
+    output = call.run(block, given)
+    middle = _clock(hidden.device)
+    if not output.requires_grad:
+        return middle - start, 0.0, output
+    gradient = torch.randn_like(output)
+    resumed = _clock(hidden.device)
+    torch.autograd.backward(output, gradient)
+    return middle - start, _clock(hidden.device) - resumed, output.detach()
+
+
+def _measure_around(
+    blocks: list[tuple[str, nn.Module]], trace: _Trace, run: Callable[[], Tensor], last: Tensor
+) -> dict[str, Any]:
+    """What stands before and after the blocks: once for time, once for bytes."""
+    _around(blocks, trace, run, last, LiveBytes())  # also warms up
+    measured = _around(blocks, trace, run, last, None)
+    counted = _around(blocks, trace, run, last, LiveBytes())
+    return {key: (measured if key.endswith("_seconds") else counted)[key] for key in counted}
+
+
+def _around(
+    blocks: list[tuple[str, nn.Module]],
+    trace: _Trace,
+    run: Callable[[], Tensor],
+    last: Tensor,
+    live: LiveBytes | None,
+) -> dict[str, Any]:
+    last = last.detach().clone().requires_grad_(last.is_floating_point())
+    entered: list[Tensor] = []
+    marks: dict[str, float] = {}
+    levels: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        marks[name] = _clock(last.device)
+        if live is not None:
+            levels[name], levels[f"{name} peak"] = live.now_bytes, live.peak_bytes
+            live.restart_peak()
+
+    def passing(index: int) -> Callable[..., Any]:
+        call = trace.calls[index]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = _Call.of(blocks[index][0], args, kwargs)[1]
+            if index == 0:
+                entered.append(hidden)
+                note("blocks")
+            if index == len(blocks) - 1:
+                hidden = last
+                note("epilogue")
+            return hidden if call.rest is None else (hidden, *call.rest)
+
+        return forward
+
+    late: dict[int, int] = {}
+    both: dict[int, int] = {}
+    with ExitStack() as stack:
+        for index, (_, block) in enumerate(blocks):
+            stack.enter_context(_forward_replaced(block, passing(index)))
+        if live is not None:
+            stack.enter_context(live)
+        note("start")
+        loss = run()
+        note("loss")
+        if loss.requires_grad:
+            with _seeing_gradients(trace, late):
+                loss.backward()
+        del loss
+        note("epilogue done")
+        before = entered.pop()
+        gradient = torch.randn_like(before) if before.requires_grad else None
+        note("prologue again")
+        if gradient is not None:
+            edge = torch.autograd.graph.get_gradient_edge(before)
+            del before
+            with _seeing_gradients(trace, both):
+                torch.autograd.backward(edge, gradient)
+        note("end")
+    inside = {id(p): p.nbytes for _, block in blocks for p in block.parameters()}
+    result: dict[str, Any] = {
+        "prologue_forward_seconds": marks["blocks"] - marks["start"],
+        "epilogue_forward_seconds": marks["loss"] - marks["epilogue"],
+        "epilogue_backward_seconds": marks["epilogue done"] - marks["loss"],
+        "prologue_backward_seconds": marks["end"] - marks["prologue again"],
+    }
+    if live is not None:
+        base, hidden_bytes = levels["epilogue"], last.nbytes
+        peak = max(levels["loss peak"], levels["epilogue done peak"])
+        result["epilogue_saved_bytes"] = max(0, levels["loss"] - base) + hidden_bytes
+        result["epilogue_peak_bytes"] = max(0, peak - base) + hidden_bytes
+        result["prologue_peak_bytes"] = max(levels["blocks peak"], levels["end peak"]) - levels["start"]
+        result["persistent_backward_bytes"] = sum(
+            size for key, size in late.items() if key in both or key in inside
+        )
+    return result
+
+
+@contextmanager
+def _forward_replaced(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    before = block.__dict__.get("forward")
+    block.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del block.__dict__["forward"]
+        if before is not None:
+            block.__dict__["forward"] = before
+
+
+@contextmanager
+def _seeing_gradients(trace: _Trace, seen: dict[int, int]) -> Iterator[None]:
+    def hook(parameter: Tensor) -> None:
+        seen[id(parameter)] = parameter.nbytes
+
+    with ExitStack() as stack:
+        for parameter in trace.parameters:
+            stack.enter_context(parameter.register_post_accumulate_grad_hook(hook))
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """One step of the optimizer, per element."""
+
+    state: float
+    workspace: float
+    seconds: float
+    elementwise: bool
+
+
+def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -> _Step:
+    group = optimizer.param_groups[0]
+    model_dtype, device = group["params"][0].dtype, group["params"][0].device
+    dtype = torch.float32 if master_weights else model_dtype
+    weight = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=dtype, device=device)
+    gradient = torch.randn(weight.shape, device=device).to(model_dtype)
+    low = weight.to(model_dtype)
+    probe = _like(optimizer, weight)
+    _step(optimizer, probe, weight, gradient.to(dtype))
+    start = _clock(device)
+    _step(optimizer, probe, weight, gradient.to(dtype))
+    if master_weights:
+        low.copy_(weight)
+    seconds = _clock(device) - start
+    given = gradient.to(dtype)
+    with LiveBytes() as live:
+        _step(optimizer, probe, weight, given)
+    state = sum(t.nbytes for t in _tensors(list(probe.state.values())) if t.numel() > 1)
+    return _Step(
+        state=state / _PROBE_ELEMENTS + (4 if master_weights else 0),
+        workspace=live.peak_bytes // 4096 * 4096 / _PROBE_ELEMENTS,
+        seconds=seconds / _PROBE_ELEMENTS,
+        elementwise=_is_elementwise(optimizer, dtype, device),
+    )
+
+
+def _like(optimizer: torch.optim.Optimizer, weight: Tensor) -> torch.optim.Optimizer:
+    """The optimizer's class with its settings, over one tensor."""
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    group = optimizer.param_groups[0]
+    settings = {key: group[key] for key in optimizer.defaults if key in accepted}
+    return type(optimizer)([nn.Parameter(weight, requires_grad=True)], **settings)
+
+
+def _step(original: torch.optim.Optimizer, probe: torch.optim.Optimizer, weight: Tensor, grad: Tensor) -> None:
+    probe.param_groups[0]["params"][0].grad = grad
+    try:
+        probe.step()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{type(original).__name__} cannot be measured by a plain step(): {error}") from error
+
+
+def _is_elementwise(optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether two steps over halves give, bit for bit, what they give over the whole."""
+    generator = torch.Generator().manual_seed(0)
+    whole, *gradients = (torch.randn(4096, generator=generator).to(device, dtype) for _ in range(3))
+    halves = [part.clone() for part in whole.split(2048)]
+    try:
+        for target, cut in ((whole, slice(0, 4096)), *zip(halves, (slice(2048), slice(2048, None)), strict=True)):
+            probe = _like(optimizer, target)
+            for gradient in gradients:
+                _step(optimizer, probe, target, gradient[cut].clone())
+    except ValueError:
+        return False  # such as Muon, which takes matrices only
+    return torch.equal(whole, torch.cat(halves))
+
+
+def _units(
+    model: nn.Module, blocks: list[tuple[str, nn.Module]], trace: _Trace, step: _Step
+) -> list[UnitProfile]:
+    """Every parameter once, in the first unit that needs it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    inside = {id(p) for _, block in blocks for p in block.parameters()}
+    others = [p for p in model.parameters() if id(p) not in inside or id(p) in trace.early]
+    early = [p for p in others if id(p) in trace.early]
+    late = [p for p in others if id(p) not in trace.early]
+    members: list[tuple[str, int | None, list[nn.Parameter]]] = [("prologue", None, early)]
+    members += [(name, index, list(block.parameters())) for index, (name, block) in enumerate(blocks)]
+    members.append(("epilogue", None, late))
+    taken: set[int] = set()
+    units = []
+    for name, index, parameters in members:
+        own = [p for p in parameters if id(p) not in taken]
+        taken.update(id(p) for p in own)
+        large = [p for p in own if p.requires_grad and p.numel() >= SMALL]
+        small = [p for p in own if p.requires_grad and p.numel() < SMALL]
+        units.append(
+            UnitProfile(
+                name=name,
+                block=index,
+                weight_bytes=sum(p.nbytes for p in own),
+                gradient_bytes=sum(p.nbytes for p in large),
+                state_bytes=round(sum(p.numel() for p in large) * step.state),
+                resident_state_bytes=round(sum(p.nbytes + p.numel() * step.state for p in small)),
+                update_seconds=sum(p.numel() for p in (*large, *small)) * step.seconds,
+                parameters=tuple(names[id(p)] for p in own),
+            )
+        )
+    return units
+
+
+def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and slack.
+
+    Weights that are memory-mapped are resident only once they were read, so every page of them is read
+    first, and all their bytes can be subtracted.
+    """
+    gc.collect()
+    parameters = list(model.parameters())
+    tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters), *_tensors(list(optimizer.state.values()))]
+    if parameters[0].is_cuda:
+        reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
+        free, total = torch.cuda.mem_get_info()
+        return max(0, total - free - reserved), reserved - allocated
+    for parameter in parameters:
+        with torch.no_grad():
+            parameter.detach().reshape(-1)[:: _PAGE_BYTES // parameter.element_size()].sum()
+    before = resident.rss_bytes()
+    resident.trim()
+    after = resident.rss_bytes()
+    return max(0, after - _unique_bytes(tensors)), max(0, before - after)

@@ -1,0 +1,286 @@
+"""The tracer against numbers worked out by hand, and against its promise to leave everything as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memtrain.planner.trace import BlocksNotFoundError, find_blocks, profile_model
+
+transformers = pytest.importorskip("transformers")
+
+ROWS, WIDTH, WIDE = 64, 32, 128
+F32 = 4
+
+
+class Block(nn.Module):
+    """``x + down(relu(up(x)))``: saves x, relu's output (up's output is dead once relu has run)."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, WIDE), nn.Linear(WIDE, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.down(torch.relu(self.up(x))))
+
+
+class Plain(nn.Module):
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, WIDTH)
+        self.blocks = nn.ModuleList(blocks)
+        self.last = nn.Linear(WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+def plain(blocks: list[nn.Module] | None = None, **options: object):  # type: ignore[no-untyped-def]
+    model = Plain(blocks or [Block() for _ in range(3)])
+    return profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), **options)
+
+
+def test_bytes_of_a_plain_block() -> None:
+    profile = plain()
+    assert [b.name for b in profile.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
+    for block in profile.blocks:
+        x, wide = ROWS * WIDTH * F32, ROWS * WIDE * F32
+        assert block.input_bytes == x
+        assert block.saved_bytes == x + wide
+        assert block.attention_bytes == 0
+        # relu holds its input and output while it runs; then down's output and the sum are small beside it.
+        assert block.forward_transient_bytes == wide
+        assert block.recomputable
+        assert block.forward_seconds > 0
+        assert block.backward_seconds > 0
+
+
+def test_units_by_hand() -> None:
+    profile = plain(master_weights=False)
+    per_block = WIDTH * WIDE * 2 + WIDE + WIDTH
+    assert [u.name for u in profile.units] == ["prologue", "blocks.0", "blocks.1", "blocks.2", "epilogue"]
+    assert [u.weight_bytes for u in profile.units] == [
+        F32 * n for n in (9 * WIDTH, per_block, per_block, per_block, WIDTH + 1)
+    ]
+    # Every parameter is below 65,536 elements: gradient and two fp32 moments stay in memory.
+    assert [u.resident_state_bytes for u in profile.units] == [u.weight_bytes * 3 for u in profile.units]
+    assert {(u.gradient_bytes, u.state_bytes) for u in profile.units} == {(0, 0)}
+    assert profile.state_bytes_per_element == 8
+    assert profile.update_workspace_bytes_per_element == 0
+    assert profile.elementwise
+    assert profile.largest_gradient_bytes == WIDTH * WIDE * F32
+    assert profile.weight_bytes == sum(u.weight_bytes for u in profile.units)
+
+
+def test_master_weights_add_four_bytes_an_element() -> None:
+    model = Plain([Block(), Block()]).bfloat16()
+    profile = profile_model(
+        model, torch.randn(ROWS, 8).bfloat16(), optimizer=adamw(model), master_weights=True
+    )
+    assert profile.state_bytes_per_element == 12
+    assert profile.gradient_bytes_per_element == 2
+
+
+def test_optimizers_that_mix_elements_are_known() -> None:
+    model = Plain([Block(), Block()])
+    adafactor = torch.optim.Adafactor(model.parameters())
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adafactor)
+    assert not profile.elementwise
+    momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=momentum)
+    assert profile.elementwise
+    assert profile.state_bytes_per_element == 4
+
+
+class InPlace(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2) + self.down(self.up(x.detach()))
+
+
+class Normed(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+class Counting(Block):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) + self.calls
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"), [(InPlace, "in place"), (Normed, "buffer"), (Counting, "two forwards")]
+)
+def test_what_may_not_be_recomputed(block: type[nn.Module], reason: str) -> None:
+    profile = plain([block(), block()])
+    assert not profile.blocks[0].recomputable
+    assert reason in profile.blocks[0].reason
+
+
+def test_dropout_is_recomputable_and_measured_in_training_mode() -> None:
+    model = Plain([Block(dropout=0.5), Block(dropout=0.5)]).eval()
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model))
+    assert profile.blocks[0].recomputable
+    mask = profile.blocks[0].saved_bytes - (ROWS * WIDTH + ROWS * WIDE) * F32
+    assert mask in (ROWS * WIDTH, ROWS * WIDTH * F32)  # bool or fp32, by torch's choice of kernel
+    assert not model.training
+
+
+LLAMA = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def llama(**options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **options}))
+
+
+def batch(tokens: int = 32) -> dict[str, Tensor]:
+    ids = torch.randint(128, (1, tokens), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_bytes_of_a_llama_block() -> None:
+    model, tokens = llama(), 32
+    profile = profile_model(model, batch(tokens), optimizer=adamw(model))
+    hidden, queries, keys, wide = 64, 64, 32, 96
+    # Two norms: input, normalised (also the product's other factor is a parameter), output, and 1/rms.
+    norms = 2 * (3 * hidden + 1)
+    attention = queries + 2 * keys + queries + 4  # q, k, v, output, and lse per head
+    mlp = 4 * wide  # gate, up, silu, product
+    elements = norms + attention + mlp
+    assert profile.blocks[0].saved_bytes == pytest.approx(tokens * F32 * elements, abs=0)
+    assert profile.blocks[0].attention_bytes == tokens * F32 * (queries + 4)
+    assert profile.blocks[0].input_bytes == tokens * F32 * hidden
+    assert 0 < profile.blocks[0].attention_seconds <= profile.blocks[0].forward_seconds
+
+
+def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> None:
+    model = llama()
+    profile = profile_model(model, batch(), optimizer=adamw(model))
+    embedding = 128 * 64 * F32
+    assert profile.persistent_backward_bytes == embedding
+    assert profile.units[0].weight_bytes == embedding
+    assert profile.units[-1].weight_bytes == 64 * F32
+    assert profile.epilogue_peak_bytes >= profile.epilogue_saved_bytes > 0
+    assert profile.prologue_peak_bytes >= embedding
+    model = llama(tie_word_embeddings=False)
+    assert profile_model(model, batch(), optimizer=adamw(model)).persistent_backward_bytes == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "plain"])
+def test_everything_is_left_as_it_was(kind: str) -> None:
+    sample: object = batch()
+    if kind == "plain":
+        model, sample = Plain([Normed(), Normed()]), (torch.randn(ROWS, 8),)
+    elif kind == "gpt2":
+        config = transformers.GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4)
+        model = transformers.GPT2LMHeadModel(config)
+    elif kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)).eval()
+    else:
+        model = llama()
+    optimizer = adamw(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = [p.grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    profile = profile_model(model, sample, optimizer=optimizer)
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(g, torch.ones_like(g)) for g in gradients)
+    assert [m.training for m in model.modules()] == modes
+    assert getattr(getattr(model, "config", None), "use_cache", None) == use_cache
+    assert not optimizer.state
+    assert all("forward" not in m.__dict__ and not m._forward_pre_hooks for m in model.modules())
+    assert all(b.recomputable for b in profile.blocks) is (kind != "plain")
+
+
+def test_finding_blocks() -> None:
+    model = Plain([Block(), Block()])
+    assert [name for name, _ in find_blocks(model)] == ["blocks.0", "blocks.1"]
+    assert [name for name, _ in find_blocks(model, ["blocks.1"])] == ["blocks.1"]
+    assert [name for name, _ in find_blocks(model, ["blocks"])] == ["blocks.0", "blocks.1"]
+    assert [name for name, _ in find_blocks(llama())] == [f"model.layers.{i}" for i in range(3)]
+    with pytest.raises(BlocksNotFoundError, match=r"no module 'blocks\.7'"):
+        find_blocks(model, ["blocks.7"])
+    with pytest.raises(BlocksNotFoundError, match="block_names"):
+        find_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+
+
+class Between(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+class Backwards(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.blocks[0](self.blocks[1](self.first(x))))
+
+
+class Skipping(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.blocks[0](self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [(Between, "between blocks.0 and blocks.1"), (Backwards, "blocks.1"), (Skipping, "blocks.1 did not run")],
+)
+def test_blocks_that_are_no_chain_are_refused(kind: type[Plain], message: str) -> None:
+    model = kind([Block(), Block()])
+    with pytest.raises(BlocksNotFoundError, match=message):
+        profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model))
+
+
+def test_no_loss_and_no_step_are_refused_by_name() -> None:
+    model = llama()
+    with pytest.raises(TypeError, match="labels"):
+        profile_model(model, {"input_ids": batch()["input_ids"]}, optimizer=adamw(model))
+    with pytest.raises(ValueError, match="LBFGS"):
+        plain_model = Plain([Block(), Block()])
+        lbfgs = torch.optim.LBFGS(plain_model.parameters())
+        profile_model(plain_model, torch.randn(ROWS, 8), optimizer=lbfgs)
+
+
+def test_a_loss_function_is_used() -> None:
+    model = Plain([Block(), Block()])
+    target = torch.randn(ROWS, 1)
+    profile = profile_model(
+        model,
+        [torch.randn(ROWS, 8)],
+        optimizer=adamw(model),
+        loss_fn=lambda output, _: (output - target).square().mean(),
+        micro_batches=3,
+    )
+    assert profile.micro_batches == 3
+    assert profile.batch == f"[{ROWS}, 8] float32"
