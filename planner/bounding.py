@@ -20,7 +20,8 @@ from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.baselines import Search, default_knobs, greedy
 
 if TYPE_CHECKING:
-    from memtrain.planner.program import Answer, Request
+    from memtrain.planner.choices import Request
+    from memtrain.planner.program import Answer
 
 START_SECONDS = 2.0
 """The child imports PuLP and HiGHS in 0.4 s on an idle core; the rest is for a busy machine."""
@@ -109,7 +110,7 @@ def solve_all(request: Request, time_limit_seconds: float) -> list[tuple[UpdateS
 
 
 def _main() -> None:
-    from memtrain.planner.program import Request
+    from memtrain.planner.choices import Request
 
     fields, seconds = pickle.load(sys.stdin.buffer)
     answers = solve_all(Request(**fields), seconds)

@@ -183,7 +183,8 @@ def _block_choices(
         )
         raise ValueError(
             f"block {index} ({block.name}): no action is left by "
-            f"allow={sorted(a.value for a in options.allow)}, force={dict(wanted)} and tiers {[t.value for t in places]}{reason}"
+            f"allow={sorted(a.value for a in options.allow)}, force={dict(wanted)} "
+            f"and tiers {[t.value for t in places]}{reason}"
         )
     return open_choices
 

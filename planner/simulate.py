@@ -20,12 +20,11 @@ from memtrain.planner.decisions import Decisions, recompute_traffic, unit_elemen
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
+from memtrain.planner.queues import COMPUTE, Job, run
 
 MAX_PIECES = 32
 """A unit's shards beyond this many are simulated as so many larger ones: the pipeline's ramp, one piece in
 32, is below the error of the bandwidth measurement, and a 70 B model stays quick to simulate."""
-
-COMPUTE = "compute"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +35,6 @@ class Timeline:
     bytes_moved: int
     """Over all links, both directions, one optimizer step."""
     events: tuple[Event, ...]
-
-
-@dataclass(slots=True)
-class _Job:
-    name: str
-    resource: str
-    amount: float
-    """Seconds for the computing thread, bytes for a queue."""
-    after: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -72,7 +62,7 @@ def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> T
         KeyError: a decision names a tier that ``machine`` has no link to.
     """
     jobs = _Schedule(profile, machine, decisions).jobs
-    starts, ends = _run(jobs, machine)
+    starts, ends = run(jobs, machine)
     return Timeline(
         step_seconds=round(max(ends, default=0.0), 9),
         bytes_moved=round(sum(job.amount for job in jobs if job.resource != COMPUTE)),
@@ -90,7 +80,7 @@ class _Schedule:
 
     def __init__(self, profile: ModelProfile, machine: Machine, decisions: Decisions) -> None:
         self.profile, self.decisions = profile, decisions
-        self.jobs: list[_Job] = []
+        self.jobs: list[Job] = []
         on_cpu = machine.device == "cpu"
         self._cpu = {k.tier: k.cpu_seconds_per_byte / machine.cores * on_cpu for k in machine.links}
         self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
@@ -114,7 +104,7 @@ class _Schedule:
                 self._update(unit, decision, step_begins)
 
     def _add(self, name: str, resource: str, amount: float, after: tuple[int, ...] = ()) -> int:
-        self.jobs.append(_Job(name, resource, amount, after))
+        self.jobs.append(Job(name, resource, amount, after))
         if resource == COMPUTE:
             self._last_compute = len(self.jobs) - 1
         return len(self.jobs) - 1
@@ -328,62 +318,3 @@ class _Schedule:
                 where = f"write:{decision.optimizer_tier.value}"
                 write = self._add(f"write update {unit.name}", where, unit.state_bytes / pieces, (step,))
                 ring.free_after[slot] = (write,)
-
-
-def _run(jobs: list[_Job], machine: Machine) -> tuple[list[float], list[float]]:
-    """Start and end of every job: each queue serves its jobs in order, the head waits for what it needs."""
-    queues: dict[str, list[int]] = {}
-    for index, job in enumerate(jobs):
-        queues.setdefault(job.resource, []).append(index)
-    rates, shared, latency, opposite = _rates(machine)
-    heads = dict.fromkeys(queues, 0)
-    running: dict[str, int] = {}
-    left = [0.0] * len(jobs)
-    starts, ends = [0.0] * len(jobs), [0.0] * len(jobs)
-    done = [False] * len(jobs)
-    now, finished = 0.0, 0
-    while finished < len(jobs):
-        for resource, queue in queues.items():
-            if resource in running or heads[resource] == len(queue):
-                continue
-            index = queue[heads[resource]]
-            if all(done[other] for other in jobs[index].after):
-                running[resource] = index
-                starts[index] = now
-                left[index] = jobs[index].amount + latency[resource] * rates[resource]
-        assert running, "the jobs of a step wait for each other in a circle"
-        speeds = {r: shared[r] if opposite.get(r) in running else rates[r] for r in running}
-        step = min(left[index] / speeds[r] for r, index in running.items())
-        now += step
-        for resource, index in list(running.items()):
-            left[index] -= step * speeds[resource]
-            # Ends that coincide up to rounding are taken together.
-            if left[index] <= 1e-12 * speeds[resource]:
-                ends[index], done[index] = now, True
-                finished += 1
-                heads[resource] += 1
-                del running[resource]
-    return starts, ends
-
-
-def _rates(
-    machine: Machine,
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, str]]:
-    """Per queue: rate alone, rate while the other direction is busy, latency, and the other direction."""
-    rates, shared, latency, opposite = {COMPUTE: 1.0}, {COMPUTE: 1.0}, {COMPUTE: 0.0}, {}
-    for link in machine.links:
-        read, write = f"read:{link.tier.value}", f"write:{link.tier.value}"
-        fraction = mixed_fraction(machine, link.tier)
-        for name, rate in (
-            (read, link.read_bytes_per_second),
-            (write, link.write_bytes_per_second),
-        ):
-            rates[name], shared[name], latency[name] = rate, rate * fraction, link.latency_seconds
-        opposite[read], opposite[write] = write, read
-    return rates, shared, latency, opposite
-
-
-def mixed_fraction(machine: Machine, tier: Tier) -> float:
-    """Part of its own rate at which each direction of ``tier`` runs while both are busy."""
-    link = machine.link(tier)
-    return min(1.0, link.mixed_bytes_per_second / (link.read_bytes_per_second + link.write_bytes_per_second))

@@ -8,7 +8,7 @@ import pytest
 
 from memtrain.planner import bounding
 from memtrain.planner.baselines import Search
-from memtrain.planner.program import Request
+from memtrain.planner.choices import Request
 
 
 def _here(search: Search, deadline: float) -> Any:

@@ -1,0 +1,270 @@
+"""The choices of the planning problem as binary variables, and the rows that count bytes.
+
+Bytes are the bill's, position by position, exactly; ring sizes and the shard are chosen here too. What the
+choices cost in seconds stands in ``program``.
+
+Index letters: ``l`` block, ``u`` unit, ``t`` tier, ``n`` slots of a ring, ``s`` shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import pulp
+
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.bill import backward_transient_bytes, forward_bytes, kept_bytes
+from memtrain.planner.decisions import (
+    GRADIENT_SLOTS,
+    PAGE_BYTES,
+    SLOT_COUNTS,
+    UPDATE_SLOTS,
+    PlannerOptions,
+    Space,
+    gradient_slot_bytes,
+    input_slot_bytes,
+    recompute_traffic,
+    saved_slot_bytes,
+    unit_elements,
+    update_slot_bytes,
+)
+from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.units import round_up
+
+Expression: TypeAlias = Any
+"""An affine expression of PuLP, which is not typed."""
+RINGS = (1, *SLOT_COUNTS)
+BEYOND = 1 << 30
+"""The place of the epilogue: after every block."""
+
+
+def place_of(unit: UnitProfile) -> int:
+    if unit.block is not None:
+        return unit.block
+    return BEYOND if unit.name == "epilogue" else -1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the program is built from; it travels to the process that solves it."""
+
+    profile: ModelProfile
+    machine: Machine
+    budget: Budget
+    options: PlannerOptions
+    space: Space
+
+
+def need_limit(budget_bytes: int, safety_margin: float) -> int:
+    """The largest need that fits ``budget_bytes`` once the margin is added."""
+    need = int(budget_bytes / (1 + safety_margin)) + 2
+    while need > 0 and need + math.ceil(need * safety_margin) > budget_bytes:
+        need -= 1
+    return need
+
+
+class Choices:
+    """Variables and byte rows of one schedule's program."""
+
+    def __init__(self, request: Request, schedule: UpdateSchedule) -> None:
+        self.profile, self.machine, self.space = request.profile, request.machine, request.space
+        self.request, self.schedule = request, schedule
+        self.ahead = schedule is UpdateSchedule.AHEAD
+        self.problem = pulp.LpProblem("memtrain", pulp.LpMinimize)
+        self._times = 0
+        self._choices()
+        self._memory()
+        self._capacities()
+
+    # -- what is chosen -------------------------------------------------------------------------------
+
+    def _binary(self, name: str) -> pulp.LpVariable:
+        return self.problem.add_variable(name, cat=pulp.LpBinary)
+
+    def time(self) -> pulp.LpVariable:
+        """A new variable that is a time in seconds."""
+        self._times += 1
+        return self.problem.add_variable(f"time_{self._times:05d}", lowBound=0)
+
+    def add(self, constraint: pulp.LpConstraint | bool) -> None:
+        """One more row."""
+        # PuLP folds a row without variables to a bool; all such rows hold by construction.
+        if not isinstance(constraint, bool):
+            self.problem.addConstraint(constraint)
+
+    def _choices(self) -> None:
+        self.x = [
+            [self._binary(f"x_{index:03d}_{c:02d}") for c in range(len(choices))]
+            for index, choices in enumerate(self.space.blocks)
+        ]
+        self.z = [
+            [self._binary(f"z_{index:03d}_{c:02d}") for c in range(len(choices))]
+            for index, choices in enumerate(self.space.states)
+        ]
+        self.saved_ring = {n: self._binary(f"saved_slots_{n}") for n in (0, *RINGS)}
+        self.input_ring = {n: self._binary(f"input_slots_{n}") for n in (0, *RINGS)}
+        self.shard = {s: self._binary(f"shard_{s}") for s in sorted({0, *self.space.shards})}
+        self.gradient_ring = self._binary("gradient_ring")
+        self.gradient_fed = self._binary("gradient_ring_feeds_update")
+        for one_of in (
+            *self.x,
+            *self.z,
+            list(self.saved_ring.values()),
+            list(self.input_ring.values()),
+            list(self.shard.values()),
+        ):
+            self.add(pulp.lpSum(one_of) == 1)
+        for index in range(len(self.x)):
+            self.add(self.swapped(index) <= 1 - self.saved_ring[0])
+            self.add(self.moved(index) <= 1 - self.input_ring[0])
+        for index in range(len(self.z)):
+            self.add(
+                self.unit_sum(index, lambda _, d: d.optimizer_tier is not Tier.DEVICE) <= 1 - self.shard[0]
+            )
+            self.add(
+                self.unit_sum(index, lambda _, d: d.gradient_tier is not Tier.DEVICE) <= self.gradient_ring
+            )
+            self.add(self.unit_sum(index, _fed_by_gradient_ring) <= self.gradient_fed)
+
+    def block_sum(self, index: int, value: Callable[[BlockProfile, BlockDecision], float]) -> Expression:
+        """The value of whichever choice block ``index`` gets."""
+        block = self.profile.blocks[index]
+        return pulp.LpAffineExpression(
+            [
+                (v, w)
+                for v, d in zip(self.x[index], self.space.blocks[index], strict=True)
+                if (w := value(block, d))
+            ]
+        )
+
+    def unit_sum(self, index: int, value: Callable[[UnitProfile, StateDecision], float]) -> Expression:
+        """The value of whichever choice unit ``index`` gets."""
+        unit = self.profile.units[index]
+        return pulp.LpAffineExpression(
+            [
+                (v, float(w))
+                for v, d in zip(self.z[index], self.space.states[index], strict=True)
+                if (w := value(unit, d))
+            ]
+        )
+
+    def swapped(self, index: int) -> Expression:
+        """1 if the block goes through the saved ring."""
+        return self.block_sum(index, lambda _, d: float(d.action is Action.SWAP))
+
+    def moved(self, index: int) -> Expression:
+        """1 if the block goes through the input ring."""
+        return self.block_sum(index, lambda b, d: float(bool(recompute_traffic(b, d))))
+
+    # -- bytes ----------------------------------------------------------------------------------------
+
+    def _ring_bytes(
+        self, ring: dict[int, pulp.LpVariable], size: Callable[[BlockProfile, BlockDecision], int], name: str
+    ) -> Expression:
+        """Bytes of a ring: slots times the largest block that uses it."""
+        sizes = [
+            s
+            for b, choices in zip(self.profile.blocks, self.space.blocks, strict=True)
+            for d in choices
+            if (s := size(b, d))
+        ]
+        if not sizes:
+            return pulp.LpAffineExpression()
+        total = self.problem.add_variable(f"{name}_bytes", lowBound=0)
+        self.add(total >= pulp.lpSum(n * min(sizes) * v for n, v in ring.items()))
+        if max(sizes) > min(sizes):
+            for index in range(len(self.x)):
+                mine = self.block_sum(index, size)
+                for n in RINGS:
+                    self.add(total >= n * mine - n * max(sizes) * (1 - ring[n]))
+        return pulp.LpAffineExpression(total)
+
+    def _memory(self) -> None:
+        profile = self.profile
+        fixed = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
+        fixed += sum(unit.resident_state_bytes for unit in profile.units)
+        units = range(len(profile.units))
+        always = pulp.lpSum(
+            self.unit_sum(u, lambda p, d: p.state_bytes * (d.optimizer_tier is Tier.DEVICE)) for u in units
+        )
+        always += self._ring_bytes(
+            self.saved_ring, lambda b, d: saved_slot_bytes(b) if d.action is Action.SWAP else 0, "saved"
+        )
+        always += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
+        always += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
+        always += pulp.lpSum(
+            UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
+        )
+        limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
+
+        def row(*parts: Expression | float) -> None:
+            # Megabytes keep the coefficients near 1; the choice is checked in bytes afterwards.
+            self.add((pulp.lpSum([always, *parts])) * 1e-6 <= limit * 1e-6)
+
+        gradient = [
+            self.unit_sum(u, lambda p, d: p.gradient_bytes * (d.gradient_tier is Tier.DEVICE)) for u in units
+        ]
+        every = pulp.lpSum(gradient)
+        many = profile.micro_batches > 1
+
+        def gradients_from(index: int) -> Expression:
+            later = [g for g, u in zip(gradient, profile.units, strict=True) if place_of(u) >= index]
+            return every if many else pulp.lpSum(later)
+
+        def gradients_forward(index: int) -> Expression | float:
+            return gradients_from(index) if many or self.ahead else 0.0
+
+        row(gradients_forward(-1), profile.prologue_peak_bytes)
+        kept: Expression = pulp.LpAffineExpression()
+        before = []
+        for index in range(len(self.x)):
+            before.append(kept.copy())
+            row(kept, gradients_forward(index), self.block_sum(index, forward_bytes))
+            kept = kept + self.block_sum(index, kept_bytes)
+            row(
+                kept,
+                gradients_from(index),
+                self.block_sum(index, backward_transient_bytes),
+                profile.persistent_backward_bytes,
+            )
+        row(kept, gradients_from(len(self.x)), profile.epilogue_peak_bytes)
+        row(every, profile.persistent_backward_bytes + profile.prologue_peak_bytes)
+        for u, unit in enumerate(profile.units):
+            workspace = math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
+            here = workspace * self.unit_sum(u, lambda _, d: d.optimizer_tier is Tier.DEVICE)
+            place = place_of(unit)
+            held: Expression | float = 0.0
+            if self.ahead and place >= 0:
+                held = kept if place == BEYOND else before[place]
+            row(every, here, held)
+
+    def _capacities(self) -> None:
+        for tier in self.space.tiers:
+            used = [self.block_sum(i, partial(_block_pages, tier)) for i in range(len(self.x))]
+            used += [self.unit_sum(u, partial(_unit_pages, tier)) for u in range(len(self.z))]
+            self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
+
+
+def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
+    """(tier, bytes) of what leaves the device between a block's forward and its backward."""
+    if decision.action is Action.SWAP:
+        return ((decision.saved_tier, block.saved_bytes),)
+    return recompute_traffic(block, decision)
+
+
+def _block_pages(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:
+    return sum(round_up(size, PAGE_BYTES) for where, size in traffic(block, decision) if where is tier)
+
+
+def _unit_pages(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
+    pages = round_up(unit.gradient_bytes, PAGE_BYTES) if decision.gradient_tier is tier else 0
+    return pages + (round_up(unit.state_bytes, PAGE_BYTES) if decision.optimizer_tier is tier else 0)
+
+
+def _fed_by_gradient_ring(_: UnitProfile, decision: StateDecision) -> bool:
+    return decision.gradient_tier is not Tier.DEVICE and decision.optimizer_tier is Tier.DEVICE
