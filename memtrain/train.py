@@ -29,8 +29,10 @@ from memtrain.checkpoints import Checkpoints
 from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
+from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
+from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import Phase, Summary, infeasible_text, plan_text, summary_text
@@ -138,8 +140,6 @@ class Trainer:
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
         session, recipe = self.session, self.recipe
-        for name in ("plan", "profile", "machine"):
-            (self.output / f"{name}.json").write_text(getattr(session, name).to_json() + "\n")
         print(plan_text(session.plan), flush=True)
         with ProgressDisplay(
             self.output / "metrics.jsonl",
@@ -335,7 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         recipe = load_recipe(options.recipe, options.overrides)
         summary = train(recipe)
-    except (RecipeError, DataError, OffloadError) as error:
+    except (RecipeError, DataError, OffloadError, BlocksNotFoundError, UnsupportedHeadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except memtrain.InfeasibleError as error:

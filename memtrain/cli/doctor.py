@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -53,8 +52,8 @@ def examine(swap: Path, *, measure: bool) -> int:
     parts: list[Callable[[Findings], None]] = [_libraries, _devices, _numa, _memory]
     for part in parts:
         part(found)
-    _swap_directory(found, swap, measure=measure)
-    _uses(found, swap)
+    usable = _swap_directory(found, swap, measure=measure)
+    _uses(found, swap if usable else None)
     table = Table("", "", show_header=False, box=None, pad_edge=False)
     for row in found.rows:
         table.add_row(*row)
@@ -111,31 +110,35 @@ def _memory(found: Findings) -> None:
         found.add("control group", "no memory limit")
     else:
         found.add("control group", f"{format_gib(group.limit_bytes)} at most ({group.source})")
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    found.add("memlock", "unlimited" if soft == resource.RLIM_INFINITY else format_gib(soft))
 
 
-def _swap_directory(found: Findings, swap: Path, *, measure: bool) -> None:
+def _swap_directory(found: Findings, swap: Path, *, measure: bool) -> bool:
+    """Whether it can be used."""
     from memtrain.offload.errors import OffloadError
     from memtrain.offload.measure import measure_machine, probe_swap_directory
 
+    probe = probe_swap_directory(swap)
+    for name, text in probe.rows():
+        found.add(name, text)
+    if not probe.usable:
+        found.faults.append(f"swap directory: {probe.problem}")
+    if not probe.usable or not measure:
+        return probe.usable
     try:
-        for name, text in probe_swap_directory(swap).rows():
-            found.add(name, text)
-        if not measure:
-            return
-        link = measure_machine(swap).link(Tier.NVME)
+        link = measure_machine(swap, refresh=True).link(Tier.NVME)
     except OffloadError as error:
-        found.fault("swap directory", str(error))
-        return
+        found.fault("swap bandwidth", str(error))
+        return False
     rates = (link.read_bytes_per_second, link.write_bytes_per_second, link.mixed_bytes_per_second)
     read, write, mixed = (f"{rate / 1e9:.2f} GB/s" for rate in rates)
     found.add("swap bandwidth", f"{read} read, {write} write, {mixed} both at once ({link.source})")
+    return True
 
 
-def _uses(found: Findings, swap: Path) -> None:
+def _uses(found: Findings, swap: Path | None) -> None:
     group, machine = cgroup_limit(), machine_memory()
     free = min(machine.free_bytes, group.free_bytes if group else machine.free_bytes)
-    found.add("a budget may be", f"device up to {format_gib(free)}, nvme under {swap.resolve()}")
+    nvme = "no nvme" if swap is None else f"nvme in {swap.resolve()}"
+    found.add("a budget may be", f"device up to {format_gib(free)} now, {nvme}")
     tuned = environment_for_children()
     found.add("huge pages", f"{TUNABLE} will be set" if tuned else "left as the environment has them")

@@ -26,13 +26,14 @@ def _validate_plan(path: Path) -> str:
     except FileNotFoundError as error:
         raise RecipeError(
             f"{error.filename} is not there; "
-            "a plan is checked against the profile.json and machine.json beside it"
+            "a plan is checked against the profile.json, machine.json and recipe.yaml beside it"
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
     from memtrain.planner.check import check
 
-    violations = check(plan, profile, machine)
+    budget = load_recipe(path.parent / "recipe.yaml").memory_budget()
+    violations = check(plan, profile, machine, budget)
     if violations:
         raise RecipeError("\n  ".join([f"{path} breaks its own constraints:", *map(str, violations)]))
     return f"{path} is a valid plan: {plan.status}, {plan.step_seconds:.2f} s a step, hash {plan.digest}"

@@ -64,14 +64,14 @@ def test_too_little_text_is_told(text: Tokens) -> None:
 
 
 def test_what_cannot_be_a_token_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no token file at .*make data"):
+    with pytest.raises(DataError, match=r"no token file at .*make data"):
         Tokens(tmp_path / "train.bin")
     (tmp_path / "train.bin").write_bytes(b"\0" * 6)
     with pytest.raises(DataError, match=r"needs a meta\.json"):
         Tokens(tmp_path / "train.bin")
     meta = {"version": 1, "dtype": "<u2", "vocabulary_size": 9, "splits": {"train": {"tokens": 4}}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="holds 6 bytes where its meta.json says 4 tokens of 2 bytes"):
+    with pytest.raises(DataError, match=r"holds 6 bytes where its meta\.json says 4 tokens of 2 bytes"):
         Tokens(tmp_path / "train.bin")
     (tmp_path / "meta.json").write_text(json.dumps({**meta, "version": 0}))
     with pytest.raises(DataError, match="version 0, this memtrain reads 1"):
@@ -146,9 +146,14 @@ def test_the_command_line_of_the_corpus(
 
 def test_a_folder_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
     output = tmp_path / "o"
-    with pytest.raises(RuntimeError), complete_folder(output) as folder:
-        (folder / "half").write_text("x")
-        raise RuntimeError
+
+    def fail() -> None:
+        with complete_folder(output) as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with complete_folder(output) as folder:
         (folder / "all").write_text("x")

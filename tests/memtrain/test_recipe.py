@@ -158,7 +158,7 @@ def test_what_is_written_out_reads_back_the_same() -> None:
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="No such file.*memtrain ls"):
+    with pytest.raises(RecipeError, match=r"No such file.*memtrain ls"):
         load_recipe(tmp_path / "none.yaml")
     path = tmp_path / "r.yaml"
     path.write_text("[1, 2]")
