@@ -44,15 +44,22 @@ class FreeList:
         ]
         if not fitting:
             return None
-        length, start = min(fitting)
-        index = bisect.bisect_left(self._starts, start)
-        if length == nbytes:
-            del self._starts[index], self._lengths[index]
-        else:
-            self._starts[index] += nbytes
-            self._lengths[index] -= nbytes
-        self.free_bytes -= nbytes
+        _, start = min(fitting)
+        self.take(start, nbytes)
         return start
+
+    def take(self, offset: int, nbytes: int) -> None:
+        """Allocate exactly this run. Raises ValueError where part of it is taken or outside."""
+        index = bisect.bisect_right(self._starts, offset) - 1
+        end = self._starts[index] + self._lengths[index] if index >= 0 else 0
+        if offset + nbytes > end:
+            raise ValueError(f"run {offset}+{nbytes} is not free")
+        start = self._starts[index]
+        rest = [(start, offset - start), (offset + nbytes, end - offset - nbytes)]
+        kept = [(at, length) for at, length in rest if length]
+        self._starts[index : index + 1] = [at for at, _ in kept]
+        self._lengths[index : index + 1] = [length for _, length in kept]
+        self.free_bytes -= nbytes
 
     def free(self, offset: int, nbytes: int) -> None:
         """Give a run back. Raises ValueError where part of it is free already or outside."""

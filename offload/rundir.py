@@ -172,24 +172,34 @@ def open_arena(run: RunDirectory, capacity_bytes: int, *, direct: bool) -> int:
         raise
 
 
-def enable_direct(descriptor: int, where: str) -> None:
-    """Switch an open file of at least a block to direct I/O, and prove it by a write and a read of its first block.
+def enable_direct(descriptor: int, where: str, *, new: bool = True) -> None:
+    """Switch an open file to direct I/O, and prove it by a write and a read of its first block.
 
-    What the file system promises is not enough: some accept the flag and refuse the first write.
+    What the file system promises is not enough: some accept the flag and refuse the first write. The block gets
+    random bytes in a new file, and what it holds already in another.
 
     Raises:
         SwapDirectoryError: the file system refuses, or wants blocks of more than 4096 bytes.
     """
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     try:
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
         sent, found = mmap.mmap(-1, BLOCK_BYTES), mmap.mmap(-1, BLOCK_BYTES)
-        sent.write(secrets.token_bytes(BLOCK_BYTES))
+        if new:
+            sent.write(secrets.token_bytes(BLOCK_BYTES))
+        else:
+            os.preadv(descriptor, [sent], 0)
         counts = os.pwritev(descriptor, [sent], 0), os.preadv(descriptor, [found], 0)
+        problem = "" if counts == (BLOCK_BYTES, BLOCK_BYTES) and sent[:] == found[:] else "it reads other bytes than written"
     except OSError as error:
-        raise SwapDirectoryError(_no_direct(where, error.strerror or str(error))) from error
-    if counts != (BLOCK_BYTES, BLOCK_BYTES) or sent[:] != found[:]:
-        raise SwapDirectoryError(_no_direct(where, "a block written is not the block read"))
+        problem = error.strerror or str(error)
+    if problem:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)  # whoever falls back to the page cache goes on with this file
+        raise SwapDirectoryError(
+            f"swap directory {where} cannot do direct I/O in blocks of {BLOCK_BYTES} bytes ({problem}): name a "
+            "directory on a local ext4, xfs or btrfs disk, or allow buffered I/O (direct='allow_buffered'), which "
+            "is slower"
+        )
 
 
 def reap_dead_runs(directory: str | os.PathLike[str]) -> list[Path]:
@@ -290,11 +300,4 @@ def _full(run: RunDirectory, need: int, free: int) -> str:
     return (
         f"swap directory {run.parent} has {format_gib(free)} ({free} bytes) free, the plan reserves {format_gib(need)} "
         f"({need} bytes): free {max(0, need - free)} bytes, lower budget.nvme, or name another directory"
-    )
-
-
-def _no_direct(where: str, why: str) -> str:
-    return (
-        f"swap directory {where} cannot do direct I/O in blocks of {BLOCK_BYTES} bytes ({why}): name a directory on a "
-        "local ext4, xfs or btrfs disk, or allow buffered I/O (direct='allow_buffered'), which is slower"
     )

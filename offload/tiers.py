@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from memtrain.offload import manifest
 from memtrain.offload.errors import ExtentStateError, OffloadError, TierFullError, TierIOError
 from memtrain.offload.extents import Chunk, Extent, FreeList, pieces, reserved
 from memtrain.offload.io import Direction, IOBackend, IORequest, ThreadPoolBackend
@@ -138,6 +139,7 @@ class Store:
         self._target = target
         self._backend = backend
         self._space = FreeList(capacity_bytes)
+        self._extents: set[Extent] = set()
         self._peak_used_bytes = 0
         self._queues: dict[Direction, deque[Ticket]] = {d: deque() for d in Direction}
         self._pending: dict[Extent, list[Ticket]] = {}
@@ -174,7 +176,7 @@ class Store:
                     raise TierFullError(self._no_room(name, size))
                 self._changed.wait(self.stall_seconds)
             self._peak_used_bytes = max(self._peak_used_bytes, self.used_bytes)
-        return Extent(
+        extent = Extent(
             name=name,
             tier=self.tier,
             store_id=self._id,
@@ -184,6 +186,9 @@ class Store:
             dtype=dtype,
             shape=shape,
         )
+        with self._changed:
+            self._extents.add(extent)
+        return extent
 
     def write(self, extent: Extent, buffer: torch.Tensor, offset: int = 0) -> Ticket:
         """Move ``buffer`` (1-D uint8, page-aligned start) to byte ``offset`` of ``extent``, a multiple of 4096.
@@ -213,6 +218,7 @@ class Store:
         with self._changed:
             self._check_usable(extent)
             extent.freed = True
+            self._extents.discard(extent)
             if extent not in self._pending:
                 self._release(extent)
 
@@ -476,6 +482,7 @@ class NvmeStore(Store):
             reap_dead_runs(run.parent)
             descriptor, self.direct = _open(run, capacity_bytes, direct)
             undo.callback(os.close, descriptor)
+            saved = manifest.load(run, capacity_bytes) if run.reopened else ("", [])
             if not resumable:
                 run.unlink(ARENA)
             super().__init__(
@@ -487,6 +494,8 @@ class NvmeStore(Store):
                 stall_seconds=stall_seconds,
             )
             self.run = run
+            self._descriptor = descriptor
+            self._adopt(*saved)
             # The directory goes also at interpreter exit, when nobody called close(). The descriptor does not: a
             # worker may still be writing, and the number could be another file's by then.
             self._remove_directory = weakref.finalize(self, run.close)
@@ -494,11 +503,39 @@ class NvmeStore(Store):
             self._close_file.atexit = False
             undo.pop_all()
 
+    def extents(self) -> dict[str, Extent]:
+        """The living extents by tensor name: after reopening a run, those that it saved."""
+        with self._changed:
+            return {extent.name: extent for extent in self._extents}
+
+    def save(self) -> None:
+        """Make a resumable store's contents durable. Raises OffloadError where it is not resumable, or busy."""
+        with self._changed:
+            self._check_open()
+            if not self.run.resumable:
+                raise OffloadError("only a store made with resumable=True can be saved")
+            if self._pending:
+                raise OffloadError(f"{len(self._pending)} extents are being moved: wait for their tickets, then save")
+            self._save()
+
     def close(self) -> None:
+        was_open = not self._closed
         super().close()
         if os.getpid() == self._pid:
+            if was_open and self.run.resumable:
+                self._save()
             self._close_file()
             self._remove_directory()
+
+    def _save(self) -> None:
+        manifest.save(self.run, self._descriptor, self._id, self.capacity_bytes, self._extents)
+
+    def _adopt(self, store_id: str, extents: list[Extent]) -> None:
+        self._id = store_id or self._id
+        for extent in extents:
+            self._space.take(extent.arena_offset, extent.reserved_bytes)
+            self._extents.add(extent)
+        self._peak_used_bytes = self.used_bytes
 
 
 class MemoryStore(Store):
@@ -546,9 +583,12 @@ class MemoryStore(Store):
 
 
 def _open(run: RunDirectory, capacity_bytes: int, direct: str) -> tuple[int, bool]:
-    descriptor = open_arena(run, capacity_bytes, direct=False)
+    if run.reopened:
+        descriptor = manifest.open_saved_arena(run, capacity_bytes)
+    else:
+        descriptor = open_arena(run, capacity_bytes, direct=False)
     try:
-        enable_direct(descriptor, str(run.parent))
+        enable_direct(descriptor, str(run.parent), new=not run.reopened)
     except OffloadError:
         if direct == "require":
             os.close(descriptor)

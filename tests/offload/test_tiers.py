@@ -54,7 +54,7 @@ def store(request, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def refuse_direct(descriptor, where):
+def refuse_direct(descriptor, where, *, new):
     raise SwapDirectoryError("no direct I/O here")
 
 
