@@ -1,13 +1,13 @@
 """Measure a model: one real step, block by block, into a ``ModelProfile``.
 
-Never more than one block's activations exist: the model runs once without gradients to see what each block is
-given; then each block runs alone, forward and backward, on the output of the one before; and once more the
-model runs with the blocks passing a known hidden state through, for what stands before and after them.
+Never more than one block's activations exist: the model runs once without gradients to see what each block
+is given; then each block runs alone, forward and backward, on the output of the one before; and at last the
+model runs with its blocks passing a known hidden state through, for what stands before and after them.
 
 Bytes are counted, not estimated. *Saved* bytes are the storages that autograd packs; *peaks* come from a
-dispatch mode that sees every storage born by an operator and, by weak reference, its death. Both are exact and
-repeatable, unlike the resident memory of a process, in which the allocator's habits are mixed. Blocks of one
-kind (class, configuration, shapes) are counted once and timed each; the median of their times is used.
+dispatch mode that sees every storage born by an operator and, by weak reference, its death. Both are exact
+and repeatable, unlike the resident memory of a process, in which the allocator's habits are mixed. Blocks of
+one kind (class, configuration, shapes) are counted once and timed each; the median of their times is used.
 
 The resting state to which transients refer holds weights and saved tensors, so that a block's output, the
 incoming gradient and, where it is not saved, the block's input are transients.
@@ -29,12 +29,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from memtrain.planner import resident
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 
 SMALL = 65536
-"""Parameters of fewer elements keep gradient and state in memory: one transfer would cost more than they do."""
+"""Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
 _PAGE_BYTES = 4096
 _PROBE_ELEMENTS = 1 << 20
 """For timing the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
@@ -70,8 +71,8 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[tu
     best = max(repeated, key=lambda c: sum(_unique_bytes(b.parameters()) for _, b in c), default=None)
     if best is None or not any(True for _, block in best for _ in block.parameters()):
         raise BlocksNotFoundError(
-            f"{type(model).__name__} holds no ModuleList or Sequential of at least two blocks of one class with "
-            "parameters: name the blocks (block_names)"
+            f"{type(model).__name__} holds no ModuleList or Sequential of at least two blocks of one class "
+            "with parameters: name the blocks (block_names)"
         )
     return best
 
@@ -87,21 +88,21 @@ def _unique_bytes(tensors: Any) -> int:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages born while the mode was on and still alive, and their peak.
 
     Also the outputs of attention kernels and the seconds spent in them.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now_bytes = 0
         self.peak_bytes = 0
         self.attention: dict[int, int] = {}
@@ -145,7 +146,8 @@ class _Call:
 
     @classmethod
     def of(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Call, Tensor]:
-        for place, value in (*enumerate(args), *kwargs.items()):
+        given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        for place, value in given:
             if isinstance(value, Tensor):
                 call = cls(tuple(args), dict(kwargs), place)
                 call._put(call, None)
@@ -170,7 +172,9 @@ class _Call:
 def _first(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, (tuple, list)) and output else output
     if not isinstance(hidden, Tensor):
-        raise BlocksNotFoundError(f"a block must return a tensor or a tuple that starts with one, got {type(output)}")
+        raise BlocksNotFoundError(
+            f"a block must return a tensor, or a tuple that starts with one, not {type(output)}"
+        )
     return hidden
 
 
@@ -198,8 +202,9 @@ def profile_model(
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
-    Parameters, gradients, buffers, modes and random numbers are left as they were found. An evaluating model is
-    measured in training mode, and a Hugging Face model without its key-value cache, as it must be trained.
+    Parameters, gradients, buffers, modes and random numbers are left as they were found. An evaluating
+    model is measured in training mode, and a Hugging Face model without its key-value cache, as it must be
+    trained.
 
     Args:
         model: with its weights, on the device on which it will be trained.
@@ -229,7 +234,7 @@ def profile_model(
     trainable = [p for p in parameters if p.requires_grad]
     return ModelProfile(
         model=type(model).__name__,
-        batch=", ".join(f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in _tensors(sample_batch)),
+        batch=", ".join(f"{list(t.shape)} {str(t.dtype)[len('torch.') :]}" for t in _tensors(sample_batch)),
         blocks=tuple(profiles),
         units=tuple(units),
         micro_batches=micro_batches,
@@ -262,8 +267,8 @@ def _runner(
         if isinstance(output, Tensor):
             return output.sum()
         raise TypeError(
-            f"{type(model).__name__} returned {type(output).__name__} without a loss: put labels into the sample "
-            "batch, or give loss_fn(output, batch)"
+            f"{type(model).__name__} returned {type(output).__name__} without a loss: put labels into the "
+            "sample batch, or give loss_fn(output, batch)"
         )
 
     return run
@@ -283,15 +288,15 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.grad = None
             if parameter.requires_grad and parameter.is_leaf:
-                stack.enter_context(parameter.register_post_accumulate_grad_hook(_drop))
+                stack.enter_context(_gradient_hook(parameter, _drop))
         try:
             if not model.training:
                 model.train()
-            if use_cache:
+            if config is not None and use_cache:
                 config.use_cache = False
             yield
         finally:
-            if use_cache:
+            if config is not None and use_cache:
                 config.use_cache = use_cache
             for module, training in modes:
                 module.training = training
@@ -301,6 +306,11 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+def _gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
 
 
 def _drop(parameter: Tensor) -> None:
@@ -320,8 +330,8 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
         call, hidden = _Call.of(name, args, kwargs)
         if trace.last_output is not None and _storage(hidden) != _storage(trace.last_output):
             raise BlocksNotFoundError(
-                f"the model changes the hidden state between {blocks[index - 1][0]} and {name}: name blocks that "
-                "include what stands between them"
+                f"the model changes the hidden state between {blocks[index - 1][0]} and {name}: name blocks "
+                "that include what stands between them"
             )
         if index == 0:
             trace.first_input = hidden.detach()
@@ -397,9 +407,7 @@ def _given(hidden: Tensor, needs: bool) -> Tensor:
     return hidden.detach().clone().requires_grad_().clone() if needs else hidden.detach().clone()
 
 
-def _count(
-    block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded: set[int]
-) -> dict[str, Any]:
+def _count(block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded: set[int]) -> dict[str, Any]:
     """Bytes of one forward and backward of ``block``, and whether its forward can be run again."""
     given, saved = _given(hidden, needs), {}
     own = _storage(given)
@@ -426,6 +434,7 @@ def _count(
     return {
         "input_bytes": hidden.nbytes,
         "saved_bytes": saved_bytes,
+        "saved_tensors": len(saved),
         "attention_bytes": attention,
         "attention_seconds": live.attention_seconds,
         "forward_transient_bytes": max(0, forward_transient),
@@ -451,7 +460,7 @@ def _not_recomputable(block: nn.Module, call: _Call, hidden: Tensor, needs: bool
         if given._version != version:
             return "the block changes its input in place"
     if [t._version for t in watched] != before:
-        return "forward changes a buffer or an argument that other blocks share (such as BatchNorm's statistics)"
+        return "forward changes a buffer, such as BatchNorm's statistics, or an argument of other blocks"
     if not torch.equal(*outputs):
         return "two forwards from the same input and random state differ"
     return ""
@@ -481,9 +490,8 @@ def _measure_around(
     blocks: list[tuple[str, nn.Module]], trace: _Trace, run: Callable[[], Tensor], last: Tensor
 ) -> dict[str, Any]:
     """What stands before and after the blocks: once for time, once for bytes."""
-    _around(blocks, trace, run, last, LiveBytes())  # also warms up
+    counted = _around(blocks, trace, run, last, LiveBytes())  # first, so that the clock sees a warm machine
     measured = _around(blocks, trace, run, last, None)
-    counted = _around(blocks, trace, run, last, LiveBytes())
     return {key: (measured if key.endswith("_seconds") else counted)[key] for key in counted}
 
 
@@ -532,7 +540,7 @@ def _around(
         note("loss")
         if loss.requires_grad:
             with _seeing_gradients(trace, late):
-                loss.backward()
+                torch.autograd.backward(loss)
         del loss
         note("epilogue done")
         before = entered.pop()
@@ -582,7 +590,7 @@ def _seeing_gradients(trace: _Trace, seen: dict[int, int]) -> Iterator[None]:
 
     with ExitStack() as stack:
         for parameter in trace.parameters:
-            stack.enter_context(parameter.register_post_accumulate_grad_hook(hook))
+            stack.enter_context(_gradient_hook(parameter, hook))
         yield
 
 
@@ -599,24 +607,27 @@ class _Step:
 def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -> _Step:
     group = optimizer.param_groups[0]
     model_dtype, device = group["params"][0].dtype, group["params"][0].device
+    master_weights = master_weights and model_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if master_weights else model_dtype
+    # A gradient of lower precision is widened within its slot, for which the slot holds its bytes twice.
+    widening = model_dtype.itemsize if master_weights else 0
     weight = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=dtype, device=device)
     gradient = torch.randn(weight.shape, device=device).to(model_dtype)
     low = weight.to(model_dtype)
     probe = _like(optimizer, weight)
-    _step(optimizer, probe, weight, gradient.to(dtype))
+    _step(probe, gradient.to(dtype))
     start = _clock(device)
-    _step(optimizer, probe, weight, gradient.to(dtype))
+    _step(probe, gradient.to(dtype))
     if master_weights:
         low.copy_(weight)
     seconds = _clock(device) - start
     given = gradient.to(dtype)
     with LiveBytes() as live:
-        _step(optimizer, probe, weight, given)
+        _step(probe, given)
     state = sum(t.nbytes for t in _tensors(list(probe.state.values())) if t.numel() > 1)
     return _Step(
         state=state / _PROBE_ELEMENTS + (4 if master_weights else 0),
-        workspace=live.peak_bytes // 4096 * 4096 / _PROBE_ELEMENTS,
+        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS,  # scalars do not grow
         seconds=seconds / _PROBE_ELEMENTS,
         elementwise=_is_elementwise(optimizer, dtype, device),
     )
@@ -630,24 +641,25 @@ def _like(optimizer: torch.optim.Optimizer, weight: Tensor) -> torch.optim.Optim
     return type(optimizer)([nn.Parameter(weight, requires_grad=True)], **settings)
 
 
-def _step(original: torch.optim.Optimizer, probe: torch.optim.Optimizer, weight: Tensor, grad: Tensor) -> None:
-    probe.param_groups[0]["params"][0].grad = grad
+def _step(probe: torch.optim.Optimizer, gradient: Tensor) -> None:
+    probe.param_groups[0]["params"][0].grad = gradient
     try:
         probe.step()
     except (TypeError, RuntimeError) as error:
-        raise ValueError(f"{type(original).__name__} cannot be measured by a plain step(): {error}") from error
+        raise ValueError(f"{type(probe).__name__} cannot be measured by a plain step(): {error}") from error
 
 
 def _is_elementwise(optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether two steps over halves give, bit for bit, what they give over the whole."""
     generator = torch.Generator().manual_seed(0)
     whole, *gradients = (torch.randn(4096, generator=generator).to(device, dtype) for _ in range(3))
-    halves = [part.clone() for part in whole.split(2048)]
+    low, high = slice(2048), slice(2048, None)
+    halves = [whole[low].clone(), whole[high].clone()]
     try:
-        for target, cut in ((whole, slice(0, 4096)), *zip(halves, (slice(2048), slice(2048, None)), strict=True)):
+        for target, cut in ((whole, slice(None)), (halves[0], low), (halves[1], high)):
             probe = _like(optimizer, target)
             for gradient in gradients:
-                _step(optimizer, probe, target, gradient[cut].clone())
+                _step(probe, gradient[cut].clone())
     except ValueError:
         return False  # such as Muon, which takes matrices only
     return torch.equal(whole, torch.cat(halves))
@@ -695,7 +707,8 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
     """
     gc.collect()
     parameters = list(model.parameters())
-    tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters), *_tensors(list(optimizer.state.values()))]
+    tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters)]
+    tensors += _tensors(list(optimizer.state.values()))
     if parameters[0].is_cuda:
         reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
         free, total = torch.cuda.mem_get_info()

@@ -56,6 +56,7 @@ def test_bytes_of_a_plain_block() -> None:
         x, wide = ROWS * WIDTH * F32, ROWS * WIDE * F32
         assert block.input_bytes == x
         assert block.saved_bytes == x + wide
+        assert block.saved_tensors == 2
         assert block.attention_bytes == 0
         # relu holds its input and output while it runs; then down's output and the sum are small beside it.
         assert block.forward_transient_bytes == wide
@@ -266,9 +267,9 @@ def test_no_loss_and_no_step_are_refused_by_name() -> None:
     model = llama()
     with pytest.raises(TypeError, match="labels"):
         profile_model(model, {"input_ids": batch()["input_ids"]}, optimizer=adamw(model))
+    plain_model = Plain([Block(), Block()])
+    lbfgs = torch.optim.LBFGS(plain_model.parameters())
     with pytest.raises(ValueError, match="LBFGS"):
-        plain_model = Plain([Block(), Block()])
-        lbfgs = torch.optim.LBFGS(plain_model.parameters())
         profile_model(plain_model, torch.randn(ROWS, 8), optimizer=lbfgs)
 
 
