@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ class Search:
     best: Decisions | None = None
     best_cost: tuple[float, int] = (float("inf"), 0)
     simulations_left: int = MAX_SIMULATIONS
+    deadline: float = float("inf")
+    """Monotonic time at which the search stops, on a machine too busy for its count of simulations."""
     _seen: dict[Decisions, tuple[float, int]] = field(default_factory=dict)
 
     def excess(self, decisions: Decisions) -> dict[Tier, int]:
@@ -121,7 +124,7 @@ def greedy(search: Search) -> None:
     while improved and search.simulations_left > 0:
         improved = False
         for neighbour in _neighbours(search):
-            if search.simulations_left <= 0:
+            if search.simulations_left <= 0 or time.monotonic() > search.deadline:
                 return
             improved |= search.offer(neighbour)
 

@@ -7,11 +7,13 @@ memory (solver, model, PuLP) never counts against the budget of the process that
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
     from memtrain.planner.choices import Request
     from memtrain.planner.program import Answer
 
-START_SECONDS = 2.0
-"""The child imports PuLP and HiGHS in 0.4 s on an idle core; the rest is for a busy machine."""
+RESERVE_SECONDS = 1.0
+"""HiGHS looks at its clock between steps of its own: it is asked to stop this much before it is killed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +44,17 @@ def improve_and_bound(search: Search, deadline: float) -> Bound:
     if search.best is not None and arithmetic >= search.best_cost[0] * (1 - search.options.gap):
         return Bound(seconds=arithmetic, solver="heuristic, bounded by the arithmetic alone")
     answers = _in_child(search, deadline)
-    if answers is None:
-        return Bound(seconds=0.0, solver="heuristic: HiGHS gave no answer in time")
     for schedule, answer in answers:
-        if answer.blocks:
+        if answer is not None and answer.blocks:
             default = default_knobs(search.space, schedule)
             knobs = tuple(a or d for a, d in zip(answer.knobs, default[:3], strict=True))
             search.offer(search.build(answer.blocks, answer.states, (knobs[0], knobs[1], knobs[2], schedule)))
     greedy(search)
-    proved = min(answer.bound_seconds for _, answer in answers)
-    return Bound(seconds=max(proved, arithmetic) if proved > 0 else 0.0, solver="HiGHS through PuLP")
+    # A schedule that was not reached is bounded by nothing but the arithmetic.
+    proved = min((a.bound_seconds if a is not None else 0.0 for _, a in answers), default=0.0)
+    if proved <= 0:
+        return Bound(seconds=0.0, solver="heuristic: HiGHS proved nothing in time")
+    return Bound(seconds=max(proved, arithmetic), solver="HiGHS through PuLP")
 
 
 def compute_seconds(search: Search) -> float:
@@ -63,10 +66,10 @@ def compute_seconds(search: Search) -> float:
     return profile.micro_batches * once + sum(unit.update_seconds for unit in profile.units)
 
 
-def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Answer]] | None:
+def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Answer | None]]:
     left = deadline - time.monotonic()
-    if left <= 0:
-        return None
+    if left <= RESERVE_SECONDS:
+        return _answers(b"", search)
     # The request's class lives beside the solver's model; importing it here would load PuLP.
     fields = {name: getattr(search, name) for name in ("profile", "machine", "budget", "options", "space")}
     root = str(Path(__file__).resolve().parents[1])
@@ -76,18 +79,30 @@ def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Ans
     try:
         child = subprocess.run(
             [sys.executable, "-m", "memtrain.planner.bounding"],
-            input=pickle.dumps((fields, left)),
+            input=pickle.dumps((fields, time.time() + left - RESERVE_SECONDS)),
             capture_output=True,
-            timeout=left + START_SECONDS,
+            timeout=left,
             env=environment,
             check=False,
         )
-    except subprocess.TimeoutExpired:
-        return None
+    except subprocess.TimeoutExpired as stopped:
+        return _answers(stopped.stdout or b"", search)
     if child.returncode != 0:
         raise RuntimeError(f"the solver's process failed: {child.stderr.decode(errors='replace')[-2000:]}")
-    answers: list[tuple[UpdateSchedule, Answer]] = pickle.loads(child.stdout)
-    return answers
+    return _answers(child.stdout, search)
+
+
+def _answers(text: bytes, search: Search) -> list[tuple[UpdateSchedule, Answer | None]]:
+    """What the child wrote before it ended: one pickle per schedule, None for those that it did not reach."""
+    found: dict[UpdateSchedule, Answer] = {}
+    stream = io.BytesIO(text)
+    while stream.tell() < len(text):
+        try:
+            schedule, answer = pickle.load(stream)
+        except (EOFError, pickle.UnpicklingError):
+            break
+        found[schedule] = answer
+    return [(schedule, found.get(schedule)) for schedule in search.space.schedules]
 
 
 def _package_root(fallback: str) -> str:
@@ -96,25 +111,24 @@ def _package_root(fallback: str) -> str:
     return str(Path(memtrain.__file__).parents[1]) if memtrain.__file__ else fallback
 
 
-def solve_all(request: Request, time_limit_seconds: float) -> list[tuple[UpdateSchedule, Answer]]:
-    """Every open schedule in turn, the time shared."""
+def solve_all(request: Request, deadline: float) -> Iterator[tuple[UpdateSchedule, Answer]]:
+    """Every open schedule in turn, the time until ``deadline`` (seconds since the epoch) shared."""
     from memtrain.planner.program import solve_program
 
-    began = time.monotonic()
-    answers = []
-    for position, schedule in enumerate(request.space.schedules):
-        left = time_limit_seconds - (time.monotonic() - began)
-        share = max(0.1, left / (len(request.space.schedules) - position))
-        answers.append((schedule, solve_program(request, schedule, share)))
-    return answers
+    # The last schedule is the one more likely to win: it comes first, in case time runs out.
+    schedules = request.space.schedules[::-1]
+    for position, schedule in enumerate(schedules):
+        share = (deadline - time.time()) / (len(schedules) - position)
+        yield schedule, solve_program(request, schedule, max(0.1, share))
 
 
 def _main() -> None:
     from memtrain.planner.choices import Request
 
-    fields, seconds = pickle.load(sys.stdin.buffer)
-    answers = solve_all(Request(**fields), seconds)
-    sys.stdout.buffer.write(pickle.dumps(answers))
+    fields, deadline = pickle.load(sys.stdin.buffer)
+    for answer in solve_all(Request(**fields), deadline):
+        sys.stdout.buffer.write(pickle.dumps(answer))
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -41,7 +41,14 @@ def make_plan(
     began = time.monotonic()
     options = options or PlannerOptions()
     space = open_space(profile, machine, budget, options)
-    search = baselines.Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
+    search = baselines.Search(
+        profile=profile,
+        machine=machine,
+        budget=budget,
+        options=options,
+        space=space,
+        deadline=began + options.time_limit_seconds,
+    )
     baselines.uniform(search)
     baselines.greedy(search)
     bound = improve_and_bound(search, began + options.time_limit_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from memtrain.planner.choices import Request
 
 def _here(search: Search, deadline: float) -> Any:
     fields = {name: getattr(search, name) for name in ("profile", "machine", "budget", "options", "space")}
-    return bounding.solve_all(Request(**fields), 10.0)
+    return list(bounding.solve_all(Request(**fields), time.time() + 10.0))
 
 
 @pytest.fixture

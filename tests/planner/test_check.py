@@ -29,7 +29,7 @@ FORCE = {
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
-    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: None)
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
     options = PlannerOptions(force=FORCE, update_schedule="sequential")
     return make_plan(PROFILE, MACHINE, BUDGET, options=options)
 

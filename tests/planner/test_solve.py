@@ -276,6 +276,6 @@ def test_the_solver_in_a_process_of_its_own_agrees() -> None:
 
 
 def test_a_solver_that_returns_nothing_costs_only_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: None)
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
     plan = make_plan(make_profile(3), make_machine(**SLOW), Budget(device="145MiB", nvme="/x:1GiB"))
     assert (plan.status, plan.lower_bound_seconds, plan.gap) == ("heuristic", 0.0, 1.0)
