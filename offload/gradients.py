@@ -1,9 +1,10 @@
 """Gradients leave memory as they are produced.
 
-A hook on every trainable parameter copies its finished gradient, chunk by chunk through a bounded ring, to the
-plan's tier and puts an ``OffloadedGrad`` in its place. A later micro-batch reads the old gradient back, adds it
-into the incoming one's own memory (addition commutes bit by bit), and writes the sum: no second gradient is
-ever in memory, and the norm is taken, by the operator that ``clip_grad_norm_`` uses, while the whole is hot.
+A hook on every trainable parameter copies its finished gradient, chunk by chunk through a bounded ring, to
+the plan's tier and puts an ``OffloadedGrad`` in its place. A later micro-batch reads the old gradient back,
+adds it into the incoming one's own memory (addition commutes bit by bit), and writes the sum: no second
+gradient is ever in memory, and the norm is taken, by the operator that ``clip_grad_norm_`` uses, while the
+whole is hot.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ class OffloadedGradient:
         """Whether every element is finite once the scalings are applied."""
         value = self.value
         assert value.largest is not None
-        # A scaling only ever makes non-finite what was finite; 0 * inf and nan hide in no maximum but that of 0.
+        # A scaling only ever makes non-finite what was finite; 0 * inf and nan hide in no maximum but that of
+        # 0.
         probes = torch.cat([value.scaled_largest(), torch.zeros_like(value.largest)])
         value.apply(probes[1:])
         return bool(torch.isfinite(probes).all()) and bool(torch.isfinite(value.largest).all())
@@ -179,6 +181,7 @@ class GradientStore:
         self._slot_bytes = slot_bytes // PAGE_BYTES * PAGE_BYTES
         self._in_flight: deque[tuple[Slot, Ticket]] = deque()
         self._hooks: list[Any] = []
+        self._ring: Ring | None = None
         self.homes: dict[str, OffloadedGradient] = {}
         """By parameter, of the gradients that leave."""
         leaving = [
@@ -188,7 +191,8 @@ class GradientStore:
         ]
         if leaving and (slots < 1 or self._slot_bytes < 2 * PAGE_BYTES):
             raise PlanMismatchError(
-                f"gradients such as that of {leaving[0]} leave the device, but the plan has {slots} gradient slots of "
+                f"gradients such as that of {leaving[0]} leave the device, but the plan has {slots} "
+                f"gradient slots of "
                 f"{slot_bytes} bytes: at least 1 slot of {2 * PAGE_BYTES} bytes is needed"
             )
         try:
@@ -202,7 +206,9 @@ class GradientStore:
         for home in self.homes.values():
             self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
 
-    def load(self, home: OffloadedGradient, value: GradientValue, piece: Piece, buffer: Tensor) -> list[Ticket]:
+    def load(
+        self, home: OffloadedGradient, value: GradientValue, piece: Piece, buffer: Tensor
+    ) -> list[Ticket]:
         """Start reading the piece's gradient into ``buffer`` (uint8, padded to pages).
 
         When the tickets are waited for, call ``value.apply`` on the typed view.
@@ -213,7 +219,9 @@ class GradientStore:
         tickets, position = [], 0
         for chunk in home.chunks:
             if piece.start <= chunk.start < piece.stop:
-                tickets.append(home.store.read(home.extent, buffer[position : position + chunk.nbytes], chunk.offset))
+                tickets.append(
+                    home.store.read(home.extent, buffer[position : position + chunk.nbytes], chunk.offset)
+                )
                 position += chunk.nbytes
         return tickets
 
@@ -235,7 +243,7 @@ class GradientStore:
                     home.parameter.grad = None
                 home.store.free(home.extent)
             self.homes.clear()
-            if getattr(self, "_ring", None) is not None:
+            if self._ring is not None:
                 self._ring.close()
                 self._ring = None
 
@@ -268,7 +276,8 @@ class GradientStore:
                 return
             if gradient.layout is not torch.strided:
                 raise UnsupportedGradientOperation(
-                    f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the device; "
+                    f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the "
+                    f"device; "
                     f"make it dense (sparse=False) or keep this unit's gradients on the device"
                 )
             self._before_overwrite(home.unit)
@@ -278,7 +287,9 @@ class GradientStore:
 
         return leave
 
-    def _accumulate(self, home: OffloadedGradient, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
+    def _accumulate(
+        self, home: OffloadedGradient, incoming: Tensor, alpha: Any, fingerprint: Fingerprint
+    ) -> None:
         self._before_overwrite(home.unit)
         same = incoming.dtype == home.parameter.dtype and incoming.shape == home.parameter.shape
         if alpha == 1 and same and incoming.is_contiguous() and fingerprint in self._exclusive:
@@ -382,8 +393,8 @@ class _Witness:
 def exclusive_fingerprints() -> frozenset[Fingerprint]:
     """How a gradient looks when autograd hands it over and nobody else holds it.
 
-    Measured on two backward passes whose gradients are exclusive by construction: a fresh tensor (of a product)
-    and a view of a fresh tensor (of a linear layer, whose gradient is a transpose).
+    Measured on two backward passes whose gradients are exclusive by construction: a fresh tensor (of a
+    product) and a view of a fresh tensor (of a linear layer, whose gradient is a transpose).
     """
     witness = _Witness()
     with torch.enable_grad():

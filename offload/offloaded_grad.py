@@ -1,8 +1,8 @@
 """``OffloadedGrad``: a gradient without storage that stands in ``param.grad`` while its bytes are on a tier.
 
-Autograd accumulates into it, ``clip_grad_norm_`` takes its norm and scales it, ``zero_grad`` clears it: these are
-done exactly. Scalings are remembered and applied, in order and by the very same operator, when the bytes are
-next read. Everything else raises and names the way out, ``materialize()``.
+Autograd accumulates into it, ``clip_grad_norm_`` takes its norm and scales it, ``zero_grad`` clears it: these
+are done exactly. Scalings are remembered and applied, in order and by the very same operator, when the bytes
+are next read. Everything else raises and names the way out, ``materialize()``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class OffloadedGrad(Tensor):
     def _live(self) -> Home:
         if self.identity != self.home.identity:
             raise StaleGradientError(
-                f"this handle stood for gradient {self.identity} of {self.home.name}, which was replaced by gradient "
+                f"this handle stood for gradient {self.identity} of {self.home.name}, which was replaced by "
+                f"gradient "
                 f"{self.home.identity}: read param.grad again"
             )
         return self.home
@@ -150,7 +151,8 @@ def unsupported(func: Any, args: Sequence[Any]) -> UnsupportedGradientOperation:
     names = sorted({handle.home.name for handle in _handles(args)})
     return UnsupportedGradientOperation(
         f"{func} on the offloaded gradient of {', '.join(names)} cannot be done without its bytes: call "
-        f"param.grad.materialize() and assign the result to param.grad, or keep this unit's gradients on the device"
+        f"param.grad.materialize() and assign the result to param.grad, or keep this unit's gradients on "
+        f"the device"
     )
 
 
@@ -207,7 +209,8 @@ def _vector_norm(
         raise unsupported(func, (handle,))
     if float(ord) not in (2.0, float("inf")):
         raise UnsupportedGradientOperation(
-            f"{func} of order {ord} on the offloaded gradient of {handle.home.name}: orders 2 and inf are known "
+            f"{func} of order {ord} on the offloaded gradient of {handle.home.name}: orders 2 and inf are "
+            f"known "
             f"without its bytes; for another, use param.grad.materialize()"
         )
     return handle._live().norm(float(ord), dtype)

@@ -1,13 +1,15 @@
 """What an optimizer does, found out by running it on small tensors: its state, and whether it may be cut.
 
-An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it. That is a
-property of the class and of its hyper-parameters, so it is tried on the very instance's class, per parameter group.
+An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it. That
+is a property of the class and of its hyper-parameters, so it is tried on the very instance's class, per
+parameter group.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,8 +31,8 @@ class UnsupportedOptimizerError(PlanMismatchError):
 class Runner:
     """Runs an optimizer's own ``step`` on tensors that stand for its parameters.
 
-    It shares the instance's attributes but has parameter groups, state and hooks of its own, so that the user's
-    instance keeps its own. Hooks registered on the instance, or for all optimizers, do not fire here.
+    It shares the instance's attributes but has parameter groups, state and hooks of its own, so that the
+    user's instance keeps its own. Hooks registered on the instance, or for all optimizers, do not fire here.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -43,7 +45,9 @@ class Runner:
         step = type(optimizer).step
         self._step: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", None) else step
 
-    def run(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> dict[Tensor, dict[str, Any]]:
+    def run(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+    ) -> dict[Tensor, dict[str, Any]]:
         """One step over ``groups``, from ``state``; the state after it."""
         self.twin.param_groups = groups
         self.twin.state = defaultdict(dict, state)
@@ -56,7 +60,8 @@ class Runner:
 
 
 def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """A group without its parameters, as it is now: a scheduler may change it, tensors in place, right after."""
+    """A group without its parameters, as it is now: a scheduler may change it, tensors in place, right
+    after."""
     return {
         key: value.clone() if isinstance(value, Tensor) else value
         for key, value in group.items()
@@ -67,7 +72,7 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit."""
     whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype)])
-    sizes = [stop - start for start, stop in zip(_PROBE_CUTS, _PROBE_CUTS[1:], strict=False)]
+    sizes = [stop - start for start, stop in pairwise(_PROBE_CUTS)]
     cut = _Trial(optimizer, group, [torch.empty(size, dtype=dtype) for size in sizes])
     generator = torch.Generator().manual_seed(0)
 
@@ -87,13 +92,19 @@ def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtyp
     except UnsupportedOptimizerError:
         raise
     except Exception:
-        # Refuses flat pieces (Muon takes matrices only). Whether it takes whole parameters, state_spec will see.
+        # Refuses flat pieces (Muon takes matrices only). Whether it takes whole parameters, state_spec will
+        # see.
         return False
     return True
 
 
 def state_spec(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, *, cut: bool
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    cut: bool,
 ) -> StateSpec:
     """The state of a parameter of ``shape`` after a step.
 
@@ -101,7 +112,8 @@ def state_spec(
         cut: the optimizer is elementwise: state of the parameter's shape may be cut with it.
 
     Raises:
-        UnsupportedOptimizerError: it needs a closure, keeps state outside tensors and numbers, changes the shape of
+        UnsupportedOptimizerError: it needs a closure, keeps state outside tensors and numbers, changes the
+        shape of
             its state, or counts in its attributes or parameter groups.
     """
     trial = _Trial(optimizer, group, [torch.zeros(tuple(shape), dtype=dtype)])
@@ -113,13 +125,17 @@ def state_spec(
             raise
         except Exception as error:
             raise UnsupportedOptimizerError(
-                f"{trial.runner.name}.step() fails on a parameter of shape {tuple(shape)} that stands for the real one: "
+                f"{trial.runner.name}.step() fails on a parameter of shape {tuple(shape)} that stands for "
+                f"the real one: "
                 f"{error!r}. Such an optimizer cannot be run on substituted parameters"
             ) from error
-        specs.append(_describe(trial.runner.name, trial.state.get(trial.parameters[0], {}), tuple(shape), cut))
+        specs.append(
+            _describe(trial.runner.name, trial.state.get(trial.parameters[0], {}), tuple(shape), cut)
+        )
     if specs[0] != specs[1]:
         raise UnsupportedOptimizerError(
-            f"{trial.runner.name} changes the form of its state from step to step ({specs[0]}, then {specs[1]}): "
+            f"{trial.runner.name} changes the form of its state from step to step ({specs[0]}, then "
+            f"{specs[1]}): "
             f"its state has no fixed place on a tier; keep its optimizer in plain PyTorch"
         )
     return specs[0]
@@ -128,7 +144,9 @@ def state_spec(
 class _Trial:
     """Some stand-in parameters under the optimizer's class and a group's hyper-parameters."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]
+    ) -> None:
         self.parameters = parameters
         self.runner = Runner(optimizer)
         self.hyper = hyperparameters(group)
@@ -160,22 +178,28 @@ class _Trial:
         except TypeError as error:
             if "closure" in str(error):
                 raise UnsupportedOptimizerError(
-                    f"{self.runner.name}.step() needs a closure that evaluates the model several times: such an "
+                    f"{self.runner.name}.step() needs a closure that evaluates the model several times: "
+                    f"such an "
                     f"optimizer cannot be streamed; use one whose step() takes the gradients as they are"
                 ) from error
             raise
         if self._numbers(group) != before:
             raise UnsupportedOptimizerError(
                 f"{self.runner.name}.step() changes its own attributes or parameter groups, from {before} to "
-                f"{self._numbers(group)}: run shard by shard it would count each shard; keep such values in state"
+                f"{self._numbers(group)}: run shard by shard it would count each shard; keep such values in "
+                f"state"
             )
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        values = {**self.runner.twin.__dict__, **{f"param_groups.{key}": value for key, value in group.items()}}
+        values = {
+            **self.runner.twin.__dict__,
+            **{f"param_groups.{key}": value for key, value in group.items()},
+        }
         return {
             key: value.tolist() if isinstance(value, Tensor) else value
             for key, value in values.items()
-            if isinstance(value, (*_SCALAR_TYPES, str, tuple)) or (isinstance(value, Tensor) and value.dim() == 0)
+            if isinstance(value, (*_SCALAR_TYPES, str, tuple))
+            or (isinstance(value, Tensor) and value.dim() == 0)
         }
 
 
@@ -189,16 +213,15 @@ def _agree(whole: _Trial, cut: _Trial) -> bool:
     for key, value in state.items():
         others = [part.get(key) for part in parts]
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            if any(
-                not isinstance(other, Tensor) or other.shape != piece.shape
-                for other, piece in zip(others, cut.parameters, strict=True)
-            ):
+            tensors = [other for other in others if isinstance(other, Tensor)]
+            shapes = [tensor.shape for tensor in tensors]
+            if shapes != [piece.shape for piece in cut.parameters]:
                 return False
-            if not torch.equal(value.reshape(-1), torch.cat([other for other in others if other is not None])):
+            if not torch.equal(value.reshape(-1), torch.cat(tensors)):
                 return False
-        elif isinstance(value, Tensor) and value.dim() > 0:
-            return False
-        elif any(not same_scalar(value, other) for other in others):
+        elif (isinstance(value, Tensor) and value.dim() > 0) or not all(
+            same_scalar(value, other) for other in others
+        ):
             return False
     return all(part.keys() == state.keys() for part in parts)
 
@@ -218,12 +241,15 @@ def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: boo
                 scalars.add(key)
             else:
                 own = cut and tuple(value.shape) == shape
-                tensors.append(StateTensor(key=key, dtype=value.dtype, shape=None if own else tuple(value.shape)))
+                tensors.append(
+                    StateTensor(key=key, dtype=value.dtype, shape=None if own else tuple(value.shape))
+                )
         elif isinstance(value, _SCALAR_TYPES):
             scalars.add(key)
         else:
             raise UnsupportedOptimizerError(
-                f"{name} keeps state {key!r} of type {type(value).__name__}: only dense tensors and numbers have a place "
+                f"{name} keeps state {key!r} of type {type(value).__name__}: only dense tensors and numbers "
+                f"have a place "
                 f"on a tier"
             )
     return StateSpec(tensors=tuple(tensors), scalars=frozenset(scalars))

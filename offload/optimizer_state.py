@@ -1,4 +1,5 @@
-"""Optimizer state that lives in records: where it is, and how checkpoints read and write it piece by piece."""
+"""Optimizer state that lives in records: where it is, and how checkpoints read and write it piece by
+piece."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class StateOwner(Protocol):
 class OffloadedState(Tensor):
     """A state tensor in a ``state_dict``: shape and dtype now, the bytes when somebody uses it.
 
-    Passing the dict on (as ``Accelerator.prepare`` does, with ``.to(device)`` on every tensor) moves nothing; saving,
-    copying or computing reads the state as it then is, one tensor at a time.
+    Passing the dict on (as ``Accelerator.prepare`` does, with ``.to(device)`` on every tensor) moves nothing;
+    saving, copying or computing reads the state as it then is, one tensor at a time.
     """
 
     owner: StateOwner
@@ -66,7 +67,8 @@ class OffloadedState(Tensor):
             return cls(handle.owner, *handle.name_and_key, tuple(handle.shape), handle.dtype)
         if func._schema.is_mutable and isinstance(args[0], OffloadedState):
             raise TypeError(
-                f"{func} would change the optimizer state {args[0]!r} in place: read it with materialize(), and write "
+                f"{func} would change the optimizer state {args[0]!r} in place: read it with materialize(), "
+                f"and write "
                 f"it with load_state_dict()"
             )
         return func(*_real(args), **_real(kwargs or {}))
@@ -178,7 +180,9 @@ class RecordStore:
 class RecordCursor:
     """Holds one record at a time, so that neighbours in it cost one read, and one write when they changed."""
 
-    def __init__(self, records: RecordStore, layouts: Mapping[Shard, ShardLayout], slot: Tensor | None) -> None:
+    def __init__(
+        self, records: RecordStore, layouts: Mapping[Shard, ShardLayout], slot: Tensor | None
+    ) -> None:
         self._records, self._layouts, self._slot = records, layouts, slot
         self._shard: Shard | None = None
         self._dirty = False
@@ -253,15 +257,23 @@ class StateAccess:
         for name in arrived.keys() | scalars.keys():
             spec = self._records._specs.get(name)
             wanted = set() if spec is None else {tensor.key for tensor in spec.tensors}
-            if spec is None or arrived.get(name, set()) != wanted or set(scalars.get(name, {})) != spec.scalars:
+            if (
+                spec is None
+                or arrived.get(name, set()) != wanted
+                or set(scalars.get(name, {})) != spec.scalars
+            ):
                 raise PlanMismatchError(
-                    f"the state of {name} has {sorted(arrived.get(name, ()))} and {sorted(scalars.get(name, ()))}, this "
-                    f"optimizer keeps {sorted(wanted)} and {sorted(spec.scalars if spec else ())}: load the state of the "
+                    f"the state of {name} has {sorted(arrived.get(name, ()))} and "
+                    f"{sorted(scalars.get(name, ()))}, this "
+                    f"optimizer keeps {sorted(wanted)} and {sorted(spec.scalars if spec else ())}: load the "
+                    f"state of the "
                     f"same optimizer and precision"
                 )
         self._records.initialised = set(arrived) | set(scalars)
         self._records.scalars = {
-            name: {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+            name: {
+                key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()
+            }
             for name, values in scalars.items()
         }
 
@@ -278,10 +290,13 @@ class StateAccess:
         try:
             tensor = self._records.find(name, key)
         except KeyError as error:
-            raise PlanMismatchError(f"{error.args[0]}: load the state of the same optimizer and precision") from error
+            raise PlanMismatchError(
+                f"{error.args[0]}: load the state of the same optimizer and precision"
+            ) from error
         if tuple(value.shape) != self._records.shape(name, tensor):
             raise PlanMismatchError(
-                f"state {key!r} of {name} has shape {tuple(value.shape)}, expected {self._records.shape(name, tensor)}"
+                f"state {key!r} of {name} has shape {tuple(value.shape)}, expected "
+                f"{self._records.shape(name, tensor)}"
             )
         value = value.contiguous()
         for shard, piece in self._index.pieces[name]:

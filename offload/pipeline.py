@@ -1,7 +1,7 @@
 """Read shard k+1, step shard k, write shard k-1: the slots of the streamed optimizer.
 
-With three slots one is always being read, one stepped and one written. A slot is given to the next shard only when
-its write has been waited for, so a failed write surfaces while the new bytes are still in the slot.
+With three slots one is always being read, one stepped and one written. A slot is given to the next shard only
+when its write has been waited for, so a failed write surfaces while the new bytes are still in the slot.
 """
 
 from __future__ import annotations

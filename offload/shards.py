@@ -2,8 +2,8 @@
 
 A *piece* is what the optimizer sees as one parameter; a *shard* is a run of pieces of one unit that is read,
 stepped and written together; its *record* is the state of all its pieces in one extent. Piece starts are
-multiples of ``PIECE_ALIGNMENT`` elements from the start of their parameter, so that offsets suit direct I/O and
-every vector lane of the optimizer's loops falls as it does on the uncut parameter.
+multiples of ``PIECE_ALIGNMENT`` elements from the start of their parameter, so that offsets suit direct I/O
+and every vector lane of the optimizer's loops falls as it does on the uncut parameter.
 """
 
 from __future__ import annotations
@@ -152,12 +152,14 @@ class FlatIndex:
             raise PlanMismatchError(f"two parameters are called {name!r}: names must be unique")
         if not parameter.is_contiguous():
             raise PlanMismatchError(
-                f"{name} is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}) and cannot "
+                f"{name} is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}) "
+                f"and cannot "
                 f"be cut into flat pieces: replace its data by parameter.data.contiguous()"
             )
         if not parameter.is_floating_point() or parameter.device.type != "cpu":
             raise PlanMismatchError(
-                f"{name} is {parameter.dtype} on {parameter.device}: only floating-point parameters in main memory "
+                f"{name} is {parameter.dtype} on {parameter.device}: only floating-point parameters in main "
+                f"memory "
                 f"have an update that can be streamed"
             )
         self.parameters[name] = parameter
@@ -170,7 +172,8 @@ class FlatIndex:
         large = [(name, parameter) for name, parameter in members if parameter.numel() >= SMALL]
         if large and self.shard_elements == 0:
             raise PlanMismatchError(
-                f"update_shard_elements must be at least {PIECE_ALIGNMENT} for {large[0][0]} to be cut: raise it"
+                f"update_shard_elements must be at least {PIECE_ALIGNMENT} for {large[0][0]} to be cut: "
+                f"raise it"
             )
         number, room, pieces = 0, self.shard_elements, list[Piece]()
         for piece in self._cut(large):
@@ -196,7 +199,11 @@ class FlatIndex:
                     room = self.shard_elements
                 stop = min(elements, start + room // PIECE_ALIGNMENT * PIECE_ALIGNMENT)
                 yield Piece(
-                    name=name, parameter=parameter, start=start, stop=stop, whole=start == 0 and stop == elements
+                    name=name,
+                    parameter=parameter,
+                    start=start,
+                    stop=stop,
+                    whole=start == 0 and stop == elements,
                 )
                 room -= stop - start
                 start = stop
@@ -216,7 +223,8 @@ def region(buffer: Tensor, offset_bytes: int, shape: tuple[int, ...], dtype: tor
 class ShardLayout:
     """Byte offsets of a shard's record, and of its gradients behind the record, in an update slot.
 
-    Gradients that must be widened to fp32 get a region of twice their padded size, and are read into its upper
+    Gradients that must be widened to fp32 get a region of twice their padded size, and are read into its
+    upper
     half: widening then runs from the bottom within the region and needs no memory of its own.
     """
 
@@ -275,7 +283,8 @@ class ShardLayout:
     def widen(self, slot: Tensor, piece: Piece) -> Tensor:
         """Turn the gradient that was read into fp32, in place, and return it.
 
-        Block ``[a, b)`` writes bytes ``4a .. 4b`` while its source lies from ``2n + 2a`` on: disjoint as long as
+        Block ``[a, b)`` writes bytes ``4a .. 4b`` while its source lies from ``2n + 2a`` on: disjoint as long
+        as
         ``b <= (n + a) / 2``. The blocks shrink by halves; the last one is copied aside.
         """
         start = self.gradient_offsets[self.shard.pieces.index(piece)]

@@ -1,4 +1,5 @@
-"""Offloaded gradients: accumulation, norms and scalings equal those of ordinary tensors; the rest is refused."""
+"""Offloaded gradients: accumulation, norms and scalings equal those of ordinary tensors; the rest is
+refused."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def produce(parameter: nn.Parameter, gradient: Tensor) -> None:
     (parameter * gradient).sum().backward()
 
 
-def pair(engine: Engine, dtype: torch.dtype = torch.float32, **more: Any) -> tuple[nn.Parameter, nn.Parameter, Any]:
+def pair(
+    engine: Engine, dtype: torch.dtype = torch.float32, **more: Any
+) -> tuple[nn.Parameter, nn.Parameter, Any]:
     """An offloaded parameter and an ordinary one."""
     one, other = nn.Parameter(values(0, dtype)), nn.Parameter(values(0, dtype))
     return one, other, store_for(engine, one, **more)
@@ -149,7 +152,9 @@ def test_scaling_waits_and_is_bit_equal(engine: Engine, kind: str, dtype: torch.
         SCALINGS[kind](parameter.grad)
     same = {"rtol": 0, "atol": 0, "equal_nan": True}
     torch.testing.assert_close(one.grad.materialize(), other.grad, **same)
-    torch.testing.assert_close(torch.linalg.vector_norm(one.grad), torch.linalg.vector_norm(other.grad), **same)
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(one.grad), torch.linalg.vector_norm(other.grad), **same
+    )
     torch.testing.assert_close(one.grad.norm(float("inf")), other.grad.norm(float("inf")), **same)
     assert one.grad.finite() == bool(other.grad.isfinite().all())
     for parameter in (one, other):
@@ -177,7 +182,9 @@ def test_the_operand_of_a_scaling_may_change_afterwards(engine: Engine) -> None:
 
 @pytest.mark.parametrize("foreach", [None, False, True])
 @pytest.mark.parametrize("order", [2.0, float("inf")])
-def test_clip_grad_norm_over_offloaded_and_ordinary(engine: Engine, foreach: bool | None, order: float) -> None:
+def test_clip_grad_norm_over_offloaded_and_ordinary(
+    engine: Engine, foreach: bool | None, order: float
+) -> None:
     ours = [nn.Parameter(values(i, shape=(300 - 290 * (i % 2), 300))) for i in range(4)]
     plain = [nn.Parameter(p.detach().clone()) for p in ours]
     store = store_for(engine, *ours)
@@ -270,7 +277,9 @@ def test_stale_handles(engine: Engine) -> None:
     one.grad = None
     assert torch.equal(old.materialize(), values(1))  # as an ordinary tensor would be
     produce(one, values(2))
-    with pytest.raises(StaleGradientError, match="stood for gradient 1 of p0, which was replaced by gradient 2"):
+    with pytest.raises(
+        StaleGradientError, match=r"stood for gradient 1 of p0, which was replaced by gradient 2"
+    ):
         old.materialize()
     with pytest.raises(StaleGradientError):
         old.mul_(2)
@@ -302,5 +311,7 @@ def test_memory_is_the_ring_and_close_gives_everything_back(engine: Engine) -> N
 
 
 def test_gradients_that_leave_need_a_ring(engine: Engine) -> None:
-    with pytest.raises(PlanMismatchError, match="that of p0 leave the device, but the plan has 0 gradient slots"):
+    with pytest.raises(
+        PlanMismatchError, match="that of p0 leave the device, but the plan has 0 gradient slots"
+    ):
         store_for(engine, nn.Parameter(values(0)), slots=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +23,8 @@ def test_pieces_fill_shards_at_aligned_starts() -> None:
     index = FlatIndex(units, 100_000)  # 48 * 2048 = 98304 elements a shard
     small, *shards = index.shards["u"]
     assert [(p.name, p.start, p.stop) for p in small.pieces] == [("norm", 0, 65535)]
-    # a leaves 28304 elements, of which 13 * 2048 = 26624 are aligned; the rest of b, 63376, is the next shard.
+    # a leaves 28304 elements, of which 13 * 2048 = 26624 are aligned; the rest of b, 63376, is the next
+    # shard.
     assert [[(p.name, p.start, p.stop) for p in s.pieces] for s in shards] == [
         [("a", 0, 70000), ("b", 0, 26624)],
         [("b", 26624, 90000)],
@@ -37,7 +40,7 @@ def test_pieces_cover_every_element_once(sizes: list[int], shard: int) -> None:
         pieces = [piece for _, piece in index.pieces[name]]
         assert pieces[0].start == 0
         assert pieces[-1].stop == tensor.numel()
-        assert all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+        assert all(a.stop == b.start for a, b in pairwise(pieces))
         assert all(piece.start % 2048 == 0 for piece in pieces)
     assert all(s.elements <= shard for s in index.all_shards() if not s.small)
 
@@ -51,7 +54,9 @@ def test_tied_parameters_belong_to_the_first_unit_and_frozen_ones_to_none() -> N
 
 
 def test_whole_parameters_are_not_cut() -> None:
-    index = FlatIndex([("u", [("a", parameter(300, 300)), ("b", parameter(70000))])], 80_000, whole_parameters=True)
+    index = FlatIndex(
+        [("u", [("a", parameter(300, 300)), ("b", parameter(70000))])], 80_000, whole_parameters=True
+    )
     assert [[(p.name, p.shape) for p in s.pieces] for s in index.shards["u"]] == [
         [("a", (300, 300))],
         [("b", (70000,))],

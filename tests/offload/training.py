@@ -1,4 +1,5 @@
-"""A small model, a plan that sends its state away, and the plain PyTorch loops that results are compared with."""
+"""A small model, a plan that sends its state away, and the plain PyTorch loops that results are compared
+with."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ STAGING = Staging(
 class Lion(torch.optim.Optimizer):
     """As a user would write it: elementwise, one state tensor, no ``step``."""
 
-    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), decay: float = 0.0):
+    def __init__(
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.99), decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "decay": decay})
 
     @torch.no_grad()
@@ -62,7 +65,9 @@ class Tied(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embed(tokens)
         hidden = hidden + self.second(torch.tanh(self.first(self.frozen(hidden))))
-        return 0.1 * nn.functional.cross_entropy(self.head(hidden).float().flatten(0, 1), tokens.roll(1, 1).flatten())
+        return 0.1 * nn.functional.cross_entropy(
+            self.head(hidden).float().flatten(0, 1), tokens.roll(1, 1).flatten()
+        )
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> Tied:
@@ -75,7 +80,10 @@ def units_of(model: nn.Module) -> list[Unit]:
     return [
         ("prologue", [(n, p) for n, p in named if n.startswith(("embed", "unused"))]),
         ("block", [(n, p) for n, p in named if n.startswith(("first", "frozen"))]),
-        ("epilogue", [*((n, p) for n, p in named if n.startswith("second")), ("head.weight", model.head.weight)]),
+        (
+            "epilogue",
+            [*((n, p) for n, p in named if n.startswith("second")), ("head.weight", model.head.weight)],
+        ),
     ]
 
 
@@ -90,7 +98,8 @@ def make_plan(
         status="heuristic",
         blocks=(),
         states=tuple(
-            StateDecision(unit=unit, gradient_tier=gradient_tier, optimizer_tier=optimizer_tier) for unit in units
+            StateDecision(unit=unit, gradient_tier=gradient_tier, optimizer_tier=optimizer_tier)
+            for unit in units
         ),
         staging=staging,
         update_schedule=schedule,
@@ -108,13 +117,19 @@ def make_plan(
 
 @contextmanager
 def open_engine(capacity_bytes: int = 64 << 20, backend: IOBackend | None = None) -> Iterator[Engine]:
-    with Engine({Tier.HOST: MemoryStore(Tier.HOST, capacity_bytes, backend=backend)}, make_device("cpu")) as engine:
+    with Engine(
+        {Tier.HOST: MemoryStore(Tier.HOST, capacity_bytes, backend=backend)}, make_device("cpu")
+    ) as engine:
         yield engine
 
 
 def wrap(model: nn.Module, optimizer: Any, engine: Engine, plan: Plan | None = None, **config: Any) -> Any:
     return OffloadedOptimizer(
-        optimizer, engine=engine, plan=plan or make_plan(), units=units_of(model), config=OptimizerConfig(**config)
+        optimizer,
+        engine=engine,
+        plan=plan or make_plan(),
+        units=units_of(model),
+        config=OptimizerConfig(**config),
     )
 
 

@@ -1,0 +1,121 @@
+"""How an optimizer's state is laid out for a plan: pieces, groups, specs, and the bytes of every slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.optimizer_probe import is_elementwise, state_spec
+from memtrain.offload.shards import MASTER_KEY, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor, Unit
+from memtrain.planner.actions import Tier
+from memtrain.planner.plan import Plan
+
+_ELEMENTWISE_SHAPE = (8, 16)  # any: an elementwise optimizer's state follows the parameter's shape
+
+
+class OptimizerLayout:
+    """Where everything of an optimizer lies.
+
+    Args:
+        optimizer: the user's.
+        units: parameters in forward order.
+        shard_elements: most elements of a shard.
+        master_weights: whether bf16 and fp16 weights have fp32 masters.
+        elementwise: whether the optimizer may be cut; None tries it out.
+
+    Raises:
+        PlanMismatchError: units and parameter groups do not hold the same trainable parameters.
+        UnsupportedOptimizerError: the optimizer cannot be streamed.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        units: Sequence[Unit],
+        shard_elements: int,
+        *,
+        master_weights: bool,
+        elementwise: bool | None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self._master_weights = master_weights
+        self.elementwise = self._find_elementwise() if elementwise is None else elementwise
+        self.index = FlatIndex(units, shard_elements, whole_parameters=not self.elementwise)
+        self.group_of = self._match_groups()
+        """Number of the parameter group, by parameter."""
+        self.masters = frozenset(
+            name
+            for name, parameter in self.index.parameters.items()
+            if self._work_dtype(parameter) != parameter.dtype
+        )
+        """Parameters that have fp32 masters."""
+        self.specs = self._find_specs()
+        self.shards: dict[Shard, ShardLayout] = {
+            shard: ShardLayout(shard=shard, specs=self.specs, widened=self.masters)
+            for shard in self.index.all_shards()
+        }
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanMismatchError, with the bytes, where a shard that moves does not fit the plan's slots."""
+        for shard, layout in self.shards.items():
+            decision = plan.state(shard.unit)
+            away = decision.optimizer_tier is not Tier.DEVICE or decision.gradient_tier is not Tier.DEVICE
+            if shard.small or not away:
+                continue
+            if plan.staging.update_slots < 1 or plan.staging.update_slot_bytes < layout.slot_bytes:
+                raise PlanMismatchError(
+                    f"{shard.name} needs an update slot of {layout.slot_bytes} bytes, the plan has "
+                    f"{plan.staging.update_slots} of {plan.staging.update_slot_bytes}: plan again for this "
+                    f"optimizer"
+                )
+
+    def _work_dtype(self, parameter: Tensor) -> torch.dtype:
+        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+        return torch.float32 if self._master_weights and narrow else parameter.dtype
+
+    def _find_elementwise(self) -> bool:
+        return all(
+            is_elementwise(self.optimizer, group, dtype)
+            for group in self.param_groups
+            for dtype in {
+                self._work_dtype(parameter) for parameter in group["params"] if parameter.requires_grad
+            }
+        )
+
+    def _match_groups(self) -> dict[str, int]:
+        numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        ours = {id(parameter): name for name, parameter in self.index.parameters.items()}
+        for name, parameter in self.index.parameters.items():
+            if id(parameter) not in numbers:
+                raise PlanMismatchError(
+                    f"{name} needs a gradient but is in no parameter group: add it, or set "
+                    f"requires_grad_(False)"
+                )
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and id(parameter) not in ours:
+                    raise PlanMismatchError(
+                        f"the optimizer has a trainable parameter of shape {tuple(parameter.shape)} that is "
+                        f"in no unit"
+                    )
+        return {name: numbers[id(parameter)] for name, parameter in self.index.parameters.items()}
+
+    def _find_specs(self) -> dict[str, StateSpec]:
+        found: dict[Any, StateSpec] = {}
+        specs = {}
+        for name, parameter in self.index.parameters.items():
+            group, dtype = self.group_of[name], self._work_dtype(parameter)
+            shape = _ELEMENTWISE_SHAPE if self.elementwise else tuple(parameter.shape)
+            key = (group, dtype, shape)
+            if key not in found:
+                found[key] = state_spec(
+                    self.optimizer, self.param_groups[group], shape, dtype, cut=self.elementwise
+                )
+            master = (StateTensor(key=MASTER_KEY, dtype=torch.float32),) if dtype != parameter.dtype else ()
+            specs[name] = StateSpec(tensors=master + found[key].tensors, scalars=found[key].scalars)
+        return specs

@@ -1,0 +1,178 @@
+"""One update: what ``step`` found, and how a shard is stepped by the optimizer's own code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.clipping import clips_of
+from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.gradients import GradientStore, GradientValue, OffloadedGradient, Ticket
+from memtrain.offload.offloaded_grad import OffloadedGrad
+from memtrain.offload.optimizer_layout import OptimizerLayout
+from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar
+from memtrain.offload.optimizer_state import RecordStore
+from memtrain.offload.shards import MASTER_KEY, Piece, Shard
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FoundGradient:
+    """A parameter's gradient as ``step`` found it."""
+
+    tensor: Tensor | None = None
+    version: int = 0
+    home: OffloadedGradient | None = None
+    value: GradientValue | None = None
+    clips: tuple[Tensor, ...] = ()
+    """Factors for the fp32 gradient (master weights)."""
+
+
+class Update:
+    """A step that has been asked for, with hyper-parameters and gradients as they were then.
+
+    Shards may be stepped later and in any order, each once.
+    """
+
+    def __init__(self, layout: OptimizerLayout, records: RecordStore, gradients: GradientStore) -> None:
+        self._layout, self._records, self._store = layout, records, gradients
+        self._runner = Runner(layout.optimizer)
+        self._groups = [hyperparameters(group) for group in layout.param_groups]
+        self.gradients = {
+            name: found(name, parameter.grad)
+            for name, parameter in layout.index.parameters.items()
+            if parameter.grad is not None
+        }
+        self.waiting: dict[str, list[Shard]] = {}
+        """Shards still to be stepped, by unit."""
+        self._pieces_left = {name: len(layout.index.pieces[name]) for name in self.gradients}
+        self._scalars: dict[str, dict[str, Any]] = {}
+        """What the pieces stepped so far have made of their parameter's scalars."""
+
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether gradients in memory are used that somebody could still overwrite."""
+        return any(gradient.tensor is not None for gradient in self.gradients.values())
+
+    def needs_slot(self, shard: Shard) -> bool:
+        """Whether anything of the shard passes through a slot."""
+        if shard.small:
+            return False
+        if self._records.on_tier(shard):
+            return True
+        found = (self.gradients.get(piece.name) for piece in shard.pieces)
+        return any(gradient is not None and gradient.home is not None for gradient in found)
+
+    def read(self, shard: Shard, slot: Tensor) -> list[Ticket]:
+        """Start reading record and gradients into the slot."""
+        tickets = self._records.read(shard, slot)
+        for piece in shard.pieces:
+            gradient = self.gradients.get(piece.name)
+            if gradient is not None and gradient.home is not None and gradient.value is not None:
+                region = self._layout.shards[shard].gradient_bytes(slot, piece)
+                tickets += self._store.load(gradient.home, gradient.value, piece, region)
+        return tickets
+
+    def step(self, shard: Shard, slot: Tensor | None) -> None:
+        """Update the shard's weights, and its state in the slot (or in memory, without one)."""
+        record = self._records.memory(shard, slot)
+        groups: dict[int, dict[str, Any]] = {}
+        state: dict[Tensor, dict[str, Any]] = {}
+        at_work: list[tuple[Piece, Tensor, dict[str, Tensor]]] = []
+        for piece in shard.pieces:
+            if piece.name not in self.gradients:
+                continue
+            views = self._layout.shards[shard].state(record, piece)
+            master = views.pop(MASTER_KEY, None)
+            work = piece.weight() if master is None else master
+            if piece.name in self._records.initialised:
+                scalars = self._records.scalars[piece.name]
+                state[work] = {**views, **{key: _copy_scalar(value) for key, value in scalars.items()}}
+            elif master is not None:
+                master.copy_(piece.weight())
+            work.grad = self._gradient(shard, piece, slot, self.gradients[piece.name])
+            number = self._layout.group_of[piece.name]
+            groups.setdefault(number, {**self._groups[number], "params": []})["params"].append(work)
+            at_work.append((piece, work, views))
+        after = self._runner.run([groups[number] for number in sorted(groups)], state)
+        for piece, work, views in at_work:
+            work.grad = None
+            self._keep_state(piece, views, after.get(work, {}))
+            if piece.name in self._layout.masters:
+                piece.weight().copy_(work)
+
+    def _gradient(self, shard: Shard, piece: Piece, slot: Tensor | None, gradient: FoundGradient) -> Tensor:
+        layout = self._layout.shards[shard]
+        if gradient.tensor is not None:
+            if gradient.tensor._version != gradient.version:
+                raise OffloadError(
+                    f"the gradient of {piece.name} was changed in place while an update waited for it: use "
+                    f"zero_grad(set_to_none=True), or call flush() before changing gradients"
+                )
+            narrow = piece.of(gradient.tensor.contiguous())
+            grad = narrow.float() if piece.name in self._layout.masters else narrow
+        else:
+            assert gradient.value is not None
+            assert slot is not None
+            grad = layout.gradient(slot, piece)
+            gradient.value.apply(grad)
+            if piece.name in self._layout.masters:
+                grad = layout.widen(slot, piece)
+        if gradient.clips and gradient.tensor is not None and piece.name not in self._layout.masters:
+            # Clipping is not to show in param.grad for some parameters and not for others.
+            grad = grad.clone()
+        for factor in gradient.clips:
+            grad.mul_(factor)
+        return grad
+
+    def _keep_state(self, piece: Piece, views: dict[str, Tensor], after: dict[str, Any]) -> None:
+        """State that the optimizer made anew goes to its place; views it changed in place are there
+        already."""
+        spec = self._layout.specs[piece.name]
+        if after.keys() != views.keys() | spec.scalars:
+            raise PlanMismatchError(
+                f"the optimizer now keeps {sorted(after)} for {piece.name}, it was planned with "
+                f"{sorted(views.keys() | spec.scalars)}: plan again for its present settings"
+            )
+        for key, view in views.items():
+            made = after[key]
+            if made.dtype != view.dtype or made.shape != view.shape:
+                raise PlanMismatchError(
+                    f"state {key!r} of {piece.name} is {made.dtype} {tuple(made.shape)}, planned as "
+                    f"{view.dtype} "
+                    f"{tuple(view.shape)}: plan again for the optimizer's present settings"
+                )
+            if made is not view:
+                view.copy_(made)
+        scalars = {key: after[key] for key in spec.scalars}
+        known = self._scalars.setdefault(piece.name, scalars)
+        if any(not same_scalar(known[key], scalars[key]) for key in scalars):
+            raise OffloadError(
+                f"pieces of {piece.name} disagree about {sorted(scalars)}: {known} and {scalars}. The "
+                f"optimizer is not "
+                f"elementwise: use OptimizerConfig(elementwise=False)"
+            )
+        self._pieces_left[piece.name] -= 1
+        if self._pieces_left[piece.name] == 0 and after:
+            self._records.scalars[piece.name] = known
+            self._records.initialised.add(piece.name)
+
+
+def found(name: str, grad: Tensor) -> FoundGradient:
+    """The gradient of parameter ``name``, to be used later."""
+    clips = clips_of(grad)
+    if isinstance(grad, OffloadedGrad):
+        home = grad._live()
+        assert isinstance(home, OffloadedGradient)
+        return FoundGradient(home=home, value=home.value, clips=clips)
+    if grad.layout is not torch.strided:
+        raise PlanMismatchError(
+            f"the gradient of {name} is {grad.layout}: only dense gradients can be streamed"
+        )
+    return FoundGradient(tensor=grad, version=grad._version, clips=clips)
+
+
+def _copy_scalar(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
