@@ -627,7 +627,8 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
     state = sum(t.nbytes for t in _tensors(list(probe.state.values())) if t.numel() > 1)
     return _Step(
         state=state / _PROBE_ELEMENTS + (4 if master_weights else 0),
-        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS + widening,  # scalars do not grow
+        # Whole pages: scalars such as the step count do not grow with the shard.
+        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS + widening,
         seconds=seconds / _PROBE_ELEMENTS,
         elementwise=_is_elementwise(optimizer, dtype, device),
     )

@@ -89,6 +89,7 @@ def test_master_weights_add_four_bytes_an_element() -> None:
     )
     assert profile.state_bytes_per_element == 12
     assert profile.gradient_bytes_per_element == 2
+    assert profile.update_workspace_bytes_per_element == 2  # the bf16 gradient's bytes again, to widen it
 
 
 def test_optimizers_that_mix_elements_are_known() -> None:
