@@ -1,11 +1,11 @@
 """Our engine against fio on the same disk: read, rewrite, and both at once.
 
-Both sides move 4 MiB blocks, eight under way on four threads or at a queue depth of four, with direct I/O in a
-preallocated file that was written once before. fio runs twice a round, with four ``psync`` jobs (threads, as ours)
-and with ``libaio`` at depth four; the ratio is against the faster of the two. fio neither checks nor generates
-checksums; we always do both. A round runs every pattern on every side, in an order that turns; the ratio is taken
-within a round, and the median of the rounds counts. CPU seconds are those of the process, libraries' start excluded
-for us; fio's are what it reports of its jobs.
+Both sides move 4 MiB blocks, eight under way on four threads or at a queue depth of four, with direct I/O
+in a preallocated file that was written once before. fio runs twice a round, with four ``psync`` jobs
+(threads, as ours) and with ``libaio`` at depth four; the ratio is against the faster of the two. fio
+neither checks nor generates checksums; we always do both. A round runs every pattern on every side, in an
+order that turns; the ratio is taken within a round, and the median of the rounds counts. CPU seconds are
+those of the process, libraries' start excluded for us; fio's are what it reports of its jobs.
 
 A virtual machine's disk may lie in the host's cache: say "this disk", not "NVMe".
 """
@@ -41,7 +41,9 @@ def require_fio() -> str:
     return path
 
 
-def run_fio(fio: str, file: str, size_bytes: int, pattern: str, engine: str, seconds: float) -> dict[str, float]:
+def run_fio(
+    fio: str, file: str, size_bytes: int, pattern: str, engine: str, seconds: float
+) -> dict[str, float]:
     """One fio run in ``file``: bytes per second and CPU seconds per GB."""
     threads = DEPTH if engine == "psync" else 1
     part = size_bytes // threads
@@ -78,7 +80,9 @@ class Ours:
         slab = Slab(2 * DEPTH * BLOCK_BYTES)
         slab.buffer.random_(0, 256)
         self.views = list(torch.split(slab.buffer, BLOCK_BYTES))
-        self.extents = [self.store.allocate(f"block {i}", BLOCK_BYTES) for i in range(size_bytes // BLOCK_BYTES)]
+        self.extents = [
+            self.store.allocate(f"block {i}", BLOCK_BYTES) for i in range(size_bytes // BLOCK_BYTES)
+        ]
         for extent in self.extents:
             self.store.write(extent, self.views[0]).wait()
 
@@ -103,8 +107,14 @@ class Ours:
 
     def _operations(self, pattern: str) -> Iterator[Callable[[Any], Any]]:
         half = len(self.extents) // 2
-        reads = (partial(self.store.read, e) for e in cycle(self.extents[:half] if pattern == "mixed" else self.extents))
-        writes = (partial(self.store.write, e) for e in cycle(self.extents[half:] if pattern == "mixed" else self.extents))
+        reads = (
+            partial(self.store.read, e)
+            for e in cycle(self.extents[:half] if pattern == "mixed" else self.extents)
+        )
+        writes = (
+            partial(self.store.write, e)
+            for e in cycle(self.extents[half:] if pattern == "mixed" else self.extents)
+        )
         if pattern == "mixed":
             return (operation for pair in zip(reads, writes, strict=True) for operation in pair)
         return reads if pattern == "read" else writes
@@ -126,19 +136,25 @@ def main() -> None:
         with open(file, "wb") as preallocated:
             os.posix_fallocate(preallocated.fileno(), 0, size)
         subprocess.run(
-            [fio, "--name=fill", f"--filename={file}", "--rw=write", "--bs=4M", f"--size={size}", "--direct=1",
-             "--fallocate=none", "--overwrite=1"],
+            [fio, "--name=fill", f"--filename={file}", "--rw=write", "--bs=4M", f"--size={size}",
+             "--direct=1", "--fallocate=none", "--overwrite=1"],
             check=True, capture_output=True,
         )  # fmt: skip
         ours = Ours(directory, size)
-        sides: dict[str, Callable[[str], dict[str, float]]] = {"memtrain": lambda p: ours.run(p, args.seconds)}
+        sides: dict[str, Callable[[str], dict[str, float]]] = {
+            "memtrain": lambda p: ours.run(p, args.seconds)
+        }
         for engine in FIO_ENGINES:
-            sides[f"fio {engine}"] = lambda p, e=engine: run_fio(fio, file, size, PATTERNS[p], e, args.seconds)
+            sides[f"fio {engine}"] = lambda p, e=engine: run_fio(
+                fio, file, size, PATTERNS[p], e, args.seconds
+            )
         for index in range(args.rounds):
             for pattern in PATTERNS:
                 turn = index % len(sides)
                 order = [*list(sides)[turn:], *list(sides)[:turn]]
-                rounds.append({"round": index, "pattern": pattern, "runs": {s: sides[s](pattern) for s in order}})
+                rounds.append(
+                    {"round": index, "pattern": pattern, "runs": {s: sides[s](pattern) for s in order}}
+                )
         ours.store.close()
     report(rounds, list(sides), fio, args)
 

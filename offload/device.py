@@ -1,14 +1,14 @@
 """Copies between the device and staging memory: a thin layer over streams and events.
 
-On a CPU a copy is made inline and is over when the call returns. On CUDA each direction has a stream of its own, and
-every copy has an event edge at both ends: it waits for what the compute stream has queued so far, and whoever uses
-the result waits for the copy. The caching allocator is told about the second stream, or it would hand the
-tensor's memory out again while the copy still reads it.
+On a CPU a copy is made inline and is over when the call returns. On CUDA each direction has a stream of its
+own, and every copy has an event edge at both ends: it waits for what the compute stream has queued so far,
+and whoever uses the result waits for the copy. The caching allocator is told about the second stream, or it
+would hand the tensor's memory out again while the copy still reads it.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -38,12 +38,13 @@ class Device(Protocol):
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         """Copy the bytes of ``source`` (contiguous, on the device) to ``target`` (1-D uint8 view of a slab).
 
-        ``source`` may be changed or dropped by work queued after the event's ``wait``; ``target`` may be read after
-        its ``synchronize``.
+        ``source`` may be changed or dropped by work queued after the event's ``wait``; ``target`` may be
+        read after its ``synchronize``.
         """
 
     def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Event:
-        """Copy ``source`` (1-D uint8 view of a slab) over the bytes of ``target`` (contiguous, on the device).
+        """Copy ``source`` (1-D uint8 view of a slab) over the bytes of ``target`` (contiguous, on the
+        device).
 
         ``target`` may be read by work queued after the event's ``wait``; ``source`` may be changed after its
         ``synchronize``.
@@ -89,8 +90,8 @@ class CudaDevice:
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
         self._device = torch.device(device)
-        self._out = torch.cuda.Stream(self._device)
-        self._in = torch.cuda.Stream(self._device)
+        self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._registered: dict[int, int] = {}
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
@@ -102,14 +103,14 @@ class CudaDevice:
     def register(self, slab: Slab) -> None:
         if slab.address in self._registered:
             return
-        self._check(torch.cuda.cudart().cudaHostRegister(slab.address, slab.nbytes, 0), "register", slab)
+        self._check(_runtime().cudaHostRegister(slab.address, slab.nbytes, 0), "register", slab)
         self._registered[slab.address] = slab.nbytes
 
     def unregister(self, slab: Slab) -> None:
         if self._registered.pop(slab.address, None) is None:
             return
         self.synchronize()
-        self._check(torch.cuda.cudart().cudaHostUnregister(slab.address), "unregister", slab)
+        self._check(_runtime().cudaHostUnregister(slab.address), "unregister", slab)
 
     def synchronize(self) -> None:
         self._out.synchronize()
@@ -121,7 +122,7 @@ class CudaDevice:
         # Also before a copy in: the target's memory may still be in use by work queued earlier, under
         # another tensor's name.
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             event.record(stream)
@@ -133,8 +134,8 @@ class CudaDevice:
         number = int(getattr(error, "value", error))  # type: ignore[call-overload]
         if number != 0:
             raise OffloadError(
-                f"CUDA cannot {what} a slab of {slab.nbytes} bytes (error {number}): lower the staging memory, or "
-                "raise the limit of locked memory (ulimit -l)"
+                f"CUDA cannot {what} a slab of {slab.nbytes} bytes (error {number}): lower the staging "
+                "memory, or raise the limit of locked memory (ulimit -l)"
             )
 
 
@@ -164,7 +165,7 @@ class _CudaEvent:
         self._event.synchronize()
 
     def done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
 
 def make_device(name: str) -> Device:
@@ -176,6 +177,10 @@ def make_device(name: str) -> Device:
     if not torch.cuda.is_available():
         raise OffloadError(f"device {name!r} was asked for, and this torch sees no CUDA device: use cpu")
     return CudaDevice(name)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _bytes_of(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,7 @@ class UnsupportedGradientOperation(OffloadError):
 
 
 class ExtentStateError(OffloadError):
-    """An extent was used against its state: never written, freed, of another store, or cut through a chunk."""
+    """An extent was used against its state: never written, freed, of another store, or a chunk was cut."""
 
 
 class StagingError(OffloadError):

@@ -2,8 +2,8 @@
 
 An *extent* is a tensor's reserved place. It is written in *chunks* (often one, the whole extent), each of
 which carries the generation that wrote it and a checksum per *piece*, the unit of one system call. The
-checksum is seeded with the tensor's identity, the generation and the piece's offset, so that a block of another
-tensor, of an older write or from another offset is told apart even where its own bytes are intact.
+checksum is seeded with the tensor's identity, the generation and the piece's offset, so that a block of
+another tensor, of an older write or from another offset is told apart even where its own bytes are intact.
 """
 
 from __future__ import annotations
@@ -184,8 +184,9 @@ class Extent:
         for chunk in self._touching(offset, offset + nbytes):
             if chunk.offset < offset or chunk.end > offset + nbytes:
                 raise ExtentStateError(
-                    f"tensor {self.name} on {self.tier.value}: a write of bytes {offset}..{offset + nbytes} cuts "
-                    f"the chunk {chunk.offset}..{chunk.end} that an earlier write left; write whole chunks"
+                    f"tensor {self.name} on {self.tier.value}: a write of {offset}..{offset + nbytes} "
+                    f"cuts the chunk {chunk.offset}..{chunk.end} that an earlier write left; "
+                    "write whole chunks"
                 )
 
     def retract(self, offset: int, nbytes: int) -> None:
@@ -212,8 +213,8 @@ class Extent:
             return f"{where} cannot be read: the extent was never written"
         written = ", ".join(f"{c.offset}..{c.end}" for _, c in sorted(self.chunks.items())[:8])
         return (
-            f"{where} cannot be read: no chunk starts at {position} and ends by {end}. Written chunks: {written}; "
-            "read whole chunks"
+            f"{where} cannot be read: no chunk starts at {position} and ends by {end}. Written chunks: "
+            f"{written}; read whole chunks"
         )
 
 

@@ -1,8 +1,8 @@
 """Transfers in pieces, each checked in one place.
 
-A piece (4 to 8 MiB) is one request. Workers are plain threads: the system calls, the copy and the checksum all let
-other threads run, and a handful of them saturates one disk. Whatever a target answers, short counts and errors
-alike, is judged in ``transfer`` and nowhere else.
+A piece (4 to 8 MiB) is one request. Workers are plain threads: the system calls, the copy and the checksum
+all let other threads run, and a handful of them saturates one disk. Whatever a target answers, short counts
+and errors alike, is judged in ``transfer`` and nowhere else.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class IORequest:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.direction.value} of tensor {self.tensor_name} on {self.tier.value} at offset {self.offset}"
+        what = f"{self.direction.value} of tensor {self.tensor_name}"
+        return f"{what} on {self.tier.value} at offset {self.offset}"
 
 
 def transfer(request: IORequest) -> None:
@@ -89,8 +90,9 @@ def transfer(request: IORequest) -> None:
     request.checksum = xxhash.xxh3_64_intdigest(view_at(address, nbytes), request.seed)
     if request.checksum != request.expected:
         raise CorruptExtentError(
-            f"{request.where}: the {nbytes} bytes read are not the bytes written (checksum {request.checksum:016x}, "
-            f"expected {request.expected or 0:016x}). The device or the memory is faulty: resume from the last checkpoint"
+            f"{request.where}: the {nbytes} bytes read are not the bytes written (checksum "
+            f"{request.checksum:016x}, expected {request.expected or 0:016x}). The device or the memory is "
+            "faulty: resume from the last checkpoint"
         )
 
 
@@ -243,8 +245,8 @@ class Fault:
 class FaultyBackend:
     """For tests: an inner backend whose nth submitted request (from 0) suffers ``plan[n]``.
 
-    With ``reorder`` > 1, requests are held until so many have come (or ``hold_seconds`` have passed) and passed on
-    in shuffled order, by ``seed``.
+    With ``reorder`` > 1, requests are held until so many have come (or ``hold_seconds`` have passed) and
+    passed on in shuffled order, by ``seed``.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The table of a resumable arena on disk, so that a later process finds its extents again.
 
-Only what was published is in the table. A process that dies after rewriting an extent leaves the table of an earlier
-moment behind; the reader then finds another generation's bytes, and the checksum says so.
+Only what was published is in the table. A process that dies after rewriting an extent leaves the table of
+an earlier moment behind; the reader then finds another generation's bytes, and the checksum says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ MANIFEST_VERSION = 1
 _TEMPORARY = "manifest.new"
 
 
-def save(run: RunDirectory, arena: int, store_id: str, capacity_bytes: int, extents: Iterable[Extent]) -> None:
+def save(
+    run: RunDirectory, arena: int, store_id: str, capacity_bytes: int, extents: Iterable[Extent]
+) -> None:
     """Make the arena durable, then the table, under a temporary name until it is whole."""
     table = {
         "version": MANIFEST_VERSION,
@@ -56,7 +58,7 @@ def load(run: RunDirectory, capacity_bytes: int) -> tuple[str, list[Extent]]:
         descriptor = os.open(MANIFEST, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=run.descriptor)
     except OSError as error:
         raise SwapDirectoryError(
-            f"{run.path} holds no saved table ({error.strerror}): the run was never saved; remove the directory"
+            f"{run.path} holds no saved table ({error.strerror}): it was never saved; remove the directory"
         ) from error
     with os.fdopen(descriptor) as file:
         text = file.read()
@@ -70,12 +72,16 @@ def load(run: RunDirectory, capacity_bytes: int) -> tuple[str, list[Extent]]:
         raise CorruptExtentError(f"{run.path / MANIFEST} is damaged: resume from the last checkpoint")
     for name, expected in (("version", MANIFEST_VERSION), ("capacity_bytes", capacity_bytes)):
         if table[name] != expected:
-            raise SwapDirectoryError(f"{run.path / MANIFEST} has {name} {table[name]}, asked for is {expected}")
+            raise SwapDirectoryError(
+                f"{run.path / MANIFEST} has {name} {table[name]}, asked for is {expected}"
+            )
     return table["store_id"], [_restore(entry, table["store_id"]) for entry in table["extents"]]
 
 
 def open_saved_arena(run: RunDirectory, capacity_bytes: int) -> int:
-    """Open the arena file of a reopened run. Raises SwapDirectoryError where it is not the file that was left."""
+    """Open the arena file of a reopened run. Raises SwapDirectoryError where it is not the file that was
+    left.
+    """
     try:
         descriptor = os.open(ARENA, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=run.descriptor)
     except OSError as error:
@@ -84,7 +90,9 @@ def open_saved_arena(run: RunDirectory, capacity_bytes: int) -> int:
     ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
     if not ours or status.st_size != max(capacity_bytes, 4096):
         os.close(descriptor)
-        raise SwapDirectoryError(f"{run.path / ARENA} is not the arena that was left ({status.st_size} bytes)")
+        raise SwapDirectoryError(
+            f"{run.path / ARENA} is not the arena that was left ({status.st_size} bytes)"
+        )
     return descriptor
 
 

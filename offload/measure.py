@@ -1,8 +1,8 @@
 """How fast this machine moves bytes: measured through the engine that will move them, and remembered.
 
-The disk is read alone, written alone, and both together, in a preallocated file that was written once before: what
-an arena does all day. One measurement takes a few seconds and under 128 MiB; it is kept per machine and device
-of the directory, with its date.
+The disk is read alone, written alone, and both together, in a preallocated file that was written once
+before: what an arena does all day. One measurement takes a few seconds and under 128 MiB; it is kept per
+machine and device of the directory, with its date.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class SwapProbe:
 
 
 def probe_swap_directory(path: str | os.PathLike[str]) -> SwapProbe:
-    """Look at a directory as ``NvmeStore`` will, with a real write and read of one block. Never raises for a bad one."""
+    """Look at a directory as ``NvmeStore`` will, with a real write and read of one block. Never raises for
+    a bad one.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     problem, direct = "", False
     try:

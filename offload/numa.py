@@ -78,7 +78,9 @@ def bind(address: int, nbytes: int, node: int) -> None:
 
 
 def nodes_of_pages(address: int, nbytes: int) -> list[int]:
-    """The node of each page of ``[address, address + nbytes)``; a negative errno where a page is not there yet."""
+    """The node of each page of ``[address, address + nbytes)``; a negative errno where a page is not there
+    yet.
+    """
     count = -(-nbytes // PAGE_BYTES)
     nodes: list[int] = []
     for first in range(0, count, _PAGES_PER_CALL):

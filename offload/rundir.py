@@ -1,8 +1,8 @@
 """The swap directory of one run: private, locked, and gone when the run is.
 
-A run makes a directory of its own inside the swap directory, named after the process (pid, start time, boot), with
-a lock that the kernel drops when the process dies. Two runs never see each other's files; what a killed
-run left is removed by the next one, but only where its death is certain.
+A run makes a directory of its own inside the swap directory, named after the process (pid, start time,
+boot), with a lock that the kernel drops when the process dies. Two runs never see each other's files; what
+a killed run left is removed by the next one, but only where its death is certain.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class RunDirectory:
         resumable: the directory outlives the process, for a later one to reopen by ``run_id``.
 
     Raises:
-        SwapDirectoryError: missing, not a directory, not writable, in memory, or the run's directory is in use,
+        SwapDirectoryError: missing, not a directory, not writable, in memory, or the run's directory is in
+        use,
             is a symbolic link, or belongs to somebody else.
     """
 
@@ -66,7 +67,7 @@ class RunDirectory:
             raise
 
     def create(self, name: str) -> int:
-        """A new file, 0600, opened for reading and writing; a planted file or link of that name is refused."""
+        """A new file, 0600, opened to read and write; a planted file or link of that name is refused."""
         try:
             return os.open(name, _NEW_FILE, 0o600, dir_fd=self.descriptor)
         except OSError as error:
@@ -175,8 +176,8 @@ def open_arena(run: RunDirectory, capacity_bytes: int, *, direct: bool) -> int:
 def enable_direct(descriptor: int, where: str, *, new: bool = True) -> None:
     """Switch an open file to direct I/O, and prove it by a write and a read of its first block.
 
-    What the file system promises is not enough: some accept the flag and refuse the first write. The block gets
-    random bytes in a new file, and what it holds already in another.
+    What the file system promises is not enough: some accept the flag and refuse the first write. The block
+    gets random bytes in a new file, and what it holds already in another.
 
     Raises:
         SwapDirectoryError: the file system refuses, or wants blocks of more than 4096 bytes.
@@ -190,15 +191,21 @@ def enable_direct(descriptor: int, where: str, *, new: bool = True) -> None:
         else:
             os.preadv(descriptor, [sent], 0)
         counts = os.pwritev(descriptor, [sent], 0), os.preadv(descriptor, [found], 0)
-        problem = "" if counts == (BLOCK_BYTES, BLOCK_BYTES) and sent[:] == found[:] else "it reads other bytes than written"
+        problem = (
+            ""
+            if counts == (BLOCK_BYTES, BLOCK_BYTES) and sent[:] == found[:]
+            else "it reads other bytes than written"
+        )
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)  # whoever falls back to the page cache goes on with this file
+        fcntl.fcntl(
+            descriptor, fcntl.F_SETFL, flags
+        )  # whoever falls back to the page cache goes on with this file
         raise SwapDirectoryError(
-            f"swap directory {where} cannot do direct I/O in blocks of {BLOCK_BYTES} bytes ({problem}): name a "
-            "directory on a local ext4, xfs or btrfs disk, or allow buffered I/O (direct='allow_buffered'), which "
-            "is slower"
+            f"swap directory {where} cannot do direct I/O in blocks of {BLOCK_BYTES} bytes ({problem}): "
+            "name a directory on a local ext4, xfs or btrfs disk, or allow buffered I/O "
+            "(direct='allow_buffered'), which is slower"
         )
 
 
@@ -283,7 +290,9 @@ def _this_process() -> dict[str, Any]:
 
 
 def _start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of the process, which tells a recycled pid; None where there is none."""
+    """Clock ticks from boot to the start of the process, which tells a recycled pid; None where there is
+    none.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -298,6 +307,7 @@ def _fresh_id() -> str:
 
 def _full(run: RunDirectory, need: int, free: int) -> str:
     return (
-        f"swap directory {run.parent} has {format_gib(free)} ({free} bytes) free, the plan reserves {format_gib(need)} "
-        f"({need} bytes): free {max(0, need - free)} bytes, lower budget.nvme, or name another directory"
+        f"swap directory {run.parent} has {format_gib(free)} ({free} bytes) free, the plan reserves "
+        f"{format_gib(need)} ({need} bytes): free {max(0, need - free)} bytes, lower budget.nvme, or "
+        "name another directory"
     )

@@ -28,8 +28,9 @@ class Slab:
     """``nbytes`` (rounded up to 4096) of anonymous memory.
 
     The memory is given back when the slab is closed and the last view of it is gone: a view is never left
-    pointing at nothing. A forked child does not inherit it (its pages would be copied one by one as the parent
-    writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels before 6.3).
+    pointing at nothing. A forked child does not inherit it (its pages would be copied one by one as the
+    parent writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels
+    before 6.3).
 
     Args:
         nbytes: at least 1.
@@ -117,7 +118,7 @@ class Ring:
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
         self.slab = Slab(count * self.slot_bytes, numa_node)
-        parts = self.slab.buffer.split(self.slot_bytes)
+        parts = torch.split(self.slab.buffer, self.slot_bytes)
         self._slots = [Slot(self, index, part) for index, part in enumerate(parts)]
         self._free = deque(self._slots)
         self._waiting: set[threading.Thread] = set()

@@ -43,7 +43,8 @@ class Target(Protocol):
 class FileTarget:
     """An open file, with direct I/O or, where the caller asked for it, through the page cache.
 
-    A length that is no multiple of a block is completed by a page of the target's own, in the same system call:
+    A length that is no multiple of a block is completed by a page of the target's own, in the same system
+    call:
     memory after the caller's bytes is neither read nor written.
     """
 

@@ -1,9 +1,9 @@
 """Stores: what the executors see of a tier, the same for memory and for disk.
 
-A write is published, with the next generation, when every byte of it is on the tier; a read is verified before
-``wait()`` returns. Each direction starts its operations in the order they were given. An operation that touches bytes
-which an earlier one is still moving waits for that one by itself; since it only ever waits for earlier ones,
-the earliest unfinished operation can always go on.
+A write is published, with the next generation, when every byte of it is on the tier; a read is verified
+before ``wait()`` returns. Each direction starts its operations in the order they were given. An operation
+that touches bytes which an earlier one is still moving waits for that one by itself; since it only ever
+waits for earlier ones, the earliest unfinished operation can always go on.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Cut = tuple[int, int, int, int, tuple[int, ...] | None]
 PIECE_BYTES = 4 * MiB
 THREADS = 4
 STALL_SECONDS = 300.0
-"""Without one finished piece for so long, a waiter gets an error: slow disks pause for seconds, not for minutes."""
+"""Without one finished piece for so long, a waiter gets an error: slow disks pause for seconds, not for
+minutes.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,9 @@ class Statistics:
 
 
 class Ticket:
-    """One read or write under way. ``wait`` returns when it is done, or raises what went wrong, each time anew."""
+    """One read or write under way. ``wait`` returns when it is done, or raises what went wrong, each time
+    anew.
+    """
 
     __slots__ = (
         "_checksums",
@@ -191,7 +195,8 @@ class Store:
         return extent
 
     def write(self, extent: Extent, buffer: torch.Tensor, offset: int = 0) -> Ticket:
-        """Move ``buffer`` (1-D uint8, page-aligned start) to byte ``offset`` of ``extent``, a multiple of 4096.
+        """Move ``buffer`` (1-D uint8, page-aligned start) to byte ``offset`` of ``extent``, a multiple of
+        4096.
 
         What one write moves is a chunk; a later write replaces whole chunks.
 
@@ -201,10 +206,12 @@ class Store:
         return self._enqueue(Direction.WRITE, extent, buffer, offset)
 
     def read(self, extent: Extent, buffer: torch.Tensor, offset: int = 0) -> Ticket:
-        """Move ``buffer.numel()`` bytes from ``offset`` of ``extent`` to ``buffer``: whole chunks, as written.
+        """Move ``buffer.numel()`` bytes from ``offset`` of ``extent`` to ``buffer``: whole chunks, as
+        written.
 
         Raises:
-            ExtentStateError: freed, another store's, never written, or a boundary cuts a chunk. Where a write of the
+            ExtentStateError: freed, another store's, never written, or a boundary cuts a chunk. Where a
+            write of the
                 extent is still under way, ``wait()`` raises it.
         """
         return self._enqueue(Direction.READ, extent, buffer, offset)
@@ -240,7 +247,9 @@ class Store:
             )
 
     def close(self) -> None:
-        """Finish what the workers are moving, fail what has not begun, give the tier's room back. Idempotent."""
+        """Finish what the workers are moving, fail what has not begun, give the tier's room back.
+        Idempotent.
+        """
         if os.getpid() != self._pid:
             return
         with self._changed:
@@ -383,14 +392,16 @@ class Store:
         self._changed.notify_all()
 
     def _patience(self, ticket: Ticket, deadline: float | None) -> float:
-        """How long a waiter may sleep before it looks again. Raises TierIOError when it has waited too long."""
+        """How long a waiter may sleep before it looks again. Raises TierIOError when it has waited too
+        long.
+        """
         now = time.monotonic()
         if deadline is not None and now >= deadline and not ticket.done():
             raise TierIOError(f"{ticket._describe()} is not finished within the time that wait() was given")
         stalled = now - self._progress_at
         if stalled >= self.stall_seconds and not ticket.done():
             raise TierIOError(
-                f"{ticket._describe()}: the tier has moved nothing for {stalled:.0f} s. Check the device (dmesg)"
+                f"{ticket._describe()}: the tier has moved nothing for {stalled:.0f} s. Check it (dmesg)"
             )
         pause = self.stall_seconds - stalled
         return max(0.0, pause if deadline is None else min(pause, deadline - now))
@@ -405,8 +416,8 @@ class Store:
         what = f"tensor {extent.name} on {self.tier.value}"
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_cuda:
             raise ValueError(
-                f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of shape "
-                f"{tuple(buffer.shape)} on {buffer.device}; take a view of a slab"
+                f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of "
+                f"shape {tuple(buffer.shape)} on {buffer.device}; take a view of a slab"
             )
         if buffer.numel() and buffer.data_ptr() % BLOCK_BYTES:
             raise ValueError(f"{what}: a buffer starts at a multiple of {BLOCK_BYTES}; take a view of a slab")
@@ -434,11 +445,11 @@ class Store:
             raise OffloadError(f"the {self.tier.value} store is closed")
 
     def _no_room(self, name: str, need: int) -> str:
-        free = self._space.free_bytes
-        scattered = f" (the longest run is {self._space.largest_bytes} bytes)" if free >= need else ""
+        free, largest = self._space.free_bytes, self._space.largest_bytes
+        scattered = f" (the longest run is {largest} bytes)" if free >= need else ""
         return (
-            f"tensor {name} needs {need} bytes on {self.tier.value}, {free} of {self.capacity_bytes} bytes are "
-            f"free{scattered}: raise budget.{self.tier.value} by at least {need - min(free, need - BLOCK_BYTES)} bytes"
+            f"tensor {name} needs {need} bytes on {self.tier.value}, {free} of {self.capacity_bytes} bytes "
+            f"are free{scattered}: raise budget.{self.tier.value} by at least {need - largest} bytes"
         )
 
 
@@ -446,14 +457,12 @@ class NvmeStore(Store):
     """An arena file in a private directory of a local disk, its space reserved at the start, direct I/O.
 
     Args:
-        directory: the swap directory, which must exist.
-        capacity_bytes: rounded down to 4096.
-        run_id: name of the run's directory; random without it.
-        resumable: keep file and directory after ``close``; a later store with the same ``run_id`` reopens them.
-        threads, piece_bytes: see the measurement in docs/format.md.
-        backend: in place of the thread pool, for tests.
-        direct: ``require``, or ``allow_buffered`` to fall back to the page cache where direct I/O is refused.
-        stall_seconds: without one finished piece for so long, a waiter gets an error.
+        directory: the swap directory, which must exist. capacity_bytes: rounded down to 4096. run_id: name
+        of the run's directory; random without it. resumable: keep file and directory after ``close``; a
+        later store with the same ``run_id`` reopens them. threads, piece_bytes: see the measurement in
+        docs/format.md. backend: in place of the thread pool, for tests. direct: ``require``, or
+        ``allow_buffered`` to fall back to the page cache where direct I/O is refused. stall_seconds:
+        without one finished piece for so long, a waiter gets an error.
 
     Raises:
         SwapDirectoryError: the directory cannot serve; says why and what to do.
@@ -496,8 +505,8 @@ class NvmeStore(Store):
             self.run = run
             self._descriptor = descriptor
             self._adopt(*saved)
-            # The directory goes also at interpreter exit, when nobody called close(). The descriptor does not: a
-            # worker may still be writing, and the number could be another file's by then.
+            # The directory goes also at interpreter exit, when nobody called close(). The descriptor does
+            # not: a worker may still be writing, and the number could be another file's by then.
             self._remove_directory = weakref.finalize(self, run.close)
             self._close_file = weakref.finalize(self, _close_in, self._pid, descriptor)
             self._close_file.atexit = False
@@ -509,13 +518,17 @@ class NvmeStore(Store):
             return {extent.name: extent for extent in self._extents}
 
     def save(self) -> None:
-        """Make a resumable store's contents durable. Raises OffloadError where it is not resumable, or busy."""
+        """Make a resumable store's contents durable. Raises OffloadError where it is not resumable, or
+        busy.
+        """
         with self._changed:
             self._check_open()
             if not self.run.resumable:
                 raise OffloadError("only a store made with resumable=True can be saved")
             if self._pending:
-                raise OffloadError(f"{len(self._pending)} extents are being moved: wait for their tickets, then save")
+                raise OffloadError(
+                    f"{len(self._pending)} extents are being moved: wait for their tickets, then save"
+                )
             self._save()
 
     def close(self) -> None:
@@ -542,9 +555,9 @@ class MemoryStore(Store):
     """Host or CXL memory behind the same interface: a slab, and threads that copy.
 
     Args:
-        tier: ``Tier.HOST`` or ``Tier.CXL``.
-        capacity_bytes: rounded down to 4096; taken from the kernel as it is first written, or at once on a node.
-        numa_node: where the memory must lie; required for ``Tier.CXL``.
+        tier: ``Tier.HOST`` or ``Tier.CXL``. capacity_bytes: rounded down to 4096; taken from the kernel as
+        it is first written, or at once on a node. numa_node: where the memory must lie; required for
+        ``Tier.CXL``.
 
     Raises:
         PlacementError: the node does not exist or did not take the pages.
@@ -603,7 +616,9 @@ def _close_in(pid: int, descriptor: int) -> None:
 
 
 def wait_all(tickets: Iterable[Ticket]) -> None:
-    """Wait for every ticket, then raise the first error, so that no buffer is still in use when this raises."""
+    """Wait for every ticket, then raise the first error, so that no buffer is still in use when this
+    raises.
+    """
     errors = []
     for ticket in tickets:
         try:

@@ -37,9 +37,9 @@ def test_copies_that_do_not_fit_are_refused():
     device, slab = CpuDevice(), Slab(4096)
     with pytest.raises(ValueError, match=r"only contiguous tensors are copied, got strides \(1, 4\)"):
         device.copy_out(torch.zeros(2, 4).t(), slab.buffer[:32])
-    with pytest.raises(ValueError, match="between 32 bytes and torch.uint8 of shape \\(31,\\)"):
+    with pytest.raises(ValueError, match=r"between 32 bytes and torch\.uint8 of shape \(31,\)"):
         device.copy_in(slab.buffer[:31], torch.zeros(8))
-    with pytest.raises(ValueError, match="torch.float32"):
+    with pytest.raises(ValueError, match=r"torch\.float32"):
         device.copy_out(torch.zeros(8), torch.zeros(32))
 
 
@@ -81,11 +81,11 @@ class FakeCuda:
             fake.log.append(f"leave {s.name}")
 
         class Runtime:
-            def cudaHostRegister(self, address, nbytes, flags):  # noqa: N802
+            def cudaHostRegister(self, address, nbytes, flags):
                 fake.log.append(f"register {nbytes} {flags}")
                 return fake.errors.get("register", 0)
 
-            def cudaHostUnregister(self, address):  # noqa: N802
+            def cudaHostUnregister(self, address):
                 fake.log.append("unregister")
                 return 0
 
@@ -103,7 +103,10 @@ class FakeCuda:
         patch.setattr(torch.cuda, "cudart", Runtime)
         patch.setattr(torch.Tensor, "copy_", logged_copy)
         patch.setattr(
-            torch.Tensor, "record_stream", lambda t, s: fake.log.append(f"{t.dtype} recorded on {s.name}"), raising=False
+            torch.Tensor,
+            "record_stream",
+            lambda t, s: fake.log.append(f"{t.dtype} recorded on {s.name}"),
+            raising=False,
         )
 
 

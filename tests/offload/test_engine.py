@@ -16,7 +16,10 @@ def test_a_budget_becomes_stores_of_its_sizes(tmp_path):
     budget = Budget(device="1GiB", nvme=f"{tmp_path}:1MiB", cxl="0:64KiB")
     with open_engine(budget) as engine:
         assert engine.device.type == "cpu"
-        assert {t: engine.store(t).capacity_bytes for t in engine.tiers} == {Tier.CXL: 1 << 16, Tier.NVME: 1 << 20}
+        assert {t: engine.store(t).capacity_bytes for t in engine.tiers} == {
+            Tier.CXL: 1 << 16,
+            Tier.NVME: 1 << 20,
+        }
         with pytest.raises(OffloadError, match=r"no host tier in this session \(it has: cxl, nvme\)"):
             engine.store(Tier.HOST)
     assert os.listdir(tmp_path) == []
@@ -30,7 +33,7 @@ def test_only_what_the_plan_uses_is_reserved(tmp_path):
         assert engine.tiers == ()
     with pytest.raises(ValueError, match=r"within budget.nvme, 0 to 966367641600, got 966367641601"):
         open_engine(budget, nvme_bytes=966367641601)
-    with pytest.raises(TierFullError, match="the plan reserves 900.000 GiB"):
+    with pytest.raises(TierFullError, match=r"the plan reserves 900.000 GiB"):
         open_engine(budget)
 
 

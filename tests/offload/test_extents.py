@@ -11,7 +11,13 @@ U = 4096
 
 def extent(nbytes=4 * U, offset=0, name="w", **kw):
     return Extent(
-        name=name, tier=Tier.NVME, store_id="s", arena_offset=offset, nbytes=nbytes, reserved_bytes=nbytes, **kw
+        name=name,
+        tier=Tier.NVME,
+        store_id="s",
+        arena_offset=offset,
+        nbytes=nbytes,
+        reserved_bytes=nbytes,
+        **kw,
     )
 
 
@@ -76,12 +82,16 @@ def test_covering_wants_whole_consecutive_chunks():
     assert [c.offset for c in e.covering(0, 2 * U)] == [0, U]
     assert [c.offset for c in e.covering(3 * U, U)] == [3 * U]
     for start, size in ((0, 3 * U), (0, U + 1), (U, U - 1), (2 * U, U)):
-        with pytest.raises(ExtentStateError, match=r"tensor w on nvme.*Written chunks: 0\.\.4096, 4096\.\.8192"):
+        with pytest.raises(
+            ExtentStateError, match=r"tensor w on nvme.*Written chunks: 0\.\.4096, 4096\.\.8192"
+        ):
             e.covering(start, size)
 
 
 def test_never_written_is_said_so():
-    with pytest.raises(ExtentStateError, match="tensor w on nvme: bytes 0..4096 cannot be read: the extent was never"):
+    with pytest.raises(
+        ExtentStateError, match=r"tensor w on nvme: bytes 0..4096 cannot be read: the extent was never"
+    ):
         extent().covering(0, U)
 
 

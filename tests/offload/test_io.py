@@ -27,14 +27,25 @@ def backend():
 
 def filled(nbytes, seed=0):
     slab = Slab(nbytes)
-    slab.buffer.copy_(torch.randint(0, 256, (slab.nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)))
+    slab.buffer.copy_(
+        torch.randint(
+            0, 256, (slab.nbytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+        )
+    )
     return slab
 
 
 def request(direction, target, buffer, offset=0, expected=None, done=lambda r: None, seed=5):
     return IORequest(
-        direction=direction, target=target, offset=offset, buffer=buffer, tensor_name="layer.w", tier=Tier.NVME,
-        seed=seed, expected=expected, done=done,
+        direction=direction,
+        target=target,
+        offset=offset,
+        buffer=buffer,
+        tensor_name="layer.w",
+        tier=Tier.NVME,
+        seed=seed,
+        expected=expected,
+        done=done,
     )
 
 
@@ -107,7 +118,9 @@ def test_short_transfers_resume_at_a_block():
 
 def test_interruptions_are_retried():
     memory, source = Slab(N), filled(N)
-    target = Scripted(MemoryTarget(memory.address), InterruptedError(errno.EINTR, "x"), BlockingIOError(errno.EAGAIN, "x"))
+    target = Scripted(
+        MemoryTarget(memory.address), InterruptedError(errno.EINTR, "x"), BlockingIOError(errno.EAGAIN, "x")
+    )
     transfer(request(Direction.WRITE, target, source.buffer[:N]))
     assert torch.equal(memory.buffer[:N], source.buffer[:N])
 
@@ -128,8 +141,14 @@ def test_endless_refusal_ends(monkeypatch):
 
 def test_nothing_moved_is_an_error():
     memory = Slab(N)
-    with pytest.raises(TierIOError, match=f"read of tensor layer.w on nvme at offset 0 failed: ended after 4096 of {N}") as c:
-        transfer(request(Direction.READ, Scripted(MemoryTarget(memory.address), 4096, 0), memory.buffer[:N], expected=0))
+    with pytest.raises(
+        TierIOError, match=f"read of tensor layer.w on nvme at offset 0 failed: ended after 4096 of {N}"
+    ) as c:
+        transfer(
+            request(
+                Direction.READ, Scripted(MemoryTarget(memory.address), 4096, 0), memory.buffer[:N], expected=0
+            )
+        )
     assert c.value.errno is None
 
 
@@ -152,7 +171,9 @@ def test_reading_past_the_end_of_the_file_is_an_error(target):
 def test_errors_name_tensor_tier_offset_and_remedy(number, remedy):
     memory = Slab(N)
     target = Scripted(MemoryTarget(memory.address), OSError(number, "x"))
-    with pytest.raises(TierIOError, match=rf"write of tensor layer\.w on nvme at offset 4096 failed \[{remedy}") as caught:
+    with pytest.raises(
+        TierIOError, match=rf"write of tensor layer\.w on nvme at offset 4096 failed \[{remedy}"
+    ) as caught:
         transfer(request(Direction.WRITE, target, memory.buffer[:N], 4096))
     assert caught.value.errno == number
 
@@ -162,7 +183,7 @@ def test_a_wrong_bit_or_seed_is_corruption():
     good = xxhash.xxh3_64_intdigest(bytes(memory.buffer[:N].tolist()), 5)
     target = MemoryTarget(memory.address)
     transfer(request(Direction.READ, target, found.buffer[:N], expected=good))
-    with pytest.raises(CorruptExtentError, match="tensor layer.w on nvme at offset 0"):
+    with pytest.raises(CorruptExtentError, match=r"tensor layer.w on nvme at offset 0"):
         transfer(request(Direction.READ, target, found.buffer[:N], expected=good, seed=6))
     memory.buffer[N - 1] ^= 1
     with pytest.raises(CorruptExtentError):
@@ -190,7 +211,9 @@ def test_each_direction_starts_in_order_and_none_starves(backend):
     held, slab, finished = Held(), Slab(4096), threading.Semaphore(0)
     for offset in (0, 1, 2, 3):
         backend.submit(request(Direction.WRITE, held, slab.buffer, offset, done=lambda r: finished.release()))
-    backend.submit(request(Direction.READ, held, slab.buffer, 100, expected=0, done=lambda r: finished.release()))
+    backend.submit(
+        request(Direction.READ, held, slab.buffer, 100, expected=0, done=lambda r: finished.release())
+    )
     held.gate.set()
     for _ in range(5):
         assert finished.acquire(timeout=10)
@@ -224,14 +247,17 @@ def test_whatever_a_target_raises_reaches_the_waiter(backend):
     assert isinstance(bad.error, OffloadError)
     assert isinstance(bad.error.__cause__, ZeroDivisionError)
     memory, again = Slab(4096), threading.Event()
-    backend.submit(request(Direction.WRITE, MemoryTarget(memory.address), slab.buffer, done=lambda r: again.set()))
+    backend.submit(
+        request(Direction.WRITE, MemoryTarget(memory.address), slab.buffer, done=lambda r: again.set())
+    )
     assert again.wait(10)
 
 
 def test_close_fails_what_has_not_begun_and_ends_the_threads():
     pool, held, slab, outcomes = ThreadPoolBackend(1, "pool-under-test"), Held(), Slab(4096), []
     requests = [
-        request(Direction.WRITE, held, slab.buffer, i, done=lambda r: outcomes.append(r.error)) for i in range(3)
+        request(Direction.WRITE, held, slab.buffer, i, done=lambda r: outcomes.append(r.error))
+        for i in range(3)
     ]
     for r in requests:
         pool.submit(r)
@@ -297,7 +323,12 @@ def test_faults_do_what_they_say(backend):
     assert run_one(faulty, Direction.WRITE, target, source.buffer).error.errno == errno.EIO
     assert run_one(faulty, Direction.WRITE, target, source.buffer).error is None
     assert torch.equal(memory.buffer, source.buffer)
-    for fault, error in (("short", None), ("end", TierIOError), ("flip", CorruptExtentError), ("stale", CorruptExtentError)):
+    for fault, error in (
+        ("short", None),
+        ("end", TierIOError),
+        ("flip", CorruptExtentError),
+        ("stale", CorruptExtentError),
+    ):
         result = run_one(faulty, Direction.READ, target, found.buffer, expected=write.checksum)
         assert isinstance(result.error, error) if error else result.error is None, fault
     start = time.monotonic()
@@ -327,9 +358,12 @@ class Stuck:
     alignment = 1
     def write(self, *a): time.sleep(60)
 pool = ThreadPoolBackend(2)
-pool.submit(IORequest(direction=Direction.WRITE, target=Stuck(), offset=0, buffer=torch.zeros(9, dtype=torch.uint8),
-                      tensor_name='x', tier=Tier.NVME, seed=0, done=print))
+pool.submit(IORequest(direction=Direction.WRITE, target=Stuck(), offset=0,
+                      buffer=torch.zeros(9, dtype=torch.uint8), tensor_name='x',
+                      tier=Tier.NVME, seed=0, done=print))
 time.sleep(0.1)
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode, done.stderr) == (0, "")

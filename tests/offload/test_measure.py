@@ -30,8 +30,13 @@ def test_a_good_directory_is_probed_and_left_as_it_was(swap, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (8 << 20, 8 << 20))
     probe = probe_swap_directory(swap)
     assert dataclasses.replace(probe, free_bytes=0) == measure.SwapProbe(
-        path=str(swap), usable=True, filesystem=filesystem_type(swap), free_bytes=0, direct_io=True,
-        alignment_bytes=4096, memlock_bytes=8 << 20,
+        path=str(swap),
+        usable=True,
+        filesystem=filesystem_type(swap),
+        free_bytes=0,
+        direct_io=True,
+        alignment_bytes=4096,
+        memlock_bytes=8 << 20,
     )
     space = os.statvfs(swap)
     assert abs(probe.free_bytes - space.f_bavail * space.f_frsize) < 1 << 30
@@ -45,7 +50,12 @@ def test_a_good_directory_is_probed_and_left_as_it_was(swap, monkeypatch):
 def test_bad_directories_are_described_not_raised(tmp_path, swap, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (resource.RLIM_INFINITY,) * 2)
     missing = probe_swap_directory(tmp_path / "none")
-    assert (missing.usable, missing.filesystem, missing.free_bytes, missing.direct_io) == (False, "none", 0, False)
+    assert (missing.usable, missing.filesystem, missing.free_bytes, missing.direct_io) == (
+        False,
+        "none",
+        0,
+        False,
+    )
     assert "does not exist: create it" in dict(missing.rows())["problem"]
     assert dict(missing.rows())["locked memory limit"] == "unlimited"
 
@@ -86,7 +96,10 @@ def test_a_machine_is_measured_once_and_remembered(swap, cache, monkeypatch):
             measure_machine(swap, device="cuda:0")  # another device is another measurement
     file.write_text("{damaged")
     again = measure_machine(swap, round_seconds=0.02)
-    assert json.loads(file.read_text())["links"][0]["write_bytes_per_second"] == again.links[0].write_bytes_per_second
+    assert (
+        json.loads(file.read_text())["links"][0]["write_bytes_per_second"]
+        == again.links[0].write_bytes_per_second
+    )
 
 
 def test_without_a_directory_there_is_no_disk():

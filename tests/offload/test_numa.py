@@ -8,7 +8,9 @@ from memtrain.offload.errors import PlacementError
 
 
 def mapped(nbytes):
-    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
+    return torch.frombuffer(
+        mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8
+    )
 
 
 def test_pages_say_where_they_are_only_once_touched():

@@ -42,7 +42,11 @@ def test_huge_pages_are_asked_for_from_their_size_on():
                 return "hg" in line.split()
         raise AssertionError("the slab is not mapped")
 
-    with Slab(HUGE_PAGE_BYTES) as large, Slab(HUGE_PAGE_BYTES, huge_pages=False) as refused, Slab(4096) as small:
+    with (
+        Slab(HUGE_PAGE_BYTES) as large,
+        Slab(HUGE_PAGE_BYTES, huge_pages=False) as refused,
+        Slab(4096) as small,
+    ):
         assert advised(large)
         assert not advised(refused)
         assert not advised(small)
@@ -69,7 +73,10 @@ def test_ring_gives_each_slot_once_and_takes_it_back():
     ring = Ring(2, 5000)
     assert ring.slot_bytes == 8192
     first, second = ring.acquire(), ring.acquire()
-    assert {first.buffer.data_ptr(), second.buffer.data_ptr()} == {ring.slab.address, ring.slab.address + 8192}
+    assert {first.buffer.data_ptr(), second.buffer.data_ptr()} == {
+        ring.slab.address,
+        ring.slab.address + 8192,
+    }
     assert ring.try_acquire() is None
     assert ring.free_count == 0
     first.release()

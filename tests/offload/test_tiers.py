@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 
 import pytest
 import torch
@@ -151,7 +152,9 @@ def test_bad_buffers_and_offsets(store):
 def test_a_full_tier_says_what_is_short(store):
     big = store.allocate("embed", 63 * U)
     assert (store.used_bytes, store.capacity_bytes, store.alignment) == (63 * U, 64 * U, U)
-    message = rf"tensor head needs 8192 bytes on {store.tier.value}, 4096 of 262144 bytes are free: raise .* 4096 bytes"
+    message = (
+        rf"head needs 8192 bytes on {store.tier.value}, 4096 of 262144 bytes are free: raise .* 4096 bytes"
+    )
     with pytest.raises(TierFullError, match=message):
         store.allocate("head", U + 1)
     store.free(big)
@@ -190,7 +193,9 @@ def test_close_fails_what_waits_and_hangs_nobody(tmp_path):
 @given(st.integers(0, 2**32 - 1))
 def test_random_traffic_out_of_order_is_exact(tmp_path_factory, seed):
     rng = random.Random(seed)
-    backend = FaultyBackend(ThreadPoolBackend(3), reorder=rng.choice([1, 2, 5]), seed=seed, hold_seconds=0.001)
+    backend = FaultyBackend(
+        ThreadPoolBackend(3), reorder=rng.choice([1, 2, 5]), seed=seed, hold_seconds=0.001
+    )
     with MemoryStore(Tier.HOST, 16 * U, piece_bytes=U, backend=backend) as store:
         live, tickets, checks, serial = {}, [], [], 0
         for _ in range(40):
@@ -245,7 +250,7 @@ def test_space_freed_under_a_transfer_is_waited_for(tmp_path):
         again = store.allocate("b", CAPACITY)
         assert ticket.done()
         assert again.arena_offset == 0
-        with pytest.raises(ExtentStateError, match="tensor b .* never written"):
+        with pytest.raises(ExtentStateError, match=r"tensor b .* never written"):
             store.read(again, buffer)
 
 
@@ -270,7 +275,9 @@ def test_one_flipped_bit_in_the_arena_is_found_and_named(tmp_path):
 def test_a_swapped_extent_table_is_found(tmp_path):
     with NvmeStore(tmp_path, CAPACITY) as store:
         a, b, buffer = store.allocate("a", U), store.allocate("b", U), filled(U)
-        wait_all([store.write(a, buffer), store.write(b, buffer)])  # equal bytes: only identity tells them apart
+        wait_all(
+            [store.write(a, buffer), store.write(b, buffer)]
+        )  # equal bytes: only identity tells them apart
         a.chunks, b.chunks = b.chunks, a.chunks
         with pytest.raises(CorruptExtentError, match="tensor a"):
             store.read(a, filled(U, 1)).wait()
@@ -354,12 +361,16 @@ def test_a_slow_disk_hits_the_deadline_and_then_finishes(tmp_path):
 
 def test_a_stalled_disk_is_reported_and_a_moving_one_is_not(tmp_path):
     stuck = FaultyBackend(ThreadPoolBackend(1), {0: Fault(delay_seconds=0.4)})
-    with NvmeStore(tmp_path, CAPACITY, backend=stuck, stall_seconds=0.1) as store:
-        with pytest.raises(TierIOError, match="the tier has moved nothing for"):
-            store.write(store.allocate("w", U), filled(U)).wait()
+    with (
+        NvmeStore(tmp_path, CAPACITY, backend=stuck, stall_seconds=0.1) as store,
+        pytest.raises(TierIOError, match="the tier has moved nothing for"),
+    ):
+        store.write(store.allocate("w", U), filled(U)).wait()
     slow = FaultyBackend(ThreadPoolBackend(1), dict.fromkeys(range(8), Fault(delay_seconds=0.05)))
     with NvmeStore(tmp_path, CAPACITY, piece_bytes=U, backend=slow, stall_seconds=0.3) as store:
-        store.write(store.allocate("w", 8 * U), filled(8 * U)).wait()  # 0.4 s in all, never 0.3 s without a piece
+        store.write(
+            store.allocate("w", 8 * U), filled(8 * U)
+        ).wait()  # 0.4 s in all, never 0.3 s without a piece
 
 
 def test_wait_all_waits_for_every_ticket_before_it_raises(tmp_path):
@@ -402,10 +413,14 @@ def test_no_direct_io_is_refused_with_the_remedy_and_leaves_nothing(tmp_path, mo
 
     real = os.pwritev
     monkeypatch.setattr(os, "pwritev", wrong_block)
-    with pytest.raises(SwapDirectoryError, match="cannot do direct I/O.*direct='allow_buffered'"):
+    with pytest.raises(SwapDirectoryError, match=r"cannot do direct I/O.*direct='allow_buffered'"):
         NvmeStore(tmp_path, U)
-    monkeypatch.setattr(os, "pwritev", lambda *a: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument")))
-    with pytest.raises(SwapDirectoryError, match=r"cannot do direct I/O in blocks of 4096 bytes \(Invalid argument\)"):
+    monkeypatch.setattr(
+        os, "pwritev", lambda *a: (_ for _ in ()).throw(OSError(errno.EINVAL, "Invalid argument"))
+    )
+    with pytest.raises(
+        SwapDirectoryError, match=r"cannot do direct I/O in blocks of 4096 bytes \(Invalid argument\)"
+    ):
         NvmeStore(tmp_path, U)
     assert os.listdir(tmp_path) == []
 
@@ -413,7 +428,10 @@ def test_no_direct_io_is_refused_with_the_remedy_and_leaves_nothing(tmp_path, mo
 def test_more_than_the_disk_has_is_refused_at_the_start(tmp_path):
     space = os.statvfs(tmp_path)
     need = (space.f_bavail * space.f_frsize + (1 << 30)) // U * U
-    with pytest.raises(TierFullError, match=rf"free, the plan reserves .* \({need} bytes\): free \d+ bytes, lower budget.nvme"):
+    with pytest.raises(
+        TierFullError,
+        match=rf"free, the plan reserves .* \({need} bytes\): free \d+ bytes, lower budget.nvme",
+    ):
         NvmeStore(tmp_path, need)
     assert os.listdir(tmp_path) == []
 
@@ -471,7 +489,10 @@ def test_two_stores_in_one_directory_do_not_see_each_other(tmp_path):
 def run_python(program, *arguments, flags=(), **options):
     return subprocess.Popen(
         [sys.executable, *flags, "-W", "error", "-c", program, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -518,7 +539,11 @@ def test_what_is_not_provably_dead_is_left(tmp_path):
         run("garbage", "{not json"),
         run("empty", ""),
     ]
-    dead = [run("gone", None, pid=2**22 + 1), run("recycled", None, start=1), run("rebooted", None, boot="earlier")]
+    dead = [
+        run("gone", None, pid=2**22 + 1),
+        run("recycled", None, start=1),
+        run("rebooted", None, boot="earlier"),
+    ]
     (tmp_path / f"{rundir.PREFIX}file").write_text("not a directory")
     (tmp_path / f"{rundir.PREFIX}link").symlink_to(kept[0])
     assert sorted(rundir.reap_dead_runs(tmp_path)) == sorted(dead)
@@ -628,10 +653,8 @@ def test_a_full_disk_is_refused_at_the_start_and_harmless_in_mid_run(small_disk)
         NvmeStore(small_disk, 64 << 20)
     with NvmeStore(small_disk, 32 << 20) as store:
         extent, source, found = store.allocate("w", 30 << 20), filled(30 << 20), filled(30 << 20, 1)
-        with open(small_disk / "other", "wb") as other, pytest.raises(OSError, match="No space"):
-            while True:
-                other.write(bytes(1 << 20))
-                other.flush()
+        with open(small_disk / "other", "wb", buffering=0) as other, pytest.raises(OSError, match="No space"):
+            deque(iter(lambda: other.write(bytes(1 << 20)), None))
         store.write(extent, source).wait()  # the arena's space was reserved before the disk filled up
         store.read(extent, found).wait()
         assert torch.equal(found, source)
