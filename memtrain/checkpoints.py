@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from memtrain.session import Session
 
 
+class RunFinished(Exception):
+    """The checkpoint that would be taken up is the run's last; the message says how to go on."""
+
+
 class Checkpoints:
     """The folder ``checkpoint/`` of a run, with one folder ``step-<steps done>`` per checkpoint."""
 
@@ -28,6 +32,7 @@ class Checkpoints:
 
         Raises:
             RecipeError: the folder named is not there.
+            RunFinished: the output directory holds all the steps asked for.
         """
         from memtrain.offload.snapshot import latest_checkpoint
 
@@ -35,7 +40,13 @@ class Checkpoints:
         if resume == "never":
             return None
         if resume == "auto":
-            return latest_checkpoint(self.directory)
+            latest = latest_checkpoint(self.directory)
+            if latest is not None and latest.name == self._name(self.recipe.training.steps):
+                raise RunFinished(
+                    f"all {self.recipe.training.steps} steps are done: {latest}\n"
+                    "to train anew: checkpoint.resume=never"
+                )
+            return latest
         if not Path(resume).is_dir():
             raise RecipeError(
                 f"checkpoint.resume {resume!r} is not a folder; give auto, never or a checkpoint's folder"
@@ -73,7 +84,7 @@ class Checkpoints:
         """
         from memtrain.offload.snapshot import save_checkpoint
 
-        folder = self.directory / f"step-{steps_done:06d}"
+        folder = self.directory / self._name(steps_done)
         progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
         save_checkpoint(folder, session, progress=progress)
         self._ours = [*(one for one in self._ours if one != folder), folder][-self.recipe.checkpoint.keep :]
@@ -81,3 +92,7 @@ class Checkpoints:
             if other not in self._ours:
                 shutil.rmtree(other)
         return folder
+
+    @staticmethod
+    def _name(steps_done: int) -> str:
+        return f"step-{steps_done:06d}"

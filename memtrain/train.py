@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import memtrain
-from memtrain.checkpoints import Checkpoints
+from memtrain.checkpoints import Checkpoints, RunFinished
 from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
@@ -102,6 +102,8 @@ class Trainer:
         self.recipe, self.sampler, self.peaks = recipe, sampler, PeakMeter()
         self.phases: list[Phase] = []
         self.output = recipe.output_directory
+        self.checkpoints = Checkpoints(self.output / "checkpoint", recipe)
+        resume_from = self.checkpoints.find_resume()
         self._prepare_output()
         training = recipe.training
         torch.manual_seed(training.seed)
@@ -115,8 +117,6 @@ class Trainer:
         }
         self.train_windows = Windows(train, seed=training.seed, **shape)
         self.heldout_windows = Windows(heldout, seed=None, **shape)
-        self.checkpoints = Checkpoints(self.output / "checkpoint", recipe)
-        resume_from = self.checkpoints.find_resume()
         with self._phase("load"):
             model = load_model(recipe.model, self.device)
         _check_vocabulary(model, train, heldout)
@@ -338,6 +338,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (RecipeError, DataError, OffloadError, BlocksNotFoundError, UnsupportedHeadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RunFinished as finished:
+        print(finished)
+        return 0
     except memtrain.InfeasibleError as error:
         print(infeasible_text(error.plan), file=sys.stderr)
         return 2
