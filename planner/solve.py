@@ -47,10 +47,12 @@ def make_plan(
         budget=budget,
         options=options,
         space=space,
-        deadline=began + options.time_limit_seconds,
     )
     baselines.uniform(search)
+    # The solver gets at least 70 % of the time, however busy the machine is.
+    search.deadline = began + 0.3 * options.time_limit_seconds
     baselines.greedy(search)
+    search.deadline = began + options.time_limit_seconds
     bound = improve_and_bound(search, began + options.time_limit_seconds)
     if search.best is None:
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
