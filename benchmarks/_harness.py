@@ -182,11 +182,16 @@ def train_command(engine: str, **options: Any) -> list[str]:
     return command
 
 
-def child_environment(threads: int = 2) -> dict[str, str]:
-    """The same for every engine: threads, the allocator's huge pages, no network, DeepSpeed on the CPU."""
+def child_environment(*, fixed_mmap_threshold: bool = False) -> dict[str, str]:
+    """The same for every engine: threads, the allocator's huge pages, no network, DeepSpeed on the CPU.
+
+    With ``fixed_mmap_threshold`` every block of 64 KiB or more is a mapping of its own and goes back to the
+    kernel when it is freed; glibc otherwise raises the threshold to 32 MiB and keeps what is below.
+    """
+    fixed = ":glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
     return {
-        "OMP_NUM_THREADS": str(threads),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "OMP_NUM_THREADS": "2",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" + (fixed if fixed_mmap_threshold else ""),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),

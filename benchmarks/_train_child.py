@@ -262,9 +262,10 @@ def train_memtrain(args: argparse.Namespace) -> dict[str, Any]:
         return total
 
     result = run_steps(args, model.config.vocab_size, step)
-    peak_bytes = memory_bytes("VmHWM")  # before close(), which brings the weights' masters back
+    measured = session.measure()  # the session resets VmHWM when training begins, and knows both peaks
     session.close()
-    return {**predicted, **result, "peak_bytes": peak_bytes}
+    peaks = {"peak_bytes": measured["process_peak_bytes"], "training_peak_bytes": measured["peak_bytes"]}
+    return {**predicted, **result, **peaks}
 
 
 def main() -> None:

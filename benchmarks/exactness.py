@@ -231,7 +231,8 @@ def main() -> None:
                             expected, train_memtrain(subject, dtype, force, schedule, swap)
                         )
                     except Exception as error:  # one broken case must not hide the others
-                        difference = f"{type(error).__name__}: {error}"
+                        first = error.__context__ or error  # closing after a failure may fail as well
+                        difference = f"{type(first).__name__}: {first}"
                     equal += difference is None
                     regime = "fp32" if dtype is torch.float32 else "bf16, fp32 masters"
                     seconds = f"{time.perf_counter() - start:.1f}"

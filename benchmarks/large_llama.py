@@ -115,7 +115,7 @@ def child(budget_bytes: int, swap: str) -> None:
         "parameters": parameters,
         "losses": losses,
         "seconds": seconds,
-        "peak_bytes": memory_bytes("VmHWM"),
+        "peak_bytes": session.measure()["process_peak_bytes"],
         "predicted_peak_bytes": session.plan.peak(Tier.DEVICE),
         "predicted_step_seconds": session.plan.step_seconds,
         "actions": session.plan.action_counts(),

@@ -42,22 +42,22 @@ BRACKETS = {
 }
 
 
-def trial(engine: str, limit_bytes: int, swap: str) -> ChildRun:
+def trial(engine: str, limit_bytes: int, swap: str, environment: dict[str, str]) -> ChildRun:
     """Five steps under ``limit_bytes``, with libraries and weights cold."""
     budget = limit_bytes - RESERVE_BYTES if engine == "memtrain" else None
     command = train_command(engine, sequence=SEQUENCE, steps=STEPS, budget=budget, swap=swap)
     evict(child_files(engine))
     return run_child(
-        command, limit_bytes=limit_bytes, environment=child_environment(), timeout_seconds=TIMEOUT_SECONDS
+        command, limit_bytes=limit_bytes, environment=environment, timeout_seconds=TIMEOUT_SECONDS
     )
 
 
-def smallest(engine: str, swap: str) -> dict[str, Any]:
+def smallest(engine: str, swap: str, environment: dict[str, str]) -> dict[str, Any]:
     """Bisect ``engine``; every trial is kept."""
     trials = []
 
     def finishes(limit_bytes: int) -> bool:
-        run = trial(engine, limit_bytes, swap)
+        run = trial(engine, limit_bytes, swap, environment)
         trials.append(
             {
                 "limit_bytes": limit_bytes,
@@ -89,9 +89,15 @@ def main() -> None:
     )
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--swap", default="/var/tmp", help="directory on a local disk")
+    parser.add_argument(
+        "--fixed-mmap-threshold",
+        action="store_true",
+        help="glibc's threshold fixed at 64 KiB for all engines; nothing is published",
+    )
     args = parser.parse_args()
+    environment = child_environment(fixed_mmap_threshold=args.fixed_mmap_threshold)
     with tempfile.TemporaryDirectory(prefix="memtrain_bench_", dir=args.swap) as swap:
-        results = {engine: smallest(engine, swap) for engine in args.engines}
+        results = {engine: smallest(engine, swap, environment) for engine in args.engines}
     rows = []
     for engine, result in results.items():
         report = result["report"]
@@ -107,7 +113,7 @@ def main() -> None:
         )
     header = ("engine", "finishes in (GiB)", "not in (GiB)", "VmHWM (GiB)", "step (s)", "last loss")
     text = table(header, rows)
-    if set(args.engines) != set(ENGINES):
+    if set(args.engines) != set(ENGINES) or args.fixed_mmap_threshold:
         print(text)
         return
     ours = results["memtrain"]["smallest_bytes"]

@@ -55,7 +55,7 @@ def test_bisect_gives_up_at_the_ceiling(harness: ModuleType) -> None:
         tried.append(size)
         return False
 
-    with pytest.raises(harness.BenchmarkError, match="does not finish even in 4.0 GiB"):
+    with pytest.raises(harness.BenchmarkError, match=r"does not finish even in 4\.0 GiB"):
         harness.bisect_smallest(never, low=1 << 30, high=3 << 30, ceiling=4 << 30)
     assert tried == [3 << 30, 4 << 30]
 
