@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -423,6 +424,25 @@ def test_no_direct_io_is_refused_with_the_remedy_and_leaves_nothing(tmp_path, mo
     ):
         NvmeStore(tmp_path, U)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_that_refuses_direct_writes_is_used_buffered_when_allowed(tmp_path, monkeypatch):
+    """As some do: the flag is taken, the first direct write is not."""
+    real = os.pwritev
+
+    def refuse_if_direct(descriptor, buffers, offset):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "pwritev", refuse_if_direct)
+    with pytest.raises(SwapDirectoryError, match="Invalid argument"):
+        NvmeStore(tmp_path, CAPACITY)
+    with NvmeStore(tmp_path, CAPACITY, direct="allow_buffered") as store:
+        assert not store.direct
+        extent, source, found = store.allocate("w", 3 * U + 1), filled(3 * U + 1), filled(3 * U + 1, 1)
+        wait_all([store.write(extent, source), store.read(extent, found)])
+        assert torch.equal(found, source)
 
 
 def test_more_than_the_disk_has_is_refused_at_the_start(tmp_path):

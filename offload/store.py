@@ -1,0 +1,461 @@
+"""What the executors see of a tier, the same for memory and for disk: tickets, order, checks.
+
+A write is published, with the next generation, when every byte of it is on the tier; a read is verified
+before ``wait()`` returns. Each direction starts its operations in the order they were given. An operation
+that touches bytes which an earlier one is still moving waits for that one by itself; since it only ever
+waits for earlier ones, the earliest unfinished operation can always go on.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+
+from memtrain.offload.errors import ExtentStateError, OffloadError, TierFullError, TierIOError
+from memtrain.offload.extents import Chunk, Extent, FreeList, pieces, reserved
+from memtrain.offload.io import Direction, IOBackend, IORequest
+from memtrain.offload.targets import BLOCK_BYTES, Target
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import MiB
+
+Cut = tuple[int, int, int, int, tuple[int, ...] | None]
+"""A chunk to move: offset, generation, piece_bytes, nbytes, checksums to expect of a read."""
+
+PIECE_BYTES = 4 * MiB
+STALL_SECONDS = 300.0
+"""Without one finished piece for so long, a waiter gets an error: slow disks pause for seconds, not for
+minutes.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Statistics:
+    """What a store has moved so far. Seconds are those in which the direction had work."""
+
+    bytes_read: int
+    bytes_written: int
+    read_seconds: float
+    write_seconds: float
+    used_bytes: int
+    peak_used_bytes: int
+
+
+class Ticket:
+    """One read or write under way. ``wait`` returns when it is done, or raises what went wrong, each time
+    anew.
+    """
+
+    __slots__ = (
+        "_checksums",
+        "_error",
+        "_event",
+        "_left",
+        "_store",
+        "_waits_for",
+        "buffer",
+        "direction",
+        "extent",
+        "generation",
+        "nbytes",
+        "offset",
+    )
+
+    def __init__(
+        self, store: Store, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int
+    ) -> None:
+        self._store = store
+        self._event = threading.Event()
+        self._error: OffloadError | None = None
+        self._waits_for: set[Ticket] = set()
+        self._left = 0
+        self._checksums: list[int] = []
+        self.direction = direction
+        self.extent = extent
+        self.buffer: torch.Tensor | None = buffer
+        self.offset = offset
+        self.nbytes = buffer.numel()
+        self.generation = 0
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._event.is_set()
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Return when the bytes are where they should be.
+
+        Raises:
+            TierIOError: the tier failed, stalled, or ``timeout_seconds`` passed.
+            CorruptExtentError: what was read is not what was written.
+            ExtentStateError: what was to be read was never written.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while not self._event.wait(self._store._patience(self, deadline)):
+            pass
+        if self._error is not None:
+            raise self._error
+
+    def _describe(self) -> str:
+        return f"{self.direction.value} of tensor {self.extent.name} on {self.extent.tier.value}"
+
+    def _conflicts(self, other: Ticket) -> bool:
+        both_read = self.direction is Direction.READ and other.direction is Direction.READ
+        apart = self.offset >= other.offset + other.nbytes or other.offset >= self.offset + self.nbytes
+        return not both_read and not apart
+
+
+class Store:
+    """A tier's bytes: extents in an arena behind an I/O backend. Use ``NvmeStore`` or ``MemoryStore``.
+
+    Thread-safe. A buffer belongs to the store from ``write`` or ``read`` until ``wait()`` has returned.
+    """
+
+    def __init__(
+        self,
+        *,
+        tier: Tier,
+        capacity_bytes: int,
+        target: Target,
+        backend: IOBackend,
+        piece_bytes: int,
+        stall_seconds: float,
+    ) -> None:
+        if piece_bytes <= 0 or piece_bytes % BLOCK_BYTES:
+            raise ValueError(f"piece_bytes must be a positive multiple of {BLOCK_BYTES}, got {piece_bytes}")
+        self.tier = tier
+        self.capacity_bytes = capacity_bytes
+        self.alignment = BLOCK_BYTES
+        self.piece_bytes = piece_bytes
+        self.stall_seconds = stall_seconds
+        self._id = secrets.token_hex(8)
+        self._target = target
+        self._backend = backend
+        self._space = FreeList(capacity_bytes)
+        self._extents: set[Extent] = set()
+        self._peak_used_bytes = 0
+        self._queues: dict[Direction, deque[Ticket]] = {d: deque() for d in Direction}
+        self._pending: dict[Extent, list[Ticket]] = {}
+        self._moved_bytes = dict.fromkeys(Direction, 0)
+        self._busy_seconds = dict.fromkeys(Direction, 0.0)
+        self._busy_since = dict.fromkeys(Direction, 0.0)
+        self._active = dict.fromkeys(Direction, 0)
+        self._progress_at = time.monotonic()
+        self._changed = threading.Condition(threading.RLock())
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes reserved by extents."""
+        return self.capacity_bytes - self._space.free_bytes
+
+    def allocate(
+        self, name: str, nbytes: int, *, dtype: str | None = None, shape: tuple[int, ...] | None = None
+    ) -> Extent:
+        """Reserve room for ``nbytes`` of tensor ``name`` (rounded up to 4096 on the tier).
+
+        Raises:
+            TierFullError: no room, or none in one run.
+        """
+        if nbytes < 0:
+            raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
+        size = reserved(nbytes, self.alignment)
+        with self._changed:
+            self._check_open()
+            while (offset := self._space.allocate(size)) is None:
+                # An extent that was freed with a transfer under way gives its room back when that ends.
+                if not any(extent.freed for extent in self._pending):
+                    raise TierFullError(self._no_room(name, size))
+                self._changed.wait(self.stall_seconds)
+            self._peak_used_bytes = max(self._peak_used_bytes, self.used_bytes)
+        extent = Extent(
+            name=name,
+            tier=self.tier,
+            store_id=self._id,
+            arena_offset=offset,
+            nbytes=nbytes,
+            reserved_bytes=size,
+            dtype=dtype,
+            shape=shape,
+        )
+        with self._changed:
+            self._extents.add(extent)
+        return extent
+
+    def write(self, extent: Extent, buffer: torch.Tensor, offset: int = 0) -> Ticket:
+        """Move ``buffer`` (1-D uint8, page-aligned start) to byte ``offset`` of ``extent``, a multiple of
+        4096.
+
+        What one write moves is a chunk; a later write replaces whole chunks.
+
+        Raises:
+            ExtentStateError: the extent is freed or another store's, or a boundary would cut a chunk.
+        """
+        return self._enqueue(Direction.WRITE, extent, buffer, offset)
+
+    def read(self, extent: Extent, buffer: torch.Tensor, offset: int = 0) -> Ticket:
+        """Move ``buffer.numel()`` bytes from ``offset`` of ``extent`` to ``buffer``: whole chunks, as
+        written.
+
+        Raises:
+            ExtentStateError: freed, another store's, never written, or a boundary cuts a chunk. Where a
+            write of the
+                extent is still under way, ``wait()`` raises it.
+        """
+        return self._enqueue(Direction.READ, extent, buffer, offset)
+
+    def free(self, extent: Extent) -> None:
+        """Give the extent's room back, when what is under way on it has ended as usual.
+
+        Raises:
+            ExtentStateError: it was freed already, or is another store's.
+        """
+        with self._changed:
+            self._check_usable(extent)
+            extent.freed = True
+            self._extents.discard(extent)
+            if extent not in self._pending:
+                self._release(extent)
+
+    def statistics(self) -> Statistics:
+        """Bytes and seconds so far."""
+        with self._changed:
+            now = time.perf_counter()
+            seconds = {
+                d: self._busy_seconds[d] + (now - self._busy_since[d] if self._active[d] else 0.0)
+                for d in Direction
+            }
+            return Statistics(
+                bytes_read=self._moved_bytes[Direction.READ],
+                bytes_written=self._moved_bytes[Direction.WRITE],
+                read_seconds=seconds[Direction.READ],
+                write_seconds=seconds[Direction.WRITE],
+                used_bytes=self.used_bytes,
+                peak_used_bytes=self._peak_used_bytes,
+            )
+
+    def close(self) -> None:
+        """Finish what the workers are moving, fail what has not begun, give the tier's room back.
+        Idempotent.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            never_begun = [ticket for queue in self._queues.values() for ticket in queue]
+            for queue in self._queues.values():
+                queue.clear()
+            for ticket in never_begun:
+                self._finish(ticket, OffloadError(f"{ticket._describe()} was given up: the store is closed"))
+        self._backend.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _enqueue(self, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int) -> Ticket:
+        self._check_range(extent, buffer, offset)
+        ticket = Ticket(self, direction, extent, buffer, offset)
+        with self._changed:
+            self._check_open()
+            self._check_usable(extent)
+            pending = self._pending.get(extent, ())
+            ticket._waits_for = {other for other in pending if ticket._conflicts(other)}
+            if not ticket._waits_for:
+                self._check_chunks(ticket)
+            if not any(self._pending.values()):
+                self._progress_at = time.monotonic()
+            self._pending.setdefault(extent, []).append(ticket)
+            if self._active[direction] == 0:
+                self._busy_since[direction] = time.perf_counter()
+            self._active[direction] += 1
+            self._queues[direction].append(ticket)
+            self._pump()
+        return ticket
+
+    def _pump(self) -> None:
+        """Start every operation that heads its direction's queue and waits for nothing."""
+        moved = True
+        while moved:
+            moved = False
+            for queue in self._queues.values():
+                if queue and not queue[0]._waits_for:
+                    self._start(queue.popleft())
+                    moved = True
+
+    def _start(self, ticket: Ticket) -> None:
+        extent, buffer = ticket.extent, ticket.buffer
+        assert buffer is not None
+        try:
+            self._check_chunks(ticket)
+        except OffloadError as error:
+            self._finish(ticket, error)
+            return
+        requests: list[IORequest] = []
+        if ticket.direction is Direction.WRITE:
+            ticket.generation = extent.next_generation
+            extent.next_generation += 1
+            extent.retract(ticket.offset, ticket.nbytes)
+            cuts: list[Cut] = [(ticket.offset, ticket.generation, self.piece_bytes, ticket.nbytes, None)]
+        else:
+            covering = extent.covering(ticket.offset, ticket.nbytes)
+            cuts = [(c.offset, c.generation, c.piece_bytes, c.nbytes, c.checksums) for c in covering]
+        for start, generation, piece_bytes, nbytes, checksums in cuts:
+            for index, (piece, length) in enumerate(pieces(nbytes, piece_bytes)):
+                at = start + piece
+                requests.append(
+                    IORequest(
+                        direction=ticket.direction,
+                        target=self._target,
+                        offset=extent.arena_offset + at,
+                        buffer=buffer[at - ticket.offset : at - ticket.offset + length],
+                        tensor_name=extent.name,
+                        tier=self.tier,
+                        seed=extent.seed(generation, at),
+                        expected=None if checksums is None else checksums[index],
+                        done=self._on_piece(ticket, len(requests)),
+                    )
+                )
+        ticket._left = len(requests)
+        ticket._checksums = [0] * len(requests)
+        if not requests:
+            self._finish(ticket, None)
+        for request in requests:
+            self._backend.submit(request)
+
+    def _on_piece(self, ticket: Ticket, index: int) -> Callable[[IORequest], None]:
+        def done(request: IORequest) -> None:
+            with self._changed:
+                self._progress_at = time.monotonic()
+                if ticket._error is None:
+                    ticket._error = request.error
+                if request.error is None:
+                    self._moved_bytes[request.direction] += request.buffer.numel()
+                    ticket._checksums[index] = request.checksum or 0
+                ticket._left -= 1
+                # The last piece ends the operation, also a failed one: until then workers use its buffer.
+                if ticket._left == 0:
+                    self._finish(ticket, ticket._error)
+                    self._pump()
+
+        return done
+
+    def _finish(self, ticket: Ticket, error: OffloadError | None) -> None:
+        extent, direction = ticket.extent, ticket.direction
+        if direction is Direction.WRITE:
+            if error is None:
+                extent.publish(
+                    Chunk(
+                        ticket.offset,
+                        ticket.nbytes,
+                        ticket.generation,
+                        self.piece_bytes,
+                        tuple(ticket._checksums),
+                    )
+                )
+            elif ticket.generation:
+                extent.failures[ticket.offset] = error
+        pending = self._pending[extent]
+        pending.remove(ticket)
+        for other in pending:
+            other._waits_for.discard(ticket)
+        if not pending:
+            del self._pending[extent]
+            if extent.freed:
+                self._release(extent)
+        self._active[direction] -= 1
+        if self._active[direction] == 0:
+            self._busy_seconds[direction] += time.perf_counter() - self._busy_since[direction]
+        ticket._error = error
+        ticket.buffer = None
+        ticket._event.set()
+        self._changed.notify_all()
+
+    def _release(self, extent: Extent) -> None:
+        self._space.free(extent.arena_offset, extent.reserved_bytes)
+        self._changed.notify_all()
+
+    def _patience(self, ticket: Ticket, deadline: float | None) -> float:
+        """How long a waiter may sleep before it looks again. Raises TierIOError when it has waited too
+        long.
+        """
+        now = time.monotonic()
+        if deadline is not None and now >= deadline and not ticket.done():
+            raise TierIOError(f"{ticket._describe()} is not finished within the time that wait() was given")
+        stalled = now - self._progress_at
+        if stalled >= self.stall_seconds and not ticket.done():
+            raise TierIOError(
+                f"{ticket._describe()}: the tier has moved nothing for {stalled:.0f} s. Check it (dmesg)"
+            )
+        pause = self.stall_seconds - stalled
+        return max(0.0, pause if deadline is None else min(pause, deadline - now))
+
+    def _check_chunks(self, ticket: Ticket) -> None:
+        if ticket.direction is Direction.WRITE:
+            ticket.extent.check_replaceable(ticket.offset, ticket.nbytes)
+        else:
+            ticket.extent.covering(ticket.offset, ticket.nbytes)
+
+    def _check_range(self, extent: Extent, buffer: torch.Tensor, offset: int) -> None:
+        what = f"tensor {extent.name} on {self.tier.value}"
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_cuda:
+            raise ValueError(
+                f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of "
+                f"shape {tuple(buffer.shape)} on {buffer.device}; take a view of a slab"
+            )
+        if buffer.numel() and buffer.data_ptr() % BLOCK_BYTES:
+            raise ValueError(f"{what}: a buffer starts at a multiple of {BLOCK_BYTES}; take a view of a slab")
+        if offset % BLOCK_BYTES or offset < 0:
+            raise ValueError(f"{what}: offset must be a multiple of {BLOCK_BYTES}, got {offset}")
+        if offset + buffer.numel() > extent.nbytes or (buffer.numel() == 0) != (extent.nbytes == 0):
+            raise ValueError(
+                f"{what}: {buffer.numel()} bytes at {offset} are not within its {extent.nbytes} bytes"
+            )
+
+    def _check_usable(self, extent: Extent) -> None:
+        if extent.store_id != self._id:
+            raise ExtentStateError(
+                f"tensor {extent.name}: its extent belongs to another store, not to this {self.tier.value}"
+            )
+        if extent.freed:
+            raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the {self.tier.value} store belongs to process {self._pid}; a forked child may not use it"
+            )
+        if self._closed:
+            raise OffloadError(f"the {self.tier.value} store is closed")
+
+    def _no_room(self, name: str, need: int) -> str:
+        free, largest = self._space.free_bytes, self._space.largest_bytes
+        scattered = f" (the longest run is {largest} bytes)" if free >= need else ""
+        return (
+            f"tensor {name} needs {need} bytes on {self.tier.value}, {free} of {self.capacity_bytes} bytes "
+            f"are free{scattered}: raise budget.{self.tier.value} by at least {need - largest} bytes"
+        )
+
+
+def wait_all(tickets: Iterable[Ticket]) -> None:
+    """Wait for every ticket, then raise the first error, so that no buffer is still in use when this
+    raises.
+    """
+    errors = []
+    for ticket in tickets:
+        try:
+            ticket.wait()
+        except OffloadError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
