@@ -219,18 +219,18 @@ def _agree(whole: _Trial, cut: _Trial) -> bool:
                 return False
             if not torch.equal(value.reshape(-1), torch.cat(tensors)):
                 return False
-        elif (isinstance(value, Tensor) and value.dim() > 0) or not all(
-            same_scalar(value, other) for other in others
-        ):
+        elif not all(same_scalar(value, other) for other in others):
             return False
     return all(part.keys() == state.keys() for part in parts)
 
 
 def same_scalar(one: Any, other: Any) -> bool:
-    """Equality of 0-dim tensors or numbers, NaN equal to itself."""
+    """Equality of 0-dim tensors or numbers, NaN equal to itself; other things are no scalars."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
-    return type(one) is type(other) and (one == other or one != one)
+        if one.dim() > 0 or other.dim() > 0 or one.dtype != other.dtype:
+            return False
+        return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and bool(one == other or one != one)
 
 
 def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: bool) -> StateSpec:

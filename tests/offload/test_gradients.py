@@ -266,7 +266,7 @@ def test_everything_else_raises_by_name(engine: Engine, kind: str) -> None:
 def test_sparse_gradients_are_refused(engine: Engine) -> None:
     embedding = nn.Embedding(1000, 100, sparse=True)
     store_for(engine, embedding.weight)
-    with pytest.raises(UnsupportedGradientOperation, match="p0 is torch.sparse_coo"):
+    with pytest.raises(UnsupportedGradientOperation, match=r"p0 is torch.sparse_coo"):
         embedding(torch.tensor([1])).sum().backward()
 
 

@@ -606,3 +606,33 @@ def test_what_is_on_the_tier_and_in_slabs_in_bytes() -> None:
         assert not optimizer.optimizer.state
         optimizer.close()
         assert engine.store(Tier.HOST).used_bytes == 0
+
+
+def test_accelerate_moves_nothing_and_trains_alike() -> None:
+    accelerate = pytest.importorskip("accelerate")
+
+    def run(model: nn.Module, optimizer: Any) -> list[torch.Tensor]:
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        wrapped = accelerator.prepare(optimizer)
+        scheduler = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+        norms = []
+        for batch in batches(8):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(batch))
+                if accelerator.sync_gradients:
+                    norms.append(accelerator.clip_grad_norm_(model.parameters(), 0.05))
+                wrapped.step()
+                scheduler.step()
+                wrapped.zero_grad()
+        return norms
+
+    model, reference = make_model(), make_model()
+    expected = run(reference, OPTIMIZERS["adamw"](trainable(reference)))
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD))
+        # No pre-forward hooks here: a pending update must not be read past.
+        model.register_forward_pre_hook(lambda *_: optimizer.flush())
+        norms = run(model, optimizer)
+        optimizer.flush()
+        assert torch.equal(torch.stack(norms), torch.stack(expected))
+        assert_equal_models(model, reference)
