@@ -29,6 +29,7 @@ LOCK = "lock"
 _MEMORY_FILESYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 _NAME = re.compile(re.escape(PREFIX) + r"[A-Za-z0-9._-]+")
 _RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_FRESH = re.compile(r"(?P<pid>\d+)-(?P<start>\d+)-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}")
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -227,7 +228,7 @@ def reap_dead_runs(directory: str | os.PathLike[str]) -> list[Path]:
         except SwapDirectoryError:
             continue
         try:
-            if _is_dead(descriptor):
+            if _is_dead(descriptor, path.name):
                 _remove_tree(path)
                 reaped.append(path)
         finally:
@@ -235,14 +236,19 @@ def reap_dead_runs(directory: str | os.PathLike[str]) -> list[Path]:
     return reaped
 
 
-def _is_dead(directory: int) -> bool:
+def _is_dead(directory: int, name: str) -> bool:
     try:
         lock = os.open(LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return _died_at_birth(name)
     except OSError:
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        owner: dict[str, Any] = json.loads(os.pread(lock, 4096, 0) or b"{}")
+        text = os.pread(lock, 4096, 0)
+        if not text:
+            return _died_at_birth(name)
+        owner: dict[str, Any] = json.loads(text)
     except (OSError, ValueError):
         return False
     finally:
@@ -253,6 +259,14 @@ def _is_dead(directory: int) -> bool:
     if owner.get("boot") != here["boot"]:
         return True
     return _start_time(int(owner["pid"])) != owner.get("start")
+
+
+def _died_at_birth(name: str) -> bool:
+    """Whether a run without a filled lock is of a process of this boot, by its name, that is gone."""
+    match = _FRESH.fullmatch(name.removeprefix(PREFIX))
+    if match is None or not str(_this_process()["boot"]).startswith(match["boot"]):
+        return False
+    return _start_time(int(match["pid"])) != int(match["start"])
 
 
 def _open_private(path: Path) -> int:

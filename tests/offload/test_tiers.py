@@ -564,6 +564,12 @@ def test_what_is_not_provably_dead_is_left(tmp_path):
         run("recycled", None, start=1),
         run("rebooted", None, boot="earlier"),
     ]
+    # Killed between making the directory and filling the lock: the name tells.
+    boot = rundir._this_process()["boot"][:8]
+    me = rundir._start_time(os.getpid())
+    dead.append(run(f"{2**22 + 1}-5-{boot}-00000000", ""))
+    (dead[-1] / "lock").unlink()
+    kept += [run(f"{os.getpid()}-{me}-{boot}-00000000", ""), run(f"{2**22 + 1}-5-deadbeef-00000000", "")]
     (tmp_path / f"{rundir.PREFIX}file").write_text("not a directory")
     (tmp_path / f"{rundir.PREFIX}link").symlink_to(kept[0])
     assert sorted(rundir.reap_dead_runs(tmp_path)) == sorted(dead)
