@@ -54,7 +54,9 @@ class InfeasibleError(RuntimeError):
     """
 
     def __init__(self, plan: Plan) -> None:
-        short = ", ".join(f"{tier.value} by {size} bytes ({format_gib(size)})" for tier, size in plan.shortfall_bytes)
+        short = ", ".join(
+            f"{tier.value} by {size} bytes ({format_gib(size)})" for tier, size in plan.shortfall_bytes
+        )
         remedies = "; or ".join(plan.remedies) or "none known"
         super().__init__(f"the budget cannot work: short of {short or 'memory'}. Remedies: {remedies}")
         self.plan = plan
@@ -105,7 +107,7 @@ def prepare(
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
     """
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise ValueError(
             "the model has its own gradient checkpointing switched on, which memtrain's plan would work against: "
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
@@ -115,7 +117,9 @@ def prepare(
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:
         if machine is None:
-            machine = measure_machine(budget.nvme_directory if budget.nvme_bytes else None, device=str(device))
+            machine = measure_machine(
+                budget.nvme_directory if budget.nvme_bytes else None, device=str(device)
+            )
         profile = profile_model(
             model,
             sample_batch,
@@ -132,7 +136,8 @@ def prepare(
         broken = check(plan, profile, machine, budget)
         if broken:
             raise PlanMismatchError(
-                "the plan does not hold for this model, machine and budget: " + "; ".join(map(str, broken[:3]))
+                "the plan does not hold for this model, machine and budget: "
+                + "; ".join(map(str, broken[:3]))
             )
         if directory is not None:
             _write(Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json())

@@ -28,38 +28,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.staging import SlotCache, StagedSlot, Ticket
+from memtrain.offload.unmoved import FixedTensors, Unmoved
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan
 
 _ALIGNMENT = 64  # bytes; a cache line, and a multiple of every dtype's size
 _MIN_MOVED_BYTES = 4096  # below one page a copy costs more than the memory it frees
-
-
-class FixedTensors:
-    """Storages that no executor may move: parameters and buffers of the model.
-
-    ``refresh`` is called at every forward pass of the model, since ``load_state_dict(assign=True)`` and
-    friends replace storages; between two refreshes the model itself keeps the storages alive, so an
-    address cannot have been reused.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._addresses: frozenset[int] = frozenset()
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Look at the model's parameters and buffers again."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        self._addresses = frozenset(t.untyped_storage().data_ptr() for t in tensors)
-
-    def __contains__(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() in self._addresses
 
 
 @dataclass(slots=True)
@@ -78,8 +58,16 @@ class SavedTensor:
 class SavedGroup:
     """The tensors of one block in one forward pass that share a slot and an extent."""
 
-    def __init__(self, executor: ActivationExecutor, cache: SlotCache, name: str, tier: Tier) -> None:
+    def __init__(
+        self,
+        executor: ActivationExecutor,
+        cache: SlotCache,
+        name: str,
+        tier: Tier,
+        shared: frozenset[int] = frozenset(),
+    ) -> None:
         self.name = name
+        self._shared = shared
         self.tier = tier
         self.sequence = executor.next_sequence()
         self.cache = cache
@@ -98,11 +86,11 @@ class SavedGroup:
 
     # forward ----------------------------------------------------------------------------------
 
-    def pack(self, tensor: torch.Tensor) -> SavedTensor | torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> SavedTensor | Unmoved:
         """Copy ``tensor``'s storage into the slot, once, and return what stands for the tensor."""
-        if not self._executor.movable(tensor):
-            return tensor
         storage = tensor.untyped_storage()
+        if storage.data_ptr() in self._shared or not self._executor.movable(tensor):
+            return Unmoved.of(tensor)
         size = tensor.element_size()
         span = size * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))
         if storage.nbytes() <= 2 * span:
@@ -311,7 +299,7 @@ class ActivationExecutor:
             return forward(*args, **kwargs)
         if decision.action is Action.SWAP:
             assert self._saved is not None
-            group = SavedGroup(self, self._saved, name, decision.saved_tier)
+            group = SavedGroup(self, self._saved, name, decision.saved_tier, _shared(args, kwargs))
             with torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
                 output = forward(*args, **kwargs)
             group.seal()
@@ -426,5 +414,11 @@ class ActivationExecutor:
             self._retired = waiting
 
 
-def _unpack(saved: SavedTensor | torch.Tensor) -> torch.Tensor:
-    return saved.group.unpack(saved) if isinstance(saved, SavedTensor) else saved
+def _unpack(saved: SavedTensor | Unmoved) -> torch.Tensor:
+    return saved.group.unpack(saved) if isinstance(saved, SavedTensor) else saved.get()
+
+
+def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    """Storages of all tensor arguments but the first: masks and rotary tables, which the other blocks get too."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors[1:])

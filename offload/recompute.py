@@ -21,7 +21,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memtrain.offload.errors import OffloadError, SavedTensorModifiedError
+from memtrain.offload.errors import OffloadError
+from memtrain.offload.unmoved import Unmoved
 
 Pack = Callable[[torch.Tensor], Any]
 Unpack = Callable[[Any], torch.Tensor]
@@ -183,7 +184,7 @@ class RecomputeFrame:
         self._function = function
         self._is_fixed = is_fixed
         self._store_attention = store_attention
-        self._pack_attention = pack_attention or (lambda tensor: tensor)
+        self._pack_attention = pack_attention or Unmoved.of
         self._unpack = unpack
         self._holes: list[weakref.ref[_Hole]] = []
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
@@ -194,18 +195,14 @@ class RecomputeFrame:
         self._surroundings = _Surroundings(device_type)
         self._call: tuple[Any, Any] | None = (args, kwargs)
         self._needs_grad: dict[int, bool] = {}
-        self._versions: dict[int, int] = {}
         first = True
         for index, leaf in enumerate(self._leaves):
             if not isinstance(leaf, torch.Tensor):
                 continue
             self._needs_grad[index] = leaf.requires_grad
-            packed = pack_input(leaf) if first and pack_input is not None else leaf
+            pack = pack_input if first and pack_input is not None else Unmoved.of
             first = False
-            if packed is leaf:
-                packed = leaf.detach()
-                self._versions[index] = leaf._version
-            self._leaves[index] = packed
+            self._leaves[index] = pack(leaf.detach())
 
     def forward(self) -> Any:
         """Run the block, saving nothing. Called once."""
@@ -219,17 +216,17 @@ class RecomputeFrame:
         with torch.autograd.graph.saved_tensors_hooks(self._dig, self._look_into), mode:
             return self._function(*args, **kwargs)
 
-    def _dig(self, tensor: torch.Tensor) -> torch.Tensor | _Hole:
+    def _dig(self, tensor: torch.Tensor) -> Unmoved | _Hole:
         if self._is_fixed(tensor):
-            return tensor
+            return Unmoved.of(tensor)
         hole = _Hole(self)
         self._holes.append(weakref.ref(hole))
         self._shapes.append((tensor.shape, tensor.dtype))
         return hole
 
-    def _look_into(self, saved: torch.Tensor | _Hole) -> torch.Tensor:
-        if isinstance(saved, torch.Tensor):
-            return saved
+    def _look_into(self, saved: Unmoved | _Hole) -> torch.Tensor:
+        if isinstance(saved, Unmoved):
+            return saved.get()
         if saved.tensor is None:
             self._compute_again()
         # Taken out: a graph that is walked twice must not hold the memory of every block in between.
@@ -282,12 +279,6 @@ class RecomputeFrame:
         leaves = list(self._leaves)
         for index, needs_grad in self._needs_grad.items():
             tensor = self._unpack(leaves[index])
-            if index in self._versions and tensor._version != self._versions[index]:
-                raise SavedTensorModifiedError(
-                    f"{self.name}: an input of shape {tuple(tensor.shape)} was changed in place after the "
-                    f"block's forward had read it, so the block cannot be recomputed; avoid the in-place "
-                    f"operation or exclude recompute for this block"
-                )
             leaves[index] = tensor.detach().requires_grad_(needs_grad)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs

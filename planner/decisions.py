@@ -25,6 +25,7 @@ TENSOR_ALIGNMENT_BYTES = 64
 GRADIENT_SLOTS = 4
 GRADIENT_SLOT_BYTES = 4 * MiB
 """Four pieces of 4 MiB: pieces of 4 to 8 MiB reach a local disk's bandwidth (reference: fio, direct I/O)."""
+SMALLEST_PIECE_ELEMENTS = 65536  # parameters below this never leave memory
 UPDATE_SLOTS = 3
 """Read shard k+1, step k, write k-1."""
 SHARD_ELEMENTS = (1 << 20, 1 << 21, 1 << 22, 1 << 23)
@@ -265,7 +266,12 @@ def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
         + profile.gradient_bytes_per_element
         + profile.update_workspace_bytes_per_element
     )
-    return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES)
+    # A shard holds one piece per 64 Ki elements at most, and each piece's regions (gradient, and state
+    # tensors of 4 bytes an element) begin on a page.
+    pieces = shard_elements // SMALLEST_PIECE_ELEMENTS + 1
+    regions = 2 + -int(-profile.state_bytes_per_element // 4)
+    padding = pieces * regions * PAGE_BYTES
+    return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES) + padding
 
 
 def staging_for(

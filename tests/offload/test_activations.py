@@ -301,6 +301,35 @@ def test_input_changed_after_the_block_raises() -> None:
         model(batch()).backward()
 
 
+@pytest.mark.parametrize("name", ["swap", "recompute", "attention swapped"])
+def test_weight_changed_between_forward_and_backward_raises(model: Net, name: str) -> None:
+    """As in plain PyTorch, whose own check does not reach tensors that pass through hooks."""
+    executor = executor_for(model, DECISIONS[name])
+    executor.install()
+    loss = model(batch())
+    with torch.no_grad():
+        model.blocks[2].qkv.weight.add_(1.0)
+    with pytest.raises(SavedTensorModifiedError, match="changed in place"):
+        loss.backward()
+
+
+def test_shared_arguments_stay(model: Net) -> None:
+    """The table that all blocks get is not copied for each of them."""
+    model.scale = torch.nn.Buffer(torch.ones(1))  # replaced below by an argument that is no buffer
+    table = torch.rand(2, 16, 4 * WIDTH)
+    executor = executor_for(model, every(Action.SWAP, Tier.NVME), slots=DEPTH)
+    executor.install()
+    hidden = torch.randn(2, 16, WIDTH, requires_grad=True)
+    first = model.blocks[0](hidden)
+    without = executor._living()[0]._used_bytes
+    second = model.blocks[1](hidden, scale=table)
+    # up * scale saves both factors: the wide product's input is new, the table is not moved.
+    wide = 2 * 16 * 4 * WIDTH * 4
+    assert executor._living()[1]._used_bytes - without == wide
+    (first.sum() + second.sum()).backward()
+    executor.remove()
+
+
 def test_block_that_depends_on_outside_state_raises() -> None:
     class Counting(nn.Linear):
         calls = 0

@@ -1,0 +1,62 @@
+"""Saved tensors that stay where they are: parameters, buffers, shared arguments, and what is too small to move.
+
+Autograd checks that a saved tensor was not changed in place, but not for tensors that pass through
+saved-tensor hooks: there the hooks must, or a training step goes on with the wrong value in silence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from memtrain.offload.errors import SavedTensorModifiedError
+
+
+class FixedTensors:
+    """Storages that no executor may move: parameters and buffers of the model.
+
+    ``refresh`` is called at every forward pass of the model, since ``load_state_dict(assign=True)`` and
+    friends replace storages; between two refreshes the model itself keeps the storages alive, so an
+    address cannot have been reused.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._addresses: frozenset[int] = frozenset()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look at the model's parameters and buffers again."""
+        tensors = [
+            p for module in self._model.modules() for p in module._parameters.values() if p is not None
+        ]
+        tensors += [b for module in self._model.modules() for b in module._buffers.values() if b is not None]
+        self._addresses = frozenset(t.untyped_storage().data_ptr() for t in tensors)
+
+    def __contains__(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._addresses
+
+
+@dataclass(slots=True)
+class Unmoved:
+    """A saved tensor by reference, with the version that was saved."""
+
+    tensor: torch.Tensor
+    version: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Unmoved:
+        """Remember ``tensor`` as it is now."""
+        return cls(tensor, tensor._version)
+
+    def get(self) -> torch.Tensor:
+        """The tensor. Raises SavedTensorModifiedError when it has been changed in place since."""
+        if self.tensor._version != self.version:
+            raise SavedTensorModifiedError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place after "
+                f"forward had saved it (version {self.version}, now {self.tensor._version}); call backward "
+                f"before the change, or avoid the in-place operation"
+            )
+        return self.tensor
