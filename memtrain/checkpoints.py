@@ -1,18 +1,24 @@
 """The checkpoints of a run: which to take up, when a recipe may take one up, how many to keep.
 
-What a checkpoint holds is ``memtrain.offload.snapshot``'s business; here are only their names.
+What a checkpoint holds is ``memtrain.offload.snapshot``'s business; here are only their names, and the part
+of them that is the trainer's: ``progress.json``.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memtrain.offload.snapshot import latest_checkpoint, load_checkpoint, save_checkpoint
 from memtrain.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
     from memtrain.session import Session
+
+_FOLDER = re.compile(r"step-\d{6,}")
 
 
 class RunFinished(Exception):
@@ -28,71 +34,60 @@ class Checkpoints:
         """What this run may keep: what it took up and what it wrote, the oldest first."""
 
     def find_resume(self) -> Path | None:
-        """The checkpoint that the recipe asks to take up, or None to start anew.
+        """The checkpoint that the recipe asks to take up, or None to start anew. Nothing is loaded yet.
 
         Raises:
-            RecipeError: the folder named is not there.
-            RunFinished: the output directory holds all the steps asked for.
+            RecipeError: the folder named holds no checkpoint; ``auto`` found one of a run that computes
+                something else; or it went further than ``training.steps``.
+            RunFinished: all the steps asked for are done.
         """
-        from memtrain.offload.snapshot import latest_checkpoint
-
         resume = self.recipe.checkpoint.resume
         if resume == "never":
             return None
-        if resume == "auto":
-            latest = latest_checkpoint(self.directory)
-            if latest is not None and latest.name == self._name(self.recipe.training.steps):
-                raise RunFinished(
-                    f"all {self.recipe.training.steps} steps are done: {latest}\n"
-                    "to train anew: checkpoint.resume=never"
-                )
-            return latest
-        if not Path(resume).is_dir():
+        folder = latest_checkpoint(self.directory) if resume == "auto" else Path(resume)
+        if folder is None:
+            return None
+        try:
+            progress = json.loads((folder / "progress.json").read_text())
+            steps, digest = int(progress["steps_done"]), progress["recipe_digest"]
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise RecipeError(
-                f"checkpoint.resume {resume!r} is not a folder; give auto, never or a checkpoint's folder"
-            )
-        return Path(resume)
-
-    def load(self, folder: Path, session: Session) -> int:
-        """Put ``folder`` into the session; the steps done.
-
-        Raises:
-            RecipeError: ``auto`` found a run that computes something else, or one that went further.
-        """
-        from memtrain.offload.snapshot import load_checkpoint
-
-        progress = load_checkpoint(folder, session)
-        if self.recipe.checkpoint.resume == "auto" and progress["recipe_digest"] != self.recipe.digest:
+                f"{folder} is not a checkpoint of a run ({error!r}): checkpoint.resume takes auto, never or "
+                "the folder of one"
+            ) from error
+        if resume == "auto" and digest != self.recipe.digest:
             raise RecipeError(
                 f"{folder} belongs to a run whose model, data, training, optimizer or schedule differ: "
                 f"set checkpoint.resume=never to start anew, checkpoint.resume={folder} to take it up "
                 "nevertheless, or another output.directory"
             )
-        steps = int(progress["steps_done"])
         if steps > self.recipe.training.steps:
             raise RecipeError(
                 f"{folder} is {steps} steps far, training.steps is {self.recipe.training.steps}: raise it"
             )
+        if steps == self.recipe.training.steps:
+            raise RunFinished(f"all {steps} steps are done: {folder}\nto train anew: checkpoint.resume=never")
+        return folder
+
+    def load(self, folder: Path, session: Session) -> int:
+        """Put ``folder``, from ``find_resume``, into the session; the steps done. Raises OffloadError."""
+        progress = load_checkpoint(folder, session)
         self._ours = [folder] if folder.parent == self.directory else []
-        return steps
+        return int(progress["steps_done"])
 
     def save(self, session: Session, steps_done: int) -> Path:
         """Write ``step-<steps_done>``, then delete all but this run's newest ``checkpoint.keep``.
 
         A run that starts anew in the directory of another leaves the other's checkpoints alone until its
-        own first one is complete.
+        own first one is complete. Raises OffloadError.
         """
-        from memtrain.offload.snapshot import save_checkpoint
-
-        folder = self.directory / self._name(steps_done)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        folder = self.directory / f"step-{steps_done:06d}"
         progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
         save_checkpoint(folder, session, progress=progress)
-        self._ours = [*(one for one in self._ours if one != folder), folder][-self.recipe.checkpoint.keep :]
-        for other in self.directory.glob("step-*"):
-            if other not in self._ours:
+        self._ours = [*(one for one in self._ours if one != folder), folder]
+        self._ours = self._ours[-self.recipe.checkpoint.keep :]
+        for other in self.directory.iterdir():
+            if _FOLDER.fullmatch(other.name) and other not in self._ours:
                 shutil.rmtree(other)
         return folder
-
-    @staticmethod
-    def _name(steps_done: int) -> str:
-        return f"step-{steps_done:06d}"

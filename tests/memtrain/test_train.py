@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import memtrain
+from memtrain import checkpoints
 from memtrain import train as train_module
+from memtrain.cli.validate import validate_file
 from memtrain.data import Tokens, Windows
 from memtrain.offload.errors import TierFullError
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
@@ -92,27 +95,29 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PlainSession, dict[s
 
 
 @pytest.fixture(autouse=True)
-def snapshots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checkpoints by torch.save: their format is tested where it is written."""
+def snapshots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints by torch.save beside the plain session: their format is tested where it is written."""
+    if "prepared" not in request.fixturenames:
+        return
 
     def save(folder: Path, session: PlainSession, *, progress: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         state = {"model": session.model.state_dict(), "optimizer": session.optimizer.state_dict()}
-        torch.save({**state, "progress": progress}, folder / "all.pt")
+        torch.save(state, folder / "all.pt")
+        (folder / "progress.json").write_text(json.dumps(progress))
 
     def load(folder: Path, session: PlainSession) -> dict[str, Any]:
         state = torch.load(folder / "all.pt")
         session.model.load_state_dict(state["model"])
         session.optimizer.load_state_dict(state["optimizer"])
-        return dict(state["progress"])
+        return dict(json.loads((folder / "progress.json").read_text()))
 
     def latest(folder: Path) -> Path | None:
         return max(folder.glob("step-*"), default=None)
 
-    module = ModuleType("memtrain.offload.snapshot")
-    module.__dict__.update(save_checkpoint=save, load_checkpoint=load, latest_checkpoint=latest)
-    monkeypatch.setitem(sys.modules, "memtrain.offload.snapshot", module)
+    for name, fake in (("save", save), ("load", load), ("latest", latest)):
+        monkeypatch.setattr(checkpoints, f"{name}_checkpoint", fake)
 
 
 def by_hand(recipe: Recipe, steps: int) -> tuple[torch.nn.Module, list[float]]:
@@ -219,7 +224,7 @@ def test_a_checkpoint_of_another_run_is_not_taken_up_by_itself(
     assert main([str(path), "training.steps=5", f"checkpoint.resume={folder}"]) == 0
     assert main([str(path), "training.steps=2", f"checkpoint.resume={folder}"]) == 1
     assert main([str(path), "checkpoint.resume=nowhere"]) == 1
-    assert "'nowhere' is not a folder" in capsys.readouterr().err
+    assert "nowhere is not a checkpoint of a run" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_not_run_again(
@@ -316,3 +321,46 @@ def test_sgd_gets_its_own_options() -> None:
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], group["fused"]) == (0.1, 0.9, 0.01, False)
     assert group["params"] == [model.weight]
+
+
+def run_tiny(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    small = ["data.sequence_length=32", "training.steps=4", "checkpoint.every=2", "checkpoint.keep=2"]
+    program = Path(sys.executable).with_name("memtrain")
+    return subprocess.run(
+        [program, "run", TINY, "--", f"output.directory={output}", *small, *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_end_to_end(tmp_path: Path) -> None:
+    """``memtrain run``, the real session, a run cut short and taken up again: the same losses and weights."""
+    whole = run_tiny(tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    for text in ("predicted peak", "step 4/4", "held-out loss after", "whole process: ", "report.html"):
+        assert text in whole.stdout
+    names = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names >= {"plan.json", "profile.json", "machine.json", "metrics.jsonl", "recipe.yaml"}
+    assert names >= {"summary.json", "report.html", "memory.csv", "checkpoint"}
+    assert list((tmp_path / "whole" / "swap").iterdir()) == []
+    assert validate_file(tmp_path / "whole" / "plan.json").startswith(str(tmp_path))
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint" / "step-000004")
+    cut = run_tiny(tmp_path / "cut")
+    assert cut.returncode == 0, cut.stderr
+    assert "resumed after step 2" in cut.stdout
+    assert [m["loss"] for m in metrics(tmp_path / "cut")] == [m["loss"] for m in metrics(tmp_path / "whole")]
+    first, second = (
+        load_file(tmp_path / run / "checkpoint" / "step-000004" / "model.safetensors")
+        for run in ("whole", "cut")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_memtrain_run_passes_on_exit_code_2(tmp_path: Path) -> None:
+    result = run_tiny(tmp_path, "budget.device=64MiB")
+    assert result.returncode == 2
+    assert "device: short by" in result.stderr
