@@ -1,0 +1,311 @@
+"""Checkpoints: the weights as ``from_pretrained`` reads them, the optimizer's state beside them, and all that
+a run needs to go on as if it had never stopped.
+
+    model.safetensors config.json tokenizer.json ...   the model, for whoever wants it
+    optimizer.json optimizer-00001-of-00004.safetensors   its groups and counters, its tensors by parameter
+    rng.json progress.json                             random generators; the caller's position
+    manifest.json                                      size and checksum of each file, written last
+
+State is named by parameter and whole, whatever plan it was kept under: a checkpoint loads under another
+budget, and, through ``load_optimizer_state``, into a plain optimizer. Nothing is ever in memory but one
+tensor. Gradients are not kept: save between ``step`` and the next backward.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memtrain.offload.atomic import CheckpointError, FolderWriter, is_complete, publish, verify
+from memtrain.offload.optimizer import OffloadedOptimizer
+from memtrain.offload.optimizer_state import OffloadedState
+from memtrain.offload.shards import MASTER_KEY
+from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
+from memtrain.offload.snapshot_weights import (
+    load_weights,
+    raise_differences,
+    write_pretrained_files,
+    write_weights,
+)
+from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+
+FORMAT_VERSION = 1
+OPTIMIZER_SHARD_BYTES = 512 << 20
+_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_STATE_FILE = re.compile(r"optimizer-\d{5}-of-\d{5}\.safetensors")
+
+
+class Session(Protocol):
+    """What is saved: ``memtrain.Session``, or any three such."""
+
+    model: nn.Module
+    optimizer: OffloadedOptimizer
+
+    def flush(self) -> None: ...
+
+
+def save_checkpoint(
+    folder: Path | str, session: Session, *, progress: dict[str, Any], source_folder: Path | str | None = None
+) -> Path:
+    """Write ``folder``, whole or not at all; one that is there is replaced in one step.
+
+    Args:
+        progress: the caller's, anything that JSON holds; ``load_checkpoint`` gives it back.
+        source_folder: where the tokenizer's files are; by default the folder that the model was loaded from.
+
+    Raises:
+        CheckpointError: no space, no permission, or something that cannot be stored. The previous checkpoint
+        is
+            untouched and the temporary files are removed.
+    """
+    folder = Path(folder)
+    session.flush()
+    source = Path(source_folder) if source_folder is not None else None
+    with publish(folder) as writer:
+        write_weights(writer, session.model)
+        write_pretrained_files(writer, session.model, source)
+        _write_optimizer(writer, session)
+        writer.write_text("rng.json", json.dumps(rng_state()))
+        writer.write_text("progress.json", json.dumps(progress))
+    return folder
+
+
+def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
+    """Put a checkpoint into a session of the same model, optimizer and precision, under any plan.
+
+    Every file is compared with its checksum, and every name, dtype and shape with the session's, before
+    anything is changed.
+
+    Returns:
+        The ``progress`` that was saved.
+
+    Raises:
+        CheckpointError: not a checkpoint, or of a later version.
+        CorruptCheckpointError: names the files that are damaged.
+        PlanMismatchError: lists what differs.
+    """
+    folder = Path(folder)
+    session.flush()
+    files = verify(folder)
+    saved = _read_optimizer(folder)
+    optimizer = session.optimizer
+    _check_groups(saved, optimizer, session.model)
+    with _StateFiles(folder, files) as state:
+        _check_state(saved, state, optimizer)
+        load_weights(_weight_files(folder, files), session.model)
+        entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
+        optimizer.load_state(entries, decode(saved["scalars"]))
+    _set_groups(optimizer, saved)
+    set_rng_state(json.loads((folder / "rng.json").read_text()))
+    progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+    return progress
+
+
+@torch.no_grad()
+def load_optimizer_state(folder: Path | str, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Put a checkpoint's optimizer state into a plain optimizer, in memory. The weights are
+    ``from_pretrained``'s.
+
+    Its parameters are matched by their place in the groups, and by name where they are the model's. With
+    master weights, it must be an optimizer over fp32 parameters, copies of the model's or a model loaded in
+    fp32: they become the masters.
+
+    Raises:
+        PlanMismatchError: other groups, names, shapes, or narrow parameters for fp32 masters.
+    """
+    folder = Path(folder)
+    files = verify(folder)
+    saved = _read_optimizer(folder)
+    places = _check_groups(saved, optimizer, model)
+    with _StateFiles(folder, files) as state:
+        faults = []
+        for name, key in state.homes:
+            entry, parameter = state.entry(name, key), places[name]
+            if key == MASTER_KEY and (parameter.dtype, tuple(parameter.shape)) != (entry.dtype, entry.shape):
+                faults.append(
+                    f"{name} has {entry.dtype} master weights of shape {list(entry.shape)}, the optimizer's "
+                    f"parameter is {parameter.dtype} {list(parameter.shape)}: give it fp32 copies"
+                )
+        raise_differences("the checkpoint's master weights do not fit the optimizer", faults)
+        optimizer.state.clear()
+        for name, key in state.homes:
+            if key == MASTER_KEY:
+                state.read_into(name, key, places[name])
+            else:
+                optimizer.state[places[name]][key] = state.read(name, key).to(places[name].device)
+        for name, values in decode(saved["scalars"]).items():
+            optimizer.state[places[name]].update(values)
+    _set_groups(optimizer, saved)
+
+
+def latest_checkpoint(directory: Path | str) -> Path | None:
+    """The complete checkpoint in ``directory`` that was written last, or None. Incomplete ones are passed
+    over."""
+    folders = [path for path in Path(directory).glob("*") if path.is_dir() and is_complete(path)]
+    return max(
+        folders, key=lambda path: ((path / "manifest.json").stat().st_mtime_ns, path.name), default=None
+    )
+
+
+# -- the optimizer's files ---------------------------------------------------------------------------------
+
+
+def _write_optimizer(writer: FolderWriter, session: Session) -> None:
+    optimizer = session.optimizer
+    names = {id(parameter): name for name, parameter in session.model.named_parameters()}
+    names.update({id(parameter): name for name, parameter in optimizer.index.parameters.items()})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scalars = optimizer.scalar_state()
+    entries = [
+        Entry(name=f"{names[id(parameter)]}/{key}", dtype=value.dtype, shape=tuple(value.shape))
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if isinstance(value, OffloadedState)
+    ]
+    shards = split(entries, OPTIMIZER_SHARD_BYTES)
+    tensors = _tensors(optimizer, iter(entries))
+    for number, shard in enumerate(shards, 1):
+        with writer.create(f"optimizer-{number:05d}-of-{len(shards):05d}.safetensors") as file:
+            write_tensors(file, shard, islice(tensors, len(shard)))
+    groups = [
+        {
+            **{
+                key: encode(value, f"parameter group's {key}")
+                for key, value in group.items()
+                if key != "params"
+            },
+            "params": [names[id(parameter)] for parameter in group["params"]],
+        }
+        for group in optimizer.param_groups
+    ]
+    kind = type(optimizer.optimizer)
+    document = {
+        "format_version": FORMAT_VERSION,
+        "optimizer": f"{kind.__module__}.{kind.__qualname__}",
+        "master_weights": optimizer.config.master_weights,
+        "param_groups": groups,
+        "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in parameters},
+        "scalars": {name: encode(values, f"state of {name}") for name, values in scalars.items()},
+    }
+    writer.write_text("optimizer.json", json.dumps(document, indent=1))
+
+
+def _tensors(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
+    """The state's tensors, in the order of the entries; held by nobody here once they are handed over."""
+    for found in optimizer.iter_state():
+        assert f"{found[0]}/{found[1]}" == next(expected).name
+        held = [found[2]]
+        del found
+        yield held.pop()
+
+
+def _read_optimizer(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "optimizer.json").read_text())
+    if document["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format {document['format_version']}, this memtrain reads {FORMAT_VERSION}: use "
+            f"the version of memtrain that wrote it"
+        )
+    return document
+
+
+def _weight_files(folder: Path, files: dict[str, Any]) -> list[Path]:
+    return [folder / name for name in sorted(files) if _WEIGHT_FILE.fullmatch(name)]
+
+
+class _StateFiles:
+    """The state's tensors in their files, by parameter and key."""
+
+    def __init__(self, folder: Path, files: dict[str, Any]) -> None:
+        self._stack = ExitStack()
+        self.homes: dict[tuple[str, str], TensorFile] = {}
+        for name in sorted(files):
+            if _STATE_FILE.fullmatch(name):
+                file = self._stack.enter_context(TensorFile(folder / name))
+                for entry in file.entries:
+                    parameter, _, key = entry.rpartition("/")
+                    self.homes[parameter, key] = file
+
+    def entry(self, name: str, key: str) -> Entry:
+        return self.homes[name, key].entries[f"{name}/{key}"]
+
+    def read(self, name: str, key: str) -> Tensor:
+        return self.homes[name, key].read(f"{name}/{key}")
+
+    def read_into(self, name: str, key: str, target: Tensor) -> None:
+        self.homes[name, key].read_into(f"{name}/{key}", target)
+
+    def __enter__(self) -> _StateFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _check_groups(
+    saved: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Tensor]:
+    """The optimizer's parameters by the checkpoint's names, or PlanMismatchError."""
+    theirs, ours = saved["param_groups"], optimizer.param_groups
+    kind = type(optimizer.optimizer if isinstance(optimizer, OffloadedOptimizer) else optimizer)
+    faults = []
+    if saved["optimizer"] != (here := f"{kind.__module__}.{kind.__qualname__}"):
+        faults.append(f"it was made with {saved['optimizer']}, this is {here}")
+    sizes = [[len(group["params"]) for group in groups] for groups in (theirs, ours)]
+    if sizes[0] != sizes[1]:
+        raise_differences(
+            "the checkpoint's optimizer differs",
+            [*faults, f"its parameter groups have {sizes[0]} parameters, these {sizes[1]}"],
+        )
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    places = {}
+    for old, new in zip(theirs, ours, strict=True):
+        for name, parameter in zip(old["params"], new["params"], strict=True):
+            places[name] = parameter
+            known, shape = names.get(id(parameter), [name]), saved["shapes"][name]
+            if name not in known or shape != list(parameter.shape):
+                faults.append(f"{name} {shape} in the checkpoint, here {known[0]} {list(parameter.shape)}")
+    raise_differences("the checkpoint's optimizer differs", faults)
+    return places
+
+
+def _check_state(saved: dict[str, Any], state: _StateFiles, optimizer: OffloadedOptimizer) -> None:
+    """Compare the state's tensors with those that the optimizer keeps."""
+    specs, parameters = optimizer.layout.specs, optimizer.index.parameters
+    kept = {
+        (name, tensor.key): Entry(
+            name=f"{name}/{tensor.key}",
+            dtype=tensor.dtype,
+            shape=tuple(parameters[name].shape) if tensor.shape is None else tensor.shape,
+        )
+        for name, spec in specs.items()
+        for tensor in spec.tensors
+    }
+    begun = {name for name, _ in state.homes} | saved["scalars"].keys()
+    wanted = {place for place in kept if place[0] in begun}
+    faults = [f"{kept[place]} is missing in the checkpoint" for place in sorted(wanted - state.homes.keys())]
+    for place in state.homes:
+        entry = state.entry(*place)
+        if place not in kept:
+            faults.append(f"{entry} is not kept here")
+        elif kept[place] != entry:
+            faults.append(f"{entry} in the checkpoint, here {kept[place]}")
+    for name, values in saved["scalars"].items():
+        if name not in specs or values.keys() != specs[name].scalars:
+            faults.append(f"{name} has the numbers {sorted(values)}, which differ here")
+    raise_differences("the checkpoint's optimizer state does not fit", faults)
+
+
+def _set_groups(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: decode(value) for key, value in values.items() if key != "params"})

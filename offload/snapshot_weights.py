@@ -1,0 +1,170 @@
+"""A model's weights as the safetensors files that ``from_pretrained`` reads, and back into a model in place.
+
+Tensors that lie in the same memory are stored once; the other names are kept in the header, as
+``safetensors.torch.save_model`` keeps them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from memtrain.offload.atomic import CheckpointError, FolderWriter
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+
+SHARD_BYTES = 5_000_000_000
+"""Of a weight file, as hubs like them."""
+_SHOWN = 8  # differences that a message lists
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*.model",
+    "*processor_config.json",
+)
+
+
+def write_weights(writer: FolderWriter, model: nn.Module) -> None:
+    """Write ``model.safetensors``, in several files with an index where it is large.
+
+    Raises:
+        CheckpointError: the state dict holds what is no tensor.
+    """
+    tensors, aliases = _stored(model)
+    entries = [Entry(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
+    shards = split(entries, SHARD_BYTES) or [[]]
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
+        for n in range(1, len(shards) + 1)
+    ]
+    for name, shard in zip(names, shards, strict=True):
+        stored = {entry.name for entry in shard}
+        metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in stored}}
+        with writer.create(name) as file:
+            write_tensors(file, shard, (tensors[entry.name] for entry in shard), metadata)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
+            "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+        }
+        writer.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_pretrained_files(writer: FolderWriter, model: nn.Module, source_folder: Path | None) -> None:
+    """For a Hugging Face model: configuration, and the tokenizer's files as they lie in its source folder.
+
+    The key-value cache, which training switches off, is on again in the configuration that is written.
+    """
+    if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
+        return
+    config: Any = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = next(model.parameters()).dtype
+    if hasattr(config, "use_cache"):
+        config.use_cache = True
+    writer.write_text("config.json", config.to_json_string(use_diff=True))
+    source = source_folder or Path(getattr(model, "name_or_path", "") or "")
+    if source.parts and source.is_dir():
+        wanted = {path for pattern in _TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}
+        wanted |= {path for path in source.glob("generation_config.json") if path.is_file()}
+        for path in sorted(wanted):
+            writer.copy(path)
+        if source / "generation_config.json" in wanted:
+            return
+    if getattr(model, "generation_config", None) is not None:
+        writer.write_text("generation_config.json", model.generation_config.to_json_string(use_diff=True))
+
+
+def load_weights(paths: Iterable[Path], model: nn.Module) -> None:
+    """Copy the tensors of ``paths`` into the model's own, one chunk at a time.
+
+    Raises:
+        PlanMismatchError: lists names, dtypes and shapes that differ; the model is then as it was.
+    """
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path)) for path in paths]
+        home = {name: file for file in files for name in file.entries}
+        aliases = {
+            alias: kept for file in files for alias, kept in file.metadata.items() if alias != "format"
+        }
+        work = _match(model, home, aliases)
+        for name, tensor in work.items():
+            home[name].read_into(name, tensor)
+
+
+def _match(model: nn.Module, home: dict[str, TensorFile], aliases: dict[str, str]) -> dict[str, Tensor]:
+    """Where each stored tensor belongs."""
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    work: dict[str, Tensor] = {}
+    faults: list[str] = []
+    for names, tensor in _groups(model):
+        stored = sorted({aliases.get(n, n) for n in names if aliases.get(n, n) in home})
+        if not stored:
+            faults += [f"{names[0]} is missing in the checkpoint"] if not ignored.issuperset(names) else []
+        elif len(stored) > 1:
+            faults.append(
+                f"{' and '.join(names)} are one tensor here, {' and '.join(stored)} in the checkpoint"
+            )
+        else:
+            here = Entry(name=stored[0], dtype=tensor.dtype, shape=tuple(tensor.shape))
+            if stored[0] in work:
+                faults.append(
+                    f"{' and '.join(names)} were tied to another weight when the checkpoint was made"
+                )
+            elif home[stored[0]].entries[stored[0]] != here:
+                faults.append(f"{home[stored[0]].entries[stored[0]]} in the checkpoint, here {here}")
+            work[stored[0]] = tensor
+    faults += [f"{name} is unknown to the model" for name in sorted(home.keys() - work.keys())]
+    raise_differences("the checkpoint's weights do not fit the model", faults)
+    return work
+
+
+def raise_differences(what: str, faults: list[str]) -> None:
+    """Raise PlanMismatchError with the first few of ``faults``, if there are any."""
+    if faults:
+        more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise PlanMismatchError(
+            f"{what}: {'; '.join(faults[:_SHOWN])}{more}. Load a checkpoint of the same model and precision"
+        )
+
+
+def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the name that is stored, and that name by each other one.
+
+    Of names that are tied, Hugging Face models say which are the copies.
+    """
+    copies = set(getattr(model, "all_tied_weights_keys", None) or ())
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for names, tensor in _groups(model):
+        if ignored.issuperset(names):
+            continue
+        kept = next((name for name in names if name not in copies), names[0])
+        tensors[kept] = tensor
+        aliases.update({name: kept for name in names if name != kept})
+    return tensors, aliases
+
+
+def _groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """The state dict's tensors, each with all names that it has."""
+    groups: dict[Any, tuple[list[str], Tensor]] = {}
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            raise CheckpointError(
+                f"{name} in the model's state dict is {'meta' if type(value) is Tensor else type(value)}: "
+                f"only tensors with values can be checkpointed"
+            )
+        here = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else name
+        groups.setdefault(here, ([], value))[0].append(name)
+    return list(groups.values())
