@@ -81,8 +81,9 @@ def write_pretrained_files(writer: FolderWriter, model: nn.Module, source_folder
             writer.copy(path)
         if source / "generation_config.json" in wanted:
             return
-    if getattr(model, "generation_config", None) is not None:
-        writer.write_text("generation_config.json", model.generation_config.to_json_string(use_diff=True))
+    generation: Any = getattr(model, "generation_config", None)
+    if generation is not None:
+        writer.write_text("generation_config.json", generation.to_json_string(use_diff=True))
 
 
 def load_weights(paths: Iterable[Path], model: nn.Module) -> None:

@@ -317,9 +317,11 @@ def test_differences_are_listed_and_nothing_is_changed(tmp_path: Path) -> None:
         with pytest.raises(PlanMismatchError, match=r"embed.weight/exp_avg float32 .*here .*bfloat16"):
             load_checkpoint(folder, other)
         assert float(other.model.first.weight.detach().min()) == 7.0
-    with open_run(dtype=torch.bfloat16, master_weights=True) as other:
-        with pytest.raises(PlanMismatchError, match=r"embed.weight/master_weight float32 .*is missing"):
-            load_checkpoint(folder, other)
+    with (
+        open_run(dtype=torch.bfloat16, master_weights=True) as other,
+        pytest.raises(PlanMismatchError, match=r"embed.weight/master_weight float32 .*is missing"),
+    ):
+        load_checkpoint(folder, other)
     with (
         open_run(make=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)) as other,
         pytest.raises(
