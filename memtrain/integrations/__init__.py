@@ -1,0 +1,1 @@
+"""memtrain inside other people's training loops; each module imports its library itself."""
