@@ -69,6 +69,7 @@ class Search:
             saved_slots=saved_slots,
             input_slots=input_slots,
             shard_elements=shard,
+            on_cpu=self.space.on_cpu,
         )
         return Decisions(blocks=blocks, states=states, staging=staging, update_schedule=schedule)
 
@@ -257,7 +258,7 @@ def knobs_of(decisions: Decisions, space: Space) -> Knobs:
     return (
         staging.saved_slots or default[0],
         staging.input_slots or default[1],
-        staging.update_shard_elements or default[2],
+        staging.update_shard_elements if staging.update_slots else default[2],
         decisions.update_schedule,
     )
 

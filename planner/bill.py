@@ -5,6 +5,9 @@ each position the device holds what is always there (libraries, weights, staging
 been kept so far, and what that position needs for a moment. With several micro-batches the last one is the
 largest, because all resident gradients are present; so one micro-batch is enough.
 
+On a CPU what stays on the device lives in slabs that are there throughout (``Staging``): activations kept and
+gradients do not vary by position, and the heap holds nothing longer than a block's forward or backward.
+
 A block that does not keep its tensors is charged ``saved_bytes`` during its forward all the same: the profile
 measured a forward that saves, and of the working set of one that does not this is the proven upper bound.
 """
@@ -15,8 +18,8 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
-from memtrain.planner.decisions import PAGE_BYTES, Decisions, recompute_traffic, unit_elements
-from memtrain.planner.plan import BillLine
+from memtrain.planner.decisions import PAGE_BYTES, Decisions, kept_parts, recompute_traffic, unit_elements
+from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile
 from memtrain.planner.units import round_up
 
@@ -37,22 +40,18 @@ class Position:
 
 
 def kept_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """Bytes of a block that stay on the device from its forward to its backward."""
-    if decision.action is Action.KEEP:
-        return block.saved_bytes
-    if decision.action is Action.SWAP:
-        return 0
-    kept = block.input_bytes if decision.input_tier is Tier.DEVICE else 0
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
-        kept += block.attention_bytes
-    return kept
+    """Bytes of a block that stay on the device, outside slabs, from its forward to its backward."""
+    return block.saved_bytes if decision.action is Action.KEEP else sum(kept_parts(block, decision))
 
 
 def forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its forward, above what earlier blocks keep."""
-    return kept_bytes(block, decision) * (decision.action is not Action.KEEP) + (
-        block.saved_bytes + block.forward_transient_bytes
-    )
+    return sum(kept_parts(block, decision)) + slab_forward_bytes(block, decision)
+
+
+def slab_forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """The same where what is kept is copied into slabs: the originals are there until the forward ends."""
+    return block.saved_bytes + block.forward_transient_bytes
 
 
 def backward_transient_bytes(block: BlockProfile, decision: BlockDecision) -> int:
@@ -66,6 +65,8 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
     """Every position at which the device may reach its peak."""
     gradients = _GradientCount(profile, decisions)
     blocks = list(zip(profile.blocks, decisions.blocks, strict=True))
+    in_slabs = _in_slabs(decisions.staging)
+    during_forward = slab_forward_bytes if in_slabs else forward_bytes
     positions = [
         Position(
             name="forward prologue",
@@ -81,10 +82,10 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
                 name=f"forward {block.name}",
                 kept_bytes=kept_before[-1],
                 gradient_bytes=gradients.at_forward(index),
-                transient_bytes=forward_bytes(block, decision),
+                transient_bytes=during_forward(block, decision),
             )
         )
-        kept_before.append(kept_before[-1] + kept_bytes(block, decision))
+        kept_before.append(kept_before[-1] + (0 if in_slabs else kept_bytes(block, decision)))
     positions.append(
         Position(
             name="epilogue",
@@ -114,8 +115,13 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
     return positions
 
 
+def _in_slabs(staging: Staging) -> bool:
+    """Whether activations that stay are copied into slabs; where none stay, both ways count the same."""
+    return staging.kept_slab_bytes > 0
+
+
 class _GradientCount:
-    """Gradients resident on the device, by position.
+    """Gradients resident on the device outside a slab, by position.
 
     With several micro-batches all of them are there throughout the last one. With one, a unit's gradient
     is there from its backward until its update: to the end of ``step()``, or, when the update runs ahead,
@@ -128,7 +134,7 @@ class _GradientCount:
         self.prologue = self.epilogue = 0
         self.blocks = [0] * len(profile.blocks)
         for unit, decision in zip(profile.units, decisions.states, strict=True):
-            if decision.gradient_tier is not Tier.DEVICE:
+            if decision.gradient_tier is not Tier.DEVICE or decisions.staging.gradient_slab_bytes:
                 continue
             if unit.block is not None:
                 self.blocks[unit.block] += unit.gradient_bytes
@@ -200,6 +206,8 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "weights": profile.weight_bytes,
         "optimizer state": state,
         "staging": decisions.staging.total_bytes,
+        "gradients": decisions.staging.gradient_slab_bytes,
+        "activations": decisions.staging.kept_slab_bytes,
     }
 
 
@@ -248,11 +256,9 @@ def make_bill(
     """What fills each tier at its peak: lines of one tier sum exactly to its peak."""
     top = max(device_positions(profile, decisions), key=lambda position: position.total_bytes)
     device = constant_bytes(profile, decisions)
-    device |= {
-        "gradients": top.gradient_bytes,
-        "activations": top.kept_bytes,
-        "transients": top.transient_bytes,
-    }
+    device["gradients"] += top.gradient_bytes
+    device["activations"] += top.kept_bytes
+    device["transients"] = top.transient_bytes
     need = sum(device.values()) + profile.allocator_slack_bytes
     device["slack"] = profile.allocator_slack_bytes + with_margin(need, safety_margin) - need
     lines = [BillLine(category=c, tier=Tier.DEVICE, size_bytes=size) for c, size in device.items() if size]

@@ -6,6 +6,7 @@ its own reading of the timeline. Each violation names the rule that broke and th
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.check_timeline import timeline_faults
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
-from memtrain.planner.profile import BlockProfile, ModelProfile
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 
 PAGE = 4096
 
@@ -62,7 +63,12 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
     )
     if structure:
         return structure
-    faults = [*_staging(plan, profile), *_peaks(plan, profile, budget), *_bound(plan)]
+    faults = [
+        *_staging(plan, profile),
+        *_slabs(plan, profile, machine),
+        *_peaks(plan, profile, machine, budget),
+        *_bound(plan),
+    ]
     faults += [(Rule[name], detail) for name, detail in timeline_faults(plan, profile, machine)]
     return tuple(Violation(rule=rule, detail=detail) for rule, detail in faults)
 
@@ -121,17 +127,80 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     yield from _ring("input", inputs, staging.input_slots, staging.input_slot_bytes, 1)
     away = any(s.gradient_tier is not Tier.DEVICE for s in plan.states)
     yield from _ring("gradient", PAGE if away else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2)
+    elements = staging.update_shard_elements
+    if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
+        yield (
+            Rule.STAGING,
+            f"update shard of {elements} elements, the largest parameter has "
+            f"{profile.largest_parameter_elements}",
+        )
     if any(s.optimizer_tier is not Tier.DEVICE for s in plan.states):
-        elements = staging.update_shard_elements
-        if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
-            yield (
-                Rule.STAGING,
-                f"update shard of {elements} elements, the largest parameter has "
-                f"{profile.largest_parameter_elements}",
-            )
         one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
         one += profile.update_workspace_bytes_per_element
-        yield from _ring("update", int(elements * one), staging.update_slots, staging.update_slot_bytes, 3)
+        # Each piece of a shard (one per 64 Ki elements, and what is left over) puts its gradient, its
+        # workspace and its state tensors of four bytes an element on pages of their own.
+        regions = 2 + math.ceil(profile.state_bytes_per_element / 4)
+        need = _pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
+        yield from _ring("update", need, staging.update_slots, staging.update_slot_bytes, 3)
+
+
+def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
+    """On a CPU all that stays on the device has a slot or a place in a slab; elsewhere there are no slabs."""
+    staging = plan.staging
+    wanted = {"kept": [0, 0], "kept input": [0, 0]}
+    gradients = 0
+    if _on_cpu(machine):
+        for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+            name, sizes, tensors = "kept input", _staying_of_recompute(block, decision), 1
+            if decision.action is Action.KEEP:
+                name, sizes, tensors = "kept", [block.saved_bytes], block.saved_tensors
+            if sizes:
+                wanted[name][0] += 1
+                wanted[name][1] = max(wanted[name][1], _pages(sum(sizes) + 64 * tensors * len(sizes)))
+        gradients = sum(
+            _resident_gradient(profile, unit)
+            for unit, state in zip(profile.units, plan.states, strict=True)
+            if state.gradient_tier is Tier.DEVICE
+        )
+    found = {
+        "kept": (staging.kept_slots, staging.kept_slot_bytes),
+        "kept input": (staging.kept_input_slots, staging.kept_input_slot_bytes),
+    }
+    for name, (count, size) in wanted.items():
+        slots, slot_bytes = found[name]
+        yield from _ring(name, size, slots, slot_bytes, count)
+        if slots * slot_bytes and not count:
+            yield Rule.STAGING, f"{name} slab of {slots} slots of {slot_bytes} bytes that nothing uses"
+    if staging.gradient_slab_bytes < gradients or (staging.gradient_slab_bytes and not gradients):
+        yield (
+            Rule.STAGING,
+            f"gradient slab of {staging.gradient_slab_bytes} bytes, the gradients that stay take {gradients}",
+        )
+    if staging.gradient_slab_bytes % PAGE:
+        yield Rule.STAGING, f"gradient slab of {staging.gradient_slab_bytes} bytes, not a multiple of {PAGE}"
+
+
+def _on_cpu(machine: Machine) -> bool:
+    return machine.device[:3] == "cpu"
+
+
+def _staying_of_recompute(block: BlockProfile, decision: BlockDecision) -> list[int]:
+    stays = []
+    if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+        if decision.input_tier is Tier.DEVICE:
+            stays.append(block.input_bytes)
+        if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
+            stays.append(block.attention_bytes)
+    return stays
+
+
+def _resident_gradient(profile: ModelProfile, unit: UnitProfile) -> int:
+    """A unit's gradients in a slab: a page more per parameter, or, if unnamed, per 64 Ki elements."""
+    if unit.gradient_bytes == 0:
+        return 0
+    one = profile.gradient_bytes_per_element if profile.gradient_bytes_per_element > 0 else 1.0
+    count = len(unit.parameters) if unit.parameters else math.ceil(unit.gradient_bytes / one / 65536)
+    return _pages(unit.gradient_bytes + count * PAGE)
 
 
 def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iterator[Fault]:
@@ -150,8 +219,9 @@ def _leaving_of_recompute(block: BlockProfile, decision: BlockDecision) -> dict[
     return out
 
 
-def _device_need(plan: Plan, profile: ModelProfile) -> int:
-    """Walks the step in time, counting what comes and goes."""
+def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
+    """Walks the step in time, counting what comes and goes; what lives in slabs does neither."""
+    on_cpu = _on_cpu(machine)
     resident = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
     s = plan.staging
     for slots, size in (
@@ -159,6 +229,9 @@ def _device_need(plan: Plan, profile: ModelProfile) -> int:
         (s.input_slots, s.input_slot_bytes),
         (s.gradient_slots, s.gradient_slot_bytes),
         (s.update_slots, s.update_slot_bytes),
+        (s.kept_slots, s.kept_slot_bytes),
+        (s.kept_input_slots, s.kept_input_slot_bytes),
+        (1, s.gradient_slab_bytes),
     ):
         resident += slots * size
     gradient: dict[object, int] = defaultdict(int)
@@ -166,7 +239,7 @@ def _device_need(plan: Plan, profile: ModelProfile) -> int:
         resident += unit.resident_state_bytes
         if state.optimizer_tier is Tier.DEVICE:
             resident += unit.state_bytes
-        if state.gradient_tier is Tier.DEVICE:
+        if state.gradient_tier is Tier.DEVICE and not on_cpu:
             where = unit.block if unit.block is not None else ("end" if unit.name == "epilogue" else "start")
             gradient[where] += unit.gradient_bytes
     every = sum(gradient.values())
@@ -178,12 +251,9 @@ def _device_need(plan: Plan, profile: ModelProfile) -> int:
     kept, stack = 0, []
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         stays = 0
-        if decision.action is Action.KEEP:
-            stays = block.saved_bytes
-        elif decision.action is not Action.SWAP:
-            stays = block.input_bytes * (decision.input_tier is Tier.DEVICE)
-            if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
-                stays += block.attention_bytes
+        if not on_cpu:
+            keeps = decision.action is Action.KEEP
+            stays = block.saved_bytes if keeps else sum(_staying_of_recompute(block, decision))
         extra = 0 if decision.action is Action.KEEP else stays
         peak = max(peak, held + kept + extra + block.saved_bytes + block.forward_transient_bytes)
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
@@ -243,7 +313,7 @@ def _tier_need(plan: Plan, profile: ModelProfile, tier: Tier) -> int:
     return total
 
 
-def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]:
+def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -> Iterator[Fault]:
     billed: Counter[Tier] = Counter()
     for line in plan.bill:
         billed[line.tier] += line.size_bytes
@@ -261,6 +331,17 @@ def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]
     ):
         if lines.get((Tier.DEVICE, category), 0) != size:
             yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, should be {size}"
+    staging = plan.staging
+    for category, size in (
+        (
+            "activations",
+            staging.kept_slots * staging.kept_slot_bytes
+            + staging.kept_input_slots * staging.kept_input_slot_bytes,
+        ),
+        ("gradients", staging.gradient_slab_bytes),
+    ):
+        if lines.get((Tier.DEVICE, category), 0) < size:
+            yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, slabs take {size}"
     for tier in sorted(tiers, key=lambda t: t.value):
         if billed[tier] != plan.peak(tier):
             yield Rule.BILL, f"{tier.value}: lines sum to {billed[tier]}, the peak is {plan.peak(tier)}"
@@ -273,7 +354,10 @@ def _peaks(plan: Plan, profile: ModelProfile, budget: Budget) -> Iterator[Fault]
                 f"{tier.value}: plan says {dict(plan.capacities)[tier]}, the budget {capacity}",
             )
         if tier is Tier.DEVICE:
-            need, said = _device_need(plan, profile), plan.peak(tier) - slack + profile.allocator_slack_bytes
+            need, said = (
+                _device_need(plan, profile, machine),
+                plan.peak(tier) - slack + profile.allocator_slack_bytes,
+            )
             if need != said:
                 yield Rule.DEVICE_PEAK, f"needs {need} bytes before the margin, the plan says {said}"
             if need > capacity:

@@ -17,7 +17,12 @@ from typing import Any, TypeAlias
 import pulp
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.bill import backward_transient_bytes, forward_bytes, kept_bytes
+from memtrain.planner.bill import (
+    backward_transient_bytes,
+    forward_bytes,
+    kept_bytes,
+    slab_forward_bytes,
+)
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     PAGE_BYTES,
@@ -25,8 +30,11 @@ from memtrain.planner.decisions import (
     UPDATE_SLOTS,
     PlannerOptions,
     Space,
+    gradient_slab_bytes,
     gradient_slot_bytes,
     input_slot_bytes,
+    kept_input_slot_bytes,
+    kept_slot_bytes,
     recompute_traffic,
     saved_slot_bytes,
     unit_elements,
@@ -108,7 +116,9 @@ class Choices:
         ]
         self.saved_ring = {n: self._binary(f"saved_slots_{n}") for n in (0, *RINGS)}
         self.input_ring = {n: self._binary(f"input_slots_{n}") for n in (0, *RINGS)}
-        self.shard = {s: self._binary(f"shard_{s}") for s in sorted({0, *self.space.shards})}
+        streams = any(d.optimizer_tier is not Tier.DEVICE for row in self.space.states for d in row)
+        shards = self.space.shards if streams else ()
+        self.shard = {s: self._binary(f"shard_{s}") for s in sorted({0, *shards})}
         self.gradient_ring = self._binary("gradient_ring")
         self.gradient_fed = self._binary("gradient_ring_feeds_update")
         for one_of in (
@@ -184,6 +194,36 @@ class Choices:
                     self.add(total >= n * mine - n * max(sizes) * (1 - ring[n]))
         return pulp.LpAffineExpression(total)
 
+    def _slab_bytes(self, size: Callable[[BlockProfile, BlockDecision], int], name: str) -> Expression:
+        """Bytes of a slab with a slot for each block that has something in it, the largest block's size each.
+
+        Count times maximum, made linear by size classes: the slots are the smallest class, and as many steps
+        to the next class as there are slots, if any block of that class or above uses the slab.
+        """
+        rows = [
+            [(v, s) for v, d in zip(self.x[index], choices, strict=True) if (s := size(block, d))]
+            for index, (block, choices) in enumerate(zip(self.profile.blocks, self.space.blocks, strict=True))
+        ]
+        classes = sorted({s for row in rows for _, s in row})
+        if not classes:
+            return pulp.LpAffineExpression()
+        count = pulp.lpSum(v for row in rows for v, _ in row)
+        total = classes[0] * count
+        above: pulp.LpVariable | None = None
+        for position in reversed(range(1, len(classes))):
+            used = self.problem.add_variable(f"{name}_class_{position}", lowBound=0, upBound=1)
+            slots = self.problem.add_variable(f"{name}_slots_{position}", lowBound=0)
+            for row in rows:
+                if any(s == classes[position] for _, s in row):
+                    self.add(used >= pulp.lpSum(v for v, s in row if s >= classes[position]))
+            if above is not None:
+                self.add(used >= above)
+            self.add(slots >= count - len(rows) * (1 - used))
+            self.add(slots >= pulp.lpSum(v for row in rows for v, s in row if s >= classes[position]))
+            total += (classes[position] - classes[position - 1]) * slots
+            above = used
+        return total
+
     def _memory(self) -> None:
         profile = self.profile
         fixed = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
@@ -200,6 +240,12 @@ class Choices:
         always += pulp.lpSum(
             UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
         )
+        on_cpu = self.machine.on_cpu
+        if on_cpu:
+            always += self._slab_bytes(kept_slot_bytes, "kept")
+            always += self._slab_bytes(kept_input_slot_bytes, "kept_input")
+            always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
+        during_forward = slab_forward_bytes if on_cpu else forward_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
 
         def row(*parts: Expression | float) -> None:
@@ -207,7 +253,8 @@ class Choices:
             self.add((pulp.lpSum([always, *parts])) * 1e-6 <= limit * 1e-6)
 
         gradient = [
-            self.unit_sum(u, lambda p, d: p.gradient_bytes * (d.gradient_tier is Tier.DEVICE)) for u in units
+            self.unit_sum(u, lambda p, d: p.gradient_bytes * (d.gradient_tier is Tier.DEVICE and not on_cpu))
+            for u in units
         ]
         every = pulp.lpSum(gradient)
         many = profile.micro_batches > 1
@@ -224,8 +271,8 @@ class Choices:
         before = []
         for index in range(len(self.x)):
             before.append(kept.copy())
-            row(kept, gradients_forward(index), self.block_sum(index, forward_bytes))
-            kept = kept + self.block_sum(index, kept_bytes)
+            row(kept, gradients_forward(index), self.block_sum(index, during_forward))
+            kept = kept + (0 if on_cpu else self.block_sum(index, kept_bytes))
             row(
                 kept,
                 gradients_from(index),

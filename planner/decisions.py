@@ -29,6 +29,8 @@ SMALLEST_PIECE_ELEMENTS = 65536  # parameters below this never leave memory
 UPDATE_SLOTS = 3
 """Read shard k+1, step k, write k-1."""
 SHARD_ELEMENTS = (1 << 20, 1 << 21, 1 << 22, 1 << 23)
+DEFAULT_SHARD_ELEMENTS = 1 << 20
+"""Cuts the flat index where no state moves."""
 SLOT_COUNTS = (2, 3, 4)
 """Two is the least that overlaps a transfer with a block; beyond four nothing was gained in simulation."""
 SHARD_GRANULE = 2048
@@ -50,8 +52,8 @@ class PlannerOptions:
     """How to plan: limits of the search, and what may be chosen."""
 
     time_limit_seconds: float = 10.0
-    gap: float = 1e-3
-    """Relative distance from the bound at which the search stops."""
+    gap: float = 5e-3
+    """Relative distance from the bound at which the search stops. The profile's seconds are known no better."""
     allow: frozenset[Action] = frozenset(Action)
     force: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
@@ -99,7 +101,9 @@ class Space:
     schedules: tuple[UpdateSchedule, ...]
     tiers: tuple[Tier, ...]
     shards: tuple[int, ...]
-    """Possible sizes of an update shard, in elements; ``(0,)`` when no state may leave."""
+    """Possible sizes of an update shard, in elements; only the default when no state may leave."""
+    on_cpu: bool
+    """What stays on the device is copied into slabs."""
 
 
 def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Space:
@@ -136,7 +140,8 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
         states=states,
         schedules=schedules,
         tiers=tiers,
-        shards=_shard_sizes(profile) if state_leaves else (0,),
+        shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
+        on_cpu=machine.on_cpu,
     )
 
 
@@ -146,7 +151,7 @@ def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
     for tier in (Tier.HOST, Tier.CXL, Tier.NVME):
         if budget.capacity(tier) == 0:
             continue
-        if tier is Tier.HOST and machine.device == "cpu":
+        if tier is Tier.HOST and machine.on_cpu:
             raise ValueError(
                 "budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device"
             )
@@ -234,8 +239,16 @@ def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
 def _shard_sizes(profile: ModelProfile) -> tuple[int, ...]:
     largest_unit = max((unit_elements(profile, unit) for unit in profile.units), default=0)
     cap = round_up(max(largest_unit, 1), SHARD_GRANULE)
-    floor = 0 if profile.elementwise else round_up(profile.largest_parameter_elements, SHARD_GRANULE)
-    return tuple(sorted({max(min(size, cap), floor) for size in SHARD_ELEMENTS}))
+    return tuple(sorted({max(min(size, cap), _least_shard(profile)) for size in SHARD_ELEMENTS}))
+
+
+def _least_shard(profile: ModelProfile) -> int:
+    return 0 if profile.elementwise else round_up(profile.largest_parameter_elements, SHARD_GRANULE)
+
+
+def default_shard_elements(profile: ModelProfile) -> int:
+    """The shard of a plan that moves no state."""
+    return max(DEFAULT_SHARD_ELEMENTS, _least_shard(profile))
 
 
 def saved_slot_bytes(block: BlockProfile) -> int:
@@ -257,6 +270,44 @@ def recompute_traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tup
     if decision.input_tier is not Tier.DEVICE:
         parts.append((decision.input_tier, block.input_bytes))
     return tuple(parts)
+
+
+def kept_parts(block: BlockProfile, decision: BlockDecision) -> tuple[int, ...]:
+    """Sizes of what a recomputed ``block`` leaves on the device from its forward to its backward."""
+    if decision.action not in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+        return ()
+    parts = [block.input_bytes] if decision.input_tier is Tier.DEVICE else []
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
+        parts.append(block.attention_bytes)
+    return tuple(parts)
+
+
+def kept_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """A slot of a CPU's slab for all that ``block`` saves, if it keeps it; else 0."""
+    return saved_slot_bytes(block) if decision.action is Action.KEEP else 0
+
+
+def kept_input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """A slot of a CPU's slab for what a recomputed ``block`` leaves on the device; 0 when that is nothing."""
+    parts = kept_parts(block, decision)
+    return round_up(sum(parts) + TENSOR_ALIGNMENT_BYTES * len(parts), PAGE_BYTES) if parts else 0
+
+
+def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """What a CPU copies out of the heap in a block's forward, into a slab or a slot of a ring."""
+    if decision.action in (Action.KEEP, Action.SWAP):
+        return block.saved_bytes
+    return sum(size for _, size in recompute_traffic(block, decision)) + sum(kept_parts(block, decision))
+
+
+def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
+    """A CPU's slab for the gradients of ``unit`` that stay: every parameter's begins on a page."""
+    if decision.gradient_tier is not Tier.DEVICE or not unit.gradient_bytes:
+        return 0
+    # A profile without names does not know how many parameters there are: one per 64 Ki elements.
+    elements = unit.gradient_bytes / (profile.gradient_bytes_per_element or 1.0)
+    count = len(unit.parameters) or -int(-elements // SMALLEST_PIECE_ELEMENTS)
+    return round_up(unit.gradient_bytes + PAGE_BYTES * count, PAGE_BYTES)
 
 
 def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
@@ -282,12 +333,15 @@ def staging_for(
     saved_slots: int,
     input_slots: int,
     shard_elements: int,
+    on_cpu: bool,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
-    saved = [
-        saved_slot_bytes(b) for b, d in zip(profile.blocks, blocks, strict=True) if d.action is Action.SWAP
-    ]
-    moved = [size for b, d in zip(profile.blocks, blocks, strict=True) if (size := input_slot_bytes(b, d))]
+    decided = list(zip(profile.blocks, blocks, strict=True))
+    saved = [saved_slot_bytes(b) for b, d in decided if d.action is Action.SWAP]
+    moved = [size for b, d in decided if (size := input_slot_bytes(b, d))]
+    kept = [size for b, d in decided if on_cpu and (size := kept_slot_bytes(b, d))]
+    kept_inputs = [size for b, d in decided if on_cpu and (size := kept_input_slot_bytes(b, d))]
+    resident = sum(gradient_slab_bytes(profile, u, d) for u, d in zip(profile.units, states, strict=True))
     gradients = [
         unit.gradient_bytes
         for unit, d in zip(profile.units, states, strict=True)
@@ -303,7 +357,12 @@ def staging_for(
         gradient_slot_bytes=gradient_slot_bytes(profile) if gradients else 0,
         update_slots=UPDATE_SLOTS if updates else 0,
         update_slot_bytes=update_slot_bytes(profile, shard_elements) if updates else 0,
-        update_shard_elements=shard_elements if updates else 0,
+        update_shard_elements=shard_elements if updates else default_shard_elements(profile),
+        kept_slots=len(kept),
+        kept_slot_bytes=max(kept, default=0),
+        kept_input_slots=len(kept_inputs),
+        kept_input_slot_bytes=max(kept_inputs, default=0),
+        gradient_slab_bytes=resident * on_cpu,
     )
 
 

@@ -110,6 +110,7 @@ def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[
     scalable = top.kept_bytes + top.transient_bytes
     scalable += nearest.staging.saved_slots * nearest.staging.saved_slot_bytes
     scalable += nearest.staging.input_slots * nearest.staging.input_slot_bytes
+    scalable += nearest.staging.kept_slab_bytes
     if not short or set(excess) != {Tier.DEVICE} or scalable <= short:
         return ""
     assert device_need_bytes(search.profile, nearest) >= scalable

@@ -53,6 +53,11 @@ class Machine:
     source: str = "given"
     version: int = MACHINE_VERSION
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the device is the processor: transfers cost arithmetic, and what stays lives in slabs."""
+        return self.device.startswith("cpu")
+
     def link(self, tier: Tier) -> Link:
         """The link to ``tier``. Raises KeyError with the tiers that exist."""
         for link in self.links:

@@ -20,7 +20,7 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Staging:
-    """Page-aligned slabs through which bytes pass between the device and slower tiers.
+    """Page-aligned slabs: rings through which bytes pass to slower tiers and, on a CPU, homes of what stays.
 
     All of it is allocated when the plan is installed and is on the device's bill from then on.
     """
@@ -38,11 +38,26 @@ class Staging:
     update_slot_bytes: int = 0
     """Ring for the optimizer: read k+1, step k, write k-1."""
     update_shard_elements: int = 0
-    """Elements of the flat index that one update slot holds."""
+    """Elements of the flat index that one update slot holds; never 0, for the cut of the flat index needs it
+    even when no state moves."""
+    kept_slots: int = 0
+    kept_slot_bytes: int = 0
+    """On a CPU, a slot per block that keeps its saved tensors: tensors that live as long as a step would
+    otherwise break up the heap that the short-lived ones share. 0 on a CUDA device, as are the next three."""
+    kept_input_slots: int = 0
+    kept_input_slot_bytes: int = 0
+    """The same for input and attention outputs of recomputed blocks, as far as they stay on the device."""
+    gradient_slab_bytes: int = 0
+    """Gradients that stay on the device, each from a page of its own."""
+
+    @property
+    def kept_slab_bytes(self) -> int:
+        """What holds activations that stay on a CPU: on the bill as activations, not as staging."""
+        return self.kept_slots * self.kept_slot_bytes + self.kept_input_slots * self.kept_input_slot_bytes
 
     @property
     def total_bytes(self) -> int:
-        """All slabs together."""
+        """The four rings of transfers together."""
         return (
             self.saved_slots * self.saved_slot_bytes
             + self.input_slots * self.input_slot_bytes

@@ -71,8 +71,8 @@ class UnitProfile:
     update_seconds: float = 0.0
     """Arithmetic of one optimizer step over this unit, with everything in memory."""
     parameters: tuple[str, ...] = ()
-    """Qualified names, trainable or not; a tied parameter in the first unit alone. Empty in a profile that was
-    written by hand: it can be planned for, but not installed."""
+    """Qualified names, trainable or not; a tied parameter in the first unit alone. Empty in a profile that
+    was written by hand: it can be planned for, but not installed."""
 
     def __post_init__(self) -> None:
         _non_negative(self)

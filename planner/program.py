@@ -23,6 +23,7 @@ from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     UPDATE_SLOTS,
+    copied_bytes,
     gradient_slot_bytes,
     unit_elements,
 )
@@ -49,7 +50,7 @@ class Program(Choices):
 
     def __init__(self, request: Request, schedule: UpdateSchedule) -> None:
         super().__init__(request, schedule)
-        on_cpu = self.machine.device == "cpu"
+        on_cpu = self.machine.on_cpu
         self.cpu = {k.tier: k.cpu_seconds_per_byte / self.machine.cores * on_cpu for k in self.machine.links}
         self.copy = on_cpu / self.machine.dram_copy_bytes_per_second
         self._objective()
@@ -182,7 +183,8 @@ class Program(Choices):
         for index, block in enumerate(profile.blocks):
             now = update(index, now)
             out = self.block_sum(
-                index, lambda b, d: sum(s * (self.copy + self.cpu[w]) for w, s in traffic(b, d))
+                index,
+                lambda b, d: copied_bytes(b, d) * self.copy + sum(s * self.cpu[w] for w, s in traffic(b, d)),
             )
             done = self.time()
             self.add(done >= now + block.forward_seconds + out)
@@ -216,7 +218,7 @@ class Program(Choices):
                     lambda p, d: (
                         p.gradient_bytes * (self.copy + self.cpu[d.gradient_tier] * moves)
                         if d.gradient_tier is not Tier.DEVICE
-                        else 0.0
+                        else p.gradient_bytes * self.copy * first
                     ),
                 )
                 for u, unit in enumerate(profile.units)

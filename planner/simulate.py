@@ -7,7 +7,8 @@ runs ahead of the forward is counted once.
 
 While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
 they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
-that starts or awaits it, divided by the cores. On a CUDA device it is not.
+that starts or awaits it, divided by the cores, and so is the copy of what is kept, swapped or stored out of
+the heap. On a CUDA device neither is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.decisions import Decisions, recompute_traffic, unit_elements
+from memtrain.planner.decisions import Decisions, copied_bytes, recompute_traffic, unit_elements
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -81,7 +82,7 @@ class _Schedule:
     def __init__(self, profile: ModelProfile, machine: Machine, decisions: Decisions) -> None:
         self.profile, self.decisions = profile, decisions
         self.jobs: list[Job] = []
-        on_cpu = machine.device == "cpu"
+        on_cpu = machine.on_cpu
         self._cpu = {k.tier: k.cpu_seconds_per_byte / machine.cores * on_cpu for k in machine.links}
         self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
         staging = decisions.staging
@@ -126,6 +127,7 @@ class _Schedule:
         for index in range(len(profile.blocks)):
             self._forward(index, saved, moved, update=update)
         seconds = profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
+        seconds += self._gradient_copy(None, "epilogue", micro_batch)
         self._part(None, "epilogue", seconds, "loss", update=update)
         self._open_gradients(None, "epilogue", micro_batch)
         self._gradients(None, "epilogue", micro_batch)
@@ -133,7 +135,8 @@ class _Schedule:
         for index in reversed(range(len(profile.blocks))):
             self._backward(index, saved, moved, present, micro_batch)
         self._open_gradients(None, "prologue", micro_batch)
-        self._add("backward prologue", COMPUTE, profile.prologue_backward_seconds)
+        seconds = profile.prologue_backward_seconds + self._gradient_copy(None, "prologue", micro_batch)
+        self._add("backward prologue", COMPUTE, seconds)
         self._gradients(None, "prologue", micro_batch)
 
     def _part(self, block: int | None, name: str, seconds: float, verb: str, *, update: bool) -> None:
@@ -141,6 +144,13 @@ class _Schedule:
             for unit, decision in self._of(block, name):
                 self._update(unit, decision, ())
         self._add(f"{verb} {name}", COMPUTE, seconds)
+
+    def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
+        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place."""
+        if micro_batch > 0:
+            return 0.0
+        resident = (u.gradient_bytes for u, d in self._of(block, name) if d.gradient_tier is Tier.DEVICE)
+        return sum(resident) * self._copy_seconds_per_byte
 
     def _parts(self, index: int) -> tuple[tuple[Tier, int], ...]:
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
@@ -161,9 +171,8 @@ class _Schedule:
             for unit, state in self._of(index, block.name):
                 self._update(unit, state, ())
         parts = self._parts(index)
-        seconds = block.forward_seconds + sum(
-            size * (self._copy_seconds_per_byte + self._cpu[tier]) for tier, size in parts
-        )
+        seconds = block.forward_seconds + copied_bytes(block, decision) * self._copy_seconds_per_byte
+        seconds += sum(size * self._cpu[tier] for tier, size in parts)
         if not parts:
             self._add(f"forward {block.name}", COMPUTE, seconds)
             return
@@ -197,7 +206,8 @@ class _Schedule:
                 again = max(0.0, again - block.attention_seconds)
             self._add(f"recompute {block.name}", COMPUTE, again + fetch, reads)
             reads, fetch = (), 0.0
-        backward = self._add(f"backward {block.name}", COMPUTE, block.backward_seconds + fetch, reads)
+        seconds = block.backward_seconds + self._gradient_copy(index, block.name, micro_batch) + fetch
+        backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)
         for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
             if index in held:
                 self._hand_over(index, backward, ring, held, present)

@@ -29,7 +29,15 @@ def run(
 ) -> Timeline:
     blocks = tuple(BlockDecision(block=i, **a) for i, a in enumerate(actions))
     states = tuple(StateDecision(unit=u.name, **(state or {})) for u in profile.units)
-    staging = staging_for(profile, blocks, states, saved_slots=slots, input_slots=slots, shard_elements=shard)
+    staging = staging_for(
+        profile,
+        blocks,
+        states,
+        saved_slots=slots,
+        input_slots=slots,
+        shard_elements=shard,
+        on_cpu=(machine or make_machine()).on_cpu,
+    )
     return simulate(
         profile,
         machine or make_machine(),
