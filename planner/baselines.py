@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,8 +32,8 @@ States = tuple[StateDecision, ...]
 Knobs = tuple[int, int, int, UpdateSchedule]
 """saved_slots, input_slots, shard_elements, schedule."""
 
-MAX_PAIRS = 1000
-"""Two changes at once are tried only where all pairs are few: a model of a handful of blocks."""
+MAX_TOGETHER = 1000
+"""Several changes at once are tried only where they are few: a model of a handful of blocks."""
 MAX_SIMULATIONS = 600
 """A simulation of 30 blocks and two micro-batches takes 5 ms: three seconds at most."""
 
@@ -240,8 +241,13 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
         if search.best is not start:
             return
         yield search.build(blocks, states, knobs)
+    if math.prod(len(choices) for choices in space.blocks) <= MAX_TOGETHER:
+        for ring, blocks in itertools.product((1, *SLOT_COUNTS), itertools.product(*space.blocks)):
+            if search.best is not start:
+                return
+            yield search.build(blocks, start.states, (ring, ring, *knobs[2:]))
     singles = list(_flips(start, space))
-    if len(singles) ** 2 > MAX_PAIRS:
+    if len(singles) ** 2 > MAX_TOGETHER:
         return
     for (first, states), ring in itertools.product(singles, (1, *SLOT_COUNTS)):
         middle = dataclasses.replace(start, blocks=first, states=states)

@@ -53,7 +53,7 @@ class PlannerOptions:
 
     time_limit_seconds: float = 10.0
     gap: float = 5e-3
-    """Relative distance from the bound at which the search stops. The profile's seconds are known no better."""
+    """Relative distance from the bound at which the search stops: about what a profile's seconds vary by."""
     allow: frozenset[Action] = frozenset(Action)
     force: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},

@@ -98,6 +98,22 @@ def test_processor_time_of_transfers_is_added_on_a_cpu_only() -> None:
     assert run(make_profile(3), [SWAP] * 3, cuda).step_seconds == pytest.approx(0.100)
 
 
+@pytest.mark.parametrize(
+    ("action", "copied"),
+    [(KEEP, 10), (RECOMPUTE, 1), ({"action": Action.RECOMPUTE_EXCEPT_ATTENTION}, 2)],
+)
+def test_what_stays_is_copied_on_a_cpu_only(action: dict[str, Any], copied: int) -> None:
+    again = {Action.KEEP: 0.0, Action.RECOMPUTE: 0.010, Action.RECOMPUTE_EXCEPT_ATTENTION: 0.006}
+    once = 0.070 + 2 * again[action["action"]]
+    profile = make_profile(2, trainable=True, micro_batches=2)
+    costs = {"dram_copy_bytes_per_second": 1e9}
+    # Two blocks in each of two micro-batches; 1 MiB of gradients each in the first; 1 ms of update each.
+    expected = 2 * once + (4 * copied + 2 * 1) * MiB * 1e-9 + 0.002
+    assert run(profile, [action] * 2, make_machine(**costs)).step_seconds == pytest.approx(expected)
+    cuda = make_machine(Tier.NVME, device="cuda:0", **costs)
+    assert run(profile, [action] * 2, cuda).step_seconds == pytest.approx(2 * once + 0.002)
+
+
 def test_both_directions_share_the_mixed_bandwidth() -> None:
     # One block, 6 MiB of state, one shard, sequential: read, step, write one after the other.
     profile = make_profile(1, trainable=True)

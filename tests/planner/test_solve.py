@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,29 +76,85 @@ def test_enough_memory_keeps_everything_and_is_proved_without_a_solver() -> None
     plan = make_plan(make_profile(3), make_machine(), Budget(device="1GiB", nvme="/x:1GiB"))
     assert (plan.status, plan.gap, plan.step_seconds) == ("optimal", 0.0, 0.1)
     assert plan.action_counts() == {"keep": 3}
-    # 120 MiB fixed, 30 MiB kept, then the last block's 4 MiB of backward; 1.5 % on top.
-    need = 154 * MiB
+    # 120 MiB fixed, three slots of 10 MiB and 64 tensors of 64 bytes (a page), then a block's forward: 10 MiB
+    # that are copied at its end and 2 for a moment; 1.5 % on top.
+    need = 162 * MiB + 3 * 4096
     assert plan.peak(Tier.DEVICE) == need + math.ceil(need * 0.015)
 
 
 def test_shortfall_by_hand() -> None:
-    # Recomputing needs 120 MiB fixed, 1 of input kept, 10 saved again and 4 of backward: 135.
+    # Recomputing needs 120 MiB fixed, 1 and a page of input kept, 10 saved again and 4 of backward.
     profile = make_profile(1)
     plan = make_plan(profile, make_machine(), Budget(device=130 * MiB), options=EXACT)
     assert plan.status == "infeasible"
-    # Keeping needs 120 + 10 + 4 = 134 MiB and is less.
-    assert plan.shortfall_bytes == ((Tier.DEVICE, 4 * MiB),)
-    assert plan.remedies[0] == "device 0.132 GiB instead of 0.127 GiB"
-    again = make_plan(profile, make_machine(), Budget(device=134 * MiB), options=EXACT)
-    assert again.status == "optimal"
-    assert again.peak(Tier.DEVICE) == 134 * MiB
+    # Keeping needs 120, a slot of 10 and a page, and 10 + 2 in its forward: 142 MiB and a page, and is more.
+    need = 135 * MiB + 4096
+    assert plan.shortfall_bytes == ((Tier.DEVICE, need - 130 * MiB),)
+    assert plan.remedies[0] == "device 0.133 GiB instead of 0.127 GiB"
+    again = make_plan(profile, make_machine(), Budget(device=need), options=EXACT)
+    assert again.action_counts() == {"recompute": 1}
+    assert again.peak(Tier.DEVICE) == need
+
+
+@pytest.mark.parametrize(
+    ("action", "cpu", "cuda"),
+    [
+        # CPU: slots of 10 MiB and a page; cuda: the last block's backward (4) is more than its forward (2).
+        ("keep", 3 * (10 * MiB + 4096) + 12 * MiB, 34 * MiB),
+        # CPU: slots of 1 MiB and a page, a block saved again and its backward. On cuda without pages.
+        ("recompute", 3 * (MiB + 4096) + 14 * MiB, 17 * MiB),
+        # CPU: input and attention outputs, 64 bytes each, in a slot.
+        ("recompute_except_attention", 3 * (2 * MiB + 4096) + 14 * MiB, 20 * MiB),
+    ],
+)
+def test_what_stays_lives_in_slabs_on_a_cpu_only(action: str, cpu: int, cuda: int) -> None:
+    profile = make_profile(3)
+    options = PlannerOptions(safety_margin=0.0, force={"block": {"action": action}})
+    for device, varying in (("cpu", cpu), ("cuda:0", cuda)):
+        machine, budget = make_machine(device=device), Budget(device="1GiB")
+        plan = make_plan(profile, machine, budget, options=options)
+        assert plan.peak(Tier.DEVICE) == 120 * MiB + varying
+        assert (plan.staging.kept_slab_bytes > 0) is (device == "cpu")
+        assert plan.staging.total_bytes == 0
+        assert check(plan, profile, machine, budget) == ()
+
+
+def test_the_kept_slab_has_the_largest_block_in_every_slot() -> None:
+    blocks = (make_block(0), make_block(1, saved_bytes=20 * MiB), make_block(2))
+    profile, budget = make_profile(block_profiles=blocks), Budget(device="1GiB")
+    plan = make_plan(profile, make_machine(), budget, options=EXACT)
+    assert (plan.staging.kept_slots, plan.staging.kept_slot_bytes) == (3, 20 * MiB + 4096)
+    # Its bytes are activations; what is for a moment is the forward of the large block.
+    lines = {line.category: line.size_bytes for line in plan.bill}
+    assert lines["activations"] == 3 * (20 * MiB + 4096)
+    assert lines["transients"] == 22 * MiB
+    assert "staging" not in lines
+
+
+@pytest.mark.parametrize(("parameters", "pages"), [((), 8), (("a", "b", "c"), 3)])
+def test_the_gradient_slab_has_a_page_more_per_parameter(parameters: tuple[str, ...], pages: int) -> None:
+    # 1 MiB of gradients are 512 Ki elements, eight times 64 Ki.
+    plain = make_profile(2, trainable=True)
+    units = tuple(replace(unit, parameters=parameters) for unit in plain.units)
+    plan = make_plan(replace(plain, units=units), make_machine(), Budget(device="1GiB"), options=EXACT)
+    assert plan.staging.gradient_slab_bytes == 2 * (MiB + pages * 4096)
+    lines = {line.category: line.size_bytes for line in plan.bill}
+    assert lines["gradients"] == plan.staging.gradient_slab_bytes
+
+
+def test_a_plan_that_moves_no_state_still_has_a_shard() -> None:
+    plan = make_plan(make_profile(1, trainable=True), make_machine(), Budget(device="1GiB"))
+    assert (plan.staging.update_slots, plan.staging.update_shard_elements) == (0, 1 << 20)
+    whole = make_profile(1, trainable=True, elementwise=False, largest_parameter_elements=3 << 20)
+    plan = make_plan(whole, make_machine(), Budget(device="1GiB"))
+    assert (plan.staging.update_slots, plan.staging.update_shard_elements) == (0, 3 << 20)
 
 
 def test_remedies_name_what_may_be_allowed_and_the_tier_that_is_short() -> None:
     profile = make_profile(3)
     keep = PlannerOptions(safety_margin=0.0, allow=frozenset({Action.KEEP}))
     refused = make_plan(profile, make_machine(), Budget(device=150 * MiB), options=keep)
-    assert refused.shortfall_bytes == ((Tier.DEVICE, 4 * MiB),)
+    assert refused.shortfall_bytes == ((Tier.DEVICE, 12 * MiB + 3 * 4096),)
     assert refused.remedies[0] == "allow recompute, recompute_except_attention, swap"
     assert "give an nvme budget, such as nvme='/mnt/fast:40GiB'" in refused.remedies
     forced = PlannerOptions(
@@ -112,9 +169,9 @@ def test_remedies_name_what_may_be_allowed_and_the_tier_that_is_short() -> None:
 
 def test_a_state_that_fits_nowhere_is_short_by_what_it_lacks() -> None:
     profile = make_profile(1, trainable=True)
-    # Without nvme: 100 + 20 + 6 state + 1 gradient + 10 saved + 4 transient.
+    # Without nvme: 100 + 20 + 6 state + 1 gradient and 8 pages + 1 input and a page + 10 saved + 4 transient.
     plan = make_plan(profile, make_machine(), Budget(device=131 * MiB), options=EXACT)
-    assert plan.shortfall_bytes == ((Tier.DEVICE, 10 * MiB),)
+    assert plan.shortfall_bytes == ((Tier.DEVICE, 11 * MiB + 9 * 4096),)
 
 
 @pytest.mark.usefixtures("solver_here")
@@ -203,7 +260,7 @@ def test_more_memory_bandwidth_or_capacity_is_never_slower() -> None:
     for name, values in (("device", (140, 160, 200)), ("nvme", (20, 50, 100)), ("rate", (200, 600, 2000))):
         times = [seconds(**{name: value}) for value in values]
         # Within the gap of the search; an exact optimum would be monotone.
-        assert all(b <= a * (1 + 1e-3) for a, b in itertools.pairwise(times)), (name, times)
+        assert all(b <= a * (1 + PlannerOptions().gap) for a, b in itertools.pairwise(times)), (name, times)
 
 
 SIZES = st.integers(0, 3 * MiB)
