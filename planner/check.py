@@ -181,7 +181,7 @@ def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Faul
 
 
 def _on_cpu(machine: Machine) -> bool:
-    return machine.device[:3] == "cpu"
+    return machine.device.startswith("cpu")
 
 
 def _staying_of_recompute(block: BlockProfile, decision: BlockDecision) -> list[int]:

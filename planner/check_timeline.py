@@ -31,7 +31,7 @@ def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iter
     events: Events = defaultdict(list)
     for event in sorted(plan.timeline, key=lambda e: (e.start_seconds, e.end_seconds)):
         events[event.name, event.resource].append(event)
-    yield from _passes(plan, profile, events)
+    yield from _passes(plan, profile, machine, events)
     for index in range(len(profile.blocks)):
         yield from _block(plan, profile, machine, events, index)
     yield from _units(plan, profile, machine, events)
@@ -54,10 +54,24 @@ def _one_thing_at_a_time(plan: Plan) -> Iterator[Fault]:
                 yield "OVERLAP", f"{resource}: {after.name} starts before {before.name} is over"
 
 
-def _passes(plan: Plan, profile: ModelProfile, events: Events) -> Iterator[Fault]:
-    """Forward in order, the loss, backward in reverse order, once per micro-batch, each long enough."""
+def _passes(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) -> Iterator[Fault]:
+    """Forward in order, the loss, backward in reverse order, once per micro-batch, each long enough.
+
+    On a CPU long enough includes the copies out of the heap: of what a block leaves for its backward, always;
+    of gradients that stay, in the first micro-batch.
+    """
+    copy = 1 / machine.dram_copy_bytes_per_second if machine.device.startswith("cpu") else 0.0
+    gradient: dict[str, float] = defaultdict(float)
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        if state.gradient_tier is Tier.DEVICE:
+            edge = "loss epilogue" if unit.name == "epilogue" else "backward prologue"
+            where = edge if unit.block is None else f"backward {profile.blocks[unit.block].name}"
+            gradient[where] += unit.gradient_bytes * copy
     sequence = [("forward prologue", profile.prologue_forward_seconds)]
-    sequence += [(f"forward {b.name}", b.forward_seconds) for b in profile.blocks]
+    sequence += [
+        (f"forward {b.name}", b.forward_seconds + copy * _left_behind(b, d))
+        for b, d in zip(profile.blocks, plan.blocks, strict=True)
+    ]
     sequence += [("loss epilogue", profile.epilogue_forward_seconds + profile.epilogue_backward_seconds)]
     sequence += [(f"backward {b.name}", b.backward_seconds) for b in reversed(profile.blocks)]
     sequence += [("backward prologue", profile.prologue_backward_seconds)]
@@ -75,7 +89,7 @@ def _passes(plan: Plan, profile: ModelProfile, events: Events) -> Iterator[Fault
                     "DEPENDENCY",
                     f"{name} of micro-batch {micro_batch} starts before what precedes it is over",
                 )
-            yield from _long_enough(event, least)
+            yield from _long_enough(event, least + (gradient[name] if micro_batch == 0 else 0.0))
             over = event.end_seconds
 
 
@@ -86,6 +100,15 @@ def _long_enough(event: Event, least: float) -> Iterator[Fault]:
             "DURATION",
             f"{event.name} takes {took:.9f} s on {event.resource}, at least {least:.9f} s are needed",
         )
+
+
+def _left_behind(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes that outlive a block's forward, wherever they are."""
+    if decision.action is Action.RECOMPUTE:
+        return block.input_bytes
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
+        return block.input_bytes + block.attention_bytes
+    return block.saved_bytes
 
 
 def _parts(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int]]:

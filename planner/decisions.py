@@ -300,6 +300,15 @@ def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     return sum(size for _, size in recompute_traffic(block, decision)) + sum(kept_parts(block, decision))
 
 
+def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
+    """What a block's second forward takes; 0 when there is none."""
+    if decision.action is Action.RECOMPUTE:
+        return block.forward_seconds
+    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
+        return max(0.0, block.forward_seconds - block.attention_seconds)
+    return 0.0
+
+
 def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
     """A CPU's slab for the gradients of ``unit`` that stay: every parameter's begins on a page."""
     if decision.gradient_tier is not Tier.DEVICE or not unit.gradient_bytes:

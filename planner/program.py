@@ -25,9 +25,10 @@ from memtrain.planner.decisions import (
     UPDATE_SLOTS,
     copied_bytes,
     gradient_slot_bytes,
+    recompute_seconds,
     unit_elements,
 )
-from memtrain.planner.profile import BlockProfile, UnitProfile
+from memtrain.planner.profile import UnitProfile
 from memtrain.planner.queues import mixed_fraction
 from memtrain.planner.simulate import MAX_PIECES
 
@@ -229,7 +230,7 @@ class Program(Choices):
         later: Expression | None = None
         for index in reversed(range(len(profile.blocks))):
             block = profile.blocks[index]
-            again = self.block_sum(index, _recompute_seconds)
+            again = self.block_sum(index, recompute_seconds)
             fetch = self.block_sum(index, lambda b, d: sum(s * self.cpu[w] for w, s in traffic(b, d)))
             over = self.time()
             self.add(over >= now + block.backward_seconds + again + fetch)
@@ -281,14 +282,6 @@ class Program(Choices):
 
 def _pieces(parts: float) -> int:
     return max(1, min(MAX_PIECES, math.ceil(parts)))
-
-
-def _recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
-    if decision.action is Action.RECOMPUTE:
-        return block.forward_seconds
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
-        return max(0.0, block.forward_seconds - block.attention_seconds)
-    return 0.0
 
 
 def _gradient_bytes_on(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:

@@ -17,7 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.decisions import Decisions, copied_bytes, recompute_traffic, unit_elements
+from memtrain.planner.decisions import (
+    Decisions,
+    copied_bytes,
+    recompute_seconds,
+    recompute_traffic,
+    unit_elements,
+)
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -201,10 +207,8 @@ class _Schedule:
         reads = present.get(index, ())
         fetch = sum(self._cpu[tier] * size for tier, size in self._parts(index)) if reads else 0.0
         if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
-            again = block.forward_seconds
-            if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
-                again = max(0.0, again - block.attention_seconds)
-            self._add(f"recompute {block.name}", COMPUTE, again + fetch, reads)
+            seconds = recompute_seconds(block, decision) + fetch
+            self._add(f"recompute {block.name}", COMPUTE, seconds, reads)
             reads, fetch = (), 0.0
         seconds = block.backward_seconds + self._gradient_copy(index, block.name, micro_batch) + fetch
         backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)

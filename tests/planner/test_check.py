@@ -13,17 +13,20 @@ from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
 from memtrain.planner.plan import BillLine, Event, Plan
 from memtrain.planner.solve import make_plan
+from memtrain.planner.units import MiB
 from tests.planner.toys import make_block, make_machine, make_profile
 
 # Five blocks are swapped and a ring has four slots at most: the first block is always read back.
-BLOCKS = tuple(make_block(index, recomputable=index != 3) for index in range(6))
+BLOCKS = tuple(make_block(index, recomputable=index != 3) for index in range(7))
 PROFILE = make_profile(block_profiles=BLOCKS, trainable=True, micro_batches=2)
-MACHINE = make_machine()
+MACHINE = make_machine(dram_copy_bytes_per_second=1e10)
 BUDGET = Budget(device="1GiB", nvme="/x:1GiB")
 FORCE = {
     "block": {"action": "swap"},
     "block.2": {"action": "recompute"},
+    "block.6": {"action": "keep"},
     "state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"},
+    "state.layers.6": {"gradient_tier": "device", "optimizer_tier": "nvme"},
 }
 
 
@@ -68,6 +71,11 @@ def quicker(plan: Plan, name: str) -> Plan:
     return replace(plan, timeline=events)
 
 
+def shorter(plan: Plan, name: str, by: float) -> Plan:
+    events = tuple(replace(e, end_seconds=e.end_seconds - by) if e.name == name else e for e in plan.timeline)
+    return replace(plan, timeline=events)
+
+
 def decided(plan: Plan, block: int, action: Action, tier: Tier = Tier.DEVICE) -> Plan:
     blocks = list(plan.blocks)
     blocks[block] = BlockDecision(block=block, action=action, saved_tier=tier)
@@ -88,6 +96,11 @@ def billed(plan: Plan, category: str, by: int) -> Plan:
     return replace(plan, bill=lines)
 
 
+def moved(plan: Plan, source: str, target: str) -> Plan:
+    """Sums stay right, lines do not."""
+    return billed(billed(plan, source, -4096), target, 4096)
+
+
 def peaked(plan: Plan, tier: Tier, by: int) -> Plan:
     return replace(plan, peaks=tuple((t, size + by * (t is tier)) for t, size in plan.peaks))
 
@@ -106,6 +119,33 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
     ("unaligned slot", Rule.STAGING, lambda p: staged(p, saved_slot_bytes=p.staging.saved_slot_bytes + 1)),
     ("two update slots", Rule.STAGING, lambda p: staged(p, update_slots=2)),
     ("no gradient ring", Rule.STAGING, lambda p: staged(p, gradient_slots=0)),
+    (
+        "small update slot",
+        Rule.STAGING,
+        lambda p: staged(p, update_slot_bytes=p.staging.update_slot_bytes - 4096),
+    ),
+    ("no shard", Rule.STAGING, lambda p: staged(p, update_shard_elements=0)),
+    ("small kept slot", Rule.STAGING, lambda p: staged(p, kept_slot_bytes=p.staging.kept_slot_bytes - 4096)),
+    ("no kept slot", Rule.STAGING, lambda p: staged(p, kept_slots=0)),
+    ("unaligned kept slot", Rule.STAGING, lambda p: staged(p, kept_slot_bytes=p.staging.kept_slot_bytes + 1)),
+    (
+        "small kept input slot",
+        Rule.STAGING,
+        lambda p: staged(p, kept_input_slot_bytes=p.staging.kept_input_slot_bytes - 4096),
+    ),
+    ("no kept input slot", Rule.STAGING, lambda p: staged(p, kept_input_slots=0)),
+    (
+        "small gradient slab",
+        Rule.STAGING,
+        lambda p: staged(p, gradient_slab_bytes=p.staging.gradient_slab_bytes - 4096),
+    ),
+    (
+        "unaligned gradient slab",
+        Rule.STAGING,
+        lambda p: staged(p, gradient_slab_bytes=p.staging.gradient_slab_bytes + 1),
+    ),
+    ("kept slab unbilled", Rule.BILL, lambda p: moved(p, "activations", "transients")),
+    ("gradient slab unbilled", Rule.BILL, lambda p: moved(p, "gradients", "transients")),
     ("bill", Rule.BILL, lambda p: billed(p, "transients", 1)),
     ("weights forgotten", Rule.BILL, lambda p: billed(p, "weights", -1)),
     ("device peak", Rule.DEVICE_PEAK, lambda p: peaked(billed(p, "activations", -4096), Tier.DEVICE, -4096)),
@@ -126,6 +166,10 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
     ("late recompute", Rule.DEPENDENCY, lambda p: shifted(p, "recompute layers.2", "compute", 0.05)),
     ("update early", Rule.DEPENDENCY, lambda p: shifted(p, "update layers.0", "compute", -0.2)),
     ("fast forward", Rule.DURATION, lambda p: quicker(p, "forward layers.0")),
+    # 10 MiB at 10 GB/s take 1.05 ms and 1 MiB 0.105 ms: what is taken away here is the copy.
+    ("kept without a copy", Rule.DURATION, lambda p: shorter(p, "forward layers.6", 0.001)),
+    ("input without a copy", Rule.DURATION, lambda p: shorter(p, "forward layers.2", 0.0001)),
+    ("gradient without a copy", Rule.DURATION, lambda p: shorter(p, "backward layers.6", 0.0001)),
     ("fast write", Rule.DURATION, lambda p: quicker(p, "write layers.0")),
     ("fast recompute", Rule.DURATION, lambda p: quicker(p, "recompute layers.2")),
     ("fast state", Rule.DURATION, lambda p: quicker(p, "read update layers.1")),
@@ -137,6 +181,19 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
 @pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_a_planted_fault_is_named(plan: Plan, rule: Rule, fault: Callable[[Plan], Plan]) -> None:
     assert rule in rules(fault(plan))
+
+
+def test_slabs_on_a_cuda_device_are_named() -> None:
+    cuda, options = make_machine(device="cuda:0"), PlannerOptions(allow=frozenset({Action.KEEP}))
+    plan = make_plan(PROFILE, cuda, Budget(device="1GiB"), options=options)
+    assert check(plan, PROFILE, cuda, BUDGET) == ()
+    for changes in (
+        {"kept_slots": 7, "kept_slot_bytes": 11 * MiB},
+        {"kept_input_slots": 1, "kept_input_slot_bytes": 4096},
+        {"gradient_slab_bytes": 8 * MiB},
+    ):
+        found = {v.rule for v in check(staged(plan, **changes), PROFILE, cuda, BUDGET)}
+        assert Rule.STAGING in found
 
 
 def test_a_smaller_budget_than_planned_for_is_named(plan: Plan) -> None:
