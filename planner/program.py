@@ -293,7 +293,7 @@ def solve_program(request: Request, schedule: UpdateSchedule, time_limit_seconds
     program = Program(request, schedule)
     solver = pulp.HiGHS(
         msg=False,
-        gapRel=request.options.gap / 2,
+        gapRel=request.options.gap,
         threads=1,
         timeLimit=time_limit_seconds,
         random_seed=1,
