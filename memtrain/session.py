@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.gradient_slab import GradientSlab
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
@@ -207,6 +208,7 @@ class Session:
                 optimizer, engine=self.engine, plan=plan, units=units, config=config
             )
             self._activations = ActivationExecutor(model, blocks, plan, self.engine)
+            self._gradient_slab = self._make_gradient_slab()
         except BaseException:
             self.engine.close()
             raise
@@ -216,6 +218,16 @@ class Session:
         self._hooks.append(self.optimizer.register_step_post_hook(self._note_step))
         self._prepared_peak_bytes = max(began_peak_bytes, resident.peak_bytes())
         self._phased = resident.reset_peak()
+
+    def _make_gradient_slab(self) -> GradientSlab | None:
+        if not self.plan.staging.gradient_slab_bytes:
+            return None
+        return GradientSlab(
+            index=self.optimizer.index,
+            tiers={decision.unit: decision.gradient_tier for decision in self.plan.states},
+            slab_bytes=self.plan.staging.gradient_slab_bytes,
+            before_overwrite=self.optimizer.ensure,
+        )
 
     # running ahead ----------------------------------------------------------------------------
 
@@ -327,6 +339,8 @@ class Session:
                 _set_use_cache(self.model, self._use_cache)
             if self._chunked_loss is not None:
                 self._chunked_loss.uninstall()
+            if self._gradient_slab is not None:
+                self._gradient_slab.close()
             try:
                 self.optimizer.close()
             finally:

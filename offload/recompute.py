@@ -296,5 +296,5 @@ def _dropout(func: Any, args: Any, kwargs: Any) -> float:
 def _differs(name: str, how: str) -> OffloadError:
     return OffloadError(
         f"{name}: computing the block again went another way than its forward ({how}); it depends on "
-        f"something beside its arguments and the random number generator, so recompute must be excluded for it"
+        f"something beside its arguments and the random number generator: exclude recompute for it"
     )

@@ -83,7 +83,7 @@ class StagedSlot:
     @property
     def aliased(self) -> bool:
         """Whether a tensor made from :meth:`view` still lives."""
-        return self._alias is not None and not self._alias.expired()
+        return self._alias is not None and not self._alias.expired()  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Wait for the transfer that still uses the memory."""
@@ -108,6 +108,11 @@ class SlotCache:
         self._ring = Ring(count, slot_bytes)
         self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
         self._lock = lock
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a slot is empty and nothing aliases it."""
+        return any(slot.occupant is None and not slot.aliased for slot in self._slots)
 
     def take(self, occupant: Occupant) -> StagedSlot:
         """A slot for ``occupant``, waiting for writes if need be.

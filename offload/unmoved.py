@@ -1,4 +1,4 @@
-"""Saved tensors that stay where they are: parameters, buffers, shared arguments, and what is too small to move.
+"""Saved tensors that stay where they are: parameters, buffers, shared arguments, what is too small to move.
 
 Autograd checks that a saved tensor was not changed in place, but not for tensors that pass through
 saved-tensor hooks: there the hooks must, or a training step goes on with the wrong value in silence.
@@ -55,8 +55,8 @@ class Unmoved:
         """The tensor. Raises SavedTensorModifiedError when it has been changed in place since."""
         if self.tensor._version != self.version:
             raise SavedTensorModifiedError(
-                f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place after "
-                f"forward had saved it (version {self.version}, now {self.tensor._version}); call backward "
+                f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place "
+                f"after forward had saved it (version {self.version}, now {self.tensor._version}); call backward "
                 f"before the change, or avoid the in-place operation"
             )
         return self.tensor

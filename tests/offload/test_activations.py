@@ -122,7 +122,9 @@ def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 
     return Plan(
         status="heuristic", blocks=tuple(decisions), states=(), update_schedule=UpdateSchedule.SEQUENTIAL,
         staging=Staging(
-            saved_slots=slots, saved_slot_bytes=slot_bytes, input_slots=slots, input_slot_bytes=slot_bytes
+            saved_slots=slots, saved_slot_bytes=slot_bytes, input_slots=slots, input_slot_bytes=slot_bytes,
+            kept_slots=DEPTH, kept_slot_bytes=slot_bytes, kept_input_slots=DEPTH,
+            kept_input_slot_bytes=slot_bytes,
         ),
         micro_batches=1, step_seconds=0.0, lower_bound_seconds=0.0, gap=0.0, solver="hand", bill=(), peaks=(),
         capacities=(), bytes_moved_per_step=0,
@@ -351,13 +353,28 @@ def test_block_that_depends_on_outside_state_raises() -> None:
         loss.backward()
 
 
-def test_removal_waits_for_backward(model: Net) -> None:
-    executor = executor_for(model, DECISIONS["swap"])
-    executor.install()
-    loss = model(batch())
-    with pytest.raises(OffloadError, match="backward has not run"):
+def test_backward_after_removal_raises(model: Net) -> None:
+    for name in ("swap", "recompute, input swapped"):
+        executor = executor_for(model, DECISIONS[name])
+        executor.install()
+        loss = model(batch())
         executor.remove()
-    loss.backward()
+        assert not executor._engine.nvme.live  # type: ignore[attr-defined]
+        with pytest.raises(OffloadError, match="session was closed"):
+            loss.backward()
+
+
+def test_more_graphs_than_kept_slots(model: Net) -> None:
+    """A second graph finds no slab and keeps its tensors as plain PyTorch does."""
+    torch.manual_seed(5)
+    plain = [model(batch(16)), model(batch(12))]
+    torch.manual_seed(5)
+    executor = executor_for(model, DECISIONS["keep"])
+    executor.install()
+    planned = [model(batch(16)), model(batch(12))]
+    for pair in zip(plain, planned, strict=True):
+        found = [torch.autograd.grad(loss, list(model.parameters())) for loss in pair]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     executor.remove()
 
 

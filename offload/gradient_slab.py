@@ -1,0 +1,103 @@
+"""A permanent place for gradients that stay in memory, where device and host are the same memory.
+
+Autograd allocates a gradient in the middle of a backward pass, between activations that die soon after,
+and it lives until the update. In glibc's heap that leaves holes which nothing fills: the process grows far
+beyond what is alive. So the first gradient of a parameter is copied into a slab and its own memory is free
+again at once; later micro-batches are added in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.shards import PAGE_BYTES, SMALL, FlatIndex
+from memtrain.offload.slab import Slab
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import round_up
+
+
+class GradientSlab:
+    """Moves the gradients of units whose tier is the device into one slab, as they are produced.
+
+    A gradient that somebody still refers to when the next one arrives keeps its memory; the new one then
+    stays where autograd put it.
+
+    Args:
+        index: the trainable parameters.
+        tiers: gradient tier of each unit; the others are left alone, and so are small parameters.
+        slab_bytes: what the plan reserved.
+        before_overwrite: called with the unit before a gradient's bytes are replaced.
+
+    Raises:
+        PlanMismatchError: the plan reserved less than the gradients take.
+    """
+
+    def __init__(
+        self,
+        *,
+        index: FlatIndex,
+        tiers: Mapping[str, Tier],
+        slab_bytes: int,
+        before_overwrite: Callable[[str], None],
+    ) -> None:
+        self._before_overwrite = before_overwrite
+        self._offsets: dict[str, int] = {}
+        self._views: dict[str, StorageWeakRef] = {}
+        used = 0
+        for name, parameter in index.parameters.items():
+            if tiers[index.unit_of[name]] is Tier.DEVICE and parameter.numel() >= SMALL:
+                self._offsets[name] = used
+                used += round_up(parameter.numel() * parameter.element_size(), PAGE_BYTES)
+        if used > slab_bytes:
+            raise PlanMismatchError(
+                f"gradients that stay in memory take {used} bytes, the plan reserved {slab_bytes}: "
+                f"plan again for this model"
+            )
+        self._slab = Slab(used) if used else None
+        self._bytes = self._slab.buffer.numpy() if self._slab is not None else None
+        self._hooks: list[Any] = [
+            index.parameters[name].register_post_accumulate_grad_hook(self._hook(name, index.unit_of[name]))
+            for name in self._offsets
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks. Gradients that lie in the slab keep it until they die."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._bytes = None
+        if self._slab is not None:
+            self._slab.close()
+            self._slab = None
+
+    def _hook(self, name: str, unit: str) -> Callable[[Tensor], None]:
+        @torch.no_grad()
+        def settle(parameter: Tensor) -> None:
+            gradient = parameter.grad
+            if gradient is None or type(gradient) is not Tensor or gradient.layout is not torch.strided:
+                return
+            before = self._views.get(name)
+            if before is not None and not before.expired():  # type: ignore[no-untyped-call]
+                if gradient.untyped_storage()._cdata == before.cdata:
+                    return
+                self._before_overwrite(unit)  # an update that waits is what most likely holds it
+                if not before.expired():  # type: ignore[no-untyped-call]
+                    return
+            parameter.grad = self._copy(name, gradient)
+
+        return settle
+
+    def _copy(self, name: str, gradient: Tensor) -> Tensor:
+        assert self._bytes is not None
+        view = torch.frombuffer(
+            self._bytes, dtype=gradient.dtype, count=gradient.numel(), offset=self._offsets[name]
+        ).view(gradient.shape)
+        view.copy_(gradient)
+        self._views[name] = StorageWeakRef(view.untyped_storage())  # type: ignore[no-untyped-call]
+        return view
