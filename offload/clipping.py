@@ -14,13 +14,14 @@ from torch import Tensor
 
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.gradients import OffloadedGradient
+from memtrain.offload.norms import float_norm
 from memtrain.offload.offloaded_grad import OffloadedGrad
 
 _CLIPPED = "_memtrain_clipped"
 
 
 def clip_float_norm_(grads: Sequence[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
-    """``clip_grad_norm_`` of the fp32 forms of ``grads``; the factor is left with each for ``clips_of``."""
+    """``clip_grad_norm_`` of the fp32 forms of ``grads``, with ``float_norm`` for each; the factor is left with each for ``clips_of``."""
     norms = [_float_norm(grad) for grad in grads]
     total = torch.linalg.vector_norm(torch.stack(norms), 2.0) if norms else torch.tensor(0.0)
     if error_if_nonfinite and not torch.isfinite(total):
@@ -64,17 +65,23 @@ def _float_norm(grad: Tensor) -> Tensor:
     """2-norm of the fp32 gradient, after earlier clippings."""
     clips = clips_of(grad)
     if not clips:
-        return torch.linalg.vector_norm(grad, 2.0, dtype=torch.float32)
+        return home_of(grad).float_norm() if isinstance(grad, OffloadedGrad) else float_norm(grad)
     wide = (grad.materialize() if isinstance(grad, OffloadedGrad) else grad.clone()).float()
     for factor in clips:
         wide.mul_(factor)
-    return torch.linalg.vector_norm(wide, 2.0)
+    return float_norm(wide)
+
+
+def home_of(grad: OffloadedGrad) -> OffloadedGradient:
+    """Where the gradient's bytes are. Raises OffloadError for a handle that is out of date."""
+    home = grad._live()
+    assert isinstance(home, OffloadedGradient)
+    return home
 
 
 def _version(grad: Tensor) -> tuple[Any, ...]:
     """Changes with every change of the gradient's values."""
     if isinstance(grad, OffloadedGrad):
-        home = grad._live()
-        assert isinstance(home, OffloadedGradient)
+        home = home_of(grad)
         return home.identity, home.value
     return (grad._version,)

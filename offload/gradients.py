@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError, UnsupportedGradientOperation
 from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad, Scaling
+from memtrain.offload.norms import NORM_CHUNK_ELEMENTS, float_norm
 from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
 from memtrain.offload.slab import Ring, Slot
 from memtrain.planner.actions import Tier
@@ -135,9 +136,17 @@ class OffloadedGradient:
             largest = self.value.scaled_largest()[0]
             return largest if dtype is None else largest.to(dtype)
         kept = self.value.norm
-        if kept is not None and not self.value.scalings and (dtype or own) == (self.owner.norm_dtype or own):
+        whole = self.owner.norm_dtype is None or self.parameter.numel() <= NORM_CHUNK_ELEMENTS
+        same = whole and (dtype or own) == (self.owner.norm_dtype or own)
+        if kept is not None and not self.value.scalings and same:
             return kept.clone()
         return torch.linalg.vector_norm(self.materialize(), order, dtype=dtype)
+
+    def float_norm(self) -> Tensor:
+        """``norms.float_norm`` of the real gradient; its bytes are read only where it was scaled since."""
+        if self.value.norm is not None and not self.value.scalings and self.owner.norm_dtype is torch.float32:
+            return self.value.norm.clone()
+        return float_norm(self.materialize())
 
     def materialize(self) -> Tensor:
         """An ordinary tensor with the gradient's values."""
@@ -156,7 +165,7 @@ class GradientStore:
         index: the parameters and their pieces.
         tiers: gradient tier of each unit. Small parameters stay in memory whatever it says.
         slots, slot_bytes: the ring, allocated here where any gradient leaves.
-        norm_dtype: of the 2-norm that is kept: float32 where clipping is done on fp32 gradients, None for the
+        norm_dtype: of the 2-norm that is kept: float32 (``norms.float_norm``) where clipping is done on fp32 gradients, None for the
             gradient's own dtype. The other is computed from the bytes when asked for.
         before_overwrite: called with the unit before a gradient's bytes are replaced.
 
@@ -304,7 +313,7 @@ class GradientStore:
         self._write(home, total)
 
     def _write(self, home: OffloadedGradient, gradient: Tensor) -> None:
-        norm = torch.linalg.vector_norm(gradient, 2.0, dtype=self.norm_dtype)
+        norm = torch.linalg.vector_norm(gradient, 2.0) if self.norm_dtype is None else float_norm(gradient)
         low, high = torch.aminmax(gradient)
         flat = gradient.reshape(-1)
         for chunk in home.chunks:
