@@ -182,16 +182,21 @@ def train_command(engine: str, **options: Any) -> list[str]:
     return command
 
 
-def child_environment(*, fixed_mmap_threshold: bool = False) -> dict[str, str]:
-    """The same for every engine: threads, the allocator's huge pages, no network, DeepSpeed on the CPU.
+def child_environment(engine: str, *, mimalloc: bool = False) -> dict[str, str]:
+    """Threads, allocator, no network, DeepSpeed on the CPU.
 
-    With ``fixed_mmap_threshold`` every block of 64 KiB or more is a mapping of its own and goes back to the
-    kernel when it is freed; glibc otherwise raises the threshold to 32 MiB and keeps what is below.
+    memtrain starts itself with mimalloc. The others get glibc with huge pages, the faster of its settings for
+    them, or with ``mimalloc`` the same allocator as memtrain, which lowers their memory too.
     """
-    fixed = ":glibc.malloc.mmap_threshold=65536:glibc.malloc.trim_threshold=131072"
+    from memtrain.malloc import mimalloc_library, tuned_environment
+
+    if engine == "memtrain" or mimalloc:
+        allocator = tuned_environment({}, mimalloc_library()) or {}
+    else:
+        allocator = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     return {
         "OMP_NUM_THREADS": "2",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1" + (fixed if fixed_mmap_threshold else ""),
+        **allocator,
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": str(ROOT),

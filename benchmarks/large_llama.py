@@ -141,7 +141,7 @@ def main() -> None:
         run = run_child(
             [*command, "--swap", swap],
             limit_bytes=LIMIT_BYTES,
-            environment=child_environment(),
+            environment=child_environment("memtrain"),
             timeout_seconds=TIMEOUT_SECONDS,
         )
     report = dict(run.require())

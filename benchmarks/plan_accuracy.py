@@ -32,7 +32,7 @@ def run(budget_bytes: int, swap: str, steps: int = STEPS) -> Any:
     """Train in a fresh process under ``budget_bytes``."""
     options = {"sequence": SEQUENCE, "micro_batches": MICRO_BATCHES, "steps": steps}
     command = train_command("memtrain", budget=budget_bytes, swap=swap, **options)
-    return run_child(command, environment=child_environment())
+    return run_child(command, environment=child_environment("memtrain"))
 
 
 def least_budget(swap: str) -> int:

@@ -90,14 +90,16 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--swap", default="/var/tmp", help="directory on a local disk")
     parser.add_argument(
-        "--fixed-mmap-threshold",
+        "--mimalloc",
         action="store_true",
-        help="glibc's threshold fixed at 64 KiB for all engines; nothing is published",
+        help="the peers get memtrain's allocator too; nothing is published",
     )
     args = parser.parse_args()
-    environment = child_environment(fixed_mmap_threshold=args.fixed_mmap_threshold)
     with tempfile.TemporaryDirectory(prefix="memtrain_bench_", dir=args.swap) as swap:
-        results = {engine: smallest(engine, swap, environment) for engine in args.engines}
+        results = {
+            engine: smallest(engine, swap, child_environment(engine, mimalloc=args.mimalloc))
+            for engine in args.engines
+        }
     rows = []
     for engine, result in results.items():
         report = result["report"]
@@ -113,7 +115,7 @@ def main() -> None:
         )
     header = ("engine", "finishes in (GiB)", "not in (GiB)", "VmHWM (GiB)", "step (s)", "last loss")
     text = table(header, rows)
-    if set(args.engines) != set(ENGINES) or args.fixed_mmap_threshold:
+    if set(args.engines) != set(ENGINES) or args.mimalloc:
         print(text)
         return
     ours = results["memtrain"]["smallest_bytes"]

@@ -41,7 +41,7 @@ def measure(engine: str, swap: str, **options: Any) -> dict[str, Any]:
     run = run_child(
         train_command(engine, budget=budget, swap=swap, **options),
         limit_bytes=LIMIT_BYTES if ours else None,
-        environment=child_environment(),
+        environment=child_environment(engine),
     )
     report = dict(run.require())
     print(

@@ -114,6 +114,8 @@ def prepare(
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
         )
     device = _device_of(model)
+    if device.type == "cpu":
+        resident.limit_heap()
     began_peak_bytes = resident.peak_bytes()
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:
@@ -245,7 +247,7 @@ class Session:
         # own tells that it is needed, so it is ready as soon as the blocks are done.
         self._hooks.append(self.model.register_forward_pre_hook(self._ensurer(before)))
         self._hooks.append(self._blocks[-1][1].register_forward_hook(self._ensurer(after)))
-        self._hooks.append(self.model.register_state_dict_pre_hook(lambda *_: self.flush()))
+        self._hooks.append(self.model.register_state_dict_pre_hook(self._flush_first))  # type: ignore[no-untyped-call]
         named_parameters = self.model.named_parameters
 
         def flushed(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
@@ -253,6 +255,9 @@ class Session:
             return named_parameters(*args, **kwargs)
 
         self.model.named_parameters = flushed  # type: ignore[method-assign]
+
+    def _flush_first(self, *_: Any) -> None:
+        self.flush()
 
     def _ensurer(self, names: Sequence[str]) -> Callable[..., None]:
         def ensure(*_: Any) -> None:
@@ -298,7 +303,7 @@ class Session:
     def report(self) -> str:
         """Prediction beside measurement, for people."""
         found = self.measure()
-        rows = [
+        rows: list[tuple[str, float, float, Callable[[float], str]]] = [
             ("peak", found["predicted_peak_bytes"], found["peak_bytes"], lambda v: format_gib(int(v))),
             ("step", found["predicted_step_seconds"], found["step_seconds"], lambda v: f"{v:.3f} s"),
         ]
@@ -311,7 +316,10 @@ class Session:
             lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
         lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
         for tier, statistics_ in self.engine.statistics().items():
-            lines.append(f"{tier.value}: {statistics_}")
+            lines.append(
+                f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
+                f"wrote {format_gib(statistics_.bytes_written)}"
+            )
         return "\n".join(lines)
 
     # ending -----------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ Exit codes: 0 trained, 1 a mistake in the recipe or a failure, 2 the budget cann
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from memtrain.malloc import restart_with_huge_pages
+    from memtrain.malloc import restart_with_allocator
 
-    restart_with_huge_pages()  # before torch is loaded, or it would be loaded twice
+    restart_with_allocator()  # before torch is loaded, or it would be loaded twice
 
 import argparse
 import math

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError, UnsupportedGradientOperation
-from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad, Scaling
 from memtrain.offload.norms import NORM_CHUNK_ELEMENTS, float_norm
+from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad, Scaling
 from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
 from memtrain.offload.slab import Ring, Slot
 from memtrain.planner.actions import Tier

@@ -52,7 +52,7 @@ class Program(Choices):
     def __init__(self, request: Request, schedule: UpdateSchedule) -> None:
         super().__init__(request, schedule)
         on_cpu = self.machine.on_cpu
-        self.cpu = {k.tier: k.cpu_seconds_per_byte / self.machine.cores * on_cpu for k in self.machine.links}
+        self.cpu = {k.tier: k.cpu_seconds_per_byte * on_cpu for k in self.machine.links}
         self.copy = on_cpu / self.machine.dram_copy_bytes_per_second
         self._objective()
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
+_HEAP_BLOCK_BYTES = 256 << 10  # 64 KiB to 1 MiB were tried: same peak within 1 %, fewer mappings than 64 KiB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,13 +80,43 @@ def reset_peak(clear_refs: Path = _CLEAR_REFS) -> bool:
 
 
 def trim() -> bool:
-    """Ask the C library to give freed memory back to the kernel.
+    """Ask the allocator to give freed memory back to the kernel.
 
     Returns:
-        True if it gave any back; False if not, or if the C library cannot (musl, macOS).
+        True if it was asked, or gave any back where it says so; False if not, or if it cannot (musl, macOS).
     """
-    try:
-        malloc_trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError):
+    collect = _c_function("mi_collect")
+    if collect is not None:
+        collect(True)
+        return True
+    malloc_trim = _c_function("malloc_trim")
+    return malloc_trim is not None and bool(malloc_trim(ctypes.c_size_t(0)))
+
+
+def limit_heap() -> bool:
+    """Make glibc serve every larger block by ``mmap`` and return it when it is freed, from now on.
+
+    Its heap otherwise keeps what was freed, in pieces that the next request of the same size does not fit: a
+    process grew to 1.6 GiB of which 1.17 were alive. The price is a page fault for every 4 KiB of every
+    temporary. Other allocators are left alone.
+
+    Returns:
+        True when glibc was limited.
+    """
+    mallopt = _c_function("mallopt")
+    if (
+        mallopt is None
+        or _c_function("mi_collect") is not None
+        or _c_function("gnu_get_libc_version") is None
+    ):
         return False
-    return bool(malloc_trim(ctypes.c_size_t(0)))
+    return bool(
+        mallopt(_M_MMAP_THRESHOLD, _HEAP_BLOCK_BYTES) and mallopt(_M_TRIM_THRESHOLD, 2 * _HEAP_BLOCK_BYTES)
+    )
+
+
+def _c_function(name: str) -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError):
+        return None

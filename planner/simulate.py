@@ -7,8 +7,9 @@ runs ahead of the forward is counted once.
 
 While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
 they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
-that starts or awaits it, divided by the cores, and so is the copy of what is kept, swapped or stored out of
-the heap. On a CUDA device neither is.
+that starts or awaits it, and so is the copy of what is kept, swapped or stored out of the heap. It is not
+divided by the cores: arithmetic is cut into equal parts, one a core, and the core that loses time to a
+transfer makes all others wait. On a CUDA device neither is added.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class _Schedule:
         self.profile, self.decisions = profile, decisions
         self.jobs: list[Job] = []
         on_cpu = machine.on_cpu
-        self._cpu = {k.tier: k.cpu_seconds_per_byte / machine.cores * on_cpu for k in machine.links}
+        self._cpu = {k.tier: k.cpu_seconds_per_byte * on_cpu for k in machine.links}
         self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
         staging = decisions.staging
         self._saved_ring = _Ring(staging.saved_slots)

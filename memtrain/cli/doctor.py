@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from memtrain.malloc import TUNABLE, environment_for_children
+from memtrain.malloc import environment_for_children
 from memtrain.memory import cgroup_limit, machine_memory
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import format_gib
@@ -141,4 +141,5 @@ def _uses(found: Findings, swap: Path | None) -> None:
     nvme = "no nvme" if swap is None else f"nvme in {swap.resolve()}"
     found.add("a budget may be", f"device up to {format_gib(free)} now, {nvme}")
     tuned = environment_for_children()
-    found.add("huge pages", f"{TUNABLE} will be set" if tuned else "left as the environment has them")
+    library = tuned.get("LD_PRELOAD")
+    found.add("allocator", f"mimalloc ({library})" if library else "glibc, large blocks by mmap: slower")

@@ -614,7 +614,9 @@ def test_accelerate_moves_nothing_and_trains_alike() -> None:
     def run(model: nn.Module, optimizer: Any) -> list[torch.Tensor]:
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         wrapped = accelerator.prepare(optimizer)
-        scheduler = accelerator.prepare(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+        scheduler = accelerator.prepare(
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        )
         norms = []
         for batch in batches(8):
             with accelerator.accumulate(model):

@@ -90,9 +90,9 @@ def test_back_pressure_of_two_slots_on_a_slow_link() -> None:
 
 def test_processor_time_of_transfers_is_added_on_a_cpu_only() -> None:
     costs = {"cpu_seconds_per_byte": 1e-9, "dram_copy_bytes_per_second": 1e9}
-    # Out: copy + half of 1e-9 s (two cores) for 3 blocks; in: half of 1e-9 for the one that is read.
+    # Out: 1e-9 s for the copy and 1e-9 for the transfer, for 3 blocks; in: 1e-9 for the one that is read.
     size = 10 * MiB
-    expected = 0.100 + 3 * size * 1.5e-9 + 1 * size * 0.5e-9
+    expected = 0.100 + 3 * size * 2e-9 + 1 * size * 1e-9
     assert run(make_profile(3), [SWAP] * 3, make_machine(**costs)).step_seconds == pytest.approx(expected)
     cuda = make_machine(Tier.NVME, device="cuda:0", **costs)
     assert run(make_profile(3), [SWAP] * 3, cuda).step_seconds == pytest.approx(0.100)
