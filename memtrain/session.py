@@ -12,6 +12,7 @@ The loop is an ordinary one. What the session adds to the model (hooks, wrapped 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,7 @@ def prepare(
     """
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise ValueError(
-            "the model has its own gradient checkpointing switched on, which memtrain's plan would work against: "
+            "the model has its own gradient checkpointing switched on, which would work against the plan: "
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
         )
     device = _device_of(model)
@@ -243,8 +244,8 @@ class Session:
         inside = {name for name, _ in self._blocks}
         before = [name for name, _ in units if name == "prologue"]
         after = [name for name, _ in units if name not in inside and name != "prologue"]
-        # A head may be used as a weight only (the chunked loss, F.linear with a tied table): no forward of its
-        # own tells that it is needed, so it is ready as soon as the blocks are done.
+        # A head may be used as a weight only (the chunked loss, F.linear with a tied table): no forward of
+        # its own tells that it is needed, so it is ready as soon as the blocks are done.
         self._hooks.append(self.model.register_forward_pre_hook(self._ensurer(before)))
         self._hooks.append(self._blocks[-1][1].register_forward_hook(self._ensurer(after)))
         self._hooks.append(self.model.register_state_dict_pre_hook(self._flush_first))  # type: ignore[no-untyped-call]
@@ -267,8 +268,11 @@ class Session:
         return ensure
 
     def flush(self) -> None:
-        """Finish an update that runs ahead of the next forward. Needed before weights are read through a
-        reference that was taken earlier; ``model.parameters()``, ``state_dict()`` and forward do it themselves."""
+        """Finish an update that runs ahead of the next forward.
+
+        Needed before weights are read through a reference that was taken earlier; ``model.parameters()``,
+        ``state_dict()`` and forward do it themselves.
+        """
         self.optimizer.flush()
 
     # measuring --------------------------------------------------------------------------------
@@ -280,8 +284,8 @@ class Session:
         """Predicted and measured peak and step time.
 
         ``peak_bytes`` is the device's peak since ``prepare`` returned; ``process_peak_bytes`` also covers
-        loading and profiling. ``step_seconds`` is the median distance between the ends of two steps, the first
-        left out; NaN before there is one.
+        loading and profiling. ``step_seconds`` is the median distance between the ends of two steps, the
+        first left out; NaN before there is one.
         """
         if self.machine.device.startswith("cuda"):
             peak = process = torch.cuda.max_memory_reserved()
@@ -289,7 +293,7 @@ class Session:
             peak = resident.peak_bytes()
             process = max(peak, self._prepared_peak_bytes)
         ends = self._step_ends[_WARM_UP_STEPS:]
-        seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        seconds = [b - a for a, b in itertools.pairwise(ends)]
         return {
             "predicted_peak_bytes": self.plan.peak(Tier.DEVICE),
             "peak_bytes": peak,

@@ -1,1 +1,1 @@
-"""Moves bytes between tiers: staging, stores, and the executors that obey a plan. Imports nothing by itself."""
+"""Moves bytes between tiers: staging, stores, the executors that obey a plan. Imports nothing by itself."""

@@ -21,7 +21,10 @@ _CLIPPED = "_memtrain_clipped"
 
 
 def clip_float_norm_(grads: Sequence[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
-    """``clip_grad_norm_`` of the fp32 forms of ``grads``, with ``float_norm`` for each; the factor is left with each for ``clips_of``."""
+    """``clip_grad_norm_`` of the fp32 forms of ``grads``, with ``float_norm`` for each.
+
+    The factor is left with each gradient for ``clips_of``.
+    """
     norms = [_float_norm(grad) for grad in grads]
     total = torch.linalg.vector_norm(torch.stack(norms), 2.0) if norms else torch.tensor(0.0)
     if error_if_nonfinite and not torch.isfinite(total):

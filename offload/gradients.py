@@ -165,8 +165,8 @@ class GradientStore:
         index: the parameters and their pieces.
         tiers: gradient tier of each unit. Small parameters stay in memory whatever it says.
         slots, slot_bytes: the ring, allocated here where any gradient leaves.
-        norm_dtype: of the 2-norm that is kept: float32 (``norms.float_norm``) where clipping is done on fp32 gradients, None for the
-            gradient's own dtype. The other is computed from the bytes when asked for.
+        norm_dtype: of the 2-norm that is kept: float32 (``norms.float_norm``) where clipping is done on fp32
+            gradients, None for the gradient's own dtype. The other is computed from the bytes when asked for.
         before_overwrite: called with the unit before a gradient's bytes are replaced.
 
     Raises:

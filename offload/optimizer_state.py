@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradients import Engine, Store, Ticket
 from memtrain.offload.shards import FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
 from memtrain.planner.actions import Tier
@@ -26,7 +26,7 @@ class OffloadedState(Tensor):
     """A state tensor in a ``state_dict``: shape and dtype now, the bytes when somebody uses it.
 
     Passing the dict on (as ``Accelerator.prepare`` does, with ``.to(device)`` on every tensor) moves nothing;
-    saving, copying or computing reads the state as it then is, one tensor at a time.
+    copying or computing reads the state as it then is, one tensor at a time; pickling is refused.
     """
 
     owner: StateOwner
@@ -51,7 +51,12 @@ class OffloadedState(Tensor):
         return f"OffloadedState({'/'.join(self.name_and_key)}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+        raise OffloadError(
+            f"pickling {self!r} would bring the optimizer's whole state back into memory: write it with "
+            f"memtrain.offload.snapshot.save_checkpoint, under Accelerate after "
+            f"memtrain.integrations.accelerate.stream_state(accelerator, session), or pickle copy.deepcopy() of "
+            f"the state dict where memory allows"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.materialize()

@@ -56,7 +56,7 @@ class Unmoved:
         if self.tensor._version != self.version:
             raise SavedTensorModifiedError(
                 f"a tensor of shape {tuple(self.tensor.shape)} that backward needs was changed in place "
-                f"after forward had saved it (version {self.version}, now {self.tensor._version}); call backward "
-                f"before the change, or avoid the in-place operation"
+                f"after forward had saved it (version {self.version}, now {self.tensor._version}); call "
+                f"backward before the change, or avoid the in-place operation"
             )
         return self.tensor

@@ -134,7 +134,7 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
             f"update shard of {elements} elements, the largest parameter has "
             f"{profile.largest_parameter_elements}",
         )
-    if any(s.optimizer_tier is not Tier.DEVICE for s in plan.states):
+    if any(Tier.DEVICE not in {s.optimizer_tier} & {s.gradient_tier} for s in plan.states):
         one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
         one += profile.update_workspace_bytes_per_element
         # Each piece of a shard (one per 64 Ki elements, and what is left over) puts its gradient, its

@@ -37,6 +37,7 @@ from memtrain.planner.decisions import (
     kept_slot_bytes,
     recompute_traffic,
     saved_slot_bytes,
+    streams_update,
     unit_elements,
     update_slot_bytes,
 )
@@ -116,11 +117,10 @@ class Choices:
         ]
         self.saved_ring = {n: self._binary(f"saved_slots_{n}") for n in (0, *RINGS)}
         self.input_ring = {n: self._binary(f"input_slots_{n}") for n in (0, *RINGS)}
-        streams = any(d.optimizer_tier is not Tier.DEVICE for row in self.space.states for d in row)
+        streams = any(streams_update(d) for row in self.space.states for d in row)
         shards = self.space.shards if streams else ()
         self.shard = {s: self._binary(f"shard_{s}") for s in sorted({0, *shards})}
         self.gradient_ring = self._binary("gradient_ring")
-        self.gradient_fed = self._binary("gradient_ring_feeds_update")
         for one_of in (
             *self.x,
             *self.z,
@@ -133,13 +133,10 @@ class Choices:
             self.add(self.swapped(index) <= 1 - self.saved_ring[0])
             self.add(self.moved(index) <= 1 - self.input_ring[0])
         for index in range(len(self.z)):
-            self.add(
-                self.unit_sum(index, lambda _, d: d.optimizer_tier is not Tier.DEVICE) <= 1 - self.shard[0]
-            )
+            self.add(self.unit_sum(index, lambda _, d: float(streams_update(d))) <= 1 - self.shard[0])
             self.add(
                 self.unit_sum(index, lambda _, d: d.gradient_tier is not Tier.DEVICE) <= self.gradient_ring
             )
-            self.add(self.unit_sum(index, _fed_by_gradient_ring) <= self.gradient_fed)
 
     def block_sum(self, index: int, value: Callable[[BlockProfile, BlockDecision], float]) -> Expression:
         """The value of whichever choice block ``index`` gets."""
@@ -311,7 +308,3 @@ def _block_pages(tier: Tier, block: BlockProfile, decision: BlockDecision) -> in
 def _unit_pages(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
     pages = round_up(unit.gradient_bytes, PAGE_BYTES) if decision.gradient_tier is tier else 0
     return pages + (round_up(unit.state_bytes, PAGE_BYTES) if decision.optimizer_tier is tier else 0)
-
-
-def _fed_by_gradient_ring(_: UnitProfile, decision: StateDecision) -> bool:
-    return decision.gradient_tier is not Tier.DEVICE and decision.optimizer_tier is Tier.DEVICE

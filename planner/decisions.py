@@ -319,6 +319,11 @@ def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: Stat
     return round_up(unit.gradient_bytes + PAGE_BYTES * count, PAGE_BYTES)
 
 
+def streams_update(decision: StateDecision) -> bool:
+    """Whether the unit's update passes through the update ring: state or gradients come from a tier."""
+    return decision.optimizer_tier is not Tier.DEVICE or decision.gradient_tier is not Tier.DEVICE
+
+
 def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
     """One slot of the update ring: state, gradient and workspace of one shard."""
     per_element = (
@@ -356,7 +361,7 @@ def staging_for(
         for unit, d in zip(profile.units, states, strict=True)
         if d.gradient_tier is not Tier.DEVICE
     ]
-    updates = any(d.optimizer_tier is not Tier.DEVICE for d in states)
+    updates = any(streams_update(d) for d in states)
     return Staging(
         saved_slots=min(saved_slots, len(saved)),
         saved_slot_bytes=max(saved, default=0),

@@ -129,7 +129,7 @@ class Program(Choices):
                     for p in self.profile.units
                 )
                 held += UPDATE_SLOTS * (largest / rate + 2 * link.latency_seconds) * chosen
-        return held + (self._gradient_piece() / rate + link.latency_seconds) * 2 * read * self.gradient_fed
+        return held
 
     def _gradient_piece(self) -> float:
         half = GRADIENT_SLOTS * gradient_slot_bytes(self.profile) // 2

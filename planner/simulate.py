@@ -305,19 +305,14 @@ class _Schedule:
             if unit.update_seconds:
                 self._add(f"update {unit.name}", COMPUTE, unit.update_seconds)
             return
-        ring = self._update_ring if streamed else self._gradient_ring
-        if streamed:
-            shard = self.decisions.staging.update_shard_elements
-            pieces = -(-unit_elements(self.profile, unit) // shard)
-        else:
-            pieces = -(-unit.gradient_bytes // self._gradient_piece)
-        pieces = max(1, min(MAX_PIECES, pieces))
+        shard = self.decisions.staging.update_shard_elements
+        pieces = max(1, min(MAX_PIECES, -(-unit_elements(self.profile, unit) // shard)))
         # Within this step the gradient's pieces must have been written; ahead, they were so a step ago.
         written = tuple(
             job for (name, _), job in self._gradient_written.items() if name == unit.name and after
         )
         for _ in range(pieces):
-            slot, free = ring.take()
+            slot, free = self._update_ring.take()
             fetched = tuple(
                 self._add(
                     f"read update {unit.name}", f"read:{tier.value}", size / pieces, (*free, *after, *written)
@@ -328,8 +323,8 @@ class _Schedule:
             if streamed:
                 seconds += unit.state_bytes * self._cpu[decision.optimizer_tier]
             step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, fetched)
-            ring.free_after[slot] = (step,)
+            self._update_ring.free_after[slot] = (step,)
             if streamed:
                 where = f"write:{decision.optimizer_tier.value}"
                 write = self._add(f"write update {unit.name}", where, unit.state_bytes / pieces, (step,))
-                ring.free_after[slot] = (write,)
+                self._update_ring.free_after[slot] = (write,)

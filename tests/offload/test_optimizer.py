@@ -424,7 +424,7 @@ def test_state_dict_moves_nothing_until_it_is_used() -> None:
             assert all(torch.equal(saved["state"][number][key], value) for key, value in state.items())
             assert isinstance(saved["state"][number]["exp_avg"], OffloadedState)
         file = io.BytesIO()
-        torch.save(saved, file)
+        torch.save(copy.deepcopy(saved), file)
         file.seek(0)
         plain.load_state_dict(torch.load(file))
 
@@ -638,3 +638,15 @@ def test_accelerate_moves_nothing_and_trains_alike() -> None:
         optimizer.flush()
         assert torch.equal(torch.stack(norms), torch.stack(expected))
         assert_equal_models(model, reference)
+
+
+def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
+    """A pickle of the state dict would bring the whole state back into memory without a word."""
+
+    class Owner:
+        def read_state(self, name: str, key: str) -> torch.Tensor:
+            raise AssertionError("read")
+
+    state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32)
+    with pytest.raises(OffloadError, match=r"weight/exp_avg.*save_checkpoint"):
+        torch.save({"state": state}, io.BytesIO())
