@@ -54,8 +54,8 @@ class OffloadedState(Tensor):
         raise OffloadError(
             f"pickling {self!r} would bring the optimizer's whole state back into memory: write it with "
             f"memtrain.offload.snapshot.save_checkpoint, under Accelerate after "
-            f"memtrain.integrations.accelerate.stream_state(accelerator, session), or pickle copy.deepcopy() of "
-            f"the state dict where memory allows"
+            f"memtrain.integrations.accelerate.stream_state(accelerator, session), or pickle a "
+            f"copy.deepcopy() of the state dict where memory allows"
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:

@@ -10,9 +10,9 @@ memtrain is three lines of it: the plugin, the Accelerator that takes it, and th
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from memtrain.malloc import restart_with_huge_pages
+    from memtrain.malloc import restart_with_allocator
 
-    restart_with_huge_pages()  # before torch is loaded, or it would be loaded twice
+    restart_with_allocator()  # before torch is loaded, or it would be loaded twice
 
 import argparse
 import itertools
