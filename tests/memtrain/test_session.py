@@ -1,0 +1,217 @@
+"""``prepare`` end to end: an ordinary loop is bit-equal to plain PyTorch, and ``close`` leaves no trace."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memtrain
+from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.optimizer import NonFiniteGradientError
+from memtrain.planner.actions import Tier
+from memtrain.planner.machine import Link, Machine
+
+WIDTH = 272  # 272 * 272 = 73,984 elements: enough to leave memory
+MACHINE = Machine(
+    name="test",
+    device="cpu",
+    cores=2,
+    dram_copy_bytes_per_second=5e9,
+    links=(
+        Link(
+            tier=Tier.NVME,
+            read_bytes_per_second=2e9,
+            write_bytes_per_second=2e9,
+            mixed_bytes_per_second=2e9,
+        ),
+    ),
+)
+EVERYTHING_AWAY = {
+    "block": {"action": "swap", "saved_tier": "nvme"},
+    "state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"},
+}
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.one = nn.Linear(WIDTH, WIDTH)
+        self.two = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + torch.dropout(self.two(torch.tanh(self.one(self.norm(hidden)))), 0.1, self.training)
+
+
+class Net(nn.Module):
+    """A tied table, blocks, and a head that is used as a weight only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(300, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 300, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.table(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        logits = nn.functional.linear(hidden, self.head.weight) + hidden @ self.table.weight.t()
+        return torch.logsumexp(logits, -1).mean()
+
+
+def tokens(step: int) -> torch.Tensor:
+    return torch.randint(0, 300, (4, 8), generator=torch.Generator().manual_seed(step))
+
+
+def build() -> tuple[Net, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = Net()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[Any]:
+    """An ordinary loop, which knows nothing of memtrain."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    found: list[Any] = []
+    for step in range(steps):
+        for micro in range(2):
+            loss = model(tokens(2 * step + micro))
+            (loss / 2).backward()
+            found.append(loss.item())
+        found.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return found
+
+
+def prepare(
+    model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path, **arguments: Any
+) -> memtrain.Session:
+    options = arguments.pop("options", memtrain.PlannerOptions(force=EVERYTHING_AWAY))
+    budget = arguments.pop("budget", memtrain.Budget(device="3GiB", nvme=f"{folder}:1GiB"))
+    return memtrain.prepare(
+        model,
+        optimizer,
+        (tokens(0),),
+        budget=budget,
+        micro_batches=2,
+        options=options,
+        machine=MACHINE,
+        **arguments,
+    )
+
+
+@pytest.fixture
+def plain() -> tuple[list[Any], dict[str, torch.Tensor]]:
+    model, optimizer = build()
+    torch.manual_seed(1)
+    found = loop(model, optimizer)
+    return found, model.state_dict()
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "ahead"])
+def test_an_ordinary_loop_is_bit_equal(
+    tmp_path: Path, plain: tuple[list[Any], dict[str, torch.Tensor]], schedule: str
+) -> None:
+    model, optimizer = build()
+    options = memtrain.PlannerOptions(force=EVERYTHING_AWAY, update_schedule=schedule)
+    with prepare(model, optimizer, tmp_path, options=options) as session:
+        torch.manual_seed(1)
+        assert loop(session.model, session.optimizer) == plain[0]
+        found = session.measure()
+        assert found["steps"] == 5
+        assert "predicted" in session.report()
+    assert all(torch.equal(value, plain[1][name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_read_by_name_wait_for_the_update(tmp_path: Path) -> None:
+    model, optimizer = build()
+    before = model.layers[2].two.weight.detach().clone()
+    options = memtrain.PlannerOptions(force=EVERYTHING_AWAY, update_schedule="ahead")
+    with prepare(model, optimizer, tmp_path, options=options) as session:
+        model(tokens(0)).backward()
+        session.optimizer.step()
+        held = model.layers[2].two.weight
+        assert torch.equal(held, before)  # pending, and nobody has asked
+        by_name = dict(model.named_parameters())["layers.2.two.weight"]
+        assert not torch.equal(by_name, before)
+
+
+def test_close_leaves_plain_pytorch(tmp_path: Path) -> None:
+    model, optimizer = build()
+    session = prepare(model, optimizer, tmp_path)
+    model(tokens(0)).backward()
+    session.close()
+    session.close()
+    assert "forward" not in model.layers[0].__dict__
+    assert "named_parameters" not in model.__dict__
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    gradients = [p.grad for p in model.parameters()]
+    assert all(type(gradient) is torch.Tensor for gradient in gradients)
+    loop(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
+
+
+def test_a_graph_that_outlives_the_session_says_so(tmp_path: Path) -> None:
+    model, optimizer = build()
+    with prepare(model, optimizer, tmp_path):
+        loss = model(tokens(0))
+    with pytest.raises(OffloadError, match="session was closed"):
+        loss.backward()
+
+
+def test_an_error_in_the_loop_is_not_hidden_by_closing(tmp_path: Path) -> None:
+    model, optimizer = build()
+    session = prepare(model, optimizer, tmp_path)
+
+    def fail() -> None:
+        with session:
+            loss = model(tokens(0))
+            loss.item() / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+
+def test_infeasible_budget_says_what_is_short(tmp_path: Path) -> None:
+    model, optimizer = build()
+    budget = memtrain.Budget(device="64MiB", nvme=f"{tmp_path}:1GiB")
+    with pytest.raises(memtrain.InfeasibleError, match="device by") as caught:
+        prepare(model, optimizer, tmp_path, budget=budget)
+    assert dict(caught.value.plan.shortfall_bytes)[Tier.DEVICE] > 0
+    assert caught.value.plan.remedies
+    assert "forward" not in model.layers[0].__dict__
+
+
+def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:
+    model, optimizer = build()
+    with prepare(model, optimizer, tmp_path) as session:
+        plan = session.plan
+    torch.manual_seed(0)
+    other = Net()
+    other.layers.append(Block())
+    with pytest.raises(PlanMismatchError, match="does not hold"):
+        prepare(other, torch.optim.AdamW(other.parameters()), tmp_path, plan=plan)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_gradients_raise_when_told_to(tmp_path: Path, value: float) -> None:
+    model, optimizer = build()
+    with prepare(model, optimizer, tmp_path, nonfinite="raise") as session:
+        (model(tokens(0)) * value).backward()
+        with pytest.raises(NonFiniteGradientError):
+            session.optimizer.step()
+
+
+def test_own_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
+    model, optimizer = build()
+    model.layers[0].gradient_checkpointing = True
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        prepare(model, optimizer, tmp_path)
