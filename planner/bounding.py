@@ -80,9 +80,8 @@ def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Ans
         return _answers(b"", search)
     # The request's class lives beside the solver's model; importing it here would load PuLP.
     fields = {name: getattr(search, name) for name in ("profile", "machine", "budget", "options", "space")}
-    root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([_package_root(root), os.environ.get("PYTHONPATH", "")])
+        "PYTHONPATH": os.pathsep.join([_package_root(), os.environ.get("PYTHONPATH", "")])
     }
     try:
         child = subprocess.run(
@@ -113,10 +112,9 @@ def _answers(text: bytes, search: Search) -> list[tuple[UpdateSchedule, Answer |
     return [(schedule, found.get(schedule)) for schedule in search.space.schedules]
 
 
-def _package_root(fallback: str) -> str:
-    import memtrain
-
-    return str(Path(memtrain.__file__).parents[1]) if memtrain.__file__ else fallback
+def _package_root() -> str:
+    """Where the package lies: above ``memtrain/planner``, by the name under which this was imported."""
+    return str(Path(__file__).absolute().parents[2])
 
 
 def solve_all(request: Request, deadline: float) -> Iterator[tuple[UpdateSchedule, Answer]]:
