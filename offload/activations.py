@@ -22,10 +22,11 @@ Rules that keep this exact, each the answer to a bug that other engines have had
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,13 +223,11 @@ class SavedGroup:
     def abandon(self) -> None:
         """The executor is being removed: what is saved is lost to a graph that still wants it."""
         with self._lock:
-            for ticket in (self._write, self._read):
-                if ticket is not None:
-                    ticket.wait()
-            if self._extent is not None:
-                self._executor.store(self.tier).free(self._extent)
+            self._executor.release(self)
+            if self._slot is not None:
+                self._slot.vacate()
             self._slot, self._extent, self._write, self._read = None, None, None, None
-            self._abandoned = True
+            self._sealed = self._abandoned = True
 
     def __del__(self) -> None:
         # The graph is done with the block (or was dropped): the slot and the extent go back.
@@ -326,7 +325,7 @@ class ActivationExecutor:
             group = self._open(cache, name, decision.saved_tier, _shared(args, kwargs))
             if group is None:
                 return forward(*args, **kwargs)
-            with torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
+            with _abandoned_on_error([group]), torch.autograd.graph.saved_tensors_hooks(group.pack, _unpack):
                 output = forward(*args, **kwargs)
             group.seal()
             return output
@@ -349,10 +348,11 @@ class ActivationExecutor:
             pack_attention=_pack_into(groups.get(decision.saved_tier)),
             unpack=_unpack,
         )
-        output = frame.forward()
-        for group in groups.values():
-            if group is not None:
-                group.seal()
+        opened = [group for group in groups.values() if group is not None]
+        with _abandoned_on_error(opened):
+            output = frame.forward()
+        for group in opened:
+            group.seal()
         return output
 
     def _open(
@@ -431,27 +431,49 @@ class ActivationExecutor:
         self.device.copy_in(slot.buffer[:used_bytes], target).wait()
         return target
 
+    def release(self, group: SavedGroup) -> None:
+        """Hand a group's extent over to the sweep."""
+        if group._extent is not None:
+            tickets = [ticket for ticket in (group._write, group._read) if ticket is not None]
+            self._retired.append((self.store(group.tier), group._extent, tickets))
+
     def retire(self, group: SavedGroup) -> None:
         """A group's graph is gone: its extent is free once no transfer uses it (slots hold groups weakly)."""
         with self.lock:
             self._groups.pop(group.sequence, None)
             if self._held[0] == group.sequence:
                 self.release_held()
-            if group._extent is not None:
-                tickets = [ticket for ticket in (group._write, group._read) if ticket is not None]
-                self._retired.append((self.store(group.tier), group._extent, tickets))
+            self.release(group)
 
     def _sweep(self, *, patient: bool = False) -> None:
+        """Free what dead groups left. Each is looked at once: a transfer that failed is reported once."""
         with self.lock:
-            waiting = []
-            for store, extent, tickets in self._retired:
-                if patient or all(ticket.done() for ticket in tickets):
-                    for ticket in tickets:
+            entries, self._retired = self._retired, []
+            over = []
+            for entry in entries:
+                done = patient or all(ticket.done() for ticket in entry[2])
+                (over if done else self._retired).append(entry)
+            failure: OffloadError | None = None
+            for store, extent, tickets in over:
+                for ticket in tickets:
+                    try:
                         ticket.wait()
-                    store.free(extent)
-                else:
-                    waiting.append((store, extent, tickets))
-            self._retired = waiting
+                    except OffloadError as error:
+                        failure = failure or error
+                store.free(extent)
+            if failure is not None:
+                raise failure
+
+
+@contextlib.contextmanager
+def _abandoned_on_error(groups: Sequence[SavedGroup]) -> Iterator[None]:
+    """A forward that raises has no backward: its slots go back, although the exception keeps frames alive."""
+    try:
+        yield
+    except BaseException:
+        for group in groups:
+            group.abandon()
+        raise
 
 
 def _pack_into(group: SavedGroup | None) -> Callable[[torch.Tensor], Any] | None:

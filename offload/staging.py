@@ -66,6 +66,10 @@ class StagedSlot:
         """Hand the slot over, weakly: the graph owns the group, not the cache."""
         self._occupant = weakref.ref(occupant)
 
+    def vacate(self) -> None:
+        """The occupant gives up what lies here; a pending transfer still holds the memory."""
+        self._occupant = None
+
     @property
     def buffer(self) -> torch.Tensor:
         """The slot's memory, uint8, page-aligned."""

@@ -49,7 +49,9 @@ class Unmoved:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Unmoved:
         """Remember ``tensor`` as it is now."""
-        return cls(tensor, tensor._version)
+        # Detached (the version is shared): a node that saves its own result would otherwise hold itself
+        # through us, a cycle that runs through C++ and that no collector sees.
+        return cls(tensor.detach(), tensor._version)
 
     def get(self) -> torch.Tensor:
         """The tensor. Raises SavedTensorModifiedError when it has been changed in place since."""

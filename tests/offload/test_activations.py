@@ -412,3 +412,73 @@ def test_gradient_that_is_a_saved_tensor_keeps_its_slot() -> None:
     model(tokens).backward()
     model(tokens)
     assert all(torch.equal(a, p.grad) for a, p in zip(plain, model.parameters(), strict=True))
+
+
+class Gate(nn.Module):
+    """A small result that its own backward needs: below a page, so it stays where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 1)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        return hidden + torch.sigmoid(self.gate(hidden)) * self.mix(hidden)
+
+
+@pytest.mark.parametrize("name", ["keep", "swap", "recompute"])
+def test_graphs_without_backward_leave_nothing(name: str) -> None:
+    model = Net(Gate)
+    executor = executor_for(model, DECISIONS[name])
+    executor.install()
+    for _ in range(3):
+        model(batch())
+        assert not executor._living()
+    executor.remove()
+
+
+def test_a_forward_that_raises_gives_its_slot_back() -> None:
+    class Failing(Block):
+        def forward(self, hidden: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+            super().forward(hidden, scale)
+            raise ZeroDivisionError
+
+    model = Net(Failing)
+    kept = []
+    for name in ("keep", "swap", "recompute, input swapped"):
+        executor = executor_for(model, DECISIONS[name])
+        executor.install()
+        for _ in range(DEPTH + 2):
+            with pytest.raises(ZeroDivisionError) as caught:
+                model(batch())
+            kept.append(caught.value)  # its traceback keeps the frames alive
+        executor.remove()
+
+
+def test_a_failed_write_is_reported_once(model: Net) -> None:
+    executor = executor_for(model, DECISIONS["swap"], slots=2)
+    executor.install()
+    store = executor._engine.nvme  # type: ignore[attr-defined]
+    real = store.write
+    failures = iter([OffloadError("injected")])
+
+    def write(extent: dict[str, Any], buffer: torch.Tensor) -> LatestTicket:
+        ticket = real(extent, buffer)
+        if failure := next(failures, None):
+            move = ticket._move
+
+            def fail() -> None:
+                assert move is not None
+                move()
+                raise failure
+
+            ticket._move = fail
+        return ticket
+
+    store.write = write
+    with pytest.raises(OffloadError, match="injected"):
+        model(batch())
+    for _ in range(3):
+        model(batch()).backward()
+    executor.remove()
+    assert not store.live
