@@ -26,7 +26,8 @@ class GradientSlab:
     """Moves the gradients of units whose tier is the device into one slab, as they are produced.
 
     A gradient that somebody still refers to when the next one arrives keeps its memory; the new one then
-    stays where autograd put it.
+    stays where autograd put it. So do gradients with a graph (``create_graph=True``) and windows of a larger
+    storage, such as views of a flat buffer that the user assigned.
 
     Args:
         index: the trainable parameters.
@@ -82,6 +83,8 @@ class GradientSlab:
             gradient = parameter.grad
             if gradient is None or type(gradient) is not Tensor or gradient.layout is not torch.strided:
                 return
+            if gradient.requires_grad or gradient.untyped_storage().nbytes() > gradient.nbytes:
+                return  # its graph, or the buffer that it is a window of, is somebody's
             before = self._views.get(name)
             if before is not None and not before.expired():  # type: ignore[no-untyped-call]
                 if gradient.untyped_storage()._cdata == before.cdata:

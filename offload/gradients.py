@@ -98,6 +98,8 @@ class OffloadedGradient:
     identity: int = 0
     """Counts gradients; accumulating keeps it, a new gradient raises it."""
     value: GradientValue = field(default_factory=GradientValue)
+    found_assigned: bool = False
+    """Whether the backward pass found an ordinary gradient to accumulate into: the user's own."""
 
     def accumulate(self, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
         """``grad += alpha * incoming``."""
@@ -213,6 +215,7 @@ class GradientStore:
         self._ring = Ring(slots, self._slot_bytes) if leaving else None
         self._exclusive = exclusive_fingerprints() if leaving else frozenset()
         for home in self.homes.values():
+            self._hooks.append(home.parameter.register_hook(_look_before(home)))
             self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
 
     def load(
@@ -288,6 +291,20 @@ class GradientStore:
                     f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the "
                     f"device; "
                     f"make it dense (sparse=False) or keep this unit's gradients on the device"
+                )
+            if gradient.requires_grad:
+                raise UnsupportedGradientOperation(
+                    f"the gradient of {home.name} has a graph of its own (backward with create_graph=True), "
+                    f"which would be lost with its bytes: call backward without create_graph, or use "
+                    f"torch.autograd.grad(..., create_graph=True), or keep this unit's gradients on the "
+                    f"device"
+                )
+            whole_bytes = gradient.untyped_storage().nbytes()
+            if home.found_assigned and whole_bytes > gradient.nbytes:
+                raise UnsupportedGradientOperation(
+                    f"the gradient of {home.name} was assigned before backward and is a window of "
+                    f"{gradient.nbytes} bytes of a storage of {whole_bytes} bytes, which would no longer see "
+                    f"it: set its grad to None before backward, or keep this unit's gradients on the device"
                 )
             self._before_overwrite(home.unit)
             self._write(home, gradient.detach())
@@ -372,6 +389,17 @@ class GradientStore:
             ticket.wait()
         finally:
             slot.release()
+
+
+def _look_before(home: OffloadedGradient) -> Callable[[Tensor], None]:
+    """Afterwards nothing tells a window that the user assigned from one that autograd made (backward of
+    ``cat`` hands out windows of one tensor, which nobody expects to be kept up to date)."""
+
+    def look(incoming: Tensor) -> None:
+        present = home.parameter.grad
+        home.found_assigned = present is not None and not isinstance(present, OffloadedGrad)
+
+    return look
 
 
 def _typed(slot: Slot, chunk: _Chunk, dtype: torch.dtype) -> Tensor:

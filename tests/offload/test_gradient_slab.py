@@ -69,6 +69,33 @@ def test_a_gradient_that_is_held_is_not_overwritten() -> None:
     assert torch.equal(held, value)
 
 
+def test_windows_of_a_flat_buffer_are_accumulated_into_as_by_pytorch() -> None:
+    model, index = make()
+    x = torch.randn(8, 300)
+    model(x).square().sum().backward()
+    expected = [2 * layer.weight.grad for layer in (model[0], model[2])]
+    model.zero_grad()
+    slab, _ = slab_for(index)
+    flat = torch.zeros(2, 300, 300)
+    model[0].weight.grad, model[2].weight.grad = flat[0], flat[1]
+    for _ in range(2):
+        model(x).square().sum().backward()
+    assert torch.equal(flat, torch.stack(expected))
+    assert address(model[0].weight.grad) == address(flat)
+    slab.close()
+
+
+def test_a_gradient_with_a_graph_keeps_it() -> None:
+    model, index = make()
+    slab, _ = slab_for(index)
+    weight = model[0].weight
+    weight.pow(3).sum().backward(create_graph=True)
+    assert weight.grad.requires_grad
+    (second,) = torch.autograd.grad(weight.grad.sum(), weight)
+    assert torch.equal(second, 6 * weight.detach())
+    slab.close()
+
+
 def test_other_tiers_are_left_alone() -> None:
     model, index = make()
     slab, _ = slab_for(index, Tier.NVME, slab_bytes=0)

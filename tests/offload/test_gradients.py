@@ -270,6 +270,46 @@ def test_sparse_gradients_are_refused(engine: Engine) -> None:
         embedding(torch.tensor([1])).sum().backward()
 
 
+def test_a_gradient_with_a_graph_is_refused(engine: Engine) -> None:
+    one, _, _ = pair(engine)
+    with pytest.raises(UnsupportedGradientOperation, match=r"gradient of p0 has a graph .*autograd\.grad"):
+        one.pow(2).sum().backward(create_graph=True)
+    one.grad = None
+    (gradient,) = torch.autograd.grad(one.pow(3).sum(), one, create_graph=True)
+    gradient.sum().backward()
+    assert torch.equal(one.grad.materialize(), 6 * one.detach())
+
+
+def test_a_window_of_a_flat_buffer_is_refused(engine: Engine) -> None:
+    """Plain PyTorch would accumulate into the buffer, and whoever reads the buffer expects that."""
+    one, _, _ = pair(engine)
+    flat = torch.zeros(2 * 77057)
+    one.grad = flat[77057:].view(307, 251)
+    with pytest.raises(
+        UnsupportedGradientOperation,
+        match=r"p0 was assigned .* window of 308228 bytes of .* 616456",
+    ):
+        produce(one, values(1))
+    one.grad = None
+    produce(one, values(1))
+    produce(one, values(2))
+    assert torch.equal(one.grad.materialize(), values(1) + values(2))
+
+
+def test_windows_that_autograd_makes_leave_as_any_gradient(engine: Engine) -> None:
+    a, b = nn.Parameter(values(0)), nn.Parameter(values(1))
+    x, y = nn.Parameter(values(0)), nn.Parameter(values(1))
+    sizes: list[int] = []
+    x.register_post_accumulate_grad_hook(lambda p: sizes.append(p.grad.untyped_storage().nbytes()))
+    store_for(engine, a, b)
+    for _ in range(2):
+        for left, right in ((a, b), (x, y)):
+            torch.cat([left, right]).pow(3).sum().backward()
+    assert sizes[0] == 2 * 308228  # the premise: one storage holds both gradients
+    assert torch.equal(a.grad.materialize(), x.grad)
+    assert torch.equal(b.grad.materialize(), y.grad)
+
+
 def test_stale_handles(engine: Engine) -> None:
     one, _, _ = pair(engine)
     produce(one, values(1))
