@@ -6,7 +6,7 @@ used: the factors are left with the narrow gradient until then.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,13 @@ def clips_of(grad: Tensor) -> tuple[Tensor, ...]:
             "before step()"
         )
     return tuple(factors)
+
+
+def forget_clips(parameters: Iterable[Tensor]) -> None:
+    """Remove the factors from gradients that outlive their step: cleared in place, or not at all."""
+    for parameter in parameters:
+        if parameter.grad is not None and hasattr(parameter.grad, _CLIPPED):
+            delattr(parameter.grad, _CLIPPED)
 
 
 def is_finite(grad: Tensor) -> bool:

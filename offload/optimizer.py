@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrain.offload.clipping import clip_float_norm_, is_finite
+from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradients import Engine, GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
@@ -94,6 +94,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._schedule = plan.update_schedule
         self._update: Update | None = None
         self._failure: BaseException | None = None
+        self.state_count = 0
+        """How often the state has changed: by steps and by loading."""
         self.last_step_skipped = False
         """Whether the latest ``step`` found non-finite gradients and did nothing."""
         self.layout = OptimizerLayout(
@@ -180,6 +182,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteGradientError: if so configured.
+            PlanMismatchError: a parameter that was frozen when the plan was made has a gradient now.
             OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint.
         """
         self.flush()
@@ -188,15 +191,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
-        self.last_step_skipped = self.config.nonfinite != "ignore" and self._refuse_nonfinite()
-        if not self.last_step_skipped:
-            self._begin()
+        self._refuse_unplanned()
+        try:
+            self.last_step_skipped = self.config.nonfinite != "ignore" and self._refuse_nonfinite()
+            if not self.last_step_skipped:
+                self._begin()
+        finally:
+            forget_clips(self._all_parameters())
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As PyTorch's; ``set_to_none=False`` first finishes an update that waits for gradients in memory."""
         if not set_to_none and self._update is not None and self._update.holds_tensors:
             self.flush()
+        forget_clips(self._all_parameters())
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -212,11 +220,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             parameters: order in which norms are summed; default: that of the parameter groups.
         """
         self.flush()
-        chosen = (
-            [p for group in self.param_groups for p in group["params"]]
-            if parameters is None
-            else list(parameters)
-        )
+        chosen = self._all_parameters() if parameters is None else list(parameters)
         if not self.config.master_weights:
             return torch.nn.utils.clip_grad_norm_(chosen, max_norm, error_if_nonfinite=error_if_nonfinite)
         grads = [p.grad for p in chosen if p.grad is not None]
@@ -284,10 +288,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.flush()
         if isinstance(tensors, Mapping):
             tensors = ((name, key, value) for (name, key), value in tensors.items())
-        self._access.load(tensors, scalars)
+        self._load(tensors, scalars)
 
     def state_dict(self) -> dict[str, Any]:
-        """In PyTorch's form. Offloaded tensors are handles: shape and dtype now, bytes when used."""
+        """In PyTorch's form. Offloaded tensors are handles: shape and dtype now, bytes when used, until the
+        next step. ``copy.deepcopy`` of it is a snapshot."""
         self.flush()
         numbers = self._numbers()
         groups = [
@@ -313,6 +318,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: other parameter groups.
+            StaleStateError: handles from before the latest step or loading.
             PlanMismatchError: state of another optimizer or precision.
         """
         self.flush()
@@ -340,13 +346,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             tensors = {tensor.key for tensor in self.layout.specs[name].tensors}
             entries += [(name, key, value) for key, value in state.items() if key in tensors]
             scalars[name] = {key: value for key, value in state.items() if key not in tensors}
+        for _, _, value in entries:
+            if isinstance(value, OffloadedState):
+                value.check_fresh()
         for old, new in zip(saved, self.param_groups, strict=True):
             new.update({key: value for key, value in old.items() if key != "params"})
         if self._all_ours(entries) and scalars.keys() == self._records.initialised:
             entries = []
             self._records.scalars = scalars
             return
-        self._access.load(entries, scalars)
+        self._load(entries, scalars)
 
     def close(self) -> None:
         """Finish what is pending, remove the hooks, and give tiers and memory back."""
@@ -393,6 +402,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         update = Update(self.layout, self._records, self.gradients)
+        self.state_count += 1
         now: list[Shard] = []
         for unit, shards in self.index.shards.items():
             work = [
@@ -411,6 +421,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         else:
             following = [shard for shards in update.waiting.values() for shard in shards]
             self._guarded(lambda: self._pipeline.prefetch(following))
+
+    def _refuse_unplanned(self) -> None:
+        """A parameter that was frozen when the plan was made has no place in it."""
+        planned = {id(parameter) for parameter in self.index.parameters.values()}
+        for parameter in self._all_parameters():
+            if parameter.grad is not None and id(parameter) not in planned:
+                name = self.layout.unplanned.get(id(parameter), f"number {self._numbers()[parameter]}")
+                raise PlanMismatchError(
+                    f"parameter {name} of shape {tuple(parameter.shape)} has a gradient but did not need one "
+                    f"when the plan was made, so it would never be updated: unfreeze it before planning, or "
+                    f"set requires_grad_(False) and grad to None"
+                )
 
     def _refuse_nonfinite(self) -> bool:
         """Whether to skip. Raises where told to."""
@@ -468,17 +490,27 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             slot.release()
 
     def _numbers(self) -> dict[Tensor, int]:
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        return {parameter: number for number, parameter in enumerate(parameters)}
+        return {parameter: number for number, parameter in enumerate(self._all_parameters())}
+
+    def _all_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _state_handles(self, name: str) -> dict[str, Any]:
         handles = {
             tensor.key: OffloadedState(
-                self, name, tensor.key, self._records.shape(name, tensor), tensor.dtype
+                self, name, tensor.key, self._records.shape(name, tensor), tensor.dtype, self.state_count
             )
             for tensor in self._records.tensors(name)
         }
         return {**self._records.scalars.get(name, {}), **handles}
+
+    def _load(
+        self, entries: Iterable[tuple[str, str, Any]], scalars: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        try:
+            self._access.load(entries, scalars)
+        finally:
+            self.state_count += 1  # afterwards: entries may themselves be handles
 
     def _all_ours(self, entries: list[tuple[str, str, Any]]) -> bool:
         return all(

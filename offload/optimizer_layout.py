@@ -46,6 +46,8 @@ class OptimizerLayout:
         self._master_weights = master_weights
         self.elementwise = self._find_elementwise() if elementwise is None else elementwise
         self.index = FlatIndex(units, shard_elements, whole_parameters=not self.elementwise)
+        self.unplanned = {id(p): name for _, members in units for name, p in members if not p.requires_grad}
+        """Names of parameters that were frozen when the plan was made, by ``id``: for messages."""
         self.group_of = self._match_groups()
         """Number of the parameter group, by parameter."""
         self.masters = frozenset(

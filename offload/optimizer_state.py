@@ -19,33 +19,59 @@ from memtrain.planner.actions import Tier
 class StateOwner(Protocol):
     """Who can bring a state tensor back: ``optimizer.OffloadedOptimizer``."""
 
+    state_count: int
+
     def read_state(self, name: str, key: str) -> Tensor: ...
+
+
+class StaleStateError(OffloadError):
+    """A handle on optimizer state that has been stepped or loaded since."""
 
 
 class OffloadedState(Tensor):
     """A state tensor in a ``state_dict``: shape and dtype now, the bytes when somebody uses it.
 
     Passing the dict on (as ``Accelerator.prepare`` does, with ``.to(device)`` on every tensor) moves nothing;
-    copying or computing reads the state as it then is, one tensor at a time; pickling is refused.
+    copying or computing reads the state, one tensor at a time; pickling is refused. Once the state has
+    changed the handle is stale: its bytes are gone, and the numbers beside it in its dict (``step``) belong
+    to them.
     """
 
     owner: StateOwner
     name_and_key: tuple[str, str]
+    state_count: int
+    """The owner's, when the handle was made."""
 
     @staticmethod
     def __new__(
-        cls, owner: StateOwner, name: str, key: str, shape: tuple[int, ...], dtype: torch.dtype
+        cls,
+        owner: StateOwner,
+        name: str,
+        key: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        state_count: int,
     ) -> OffloadedState:
         handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        handle.owner, handle.name_and_key = owner, (name, key)
+        handle.owner, handle.name_and_key, handle.state_count = owner, (name, key), state_count
         return handle
 
     def __init__(self, *args: Any) -> None:
         super().__init__()
 
     def materialize(self) -> Tensor:
-        """An ordinary tensor with the present values."""
+        """An ordinary tensor with the state's values. Raises StaleStateError."""
+        self.check_fresh()
         return self.owner.read_state(*self.name_and_key)
+
+    def check_fresh(self) -> None:
+        """Raise StaleStateError where the state has changed since the handle was made."""
+        if self.state_count != self.owner.state_count:
+            raise StaleStateError(
+                f"{self!r} was taken at change {self.state_count} of the optimizer's state, which has seen "
+                f"{self.owner.state_count} by now: call state_dict() again, or keep a snapshot with "
+                f"copy.deepcopy(optimizer.state_dict())"
+            )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OffloadedState({'/'.join(self.name_and_key)}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -69,7 +95,8 @@ class OffloadedState(Tensor):
     ) -> Any:
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             handle = args[0]
-            return cls(handle.owner, *handle.name_and_key, tuple(handle.shape), handle.dtype)
+            shape, dtype = tuple(handle.shape), handle.dtype
+            return cls(handle.owner, *handle.name_and_key, shape, dtype, handle.state_count)
         if func._schema.is_mutable and isinstance(args[0], OffloadedState):
             raise TypeError(
                 f"{func} would change the optimizer state {args[0]!r} in place: read it with materialize(), "

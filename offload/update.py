@@ -45,6 +45,8 @@ class Update:
             for name, parameter in layout.index.parameters.items()
             if parameter.grad is not None
         }
+        self._versions = {name: layout.index.parameters[name]._version for name in self.gradients}
+        """Of the weights, as ``step`` found them or as the shards stepped so far have left them."""
         self.waiting: dict[str, list[Shard]] = {}
         """Shards still to be stepped, by unit."""
         self._pieces_left = {name: len(layout.index.pieces[name]) for name in self.gradients}
@@ -76,7 +78,12 @@ class Update:
         return tickets
 
     def step(self, shard: Shard, slot: Tensor | None) -> None:
-        """Update the shard's weights, and its state in the slot (or in memory, without one)."""
+        """Update the shard's weights, and its state in the slot (or in memory, without one).
+
+        Raises:
+            OffloadError: weights or gradients were changed by somebody else since the update was asked for.
+        """
+        self._check_weights(shard)
         record = self._records.memory(shard, slot)
         groups: dict[int, dict[str, Any]] = {}
         state: dict[Tensor, dict[str, Any]] = {}
@@ -102,6 +109,16 @@ class Update:
             self._keep_state(piece, views, after.get(work, {}))
             if piece.name in self._layout.masters:
                 piece.weight().copy_(work)
+            self._versions[piece.name] = piece.parameter._version
+
+    def _check_weights(self, shard: Shard) -> None:
+        """A master would overwrite what somebody wrote into the weight; a step upon it would be another."""
+        for piece in shard.pieces:
+            if piece.name in self.gradients and piece.parameter._version != self._versions[piece.name]:
+                raise OffloadError(
+                    f"{piece.name} was changed in place while an update of it was pending: call flush() on "
+                    f"the session or the optimizer before changing weights"
+                )
 
     def _gradient(self, shard: Shard, piece: Piece, slot: Tensor | None, gradient: FoundGradient) -> Tensor:
         layout = self._layout.shards[shard]

@@ -18,7 +18,7 @@ from memtrain.offload.io import Direction, Fault, FaultyBackend, IORequest, Thre
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import NonFiniteGradientError, OffloadedOptimizer
 from memtrain.offload.optimizer_probe import UnsupportedOptimizerError
-from memtrain.offload.optimizer_state import OffloadedState
+from memtrain.offload.optimizer_state import OffloadedState, StaleStateError
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.plan import Staging
 from tests.offload.training import (
@@ -640,13 +640,144 @@ def test_accelerate_moves_nothing_and_trains_alike() -> None:
         assert_equal_models(model, reference)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_parameter_unfrozen_after_planning_is_refused_by_name(known: bool) -> None:
+    model = make_model()
+    with open_engine() as engine:
+        units = units_of(model)
+        if not known:
+            units[1] = ("block", [(n, p) for n, p in units[1][1] if p.requires_grad])
+        optimizer = OffloadedOptimizer(
+            OPTIMIZERS["adamw"](list(model.parameters())), engine=engine, plan=make_plan(), units=units
+        )
+        train(model, optimizer, steps=1)
+        model.frozen.weight.requires_grad_(True)
+        optimizer.step()  # unfrozen, but without a gradient: plain PyTorch does nothing either
+        model(batches(1)[0]).backward()
+        before = copy.deepcopy(model.state_dict())
+        # unused, embed, first (2), second (2) come before.
+        name = r"frozen\.weight" if known else "number 6"
+        with pytest.raises(
+            PlanMismatchError, match=rf"parameter {name} of shape \(101, 101\) has a gradient"
+        ):
+            optimizer.step()
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        model.frozen.weight.requires_grad_(False)
+        model.frozen.weight.grad = None
+        optimizer.step()
+        assert not torch.equal(before["second.weight"], model.second.weight)
+
+
+@pytest.mark.parametrize("gradient_tier", [Tier.HOST, Tier.DEVICE])
+@pytest.mark.parametrize("zero", ["optimizer zeros", "model zeros", "none"])
+def test_clipping_with_masters_where_gradients_survive_the_step(gradient_tier: Tier, zero: str) -> None:
+    model, reference = make_model(torch.bfloat16), make_model(torch.bfloat16)
+    masters = [p.detach().float() for p in trainable(reference)]
+    plain = OPTIMIZERS["adamw"](masters)
+    with open_engine() as engine:
+        optimizer = wrap(
+            model,
+            OPTIMIZERS["adamw"](trainable(model)),
+            engine,
+            make_plan(SEQUENTIAL, gradient_tier),
+            master_weights=True,
+        )
+        for batch in batches(3):
+            model(batch).backward()
+            reference(batch).backward()
+            for m, p in zip(masters, trainable(reference), strict=True):
+                m.grad = None if p.grad is None else p.grad.float()
+            assert torch.equal(optimizer.clip_grad_norm_(0.05), torch.nn.utils.clip_grad_norm_(masters, 0.05))
+            optimizer.step()
+            plain.step()
+            with torch.no_grad():
+                for m, p in zip(masters, trainable(reference), strict=True):
+                    p.copy_(m)
+            if zero != "none":
+                (optimizer if zero == "optimizer zeros" else model).zero_grad(set_to_none=False)
+                reference.zero_grad(set_to_none=False)
+        assert_equal_models(model, reference)
+
+
+def test_a_clip_ends_with_zero_grad_and_with_a_skipped_step() -> None:
+    model = make_model(torch.bfloat16)
+    with open_engine() as engine:
+        optimizer = wrap(
+            model, OPTIMIZERS["adamw"](trainable(model)), engine, master_weights=True, nonfinite="skip"
+        )
+        model(batches(1)[0]).backward()
+        norm = optimizer.clip_grad_norm_(0.05)
+        optimizer.zero_grad(set_to_none=False)
+        model(batches(1)[0]).backward()
+        assert torch.equal(optimizer.clip_grad_norm_(0.05), norm)
+        model.second.weight.grad.mul_(float("inf"))
+        optimizer.step()
+        assert optimizer.last_step_skipped
+        model.zero_grad(set_to_none=False)
+        model(batches(1)[0]).backward()
+        assert torch.equal(optimizer.clip_grad_norm_(0.05), norm)
+
+
+def test_an_old_state_dict_is_refused_and_a_copy_of_it_is_a_snapshot() -> None:
+    """Its ``step`` would be the old one, and its moments those of now."""
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD))
+        train(model, optimizer, steps=2)
+        saved = optimizer.state_dict()
+        snapshot = copy.deepcopy(saved)
+        optimizer.load_state_dict(saved)  # as Accelerator.prepare does, at once
+        optimizer.param_groups[0]["lr"] = 0.5
+        train(model, optimizer, steps=1)
+        stale = r"embed\.weight/exp_avg, .* change 2 of .* 3 by now: .*copy\.deepcopy\(optimizer\.state_dict"
+        with pytest.raises(StaleStateError, match=stale):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.5
+        assert optimizer.scalar_state()["embed.weight"]["step"] == 3
+        with pytest.raises(StaleStateError, match=stale):
+            copy.deepcopy(saved)
+        now = optimizer.state_dict()
+        optimizer.load_state_dict(snapshot)
+        assert optimizer.scalar_state()["embed.weight"]["step"] == 2
+        number = next(iter(snapshot["state"]))
+        assert torch.equal(
+            optimizer.read_state("embed.weight", "exp_avg"), snapshot["state"][number]["exp_avg"]
+        )
+        with pytest.raises(StaleStateError, match=r"change 3 of .* 4 by now"):
+            optimizer.load_state_dict(now)
+
+
+@pytest.mark.parametrize("master", [False, True])
+def test_a_weight_changed_under_an_update_is_refused(master: bool) -> None:
+    model = make_model(torch.bfloat16 if master else torch.float32)
+    with open_engine() as engine:
+        optimizer = wrap(
+            model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD), master_weights=master
+        )
+        train(model, optimizer, steps=1)
+        with torch.no_grad():
+            model.first.weight.mul_(0.5)  # nothing is pending
+        model(batches(1)[0]).backward()
+        optimizer.step()
+        optimizer.ensure("prologue")
+        with torch.no_grad():
+            model.embed.weight.mul_(0.5)  # its update is done
+            model.first.weight.mul_(0.5)
+        expected = model.first.weight.clone()
+        with pytest.raises(OffloadError, match=r"^first\.weight was changed in place .* call flush\(\)"):
+            optimizer.flush()
+        assert torch.equal(model.first.weight, expected)
+
+
 def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
     """A pickle of the state dict would bring the whole state back into memory without a word."""
 
     class Owner:
+        state_count = 0
+
         def read_state(self, name: str, key: str) -> torch.Tensor:
             raise AssertionError("read")
 
-    state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32)
+    state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32, 0)
     with pytest.raises(OffloadError, match=r"weight/exp_avg.*save_checkpoint"):
         torch.save({"state": state}, io.BytesIO())
