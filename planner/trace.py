@@ -15,6 +15,7 @@ incoming gradient and, where it is not saved, the block's input are transients.
 
 from __future__ import annotations
 
+import copy
 import gc
 import inspect
 import time
@@ -195,6 +196,7 @@ def profile_model(
     sample_batch: Any,
     *,
     optimizer: torch.optim.Optimizer,
+    elementwise: bool,
     micro_batches: int = 1,
     master_weights: bool = False,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
@@ -210,6 +212,7 @@ def profile_model(
         model: with its weights, on the device on which it will be trained.
         sample_batch: a mapping (``model(**batch)``), a tuple or list (``model(*batch)``) or one tensor.
         optimizer: over the model's parameters; a copy of its class is measured, it is not stepped.
+        elementwise: a step on a parameter equals, bit for bit, steps on flat pieces of it, in every group.
         micro_batches: forward-backward passes per optimizer step.
         master_weights: the optimizer updates fp32 copies of lower-precision weights.
         loss_fn: ``loss_fn(output, batch)``; None: ``output.loss``, or the sum of a tensor output.
@@ -246,7 +249,7 @@ def profile_model(
         state_bytes_per_element=step.state,
         gradient_bytes_per_element=max((float(p.element_size()) for p in trainable), default=0.0),
         largest_gradient_bytes=max((p.nbytes for p in trainable), default=0),
-        elementwise=step.elementwise,
+        elementwise=elementwise,
         largest_parameter_elements=max((p.numel() for p in trainable), default=0),
     )
 
@@ -601,12 +604,32 @@ class _Step:
     state: float
     workspace: float
     seconds: float
-    elementwise: bool
 
 
 def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -> _Step:
-    group = optimizer.param_groups[0]
-    model_dtype, device = group["params"][0].dtype, group["params"][0].device
+    """The largest figures over every kind of settings and parameters: groups may run different algorithms."""
+    kinds: dict[Any, _Step] = {}
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
+            kind = repr(settings), dtype, device
+            if kind not in kinds:
+                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights)
+    steps = kinds.values()
+    return _Step(
+        state=max(step.state for step in steps),
+        workspace=max(step.workspace for step in steps),
+        seconds=max(step.seconds for step in steps),
+    )
+
+
+def _measure_step(
+    optimizer: torch.optim.Optimizer,
+    settings: dict[str, Any],
+    model_dtype: torch.dtype,
+    device: torch.device,
+    master_weights: bool,
+) -> _Step:
     master_weights = master_weights and model_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if master_weights else model_dtype
     # A gradient of lower precision is widened within its slot, for which the slot holds its bytes twice.
@@ -614,7 +637,7 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
     weight = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=dtype, device=device)
     gradient = torch.randn(weight.shape, device=device).to(model_dtype)
     low = weight.to(model_dtype)
-    probe = _like(optimizer, weight)
+    probe = _like(optimizer, settings, weight)
     _step(probe, gradient.to(dtype))
     start = _clock(device)
     _step(probe, gradient.to(dtype))
@@ -630,16 +653,17 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
         # Whole pages: scalars such as the step count do not grow with the shard.
         workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS + widening,
         seconds=seconds / _PROBE_ELEMENTS,
-        elementwise=_is_elementwise(optimizer, dtype, device),
     )
 
 
-def _like(optimizer: torch.optim.Optimizer, weight: Tensor) -> torch.optim.Optimizer:
-    """The optimizer's class with its settings, over one tensor."""
+def _like(
+    optimizer: torch.optim.Optimizer, settings: dict[str, Any], weight: Tensor
+) -> torch.optim.Optimizer:
+    """The optimizer's class over one tensor, in a group with ``settings``."""
     accepted = inspect.signature(type(optimizer).__init__).parameters
-    group = optimizer.param_groups[0]
-    settings = {key: group[key] for key in optimizer.defaults if key in accepted}
-    return type(optimizer)([nn.Parameter(weight, requires_grad=True)], **settings)
+    own = copy.deepcopy(settings)
+    defaults = {key: own.get(key, value) for key, value in optimizer.defaults.items() if key in accepted}
+    return type(optimizer)([{**own, "params": [nn.Parameter(weight, requires_grad=True)]}], **defaults)
 
 
 def _step(probe: torch.optim.Optimizer, gradient: Tensor) -> None:
@@ -648,22 +672,6 @@ def _step(probe: torch.optim.Optimizer, gradient: Tensor) -> None:
         probe.step()
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{type(probe).__name__} cannot be measured by a plain step(): {error}") from error
-
-
-def _is_elementwise(optimizer: torch.optim.Optimizer, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether two steps over halves give, bit for bit, what they give over the whole."""
-    generator = torch.Generator().manual_seed(0)
-    whole, *gradients = (torch.randn(4096, generator=generator).to(device, dtype) for _ in range(3))
-    low, high = slice(2048), slice(2048, None)
-    halves = [whole[low].clone(), whole[high].clone()]
-    try:
-        for target, cut in ((whole, slice(None)), (halves[0], low), (halves[1], high)):
-            probe = _like(optimizer, target)
-            for gradient in gradients:
-                _step(probe, gradient[cut].clone())
-    except ValueError:
-        return False  # such as Muon, which takes matrices only
-    return torch.equal(whole, torch.cat(halves))
 
 
 def _units(

@@ -46,7 +46,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain(blocks: list[nn.Module] | None = None, **options: object):  # type: ignore[no-untyped-def]
     model = Plain(blocks or [Block() for _ in range(3)])
-    return profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), **options)
+    return profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), elementwise=True, **options)
 
 
 def test_bytes_of_a_plain_block() -> None:
@@ -85,22 +85,47 @@ def test_units_by_hand() -> None:
 def test_master_weights_add_four_bytes_an_element() -> None:
     model = Plain([Block(), Block()]).bfloat16()
     profile = profile_model(
-        model, torch.randn(ROWS, 8).bfloat16(), optimizer=adamw(model), master_weights=True
+        model, torch.randn(ROWS, 8).bfloat16(), optimizer=adamw(model), elementwise=True, master_weights=True
     )
     assert profile.state_bytes_per_element == 12
     assert profile.gradient_bytes_per_element == 2
     assert profile.update_workspace_bytes_per_element == 2  # the bf16 gradient's bytes again, to widen it
 
 
-def test_optimizers_that_mix_elements_are_known() -> None:
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_the_caller_says_whether_the_optimizer_is_elementwise(elementwise: bool) -> None:
     model = Plain([Block(), Block()])
-    adafactor = torch.optim.Adafactor(model.parameters())
-    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adafactor)
-    assert not profile.elementwise
     momentum = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=momentum)
-    assert profile.elementwise
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=momentum, elementwise=elementwise)
+    assert profile.elementwise is elementwise
     assert profile.state_bytes_per_element == 4
+
+
+def test_the_group_with_the_most_state_counts() -> None:
+    model = Plain([Block(), Block()])
+    first, rest = list(model.first.parameters()), list(model.blocks.parameters())
+    groups = [{"params": first}, {"params": rest, "momentum": 0.9}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, foreach=False)
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=optimizer, elementwise=True)
+    assert profile.state_bytes_per_element == 4
+    groups = [{"params": first}, {"params": rest, "weight_decay": 0.1}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, foreach=False)
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=optimizer, elementwise=True)
+    assert profile.state_bytes_per_element == 0
+    assert profile.update_workspace_bytes_per_element == 4  # gradient + weight_decay * weight
+
+
+def test_the_dtype_with_the_most_state_counts() -> None:
+    model = Plain([Block(), Block()])
+    model.register_parameter("wide", nn.Parameter(torch.zeros(1, dtype=torch.float64)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    profile = profile_model(
+        model,
+        torch.randn(ROWS, 8),
+        optimizer=optimizer,
+        elementwise=True,
+    )
+    assert profile.state_bytes_per_element == 8  # the fp64 parameter's momentum
 
 
 class InPlace(Block):
@@ -136,7 +161,7 @@ def test_what_may_not_be_recomputed(block: type[nn.Module], reason: str) -> None
 
 def test_dropout_is_recomputable_and_measured_in_training_mode() -> None:
     model = Plain([Block(dropout=0.5), Block(dropout=0.5)]).eval()
-    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model))
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), elementwise=True)
     assert profile.blocks[0].recomputable
     mask = profile.blocks[0].saved_bytes - (ROWS * WIDTH + ROWS * WIDE) * F32
     assert mask in (ROWS * WIDTH, ROWS * WIDTH * F32)  # bool or fp32, by torch's choice of kernel
@@ -166,7 +191,7 @@ def batch(tokens: int = 32) -> dict[str, Tensor]:
 
 def test_bytes_of_a_llama_block() -> None:
     model, tokens = llama(), 32
-    profile = profile_model(model, batch(tokens), optimizer=adamw(model))
+    profile = profile_model(model, batch(tokens), optimizer=adamw(model), elementwise=True)
     hidden, queries, keys, wide = 64, 64, 32, 96
     # Two norms: input, normalised (also the product's other factor is a parameter), output, and 1/rms.
     norms = 2 * (3 * hidden + 1)
@@ -181,7 +206,7 @@ def test_bytes_of_a_llama_block() -> None:
 
 def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> None:
     model = llama()
-    profile = profile_model(model, batch(), optimizer=adamw(model))
+    profile = profile_model(model, batch(), optimizer=adamw(model), elementwise=True)
     embedding = 128 * 64 * F32
     assert profile.persistent_backward_bytes == embedding
     assert profile.units[0].weight_bytes == embedding
@@ -189,7 +214,9 @@ def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> No
     assert profile.epilogue_peak_bytes >= profile.epilogue_saved_bytes > 0
     assert profile.prologue_peak_bytes >= embedding
     model = llama(tie_word_embeddings=False)
-    assert profile_model(model, batch(), optimizer=adamw(model)).persistent_backward_bytes == 0
+    assert (
+        profile_model(model, batch(), optimizer=adamw(model), elementwise=True).persistent_backward_bytes == 0
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "plain"])
@@ -211,7 +238,7 @@ def test_everything_is_left_as_it_was(kind: str) -> None:
     modes = [m.training for m in model.modules()]
     use_cache = getattr(getattr(model, "config", None), "use_cache", None)
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    profile = profile_model(model, sample, optimizer=optimizer)
+    profile = profile_model(model, sample, optimizer=optimizer, elementwise=True)
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert torch.equal(torch.get_rng_state(), state)
@@ -261,17 +288,17 @@ class Skipping(Plain):
 def test_blocks_that_are_no_chain_are_refused(kind: type[Plain], message: str) -> None:
     model = kind([Block(), Block()])
     with pytest.raises(BlocksNotFoundError, match=message):
-        profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model))
+        profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), elementwise=True)
 
 
 def test_no_loss_and_no_step_are_refused_by_name() -> None:
     model = llama()
     with pytest.raises(TypeError, match="labels"):
-        profile_model(model, {"input_ids": batch()["input_ids"]}, optimizer=adamw(model))
+        profile_model(model, {"input_ids": batch()["input_ids"]}, optimizer=adamw(model), elementwise=True)
     plain_model = Plain([Block(), Block()])
     lbfgs = torch.optim.LBFGS(plain_model.parameters())
     with pytest.raises(ValueError, match="LBFGS"):
-        profile_model(plain_model, torch.randn(ROWS, 8), optimizer=lbfgs)
+        profile_model(plain_model, torch.randn(ROWS, 8), optimizer=lbfgs, elementwise=True)
 
 
 def test_a_loss_function_is_used() -> None:
@@ -281,6 +308,7 @@ def test_a_loss_function_is_used() -> None:
         model,
         [torch.randn(ROWS, 8)],
         optimizer=adamw(model),
+        elementwise=True,
         loss_fn=lambda output, _: (output - target).square().mean(),
         micro_batches=3,
     )
