@@ -20,6 +20,7 @@ import gc
 import inspect
 import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -204,7 +205,8 @@ def profile_model(
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
-    Parameters, gradients, buffers, modes and random numbers are left as they were found. An evaluating
+    Parameters, gradients, buffers, modes and random numbers are left as they were found, and hooks on
+    parameters do not fire. An evaluating
     model is measured in training mode, and a Hugging Face model without its key-value cache, as it must be
     trained.
 
@@ -291,6 +293,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
         for parameter, _ in gradients:
             parameter.grad = None
             if parameter.requires_grad and parameter.is_leaf:
+                stack.enter_context(_own_hooks_silent(parameter))
                 stack.enter_context(_gradient_hook(parameter, _drop))
         try:
             if not model.training:
@@ -309,6 +312,20 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):
                         buffer.copy_(value)
+
+
+@contextmanager
+def _own_hooks_silent(parameter: Tensor) -> Iterator[None]:
+    """The user's hooks on a parameter, such as an optimizer in backward, would change weights."""
+    found: Any = parameter
+    before = found._backward_hooks, found._post_accumulate_grad_hooks
+    # Empty dictionaries: None would leave the hooks after accumulation in force.
+    found._backward_hooks, found._post_accumulate_grad_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        # The very dictionaries, to which the handles that remove the hooks refer.
+        found._backward_hooks, found._post_accumulate_grad_hooks = before
 
 
 def _gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -251,6 +251,23 @@ def test_everything_is_left_as_it_was(kind: str) -> None:
     assert all(b.recomputable for b in profile.blocks) is (kind != "plain")
 
 
+def test_parameter_hooks_of_the_user_wait_until_the_model_is_measured() -> None:
+    model, fired = Plain([Block(), Block()]), []
+    weight = model.first.weight
+    after = weight.register_post_accumulate_grad_hook(lambda _: fired.append("after"))
+    weight.register_hook(lambda _: fired.append("gradient"))
+    sample = torch.randn(ROWS, 8)
+    profile_model(model, sample, optimizer=adamw(model), elementwise=True)
+    assert fired == []
+    model(sample).sum().backward()
+    assert fired == ["gradient", "after"]
+    after.remove()
+    model(sample).sum().backward()
+    assert fired == ["gradient", "after", "gradient"]
+    assert model.last.weight._backward_hooks is None
+    assert model.last.weight._post_accumulate_grad_hooks is None
+
+
 def test_finding_blocks() -> None:
     model = Plain([Block(), Block()])
     assert [name for name, _ in find_blocks(model)] == ["blocks.0", "blocks.1"]
