@@ -136,6 +136,27 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now_bytes -= self._born.pop(ref)
 
 
+class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """For every storage that an operator is given, the stage of the model at which that first happened.
+
+    A stage is the index of the block that runs or ran last: -1 before the first block, and the number of
+    blocks once the last one has returned.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.stage = -1
+        self.first: dict[int, int] = {}
+
+    def note(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            self.first.setdefault(_storage(tensor), self.stage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.note(_tensors((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class _Call:
     """What a block is given, its hidden state taken out."""
@@ -182,7 +203,7 @@ def _first(output: Any) -> Tensor:
 
 @dataclass
 class _Trace:
-    """Of one model: what its blocks are given, and which parameters stand before them."""
+    """Of one model: what its blocks are given, and which parameters may be read before them."""
 
     calls: list[_Call] = field(default_factory=list)
     first_input: Tensor | None = None
@@ -338,7 +359,15 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callable[[], Tensor]) -> _Trace:
-    """Run the whole model once without gradients and note what each block is given."""
+    """Run the whole model once without gradients and note what each block is given, and what is early.
+
+    A parameter is early when it is read, or its module runs, before the stage at which its unit is sure to
+    be up to date: its first block's, or the end of the last block. A weight need not be read by its module
+    (a slice of a table, a head used by the loss), so the operators' arguments are watched; modules are noted
+    too, for kernels that no operator shows. What is never read outside the blocks may be read first for
+    another batch, and counts as early.
+    """
+    reads = _FirstReads()
     trace = _Trace(parameters=[p for p in model.parameters() if p.requires_grad])
     order = {id(block): index for index, (_, block) in enumerate(blocks)}
 
@@ -355,15 +384,17 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
             )
         if index == 0:
             trace.first_input = hidden.detach()
+        reads.stage = index
         trace.calls.append(call)
 
     def after_block(block: nn.Module, args: Any, output: Any) -> None:
         trace.last_output = _first(output).detach()
         trace.calls[-1].rest = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
+        if len(trace.calls) == len(blocks):
+            reads.stage = len(blocks)
 
     def before_other(module: nn.Module, args: Any) -> None:
-        if not trace.calls:
-            trace.early.update(id(p) for p in module.parameters(recurse=False))
+        reads.note(list(module.parameters(recurse=False)))
 
     with ExitStack() as stack:
         for _, block in blocks:
@@ -371,11 +402,20 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
             stack.enter_context(block.register_forward_hook(after_block))
         for module in model.modules():
             stack.enter_context(module.register_forward_pre_hook(before_other))
-        with torch.no_grad():
+        with torch.no_grad(), reads:
             run()
     if len(trace.calls) != len(blocks):
         raise BlocksNotFoundError(f"{blocks[len(trace.calls)][0]} did not run: the model skips it")
     trace.last_output = None
+    inside: dict[int, int] = {}
+    for index, (_, block) in enumerate(blocks):
+        for parameter in block.parameters():
+            inside.setdefault(id(parameter), index)
+    for parameter in model.parameters():
+        ready = inside.get(id(parameter), len(blocks))
+        unread = ready if id(parameter) in inside else -1
+        if reads.first.get(_storage(parameter), unread) < ready:
+            trace.early.add(id(parameter))
     return trace
 
 

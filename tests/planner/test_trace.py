@@ -219,6 +219,44 @@ def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> No
     )
 
 
+class Positioned(Plain):
+    """Reads weights without calling their modules, before and after the blocks; ``spare`` is never read."""
+
+    def __init__(self) -> None:
+        super().__init__([Block(), Block()])
+        self.position, self.spare = nn.Embedding(2 * ROWS, WIDTH), nn.Linear(2, 2)
+        self.blocks[1].offset = nn.Embedding(ROWS, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) + self.position.weight[:ROWS] + self.blocks[1].offset.weight
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.linear(x, self.last.weight, self.last.bias)
+
+
+def test_a_weight_read_before_the_blocks_belongs_to_the_prologue_whoever_reads_it() -> None:
+    model = Positioned()
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), elementwise=True)
+    inner = {f"blocks.1.{name}.{kind}" for name in ("up", "down") for kind in ("weight", "bias")}
+    assert set(profile.units[0].parameters) == {
+        *("first.weight", "first.bias", "position.weight", "blocks.1.offset.weight"),
+        *("spare.weight", "spare.bias"),
+    }
+    assert set(profile.units[2].parameters) == inner
+    assert profile.units[3].parameters == ("last.weight", "last.bias")
+
+
+def test_a_head_read_first_as_a_table_belongs_to_the_prologue() -> None:
+    class Tied(Plain):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.last.weight[0, :8])
+
+    model = Tied([Block(), Block()])
+    profile = profile_model(model, torch.randn(ROWS, 8), optimizer=adamw(model), elementwise=True)
+    assert "last.weight" in profile.units[0].parameters
+    assert profile.units[-1].parameters == ("last.bias",)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "plain"])
 def test_everything_is_left_as_it_was(kind: str) -> None:
     sample: object = batch()
