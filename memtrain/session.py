@@ -15,14 +15,14 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.engine import Engine, open_engine
@@ -31,6 +31,7 @@ from memtrain.offload.gradient_slab import GradientSlab
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
+from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.shards import Unit
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.planner import resident
@@ -43,6 +44,7 @@ from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import find_blocks, profile_model
 from memtrain.planner.units import format_gib
+from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never fill an arena to the last page
 _WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
@@ -85,7 +87,7 @@ def prepare(
 
     Args:
         model: any Hugging Face causal LM with repeated blocks, or an ``nn.Module`` with repeated blocks; its
-            weights are on the device it is to be trained on.
+            weights are on the CPU.
         optimizer: over the model's parameters; state that it already has is taken over.
         sample_batch: the largest batch that will be used: a mapping (``model(**batch)``), a tuple
             (``model(*batch)``) or a tensor.
@@ -115,8 +117,7 @@ def prepare(
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
         )
     device = _device_of(model)
-    if device.type == "cpu":
-        resident.limit_heap()
+    resident.limit_heap()
     began_peak_bytes = resident.peak_bytes()
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:
@@ -124,10 +125,15 @@ def prepare(
             machine = measure_machine(
                 budget.nvme_directory if budget.nvme_bytes else None, device=str(device)
             )
+        work = torch.float32 if master_weights else None
         profile = profile_model(
             model,
             sample_batch,
             optimizer=optimizer,
+            elementwise=all(
+                is_elementwise(optimizer, group, work or group["params"][0].dtype)
+                for group in optimizer.param_groups
+            ),
             micro_batches=micro_batches,
             master_weights=master_weights,
             loss_fn=loss_fn,
@@ -194,37 +200,51 @@ class Session:
         self.profile = profile
         self.machine = machine
         self.budget = budget
-        self._blocks = list(blocks)
-        self._chunked_loss = chunked_loss
         self._step_ends: list[float] = []
-        self._hooks: list[RemovableHandle] = []
-        self._use_cache = _set_use_cache(model, False)
-        self._closed = False
+        self._undo = ExitStack()
+        """How to take away what is installed below, in reverse; also when installing fails half-way."""
+        with self._undo:
+            self._install(optimizer, config, blocks, chunked_loss)
+            self._undo = self._undo.pop_all()
+        self._prepared_peak_bytes = max(began_peak_bytes, resident.peak_bytes())
+        resident.reset_peak()
+
+    def _install(
+        self,
+        optimizer: torch.optim.Optimizer,
+        config: OptimizerConfig,
+        blocks: Sequence[tuple[str, nn.Module]],
+        chunked_loss: ChunkedLossHandle | None,
+    ) -> None:
+        model, plan, budget = self.model, self.plan, self.budget
+        undo = self._undo.callback
+        undo(_set_use_cache, model, _set_use_cache(model, False))
+        if chunked_loss is not None:
+            undo(chunked_loss.uninstall)
         resident.trim()
         planned = int(plan.peak(Tier.NVME) * _ARENA_ALLOWANCE)
         self.engine: Engine = open_engine(
-            budget, machine.device, nvme_bytes=min(planned, budget.nvme_bytes) if budget.nvme_bytes else None
+            budget,
+            self.machine.device,
+            nvme_bytes=min(planned, budget.nvme_bytes) if budget.nvme_bytes else None,
         )
-        try:
-            units = _units(model, profile)
-            self.optimizer = OffloadedOptimizer(
-                optimizer, engine=self.engine, plan=plan, units=units, config=config
-            )
-            self._activations = ActivationExecutor(model, blocks, plan, self.engine)
-            self._gradient_slab = self._make_gradient_slab()
-        except BaseException:
-            self.engine.close()
-            raise
+        undo(self.engine.close)
+        self._activations = ActivationExecutor(model, blocks, plan, self.engine)
+        units = _units(model, self.profile)
+        self.optimizer = OffloadedOptimizer(
+            optimizer, engine=self.engine, plan=plan, units=units, config=config
+        )
+        undo(self.optimizer.close)
+        undo(self._bring_gradients_back)
+        if plan.staging.gradient_slab_bytes:
+            undo(self._make_gradient_slab().close)
         self._activations.install()
+        undo(self._activations.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
-            self._guard_weights(units)
-        self._hooks.append(self.optimizer.register_step_post_hook(self._note_step))
-        self._prepared_peak_bytes = max(began_peak_bytes, resident.peak_bytes())
-        self._phased = resident.reset_peak()
+            undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
+        undo(self.optimizer.register_step_post_hook(self._note_step).remove)
 
-    def _make_gradient_slab(self) -> GradientSlab | None:
-        if not self.plan.staging.gradient_slab_bytes:
-            return None
+    def _make_gradient_slab(self) -> GradientSlab:
         return GradientSlab(
             index=self.optimizer.index,
             tiers={decision.unit: decision.gradient_tier for decision in self.plan.states},
@@ -232,46 +252,11 @@ class Session:
             before_overwrite=self.optimizer.ensure,
         )
 
-    # running ahead ----------------------------------------------------------------------------
-
-    def _guard_weights(self, units: Sequence[Unit]) -> None:
-        """Finish a unit's update before its weights are read: by its modules' forward, or by name."""
-        owner = {id(parameter): unit for unit, members in reversed(units) for _, parameter in members}
-        for module in self.model.modules():
-            needed = {owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner}
-            if needed:
-                self._hooks.append(module.register_forward_pre_hook(self._ensurer(sorted(needed))))
-        inside = {name for name, _ in self._blocks}
-        before = [name for name, _ in units if name == "prologue"]
-        after = [name for name, _ in units if name not in inside and name != "prologue"]
-        # A head may be used as a weight only (the chunked loss, F.linear with a tied table): no forward of
-        # its own tells that it is needed, so it is ready as soon as the blocks are done.
-        self._hooks.append(self.model.register_forward_pre_hook(self._ensurer(before)))
-        self._hooks.append(self._blocks[-1][1].register_forward_hook(self._ensurer(after)))
-        self._hooks.append(self.model.register_state_dict_pre_hook(self._flush_first))  # type: ignore[no-untyped-call]
-        named_parameters = self.model.named_parameters
-
-        def flushed(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-            self.flush()
-            return named_parameters(*args, **kwargs)
-
-        self.model.named_parameters = flushed  # type: ignore[method-assign]
-
-    def _flush_first(self, *_: Any) -> None:
-        self.flush()
-
-    def _ensurer(self, names: Sequence[str]) -> Callable[..., None]:
-        def ensure(*_: Any) -> None:
-            for name in names:
-                self.optimizer.ensure(name)
-
-        return ensure
-
     def flush(self) -> None:
         """Finish an update that runs ahead of the next forward.
 
-        Needed before weights are read through a reference that was taken earlier; ``model.parameters()``,
-        ``state_dict()`` and forward do it themselves.
+        Needed before weights are read or changed through a reference that was taken earlier; forward,
+        ``parameters()``, ``state_dict()`` and ``load_state_dict()`` of any module do it themselves.
         """
         self.optimizer.flush()
 
@@ -287,11 +272,8 @@ class Session:
         loading and profiling. ``step_seconds`` is the median distance between the ends of two steps, the
         first left out; NaN before there is one.
         """
-        if self.machine.device.startswith("cuda"):
-            peak = process = torch.cuda.max_memory_reserved()
-        else:
-            peak = resident.peak_bytes()
-            process = max(peak, self._prepared_peak_bytes)
+        peak = resident.peak_bytes()
+        process = max(peak, self._prepared_peak_bytes)
         ends = self._step_ends[_WARM_UP_STEPS:]
         seconds = [b - a for a, b in itertools.pairwise(ends)]
         return {
@@ -334,29 +316,13 @@ class Session:
         A pending update is finished. Gradients that had left become ordinary tensors. Optimizer state is not
         brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._activations.remove()
-            self.flush()
-            for parameter in self.model.parameters():
-                if isinstance(parameter.grad, OffloadedGrad):
-                    parameter.grad = parameter.grad.materialize()
-        finally:
-            for hook in self._hooks:
-                hook.remove()
-            self.model.__dict__.pop("named_parameters", None)
-            if self._use_cache is not None:
-                _set_use_cache(self.model, self._use_cache)
-            if self._chunked_loss is not None:
-                self._chunked_loss.uninstall()
-            if self._gradient_slab is not None:
-                self._gradient_slab.close()
-            try:
-                self.optimizer.close()
-            finally:
-                self.engine.close()
+        self._undo.close()
+
+    def _bring_gradients_back(self) -> None:
+        self.flush()
+        for parameter in self.model.parameters():
+            if isinstance(parameter.grad, OffloadedGrad):
+                parameter.grad = parameter.grad.materialize()
 
     def __enter__(self) -> Session:
         return self
@@ -369,9 +335,12 @@ class Session:
 
 def _device_of(model: nn.Module) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
-    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
-        names = ", ".join(sorted(map(str, devices))) or "none"
-        raise ValueError(f"the model's parameters must be on one device, cpu or cuda; they are on: {names}")
+    names = ", ".join(sorted(map(str, devices))) or "none"
+    if {device.type for device in devices} != {"cpu"}:
+        raise ValueError(
+            f"memtrain trains on the CPU only in this version, and the model's parameters are on: {names}. "
+            f"Gradients and optimizer state cannot leave a GPU yet; move the model to the CPU"
+        )
     return next(iter(devices))
 
 
@@ -384,14 +353,17 @@ def _install_loss(model: nn.Module, sample_batch: Any) -> ChunkedLossHandle | No
     return install_chunked_loss(model)
 
 
-def _set_use_cache(model: nn.Module, value: bool) -> bool | None:
-    """Training has no use for a key-value cache, and a block that is recomputed would fill it twice."""
+def _set_use_cache(model: nn.Module, value: bool | None) -> bool | None:
+    """Set the configuration's switch where there is one; what it was before.
+
+    Training has no use for a key-value cache, and a block that is recomputed would fill it twice.
+    """
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
-    if isinstance(before, bool):
-        config.use_cache = value  # type: ignore[union-attr]
-        return before
-    return None
+    if not isinstance(before, bool) or value is None:
+        return None
+    config.use_cache = value  # type: ignore[union-attr]
+    return before
 
 
 def _units(model: nn.Module, profile: ModelProfile) -> list[Unit]:

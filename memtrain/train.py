@@ -134,7 +134,11 @@ class Trainer:
             )
         self.done_steps = 0
         if resume_from is not None:
-            self.done_steps = self.checkpoints.load(resume_from, self.session)
+            try:
+                self.done_steps = self.checkpoints.load(resume_from, self.session)
+            except BaseException:
+                self.session.close()
+                raise
             print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
 
     def run(self) -> Summary:

@@ -145,6 +145,57 @@ def test_weights_read_by_name_wait_for_the_update(tmp_path: Path) -> None:
         assert not torch.equal(by_name, before)
 
 
+def pending(folder: Path) -> tuple[Net, memtrain.Session]:
+    """A session whose update waits for the next forward."""
+    model, optimizer = build()
+    options = memtrain.PlannerOptions(force=EVERYTHING_AWAY, update_schedule="ahead")
+    session = prepare(model, optimizer, folder, options=options)
+    model(tokens(0)).backward()
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    return model, session
+
+
+def test_a_part_read_by_name_waits_for_the_update(tmp_path: Path) -> None:
+    model, session = pending(tmp_path)
+    before = build()[0].layers[1].state_dict()
+    with session:
+        saved = model.layers[1].state_dict()
+        assert not any(torch.equal(saved[name], before[name]) for name in ("one.weight", "two.weight"))
+        assert torch.equal(model.layers[2].two.weight, build()[0].layers[2].two.weight)  # still pending
+
+
+def test_loaded_weights_are_not_updated_by_an_older_step(tmp_path: Path) -> None:
+    model, session = pending(tmp_path)
+    best = {name: torch.full_like(value, 0.5) for name, value in build()[0].state_dict().items()}
+    with session:
+        model.load_state_dict(best)
+        session.flush()
+        assert all(torch.equal(value, best[name]) for name, value in model.state_dict().items())
+
+
+def test_another_device_is_refused(tmp_path: Path) -> None:
+    model, _ = build()
+    model = model.to("meta")
+    with pytest.raises(ValueError, match="CPU only"):
+        prepare(model, torch.optim.AdamW(model.parameters()), tmp_path)
+
+
+def test_a_failure_while_installing_leaves_plain_pytorch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = build()
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("memtrain.session.ActivationExecutor.install", fail)
+    with pytest.raises(ZeroDivisionError):
+        prepare(model, optimizer, tmp_path)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not list(tmp_path.iterdir())
+
+
 def test_close_leaves_plain_pytorch(tmp_path: Path) -> None:
     model, optimizer = build()
     session = prepare(model, optimizer, tmp_path)
