@@ -85,6 +85,7 @@ def test_windows_of_a_flat_buffer_are_accumulated_into_as_by_pytorch() -> None:
     slab.close()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
 def test_a_gradient_with_a_graph_keeps_it() -> None:
     model, index = make()
     slab, _ = slab_for(index)

@@ -270,6 +270,7 @@ def test_sparse_gradients_are_refused(engine: Engine) -> None:
         embedding(torch.tensor([1])).sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True:UserWarning")
 def test_a_gradient_with_a_graph_is_refused(engine: Engine) -> None:
     one, _, _ = pair(engine)
     with pytest.raises(UnsupportedGradientOperation, match=r"gradient of p0 has a graph .*autograd\.grad"):
