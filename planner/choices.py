@@ -53,6 +53,7 @@ BEYOND = 1 << 30
 
 
 def place_of(unit: UnitProfile) -> int:
+    """Where forward needs the unit: its block's index, -1 before the blocks, ``BEYOND`` after them."""
     if unit.block is not None:
         return unit.block
     return BEYOND if unit.name == "epilogue" else -1

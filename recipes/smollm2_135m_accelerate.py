@@ -61,6 +61,7 @@ def load_model(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -85,6 +86,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Train, and print the session's report."""
     options = parse()
     set_seed(0)
     plugin = MemtrainPlugin(
