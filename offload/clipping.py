@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.gradients import OffloadedGradient
+from memtrain.offload.gradient_home import OffloadedGradient
 from memtrain.offload.norms import float_norm
 from memtrain.offload.offloaded_grad import OffloadedGrad
 

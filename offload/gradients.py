@@ -9,154 +9,21 @@ whole is hot.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError, UnsupportedGradientOperation
-from memtrain.offload.norms import NORM_CHUNK_ELEMENTS, float_norm
-from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad, Scaling
+from memtrain.offload.gradient_home import Chunk, Engine, GradientValue, OffloadedGradient, Ticket
+from memtrain.offload.gradient_ring import GradientRing
+from memtrain.offload.norms import float_norm
+from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad
 from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
-from memtrain.offload.slab import Ring, Slot
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
-
-
-class Ticket(Protocol):
-    """A transfer under way."""
-
-    def wait(self) -> None: ...
-    def done(self) -> bool: ...
-
-
-class Store(Protocol):
-    """One tier, as ``tiers.Store``."""
-
-    def allocate(self, name: str, nbytes: int) -> Any: ...
-    def write(self, extent: Any, buffer: Tensor, offset: int = 0) -> Ticket: ...
-    def read(self, extent: Any, buffer: Tensor, offset: int = 0) -> Ticket: ...
-    def free(self, extent: Any) -> None: ...
-
-
-class Engine(Protocol):
-    """The session's stores, as ``engine.Engine``."""
-
-    def store(self, tier: Tier) -> Any: ...
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
-class GradientValue:
-    """One state of a gradient. A pending update keeps the one it was given."""
-
-    zero: bool = False
-    """All zeros; nothing is on the tier."""
-    norm: Tensor | None = None
-    """2-norm of the bytes on the tier, in the store's ``norm_dtype``."""
-    largest: Tensor | None = None
-    """Greatest absolute value on the tier, NaN where there is one; shape (1,), the gradient's dtype."""
-    scalings: tuple[Scaling, ...] = ()
-    """Still to be applied to what is on the tier, in order."""
-
-    def apply(self, tensor: Tensor) -> None:
-        """Scale bytes that were just read, in place."""
-        for scaling in self.scalings:
-            scaling.apply(tensor)
-
-    def scaled_largest(self) -> Tensor:
-        """Greatest absolute value after the scalings. Exact, since rounding is monotone."""
-        assert self.largest is not None
-        largest = self.largest.clone()
-        self.apply(largest)
-        return largest.abs()
-
-
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Elements ``start`` to ``stop`` of a parameter: one write, and later one read."""
-
-    start: int
-    stop: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(kw_only=True, eq=False)
-class OffloadedGradient:
-    """The home of one parameter's gradient on a tier."""
-
-    owner: GradientStore
-    name: str
-    unit: str
-    parameter: torch.nn.Parameter
-    store: Store
-    extent: Any
-    chunks: tuple[_Chunk, ...]
-    identity: int = 0
-    """Counts gradients; accumulating keeps it, a new gradient raises it."""
-    value: GradientValue = field(default_factory=GradientValue)
-    found_assigned: bool = False
-    """Whether the backward pass found an ordinary gradient to accumulate into: the user's own."""
-
-    def accumulate(self, incoming: Tensor, alpha: Any, fingerprint: Fingerprint) -> None:
-        """``grad += alpha * incoming``."""
-        self.owner._accumulate(self, incoming, alpha, fingerprint)
-
-    def scale(self, scaling: Scaling) -> None:
-        """Remember ``scaling``."""
-        self.value = replace(self.value, scalings=(*self.value.scalings, scaling))
-
-    def zero(self) -> None:
-        """Make it all zeros; the bytes on the tier are left to whoever still needs them."""
-        like = self.parameter
-        self.value = GradientValue(
-            zero=True,
-            norm=torch.zeros((), dtype=self.owner.norm_dtype or like.dtype),
-            largest=torch.zeros(1, dtype=like.dtype),
-        )
-
-    def finite(self) -> bool:
-        """Whether every element is finite once the scalings are applied."""
-        value = self.value
-        assert value.largest is not None
-        # A scaling only ever makes non-finite what was finite; 0 * inf and nan hide in no maximum but that of
-        # 0.
-        probes = torch.cat([value.scaled_largest(), torch.zeros_like(value.largest)])
-        value.apply(probes[1:])
-        return bool(torch.isfinite(probes).all()) and bool(torch.isfinite(value.largest).all())
-
-    def norm(self, order: float, dtype: torch.dtype | None) -> Tensor:
-        """2-norm or inf-norm, bit-equal to ``torch.linalg.vector_norm`` of the real gradient.
-
-        Reads the bytes where the 2-norm that was kept is of another dtype, or scaled since.
-        """
-        own = self.parameter.dtype
-        if order == float("inf"):
-            largest = self.value.scaled_largest()[0]
-            return largest if dtype is None else largest.to(dtype)
-        kept = self.value.norm
-        whole = self.owner.norm_dtype is None or self.parameter.numel() <= NORM_CHUNK_ELEMENTS
-        same = whole and (dtype or own) == (self.owner.norm_dtype or own)
-        if kept is not None and not self.value.scalings and same:
-            return kept.clone()
-        return torch.linalg.vector_norm(self.materialize(), order, dtype=dtype)
-
-    def float_norm(self) -> Tensor:
-        """``norms.float_norm`` of the real gradient; its bytes are read only where it was scaled since."""
-        if self.value.norm is not None and not self.value.scalings and self.owner.norm_dtype is torch.float32:
-            return self.value.norm.clone()
-        return float_norm(self.materialize())
-
-    def materialize(self) -> Tensor:
-        """An ordinary tensor with the gradient's values."""
-        whole = torch.empty_like(self.parameter, requires_grad=False)
-        flat = whole.view(-1)
-        for chunk, old in self.owner._stream(self):
-            flat[chunk.start : chunk.stop].copy_(old)
-        return whole
 
 
 class GradientStore:
@@ -190,9 +57,8 @@ class GradientStore:
         self.norm_dtype = norm_dtype
         self._before_overwrite = before_overwrite
         self._slot_bytes = slot_bytes // PAGE_BYTES * PAGE_BYTES
-        self._in_flight: deque[tuple[Slot, Ticket]] = deque()
         self._hooks: list[Any] = []
-        self._ring: Ring | None = None
+        self._ring: GradientRing | None = None
         self.homes: dict[str, OffloadedGradient] = {}
         """By parameter, of the gradients that leave."""
         leaving = [
@@ -212,7 +78,7 @@ class GradientStore:
         except BaseException:
             self.close()
             raise
-        self._ring = Ring(slots, self._slot_bytes) if leaving else None
+        self._ring = GradientRing(slots, self._slot_bytes) if leaving else None
         self._exclusive = exclusive_fingerprints() if leaving else frozenset()
         for home in self.homes.values():
             self._hooks.append(home.parameter.register_hook(_look_before(home)))
@@ -239,8 +105,8 @@ class GradientStore:
 
     def drain(self) -> None:
         """Wait until every gradient is on its tier. Raises what went wrong."""
-        while self._in_flight:
-            self._retire()
+        if self._ring is not None:
+            self._ring.drain()
 
     def close(self) -> None:
         """Remove the hooks and give tiers and memory back. Gradients not materialised are gone."""
@@ -268,7 +134,7 @@ class GradientStore:
             for start in range(piece.start, piece.stop, step):
                 stop = min(start + step, piece.stop)
                 nbytes = round_up((stop - start) * itemsize, PAGE_BYTES)
-                chunks.append(_Chunk(start=start, stop=stop, offset=start * itemsize, nbytes=nbytes))
+                chunks.append(Chunk(start=start, stop=stop, offset=start * itemsize, nbytes=nbytes))
         store = engine.store(tier)
         self.homes[name] = OffloadedGradient(
             owner=self,
@@ -313,14 +179,14 @@ class GradientStore:
 
         return leave
 
-    def _accumulate(
+    def accumulate(
         self, home: OffloadedGradient, incoming: Tensor, alpha: Any, fingerprint: Fingerprint
     ) -> None:
         self._before_overwrite(home.unit)
         same = incoming.dtype == home.parameter.dtype and incoming.shape == home.parameter.shape
         if alpha == 1 and same and incoming.is_contiguous() and fingerprint in self._exclusive:
             flat = incoming.detach().view(-1)
-            for chunk, old in self._stream(home):
+            for chunk, old in self.stream(home):
                 flat[chunk.start : chunk.stop].add_(old)
             total = incoming
         else:
@@ -332,63 +198,14 @@ class GradientStore:
     def _write(self, home: OffloadedGradient, gradient: Tensor) -> None:
         norm = torch.linalg.vector_norm(gradient, 2.0) if self.norm_dtype is None else float_norm(gradient)
         low, high = torch.aminmax(gradient)
-        flat = gradient.reshape(-1)
-        for chunk in home.chunks:
-            slot = self._slot()
-            try:
-                _typed(slot, chunk, flat.dtype).copy_(flat[chunk.start : chunk.stop])
-                ticket = home.store.write(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
-            except BaseException:
-                slot.release()
-                raise
-            self._in_flight.append((slot, ticket))
+        assert self._ring is not None
+        self._ring.send(home, gradient.reshape(-1))
         home.value = GradientValue(norm=norm, largest=torch.maximum(low.abs(), high.abs()).view(1))
 
-    def _stream(self, home: OffloadedGradient) -> Iterator[tuple[_Chunk, Tensor]]:
-        """The gradient's chunks in order, scaled; each is valid until the next is asked for. Reads run ahead
-        by as many slots as the ring has."""
-        self.drain()  # every slot is free from here on
+    def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
+        """The gradient's chunks in order, scaled; each is valid until the next is asked for."""
         assert self._ring is not None
-        value, dtype = home.value, home.parameter.dtype
-        waiting = deque(home.chunks)
-        reading: deque[tuple[_Chunk, Slot, Ticket | None]] = deque()
-        try:
-            while waiting or reading:
-                while waiting and (slot := self._ring.try_acquire()) is not None:
-                    chunk = waiting.popleft()
-                    reading.append((chunk, slot, None))
-                    if not value.zero:
-                        ticket = home.store.read(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
-                        reading[-1] = (chunk, slot, ticket)
-                chunk, slot, ticket = reading[0]
-                typed = _typed(slot, chunk, dtype)
-                if ticket is None:
-                    typed.zero_()
-                else:
-                    ticket.wait()
-                value.apply(typed)
-                yield chunk, typed
-                reading.popleft()
-                slot.release()
-        finally:
-            for _, slot, ticket in reading:
-                _settle(ticket)
-                slot.release()
-
-    def _slot(self) -> Slot:
-        assert self._ring is not None
-        slot = self._ring.try_acquire()
-        while slot is None:
-            self._retire()
-            slot = self._ring.try_acquire()
-        return slot
-
-    def _retire(self) -> None:
-        slot, ticket = self._in_flight.popleft()
-        try:
-            ticket.wait()
-        finally:
-            slot.release()
+        return self._ring.stream(home)
 
 
 def _look_before(home: OffloadedGradient) -> Callable[[Tensor], None]:
@@ -400,19 +217,6 @@ def _look_before(home: OffloadedGradient) -> Callable[[Tensor], None]:
         home.found_assigned = present is not None and not isinstance(present, OffloadedGrad)
 
     return look
-
-
-def _typed(slot: Slot, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
-    return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize].view(dtype)
-
-
-def _settle(ticket: Ticket | None) -> None:
-    """Wait for a transfer whose outcome no longer matters: another error is on its way already."""
-    if ticket is not None:
-        try:
-            ticket.wait()
-        except Exception:
-            return
 
 
 @dataclass(eq=False)

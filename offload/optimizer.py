@@ -14,7 +14,6 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +22,13 @@ from torch import Tensor
 
 from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite
 from memtrain.offload.errors import OffloadError, PlanMismatchError
-from memtrain.offload.gradients import Engine, GradientStore
+from memtrain.offload.gradient_home import Engine
+from memtrain.offload.gradients import GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
-from memtrain.offload.pipeline import ShardPipeline, Stages
-from memtrain.offload.shards import MASTER_KEY, Shard, Unit
-from memtrain.offload.slab import Ring
+from memtrain.offload.shards import MASTER_KEY, Unit
 from memtrain.offload.update import Update
+from memtrain.offload.update_runner import UpdateRunner
 from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.plan import Plan
 
@@ -92,8 +91,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.defaults = optimizer.defaults
         self._adopt_hooks(optimizer)
         self._schedule = plan.update_schedule
-        self._update: Update | None = None
-        self._failure: BaseException | None = None
         self.state_count = 0
         """How often the state has changed: by steps and by loading."""
         self.last_step_skipped = False
@@ -129,17 +126,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         except BaseException:
             self._records.close()
             raise
-        self._ring = Ring(staging.update_slots, staging.update_slot_bytes) if staging.update_slots else None
-        self._pipeline = ShardPipeline(
-            self._ring,
-            Stages(
-                read=lambda shard, slot: self._pending.read(shard, slot),
-                step=lambda shard, slot: self._pending.step(shard, slot),
-                write=self._records.write,
-                needs_slot=lambda shard: self._pending.needs_slot(shard),
-            ),
+        self._updates = UpdateRunner(
+            self.layout,
+            self._records,
+            self.gradients,
+            slots=staging.update_slots,
+            slot_bytes=staging.update_slot_bytes,
         )
-        self._access = StateAccess(self._records, self.index, self.layout.shards, self._borrowed)
+        self._access = StateAccess(self._records, self.index, self.layout.shards, self._updates.borrow)
         self._complete = True
         if optimizer.state:
             self._take_over(optimizer)
@@ -195,14 +189,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         try:
             self.last_step_skipped = self.config.nonfinite != "ignore" and self._refuse_nonfinite()
             if not self.last_step_skipped:
-                self._begin()
+                update = Update(self.layout, self._records, self.gradients)
+                self.state_count += 1
+                self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
         finally:
             forget_clips(self._all_parameters())
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As PyTorch's; ``set_to_none=False`` first finishes an update that waits for gradients in memory."""
-        if not set_to_none and self._update is not None and self._update.holds_tensors:
+        if not set_to_none and self._updates.holds_tensors:
             self.flush()
         forget_clips(self._all_parameters())
         super().zero_grad(set_to_none)
@@ -233,39 +229,29 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def ensure(self, unit: str) -> None:
         """Finish the pending update of ``unit``, if there is one, on the calling thread. Any order will
         do."""
-        if self._update is None or unit not in self._update.waiting:
-            return
-        self._check_alive()
-        shards = self._update.waiting.pop(unit)
-        following = [shard for others in self._update.waiting.values() for shard in others]
-        self._guarded(lambda: self._pipeline.run(shards, following))
-        if not self._update.waiting:
-            self._update = None
+        self._updates.ensure(unit)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Finish the pending update, and wait until all state is on its tier."""
-        self._check_alive()
-        while self._update is not None:
-            self.ensure(next(iter(self._update.waiting)))
-        self._guarded(self._pipeline.drain)
+        self._updates.flush()
 
     # -- checkpoints
     # -------------------------------------------------------------------------------------------
 
     def iter_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(parameter, key, tensor)``, one whole tensor in memory at a time. Empty before the first step."""
-        self._settle()
+        self._updates.settle()
         yield from self._access
 
     def scalar_state(self) -> dict[str, dict[str, Any]]:
         """``step`` and the like by parameter: what ``iter_state`` leaves out."""
-        self._settle()
+        self._updates.settle()
         return {name: dict(values) for name, values in self._records.scalars.items()}
 
     def read_state(self, name: str, key: str) -> Tensor:
         """One state tensor of parameter ``name``."""
-        self._settle()
+        self._updates.settle()
         return self._access.read(name, key)
 
     @torch.no_grad()
@@ -360,14 +346,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Finish what is pending, remove the hooks, and give tiers and memory back."""
         try:
-            if self._failure is None:
-                self.flush()
+            self._updates.close()
         finally:
             self.gradients.close()
             self._records.close()
-            if self._ring is not None:
-                self._ring.close()
-                self._ring = None
 
     # -- construction
     # ------------------------------------------------------------------------------------------
@@ -400,28 +382,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     # -- one update
     # --------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
-        update = Update(self.layout, self._records, self.gradients)
-        self.state_count += 1
-        now: list[Shard] = []
-        for unit, shards in self.index.shards.items():
-            work = [
-                shard for shard in shards if any(piece.name in update.gradients for piece in shard.pieces)
-            ]
-            # Small gradients stay in memory, where the next zero_grad may overwrite them: use them now.
-            now += [shard for shard in work if shard.small]
-            if later := [shard for shard in work if not shard.small]:
-                update.waiting[unit] = later
-        self._update = update
-        self._guarded(lambda: self._pipeline.run(now, []))
-        if not update.waiting:
-            self._update = None
-        elif self._schedule is UpdateSchedule.SEQUENTIAL:
-            self.flush()
-        else:
-            following = [shard for shards in update.waiting.values() for shard in shards]
-            self._guarded(lambda: self._pipeline.prefetch(following))
-
     def _refuse_unplanned(self) -> None:
         """A parameter that was frozen when the plan was made has no place in it."""
         planned = {id(parameter) for parameter in self.index.parameters.values()}
@@ -449,45 +409,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         return bool(names)
 
-    @property
-    def _pending(self) -> Update:
-        assert self._update is not None
-        return self._update
-
     # -- odds and ends
     # -----------------------------------------------------------------------------------------
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:
-            self._failure = error
-            self._pipeline.abandon()
-            raise
-
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise OffloadError(
-                f"an earlier update failed half-way ({self._failure}): weights and state no longer belong "
-                f"together. "
-                f"Restore the last checkpoint"
-            ) from self._failure
-
-    def _settle(self) -> None:
-        """Nothing pending; after a failure, what is on the tiers may still be looked at."""
-        if self._failure is None:
-            self.flush()
-
-    @contextmanager
-    def _borrowed(self) -> Iterator[Tensor | None]:
-        if self._ring is None:
-            yield None
-            return
-        slot = self._pipeline.borrow()
-        try:
-            yield slot.buffer
-        finally:
-            slot.release()
 
     def _numbers(self) -> dict[Tensor, int]:
         return {parameter: number for number, parameter in enumerate(self._all_parameters())}

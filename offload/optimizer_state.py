@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.errors import OffloadError, PlanMismatchError
-from memtrain.offload.gradients import Engine, Store, Ticket
+from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.shards import FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
 from memtrain.planner.actions import Tier
 

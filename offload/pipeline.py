@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from memtrain.offload.gradients import Ticket, _settle
+from memtrain.offload.gradient_home import Ticket
+from memtrain.offload.gradient_ring import settle
 from memtrain.offload.shards import Shard
 from memtrain.offload.slab import Ring, Slot
 
@@ -73,7 +74,7 @@ class ShardPipeline:
                 ticket = self._stages.write(shard, slot.buffer)
             except BaseException:
                 for ticket in tickets:
-                    _settle(ticket)
+                    settle(ticket)
                 slot.release()
                 raise
             if ticket is None:
@@ -90,7 +91,7 @@ class ShardPipeline:
         """After a failure: wait for every transfer, whatever its outcome, and free the slots."""
         for slot, tickets in [*self._reading.values(), *((slot, [ticket]) for slot, ticket in self._writing)]:
             for ticket in tickets:
-                _settle(ticket)
+                settle(ticket)
             slot.release()
         self._reading.clear()
         self._writing.clear()
@@ -125,7 +126,7 @@ class ShardPipeline:
         if slot is None and self._reading:
             unlucky, tickets = self._reading.pop(next(reversed(self._reading)))
             for ticket in tickets:
-                _settle(ticket)
+                settle(ticket)
             unlucky.release()
             slot = self._ring.try_acquire()
         return slot if slot is not None else self._ring.acquire()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from memtrain.offload.clipping import clips_of
 from memtrain.offload.errors import OffloadError, PlanMismatchError
-from memtrain.offload.gradients import GradientStore, GradientValue, OffloadedGradient, Ticket
+from memtrain.offload.gradient_home import GradientValue, OffloadedGradient, Ticket
+from memtrain.offload.gradients import GradientStore
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar

@@ -342,7 +342,7 @@ def test_one_asks_before_bytes_are_overwritten(engine: Engine) -> None:
 def test_memory_is_the_ring_and_close_gives_everything_back(engine: Engine) -> None:
     one, _, store = pair(engine)
     produce(one, values(1))
-    assert store._ring.slab.nbytes == 3 * (32 << 10)
+    assert store._ring.size_bytes == 3 * (32 << 10)
     assert engine.store(Tier.HOST).used_bytes == 311_296  # 77057 * 4 = 308228 bytes in 76 pages
     store.close()
     assert engine.store(Tier.HOST).used_bytes == 0

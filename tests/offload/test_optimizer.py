@@ -599,8 +599,8 @@ def test_what_is_on_the_tier_and_in_slabs_in_bytes() -> None:
         for name in ("embed.weight", "unused", "first.weight", "second.weight"):
             gradients += -(-model.get_parameter(name).numel() * 2 // page) * page
         assert engine.store(Tier.HOST).used_bytes == records + gradients
-        assert optimizer.gradients._ring.slab.nbytes == 3 * (64 << 10)
-        assert optimizer._ring.slab.nbytes == 3 * (2 << 20)
+        assert optimizer.gradients._ring.size_bytes == 3 * (64 << 10)
+        assert optimizer._updates.ring_bytes == 3 * (2 << 20)
         train(model, optimizer, steps=2)
         assert engine.store(Tier.HOST).statistics().peak_used_bytes == records + gradients
         assert not optimizer.optimizer.state

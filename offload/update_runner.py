@@ -1,0 +1,147 @@
+"""Updates that have been asked for: begun, finished unit by unit, and what a failure leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from memtrain.offload.errors import OffloadError
+from memtrain.offload.gradients import GradientStore
+from memtrain.offload.optimizer_layout import OptimizerLayout
+from memtrain.offload.optimizer_state import RecordStore
+from memtrain.offload.pipeline import ShardPipeline, Stages
+from memtrain.offload.shards import Shard
+from memtrain.offload.slab import Ring
+from memtrain.offload.update import Update
+
+
+class UpdateRunner:
+    """Owns the ring of update slots and the update that waits.
+
+    Args:
+        layout, records, gradients: what is stepped.
+        slots, slot_bytes: the ring; 0 slots where no shard moves.
+    """
+
+    def __init__(
+        self,
+        layout: OptimizerLayout,
+        records: RecordStore,
+        gradients: GradientStore,
+        *,
+        slots: int,
+        slot_bytes: int,
+    ) -> None:
+        self._index = layout.index
+        self._update: Update | None = None
+        self._failure: BaseException | None = None
+        self._ring = Ring(slots, slot_bytes) if slots else None
+        self._pipeline = ShardPipeline(
+            self._ring,
+            Stages(
+                read=lambda shard, slot: self._pending.read(shard, slot),
+                step=lambda shard, slot: self._pending.step(shard, slot),
+                write=records.write,
+                needs_slot=lambda shard: self._pending.needs_slot(shard),
+            ),
+        )
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the slots occupy."""
+        return 0 if self._ring is None else self._ring.slab.nbytes
+
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether an update waits that uses gradients which somebody could still overwrite."""
+        return self._update is not None and self._update.holds_tensors
+
+    def begin(self, update: Update, *, ahead: bool) -> None:
+        """Take up an update: done when this returns, or, ``ahead``, by ``ensure`` and ``flush``."""
+        now: list[Shard] = []
+        for unit, shards in self._index.shards.items():
+            work = [
+                shard for shard in shards if any(piece.name in update.gradients for piece in shard.pieces)
+            ]
+            # Small gradients stay in memory, where the next zero_grad may overwrite them: use them now.
+            now += [shard for shard in work if shard.small]
+            if later := [shard for shard in work if not shard.small]:
+                update.waiting[unit] = later
+        self._update = update
+        self._guarded(lambda: self._pipeline.run(now, []))
+        if not update.waiting:
+            self._update = None
+        elif not ahead:
+            self.flush()
+        else:
+            following = [shard for shards in update.waiting.values() for shard in shards]
+            self._guarded(lambda: self._pipeline.prefetch(following))
+
+    def ensure(self, unit: str) -> None:
+        """Finish the pending update of ``unit``, if there is one, on the calling thread."""
+        if self._update is None or unit not in self._update.waiting:
+            return
+        self._check_alive()
+        shards = self._update.waiting.pop(unit)
+        following = [shard for others in self._update.waiting.values() for shard in others]
+        self._guarded(lambda: self._pipeline.run(shards, following))
+        if not self._update.waiting:
+            self._update = None
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Finish the pending update, and wait until all state is on its tier."""
+        self._check_alive()
+        while self._update is not None:
+            self.ensure(next(iter(self._update.waiting)))
+        self._guarded(self._pipeline.drain)
+
+    def settle(self) -> None:
+        """Nothing pending; after a failure, what is on the tiers may still be looked at."""
+        if self._failure is None:
+            self.flush()
+
+    @contextmanager
+    def borrow(self) -> Iterator[Tensor | None]:
+        """A slot for other use; None where no record is on a tier."""
+        if self._ring is None:
+            yield None
+            return
+        slot = self._pipeline.borrow()
+        try:
+            yield slot.buffer
+        finally:
+            slot.release()
+
+    def close(self) -> None:
+        """Finish what is pending, and give the memory back."""
+        try:
+            self.settle()
+        finally:
+            if self._ring is not None:
+                self._ring.close()
+                self._ring = None
+
+    @property
+    def _pending(self) -> Update:
+        assert self._update is not None
+        return self._update
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:
+            self._failure = error
+            self._pipeline.abandon()
+            raise
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise OffloadError(
+                f"an earlier update failed half-way ({self._failure}): weights and state no longer belong "
+                f"together. "
+                f"Restore the last checkpoint"
+            ) from self._failure
