@@ -36,7 +36,7 @@ from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.saved_group import SavedGroup, abandoned_on_error, pack_into, unpack
-from memtrain.offload.staging import SlotCache, StagedSlot, Ticket
+from memtrain.offload.staging import SlotCache, Ticket
 from memtrain.offload.unmoved import FixedTensors
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan
@@ -83,11 +83,15 @@ class ActivationExecutor:
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
         self._held: tuple[int, torch.Tensor | None] = (0, None)
+        self._before: list[weakref.ref[SavedGroup]] = []
+        """Groups of the block that ran last."""
+        self._newest: list[weakref.ref[SavedGroup]] = []
+        """Groups of the block that runs."""
         self._sequence = 0
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def _make_cache(self, count: int, slot_bytes: int, name: str) -> SlotCache | None:
-        return SlotCache(count, slot_bytes, name, self.lock) if count and slot_bytes else None
+        return SlotCache(count, slot_bytes, name, self.lock, self.device) if count and slot_bytes else None
 
     # installing -------------------------------------------------------------------------------
 
@@ -128,6 +132,18 @@ class ActivationExecutor:
     ) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        output = self._act(name, decision, forward, args, kwargs)
+        self._limit_leaving()
+        return output
+
+    def _act(
+        self,
+        name: str,
+        decision: BlockDecision,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         if decision.action in (Action.KEEP, Action.SWAP):
             cache = self._saved if decision.action is Action.SWAP else self._kept
             group = self._open(cache, name, decision.saved_tier, _shared(args, kwargs))
@@ -171,14 +187,28 @@ class ActivationExecutor:
         if tier is Tier.DEVICE and (cache is None or not cache.has_room):
             return None
         assert cache is not None
-        return SavedGroup(self, cache, name, tier, shared)
+        group = SavedGroup(self, cache, name, tier, shared)
+        self._newest.append(weakref.ref(group))
+        return group
+
+    def _limit_leaving(self) -> None:
+        """A block has run: what the one before it sends away has left the device, or is waited for now.
+
+        So never more than two blocks' tensors are on their way out, the one that is running included.
+        """
+        before, self._before, self._newest = self._before, self._newest, []
+        if self.device.shares_memory:
+            return
+        for group in (reference() for reference in before):
+            if group is not None:
+                group.try_submit(patient=True)
 
     def movable(self, tensor: torch.Tensor) -> bool:
         """Whether swapping ``tensor`` is right and worth it."""
         return (
             type(tensor) in (torch.Tensor, nn.Parameter)
             and tensor.layout is torch.strided
-            and tensor.device.type == self.device.type
+            and tensor.device == self.device.place
             and not tensor.is_conj()
             and not tensor.is_neg()
             and tensor.numel() * tensor.element_size() >= _MIN_MOVED_BYTES
@@ -220,6 +250,8 @@ class ActivationExecutor:
         Several nodes of the block unpack from it one after the other; between two of them nothing else
         may refer to the slot's memory, yet it must not be given away.
         """
+        if not self.device.shares_memory:
+            self._copy_ahead(group)
         if self._held[0] == group.sequence:
             return
         self._held = (group.sequence, base)
@@ -231,13 +263,12 @@ class ActivationExecutor:
         """Backward has left the last group."""
         self._held = (0, None)
 
-    def to_device(self, slot: StagedSlot, used_bytes: int) -> torch.Tensor:
-        """The slot's bytes where the arithmetic happens: the slot itself on a CPU, a copy elsewhere."""
-        if self.device.type == "cpu":
-            return slot.view(used_bytes)
-        target = torch.empty(used_bytes, dtype=torch.uint8, device=self.device.type)
-        self.device.copy_in(slot.buffer[:used_bytes], target).wait()
-        return target
+    def _copy_ahead(self, group: SavedGroup) -> None:
+        """The next group starts for the device while ``group`` is worked on: two are there at most."""
+        for other in reversed(self._living()):
+            if other.sequence < group.sequence and other.tier is not Tier.DEVICE:
+                other.come_ahead()
+                return
 
     def release(self, group: SavedGroup) -> None:
         """Hand a group's extent over to the sweep."""

@@ -4,16 +4,22 @@ On a CPU a copy is made inline and is over when the call returns. On CUDA each d
 own, and every copy has an event edge at both ends: it waits for what the compute stream has queued so far,
 and whoever uses the result waits for the copy. The caching allocator is told about the second stream, or it
 would hand the tensor's memory out again while the copy still reads it.
+
+Where a device shares the host's memory a staging slot is itself what the arithmetic works on; where it does
+not, executors keep a mirror of the slot in the device's memory and copy between the two.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.slab import Slab
+from memtrain.planner import resident
+
+if TYPE_CHECKING:
+    from memtrain.offload.slab import Slab
 
 
 class Event(Protocol):
@@ -32,8 +38,13 @@ class Event(Protocol):
 class Device(Protocol):
     """Where the arithmetic happens."""
 
-    type: str
-    """``cpu`` or ``cuda``."""
+    place: torch.device
+    """Of its tensors, with an index where there may be several."""
+    shares_memory: bool
+    """Whether staging memory is the device's own: a slot can then be computed on as it is."""
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """``nbytes`` of the device's memory, uint8, with anything in them."""
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         """Copy the bytes of ``source`` (contiguous, on the device) to ``target`` (1-D uint8 view of a slab).
@@ -59,11 +70,24 @@ class Device(Protocol):
     def synchronize(self) -> None:
         """Return when every copy is over."""
 
+    def used_bytes(self) -> int:
+        """What this process's tensors, and on a CPU the whole process, occupy of the device now."""
+
+    def peak_bytes(self) -> int:
+        """The most that ``used_bytes`` has been since the last ``reset_peak``."""
+
+    def reset_peak(self) -> None:
+        """Let the peak start again from what is in use now."""
+
 
 class CpuDevice:
     """Device and host are the same memory."""
 
-    type = "cpu"
+    place = torch.device("cpu")
+    shares_memory = True
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         target.copy_(_bytes_of(source, target))
@@ -82,17 +106,32 @@ class CpuDevice:
     def synchronize(self) -> None:
         """Nothing to do: copies are over when their call returns."""
 
+    def used_bytes(self) -> int:
+        return resident.rss_bytes()
+
+    def peak_bytes(self) -> int:
+        return resident.peak_bytes()
+
+    def reset_peak(self) -> None:
+        resident.reset_peak()
+
 
 class CudaDevice:
     """One CUDA device, a stream per direction beside its compute stream."""
 
-    type = "cuda"
+    shares_memory = False
 
     def __init__(self, device: str | torch.device = "cuda") -> None:
-        self._device = torch.device(device)
+        named = torch.device(device)
+        # A bare "cuda" means another device in another thread, and equals no tensor's device.
+        index = torch.cuda.current_device() if named.index is None else named.index
+        self.place = self._device = torch.device("cuda", index)
         self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._registered: dict[int, int] = {}
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         return self._copy(self._out, _bytes_of(source, target), target, on_device=source)
@@ -116,13 +155,23 @@ class CudaDevice:
         self._out.synchronize()
         self._in.synchronize()
 
+    def used_bytes(self) -> int:
+        return torch.cuda.memory_reserved(self._device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_reserved(self._device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._device)
+
     def _copy(
         self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, on_device: torch.Tensor
     ) -> Event:
         # Also before a copy in: the target's memory may still be in use by work queued earlier, under
         # another tensor's name.
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Blocking: whoever waits sleeps, for the processor is needed by the threads that move bytes to disk.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             event.record(stream)

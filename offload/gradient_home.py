@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memtrain.offload.device import Device
 from memtrain.offload.norms import NORM_CHUNK_ELEMENTS, float_norm
 from memtrain.offload.offloaded_grad import Fingerprint, Scaling
 from memtrain.planner.actions import Tier
@@ -31,8 +32,10 @@ class Store(Protocol):
 
 
 class Engine(Protocol):
-    """The session's stores, as ``engine.Engine``."""
+    """The session's stores and its device, as ``engine.Engine``."""
 
+    @property
+    def device(self) -> Device: ...
     def store(self, tier: Tier) -> Any: ...
 
 
@@ -113,8 +116,8 @@ class OffloadedGradient:
         like = self.parameter
         self.value = GradientValue(
             zero=True,
-            norm=torch.zeros((), dtype=self.owner.norm_dtype or like.dtype),
-            largest=torch.zeros(1, dtype=like.dtype),
+            norm=torch.zeros((), dtype=self.owner.norm_dtype or like.dtype, device=like.device),
+            largest=torch.zeros(1, dtype=like.dtype, device=like.device),
         )
 
     def finite(self) -> bool:

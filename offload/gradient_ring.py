@@ -1,22 +1,91 @@
-"""The ring of chunks through which gradients leave for a tier and come back."""
+"""The ring of chunks through which gradients leave for a tier and come back.
+
+Where the device has memory of its own a chunk is copied to its slot first, and written from there when the
+copy is over; on the way back it is added up in a mirror in the device's memory.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch import dtype as Dtype
 
+from memtrain.offload.device import Device, Event
+from memtrain.offload.errors import UnsupportedGradientOperation
 from memtrain.offload.gradient_home import Chunk, OffloadedGradient, Ticket
 from memtrain.offload.slab import Ring, Slot
 
 
-class GradientRing:
-    """``slots`` chunks of ``slot_bytes`` under way at once."""
+@dataclass(slots=True, eq=False)
+class _Leaving:
+    """A chunk on its way from the device to its slot."""
 
-    def __init__(self, slots: int, slot_bytes: int) -> None:
-        self._ring = Ring(slots, slot_bytes)
+    home: OffloadedGradient
+    chunk: Chunk
+    slot: Slot
+    copy: Event
+    source: Tensor
+    version: int
+
+    def submit(self) -> Ticket:
+        """The copy is over: write the slot."""
+        self.copy.synchronize()
+        if self.source._version != self.version:
+            raise UnsupportedGradientOperation(
+                f"the gradient of {self.home.name} was changed in place while it was leaving the device: "
+                f"change it in a hook of the tensor before it is accumulated, or keep this unit's gradients "
+                f"on the device"
+            )
+        return self.home.store.write(
+            self.home.extent, self.slot.buffer[: self.chunk.nbytes], self.chunk.offset
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Coming:
+    """A chunk on its way back."""
+
+    chunk: Chunk
+    slot: Slot
+    ticket: Ticket | None
+    """None for a gradient that is all zeros."""
+    work: Tensor | None = None
+    """The chunk where the arithmetic is, 1-D, typed."""
+    copy: Event | None = None
+
+    def arrive(self, device: Device, dtype: torch.dtype) -> None:
+        """Wait for the read, and let the bytes start for the device."""
+        if self.work is not None:
+            return
+        if self.ticket is not None:
+            self.ticket.wait()
+        staged = _bytes(self.slot, self.chunk, dtype)
+        if device.shares_memory:
+            self.work = staged.view(dtype)
+        else:
+            mirror = device.empty(staged.numel())
+            if self.ticket is not None:
+                self.copy = device.copy_in(staged, mirror)
+            self.work = mirror.view(dtype)
+
+    def release(self) -> None:
+        """Give the slot back, when nothing uses it any more."""
+        settle(self.ticket)
+        if self.copy is not None:
+            self.copy.synchronize()
+        self.slot.release()
+
+
+class GradientRing:
+    """``slots`` chunks of ``slot_bytes`` under way at once, to and from ``device``."""
+
+    def __init__(self, slots: int, slot_bytes: int, device: Device) -> None:
+        self._device = device
+        self._ring = Ring(slots, slot_bytes, device=device)
+        self._leaving: deque[_Leaving] = deque()
         self._in_flight: deque[tuple[Slot, Ticket]] = deque()
 
     @property
@@ -25,50 +94,76 @@ class GradientRing:
         return self._ring.slab.nbytes
 
     def send(self, home: OffloadedGradient, flat: Tensor) -> None:
-        """Start writing a gradient (1-D, contiguous): its memory is free when this returns."""
+        """Start writing a gradient (1-D, contiguous).
+
+        Its memory is free when this returns; where the device's is separate, when the next gradient is sent
+        at the latest: so never more than two are there because of the ring.
+        """
+        self.submit(patient=True)
         for chunk in home.chunks:
             slot = self._slot()
+            part = flat[chunk.start : chunk.stop]
             try:
-                _typed(slot, chunk, flat.dtype).copy_(flat[chunk.start : chunk.stop])
-                ticket = home.store.write(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
+                staged = _bytes(slot, chunk, flat.dtype)
+                if self._device.shares_memory:
+                    staged.view(flat.dtype).copy_(part)
+                    ticket = home.store.write(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
+                    self._in_flight.append((slot, ticket))
+                else:
+                    copy = self._device.copy_out(part, staged)
+                    self._leaving.append(_Leaving(home, chunk, slot, copy, flat, flat._version))
             except BaseException:
                 slot.release()
                 raise
-            self._in_flight.append((slot, ticket))
+            self.submit(patient=False)
+
+    def submit(self, *, patient: bool) -> None:
+        """Give the store the chunks that have left the device; ``patient``: all of them."""
+        while self._leaving and (patient or self._leaving[0].copy.done()):
+            leaving = self._leaving.popleft()
+            try:
+                ticket = leaving.submit()
+            except BaseException:
+                leaving.slot.release()
+                raise
+            self._in_flight.append((leaving.slot, ticket))
 
     def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
-        """The gradient's chunks in order, scaled; each is valid until the next is asked for. Reads run ahead
-        by as many slots as the ring has."""
+        """The gradient's chunks in order, scaled, on the device; each is valid until the next is asked for.
+        Reads run ahead by as many slots as the ring has."""
         self.drain()  # every slot is free from here on
         value, dtype = home.value, home.parameter.dtype
         waiting = deque(home.chunks)
-        reading: deque[tuple[Chunk, Slot, Ticket | None]] = deque()
+        coming: deque[_Coming] = deque()
         try:
-            while waiting or reading:
+            while waiting or coming:
                 while waiting and (slot := self._ring.try_acquire()) is not None:
                     chunk = waiting.popleft()
-                    reading.append((chunk, slot, None))
+                    coming.append(_Coming(chunk, slot, None))
                     if not value.zero:
                         ticket = home.store.read(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
-                        reading[-1] = (chunk, slot, ticket)
-                chunk, slot, ticket = reading[0]
-                typed = _typed(slot, chunk, dtype)
-                if ticket is None:
-                    typed.zero_()
-                else:
-                    ticket.wait()
-                value.apply(typed)
-                yield chunk, typed
-                reading.popleft()
-                slot.release()
+                        coming[-1].ticket = ticket
+                head = coming[0]
+                head.arrive(self._device, dtype)
+                for other in coming:
+                    if other.ticket is None or other.ticket.done():
+                        other.arrive(self._device, dtype)
+                if head.copy is not None:
+                    head.copy.wait()
+                assert head.work is not None
+                if value.zero:
+                    head.work.zero_()
+                value.apply(head.work)
+                yield head.chunk, head.work
+                coming.popleft().release()
         finally:
-            for _, slot, ticket in reading:
-                settle(ticket)
-                slot.release()
+            for one in coming:
+                one.release()
 
     def _slot(self) -> Slot:
         slot = self._ring.try_acquire()
         while slot is None:
+            self.submit(patient=not self._in_flight)
             self._retire()
             slot = self._ring.try_acquire()
         return slot
@@ -82,6 +177,7 @@ class GradientRing:
 
     def drain(self) -> None:
         """Wait until every chunk is on its tier. Raises what went wrong."""
+        self.submit(patient=True)
         while self._in_flight:
             self._retire()
 
@@ -90,8 +186,8 @@ class GradientRing:
         self._ring.close()
 
 
-def _typed(slot: Slot, chunk: Chunk, dtype: Dtype) -> Tensor:
-    return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize].view(dtype)
+def _bytes(slot: Slot, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize]
 
 
 def settle(ticket: Ticket | None) -> None:

@@ -78,8 +78,8 @@ class GradientStore:
         except BaseException:
             self.close()
             raise
-        self._ring = GradientRing(slots, self._slot_bytes) if leaving else None
-        self._exclusive = exclusive_fingerprints() if leaving else frozenset()
+        self._ring = GradientRing(slots, self._slot_bytes, engine.device) if leaving else None
+        self._exclusive = exclusive_fingerprints(engine.device.place) if leaving else frozenset()
         for home in self.homes.values():
             self._hooks.append(home.parameter.register_hook(_look_before(home)))
             self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
@@ -94,6 +94,8 @@ class GradientStore:
         if value.zero:
             buffer.zero_()
             return []
+        assert self._ring is not None
+        self._ring.submit(patient=True)  # a write that the store has not been given it would not wait for
         tickets, position = [], 0
         for chunk in home.chunks:
             if piece.start <= chunk.start < piece.stop:
@@ -231,8 +233,8 @@ class _Witness:
         self.seen.append(fingerprint)
 
 
-def exclusive_fingerprints() -> frozenset[Fingerprint]:
-    """How a gradient looks when autograd hands it over and nobody else holds it.
+def exclusive_fingerprints(device: torch.device) -> frozenset[Fingerprint]:
+    """How a gradient on ``device`` looks when autograd hands it over and nobody else holds it.
 
     Measured on two backward passes whose gradients are exclusive by construction: a fresh tensor (of a
     product) and a view of a fresh tensor (of a linear layer, whose gradient is a transpose).
@@ -241,9 +243,9 @@ def exclusive_fingerprints() -> frozenset[Fingerprint]:
     with torch.enable_grad():
         for run in (
             lambda weight: (weight * 2.0).sum(),
-            lambda weight: torch.nn.functional.linear(torch.ones(2, 3), weight).sum(),
+            lambda weight: torch.nn.functional.linear(torch.ones(2, 3, device=device), weight).sum(),
         ):
-            weight = torch.nn.Parameter(torch.ones(4, 3))
+            weight = torch.nn.Parameter(torch.ones(4, 3, device=device))
             weight.grad = OffloadedGrad(weight.detach(), witness)  # type: ignore[arg-type]
             run(weight).backward()
     return frozenset(witness.seen)

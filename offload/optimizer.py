@@ -104,6 +104,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         )
         self.layout.check(plan)
         self.index = self.layout.index
+        for name, parameter in self.index.parameters.items():
+            if parameter.device != engine.device.place:
+                raise PlanMismatchError(
+                    f"{name} is on {parameter.device}, the session computes on {engine.device.place}: move "
+                    f"the model there with model.to(), or plan for a machine whose device is the model's"
+                )
         decisions = {unit: plan.state(unit) for unit, shards in self.index.shards.items() if shards}
         self._records = RecordStore(
             engine=engine,
@@ -127,6 +133,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._records.close()
             raise
         self._updates = UpdateRunner(
+            engine.device,
             self.layout,
             self._records,
             self.gradients,
@@ -421,7 +428,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _state_handles(self, name: str) -> dict[str, Any]:
         handles = {
             tensor.key: OffloadedState(
-                self, name, tensor.key, self._records.shape(name, tensor), tensor.dtype, self.state_count
+                self,
+                name,
+                tensor.key,
+                self._records.shape(name, tensor),
+                tensor.dtype,
+                self.state_count,
+                self.index.parameters[name].device,
             )
             for tensor in self._records.tensors(name)
         }

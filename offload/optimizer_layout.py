@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,5 +120,5 @@ class OptimizerLayout:
                     self.optimizer, self.param_groups[group], shape, dtype, cut=self.elementwise
                 )
             master = (StateTensor(key=MASTER_KEY, dtype=torch.float32),) if dtype != parameter.dtype else ()
-            specs[name] = StateSpec(tensors=master + found[key].tensors, scalars=found[key].scalars)
+            specs[name] = dataclasses.replace(found[key], tensors=master + found[key].tensors)
         return specs

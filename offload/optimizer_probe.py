@@ -71,13 +71,14 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:
     """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit."""
-    whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype)])
+    device = _device_of(group)  # another device has other kernels
+    whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype, device=device)])
     sizes = [stop - start for start, stop in pairwise(_PROBE_CUTS)]
-    cut = _Trial(optimizer, group, [torch.empty(size, dtype=dtype) for size in sizes])
+    cut = _Trial(optimizer, group, [torch.empty(size, dtype=dtype, device=device) for size in sizes])
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:
-        return torch.randn(_PROBE_SHAPE, generator=generator).to(dtype)
+        return torch.randn(_PROBE_SHAPE, generator=generator).to(device, dtype)
 
     start = draw()
     whole.fill([start])
@@ -116,11 +117,12 @@ def state_spec(
         shape of
             its state, or counts in its attributes or parameter groups.
     """
-    trial = _Trial(optimizer, group, [torch.zeros(tuple(shape), dtype=dtype)])
+    device = _device_of(group)
+    trial = _Trial(optimizer, group, [torch.zeros(tuple(shape), dtype=dtype, device=device)])
     specs = []
     for _ in range(2):
         try:
-            trial.step([torch.zeros(tuple(shape), dtype=dtype)])
+            trial.step([torch.zeros(tuple(shape), dtype=dtype, device=device)])
         except UnsupportedOptimizerError:
             raise
         except Exception as error:
@@ -139,6 +141,11 @@ def state_spec(
             f"its state has no fixed place on a tier; keep its optimizer in plain PyTorch"
         )
     return specs[0]
+
+
+def _device_of(group: dict[str, Any]) -> torch.device:
+    parameter: Tensor = group["params"][0]
+    return parameter.device
 
 
 class _Trial:
@@ -173,7 +180,7 @@ class _Trial:
         group = {**self.hyper, "params": list(self.parameters)}
         before = self._numbers(group)
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng({p.device for p in self.parameters if p.is_cuda}):
                 self.state = dict(self.runner.run([group], self.state))
         except TypeError as error:
             if "closure" in str(error):
@@ -234,11 +241,12 @@ def same_scalar(one: Any, other: Any) -> bool:
 
 
 def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: bool) -> StateSpec:
-    tensors, scalars = [], set()
+    tensors, scalars, on_device = [], set(), set()
     for key, value in state.items():
         if isinstance(value, Tensor) and value.layout is torch.strided:
             if value.dim() == 0:
                 scalars.add(key)
+                on_device |= {key} if value.is_cuda else set()
             else:
                 own = cut and tuple(value.shape) == shape
                 tensors.append(
@@ -252,4 +260,6 @@ def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: boo
                 f"have a place "
                 f"on a tier"
             )
-    return StateSpec(tensors=tuple(tensors), scalars=frozenset(scalars))
+    return StateSpec(
+        tensors=tuple(tensors), scalars=frozenset(scalars), scalars_on_device=frozenset(on_device)
+    )

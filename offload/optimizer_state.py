@@ -51,8 +51,9 @@ class OffloadedState(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         state_count: int,
+        device: torch.device,
     ) -> OffloadedState:
-        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        handle = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         handle.owner, handle.name_and_key, handle.state_count = owner, (name, key), state_count
         return handle
 
@@ -96,7 +97,7 @@ class OffloadedState(Tensor):
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             handle = args[0]
             shape, dtype = tuple(handle.shape), handle.dtype
-            return cls(handle.owner, *handle.name_and_key, shape, dtype, handle.state_count)
+            return cls(handle.owner, *handle.name_and_key, shape, dtype, handle.state_count, handle.device)
         if func._schema.is_mutable and isinstance(args[0], OffloadedState):
             raise TypeError(
                 f"{func} would change the optimizer state {args[0]!r} in place: read it with materialize(), "
@@ -115,7 +116,7 @@ def _real(value: Any) -> Any:
 
 
 class RecordStore:
-    """The records of all shards: on a tier, or in memory where the plan or their size says so.
+    """The records of all shards: on a tier, or in the device's memory where the plan or their size says so.
 
     Args:
         layouts: by shard.
@@ -147,7 +148,7 @@ class RecordStore:
                 if layout.record_bytes == 0:
                     continue
                 if shard.small or tiers[shard.unit] is Tier.DEVICE:
-                    self._memory[shard] = torch.zeros(layout.record_bytes, dtype=torch.uint8)
+                    self._memory[shard] = engine.device.empty(layout.record_bytes).zero_()
                 else:
                     store = engine.store(tiers[shard.unit])
                     name = f"optimizer state of {shard.name}"
@@ -177,6 +178,10 @@ class RecordStore:
         store, extent = self._extents[shard]
         return [store.read(extent, record)]
 
+    def span(self, shard: Shard) -> list[slice]:
+        """The record's bytes in a slot: none where the record is in memory."""
+        return [slice(0, self._layouts[shard].record_bytes)] if shard in self._extents else []
+
     def write(self, shard: Shard, slot: Tensor) -> Ticket | None:
         """Start writing the record from the slot."""
         if shard not in self._extents:
@@ -196,6 +201,10 @@ class RecordStore:
     def tensors(self, name: str) -> tuple[StateTensor, ...]:
         """The state tensors of parameter ``name``; empty before its first step."""
         return self._specs[name].tensors if name in self.initialised else ()
+
+    def scalars_on_device(self, name: str) -> frozenset[str]:
+        """Scalars that the optimizer keeps where the parameter is (fused and capturable ones on a GPU)."""
+        return self._specs[name].scalars_on_device
 
     def shape(self, name: str, tensor: StateTensor) -> tuple[int, ...]:
         """Shape of the whole tensor."""
@@ -264,12 +273,13 @@ class StateAccess:
             cursor.leave()
 
     def read(self, name: str, key: str) -> Tensor:
-        """One state tensor of one parameter."""
+        """One state tensor of one parameter, where the parameter is."""
         with self._cursor() as cursor:
-            return self._gather(cursor, name, self._records.find(name, key))
+            whole = self._gather(cursor, name, self._records.find(name, key))
+        return whole.to(self._index.parameters[name].device)
 
     def __iter__(self) -> Iterator[tuple[str, str, Tensor]]:
-        """``(parameter, key, tensor)``, parameter by parameter."""
+        """``(parameter, key, tensor)``, parameter by parameter, in main memory."""
         with self._cursor() as cursor:
             for name in self._index.parameters:
                 for tensor in self._records.tensors(name):
@@ -303,11 +313,15 @@ class StateAccess:
                 )
         self._records.initialised = set(arrived) | set(scalars)
         self._records.scalars = {
-            name: {
-                key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()
-            }
+            name: {key: self._scalar(name, key, value) for key, value in values.items()}
             for name, values in scalars.items()
         }
+
+    def _scalar(self, name: str, key: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        beside = key in self._records.scalars_on_device(name)
+        return value.detach().clone().to(self._index.parameters[name].device if beside else "cpu")
 
     def _gather(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Tensor:
         whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)

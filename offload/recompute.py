@@ -59,10 +59,11 @@ class _Hole:
 class _Surroundings:
     """RNG and autocast of a forward pass, to be entered again."""
 
-    def __init__(self, device_type: str) -> None:
-        self._device_types = ["cpu"] if device_type == "cpu" else ["cpu", device_type]
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._device_types = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
         self._cpu_rng = torch.get_rng_state()
-        self._device_rng = torch.cuda.get_rng_state() if device_type == "cuda" else None
+        self._device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         self._autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
@@ -73,10 +74,10 @@ class _Surroundings:
     def again(self) -> Iterator[None]:
         """Same RNG and autocast inside; the present ones again afterwards."""
         now_cpu = torch.get_rng_state()
-        now_device = torch.cuda.get_rng_state() if self._device_rng is not None else None
+        now_device = torch.cuda.get_rng_state(self._device) if self._device_rng is not None else None
         torch.set_rng_state(self._cpu_rng)
         if self._device_rng is not None:
-            torch.cuda.set_rng_state(self._device_rng)
+            torch.cuda.set_rng_state(self._device_rng, self._device)
         try:
             with contextlib.ExitStack() as stack:
                 for kind, (enabled, dtype) in self._autocast.items():
@@ -87,7 +88,7 @@ class _Surroundings:
         finally:
             torch.set_rng_state(now_cpu)
             if now_device is not None:
-                torch.cuda.set_rng_state(now_device)
+                torch.cuda.set_rng_state(now_device, self._device)
 
 
 class _AttentionMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -191,8 +192,7 @@ class RecomputeFrame:
         self._attention: list[Any] = []
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
-        device_type = tensors[0].device.type if tensors else "cpu"
-        self._surroundings = _Surroundings(device_type)
+        self._surroundings = _Surroundings(tensors[0].device if tensors else torch.device("cpu"))
         self._call: tuple[Any, Any] | None = (args, kwargs)
         self._needs_grad: dict[int, bool] = {}
         first = True

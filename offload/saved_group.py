@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from memtrain.offload.device import Event
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.staging import SlotCache, StagedSlot, Ticket
 from memtrain.offload.unmoved import Unmoved
@@ -65,7 +66,12 @@ class SavedGroup:
         self._write: Ticket | None = None
         self._read: Ticket | None = None
         self._restored: weakref.ref[torch.Tensor] | None = None
-        self._copies: list[Any] = []
+        self._sources: list[Unmoved] = []
+        """What the device is still copying out: kept, and looked at when it is over."""
+        self._ahead: torch.Tensor | None = None
+        """Where the bytes are on the device, before backward has asked for them."""
+        self._arrival: Event | None = None
+        """The copy that brings them."""
         self._slot: StagedSlot | None = cache.take(self)
         executor.register(self)
 
@@ -95,6 +101,8 @@ class SavedGroup:
                 # The weak reference keeps the storage's identity from being given to another one.
                 placed = self._place(source), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
                 self._placed[key] = placed
+                if not self._executor.device.shares_memory:
+                    self._sources.append(Unmoved.of(tensor))
         return SavedTensor(self, placed[0], source.numel(), tensor.dtype, tensor.shape, stride, int(start))
 
     def _place(self, source: torch.Tensor) -> int:
@@ -106,7 +114,7 @@ class SavedGroup:
                 f"{self.name}: the tensors saved for backward take more than the {self.cache.slot_bytes} "
                 f"bytes that the plan reserved for a block; prepare with the largest batch that will be used"
             )
-        self._copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
+        self._slot.copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
         self._used_bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
         return offset
 
@@ -124,24 +132,32 @@ class SavedGroup:
                 return self._sealed
             if self.tier is Tier.DEVICE:
                 return True
-            if not patient and not all(copy.done() for copy in self._copies):
+            if not patient and not self._slot.copied:
                 return False
-            for copy in self._copies:
-                copy.synchronize()
-            self._copies.clear()
+            self._finish_copies()
             store = self._executor.store(self.tier)
             self._extent = store.allocate(f"activations of {self.name}", self._used_bytes)
             self._write = store.write(self._extent, self._slot.buffer[: self._used_bytes])
             self._slot.ticket = self._write
             return True
 
+    def _finish_copies(self) -> None:
+        """Return when the device has read everything. Raises SavedTensorModifiedError where something was
+        changed in place before that: the bytes may be of before or after."""
+        assert self._slot is not None
+        self._slot.finish_copies()
+        sources, self._sources = self._sources, []
+        for source in sources:
+            source.get()
+
     # the slot cache's view --------------------------------------------------------------------
 
     def may_leave(self) -> bool:
-        """Only a sealed group that has a tier to go to and that no backward pass is reading."""
+        """Only a sealed group that has a tier to go to and that no backward pass is reading in the slot."""
         if self.tier is Tier.DEVICE:
             return False
-        return self._sealed and (self._restored is None or self._restored() is None)
+        read_in_place = self._executor.device.shares_memory and self._base() is not None
+        return self._sealed and not read_in_place
 
     def leave(self) -> None:
         """Give up the slot; raises the error of the write, while the bytes are still in memory."""
@@ -170,6 +186,32 @@ class SavedGroup:
         self._read = self._executor.store(self.tier).read(self._extent, slot.buffer[: self._used_bytes])
         slot.ticket = self._read
 
+    def come_ahead(self) -> None:
+        """Start the copy to the device if the bytes are in the slot: backward will ask for them next."""
+        with self._lock:
+            wanted = self._sealed and self._used_bytes and self._ahead is None and self._base() is None
+            if wanted and self._slot is not None and self._slot.copied and _over(self._read):
+                self._ahead = self._fetch()
+
+    def _base(self) -> torch.Tensor | None:
+        return None if self._restored is None else self._restored()
+
+    def _fetch(self) -> torch.Tensor:
+        """The bytes where the arithmetic is: the slot itself, or a copy that may still be arriving."""
+        if self._slot is None:
+            self._start_read(self.cache.take(self))
+        assert self._slot is not None
+        if self._read is not None:
+            self._read.wait()
+        self._finish_copies()
+        device = self._executor.device
+        if device.shares_memory:
+            return self._slot.view(self._used_bytes)
+        mirror = device.empty(self._used_bytes)
+        self._arrival = device.copy_in(self._slot.buffer[: self._used_bytes], mirror)
+        self._slot.copies.append(self._arrival)
+        return mirror
+
     def unpack(self, saved: SavedTensor) -> torch.Tensor:
         """The tensor as it was: same bytes, dtype, shape, stride, and storage shared with its siblings."""
         base = self._restore()
@@ -184,18 +226,13 @@ class SavedGroup:
                 f"{self.name}: backward was called after the session was closed, and what it needs is gone"
             )
         with self._lock:
-            base = self._restored() if self._restored is not None else None
+            base = self._base()
             if base is None:
                 self._executor.release_held()
-                if self._slot is None:
-                    self._start_read(self.cache.take(self))
-                assert self._slot is not None
-                if self._read is not None:
-                    self._read.wait()
-                for copy in self._copies:
-                    copy.synchronize()
-                base = self._executor.to_device(self._slot, self._used_bytes)
+                base, self._ahead = self._ahead if self._ahead is not None else self._fetch(), None
                 self._restored = weakref.ref(base)
+            if self._arrival is not None:
+                self._arrival.wait()  # each time: nodes of one block may run on different streams
             self._executor.hold(self, base)
         return base
 
@@ -206,6 +243,8 @@ class SavedGroup:
             if self._slot is not None:
                 self._slot.vacate()
             self._slot, self._extent, self._write, self._read = None, None, None, None
+            self._ahead, self._arrival = None, None
+            self._sources.clear()
             self._sealed = self._abandoned = True
 
     def __del__(self) -> None:
@@ -224,6 +263,10 @@ def abandoned_on_error(groups: Sequence[SavedGroup]) -> Iterator[None]:
         for group in groups:
             group.abandon()
         raise
+
+
+def _over(ticket: Ticket | None) -> bool:
+    return ticket is None or ticket.done()
 
 
 def pack_into(group: SavedGroup | None) -> Callable[[torch.Tensor], Any] | None:

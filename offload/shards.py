@@ -101,6 +101,8 @@ class StateSpec:
     tensors: tuple[StateTensor, ...] = ()
     scalars: frozenset[str] = frozenset()
     """Keys of 0-dim tensors and Python numbers, such as ``step``: kept in memory, one per parameter."""
+    scalars_on_device: frozenset[str] = frozenset()
+    """Those that are tensors on a GPU."""
 
 
 class FlatIndex:
@@ -156,11 +158,16 @@ class FlatIndex:
                 f"and cannot "
                 f"be cut into flat pieces: replace its data by parameter.data.contiguous()"
             )
-        if not parameter.is_floating_point() or parameter.device.type != "cpu":
+        if not parameter.is_floating_point():
             raise PlanMismatchError(
-                f"{name} is {parameter.dtype} on {parameter.device}: only floating-point parameters in main "
-                f"memory "
-                f"have an update that can be streamed"
+                f"{name} is {parameter.dtype}: only floating-point parameters have an update that can be "
+                f"streamed"
+            )
+        first = next(iter(self.parameters.items()), (name, parameter))
+        if parameter.device != first[1].device:
+            raise PlanMismatchError(
+                f"{name} is on {parameter.device} and {first[0]} on {first[1].device}: all parameters must "
+                f"be on one device; move the model there with model.to()"
             )
         self.parameters[name] = parameter
         self.unit_of[name] = unit
@@ -272,9 +279,13 @@ class ShardLayout:
 
     def gradient_bytes(self, slot: Tensor, piece: Piece) -> Tensor:
         """Where the piece's gradient is read to: uint8, padded to pages."""
+        return slot[self.gradient_span(piece)]
+
+    def gradient_span(self, piece: Piece) -> slice:
+        """The same as a range of the slot's bytes."""
         start = self.gradient_offsets[self.shard.pieces.index(piece)]
         size = self.gradient_region_bytes(piece)
-        return slot[start + (size // 2 if piece.name in self.widened else 0) : start + size]
+        return slice(start + (size // 2 if piece.name in self.widened else 0), start + size)
 
     def gradient(self, slot: Tensor, piece: Piece) -> Tensor:
         """The gradient that was read, in its own dtype and the piece's shape."""

@@ -11,12 +11,16 @@ import threading
 import time
 from collections import deque
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
 from memtrain.offload import numa
 from memtrain.offload.errors import StagingError
 from memtrain.planner.units import round_up
+
+if TYPE_CHECKING:
+    from memtrain.offload.device import Device
 
 PAGE_BYTES = 4096
 """Unit of every size and offset here: the page, and the block that direct I/O wants."""
@@ -110,14 +114,24 @@ class Ring:
 
     ``acquire`` waits for a slot. Where it would wait for ever, because every slot is held by a thread
     that is dead or itself waits for a slot of this ring, it raises instead.
+
+    Args:
+        count, slot_bytes: how many, and of what size.
+        numa_node: as for ``Slab``.
+        device: one that copies to and from the slots, and wants their memory registered.
     """
 
-    def __init__(self, count: int, slot_bytes: int, numa_node: int | None = None) -> None:
+    def __init__(
+        self, count: int, slot_bytes: int, numa_node: int | None = None, *, device: Device | None = None
+    ) -> None:
         if count < 1:
             raise ValueError(f"a ring needs count >= 1, got {count}")
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
         self.slab = Slab(count * self.slot_bytes, numa_node)
+        self._device = device
+        if device is not None:
+            device.register(self.slab)
         parts = torch.split(self.slab.buffer, self.slot_bytes)
         self._slots = [Slot(self, index, part) for index, part in enumerate(parts)]
         self._free = deque(self._slots)
@@ -169,6 +183,8 @@ class Ring:
         with self._changed:
             self._free.clear()
             self._slots.clear()
+            if self._device is not None and not self.slab.closed:
+                self._device.unregister(self.slab)
             self.slab.close()
             self._changed.notify_all()
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from memtrain.offload.device import Device, Event
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.slab import Ring, Slot
 
@@ -54,7 +55,9 @@ class StagedSlot:
         self.bytes = slot.buffer.numpy()
         self._occupant: weakref.ref[Occupant] | None = None
         self.ticket: Ticket | None = None
-        """The last transfer that touches this memory."""
+        """The last transfer between this memory and a tier."""
+        self.copies: list[Event] = []
+        """Copies between this memory and the device that may still be under way."""
         self._alias: StorageWeakRef | None = None
 
     @property
@@ -89,8 +92,25 @@ class StagedSlot:
         """Whether a tensor made from :meth:`view` still lives."""
         return self._alias is not None and not self._alias.expired()  # type: ignore[no-untyped-call]
 
+    @property
+    def copied(self) -> bool:
+        """Whether every copy between this memory and the device is over."""
+        return all(copy.done() for copy in self.copies)
+
+    @property
+    def busy(self) -> bool:
+        """Whether ``settle`` would wait."""
+        return not self.copied or (self.ticket is not None and not self.ticket.done())
+
+    def finish_copies(self) -> None:
+        """Return when the device has left the memory."""
+        for copy in self.copies:
+            copy.synchronize()
+        self.copies.clear()
+
     def settle(self) -> None:
-        """Wait for the transfer that still uses the memory."""
+        """Wait for whatever still uses the memory."""
+        self.finish_copies()
         ticket, self.ticket = self.ticket, None
         if ticket is not None:
             ticket.wait()
@@ -104,12 +124,13 @@ class SlotCache:
         slot_bytes: size of each, the largest group.
         name: for error messages, such as ``saved``.
         lock: the executor's, held while slots change hands.
+        device: what copies to and from the slots.
     """
 
-    def __init__(self, count: int, slot_bytes: int, name: str, lock: threading.RLock) -> None:
+    def __init__(self, count: int, slot_bytes: int, name: str, lock: threading.RLock, device: Device) -> None:
         self.name = name
         self.slot_bytes = slot_bytes
-        self._ring = Ring(count, slot_bytes)
+        self._ring = Ring(count, slot_bytes, device=device)
         self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
         self._lock = lock
 
@@ -150,7 +171,7 @@ class SlotCache:
                     not holder.may_leave() or (only_later and holder.sequence > occupant.sequence)
                 ):
                     continue
-                if not patient and slot.ticket is not None and not slot.ticket.done():
+                if not patient and slot.busy:
                     continue
                 if holder is not None:
                     holder.leave()
@@ -165,7 +186,7 @@ class SlotCache:
         is needed last."""
         holder = slot.occupant
         if holder is None:
-            return (0 if slot.ticket is None or slot.ticket.done() else 1, 0)
+            return (1 if slot.busy else 0, 0)
         return (2, holder.sequence)
 
     def close(self) -> None:

@@ -78,8 +78,15 @@ class Update:
                 tickets += self._store.load(gradient.home, gradient.value, piece, region)
         return tickets
 
+    def incoming(self, shard: Shard) -> list[slice]:
+        """What ``read`` puts into the slot."""
+        homes = {name for name, gradient in self.gradients.items() if gradient.home is not None}
+        layout = self._layout.shards[shard]
+        spans = [layout.gradient_span(piece) for piece in shard.pieces if piece.name in homes]
+        return [*self._records.span(shard), *spans]
+
     def step(self, shard: Shard, slot: Tensor | None) -> None:
-        """Update the shard's weights, and its state in the slot (or in memory, without one).
+        """Update the shard's weights, and its state in the slot, or its mirror (or in memory, without one).
 
         Raises:
             OffloadError: weights or gradients were changed by somebody else since the update was asked for.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
@@ -22,12 +23,14 @@ class UpdateRunner:
     """Owns the ring of update slots and the update that waits.
 
     Args:
+        device: where it is stepped.
         layout, records, gradients: what is stepped.
         slots, slot_bytes: the ring; 0 slots where no shard moves.
     """
 
     def __init__(
         self,
+        device: Device,
         layout: OptimizerLayout,
         records: RecordStore,
         gradients: GradientStore,
@@ -38,7 +41,7 @@ class UpdateRunner:
         self._index = layout.index
         self._update: Update | None = None
         self._failure: BaseException | None = None
-        self._ring = Ring(slots, slot_bytes) if slots else None
+        self._ring = Ring(slots, slot_bytes, device=device) if slots else None
         self._pipeline = ShardPipeline(
             self._ring,
             Stages(
@@ -46,7 +49,10 @@ class UpdateRunner:
                 step=lambda shard, slot: self._pending.step(shard, slot),
                 write=records.write,
                 needs_slot=lambda shard: self._pending.needs_slot(shard),
+                incoming=lambda shard: self._pending.incoming(shard),
+                outgoing=records.span,
             ),
+            device,
         )
 
     @property

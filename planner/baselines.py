@@ -56,7 +56,7 @@ class Search:
 
     def excess(self, decisions: Decisions) -> dict[Tier, int]:
         """Bytes above capacity, of the tiers that are overfull."""
-        peaks = tier_peaks(self.profile, decisions, self.space.tiers, self.options.safety_margin)
+        peaks = tier_peaks(self.profile, decisions, self.space.billed_tiers, self.options.safety_margin)
         over = {tier: peak - self.budget.capacity(tier) for tier, peak in peaks.items()}
         return {tier: size for tier, size in over.items() if size > 0}
 
@@ -72,7 +72,13 @@ class Search:
             shard_elements=shard,
             on_cpu=self.space.on_cpu,
         )
-        return Decisions(blocks=blocks, states=states, staging=staging, update_schedule=schedule)
+        return Decisions(
+            blocks=blocks,
+            states=states,
+            staging=staging,
+            update_schedule=schedule,
+            staging_tier=self.space.staging_tier,
+        )
 
     def cost(self, decisions: Decisions) -> tuple[float, int]:
         """Predicted seconds, and as a tie-break bytes moved."""
@@ -159,7 +165,7 @@ def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:
 
 def _shortness(search: Search, decisions: Decisions) -> tuple[int, int, int]:
     excess = search.excess(decisions)
-    peaks = tier_peaks(search.profile, decisions, search.space.tiers, search.options.safety_margin)
+    peaks = tier_peaks(search.profile, decisions, search.space.billed_tiers, search.options.safety_margin)
     others = sum(size for tier, size in excess.items() if tier is not Tier.DEVICE)
     return others + excess.get(Tier.DEVICE, 0), peaks[Tier.DEVICE], sum(peaks.values())
 

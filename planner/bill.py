@@ -8,6 +8,8 @@ largest, because all resident gradients are present; so one micro-batch is enoug
 On a CPU what stays on the device lives in slabs that are there throughout (``Staging``): activations kept and
 gradients do not vary by position, and the heap holds nothing longer than a block's forward or backward.
 
+On a GPU the rings lie in host memory and are on the host's bill; the device is billed for their mirrors.
+
 A block that does not keep its tensors is charged ``saved_bytes`` during its forward all the same: the profile
 measured a forward that saves, and of the working set of one that does not this is the proven upper bound.
 """
@@ -18,7 +20,14 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
-from memtrain.planner.decisions import PAGE_BYTES, Decisions, kept_parts, recompute_traffic, unit_elements
+from memtrain.planner.decisions import (
+    PAGE_BYTES,
+    Decisions,
+    kept_parts,
+    mirror_bytes,
+    recompute_traffic,
+    unit_elements,
+)
 from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile
 from memtrain.planner.units import round_up
@@ -201,11 +210,12 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         for unit, decision in zip(profile.units, decisions.states, strict=True)
         if decision.optimizer_tier is Tier.DEVICE
     )
+    own_rings = decisions.staging_tier is Tier.DEVICE
     return {
         "libraries": profile.baseline_bytes,
         "weights": profile.weight_bytes,
         "optimizer state": state,
-        "staging": decisions.staging.total_bytes,
+        "staging": decisions.staging.total_bytes if own_rings else mirror_bytes(profile, decisions),
         "gradients": decisions.staging.gradient_slab_bytes,
         "activations": decisions.staging.kept_slab_bytes,
     }
@@ -223,7 +233,7 @@ def with_margin(need_bytes: int, safety_margin: float) -> int:
 
 
 def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> dict[str, int]:
-    """Bytes that a tier beside the device holds, by category: each extent rounded up to pages."""
+    """Bytes that a tier beside the device holds, by category: extents rounded up to pages, and rings."""
     activations = 0
     for block, decision in zip(profile.blocks, decisions.blocks, strict=True):
         if decision.action is Action.SWAP:
@@ -238,6 +248,7 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
         "optimizer state": sum(
             round_up(u.state_bytes, PAGE_BYTES) for u, d in units if d.optimizer_tier is tier
         ),
+        "staging": decisions.staging.total_bytes if decisions.staging_tier is tier else 0,
     }
 
 

@@ -224,16 +224,8 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     on_cpu = _on_cpu(machine)
     resident = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
     s = plan.staging
-    for slots, size in (
-        (s.saved_slots, s.saved_slot_bytes),
-        (s.input_slots, s.input_slot_bytes),
-        (s.gradient_slots, s.gradient_slot_bytes),
-        (s.update_slots, s.update_slot_bytes),
-        (s.kept_slots, s.kept_slot_bytes),
-        (s.kept_input_slots, s.kept_input_slot_bytes),
-        (1, s.gradient_slab_bytes),
-    ):
-        resident += slots * size
+    resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
+    resident += s.kept_slots * s.kept_slot_bytes + s.kept_input_slots * s.kept_input_slot_bytes
     gradient: dict[object, int] = defaultdict(int)
     for unit, state in zip(profile.units, plan.states, strict=True):
         resident += unit.resident_state_bytes
@@ -280,6 +272,24 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     return resident + max(peak, every + max(_workspace(plan, profile, *place) for place in places))
 
 
+def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, int]:
+    """Bytes of rings by tier. Beside a GPU they are the host's, and the GPU holds part of each again: two
+    blocks' activations, two update shards, the gradients' ring, and one gradient that is on its way out."""
+    s = plan.staging
+    rings = [
+        (s.saved_slots, s.saved_slot_bytes, 2),
+        (s.input_slots, s.input_slot_bytes, 2),
+        (s.gradient_slots, s.gradient_slot_bytes, s.gradient_slots),
+        (s.update_slots, s.update_slot_bytes, 2),
+    ]
+    whole = sum(slots * size for slots, size, _ in rings)
+    if _on_cpu(machine):
+        return {Tier.DEVICE: whole, Tier.HOST: 0}
+    again = sum(copies * size for slots, size, copies in rings if slots)
+    again += profile.largest_gradient_bytes if s.gradient_slots else 0
+    return {Tier.DEVICE: again, Tier.HOST: whole}
+
+
 def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str = "") -> int:
     """Temporaries of the largest update at one place, of state that stays on the device."""
     largest = 0.0
@@ -298,8 +308,8 @@ def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str =
     return int(-(-largest // 1))
 
 
-def _tier_need(plan: Plan, profile: ModelProfile, tier: Tier) -> int:
-    total = 0
+def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) -> int:
+    total = _staged(plan, profile, machine).get(tier, 0)
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if decision.action is Action.SWAP:
             total += _pages(block.saved_bytes) * (decision.saved_tier is tier)
@@ -324,13 +334,15 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
     slack = lines.get((Tier.DEVICE, "slack"), 0)
     if slack < profile.allocator_slack_bytes:
         yield Rule.BILL, f"slack {slack} bytes is below the allocator's {profile.allocator_slack_bytes}"
-    for category, size in (
-        ("libraries", profile.baseline_bytes),
-        ("weights", profile.weight_bytes),
-        ("staging", plan.staging.total_bytes),
+    staged = _staged(plan, profile, machine)
+    for tier, category, size in (
+        (Tier.DEVICE, "libraries", profile.baseline_bytes),
+        (Tier.DEVICE, "weights", profile.weight_bytes),
+        (Tier.DEVICE, "staging", staged[Tier.DEVICE]),
+        (Tier.HOST, "staging", staged[Tier.HOST]),
     ):
-        if lines.get((Tier.DEVICE, category), 0) != size:
-            yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, should be {size}"
+        if (found := lines.get((tier, category), 0)) != size:
+            yield Rule.BILL, f"{category} on {tier.value} is {found} bytes, should be {size}"
     staging = plan.staging
     for category, size in (
         (
@@ -362,7 +374,7 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
                 yield Rule.DEVICE_PEAK, f"needs {need} bytes before the margin, the plan says {said}"
             if need > capacity:
                 yield Rule.CAPACITY, f"device: needs {need} of {capacity} bytes"
-        elif (held := _tier_need(plan, profile, tier)) != plan.peak(tier):
+        elif (held := _tier_need(plan, profile, machine, tier)) != plan.peak(tier):
             yield (
                 Rule.TIER_PEAK,
                 f"{tier.value}: decisions put {held} bytes there, the plan says {plan.peak(tier)}",

@@ -25,6 +25,7 @@ from memtrain.planner.bill import (
 )
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
+    MIRRORED_SLOTS,
     PAGE_BYTES,
     SLOT_COUNTS,
     UPDATE_SLOTS,
@@ -230,15 +231,9 @@ class Choices:
         always = pulp.lpSum(
             self.unit_sum(u, lambda p, d: p.state_bytes * (d.optimizer_tier is Tier.DEVICE)) for u in units
         )
-        always += self._ring_bytes(
-            self.saved_ring, lambda b, d: saved_slot_bytes(b) if d.action is Action.SWAP else 0, "saved"
-        )
-        always += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
-        always += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
-        always += pulp.lpSum(
-            UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
-        )
         on_cpu = self.machine.on_cpu
+        self.rings = self._rings()
+        always += self.rings if on_cpu else self._mirrors()
         if on_cpu:
             always += self._slab_bytes(kept_slot_bytes, "kept")
             always += self._slab_bytes(kept_input_slot_bytes, "kept_input")
@@ -288,9 +283,35 @@ class Choices:
                 held = kept if place == BEYOND else before[place]
             row(every, here, held)
 
+    def _rings(self) -> Expression:
+        """Bytes of all rings, wherever they lie."""
+        profile = self.profile
+        total = self._ring_bytes(self.saved_ring, _swapped_bytes, "saved")
+        total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
+        total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
+        return total + pulp.lpSum(
+            UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
+        )
+
+    def _mirrors(self) -> Expression:
+        """Bytes of ``decisions.mirror_bytes``: what a GPU holds of rings in host memory."""
+        profile = self.profile
+        total: Expression = pulp.LpAffineExpression()
+        for name, size in (("saved", _swapped_bytes), ("input", input_slot_bytes)):
+            largest = self.problem.add_variable(f"{name}_mirror_bytes", lowBound=0)
+            for index in range(len(self.x)):
+                self.add(largest >= self.block_sum(index, size))
+            total += MIRRORED_SLOTS * largest
+        gradients = GRADIENT_SLOTS * gradient_slot_bytes(profile) + profile.largest_gradient_bytes
+        total += gradients * self.gradient_ring
+        return total + pulp.lpSum(
+            MIRRORED_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
+        )
+
     def _capacities(self) -> None:
-        for tier in self.space.tiers:
-            used = [self.block_sum(i, partial(_block_pages, tier)) for i in range(len(self.x))]
+        for tier in self.space.billed_tiers:
+            used = [self.rings] if tier is self.space.staging_tier else []
+            used += [self.block_sum(i, partial(_block_pages, tier)) for i in range(len(self.x))]
             used += [self.unit_sum(u, partial(_unit_pages, tier)) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
@@ -300,6 +321,10 @@ def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, i
     if decision.action is Action.SWAP:
         return ((decision.saved_tier, block.saved_bytes),)
     return recompute_traffic(block, decision)
+
+
+def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    return saved_slot_bytes(block) if decision.action is Action.SWAP else 0
 
 
 def _block_pages(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:

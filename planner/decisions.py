@@ -33,6 +33,8 @@ DEFAULT_SHARD_ELEMENTS = 1 << 20
 """Cuts the flat index where no state moves."""
 SLOT_COUNTS = (2, 3, 4)
 """Two is the least that overlaps a transfer with a block; beyond four nothing was gained in simulation."""
+MIRRORED_SLOTS = 2
+"""Slots of a ring that a device with memory of its own holds too: one in use, one coming or going."""
 SHARD_GRANULE = 2048
 """Elements: shards start at multiples of it (see docs/architecture.md)."""
 
@@ -45,6 +47,9 @@ class Decisions:
     states: tuple[StateDecision, ...]
     staging: Staging
     update_schedule: UpdateSchedule
+    staging_tier: Tier = Tier.DEVICE
+    """Where the rings lie: on a CPU in the device's own memory; otherwise in host memory, and the device
+    holds mirrors of some of their slots (``mirror_bytes``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +108,18 @@ class Space:
     shards: tuple[int, ...]
     """Possible sizes of an update shard, in elements; only the default when no state may leave."""
     on_cpu: bool
-    """What stays on the device is copied into slabs."""
+    """What stays on the device is copied into slabs, and rings lie in the device's memory."""
+
+    @property
+    def staging_tier(self) -> Tier:
+        """Where rings lie."""
+        return Tier.DEVICE if self.on_cpu else Tier.HOST
+
+    @property
+    def billed_tiers(self) -> tuple[Tier, ...]:
+        """Tiers beside the device that a plan may fill: rings take room even where nothing may be sent."""
+        needs_host = not self.on_cpu and Tier.HOST not in self.tiers
+        return (Tier.HOST, *self.tiers) if needs_host else self.tiers
 
 
 def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Space:
@@ -378,6 +394,23 @@ def staging_for(
         kept_input_slot_bytes=max(kept_inputs, default=0),
         gradient_slab_bytes=resident * on_cpu,
     )
+
+
+def mirror_bytes(profile: ModelProfile, decisions: Decisions) -> int:
+    """What the device holds of rings that lie in host memory; 0 where they are its own memory.
+
+    Two slots of each ring for activations: in forward what two blocks send away, in backward what one block
+    works on and the next one will. Two update slots: one is stepped, one arrives. As much as the ring of
+    gradients, for sums of several micro-batches, and the gradient that leaves while the next one is made.
+    """
+    if decisions.staging_tier is Tier.DEVICE:
+        return 0
+    staging = decisions.staging
+    activations = staging.saved_slot_bytes + staging.input_slot_bytes
+    gradients = staging.gradient_slots * staging.gradient_slot_bytes
+    leaving = profile.largest_gradient_bytes if staging.gradient_slots else 0
+    updates = staging.update_slot_bytes if staging.update_slots else 0
+    return MIRRORED_SLOTS * (activations + updates) + gradients + leaving
 
 
 def gradient_slot_bytes(profile: ModelProfile) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 from memtrain.planner import baselines
 from memtrain.planner.actions import Action, Tier
 from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
-from memtrain.planner.decisions import Decisions, open_space
+from memtrain.planner.decisions import MIRRORED_SLOTS, Decisions, open_space
 from memtrain.planner.plan import Plan
 from memtrain.planner.simulate import simulate
 from memtrain.planner.units import MiB, format_gib
@@ -16,7 +16,7 @@ from memtrain.planner.units import MiB, format_gib
 def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
     """The plan that comes nearest to fitting, marked infeasible, with shortfall and remedies."""
     profile, budget = search.profile, search.budget
-    tiers = search.space.tiers
+    tiers = search.space.billed_tiers
     nearest = baselines.smallest(search)
     timeline = simulate(profile, search.machine, nearest)
     peaks = tier_peaks(profile, nearest, tiers, search.options.safety_margin)
@@ -108,8 +108,9 @@ def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[
     short = excess.get(Tier.DEVICE, 0)
     top = max(device_positions(search.profile, nearest), key=lambda p: p.total_bytes)
     scalable = top.kept_bytes + top.transient_bytes
-    scalable += nearest.staging.saved_slots * nearest.staging.saved_slot_bytes
-    scalable += nearest.staging.input_slots * nearest.staging.input_slot_bytes
+    staging, on_cpu = nearest.staging, search.space.on_cpu
+    scalable += (staging.saved_slots if on_cpu else MIRRORED_SLOTS) * staging.saved_slot_bytes
+    scalable += (staging.input_slots if on_cpu else MIRRORED_SLOTS) * staging.input_slot_bytes
     scalable += nearest.staging.kept_slab_bytes
     if not short or set(excess) != {Tier.DEVICE} or scalable <= short:
         return ""

@@ -22,7 +22,9 @@ PLAN_VERSION = 1
 class Staging:
     """Page-aligned slabs: rings through which bytes pass to slower tiers and, on a CPU, homes of what stays.
 
-    All of it is allocated when the plan is installed and is on the device's bill from then on.
+    All of it is allocated when the plan is installed. On a CPU it is the device's own memory and on its bill
+    from then on; beside a GPU the rings are on the host's bill, and on the device's what it mirrors of them
+    (``decisions.mirror_bytes``).
     """
 
     saved_slots: int = 0

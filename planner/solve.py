@@ -69,7 +69,7 @@ def _feasible_plan(
     gap = round((step - lower) / step, 9) if step > 0 else 0.0
     proved = "optimal" if gap <= options.gap else "gap"
     status = proved if bound.seconds > 0 else "heuristic"
-    used = search.space.tiers
+    used = search.space.billed_tiers
     peaks = tier_peaks(profile, decisions, used, options.safety_margin)
     return Plan(
         status=status,

@@ -30,7 +30,7 @@ def test_cpu_needs_no_registration():
     device.register(slab)
     device.unregister(slab)
     device.synchronize()
-    assert device.type == make_device("cpu").type == "cpu"
+    assert device.place == make_device("cpu").place == torch.device("cpu")
 
 
 def test_copies_that_do_not_fit_are_refused():
@@ -64,6 +64,9 @@ class FakeCuda:
                 fake.log.append(f"synchronize {self.name}")
 
         class Event:
+            def __init__(self, blocking=False):
+                assert blocking  # waiting must leave the processor to the threads that move bytes
+
             def record(self, stream):
                 self.where = stream.name
                 fake.log.append(f"record on {stream.name}")

@@ -15,7 +15,7 @@ from memtrain.planner.machine import Budget
 def test_a_budget_becomes_stores_of_its_sizes(tmp_path):
     budget = Budget(device="1GiB", nvme=f"{tmp_path}:1MiB", cxl="0:64KiB")
     with open_engine(budget) as engine:
-        assert engine.device.type == "cpu"
+        assert engine.device.place == torch.device("cpu")
         assert {t: engine.store(t).capacity_bytes for t in engine.tiers} == {
             Tier.CXL: 1 << 16,
             Tier.NVME: 1 << 20,

@@ -89,7 +89,7 @@ def test_a_gradient_that_others_see_is_not_written_to(engine: Engine) -> None:
 
 def test_exclusive_gradients_are_recognised(engine: Engine) -> None:
     """Two ways in which autograd hands over memory of its own: one may take either without a copy."""
-    assert len(exclusive_fingerprints()) == 2
+    assert len(exclusive_fingerprints(torch.device("cpu"))) == 2
     parameter, _, store = pair(engine)
     taken: list[int] = []
     home = store.homes["p0"]

@@ -778,6 +778,6 @@ def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
         def read_state(self, name: str, key: str) -> torch.Tensor:
             raise AssertionError("read")
 
-    state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32, 0)
+    state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32, 0, torch.device("cpu"))
     with pytest.raises(OffloadError, match=r"weight/exp_avg.*save_checkpoint"):
         torch.save({"state": state}, io.BytesIO())

@@ -73,6 +73,10 @@ def test_a_piece_shares_memory_and_version_with_its_parameter() -> None:
     assert weight.detach().sum().item() == piece.elements == 90000 - 49152
 
 
+def on_meta() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(4, device="meta"))
+
+
 @pytest.mark.parametrize(
     ("units", "message"),
     [
@@ -80,7 +84,7 @@ def test_a_piece_shares_memory_and_version_with_its_parameter() -> None:
         ([("u", [("a", nn.Parameter(torch.zeros(300, 400).t()))])], "a is not contiguous"),
         ([("u", [("a", parameter(5)), ("a", parameter(6))])], "two parameters are called 'a'"),
         ([("u", [("a", parameter(5))]), ("u", [("b", parameter(5))])], "two units are called 'u'"),
-        ([("u", [("a", nn.Parameter(torch.zeros(4, device="meta")))])], "a is torch.float32 on meta"),
+        ([("u", [("a", parameter(5)), ("b", on_meta())])], "b is on meta and a on cpu: all parameters must"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_name(units: list, message: str | None) -> None:
