@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from memtrain.offload.activations import ActivationExecutor
+from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.gradient_slab import GradientSlab
@@ -87,11 +88,12 @@ def prepare(
 
     Args:
         model: any Hugging Face causal LM with repeated blocks, or an ``nn.Module`` with repeated blocks; its
-            weights are on the CPU.
+            weights are where it is to be trained, on the CPU or on one CUDA device.
         optimizer: over the model's parameters; state that it already has is taken over.
         sample_batch: the largest batch that will be used: a mapping (``model(**batch)``), a tuple
             (``model(*batch)``) or a tensor.
-        budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process.
+        budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process. Beside a
+            GPU, ``host`` covers what is sent there and all staging memory.
         micro_batches: forward-backward passes per optimizer step (gradient accumulation).
         master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
         nonfinite: what ``optimizer.step()`` does about NaN or inf gradients: ``ignore`` as PyTorch does,
@@ -110,20 +112,31 @@ def prepare(
         PlanMismatchError: ``plan`` was made for another model or budget.
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
+        ValueError: parameters on several devices, on one that is neither a CPU nor a CUDA device, or not on
+            that of ``machine``.
     """
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise ValueError(
             "the model has its own gradient checkpointing switched on, which would work against the plan: "
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
         )
-    device = _device_of(model)
+    place = _device_of(model)
+    device = make_device(str(place) if machine is None else machine.device)
+    if device.place != place:
+        assert machine is not None
+        raise ValueError(
+            f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
+            f"there with model.to(), or plan for a machine whose device is {place}"
+        )
     resident.limit_heap()
-    began_peak_bytes = resident.peak_bytes()
+    began_peak_bytes = device.peak_bytes()
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:
         if machine is None:
             machine = measure_machine(
-                budget.nvme_directory if budget.nvme_bytes else None, device=str(device)
+                budget.nvme_directory if budget.nvme_bytes else None,
+                device=str(place),
+                cxl_node=budget.cxl_node,
             )
         work = torch.float32 if master_weights else None
         profile = profile_model(
@@ -157,6 +170,7 @@ def prepare(
             plan=plan,
             profile=profile,
             machine=machine,
+            device=device,
             budget=budget,
             config=OptimizerConfig(
                 master_weights=master_weights, nonfinite=nonfinite, elementwise=profile.elementwise
@@ -189,6 +203,7 @@ class Session:
         plan: Plan,
         profile: ModelProfile,
         machine: Machine,
+        device: Device,
         budget: Budget,
         config: OptimizerConfig,
         blocks: Sequence[tuple[str, nn.Module]],
@@ -204,10 +219,10 @@ class Session:
         self._undo = ExitStack()
         """How to take away what is installed below, in reverse; also when installing fails half-way."""
         with self._undo:
-            self._install(optimizer, config, blocks, chunked_loss)
+            self._install(optimizer, config, blocks, chunked_loss, device)
             self._undo = self._undo.pop_all()
-        self._prepared_peak_bytes = max(began_peak_bytes, resident.peak_bytes())
-        resident.reset_peak()
+        self._prepared_peak_bytes = max(began_peak_bytes, device.peak_bytes())
+        device.reset_peak()
 
     def _install(
         self,
@@ -215,6 +230,7 @@ class Session:
         config: OptimizerConfig,
         blocks: Sequence[tuple[str, nn.Module]],
         chunked_loss: ChunkedLossHandle | None,
+        device: Device,
     ) -> None:
         model, plan, budget = self.model, self.plan, self.budget
         undo = self._undo.callback
@@ -222,11 +238,18 @@ class Session:
         if chunked_loss is not None:
             undo(chunked_loss.uninstall)
         resident.trim()
-        planned = int(plan.peak(Tier.NVME) * _ARENA_ALLOWANCE)
+        staged = sum(
+            line.size_bytes for line in plan.bill if (line.tier, line.category) == (Tier.HOST, "staging")
+        )
+        sent = {
+            tier: int((plan.peak(tier) - size) * _ARENA_ALLOWANCE)
+            for tier, size in ((Tier.NVME, 0), (Tier.HOST, staged))
+        }
         self.engine: Engine = open_engine(
             budget,
-            self.machine.device,
-            nvme_bytes=min(planned, budget.nvme_bytes) if budget.nvme_bytes else None,
+            device,
+            nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
+            host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
         )
         undo(self.engine.close)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
@@ -269,11 +292,12 @@ class Session:
         """Predicted and measured peak and step time.
 
         ``peak_bytes`` is the device's peak since ``prepare`` returned; ``process_peak_bytes`` also covers
-        loading and profiling. ``step_seconds`` is the median distance between the ends of two steps, the
-        first left out; NaN before there is one.
+        loading and profiling. On a GPU both are what torch's allocator had reserved, and what the libraries
+        hold. ``step_seconds`` is the median distance between the ends of two steps, the first left out; NaN
+        before there is one.
         """
-        peak = resident.peak_bytes()
-        process = max(peak, self._prepared_peak_bytes)
+        peak = self.device_peak_bytes()
+        process = max(peak, self._prepared_peak_bytes + self._libraries_bytes)
         ends = self._step_ends[_WARM_UP_STEPS:]
         seconds = [b - a for a, b in itertools.pairwise(ends)]
         return {
@@ -285,6 +309,19 @@ class Session:
             "step_seconds": statistics.median(seconds) if seconds else float("nan"),
             "steps": len(self._step_ends),
         }
+
+    def device_peak_bytes(self) -> int:
+        """The device's peak since ``prepare`` returned, or since its ``reset_peak`` was called."""
+        return self.engine.device.peak_bytes() + self._libraries_bytes
+
+    def device_used_bytes(self) -> int:
+        """What the job occupies of the device now."""
+        return self.engine.device.used_bytes() + self._libraries_bytes
+
+    @property
+    def _libraries_bytes(self) -> int:
+        """Context and libraries on a GPU, of which its allocator knows nothing."""
+        return 0 if self.machine.on_cpu else self.profile.baseline_bytes
 
     def report(self) -> str:
         """Prediction beside measurement, for people."""
@@ -335,11 +372,11 @@ class Session:
 
 def _device_of(model: nn.Module) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
-    names = ", ".join(sorted(map(str, devices))) or "none"
-    if {device.type for device in devices} != {"cpu"}:
+    names = ", ".join(sorted(map(str, devices))) or "no device, for it has none"
+    if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
         raise ValueError(
-            f"memtrain trains on the CPU only in this version, and the model's parameters are on: {names}. "
-            f"Gradients and optimizer state cannot leave a GPU yet; move the model to the CPU"
+            f"the model's parameters are on {names}: memtrain trains on the CPU or on one CUDA device; move "
+            f"all of the model there with model.to()"
         )
     return next(iter(devices))
 

@@ -30,7 +30,6 @@ from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
-from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
@@ -121,7 +120,20 @@ class Trainer:
             model = load_model(recipe.model, self.device)
         _check_vocabulary(model, train, heldout)
         with self._phase("plan"):
-            self.session: Session = memtrain.prepare(
+            self.session = self._make_session(model)
+        self.done_steps = 0
+        if resume_from is not None:
+            try:
+                self.done_steps = self.checkpoints.load(resume_from, self.session)
+            except BaseException:
+                self.session.close()
+                raise
+            print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
+
+    def _make_session(self, model: torch.nn.Module) -> Session:
+        recipe, training = self.recipe, self.recipe.training
+        try:
+            return memtrain.prepare(
                 model,
                 build_optimizer(recipe, model),
                 self._batch(self.train_windows, 0),
@@ -132,14 +144,8 @@ class Trainer:
                 chunked_loss=training.chunked_loss,
                 directory=self.output,
             )
-        self.done_steps = 0
-        if resume_from is not None:
-            try:
-                self.done_steps = self.checkpoints.load(resume_from, self.session)
-            except BaseException:
-                self.session.close()
-                raise
-            print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
+        except ValueError as error:  # how prepare says that what was asked for does not fit together
+            raise RecipeError(str(error)) from error
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
@@ -199,7 +205,7 @@ class Trainer:
             record = self._step(step)
             seconds.append(record.seconds)
             display.show(record)
-            peak_bytes = max(peak_bytes, self._device_peak())
+            peak_bytes = max(peak_bytes, self.session.device_peak_bytes())
             if _due(recipe.checkpoint.every, step, recipe.training.steps):
                 self.checkpoints.save(self.session, step + 1)
             if _due(recipe.evaluation.every, step, recipe.training.steps):
@@ -234,8 +240,8 @@ class Trainer:
             gradient_norm=norm,
             seconds=time.perf_counter() - start,
             tokens=training.accumulation * self._tokens_per_batch(),
-            memory_now_bytes=self._device_now(),
-            memory_peak_bytes=self._device_peak(),
+            memory_now_bytes=self.session.device_used_bytes(),
+            memory_peak_bytes=self.session.device_peak_bytes(),
         )
 
     def _tokens_per_batch(self) -> int:
@@ -246,19 +252,8 @@ class Trainer:
         return {"input_ids": ids, "labels": ids}
 
     def _start_peak(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self.peaks.start_phase()
-
-    def _device_peak(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device)
-        return self.peaks.phase_bytes()
-
-    def _device_now(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.memory_reserved(self.device)
-        return resident.rss_bytes()
+        self.peaks.start_phase()  # first: on a CPU both are the kernel's one mark
+        self.session.engine.device.reset_peak()
 
     def _phase(self, name: str) -> _PhaseTimer:
         return _PhaseTimer(self, name)

@@ -59,26 +59,39 @@ class Engine:
         self.close()
 
 
-def open_engine(budget: Budget, device: str = "cpu", nvme_bytes: int | None = None) -> Engine:
+def open_engine(
+    budget: Budget,
+    device: str | Device = "cpu",
+    nvme_bytes: int | None = None,
+    host_bytes: int | None = None,
+) -> Engine:
     """Build the stores that a budget allows; every byte of them is reserved, or this raises.
 
     Args:
         budget: tiers with no bytes get no store.
-        device: ``cpu``, ``cuda`` or ``cuda:N``. On ``cpu`` the host tier is the device's own memory.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or one that is open already. On ``cpu`` the host tier is the
+            device's own memory.
         nvme_bytes: reserve only this much of the swap directory (what the plan uses), at most the budget's.
+        host_bytes: the same of host memory, of which staging takes its part too.
 
     Raises:
         SwapDirectoryError, TierFullError, PlacementError: a tier cannot serve.
-        ValueError: ``nvme_bytes`` is above the budget, or a host budget was given on a CPU.
+        ValueError: a size is above the budget, or a host budget was given on a CPU.
     """
-    if device == "cpu" and budget.host_bytes:
+    opened = make_device(device) if isinstance(device, str) else device
+    if opened.shares_memory and budget.host_bytes:
         raise ValueError("budget.host: on a CPU the device is the host; raise budget.device instead")
-    if nvme_bytes is not None and not 0 <= nvme_bytes <= budget.nvme_bytes:
-        raise ValueError(f"nvme_bytes must be within budget.nvme, 0 to {budget.nvme_bytes}, got {nvme_bytes}")
-    engine = Engine({}, make_device(device))
+    for name, size, limit in (
+        ("nvme", nvme_bytes, budget.nvme_bytes),
+        ("host", host_bytes, budget.host_bytes),
+    ):
+        if size is not None and not 0 <= size <= limit:
+            raise ValueError(f"{name}_bytes must be within budget.{name}, 0 to {limit}, got {size}")
+    engine = Engine({}, opened)
     try:
-        if budget.host_bytes:
-            engine._stores[Tier.HOST] = MemoryStore(Tier.HOST, budget.host_bytes)
+        host = budget.host_bytes if host_bytes is None else host_bytes
+        if host:
+            engine._stores[Tier.HOST] = MemoryStore(Tier.HOST, host)
         if budget.cxl_bytes:
             engine._stores[Tier.CXL] = MemoryStore(Tier.CXL, budget.cxl_bytes, budget.cxl_node)
         size = budget.nvme_bytes if nvme_bytes is None else nvme_bytes

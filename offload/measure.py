@@ -1,5 +1,8 @@
 """How fast this machine moves bytes: measured through the engine that will move them, and remembered.
 
+A GPU's host memory is measured too: copies between the two through the same streams, and the threads that
+move bytes between staging slots and the tier; the slower of the two counts, since they run at once.
+
 The disk is read alone, written alone, and both together, in a preallocated file that was written once
 before: what an arena does all day. One measurement takes a few seconds and under 128 MiB; it is kept per
 machine and device of the directory, with its date.
@@ -8,6 +11,7 @@ machine and device of the directory, with its date.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import hashlib
 import json
@@ -21,10 +25,13 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
+from memtrain.offload.device import Device, Event, make_device
 from memtrain.offload.errors import OffloadError, SwapDirectoryError
+from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS, copy_rates, median_rates
 from memtrain.offload.rundir import (
     RunDirectory,
     check_swap_directory,
@@ -32,17 +39,15 @@ from memtrain.offload.rundir import (
     machine_identity,
     open_arena,
 )
-from memtrain.offload.slab import Slab
+from memtrain.offload.slab import Ring, Slab
 from memtrain.offload.targets import BLOCK_BYTES
-from memtrain.offload.tiers import NvmeStore, Store, Ticket, wait_all
+from memtrain.offload.tiers import MemoryStore, NvmeStore, Store, wait_all
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Link, Machine
 from memtrain.planner.units import MiB, format_gib
 
-TRANSFER_BYTES = 8 * MiB
-TRANSFERS = 4  # in flight: 32 MiB a direction, 64 MiB with both, and as much again is never touched
-_ROUNDS = 3  # of each pattern; the median counts
 _ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
+_PROBE_BYTES = 2 * TRANSFERS * TRANSFER_BYTES + BLOCK_BYTES
 _DRAM_BYTES = 32 * MiB  # two of them lie well outside the caches of a core
 
 
@@ -112,6 +117,7 @@ def measure_machine(
     directory: str | os.PathLike[str] | None,
     *,
     device: str = "cpu",
+    cxl_node: int | None = None,
     refresh: bool = False,
     round_seconds: float = _ROUND_SECONDS,
 ) -> Machine:
@@ -119,24 +125,37 @@ def measure_machine(
 
     Args:
         directory: the swap directory; without one the machine has no nvme link.
-        device: what computes, as the plan names it.
+        device: what computes, as the plan names it. One with memory of its own has a link to the host.
+        cxl_node: the memory-only NUMA node to measure a link to.
         refresh: measure again.
         round_seconds: of each of nine rounds.
 
     Raises:
         SwapDirectoryError, TierFullError: the directory cannot serve.
+        PlacementError: the node cannot.
+        OffloadError: there is no such device.
     """
     where = None if directory is None else check_swap_directory(directory)
-    cache = _cache_path(where, device)
+    cache = _cache_path(where, device, cxl_node)
     if not refresh and (known := _read_cache(cache)) is not None:
         return known
     source = f"measured {date.today().isoformat()}"
+    dram, links = _measure_dram(), []
+    opened = make_device(device)
+    if not opened.shares_memory:
+        links.append(_measure_host(opened, source, round_seconds))
+    if cxl_node is not None:
+        with MemoryStore(Tier.CXL, _PROBE_BYTES, cxl_node) as store:
+            links.append(_measure_store(store, source, round_seconds))
+    if where is not None:
+        with NvmeStore(where, _PROBE_BYTES) as disk:
+            links.append(_measure_store(disk, source, round_seconds))
     machine = Machine(
         name=platform.node() or "this machine",
         device=device,
         cores=len(os.sched_getaffinity(0)),
-        dram_copy_bytes_per_second=_measure_dram(),
-        links=() if where is None else (_measure_nvme(where, source, round_seconds),),
+        dram_copy_bytes_per_second=dram,
+        links=tuple(links),
         source=source,
     )
     _write_cache(cache, machine)
@@ -155,53 +174,40 @@ def _measure_dram() -> float:
     return statistics.median(rates)
 
 
-def _measure_nvme(directory: Path, source: str, round_seconds: float) -> Link:
-    with NvmeStore(directory, 2 * TRANSFERS * TRANSFER_BYTES + BLOCK_BYTES) as store:
-        slab = Slab(2 * TRANSFERS * TRANSFER_BYTES)
-        slab.buffer.random_(0, 256)  # nothing that a disk or a file system could compress
-        views = list(torch.split(slab.buffer, TRANSFER_BYTES))
-        extents = [store.allocate(f"probe {i}", TRANSFER_BYTES) for i in range(2 * TRANSFERS)]
-        pairs = list(zip(extents, views, strict=True))
-        wait_all([store.write(*pair) for pair in pairs])
-        read = [partial(store.read, *pair) for pair in pairs[:TRANSFERS]]
-        write = [partial(store.write, *pair) for pair in pairs[TRANSFERS:]]
-        patterns = {
-            "read": read,
-            "write": write,
-            "mixed": [f for pair in zip(read, write, strict=True) for f in pair],
-        }
-        rates: dict[str, list[float]] = {name: [] for name in patterns}
-        cpu_seconds, moved = _cpu_seconds(), _moved(store)
-        for _ in range(_ROUNDS):
-            for name, submit in patterns.items():
-                rates[name].append(_rate(submit, round_seconds))
-        cpu_seconds, moved = _cpu_seconds() - cpu_seconds, _moved(store) - moved
-        latency = _latency(store)
-    median = {name: statistics.median(values) for name, values in rates.items()}
+def _measure_store(store: Store, source: str, round_seconds: float) -> Link:
+    slab = Slab(2 * TRANSFERS * TRANSFER_BYTES)
+    slab.buffer.random_(0, 256)  # nothing that a disk or a file system could compress
+    views = list(torch.split(slab.buffer, TRANSFER_BYTES))
+    extents = [store.allocate(f"probe {i}", TRANSFER_BYTES) for i in range(2 * TRANSFERS)]
+    pairs = list(zip(extents, views, strict=True))
+    wait_all([store.write(*pair) for pair in pairs])
+    read = [partial(store.read, *pair) for pair in pairs[:TRANSFERS]]
+    write = [partial(store.write, *pair) for pair in pairs[TRANSFERS:]]
+    cpu_seconds, moved = _cpu_seconds(), _moved(store)
+    rates = median_rates(read, write, round_seconds)
+    cpu_seconds, moved = _cpu_seconds() - cpu_seconds, _moved(store) - moved
     return Link(
-        tier=Tier.NVME,
-        read_bytes_per_second=median["read"],
-        write_bytes_per_second=median["write"],
-        mixed_bytes_per_second=median["mixed"],
+        tier=store.tier,
+        read_bytes_per_second=rates["read"],
+        write_bytes_per_second=rates["write"],
+        mixed_bytes_per_second=rates["mixed"],
         cpu_seconds_per_byte=cpu_seconds / moved,
-        latency_seconds=latency,
+        latency_seconds=_latency(store),
         source=source,
     )
 
 
-def _rate(submit: Sequence[Callable[[], Ticket]], seconds: float) -> float:
-    """Bytes per second with every transfer of ``submit`` under way all the time."""
-    start = time.perf_counter()
-    tickets = [again() for again in submit]
-    moved, stopping = 0, False
-    while not stopping:
-        stopping = time.perf_counter() - start >= seconds
-        for index, again in enumerate(submit):
-            tickets[index].wait()
-            moved += tickets[index].nbytes
-            if not stopping:
-                tickets[index] = again()
-    return moved / (time.perf_counter() - start)
+def _measure_host(device: Device, source: str, round_seconds: float) -> Link:
+    """Host memory behind a device: the slower of the copies and of the tier behind the staging slots."""
+    with MemoryStore(Tier.HOST, _PROBE_BYTES) as store:
+        link = _measure_store(store, source, round_seconds)
+    copies = copy_rates(device, round_seconds)
+    return dataclasses.replace(
+        link,
+        read_bytes_per_second=min(link.read_bytes_per_second, copies["read"]),
+        write_bytes_per_second=min(link.write_bytes_per_second, copies["write"]),
+        mixed_bytes_per_second=min(link.mixed_bytes_per_second, copies["mixed"]),
+    )
 
 
 def _latency(store: Store) -> float:
@@ -226,10 +232,12 @@ def _moved(store: Store) -> int:
     return now.bytes_read + now.bytes_written
 
 
-def _cache_path(directory: Path | None, device: str) -> Path:
+def _cache_path(directory: Path | None, device: str, cxl_node: int | None) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
-    key = hashlib.sha256(f"{machine_identity()} {platform.node()} {disk} {device}".encode()).hexdigest()[:16]
+    what = f"{machine_identity()} {platform.node()} {disk} {device}"
+    what += "" if cxl_node is None else f" cxl {cxl_node}"
+    key = hashlib.sha256(what.encode()).hexdigest()[:16]
     return base / "memtrain" / f"machine-{key}.json"
 
 

@@ -24,6 +24,8 @@ from memtrain import checkpoints
 from memtrain import train as train_module
 from memtrain.cli.validate import validate_file
 from memtrain.data import Tokens, Windows
+from memtrain.offload.device import make_device
+from memtrain.offload.engine import Engine
 from memtrain.offload.errors import TierFullError
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
 from memtrain.report import Summary
@@ -72,6 +74,9 @@ class PlainSession:
 
     def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
         self.model, self.optimizer, self.plan = model, optimizer, feasible_plan()
+        device = make_device("cpu")
+        self.engine = Engine({}, device)
+        self.device_peak_bytes, self.device_used_bytes = device.peak_bytes, device.used_bytes
         self.closed = False
         parameters = list(model.parameters())
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)

@@ -5,13 +5,15 @@ import resource
 from datetime import date
 
 import pytest
+import torch
 
-from memtrain.offload import measure
-from memtrain.offload.errors import SwapDirectoryError
+from memtrain.offload import measure, rates
+from memtrain.offload.errors import OffloadError, PlacementError, SwapDirectoryError
 from memtrain.offload.measure import measure_machine, probe_swap_directory
 from memtrain.offload.rundir import filesystem_type
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Machine
+from tests.offload.late_device import LateDevice
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +95,7 @@ def test_a_machine_is_measured_once_and_remembered(swap, cache, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             measure_machine(swap, refresh=True)
         with pytest.raises(ZeroDivisionError):
-            measure_machine(swap, device="cuda:0")  # another device is another measurement
+            measure_machine(swap, cxl_node=60)  # another machine is another measurement
     file.write_text("{damaged")
     again = measure_machine(swap, round_seconds=0.02)
     assert (
@@ -115,3 +117,37 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
 def test_a_directory_that_cannot_serve_is_refused(tmp_path):
     with pytest.raises(SwapDirectoryError, match="does not exist"):
         measure_machine(tmp_path / "none")
+
+
+def test_a_device_with_its_own_memory_has_a_link_to_the_host(swap, cache, monkeypatch):
+    late = LateDevice(eagerness=0.0)
+    monkeypatch.setattr(measure, "make_device", lambda name: late)
+    monkeypatch.setattr(rates, "TRANSFER_BYTES", 1 << 20)
+    machine = measure_machine(swap, device="cuda:0", round_seconds=0.02)
+    assert [link.tier for link in machine.links] == [Tier.HOST, Tier.NVME]
+    host = machine.link(Tier.HOST)
+    assert host.source == f"measured {date.today().isoformat()}"
+    assert min(host.read_bytes_per_second, host.write_bytes_per_second, host.mixed_bytes_per_second) > 1e6
+    assert late.copies["in"] > 3 * rates.TRANSFERS  # alone and together with the other direction
+    assert late.copies["out"] > 3 * rates.TRANSFERS
+    assert late.registered == {}
+    assert late.faults == []
+
+
+def test_the_slower_of_copies_and_tier_counts(monkeypatch):
+    slow = {"read": 3.0, "write": 1e30, "mixed": 5.0}
+    monkeypatch.setattr(measure, "copy_rates", lambda device, seconds: slow)
+    link = measure._measure_host(LateDevice(), "here", 0.005)
+    assert (link.read_bytes_per_second, link.mixed_bytes_per_second) == (3.0, 5.0)
+    assert 1e6 < link.write_bytes_per_second < 1e30
+
+
+def test_a_node_that_does_not_exist_is_refused(swap, cache):
+    with pytest.raises(PlacementError, match="NUMA node 60 does not exist"):
+        measure_machine(swap, cxl_node=60)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_does_not_exist_is_refused(swap, cache):
+    with pytest.raises(OffloadError, match="sees no CUDA device"):
+        measure_machine(swap, device="cuda:0")
