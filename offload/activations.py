@@ -26,6 +26,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -120,10 +121,11 @@ class ActivationExecutor:
         for group in self._living():
             group.abandon()
         self._groups.clear()
-        self._sweep(patient=True)
-        for cache in (self._saved, self._input, self._kept, self._kept_input):
-            if cache is not None:
-                cache.close()
+        with ExitStack() as stack:
+            for cache in (self._saved, self._input, self._kept, self._kept_input):
+                if cache is not None:
+                    stack.callback(cache.close)
+            self._sweep(patient=True)
 
     # forward ----------------------------------------------------------------------------------
 

@@ -20,16 +20,14 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from memtrain.offload.device import Device, Event, make_device
+from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError, SwapDirectoryError
 from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS, copy_rates, median_rates
 from memtrain.offload.rundir import (
@@ -39,7 +37,7 @@ from memtrain.offload.rundir import (
     machine_identity,
     open_arena,
 )
-from memtrain.offload.slab import Ring, Slab
+from memtrain.offload.slab import Slab
 from memtrain.offload.targets import BLOCK_BYTES
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Store, wait_all
 from memtrain.planner.actions import Tier

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from contextlib import ExitStack
 from typing import Protocol
 
 import torch
@@ -190,9 +191,9 @@ class SlotCache:
         return (2, holder.sequence)
 
     def close(self) -> None:
-        """Return the memory. No transfer may be under way."""
-        for slot in self._slots:
-            slot.settle()
-            slot.slot.release()
+        """Wait for what is under way and return the memory, also where a transfer failed."""
+        with ExitStack() as stack:
+            stack.callback(self._ring.close)
+            for slot in self._slots:
+                stack.callback(slot.settle)
         self._slots.clear()
-        self._ring.close()
