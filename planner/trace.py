@@ -776,8 +776,10 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
     tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters)]
     tensors += _tensors(list(optimizer.state.values()))
     if parameters[0].is_cuda:
-        reserved, allocated = torch.cuda.memory_reserved(), torch.cuda.memory_allocated()
-        free, total = torch.cuda.mem_get_info()
+        device = parameters[0].device
+        torch.cuda.empty_cache()  # what profiling left in the allocator's cache, training uses again
+        reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
         return max(0, total - free - reserved), reserved - allocated
     for parameter in parameters:
         with torch.no_grad():
