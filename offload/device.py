@@ -2,8 +2,10 @@
 
 On a CPU a copy is made inline and is over when the call returns. On CUDA each direction has a stream of its
 own, and every copy has an event edge at both ends: it waits for what the compute stream has queued so far,
-and whoever uses the result waits for the copy. The caching allocator is told about the second stream, or it
-would hand the tensor's memory out again while the copy still reads it.
+and whoever uses the result waits for the copy. The tensor is held until the stream that owns its memory has
+waited for the copy, or the host has: the caching allocator would otherwise hand the memory out again while the
+copy is under way. ``record_stream`` would do that too, but gives the memory back only after every copy that was
+queued until the tensor died: the next block's bytes would pile up beside it, and no bill could say how many.
 
 Where a device shares the host's memory a staging slot is itself what the arithmetic works on; where it does
 not, executors keep a mirror of the slot in the device's memory and copy between the two.
@@ -11,6 +13,7 @@ not, executors keep a mirror of the slot in the device's memory and copy between
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -129,6 +132,7 @@ class CudaDevice:
         self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._registered: dict[int, int] = {}
+        self._under_way: deque[_CudaEvent] = deque()
 
     def empty(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -169,14 +173,18 @@ class CudaDevice:
     ) -> Event:
         # Also before a copy in: the target's memory may still be in use by work queued earlier, under
         # another tensor's name.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        owner = torch.cuda.current_stream(self._device)
+        stream.wait_stream(owner)
         # Blocking: whoever waits sleeps, for the processor is needed by the threads that move bytes to disk.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
             event.record(stream)
-        on_device.record_stream(stream)
-        return _CudaEvent(event, self._device)
+        copy = _CudaEvent(event, self._device, owner, on_device)
+        self._under_way.append(copy)
+        while self._under_way and self._under_way[0].forgotten():
+            self._under_way.popleft()
+        return copy
 
     def _check(self, error: object, what: str, slab: Slab) -> None:
         # The runtime's error is an enum whose value 0 is success.
@@ -203,18 +211,39 @@ _DONE = _DoneEvent()
 
 
 class _CudaEvent:
-    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+    """A copy that holds its tensor as long as the tensor's memory must not be used otherwise."""
+
+    def __init__(
+        self,
+        event: torch.cuda.Event,
+        device: torch.device,
+        owner: torch.cuda.Stream,
+        tensor: torch.Tensor,
+    ) -> None:
         self._event = event
         self._device = device
+        self._owner = owner
+        self._held: torch.Tensor | None = tensor
 
     def wait(self) -> None:
-        torch.cuda.current_stream(self._device).wait_event(self._event)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._event)
+        if stream == self._owner:
+            self._held = None
 
     def synchronize(self) -> None:
         self._event.synchronize()
+        self._held = None
 
     def done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        over = bool(self._event.query())  # type: ignore[no-untyped-call]
+        if over:
+            self._held = None
+        return over
+
+    def forgotten(self) -> bool:
+        """Whether nothing is held any more."""
+        return self._held is None or self.done()
 
 
 def make_device(name: str) -> Device:

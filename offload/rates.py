@@ -21,7 +21,8 @@ _ROUNDS = 3  # of each pattern; the median counts
 
 
 class Transfer(Protocol):
-    nbytes: int
+    @property
+    def nbytes(self) -> int: ...
 
     def wait(self) -> None: ...
 

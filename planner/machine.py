@@ -94,7 +94,7 @@ class Budget:
     """Bytes that the job may use in each tier: a promise, not a hint.
 
     ``Budget(device="1.2GiB", nvme="/mnt/fast:40GiB")``. On a CPU-only machine ``device`` is the whole
-    process, libraries included. ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk.
+    process, libraries included; beside a GPU ``host`` covers what is sent there and all staging. ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk.
     ``cxl`` is ``NODE:SIZE``, the number of a memory-only NUMA node.
     """
 

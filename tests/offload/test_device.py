@@ -1,13 +1,15 @@
 """The CUDA layer runs here over a fake ``torch.cuda`` that notes what it is asked for, in order."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
 
 from memtrain.offload.device import CpuDevice, CudaDevice, make_device
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.slab import Slab
+from memtrain.offload.recompute import _Surroundings
+from memtrain.offload.slab import Ring, Slab
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
@@ -47,7 +49,7 @@ class FakeCuda:
     """Streams and events with names; every call is a line of ``log``."""
 
     def __init__(self, patch):
-        self.log, self.streams, self.errors = [], iter(["out", "in"]), {}
+        self.log, self.streams, self.errors, self.over = [], iter(["out", "in"]), {}, True
         fake = self
 
         class Stream:
@@ -75,7 +77,7 @@ class FakeCuda:
                 fake.log.append(f"synchronize event of {self.where}")
 
             def query(self):
-                return True
+                return fake.over
 
         @contextlib.contextmanager
         def stream(s):
@@ -98,19 +100,13 @@ class FakeCuda:
             fake.log.append(f"copy non_blocking={non_blocking}")
             return copy(target, source)
 
-        compute = Stream()
+        self.current = Stream()
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "stream", stream)
-        patch.setattr(torch.cuda, "current_stream", lambda device: compute)
+        patch.setattr(torch.cuda, "current_stream", lambda device: fake.current)
         patch.setattr(torch.cuda, "cudart", Runtime)
         patch.setattr(torch.Tensor, "copy_", logged_copy)
-        patch.setattr(
-            torch.Tensor,
-            "record_stream",
-            lambda t, s: fake.log.append(f"{t.dtype} recorded on {s.name}"),
-            raising=False,
-        )
 
 
 @pytest.fixture
@@ -134,10 +130,33 @@ def test_cuda_puts_an_edge_at_both_ends_of_every_copy(cuda, direction):
         "copy non_blocking=True",
         f"record on {direction}",
         f"leave {direction}",
-        f"torch.float32 recorded on {direction}",
         f"compute waits for event of {direction}",
         f"synchronize event of {direction}",
     ]
+
+
+@pytest.mark.parametrize("how", ["wait", "synchronize", "done", "next copy"])
+def test_a_tensor_is_held_until_its_memory_may_be_used_again(cuda, how):
+    device, slab, tensor = CudaDevice("cuda:0"), Slab(4096), torch.arange(8.0)
+    dead = weakref.ref(tensor)
+    cuda.over = False
+    event = device.copy_out(tensor, slab.buffer[:32])
+    del tensor
+    device.copy_in(slab.buffer[:32], torch.zeros(8)).done()
+    assert dead() is not None
+    own = cuda.current
+    cuda.current = torch.cuda.Stream.__new__(torch.cuda.Stream)
+    cuda.current.name = "another"
+    event.wait()  # that stream may go on; the one that owns the memory knows nothing of it
+    assert dead() is not None
+    cuda.current = own
+    cuda.over = how in ("done", "next copy")
+    if how == "next copy":
+        del event
+        device.copy_in(slab.buffer[:32], torch.zeros(8))
+    else:
+        getattr(event, how)()
+    assert dead() is None
 
 
 def test_cuda_registers_once_and_waits_before_it_unregisters(cuda):
@@ -154,6 +173,44 @@ def test_a_refused_registration_says_what_to_do(cuda):
     cuda.errors["register"] = 2
     with pytest.raises(OffloadError, match=r"cannot register a slab of 4096 bytes \(error 2\).*ulimit -l"):
         CudaDevice("cuda:0").register(Slab(4096))
+
+
+def test_a_bare_cuda_is_the_current_device_from_then_on(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert CudaDevice("cuda").place == torch.device("cuda:3")
+
+
+def test_cuda_counts_on_its_own_device(cuda, monkeypatch):
+    asked = []
+    for name in ("memory_reserved", "max_memory_reserved", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda device, name=name: asked.append((name, device)) or 7)
+    device = CudaDevice("cuda:1")
+    device.reset_peak()
+    assert (device.used_bytes(), device.peak_bytes(), device.shares_memory) == (7, 7, False)
+    assert {place for _, place in asked} == {torch.device("cuda:1")}
+    assert [name for name, _ in asked] == [
+        "reset_peak_memory_stats",
+        "memory_reserved",
+        "max_memory_reserved",
+    ]
+
+
+def test_a_ring_is_registered_as_long_as_it_lives(cuda):
+    ring = Ring(2, 4096, device=CudaDevice("cuda:0"))
+    assert cuda.log == ["register 8192 0"]
+    ring.close()
+    ring.close()
+    assert cuda.log[1:] == ["synchronize out", "synchronize in", "unregister"]
+
+
+def test_recompute_keeps_the_random_state_of_the_tensors_device(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or "now")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((state, device)))
+    place = torch.device("cuda:1")
+    with _Surroundings(place).again():
+        pass
+    assert asked == [place, place, ("now", place), ("now", place)]
 
 
 def test_unknown_devices_are_refused():
