@@ -3,9 +3,10 @@
 On a CPU a copy is made inline and is over when the call returns. On CUDA each direction has a stream of its
 own, and every copy has an event edge at both ends: it waits for what the compute stream has queued so far,
 and whoever uses the result waits for the copy. The tensor is held until the stream that owns its memory has
-waited for the copy, or the host has: the caching allocator would otherwise hand the memory out again while the
-copy is under way. ``record_stream`` would do that too, but gives the memory back only after every copy that was
-queued until the tensor died: the next block's bytes would pile up beside it, and no bill could say how many.
+waited for the copy, or the host has: the caching allocator would otherwise hand the memory out again while
+the copy is under way. ``record_stream`` would do that too, but gives the memory back only after every copy
+that was queued until the tensor died: the next block's bytes would pile up beside it, and no bill could say
+how many.
 
 Where a device shares the host's memory a staging slot is itself what the arithmetic works on; where it does
 not, executors keep a mirror of the slot in the device's memory and copy between the two.

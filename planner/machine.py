@@ -95,7 +95,8 @@ class Budget:
 
     ``Budget(device="1.2GiB", nvme="/mnt/fast:40GiB")``. On a CPU-only machine ``device`` is the whole
     process, libraries included. Beside a GPU ``host`` covers what is sent there and all staging.
-    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``NODE:SIZE``, the number of a memory-only NUMA node.
+    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``NODE:SIZE``, the number of a
+    memory-only NUMA node.
     """
 
     device: str | int
