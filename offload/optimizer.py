@@ -27,6 +27,7 @@ from memtrain.offload.gradients import GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.shards import MASTER_KEY, Unit
+from memtrain.offload.state_dicts import from_state_dict, to_state_dict
 from memtrain.offload.update import Update
 from memtrain.offload.update_runner import UpdateRunner
 from memtrain.planner.actions import UpdateSchedule
@@ -287,21 +288,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """In PyTorch's form. Offloaded tensors are handles: shape and dtype now, bytes when used, until the
         next step. ``copy.deepcopy`` of it is a snapshot."""
         self.flush()
-        numbers = self._numbers()
-        groups = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [numbers[parameter] for parameter in group["params"]],
-            }
-            for group in self.param_groups
-        ]
-        return {
-            "state": {
-                numbers[self.index.parameters[name]]: self._state_handles(name)
-                for name in sorted(self._records.initialised, key=lambda n: numbers[self.index.parameters[n]])
-            },
-            "param_groups": groups,
-        }
+        known = self._records.initialised
+        return to_state_dict(
+            self.param_groups,
+            self._names(),
+            lambda name: self._state_handles(name) if name in known else None,
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -315,37 +307,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             PlanMismatchError: state of another optimizer or precision.
         """
         self.flush()
-        saved = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in self.param_groups]:
-            raise ValueError(
-                f"the state dict has parameter groups of {[len(g['params']) for g in saved]} parameters, "
-                f"this optimizer "
-                f"of {[len(g['params']) for g in self.param_groups]}"
-            )
-        names = {id(parameter): name for name, parameter in self.index.parameters.items()}
-        by_number = {
-            number: names.get(id(parameter))
-            for old, new in zip(saved, self.param_groups, strict=True)
-            for number, parameter in zip(old["params"], new["params"], strict=True)
-        }
-        entries: list[tuple[str, str, Any]] = []
-        scalars: dict[str, dict[str, Any]] = {}
-        for number, state in state_dict["state"].items():
-            name = by_number.get(number)
-            if name is None:
-                raise PlanMismatchError(
-                    f"the state dict has state for parameter {number}, which is not trainable here"
-                )
-            tensors = {tensor.key for tensor in self.layout.specs[name].tensors}
-            entries += [(name, key, value) for key, value in state.items() if key in tensors]
-            scalars[name] = {key: value for key, value in state.items() if key not in tensors}
+        entries, scalars = from_state_dict(state_dict, self.param_groups, self._names(), self.layout.specs)
         for _, _, value in entries:
             if isinstance(value, OffloadedState):
                 value.check_fresh()
-        for old, new in zip(saved, self.param_groups, strict=True):
+        for old, new in zip(state_dict["param_groups"], self.param_groups, strict=True):
             new.update({key: value for key, value in old.items() if key != "params"})
         if self._all_ours(entries) and scalars.keys() == self._records.initialised:
-            entries = []
             self._records.scalars = scalars
             return
         self._load(entries, scalars)
@@ -421,6 +389,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _numbers(self) -> dict[Tensor, int]:
         return {parameter: number for number, parameter in enumerate(self._all_parameters())}
+
+    def _names(self) -> dict[Tensor, str]:
+        return {parameter: name for name, parameter in self.index.parameters.items()}
 
     def _all_parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
