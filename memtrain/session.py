@@ -45,6 +45,7 @@ from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import find_blocks, profile_model
 from memtrain.planner.units import format_gib
+from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never fill an arena to the last page
@@ -265,7 +266,19 @@ class Session:
         undo(self._activations.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
+        if self.machine.on_cpu:
+            undo(self._make_reclaimer(blocks).remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
+        self.reclaimer = Reclaimer(
+            self.model,
+            blocks,
+            self.optimizer,
+            limit_bytes=self.plan.peak(Tier.DEVICE),
+            transients=transients_of(self.plan, self.profile),
+        )
+        return self.reclaimer
 
     def _make_gradient_slab(self) -> GradientSlab:
         return GradientSlab(
