@@ -766,7 +766,8 @@ def _units(
 
 
 def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and slack.
+    """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and what the
+    allocator keeps beyond them (CUDA).
 
     Weights that are memory-mapped are resident only once they were read, so every page of them is read
     first, and all their bytes can be subtracted.
@@ -784,7 +785,6 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
     for parameter in parameters:
         with torch.no_grad():
             parameter.detach().reshape(-1)[:: _PAGE_BYTES // parameter.element_size()].sum()
-    before = resident.rss_bytes()
+    # What the allocator holds back of freed memory is no slack: a session asks for it where it is needed.
     resident.trim()
-    after = resident.rss_bytes()
-    return max(0, after - _unique_bytes(tensors)), max(0, before - after)
+    return max(0, resident.rss_bytes() - _unique_bytes(tensors)), 0
