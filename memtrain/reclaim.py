@@ -57,7 +57,7 @@ class Reclaimer:
         self._limit_bytes = limit_bytes
         self._transients = transients
         self._rss_bytes, self._trim = rss_bytes, trim
-        self._part = ""
+        self._kind = ""
         self.times = 0
         """How often memory was asked back."""
         self._hooks: list[Any] = [
@@ -77,8 +77,8 @@ class Reclaimer:
 
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
-        kind, _, _ = part.partition(" ")
-        changed, self._part = kind != self._part, kind
+        kind = part if part.endswith("prologue") else part.partition(" ")[0]
+        changed, self._kind = kind != self._kind, kind
         room = self._limit_bytes // _CREEP
         if changed:
             room = max(room, self._transients.get(part, 0))

@@ -15,15 +15,13 @@ not, executors keep a mirror of the slot in the device's memory and copy between
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from memtrain.offload.errors import OffloadError
+from memtrain.offload.slab import Slab
 from memtrain.planner import resident
-
-if TYPE_CHECKING:
-    from memtrain.offload.slab import Slab
 
 
 class Event(Protocol):
@@ -91,7 +89,7 @@ class CpuDevice:
     shares_memory = True
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return Slab(nbytes).buffer  # of exactly this size, and faulted in by huge pages
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         target.copy_(_bytes_of(source, target))

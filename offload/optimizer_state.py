@@ -12,8 +12,9 @@ from torch import Tensor
 
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
-from memtrain.offload.shards import FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
+from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
 from memtrain.planner.actions import Tier
+from memtrain.planner.units import round_up
 
 
 class StateOwner(Protocol):
@@ -143,16 +144,21 @@ class RecordStore:
         """``step`` and the like, by parameter."""
         self.initialised: set[str] = set()
         """Parameters that have state: from their first step, or loaded."""
+        resident: dict[Shard, int] = {}
         try:
             for shard, layout in layouts.items():
                 if layout.record_bytes == 0:
                     continue
                 if shard.small or tiers[shard.unit] is Tier.DEVICE:
-                    self._memory[shard] = engine.device.empty(layout.record_bytes).zero_()
+                    resident[shard] = round_up(layout.record_bytes, PAGE_BYTES)
                 else:
                     store = engine.store(tiers[shard.unit])
                     name = f"optimizer state of {shard.name}"
                     self._extents[shard] = (store, store.allocate(name, layout.record_bytes))
+            if resident:
+                # One block: an allocator rounds each of some hundred records up, by a twelfth of all state.
+                block = engine.device.empty(sum(resident.values())).zero_()
+                self._memory = dict(zip(resident, block.split(list(resident.values())), strict=True))
         except BaseException:
             self.close()
             raise

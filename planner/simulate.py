@@ -153,11 +153,11 @@ class _Schedule:
         self._add(f"{verb} {name}", COMPUTE, seconds)
 
     def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
-        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place."""
-        if micro_batch > 0:
-            return 0.0
+        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place, which
+        reads the sum as well."""
         resident = (u.gradient_bytes for u, d in self._of(block, name) if d.gradient_tier is Tier.DEVICE)
-        return sum(resident) * self._copy_seconds_per_byte
+        passes = 1.0 if micro_batch == 0 else 1.5
+        return passes * sum(resident) * self._copy_seconds_per_byte
 
     def _parts(self, index: int) -> tuple[tuple[Tier, int], ...]:
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
@@ -277,7 +277,9 @@ class _Schedule:
             pieces = min(MAX_PIECES, -(-unit.gradient_bytes // self._gradient_piece))
             size = unit.gradient_bytes / pieces
             moves = 2 if micro_batch > 0 else 1
-            seconds = size * (self._copy_seconds_per_byte + self._cpu[tier] * moves)
+            # Copied, or added to what was read; and gone over for its norm and for its largest element.
+            passes = 3 if micro_batch == 0 else 3.5
+            seconds = size * (passes * self._copy_seconds_per_byte + self._cpu[tier] * moves)
             for piece in range(pieces):
                 if (unit.name, piece) not in self._open:
                     self._open_piece(unit, tier, pieces, piece, micro_batch, ())
