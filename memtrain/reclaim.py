@@ -1,9 +1,9 @@
 """Freed memory goes back to the kernel before the process outgrows its plan, and not sooner.
 
-An allocator that returns what is freed at once pays a page fault for every 4 KiB of every temporary: a third
-of a step. One that keeps everything creeps upwards, because what was freed does not always fit what is asked
-for next. So mimalloc keeps freed memory for a second (``memtrain.malloc``), and this asks it to give all of it
-back where the plan's peak is near:
+An allocator that returns what is freed at once pays a page fault for every 4 KiB of every temporary: a
+third of a step. One that keeps everything creeps upwards, because what was freed does not always fit what is
+asked for next. So mimalloc keeps freed memory for a second (``memtrain.malloc``), and this asks it to give
+all of it back where the plan's peak is near:
 
 - where the kind of work changes (forward to loss, loss to backward, and so on), sizes change with it, and
   little of what was freed may fit: if the next part's transients on top of what is resident would exceed
@@ -90,14 +90,14 @@ class Reclaimer:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.enter(f"forward {name}")
             if first and (hidden := _tensor(args)) is not None:
-                hidden.register_hook(lambda _: self.enter("backward prologue"))
+                _on_gradient(hidden, lambda: self.enter("backward prologue"))
 
         return enter
 
     def _after(self, name: str, *, last: bool) -> Callable[..., None]:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if (hidden := _tensor(output)) is not None:
-                hidden.register_hook(lambda _: self.enter(f"backward {name}"))
+                _on_gradient(hidden, lambda: self.enter(f"backward {name}"))
             if last:
                 self.enter("epilogue")
 
@@ -125,3 +125,8 @@ def _tensor(value: Any) -> Tensor | None:
         if isinstance(leaf, Tensor):
             return leaf if leaf.requires_grad else None
     return None
+
+
+def _on_gradient(tensor: Tensor, call: Callable[[], None]) -> None:
+    """Call when the gradient of ``tensor`` is known."""
+    tensor.register_hook(lambda _: call())  # type: ignore[no-untyped-call]

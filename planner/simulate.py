@@ -153,8 +153,8 @@ class _Schedule:
         self._add(f"{verb} {name}", COMPUTE, seconds)
 
     def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
-        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place, which
-        reads the sum as well."""
+        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place,
+        which reads the sum as well."""
         resident = (u.gradient_bytes for u, d in self._of(block, name) if d.gradient_tier is Tier.DEVICE)
         passes = 1.0 if micro_batch == 0 else 1.5
         return passes * sum(resident) * self._copy_seconds_per_byte

@@ -766,8 +766,8 @@ def _units(
 
 
 def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and what the
-    allocator keeps beyond them (CUDA).
+    """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and what
+    the allocator keeps beyond them (CUDA).
 
     Weights that are memory-mapped are resident only once they were read, so every page of them is read
     first, and all their bytes can be subtracted.

@@ -107,8 +107,9 @@ def test_what_stays_is_copied_on_a_cpu_only(action: dict[str, Any], copied: int)
     once = 0.070 + 2 * again[action["action"]]
     profile = make_profile(2, trainable=True, micro_batches=2)
     costs = {"dram_copy_bytes_per_second": 1e9}
-    # Two blocks in each of two micro-batches; 1 MiB of gradients each in the first; 1 ms of update each.
-    expected = 2 * once + (4 * copied + 2 * 1) * MiB * 1e-9 + 0.002
+    # Two blocks in each of two micro-batches; 1 MiB of gradients each, copied in the first and added (half as
+    # much again) in the second; 1 ms of update each.
+    expected = 2 * once + (4 * copied + 2 * 1 + 2 * 1.5) * MiB * 1e-9 + 0.002
     assert run(profile, [action] * 2, make_machine(**costs)).step_seconds == pytest.approx(expected)
     cuda = make_machine(Tier.NVME, device="cuda:0", **costs)
     assert run(profile, [action] * 2, cuda).step_seconds == pytest.approx(2 * once + 0.002)
@@ -143,6 +144,15 @@ def test_gradients_on_a_tier_are_added_to_from_the_second_micro_batch() -> None:
     timeline = run(profile, [KEEP] * 3, state={"gradient_tier": Tier.NVME})
     # 1 MiB x 3 units x (3 writes + 2 reads to add + 1 read for the update).
     assert timeline.bytes_moved == 3 * 6 * MiB
+
+
+def test_gradients_that_leave_are_gone_over_for_their_norm_and_largest_element() -> None:
+    profile = make_profile(2, trainable=True, micro_batches=2)
+    machine = make_machine(dram_copy_bytes_per_second=1e9)
+    events = run(profile, [KEEP] * 2, machine, state={"gradient_tier": Tier.NVME}).events
+    passes = [(e.end_seconds - e.start_seconds) * 1e9 / MiB for e in events if e.name == "gradient layers.0"]
+    # Copy, norm, largest; from the second micro-batch on an addition instead of the copy.
+    assert passes == pytest.approx([3.0, 3.5], rel=1e-3)
 
 
 def test_latency_counts_per_transfer() -> None:

@@ -1,0 +1,106 @@
+"""When freed memory is asked back: where the plan's peak is near, and nowhere else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from memtrain.reclaim import Reclaimer
+
+
+class Heap:
+    """Resident memory that a test sets."""
+
+    def __init__(self) -> None:
+        self.rss_bytes = 0
+        self.trimmed: list[int] = []
+
+    def trim(self) -> bool:
+        self.trimmed.append(self.rss_bytes)
+        self.rss_bytes = 0
+        return True
+
+
+def make(
+    limit_bytes: int = 6400, **transients: int
+) -> tuple[Reclaimer, Heap, nn.Sequential, torch.optim.Optimizer]:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    heap = Heap()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reclaimer = Reclaimer(
+        model,
+        [("0", model[0]), ("1", model[1])],
+        optimizer,
+        limit_bytes=limit_bytes,
+        transients={name.replace("_", " "): size for name, size in transients.items()},
+        rss_bytes=lambda: heap.rss_bytes,
+        trim=heap.trim,
+    )
+    return reclaimer, heap, model, optimizer
+
+
+def test_one_block_after_another_may_come_within_a_64th() -> None:
+    reclaimer, heap, _, _ = make(6400, forward_1=1000)
+    reclaimer.enter("forward 0")
+    heap.rss_bytes = 6300
+    reclaimer.enter("forward 1")  # the same kind: its transients have been served before
+    assert heap.trimmed == []
+    heap.rss_bytes = 6301
+    reclaimer.enter("forward 1")
+    assert heap.trimmed == [6301]
+    assert reclaimer.times == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("forward 1", "epilogue"),
+        ("epilogue", "backward 1"),
+        ("backward 0", "backward prologue"),
+        ("backward prologue", "update"),
+        ("update", "forward prologue"),
+        ("forward prologue", "forward 0"),
+    ],
+)
+def test_another_kind_of_work_needs_room_for_its_transients(before: str, after: str) -> None:
+    reclaimer, heap, _, _ = make(6400, **{after.replace(" ", "_"): 1000})
+    reclaimer.enter(before)
+    heap.rss_bytes = 5400
+    reclaimer.enter(after)
+    assert heap.trimmed == []
+    reclaimer.enter(before)
+    heap.rss_bytes = 5401
+    reclaimer.enter(after)
+    assert heap.trimmed == [5401]
+
+
+def test_a_step_enters_every_part_in_order() -> None:
+    reclaimer, _, model, optimizer = make()
+    parts: list[str] = []
+    reclaimer.enter = parts.append  # type: ignore[method-assign]
+    model(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    optimizer.step()
+    expected = ["forward prologue", "forward 0", "forward 1", "epilogue", "backward 1", "backward 0"]
+    assert parts == [*expected, "backward prologue", "update"]
+
+
+def test_nothing_is_left_after_remove() -> None:
+    reclaimer, heap, model, optimizer = make(limit_bytes=1)
+    reclaimer.remove()
+    heap.rss_bytes = 100
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert heap.trimmed == []
+    assert not model._forward_pre_hooks
+    assert not model[0]._forward_pre_hooks
+    assert not model[1]._forward_hooks
+
+
+def test_a_forward_without_gradients_leaves_no_hook_on_tensors() -> None:
+    reclaimer, _, model, _ = make()
+    parts: list[str] = []
+    reclaimer.enter = parts.append  # type: ignore[method-assign]
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    assert parts == ["forward prologue", "forward 0", "forward 1", "epilogue"]
