@@ -6,9 +6,9 @@ asked for next. So mimalloc keeps freed memory for a second (``memtrain.malloc``
 all of it back where the plan's peak is near:
 
 - where the kind of work changes (forward to loss, loss to backward, and so on), sizes change with it, and
-  little of what was freed may fit: if the next part's transients on top of what is resident would exceed
-  the plan's peak;
-- between two blocks of one kind, where the same sizes come again: if resident memory is within 1/64 of it.
+  little of what was freed may fit: if the next part's transients on top of what is resident would come
+  within 1/64 of the plan's peak;
+- between two blocks of one kind, where the same sizes come again: if resident memory alone does.
 
 Measured on SmolLM2-135M under 1.2 GiB: docs/log.md.
 """
@@ -28,7 +28,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 
 _CREEP = 64
-"""Part of the peak that a pass over one block may add when its sizes have been served before."""
+"""Part of the peak that is kept free for what no bill foresees: fragments of a pass over one block."""
 
 
 class Reclaimer:
@@ -81,7 +81,7 @@ class Reclaimer:
         changed, self._kind = kind != self._kind, kind
         room = self._limit_bytes // _CREEP
         if changed:
-            room = max(room, self._transients.get(part, 0))
+            room += self._transients.get(part, 0)
         if self._rss_bytes() + room > self._limit_bytes:
             self.times += 1
             self._trim()

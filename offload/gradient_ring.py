@@ -84,9 +84,12 @@ class GradientRing:
 
     def __init__(self, slots: int, slot_bytes: int, device: Device) -> None:
         self._device = device
+        self._slots = slots
         self._ring = Ring(slots, slot_bytes, device=device)
         self._leaving: deque[_Leaving] = deque()
         self._in_flight: deque[tuple[Slot, Ticket]] = deque()
+        self._ahead: dict[OffloadedGradient, deque[_Coming]] = {}
+        """Reads begun for gradients that are expected next, the soonest first."""
 
     @property
     def size_bytes(self) -> int:
@@ -99,6 +102,7 @@ class GradientRing:
         Its memory is free when this returns; where the device's is separate, when the next gradient is sent
         at the latest: so never more than two are there because of the ring.
         """
+        self.forget(home)
         self.submit(patient=True)
         for chunk in home.chunks:
             slot = self._slot()
@@ -128,21 +132,39 @@ class GradientRing:
                 raise
             self._in_flight.append((leaving.slot, ticket))
 
+    def read_ahead(self, home: OffloadedGradient) -> None:
+        """Begin to read a gradient that is expected soon, into half of the slots at most."""
+        room = self._slots // 2 - sum(map(len, self._ahead.values()))
+        if home in self._ahead or home.value.zero or room < 1:
+            return
+        self.submit(patient=True)  # a write that the store has not been given it would not wait for
+        coming: deque[_Coming] = deque()
+        for chunk in home.chunks[:room]:
+            self._retire_done()
+            slot = self._ring.try_acquire()
+            if slot is None:
+                break
+            coming.append(self._read(home, chunk, slot))
+        if coming:
+            self._ahead[home] = coming
+
+    def forget(self, home: OffloadedGradient) -> None:
+        """Its bytes are to be replaced: what was read ahead of them is worth nothing."""
+        for one in self._ahead.pop(home, ()):
+            one.release()
+
     def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
         """The gradient's chunks in order, scaled, on the device; each is valid until the next is asked for.
-        Reads run ahead by as many slots as the ring has."""
-        self.drain()  # every slot is free from here on
+        Reads run ahead by as many slots as are free."""
+        self.submit(patient=True)
         value, dtype = home.value, home.parameter.dtype
-        waiting = deque(home.chunks)
-        coming: deque[_Coming] = deque()
+        coming = self._ahead.pop(home, deque())
+        waiting = deque(home.chunks[len(coming) :])
         try:
             while waiting or coming:
-                while waiting and (slot := self._ring.try_acquire()) is not None:
+                while waiting and (slot := self._reading_slot(needed=not coming)) is not None:
                     chunk = waiting.popleft()
-                    coming.append(_Coming(chunk, slot, None))
-                    if not value.zero:
-                        ticket = home.store.read(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
-                        coming[-1].ticket = ticket
+                    coming.append(_Coming(chunk, slot, None) if value.zero else self._read(home, chunk, slot))
                 head = coming[0]
                 head.arrive(self._device, dtype)
                 for other in coming:
@@ -160,11 +182,34 @@ class GradientRing:
             for one in coming:
                 one.release()
 
+    def _read(self, home: OffloadedGradient, chunk: Chunk, slot: Slot) -> _Coming:
+        try:
+            ticket = home.store.read(home.extent, slot.buffer[: chunk.nbytes], chunk.offset)
+        except BaseException:
+            slot.release()
+            raise
+        return _Coming(chunk, slot, ticket)
+
+    def _reading_slot(self, *, needed: bool) -> Slot | None:
+        """A slot to read into: one that is free, or where one is ``needed``, at any price."""
+        self._retire_done()
+        return self._slot() if needed else self._ring.try_acquire()
+
+    def _retire_done(self) -> None:
+        while self._in_flight and self._in_flight[0][1].done():
+            self._retire()
+
     def _slot(self) -> Slot:
+        """A slot at any price: waits for a write, else gives up the last of what was read ahead."""
         slot = self._ring.try_acquire()
         while slot is None:
             self.submit(patient=not self._in_flight)
-            self._retire()
+            if self._in_flight:
+                self._retire()
+            elif self._ahead:
+                self.forget(next(reversed(self._ahead)))
+            else:
+                return self._ring.acquire()  # says who holds them all
             slot = self._ring.try_acquire()
         return slot
 
@@ -182,7 +227,9 @@ class GradientRing:
             self._retire()
 
     def close(self) -> None:
-        """Give the memory back. Nothing may be under way."""
+        """Give the memory back. No write may be under way."""
+        for home in list(self._ahead):
+            self.forget(home)
         self._ring.close()
 
 

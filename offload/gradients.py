@@ -25,6 +25,9 @@ from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatInde
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
 
+_EXPECTED = 2
+"""Gradients that are read ahead of their turn: one in hand and one on its way."""
+
 
 class GradientStore:
     """Installs the hooks and owns the ring through which gradients pass.
@@ -61,6 +64,7 @@ class GradientStore:
         self._ring: GradientRing | None = None
         self.homes: dict[str, OffloadedGradient] = {}
         """By parameter, of the gradients that leave."""
+        self._order = _BackwardOrder()
         leaving = [
             name
             for name, parameter in index.parameters.items()
@@ -123,6 +127,7 @@ class GradientStore:
                     home.parameter.grad = None
                 home.store.free(home.extent)
             self.homes.clear()
+            self._order = _BackwardOrder()
             if self._ring is not None:
                 self._ring.close()
                 self._ring = None
@@ -203,11 +208,36 @@ class GradientStore:
         assert self._ring is not None
         self._ring.send(home, gradient.reshape(-1))
         home.value = GradientValue(norm=norm, largest=torch.maximum(low.abs(), high.abs()).view(1))
+        for expected in self._order.after(home):
+            if isinstance(expected.parameter.grad, OffloadedGrad):
+                self._ring.read_ahead(expected)  # it will be added to
 
     def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
         """The gradient's chunks in order, scaled; each is valid until the next is asked for."""
         assert self._ring is not None
         return self._ring.stream(home)
+
+
+class _BackwardOrder:
+    """In which order gradients arrive: that of the last backward pass, which the next one will repeat."""
+
+    def __init__(self) -> None:
+        self._next: dict[OffloadedGradient, OffloadedGradient] = {}
+        self._arrived: dict[OffloadedGradient, None] = {}
+        """In this pass, in order."""
+
+    def after(self, home: OffloadedGradient) -> list[OffloadedGradient]:
+        """``home`` has arrived: which two are expected next."""
+        if home in self._arrived:
+            self._arrived.clear()  # another pass has begun
+        if self._arrived:
+            self._next[next(reversed(self._arrived))] = home
+        self._arrived[home] = None
+        expected: list[OffloadedGradient] = []
+        while len(expected) < _EXPECTED and (following := self._next.get(home)) is not None:
+            expected.append(following)
+            home = following
+        return expected
 
 
 def _look_before(home: OffloadedGradient) -> Callable[[Tensor], None]:

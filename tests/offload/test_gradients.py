@@ -68,6 +68,73 @@ def test_accumulation_is_bit_equal(engine: Engine, dtype: torch.dtype, slots: in
         assert torch.equal(one.grad.norm(float("inf")), other.grad.norm(float("inf")))
 
 
+def reads(store: GradientStore) -> list[str]:
+    """Names of the gradients that the tier is asked for from now on."""
+    asked: list[str] = []
+    tier = next(iter(store.homes.values())).store
+    original = tier.read
+
+    def read(extent: Any, buffer: Tensor, offset: int = 0) -> Any:
+        asked.append(extent.name.removeprefix("gradient of "))
+        return original(extent, buffer, offset)
+
+    tier.read = read  # type: ignore[method-assign]
+    return asked
+
+
+def test_what_is_added_to_next_is_read_ahead_and_read_once(engine: Engine) -> None:
+    shape = (256, 257)  # five chunks of 32 KiB in bf16
+    ours = [nn.Parameter(values(i, torch.bfloat16, shape)) for i in range(4)]
+    plain = [nn.Parameter(p.detach().clone()) for p in ours]
+    store = store_for(engine, *ours, slots=4)
+    asked = reads(store)
+    chunks = {name: len(home.chunks) for name, home in store.homes.items()}
+    for seed in range(3):
+        asked.clear()
+        for parameters in (ours, plain):
+            sum((p * values(seed * 7 + i, p.dtype, shape)).sum() for i, p in enumerate(parameters)).backward()
+        if seed:
+            assert {name: asked.count(name) for name in chunks} == chunks
+            first = [asked.index(name) for name in chunks]
+            last = [len(asked) - 1 - asked[::-1].index(name) for name in chunks]
+            order = sorted(range(4), key=first.__getitem__)
+            # The second to come is begun before the first is over only where its turn is known: from the
+            # second gradient of a pass on.
+            assert all(first[b] > last[a] for a, b in zip(order, order[2:], strict=False))
+    for p, q in zip(ours, plain, strict=True):
+        assert torch.equal(p.grad.materialize(), q.grad)
+
+
+def test_what_was_read_ahead_is_forgotten_when_it_is_replaced(engine: Engine) -> None:
+    """Passes that break off, come in another order, or begin anew find no old bytes."""
+    shape = (256, 257)
+    ours = [nn.Parameter(values(i, torch.float32, shape)) for i in range(3)]
+    plain = [nn.Parameter(p.detach().clone()) for p in ours]
+    store_for(engine, *ours, slots=4)
+    script: list[tuple[int, ...] | None] = [
+        (0, 1, 2),
+        (0, 1, 2),
+        (0,),
+        None,
+        (2, 1, 0),
+        (1,),
+        (0, 2),
+        (2, 0, 1),
+    ]
+    for seed, members in enumerate(script):
+        for parameters in (ours, plain):
+            if members is None:
+                for p in parameters:
+                    p.grad = None
+                continue
+            for member in members:  # each a pass of its own, so that the order is ours
+                produce(parameters[member], values(seed * 5 + member, torch.float32, shape))
+        for p, q in zip(ours, plain, strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            if seed in (3, 7) and p.grad is not None:
+                assert torch.equal(p.grad.materialize(), q.grad)
+
+
 def test_a_gradient_that_others_see_is_not_written_to(engine: Engine) -> None:
     """Both leaves of a sum get the same tensor; hooks may keep it; expanded ones have one element."""
     a, b = nn.Parameter(values(0)), nn.Parameter(values(1))
