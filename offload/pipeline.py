@@ -99,12 +99,13 @@ class ShardPipeline:
         )
         """Those not in use, the longest unused first, each with the copy that last read it."""
 
-    def prefetch(self, shards: Iterable[Shard]) -> None:
-        """Start reading shards as far as slots are free without waiting long, in order."""
+    def prefetch(self, shards: Iterable[Shard], *, patient: bool = False) -> None:
+        """Start reading shards as far as slots are free, in order; ``patient``: also wait for the last write
+        but one, where two are under way."""
         for shard in shards:
             if shard in self._loads or not self._stages.needs_slot(shard):
                 continue
-            slot = self._spare()
+            slot = self._spare(patient=patient)
             if slot is None:
                 return
             self._read(shard, slot)
@@ -121,7 +122,7 @@ class ShardPipeline:
             load = self._loads.pop(shard)
             try:
                 # What is read next overlaps with this shard's arithmetic.
-                self.prefetch(order[position + 1 : position + 3])
+                self.prefetch(order[position + 1 : position + 3], patient=True)
                 work = self._arrive(shard, load)
                 for later in order[position + 1 : position + 2]:
                     self._arrive_ahead(later)
@@ -223,12 +224,17 @@ class ShardPipeline:
 
     # slots ------------------------------------------------------------------------------------
 
-    def _spare(self) -> Slot | None:
-        """A slot for reading ahead: a free one, or that of the last write but one."""
+    def _spare(self, *, patient: bool) -> Slot | None:
+        """A slot for reading ahead: a free one, or that of a write which is over or, ``patient``, the last
+        but one."""
         assert self._ring is not None
         self._submit(patient=False)
         slot = self._ring.try_acquire()
-        if slot is None and (len(self._writing) > 1 or (self._writing and self._writing[0][1].done())):
+        if (
+            slot is None
+            and self._writing
+            and (self._writing[0][1].done() or (patient and len(self._writing) > 1))
+        ):
             self._retire()
             slot = self._ring.try_acquire()
         return slot

@@ -83,17 +83,20 @@ class UpdateRunner:
         elif not ahead:
             self.flush()
         else:
-            following = [shard for shards in update.waiting.values() for shard in shards]
-            self._guarded(lambda: self._pipeline.prefetch(following))
+            self._guarded(lambda: self._pipeline.prefetch(_following(update)))
 
     def ensure(self, unit: str) -> None:
-        """Finish the pending update of ``unit``, if there is one, on the calling thread."""
-        if self._update is None or unit not in self._update.waiting:
+        """Finish the pending update of ``unit``, if there is one, on the calling thread; if not, let the next
+        ones be read into slots whose writes have ended meanwhile."""
+        if self._update is None:
             return
         self._check_alive()
-        shards = self._update.waiting.pop(unit)
-        following = [shard for others in self._update.waiting.values() for shard in others]
-        self._guarded(lambda: self._pipeline.run(shards, following))
+        update = self._update
+        if unit not in update.waiting:
+            self._guarded(lambda: self._pipeline.prefetch(_following(update)))
+            return
+        shards = update.waiting.pop(unit)
+        self._guarded(lambda: self._pipeline.run(shards, list(_following(update))))
         if not self._update.waiting:
             self._update = None
 
@@ -151,3 +154,8 @@ class UpdateRunner:
                 f"together. "
                 f"Restore the last checkpoint"
             ) from self._failure
+
+
+def _following(update: Update) -> Iterator[Shard]:
+    """What is still to be stepped, in forward order."""
+    return (shard for shards in update.waiting.values() for shard in shards)
