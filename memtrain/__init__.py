@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memtrain.api import ModelProfile as ModelProfile
     from memtrain.api import Plan as Plan
     from memtrain.api import PlannerOptions as PlannerOptions
+    from memtrain.api import PrepareError as PrepareError
     from memtrain.api import Session as Session
     from memtrain.api import Tier as Tier
     from memtrain.api import prepare as prepare
@@ -29,6 +30,7 @@ __all__ = [
     "ModelProfile",
     "Plan",
     "PlannerOptions",
+    "PrepareError",
     "Session",
     "Tier",
     "__version__",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from memtrain.planner.profile import ModelProfile as ModelProfile
     from memtrain.planner.solve import PlannerOptions as PlannerOptions
     from memtrain.session import InfeasibleError as InfeasibleError
+    from memtrain.session import PrepareError as PrepareError
     from memtrain.session import Session as Session
     from memtrain.session import prepare as prepare
 
@@ -27,6 +28,7 @@ _HOMES = {
     "ModelProfile": "memtrain.planner.profile",
     "Plan": "memtrain.planner.plan",
     "PlannerOptions": "memtrain.planner.solve",
+    "PrepareError": "memtrain.session",
     "Session": "memtrain.session",
     "Tier": "memtrain.planner.actions",
     "prepare": "memtrain.session",
@@ -39,6 +41,7 @@ __all__ = [
     "ModelProfile",
     "Plan",
     "PlannerOptions",
+    "PrepareError",
     "Session",
     "Tier",
     "prepare",

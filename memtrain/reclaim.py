@@ -3,12 +3,11 @@
 An allocator that returns what is freed at once pays a page fault for every 4 KiB of every temporary: a
 third of a step. One that keeps everything creeps upwards, because what was freed does not always fit what is
 asked for next. So mimalloc keeps freed memory for a second (``memtrain.malloc``), and this asks it to give
-all of it back where the plan's peak is near:
+all of it back where a part of the step begins and what is resident comes within 1/64 of the plan's peak:
 
-- where the kind of work changes (forward to loss, loss to backward, and so on), sizes change with it, and
-  little of what was freed may fit: if the next part's transients on top of what is resident would come
-  within 1/64 of the plan's peak;
-- between two blocks of one kind, where the same sizes come again: if resident memory alone does.
+- with the part's transients on top where the kind of work changes (forward to loss, loss to backward, and so
+  on), for little of what was freed may fit the new sizes;
+- with what it needs beyond the parts before it, where the kind stays: the same sizes have been served.
 
 Measured on SmolLM2-135M under 1.2 GiB: docs/log.md.
 """
@@ -20,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from memtrain.planner import resident
+from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.bill import device_positions
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.plan import Plan
@@ -58,6 +59,10 @@ class Reclaimer:
         self._transients = transients
         self._rss_bytes, self._trim = rss_bytes, trim
         self._kind = ""
+        self._served_bytes = 0
+        """Transients that there has been room for since this kind of work began."""
+        self._left_bytes = 0
+        """What a trim that was not enough has left: another is of no use before more is resident."""
         self.times = 0
         """How often memory was asked back."""
         self._hooks: list[Any] = [
@@ -65,39 +70,46 @@ class Reclaimer:
             optimizer.register_step_pre_hook(lambda *_: self.enter("update")),
         ]
         for index, (name, block) in enumerate(blocks):
-            self._hooks.append(block.register_forward_pre_hook(self._before(name, first=index == 0)))
-            last = index == len(blocks) - 1
-            self._hooks.append(block.register_forward_hook(self._after(name, last=last)))
+            before = self._before(name, first=index == 0)
+            self._hooks.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            self._hooks.append(block.register_forward_hook(self._after(name, last=index == len(blocks) - 1)))
 
     def remove(self) -> None:
-        """Take the hooks off the model and the optimizer."""
+        """Take the hooks off the model and the optimizer; those on graphs that still live do nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
 
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
+        if not self._hooks:
+            return
         kind = part if part.endswith("prologue") else part.partition(" ")[0]
-        changed, self._kind = kind != self._kind, kind
-        room = self._limit_bytes // _CREEP
-        if changed:
-            room += self._transients.get(part, 0)
-        if self._rss_bytes() + room > self._limit_bytes:
-            self.times += 1
-            self._trim()
+        if kind != self._kind:
+            self._kind, self._served_bytes, self._left_bytes = kind, 0, 0
+        need = self._transients.get(part, 0)
+        creep = self._limit_bytes // _CREEP
+        room = creep + max(0, need - self._served_bytes)
+        self._served_bytes = max(self._served_bytes, need)
+        now = self._rss_bytes()
+        if now + room <= self._limit_bytes or (self._left_bytes and now < self._left_bytes + creep):
+            return
+        self.times += 1
+        self._trim()
+        left = self._rss_bytes()
+        self._left_bytes = left if left + room > self._limit_bytes else 0
 
     def _before(self, name: str, *, first: bool) -> Callable[..., None]:
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.enter(f"forward {name}")
-            if first and (hidden := _tensor(args)) is not None:
-                _on_gradient(hidden, lambda: self.enter("backward prologue"))
+            if first:
+                _on_gradient((args, kwargs), lambda: self.enter("backward prologue"))
 
         return enter
 
     def _after(self, name: str, *, last: bool) -> Callable[..., None]:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if (hidden := _tensor(output)) is not None:
-                _on_gradient(hidden, lambda: self.enter(f"backward {name}"))
+            _on_gradient(output, lambda: self.enter(f"backward {name}"))
             if last:
                 self.enter("epilogue")
 
@@ -105,28 +117,31 @@ class Reclaimer:
 
 
 def transients_of(plan: Plan, profile: ModelProfile) -> dict[str, int]:
-    """Bytes that each part of a step needs for a moment, above what the plan keeps."""
+    """Bytes that each part of a step needs for a moment, above what the plan keeps; on a CPU."""
     decisions = Decisions(
         blocks=plan.blocks,
         states=plan.states,
         staging=plan.staging,
         update_schedule=plan.update_schedule,
     )
-    positions = device_positions(profile, decisions)
-    parts = {position.name: position.transient_bytes for position in positions}
-    parts["update"] = max((size for name, size in parts.items() if name.startswith("update ")), default=0)
+    parts = {p.name: p.transient_bytes for p in device_positions(profile, decisions)}
+    updates = {unit.name: parts.get(f"update {unit.name}", 0) for unit in profile.units}
+    if plan.update_schedule is UpdateSchedule.AHEAD:
+        # A unit is updated as its forward begins.
+        for name, size in updates.items():
+            part = name if name == "epilogue" else f"forward {name}"
+            parts[part] = max(parts.get(part, 0), size)
+    else:
+        parts["update"] = max(updates.values(), default=0)
     return parts
 
 
-def _tensor(value: Any) -> Tensor | None:
-    """The hidden state that a block is given or returns, where a gradient will come back for it."""
-    leaves = value if isinstance(value, (tuple, list)) else (value,)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor):
-            return leaf if leaf.requires_grad else None
-    return None
+def _on_gradient(values: Any, call: Callable[[], None]) -> None:
+    """Call when the gradient of the first tensor among ``values`` that a graph has made is known.
 
-
-def _on_gradient(tensor: Tensor, call: Callable[[], None]) -> None:
-    """Call when the gradient of ``tensor`` is known."""
-    tensor.register_hook(lambda _: call())  # type: ignore[no-untyped-call]
+    Not of a leaf: it outlives the pass, and hooks would pile up on it.
+    """
+    for leaf in pytree.tree_leaves(values):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and not leaf.is_leaf:
+            leaf.register_hook(lambda _: call())  # type: ignore[no-untyped-call]
+            return

@@ -52,6 +52,10 @@ _ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never 
 _WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
 
 
+class PrepareError(ValueError):
+    """What ``prepare`` was given does not fit together; the message names it and the remedy."""
+
+
 class InfeasibleError(RuntimeError):
     """No plan fits the budget.
 
@@ -113,11 +117,11 @@ def prepare(
         PlanMismatchError: ``plan`` was made for another model or budget.
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
-        ValueError: parameters on several devices, on one that is neither a CPU nor a CUDA device, or not on
-            that of ``machine``.
+        PrepareError: gradient checkpointing is on; parameters are on several devices, on one that is neither
+            a CPU nor a CUDA device, or not on that of ``machine``.
     """
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        raise ValueError(
+        raise PrepareError(
             "the model has its own gradient checkpointing switched on, which would work against the plan: "
             "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
         )
@@ -125,7 +129,7 @@ def prepare(
     device = make_device(str(place) if machine is None else machine.device)
     if device.place != place:
         assert machine is not None
-        raise ValueError(
+        raise PrepareError(
             f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
@@ -266,19 +270,19 @@ class Session:
         undo(self._activations.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
-        if self.machine.on_cpu:
-            undo(self._make_reclaimer(blocks).remove)
+        self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None
+        if self._reclaimer is not None:
+            undo(self._reclaimer.remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
 
     def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
-        self.reclaimer = Reclaimer(
+        return Reclaimer(
             self.model,
             blocks,
             self.optimizer,
             limit_bytes=self.plan.peak(Tier.DEVICE),
             transients=transients_of(self.plan, self.profile),
         )
-        return self.reclaimer
 
     def _make_gradient_slab(self) -> GradientSlab:
         return GradientSlab(
@@ -351,6 +355,8 @@ class Session:
             error = (predicted - measured) / measured
             lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
         lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
+        if self._reclaimer is not None:
+            lines.append(f"freed memory asked back {self._reclaimer.times} times")
         for tier, statistics_ in self.engine.statistics().items():
             lines.append(
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
@@ -387,7 +393,7 @@ def _device_of(model: nn.Module) -> torch.device:
     devices = {parameter.device for parameter in model.parameters()}
     names = ", ".join(sorted(map(str, devices))) or "no device, for it has none"
     if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
-        raise ValueError(
+        raise PrepareError(
             f"the model's parameters are on {names}: memtrain trains on the CPU or on one CUDA device; move "
             f"all of the model there with model.to()"
         )

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -35,12 +35,12 @@ from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import Phase, Summary, infeasible_text, plan_text, summary_text
+from memtrain.session import PrepareError, Session
 from memtrain.weights import load_model
 
-if TYPE_CHECKING:
-    from memtrain.session import Session
-
 Batch = dict[str, torch.Tensor]
+_REFUSALS = (RecipeError, DataError, OffloadError, PrepareError, BlocksNotFoundError, UnsupportedHeadError)
+"""What is told in one line; anything else is a fault of ours and shows where it came from."""
 
 
 def learning_rate_factor(schedule: ScheduleSection, step: int, total_steps: int) -> float:
@@ -132,20 +132,17 @@ class Trainer:
 
     def _make_session(self, model: torch.nn.Module) -> Session:
         recipe, training = self.recipe, self.recipe.training
-        try:
-            return memtrain.prepare(
-                model,
-                build_optimizer(recipe, model),
-                self._batch(self.train_windows, 0),
-                budget=recipe.memory_budget(),
-                micro_batches=training.accumulation,
-                master_weights=recipe.optimizer.master_weights,
-                nonfinite=training.nonfinite,
-                chunked_loss=training.chunked_loss,
-                directory=self.output,
-            )
-        except ValueError as error:  # how prepare says that what was asked for does not fit together
-            raise RecipeError(str(error)) from error
+        return memtrain.prepare(
+            model,
+            build_optimizer(recipe, model),
+            self._batch(self.train_windows, 0),
+            budget=recipe.memory_budget(),
+            micro_batches=training.accumulation,
+            master_weights=recipe.optimizer.master_weights,
+            nonfinite=training.nonfinite,
+            chunked_loss=training.chunked_loss,
+            directory=self.output,
+        )
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
@@ -334,7 +331,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         recipe = load_recipe(options.recipe, options.overrides)
         summary = train(recipe)
-    except (RecipeError, DataError, OffloadError, BlocksNotFoundError, UnsupportedHeadError) as error:
+    except _REFUSALS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RunFinished as finished:

@@ -14,11 +14,12 @@ class Heap:
 
     def __init__(self) -> None:
         self.rss_bytes = 0
+        self.left_bytes = 0
         self.trimmed: list[int] = []
 
     def trim(self) -> bool:
         self.trimmed.append(self.rss_bytes)
-        self.rss_bytes = 0
+        self.rss_bytes = self.left_bytes
         return True
 
 
@@ -41,15 +42,45 @@ def make(
 
 
 def test_one_block_after_another_may_come_within_a_64th() -> None:
-    reclaimer, heap, _, _ = make(6400, forward_1=1000)
+    reclaimer, heap, _, _ = make(6400, forward_0=1000, forward_1=1000)
     reclaimer.enter("forward 0")
     heap.rss_bytes = 6300
-    reclaimer.enter("forward 1")  # the same kind: its transients have been served before
+    reclaimer.enter("forward 1")  # what it needs for a moment has been served to the block before
     assert heap.trimmed == []
     heap.rss_bytes = 6301
     reclaimer.enter("forward 1")
     assert heap.trimmed == [6301]
     assert reclaimer.times == 1
+
+
+def test_a_block_that_needs_more_than_those_before_it_gets_room_for_the_rest() -> None:
+    reclaimer, heap, _, _ = make(6400, backward_1=100, backward_0=3000)
+    reclaimer.enter("epilogue")
+    heap.rss_bytes = 3400
+    reclaimer.enter("backward 1")
+    reclaimer.enter("backward 0")  # 3400 + 100 + (3000 - 100) is the limit
+    assert heap.trimmed == []
+    reclaimer.enter("epilogue")
+    reclaimer.enter("backward 1")
+    heap.rss_bytes = 3401
+    reclaimer.enter("backward 0")
+    assert heap.trimmed == [3401]
+
+
+def test_a_trim_that_was_not_enough_is_not_repeated_until_more_is_resident() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    heap.left_bytes = 6350
+    heap.rss_bytes = 6390
+    reclaimer.enter("forward 0")
+    for rss_bytes in (6350, 6449):
+        heap.rss_bytes = rss_bytes
+        reclaimer.enter("forward 1")
+    assert heap.trimmed == [6390]
+    heap.rss_bytes = 6450
+    reclaimer.enter("forward 1")
+    assert heap.trimmed == [6390, 6450]
+    reclaimer.enter("epilogue")  # another kind of work begins anew
+    assert reclaimer.times == 3
 
 
 @pytest.mark.parametrize(
@@ -79,10 +110,47 @@ def test_a_step_enters_every_part_in_order() -> None:
     reclaimer, _, model, optimizer = make()
     parts: list[str] = []
     reclaimer.enter = parts.append  # type: ignore[method-assign]
-    model(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    model(torch.ones(2, 4, requires_grad=True) * 1).sum().backward()
     optimizer.step()
     expected = ["forward prologue", "forward 0", "forward 1", "epilogue", "backward 1", "backward 0"]
     assert parts == [*expected, "backward prologue", "update"]
+
+
+class Keyword(nn.Module):
+    """A block that is given its hidden state by name and returns it in a dict, after a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, mask: torch.Tensor, *, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mask": mask, "hidden": self.linear(hidden)}
+
+
+def test_keyword_arguments_and_dicts_are_looked_into() -> None:
+    root, block, heap = nn.Module(), Keyword(), Heap()
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    reclaimer = Reclaimer(
+        root, [("b", block)], optimizer, limit_bytes=1, transients={}, rss_bytes=lambda: 0, trim=heap.trim
+    )
+    parts: list[str] = []
+    reclaimer.enter = parts.append  # type: ignore[method-assign]
+    hidden = torch.ones(2, 4, requires_grad=True) * 1
+    block(torch.ones(2), hidden=hidden)["hidden"].sum().backward()
+    assert parts == ["forward b", "epilogue", "backward b", "backward prologue"]
+
+
+def test_no_hooks_pile_up_on_a_leaf_and_a_living_graph_is_silent_after_remove() -> None:
+    reclaimer, heap, model, _ = make(limit_bytes=1)
+    leaf = torch.ones(2, 4, requires_grad=True)
+    model(leaf).sum().backward()
+    assert not leaf._backward_hooks
+    loss = model(leaf).sum()
+    reclaimer.remove()
+    heap.rss_bytes = 100
+    before = reclaimer.times
+    loss.backward()
+    assert reclaimer.times == before
 
 
 def test_nothing_is_left_after_remove() -> None:

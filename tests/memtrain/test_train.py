@@ -284,7 +284,7 @@ def test_more_than_one_process_is_refused_by_name(
 def test_what_prepare_refuses_exits_with_1_and_its_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    error = ValueError("the model's parameters are on cuda:0, cuda:1")
+    error = memtrain.PrepareError("the model's parameters are on cuda:0, cuda:1")
     monkeypatch.setattr(memtrain, "prepare", failing(error), raising=False)
     assert main([str(TINY), f"output.directory={tmp_path}"]) == 1
     assert capsys.readouterr().err == "error: the model's parameters are on cuda:0, cuda:1\n"
