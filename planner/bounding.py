@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtrain.planner.actions import UpdateSchedule
+from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.baselines import Search, default_knobs, greedy
-from memtrain.planner.decisions import copied_bytes, recompute_seconds
+from memtrain.planner.decisions import copied_bytes, gradient_passes, recompute_seconds
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
@@ -61,16 +61,24 @@ def improve_and_bound(search: Search, deadline: float) -> Bound:
 def compute_seconds(search: Search) -> float:
     """The arithmetic of a step with nothing waited for, each block's cheapest choice: no plan takes less.
 
-    On a CPU that is not nothing: whatever outlives a block's forward is copied.
+    On a CPU that is not nothing: whatever outlives a block's forward is copied, and gradients are gone over.
     """
     profile, copy = search.profile, search.machine.on_cpu / search.machine.dram_copy_bytes_per_second
+    later = profile.micro_batches - 1
     once = 0.0
     for block, choices in zip(profile.blocks, search.space.blocks, strict=True):
         extra = (copied_bytes(block, d) * copy + recompute_seconds(block, d) for d in choices)
         once += block.forward_seconds + block.backward_seconds + min(extra)
     once += profile.prologue_forward_seconds + profile.prologue_backward_seconds
     once += profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
-    units = sum(unit.update_seconds + unit.gradient_bytes * copy for unit in profile.units)
+    units = 0.0
+    for unit, decisions in zip(profile.units, search.space.states, strict=True):
+        kinds = {d.gradient_tier is Tier.DEVICE for d in decisions}
+        passes = min(
+            gradient_passes(stays=stays, first=True) + later * gradient_passes(stays=stays, first=False)
+            for stays in kinds
+        )
+        units += unit.update_seconds + unit.gradient_bytes * copy * passes
     return profile.micro_batches * once + units
 
 

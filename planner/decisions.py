@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.machine import Budget, Machine
-from memtrain.planner.plan import Staging
+from memtrain.planner.plan import Plan, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
 
@@ -50,6 +50,17 @@ class Decisions:
     staging_tier: Tier = Tier.DEVICE
     """Where the rings lie: on a CPU in the device's own memory; otherwise in host memory, and the device
     holds mirrors of some of their slots (``mirror_bytes``)."""
+
+    @classmethod
+    def of(cls, plan: Plan, *, on_cpu: bool) -> Decisions:
+        """What ``plan`` decided; ``on_cpu`` is that of the machine it was made for (``Machine.on_cpu``)."""
+        return cls(
+            blocks=plan.blocks,
+            states=plan.states,
+            staging=plan.staging,
+            update_schedule=plan.update_schedule,
+            staging_tier=staging_tier(on_cpu=on_cpu),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,13 +124,18 @@ class Space:
     @property
     def staging_tier(self) -> Tier:
         """Where rings lie."""
-        return Tier.DEVICE if self.on_cpu else Tier.HOST
+        return staging_tier(on_cpu=self.on_cpu)
 
     @property
     def billed_tiers(self) -> tuple[Tier, ...]:
         """Tiers beside the device that a plan may fill: rings take room even where nothing may be sent."""
         needs_host = not self.on_cpu and Tier.HOST not in self.tiers
         return (Tier.HOST, *self.tiers) if needs_host else self.tiers
+
+
+def staging_tier(*, on_cpu: bool) -> Tier:
+    """Where rings lie: what a GPU computes with passes through pinned memory of the host."""
+    return Tier.DEVICE if on_cpu else Tier.HOST
 
 
 def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Space:
@@ -323,6 +339,16 @@ def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         return max(0.0, block.forward_seconds - block.attention_seconds)
     return 0.0
+
+
+def gradient_passes(*, stays: bool, first: bool) -> float:
+    """How often a CPU goes over a unit's gradient in one micro-batch, in copies of as many bytes.
+
+    The first micro-batch's is copied out of the heap (1), a later one is added to the sum, which reads a
+    second operand (1.5). What leaves is gone over twice more while it is in memory: for its norm, and for its
+    largest element. What stays is judged only where gradients are clipped, once a step and not here.
+    """
+    return (1.0 if first else 1.5) + (0.0 if stays else 2.0)
 
 
 def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:

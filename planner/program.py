@@ -24,6 +24,7 @@ from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     UPDATE_SLOTS,
     copied_bytes,
+    gradient_passes,
     gradient_slot_bytes,
     recompute_seconds,
     unit_elements,
@@ -212,19 +213,13 @@ class Program(Choices):
         reads = {t: -1 * self._slots(t, rates[t]) for t in tiers}
         moves = 1 if first else 2
 
+        def gradient_seconds(p: UnitProfile, d: StateDecision) -> float:
+            passes = gradient_passes(stays=d.gradient_tier is Tier.DEVICE, first=first)
+            return p.gradient_bytes * (passes * self.copy + self.cpu.get(d.gradient_tier, 0.0) * moves)
+
         def store(place: int) -> Expression:
-            return pulp.lpSum(
-                self.unit_sum(
-                    u,
-                    lambda p, d: (
-                        p.gradient_bytes * (self.copy + self.cpu[d.gradient_tier] * moves)
-                        if d.gradient_tier is not Tier.DEVICE
-                        else p.gradient_bytes * self.copy * first
-                    ),
-                )
-                for u, unit in enumerate(profile.units)
-                if place_of(unit) == place
-            )
+            here = (u for u, unit in enumerate(profile.units) if place_of(unit) == place)
+            return pulp.lpSum(self.unit_sum(u, gradient_seconds) for u in here)
 
         now = now + store(BEYOND)
         later: Expression | None = None

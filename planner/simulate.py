@@ -21,6 +21,7 @@ from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.decisions import (
     Decisions,
     copied_bytes,
+    gradient_passes,
     recompute_seconds,
     recompute_traffic,
     unit_elements,
@@ -153,10 +154,9 @@ class _Schedule:
         self._add(f"{verb} {name}", COMPUTE, seconds)
 
     def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
-        """Seconds to copy gradients that stay into their slab; later micro-batches add to them in place,
-        which reads the sum as well."""
+        """Seconds to copy gradients that stay into their slab, or to add them to what is there."""
         resident = (u.gradient_bytes for u, d in self._of(block, name) if d.gradient_tier is Tier.DEVICE)
-        passes = 1.0 if micro_batch == 0 else 1.5
+        passes = gradient_passes(stays=True, first=micro_batch == 0)
         return passes * sum(resident) * self._copy_seconds_per_byte
 
     def _parts(self, index: int) -> tuple[tuple[Tier, int], ...]:
@@ -277,8 +277,7 @@ class _Schedule:
             pieces = min(MAX_PIECES, -(-unit.gradient_bytes // self._gradient_piece))
             size = unit.gradient_bytes / pieces
             moves = 2 if micro_batch > 0 else 1
-            # Copied, or added to what was read; and gone over for its norm and for its largest element.
-            passes = 3 if micro_batch == 0 else 3.5
+            passes = gradient_passes(stays=False, first=micro_batch == 0)
             seconds = size * (passes * self._copy_seconds_per_byte + self._cpu[tier] * moves)
             for piece in range(pieces):
                 if (unit.name, piece) not in self._open:
