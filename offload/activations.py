@@ -56,6 +56,7 @@ class ActivationExecutor:
 
     Raises:
         PlanMismatchError: the plan decides for another number of blocks.
+        OffloadError: the device refuses the staging memory; none of it stays.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class ActivationExecutor:
         self._blocks = list(blocks)
         self._decisions = sorted(plan.blocks, key=lambda decision: decision.block)
         staging = plan.staging
-        self._saved = self._make_cache(staging.saved_slots, staging.saved_slot_bytes, "saved")
-        self._input = self._make_cache(staging.input_slots, staging.input_slot_bytes, "input")
-        self._kept = self._make_cache(staging.kept_slots, staging.kept_slot_bytes, "kept")
-        self._kept_input = self._make_cache(
-            staging.kept_input_slots, staging.kept_input_slot_bytes, "kept_input"
-        )
+        with ExitStack() as made:
+            self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
+            self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
+            self._kept = self._make_cache(made, staging.kept_slots, staging.kept_slot_bytes, "kept")
+            self._kept_input = self._make_cache(
+                made, staging.kept_input_slots, staging.kept_input_slot_bytes, "kept_input"
+            )
+            self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
         self._held: tuple[int, torch.Tensor | None] = (0, None)
@@ -91,8 +94,12 @@ class ActivationExecutor:
         self._sequence = 0
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
-    def _make_cache(self, count: int, slot_bytes: int, name: str) -> SlotCache | None:
-        return SlotCache(count, slot_bytes, name, self.lock, self.device) if count and slot_bytes else None
+    def _make_cache(self, made: ExitStack, count: int, slot_bytes: int, name: str) -> SlotCache | None:
+        if not count or not slot_bytes:
+            return None
+        cache = SlotCache(count, slot_bytes, name, self.lock, self.device)
+        made.callback(cache.close)
+        return cache
 
     # installing -------------------------------------------------------------------------------
 
@@ -121,10 +128,7 @@ class ActivationExecutor:
         for group in self._living():
             group.abandon()
         self._groups.clear()
-        with ExitStack() as stack:
-            for cache in (self._saved, self._input, self._kept, self._kept_input):
-                if cache is not None:
-                    stack.callback(cache.close)
+        with self._caches:
             self._sweep(patient=True)
 
     # forward ----------------------------------------------------------------------------------

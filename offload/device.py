@@ -89,7 +89,9 @@ class CpuDevice:
     shares_memory = True
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        return Slab(nbytes).buffer  # of exactly this size, and faulted in by huge pages
+        # Not from the heap, which rounds up; and faulted in by huge pages. What a slab is rounded up to is
+        # cut off, and a forked child may read it, for these are ordinary tensors to whoever gets them.
+        return Slab(nbytes, inherited=True).buffer[:nbytes]
 
     def copy_out(self, source: torch.Tensor, target: torch.Tensor) -> Event:
         target.copy_(_bytes_of(source, target))
@@ -143,16 +145,24 @@ class CudaDevice:
         return self._copy(self._in, source, _bytes_of(target, source), on_device=target)
 
     def register(self, slab: Slab) -> None:
-        if slab.address in self._registered:
+        known_bytes = self._registered.get(slab.address)
+        if known_bytes == slab.nbytes:
             return
-        self._check(_runtime().cudaHostRegister(slab.address, slab.nbytes, 0), "register", slab)
+        if known_bytes is not None:
+            raise OffloadError(
+                f"a slab of {slab.nbytes} bytes lies where one of {known_bytes} bytes is still registered "
+                f"with {self._device}: unregister a slab before it is closed"
+            )
+        with torch.cuda.device(self._device):  # the runtime acts on the thread's current device
+            self._check(_runtime().cudaHostRegister(slab.address, slab.nbytes, 0), "register", slab)
         self._registered[slab.address] = slab.nbytes
 
     def unregister(self, slab: Slab) -> None:
         if self._registered.pop(slab.address, None) is None:
             return
         self.synchronize()
-        self._check(_runtime().cudaHostUnregister(slab.address), "unregister", slab)
+        with torch.cuda.device(self._device):
+            self._check(_runtime().cudaHostUnregister(slab.address), "unregister", slab)
 
     def synchronize(self) -> None:
         self._out.synchronize()

@@ -41,13 +41,13 @@ class Engine:
         return {tier: store.statistics() for tier, store in self._stores.items()}
 
     def close(self) -> None:
-        """Wait for the device's copies, then close every store, also when one fails. May be called twice."""
-        errors: list[OffloadError] = []
-        self.device.synchronize()
-        for store in self._stores.values():
+        """Wait for the device's copies, then close every store, also when the device or a store fails; the
+        first failure is raised. May be called twice."""
+        errors: list[BaseException] = []
+        for close in (self.device.synchronize, *(store.close for store in self._stores.values())):
             try:
-                store.close()
-            except OffloadError as error:
+                close()
+            except BaseException as error:
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -14,6 +14,7 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         PlanMismatchError: units and optimizer do not fit each other or the plan, or the slots are too small.
         UnsupportedOptimizerError: the optimizer cannot be streamed; the message says why.
         TierFullError: no room for state or gradients.
+        OffloadError: the device refuses the staging memory.
+
+        Nothing stays allocated then, no hook on a parameter, and ``optimizer`` has its own state still.
     """
 
     def __init__(
@@ -112,15 +116,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                     f"the model there with model.to(), or plan for a machine whose device is the model's"
                 )
         decisions = {unit: plan.state(unit) for unit, shards in self.index.shards.items() if shards}
-        self._records = RecordStore(
-            engine=engine,
-            index=self.index,
-            layouts=self.layout.shards,
-            specs=self.layout.specs,
-            tiers={unit: decision.optimizer_tier for unit, decision in decisions.items()},
-        )
         staging = plan.staging
-        try:
+        with ExitStack() as made:
+            self._records = RecordStore(
+                engine=engine,
+                index=self.index,
+                layouts=self.layout.shards,
+                specs=self.layout.specs,
+                tiers={unit: decision.optimizer_tier for unit, decision in decisions.items()},
+            )
+            made.callback(self._records.close)
             self.gradients = GradientStore(
                 engine=engine,
                 index=self.index,
@@ -130,21 +135,21 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 norm_dtype=torch.float32 if self.config.master_weights else None,
                 before_overwrite=self.ensure,
             )
-        except BaseException:
-            self._records.close()
-            raise
-        self._updates = UpdateRunner(
-            engine.device,
-            self.layout,
-            self._records,
-            self.gradients,
-            slots=staging.update_slots,
-            slot_bytes=staging.update_slot_bytes,
-        )
-        self._access = StateAccess(self._records, self.index, self.layout.shards, self._updates.borrow)
+            made.callback(self.gradients.close)
+            self._updates = UpdateRunner(
+                engine.device,
+                self.layout,
+                self._records,
+                self.gradients,
+                slots=staging.update_slots,
+                slot_bytes=staging.update_slot_bytes,
+            )
+            made.callback(self._updates.close)
+            self._access = StateAccess(self._records, self.index, self.layout.shards, self._updates.borrow)
+            if optimizer.state:
+                self._take_over(optimizer)
+            self._made = made.pop_all()
         self._complete = True
-        if optimizer.state:
-            self._take_over(optimizer)
 
     # -- the optimizer's public face
     # ---------------------------------------------------------------------------
@@ -320,11 +325,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Finish what is pending, remove the hooks, and give tiers and memory back."""
-        try:
-            self._updates.close()
-        finally:
-            self.gradients.close()
-            self._records.close()
+        self._made.close()  # all of it, also where a part fails
 
     # -- construction
     # ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ of the shard before it, and copied back to the slot before it is written.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -70,10 +71,13 @@ class _Load:
         self.copies.clear()
 
     def abandon(self) -> None:
-        """Give the slot back, whatever becomes of the transfers."""
+        """Give the slot back, whatever becomes of transfers and copies."""
         for ticket in self.tickets:
             settle(ticket)
-        self.finish_copies()
+        for copy in self.copies:
+            with contextlib.suppress(Exception):  # another error is on its way already
+                copy.synchronize()
+        self.copies.clear()
         self.slot.release()
 
 
@@ -129,7 +133,7 @@ class ShardPipeline:
                 self._stages.step(shard, work)
                 self._leave(shard, load)
             except BaseException:
-                load.abandon()
+                self._abandon(load)
                 raise
 
     def drain(self) -> None:
@@ -141,7 +145,7 @@ class ShardPipeline:
     def abandon(self) -> None:
         """After a failure: wait for every transfer, whatever its outcome, and free the slots."""
         for load in [*self._loads.values(), *(load for _, load in self._leaving)]:
-            load.abandon()
+            self._abandon(load)
         for slot, ticket in self._writing:
             settle(ticket)
             slot.release()
@@ -200,11 +204,12 @@ class ShardPipeline:
         if load.mirror is None:
             self._write(shard, load.slot)
             return
-        mirror, load.mirror, last = load.mirror, None, None
+        last = None
         for part in self._stages.outgoing(shard):
-            last = self._device.copy_out(mirror[part], load.slot.buffer[part])
+            last = self._device.copy_out(load.mirror[part], load.slot.buffer[part])
             load.copies.append(last)
-        self._mirrors.append((mirror, last))
+        self._mirrors.append((load.mirror, last))
+        load.mirror = None  # not before: after a failure it is still to be given back
         self._leaving.append((shard, load))
 
     def _submit(self, *, patient: bool) -> None:
@@ -221,6 +226,13 @@ class ShardPipeline:
             slot.release()
         else:
             self._writing.append((slot, ticket))
+
+    def _abandon(self, load: _Load) -> None:
+        """Give slot and mirror back, whatever becomes of the transfers."""
+        load.abandon()
+        if load.mirror is not None:
+            self._mirrors.append((load.mirror, None))
+            load.mirror = None
 
     # slots ------------------------------------------------------------------------------------
 
@@ -250,9 +262,7 @@ class ShardPipeline:
             slot = self._ring.try_acquire()
         if slot is None and self._loads:
             unlucky = self._loads.pop(next(reversed(self._loads)))
-            if unlucky.mirror is not None:
-                self._mirrors.append((unlucky.mirror, None))
-            unlucky.abandon()
+            self._abandon(unlucky)
             slot = self._ring.try_acquire()
         return slot if slot is not None else self._ring.acquire()
 

@@ -32,20 +32,23 @@ class Slab:
     """``nbytes`` (rounded up to 4096) of anonymous memory.
 
     The memory is given back when the slab is closed and the last view of it is gone: a view is never left
-    pointing at nothing. A forked child does not inherit it (its pages would be copied one by one as the
-    parent writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels
-    before 6.3).
+    pointing at nothing. A forked child does not inherit staging memory (its pages would be copied one by one
+    as the parent writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels
+    before 6.3): a child that touches it dies of SIGSEGV.
 
     Args:
         nbytes: at least 1.
         numa_node: bind to this node before the first touch and check where the pages went.
         huge_pages: ask for transparent huge pages from 2 MiB on (fewer faults at first touch).
+        inherited: let a forked child read it, as it reads any other tensor; for what no direct I/O touches.
 
     Raises:
         PlacementError: the node does not exist or the pages did not go there.
     """
 
-    def __init__(self, nbytes: int, numa_node: int | None = None, *, huge_pages: bool = True) -> None:
+    def __init__(
+        self, nbytes: int, numa_node: int | None = None, *, huge_pages: bool = True, inherited: bool = False
+    ) -> None:
         if nbytes < 1:
             raise ValueError(f"a slab needs nbytes >= 1, got {nbytes}")
         self.nbytes = round_up(nbytes, PAGE_BYTES)
@@ -53,7 +56,8 @@ class Slab:
         # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
         # export and a view that is still in use would fault.
         mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_DONTFORK)
+        if not inherited:
+            mapping.madvise(mmap.MADV_DONTFORK)
         if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -179,14 +183,17 @@ class Ring:
             return self._take()
 
     def close(self) -> None:
-        """Give the memory back; whoever waits gets StagingError. May be called twice."""
+        """Give the memory back, also where the device fails; whoever waits gets StagingError. May be called
+        twice."""
         with self._changed:
             self._free.clear()
             self._slots.clear()
-            if self._device is not None and not self.slab.closed:
-                self._device.unregister(self.slab)
-            self.slab.close()
-            self._changed.notify_all()
+            try:
+                if self._device is not None and not self.slab.closed:
+                    self._device.unregister(self.slab)
+            finally:
+                self.slab.close()
+                self._changed.notify_all()
 
     def _take(self) -> Slot | None:
         if self.slab.closed:

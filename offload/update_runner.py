@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -40,20 +40,24 @@ class UpdateRunner:
     ) -> None:
         self._index = layout.index
         self._update: Update | None = None
+        self._streamed: dict[str, list[Shard]] = {}
+        """Of the shards that wait, those that need a slot, by unit: ``ensure`` is called before every module
+        of a forward pass, and must not walk past the others each time."""
         self._failure: BaseException | None = None
-        self._ring = Ring(slots, slot_bytes, device=device) if slots else None
-        self._pipeline = ShardPipeline(
-            self._ring,
-            Stages(
-                read=lambda shard, slot: self._pending.read(shard, slot),
-                step=lambda shard, slot: self._pending.step(shard, slot),
-                write=records.write,
-                needs_slot=lambda shard: self._pending.needs_slot(shard),
-                incoming=lambda shard: self._pending.incoming(shard),
-                outgoing=records.span,
-            ),
-            device,
+        stages = Stages(
+            read=lambda shard, slot: self._pending.read(shard, slot),
+            step=lambda shard, slot: self._pending.step(shard, slot),
+            write=records.write,
+            needs_slot=lambda shard: self._pending.needs_slot(shard),
+            incoming=lambda shard: self._pending.incoming(shard),
+            outgoing=records.span,
         )
+        with ExitStack() as undo:
+            self._ring = Ring(slots, slot_bytes, device=device) if slots else None
+            if self._ring is not None:
+                undo.callback(self._ring.close)
+            self._pipeline = ShardPipeline(self._ring, stages, device)
+            undo.pop_all()
 
     @property
     def ring_bytes(self) -> int:
@@ -76,6 +80,11 @@ class UpdateRunner:
             now += [shard for shard in work if shard.small]
             if later := [shard for shard in work if not shard.small]:
                 update.waiting[unit] = later
+        self._streamed = {
+            unit: streamed
+            for unit, shards in update.waiting.items()
+            if (streamed := [shard for shard in shards if update.needs_slot(shard)])
+        }
         self._update = update
         self._guarded(lambda: self._pipeline.run(now, []))
         if not update.waiting:
@@ -83,21 +92,27 @@ class UpdateRunner:
         elif not ahead:
             self.flush()
         else:
-            self._guarded(lambda: self._pipeline.prefetch(_following(update)))
+            self._read_ahead()
 
     def ensure(self, unit: str) -> None:
         """Finish the pending update of ``unit``, if there is one, on the calling thread; if not, let the next
-        ones be read into slots whose writes have ended meanwhile."""
-        if self._update is None:
-            return
+        ones be read into slots whose writes have ended meanwhile.
+
+        Raises:
+            OffloadError: an update has failed, now or earlier. The weights of any unit may be those of either
+                step: so every forward pass from then on raises, whatever unit it begins with.
+        """
         self._check_alive()
         update = self._update
+        if update is None:
+            return
         if unit not in update.waiting:
-            self._guarded(lambda: self._pipeline.prefetch(_following(update)))
+            self._read_ahead()
             return
         shards = update.waiting.pop(unit)
-        self._guarded(lambda: self._pipeline.run(shards, list(_following(update))))
-        if not self._update.waiting:
+        self._streamed.pop(unit, None)
+        self._guarded(lambda: self._pipeline.run(shards, list(_in_order(update.waiting))))
+        if not update.waiting:
             self._update = None
 
     @torch.no_grad()
@@ -139,6 +154,11 @@ class UpdateRunner:
         assert self._update is not None
         return self._update
 
+    def _read_ahead(self) -> None:
+        """Looks at no more shards than there are slots, and one."""
+        if self._streamed:
+            self._guarded(lambda: self._pipeline.prefetch(_in_order(self._streamed)))
+
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
@@ -156,6 +176,6 @@ class UpdateRunner:
             ) from self._failure
 
 
-def _following(update: Update) -> Iterator[Shard]:
-    """What is still to be stepped, in forward order."""
-    return (shard for shards in update.waiting.values() for shard in shards)
+def _in_order(shards_of: Mapping[str, list[Shard]]) -> Iterator[Shard]:
+    """All units' shards, in forward order."""
+    return (shard for shards in shards_of.values() for shard in shards)

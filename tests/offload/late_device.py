@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.device import _bytes_of
+from memtrain.offload.errors import OffloadError
 from memtrain.offload.slab import Slab
 from memtrain.planner import resident
 
@@ -60,12 +61,19 @@ class LateDevice:
         seed: of when copies happen.
         eagerness: probability that a call lets the next copy of a direction happen; 0 is as late as can be.
         fail_after: raise in the copy of this number, counted from 1.
+        refuse_registration: raise in the ``register`` of this number, counted from 1.
     """
 
     place = torch.device("cpu")
     shares_memory = False
 
-    def __init__(self, seed: int = 0, eagerness: float = 0.2, fail_after: int | None = None) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        eagerness: float = 0.2,
+        fail_after: int | None = None,
+        refuse_registration: int | None = None,
+    ) -> None:
         self.lock = threading.RLock()
         self.faults: list[str] = []
         self.copies = {"out": 0, "in": 0}
@@ -75,6 +83,7 @@ class LateDevice:
         self._random = random.Random(seed)
         self._eagerness = eagerness
         self._fail_after = fail_after
+        self._refuse_registration = refuse_registration
         self._queues: dict[bool, deque[LateCopy]] = {True: deque(), False: deque()}
 
     def empty(self, nbytes: int) -> Tensor:
@@ -87,6 +96,8 @@ class LateDevice:
         return self._queue(source, _bytes_of(target, source), outwards=False)
 
     def register(self, slab: Slab) -> None:
+        if self.ever_registered + 1 == self._refuse_registration:
+            raise OffloadError("the limit of locked memory is reached")
         self.registered[slab.address] = slab.nbytes
         self.ever_registered += 1
 

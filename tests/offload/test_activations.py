@@ -16,6 +16,7 @@ from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import OffloadError, PlanMismatchError, SavedTensorModifiedError
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.plan import Plan, Staging
+from tests.offload.late_device import LateDevice
 
 WIDTH = 64
 DEPTH = 5
@@ -482,3 +483,21 @@ def test_a_failed_write_is_reported_once(model: Net) -> None:
         model(batch()).backward()
     executor.remove()
     assert not store.live
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3, 4, 5])
+def test_staging_memory_that_is_refused_leaves_none_registered(model: Net, refused: int) -> None:
+    engine, late = LatestEngine(), LateDevice(refuse_registration=refused)
+    engine.device = late  # type: ignore[assignment]
+    blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
+    plan = make_plan(DECISIONS["mixed"])
+    if refused <= 4:  # saved, input, kept and kept input
+        with pytest.raises(OffloadError, match="the limit of locked memory"):
+            ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
+        assert late.ever_registered == refused - 1
+    else:
+        executor = ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
+        executor.install()
+        assert len(late.registered) == 4
+        executor.remove()
+    assert late.registered == {}

@@ -79,6 +79,25 @@ def test_every_store_is_closed_even_where_one_fails(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_every_store_is_closed_even_where_the_device_is_broken(tmp_path):
+    class Broken(CpuDevice):
+        def synchronize(self):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    class Failing(MemoryStore):
+        def close(self):
+            super().close()
+            raise OffloadError("would not close")
+
+    disk = NvmeStore(tmp_path, 1 << 16)
+    engine = Engine({Tier.HOST: Failing(Tier.HOST, 1 << 16), Tier.NVME: disk}, Broken())
+    with pytest.raises(RuntimeError, match="illegal memory access"):  # the first failure
+        engine.close()
+    with pytest.raises(OffloadError, match="store is closed"):
+        disk.allocate("w", 1)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_store_must_serve_its_tier():
     with (
         MemoryStore(Tier.HOST, 4096) as store,

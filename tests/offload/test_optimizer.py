@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import errno
 import io
+import os
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -13,14 +15,20 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError, TierFullError, TierIOError
+from memtrain.offload.gradients import GradientStore
 from memtrain.offload.io import Direction, Fault, FaultyBackend, IORequest, ThreadPoolBackend
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import NonFiniteGradientError, OffloadedOptimizer
 from memtrain.offload.optimizer_probe import UnsupportedOptimizerError
 from memtrain.offload.optimizer_state import OffloadedState, StaleStateError
+from memtrain.offload.shards import Shard
+from memtrain.offload.tiers import MemoryStore
+from memtrain.offload.update import Update
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.plan import Staging
+from tests.offload.late_device import LateDevice
 from tests.offload.training import (
     STAGING,
     Lion,
@@ -585,6 +593,136 @@ def test_a_full_disk_in_mid_update_raises_and_stops() -> None:
         assert torch.equal(optimizer.read_state("second.weight", "exp_avg"), exp_avg)
         with pytest.raises(OffloadError, match="an earlier update failed half-way"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("unit", ["prologue", "block", "epilogue"])
+def test_after_a_failed_update_every_forward_raises(unit: str) -> None:
+    """The update's last write fails when nothing of it waits any more."""
+    model = make_model()
+    backend = FullDisk(ThreadPoolBackend(2, "test"))
+    with open_engine(backend=backend) as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, make_plan(AHEAD))
+        model(batches(1)[0]).backward()
+        optimizer.gradients.drain()
+        optimizer.step()
+        for one in ("prologue", "block"):
+            optimizer.ensure(one)
+        optimizer._updates._pipeline.drain()
+        backend.full = True
+        optimizer.ensure("epilogue")  # its writes are still under way
+        with pytest.raises(TierIOError, match="optimizer state of epilogue"):
+            optimizer.flush()
+        backend.full = False
+        with pytest.raises(OffloadError, match="an earlier update failed half-way"):
+            optimizer.ensure(unit)
+
+
+def test_shards_that_need_no_slot_are_not_walked_past(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    away = make_plan(AHEAD).state("epilogue")
+    near = make_plan(AHEAD, Tier.DEVICE, Tier.DEVICE)
+    plan = dataclasses.replace(near, states=(*near.states[:2], away))
+    asked: list[str] = []
+    needs_slot = Update.needs_slot
+
+    def noted(update: Update, shard: Shard) -> bool:
+        asked.append(shard.unit)
+        return needs_slot(update, shard)
+
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, plan)
+        model(batches(1)[0]).backward()
+        optimizer.step()
+        monkeypatch.setattr(Update, "needs_slot", noted)
+        assert len(optimizer._updates._update.waiting["prologue"]) == 3
+        for _ in range(10):
+            optimizer.ensure("some module's")  # both shards of the epilogue have been read ahead
+        assert asked == []
+        optimizer.flush()
+        assert "epilogue" in asked
+
+
+def open_late_engine(**how: int) -> Engine:
+    return Engine({Tier.HOST: MemoryStore(Tier.HOST, 64 << 20)}, LateDevice(**how))
+
+
+def assert_untouched(model: nn.Module, engine: Engine) -> None:
+    """Nothing of ours is left on the model or the tier, and plain PyTorch goes on."""
+    assert engine.store(Tier.HOST).used_bytes == 0
+    for name, parameter in model.named_parameters():
+        assert not parameter._post_accumulate_grad_hooks, name
+        assert not parameter._backward_hooks, name
+    model(batches(1)[0]).backward()
+    assert {type(p.grad) for p in trainable(model) if p.grad is not None} == {torch.Tensor}
+
+
+@pytest.mark.parametrize("refused", [1, 2, 3])
+def test_staging_memory_that_is_refused_leaves_nothing(refused: int) -> None:
+    model = make_model()
+    with open_late_engine(refuse_registration=refused) as engine:
+        if refused <= 2:  # gradients' slots, then the update's
+            with pytest.raises(OffloadError, match="the limit of locked memory"):
+                wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+            assert engine.device.ever_registered == refused - 1
+        else:
+            optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+            assert len(engine.device.registered) == 2
+            optimizer.close()
+        assert engine.device.registered == {}
+        assert_untouched(model, engine)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_state_that_cannot_be_taken_over_leaves_nothing(late: bool) -> None:
+    model = make_model()
+    plain = OPTIMIZERS["adamw"](trainable(model))
+    for p in trainable(model):
+        plain.state[p] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros_like(p)}
+    with open_late_engine() if late else open_engine() as engine:
+        with pytest.raises(PlanMismatchError, match=r"has \['exp_avg'\] and \['step'\]"):
+            wrap(model, plain, engine)
+        assert len(plain.state) == len(trainable(model))
+        if late:
+            assert engine.device.registered == {}
+        assert_untouched(model, engine)
+
+
+def test_close_gives_back_the_rest_where_a_part_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    close = GradientStore.close
+
+    def fail(gradients: GradientStore) -> None:
+        close(gradients)
+        raise OffloadError("the last write of a gradient failed")
+
+    monkeypatch.setattr(GradientStore, "close", fail)
+    with open_late_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        with pytest.raises(OffloadError, match="the last write of a gradient"):
+            optimizer.close()
+        assert engine.device.registered == {}
+        assert_untouched(model, engine)
+
+
+def test_a_forked_child_reads_state_that_stays() -> None:
+    model = make_model()
+    plan = make_plan(optimizer_tier=Tier.DEVICE)
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine, plan)
+        train(model, optimizer, steps=1)
+        expected = optimizer.read_state("first.bias", "exp_avg")
+        assert expected.any()
+        shard, piece = optimizer.index.pieces["first.bias"][0]
+        state = optimizer.layout.shards[shard].state(optimizer._records.memory(shard, None), piece)
+        child = os.fork()
+        if child == 0:
+            same = False
+            try:
+                same = torch.equal(state["exp_avg"], expected)
+            finally:
+                os._exit(0 if same else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        optimizer.close()
 
 
 def test_what_is_on_the_tier_and_in_slabs_in_bytes() -> None:

@@ -1,4 +1,8 @@
+import faulthandler
+import os
 import re
+import resource
+import signal
 import threading
 from pathlib import Path
 
@@ -6,6 +10,7 @@ import pytest
 import torch
 
 from memtrain.offload import numa
+from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import PlacementError, StagingError
 from memtrain.offload.slab import HUGE_PAGE_BYTES, Ring, Slab
 
@@ -50,6 +55,20 @@ def test_huge_pages_are_asked_for_from_their_size_on():
         assert advised(large)
         assert not advised(refused)
         assert not advised(small)
+
+
+@pytest.mark.parametrize(("inherited", "outcome"), [(True, ("exit", 7)), (False, ("signal", signal.SIGSEGV))])
+def test_a_forked_child_reads_what_it_inherits(inherited, outcome):
+    with Slab(4096, inherited=inherited) as slab:
+        slab.buffer[100] = 7
+        child = os.fork()
+        if child == 0:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            faulthandler.disable()
+            os._exit(int(slab.buffer[100]))
+        _, status = os.waitpid(child, 0)
+    found = ("signal", os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ("exit", os.WEXITSTATUS(status))
+    assert found == outcome
 
 
 def test_slab_on_a_node_lies_there():
@@ -168,3 +187,17 @@ def test_a_closed_ring_refuses_and_takes_back_what_is_out():
         ring.acquire()
     with pytest.raises(StagingError, match="closed"):
         ring.try_acquire()
+
+
+def test_a_ring_whose_device_fails_is_closed_all_the_same():
+    class Broken(CpuDevice):
+        def unregister(self, slab):
+            raise RuntimeError("an illegal memory access was encountered")
+
+    ring = Ring(1, 4096, device=Broken())
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        ring.close()
+    assert ring.slab.closed
+    ring.close()
+    with pytest.raises(StagingError, match="closed"):
+        ring.acquire()
