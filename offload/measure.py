@@ -46,6 +46,8 @@ from memtrain.planner.units import MiB, format_gib
 
 _ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
 _PROBE_BYTES = 2 * TRANSFERS * TRANSFER_BYTES + BLOCK_BYTES
+# A step of thirty blocks that moves nothing took 1.07 to 1.11 of its parts timed alone (docs/log.md).
+_CPU_SLOWDOWN = 1.07
 _DRAM_BYTES = 32 * MiB  # two of them lie well outside the caches of a core
 
 
@@ -154,6 +156,7 @@ def measure_machine(
         cores=len(os.sched_getaffinity(0)),
         dram_copy_bytes_per_second=dram,
         links=tuple(links),
+        arithmetic_slowdown=_CPU_SLOWDOWN if opened.shares_memory else 1.0,
         source=source,
     )
     _write_cache(cache, machine)

@@ -69,7 +69,8 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
         *_peaks(plan, profile, machine, budget),
         *_bound(plan),
     ]
-    faults += [(Rule[name], detail) for name, detail in timeline_faults(plan, profile, machine)]
+    in_a_step = profile.in_a_step(machine.arithmetic_slowdown)
+    faults += [(Rule[name], detail) for name, detail in timeline_faults(plan, in_a_step, machine)]
     return tuple(Violation(rule=rule, detail=detail) for rule, detail in faults)
 
 

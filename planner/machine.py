@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import parse_bytes
 
-MACHINE_VERSION = 1
+MACHINE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +51,19 @@ class Machine:
     links: tuple[Link, ...]
     """One per tier that exists beside the device. On a CPU-only machine without a memory-only NUMA
     node that is ``nvme`` alone."""
+    arithmetic_slowdown: float = 1.0
+    """How many times as long a part takes in a step as alone, which is how it is profiled: forward, backward,
+    recompute, what stands around the blocks, update. ``measure_machine`` sets it on a CPU (docs/log.md)."""
     source: str = "given"
     version: int = MACHINE_VERSION
+
+    def __post_init__(self) -> None:
+        # Written so that what is no number is refused too.
+        if not 1.0 <= self.arithmetic_slowdown < math.inf:
+            raise ValueError(
+                f"machine {self.name}: arithmetic_slowdown must be finite and at least 1 (as long in a step "
+                f"as alone), got {self.arithmetic_slowdown}"
+            )
 
     @property
     def on_cpu(self) -> bool:

@@ -1,7 +1,8 @@
 """What a plan must know of a model: bytes and seconds per block, per unit of state, and around them.
 
 A profile is measured on the real model (``planner.trace``), loaded from JSON, or written by hand in a
-test. It holds no tensors. All bytes are those of one micro-batch, all seconds of one micro-batch.
+test. It holds no tensors. All bytes are those of one micro-batch, all seconds of one micro-batch: what a part
+takes when it runs alone (``ModelProfile.in_a_step`` gives what it takes among the others).
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +79,9 @@ class UnitProfile:
         _non_negative(self)
 
 
+_Record = TypeVar("_Record", BlockProfile, UnitProfile, "ModelProfile")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelProfile:
     """One training step of one model at one batch shape."""
@@ -126,6 +130,19 @@ class ModelProfile:
         if self.micro_batches < 1:
             raise ValueError(f"{self.model}: micro_batches must be >= 1, got {self.micro_batches}")
 
+    def in_a_step(self, slowdown: float) -> ModelProfile:
+        """The profile a step is predicted from: every part's seconds times ``Machine.arithmetic_slowdown``.
+
+        Its digest is another one: what is written down is the digest of the profile that was measured.
+        """
+        if slowdown == 1.0:
+            return self
+        return dataclasses.replace(
+            _slowed(self, slowdown),
+            blocks=tuple(_slowed(block, slowdown) for block in self.blocks),
+            units=tuple(_slowed(unit, slowdown) for unit in self.units),
+        )
+
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no white space."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
@@ -150,6 +167,12 @@ class ModelProfile:
     def digest(self) -> str:
         """Hash of the canonical form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _slowed(record: _Record, slowdown: float) -> _Record:
+    """``record`` with each of its own fields that is in seconds multiplied."""
+    names = [field.name for field in dataclasses.fields(record) if field.name.endswith("_seconds")]
+    return dataclasses.replace(record, **{name: slowdown * getattr(record, name) for name in names})
 
 
 def _non_negative(record: Any) -> None:

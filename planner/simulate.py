@@ -7,8 +7,8 @@ runs ahead of the forward is counted once.
 
 While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
 they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
-that starts or awaits it, and so is the copy of what is kept, swapped or stored out of the heap. It is not
-divided by the cores: arithmetic is cut into equal parts, one a core, and the core that loses time to a
+that starts or awaits it, and so is the copy of what is kept, swapped or stored out of the heap, and what
+gradients are gone over (``decisions.gradient_passes``). It is not divided by the cores: arithmetic is cut into equal parts, one a core, and the core that loses time to a
 transfer makes all others wait. On a CUDA device neither is added.
 """
 
@@ -66,6 +66,11 @@ class _Ring:
 
 def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> Timeline:
     """The timeline of one step in the steady state under ``decisions``.
+
+    Args:
+        profile: with the seconds that its parts take in a step (``ModelProfile.in_a_step``).
+        machine: its links, and the speed of a copy on a CPU.
+        decisions: all that was chosen.
 
     Raises:
         KeyError: a decision names a tier that ``machine`` has no link to.

@@ -7,6 +7,7 @@ as a whole: ``step_seconds`` and ``peaks`` never come from the solver.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from memtrain.planner import baselines
@@ -38,8 +39,14 @@ def make_plan(
     Raises:
         ValueError: inputs that contradict each other (see ``decisions.open_space``).
     """
+    in_a_step = profile.in_a_step(machine.arithmetic_slowdown)
+    plan = _plan(in_a_step, machine, budget, options or PlannerOptions())
+    return dataclasses.replace(plan, profile_digest=profile.digest)
+
+
+def _plan(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Plan:
+    """The plan, from what each part takes in a step."""
     began = time.monotonic()
-    options = options or PlannerOptions()
     space = open_space(profile, machine, budget, options)
     search = baselines.Search(
         profile=profile,

@@ -39,9 +39,6 @@ from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
 _PAGE_BYTES = 4096
-_IN_A_STEP = 1.07
-"""On a CPU a part takes this much longer in a step than timed alone: measured on plans that keep everything,
-where no transfer takes part (docs/log.md)."""
 _PROBE_ELEMENTS = 1 << 20
 """For timing the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
 
@@ -443,24 +440,20 @@ def _measure_blocks(
         forward, backward, hidden = _time(block, call, hidden, needs)
         seconds.setdefault(kind, []).append((forward, backward))
         needs = needs or any(p.requires_grad for p in block.parameters())
-    profiles, slower = [], _in_a_step(hidden.device)
+    profiles = []
     for (name, _), kind in zip(blocks, kinds, strict=True):
         forward, backward = (median(column) for column in zip(*seconds[kind], strict=True))
         values = counted[kind]
-        attention = min(values["attention_seconds"], forward) * slower
+        attention = min(values["attention_seconds"], forward)
         profiles.append(
             BlockProfile(
                 **{**values, "attention_seconds": attention},
                 name=name,
-                forward_seconds=forward * slower,
-                backward_seconds=backward * slower,
+                forward_seconds=forward,
+                backward_seconds=backward,
             )
         )
     return profiles, hidden
-
-
-def _in_a_step(device: torch.device) -> float:
-    return _IN_A_STEP if device.type == "cpu" else 1.0
 
 
 def _kind(block: nn.Module, call: _Call, hidden: Tensor, needs: bool) -> Any:
@@ -559,8 +552,7 @@ def _measure_around(
     """What stands before and after the blocks: once for time, once for bytes."""
     counted = _around(blocks, trace, run, last, LiveBytes())  # first, so that the clock sees a warm machine
     measured = _around(blocks, trace, run, last, None)
-    slower = _in_a_step(last.device)
-    return {key: slower * measured[key] if key.endswith("_seconds") else counted[key] for key in counted}
+    return {key: measured[key] if key.endswith("_seconds") else counted[key] for key in counted}
 
 
 def _around(

@@ -82,6 +82,7 @@ def test_a_machine_is_measured_once_and_remembered(swap, cache, monkeypatch):
     assert 1e7 < link.mixed_bytes_per_second < 1e11
     assert 0 < link.cpu_seconds_per_byte < 1e-7
     assert 0 < link.latency_seconds < 1
+    assert first.arithmetic_slowdown == 1.07
     assert os.listdir(swap) == []
     (file,) = cache.iterdir()
     assert Machine.from_json(file.read_text()) == first
@@ -96,6 +97,10 @@ def test_a_machine_is_measured_once_and_remembered(swap, cache, monkeypatch):
             measure_machine(swap, refresh=True)
         with pytest.raises(ZeroDivisionError):
             measure_machine(swap, cxl_node=60)  # another machine is another measurement
+    old = json.loads(file.read_text()) | {"version": 1}
+    del old["arithmetic_slowdown"]
+    file.write_text(json.dumps(old))
+    assert measure_machine(swap, round_seconds=0.02).arithmetic_slowdown == 1.07
     file.write_text("{damaged")
     again = measure_machine(swap, round_seconds=0.02)
     assert (
@@ -125,6 +130,7 @@ def test_a_device_with_its_own_memory_has_a_link_to_the_host(swap, cache, monkey
     monkeypatch.setattr(rates, "TRANSFER_BYTES", 1 << 20)
     machine = measure_machine(swap, device="cuda:0", round_seconds=0.02)
     assert [link.tier for link in machine.links] == [Tier.HOST, Tier.NVME]
+    assert machine.arithmetic_slowdown == 1.0
     host = machine.link(Tier.HOST)
     assert host.source == f"measured {date.today().isoformat()}"
     assert min(host.read_bytes_per_second, host.write_bytes_per_second, host.mixed_bytes_per_second) > 1e6

@@ -201,6 +201,27 @@ def test_a_planted_fault_is_named(plan: Plan, rule: Rule, fault: Callable[[Plan]
     assert rule in rules(fault(plan))
 
 
+def test_arithmetic_as_quick_in_a_step_as_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    slow = make_machine(dram_copy_bytes_per_second=1e10, arithmetic_slowdown=1.25)
+    options = PlannerOptions(force=FORCE, update_schedule="sequential")
+    plan = make_plan(PROFILE, slow, BUDGET, options=options)
+    assert check(plan, PROFILE, slow, BUDGET) == ()
+    # What is taken away is the quarter that each takes longer in a step: what is left is what it takes alone.
+    for name, extra in (
+        ("forward prologue", 0.001 / 4),
+        ("forward layers.6", 0.010 / 4),
+        ("loss epilogue", 0.007 / 4),
+        ("recompute layers.2", 0.010 / 4),
+        ("backward layers.6", 0.020 / 4),
+        ("backward prologue", 0.002 / 4),
+        ("update layers.1", 0.001 / 4),
+    ):
+        found = check(shorter(plan, name, extra), PROFILE, slow, BUDGET)
+        assert {v.rule for v in found} == {Rule.DURATION}, name
+        assert all(v.detail.startswith(name) for v in found), found
+
+
 def test_slabs_on_a_cuda_device_are_named() -> None:
     cuda, options = make_machine(device="cuda:0"), PlannerOptions(allow=frozenset({Action.KEEP}))
     plan = make_plan(PROFILE, cuda, Budget(device="1GiB"), options=options)

@@ -17,6 +17,12 @@ def test_round_trip_and_missing_tier() -> None:
         Machine.from_json('{"version": 7}')
 
 
+@pytest.mark.parametrize("slowdown", [0.99, 0.0, float("nan"), float("inf")])
+def test_nothing_is_quicker_in_a_step_than_alone(slowdown: float) -> None:
+    with pytest.raises(ValueError, match="machine toy: arithmetic_slowdown must be finite and at least 1"):
+        make_machine(arithmetic_slowdown=slowdown)
+
+
 def test_a_link_needs_bandwidth() -> None:
     with pytest.raises(ValueError, match=r"link to nvme: read_bytes_per_second must be > 0, got 0"):
         make_machine(read_bytes_per_second=0)

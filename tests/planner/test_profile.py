@@ -16,6 +16,29 @@ def test_round_trip_and_digest() -> None:
     assert dataclasses.replace(profile, micro_batches=2).digest != profile.digest
 
 
+def test_in_a_step_every_part_takes_longer_and_nothing_else_changes() -> None:
+    profile = make_profile(1, trainable=True)
+    slow = profile.in_a_step(2.0)
+    assert slow.blocks == (
+        make_block(0, forward_seconds=0.020, backward_seconds=0.040, attention_seconds=0.008),
+    )
+    assert slow.units == (dataclasses.replace(profile.units[0], update_seconds=0.002),)
+    around = {
+        "prologue_forward_seconds": 0.002,
+        "prologue_backward_seconds": 0.004,
+        "epilogue_forward_seconds": 0.006,
+        "epilogue_backward_seconds": 0.008,
+    }
+    assert slow == dataclasses.replace(profile, blocks=slow.blocks, units=slow.units, **around)
+    assert profile.in_a_step(1.0) is profile
+
+
+def test_seconds_of_another_meaning_are_refused() -> None:
+    old = make_profile(1).to_json().replace('"version":2', '"version":1')
+    with pytest.raises(ValueError, match="profile version 1, this memtrain reads 2"):
+        ModelProfile.from_json(old)
+
+
 def test_negative_and_impossible_numbers_are_named() -> None:
     with pytest.raises(ValueError, match=r"BlockProfile.saved_bytes must be >= 0, got -1"):
         make_block(saved_bytes=-1, attention_bytes=-2)
@@ -26,7 +49,7 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version": 99}', '{"version": 1}', '{"version": 1, "blocks": [], "units": [], "x": 1}']
+    "text", ['{"version": 99}', '{"version": 2}', '{"version": 2, "blocks": [], "units": [], "x": 1}']
 )
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):

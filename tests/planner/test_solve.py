@@ -72,6 +72,25 @@ def test_nothing_beats_the_plan_and_nothing_is_below_the_bound(
 
 
 @pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(
+    ("force", "alone"),
+    [({}, 2 * 0.070 + 0.002), ({"block": {"action": "recompute"}}, 2 * (0.070 + 2 * 0.010) + 0.002)],
+)
+def test_arithmetic_is_slower_in_a_step_than_alone(force: dict[str, Any], alone: float) -> None:
+    # Two blocks of 30 ms and 10 ms around them in each of two micro-batches, 1 ms of update each. What is
+    # copied is not slower: 10 MiB or 1 MiB a block and micro-batch, 1 and 1.5 MiB of gradients.
+    profile = make_profile(2, trainable=True, micro_batches=2)
+    machine = make_machine(dram_copy_bytes_per_second=1e9, arithmetic_slowdown=1.25)
+    options = PlannerOptions(force=force, allow=frozenset({Action.KEEP}))
+    plan = make_plan(profile, machine, Budget(device="1GiB"), options=options)
+    copied = 2 * ((2 * 1 if force else 2 * 10) + 1 + 1.5) * MiB
+    assert plan.step_seconds == pytest.approx(1.25 * alone + copied * 1e-9, rel=1e-6)
+    assert (plan.status, plan.profile_digest) == ("optimal", profile.digest)
+    short = make_plan(profile, machine, Budget(device="10MiB"))
+    assert (short.status, short.profile_digest) == ("infeasible", profile.digest)
+
+
+@pytest.mark.usefixtures("solver_here")
 def test_enough_memory_keeps_everything_and_is_proved_without_a_solver() -> None:
     plan = make_plan(make_profile(3), make_machine(), Budget(device="1GiB", nvme="/x:1GiB"))
     assert (plan.status, plan.gap, plan.step_seconds) == ("optimal", 0.0, 0.1)

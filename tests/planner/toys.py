@@ -68,5 +68,13 @@ def make_machine(*tiers: Tier, device: str = "cpu", **changes: Any) -> Machine:
         "mixed_bytes_per_second": 2048 * MiB,
     }
     copy = changes.pop("dram_copy_bytes_per_second", 1e18)
+    slowdown = changes.pop("arithmetic_slowdown", 1.0)
     links = tuple(Link(tier=tier, **(fields | changes)) for tier in tiers or (Tier.NVME,))
-    return Machine(name="toy", device=device, cores=2, dram_copy_bytes_per_second=copy, links=links)
+    return Machine(
+        name="toy",
+        device=device,
+        cores=2,
+        dram_copy_bytes_per_second=copy,
+        links=links,
+        arithmetic_slowdown=slowdown,
+    )
