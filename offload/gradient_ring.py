@@ -7,7 +7,8 @@ copy is over; on the way back it is added up in a mirror in the device's memory.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +75,11 @@ class _Coming:
     def release(self) -> None:
         """Give the slot back, when nothing uses it any more."""
         settle(self.ticket)
-        if self.copy is not None:
-            self.copy.synchronize()
-        self.slot.release()
+        try:
+            if self.copy is not None:
+                self.copy.synchronize()
+        finally:
+            self.slot.release()
 
 
 class GradientRing:
@@ -124,39 +127,54 @@ class GradientRing:
     def submit(self, *, patient: bool) -> None:
         """Give the store the chunks that have left the device; ``patient``: all of them."""
         while self._leaving and (patient or self._leaving[0].copy.done()):
-            leaving = self._leaving.popleft()
-            try:
-                ticket = leaving.submit()
-            except BaseException:
-                leaving.slot.release()
-                raise
-            self._in_flight.append((leaving.slot, ticket))
+            self._submit_oldest()
 
-    def read_ahead(self, home: OffloadedGradient) -> None:
-        """Begin to read a gradient that is expected soon, into half of the slots at most."""
+    def submit_all_of(self, home: OffloadedGradient) -> None:
+        """Before its bytes are read: the store waits only for writes that it has been given.
+
+        Not for what was queued since: on a GPU the host would stand still for a copy of a moment ago.
+        """
+        while any(leaving.home is home for leaving in self._leaving):
+            self._submit_oldest()
+
+    def _submit_oldest(self) -> None:
+        leaving = self._leaving.popleft()
+        try:
+            ticket = leaving.submit()
+        except BaseException:
+            leaving.slot.release()
+            raise
+        self._in_flight.append((leaving.slot, ticket))
+
+    def expect(self, homes: list[OffloadedGradient]) -> None:
+        """Read these ahead, the soonest first, into half of the slots at most, and forget all others: a
+        gradient that was expected and did not come would hold its slots for ever."""
+        for home in [home for home in self._ahead if home not in homes]:
+            self.forget(home)
+        for home in homes:
+            self._read_ahead(home)
+
+    def _read_ahead(self, home: OffloadedGradient) -> None:
         room = self._slots // 2 - sum(map(len, self._ahead.values()))
         if home in self._ahead or home.value.zero or room < 1:
             return
-        self.submit(patient=True)  # a write that the store has not been given it would not wait for
-        coming: deque[_Coming] = deque()
+        self.submit_all_of(home)
         for chunk in home.chunks[:room]:
             self._retire_done()
             slot = self._ring.try_acquire()
             if slot is None:
-                break
-            coming.append(self._read(home, chunk, slot))
-        if coming:
-            self._ahead[home] = coming
+                return
+            # One by one: where a later one fails, these are still to be used or forgotten.
+            self._ahead.setdefault(home, deque()).append(self._read(home, chunk, slot))
 
     def forget(self, home: OffloadedGradient) -> None:
-        """Its bytes are to be replaced: what was read ahead of them is worth nothing."""
-        for one in self._ahead.pop(home, ()):
-            one.release()
+        """Its bytes are to be replaced, or not asked for: what was read ahead of them is worth nothing."""
+        _release(self._ahead.pop(home, ()))
 
     def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
         """The gradient's chunks in order, scaled, on the device; each is valid until the next is asked for.
         Reads run ahead by as many slots as are free."""
-        self.submit(patient=True)
+        self.submit_all_of(home)
         value, dtype = home.value, home.parameter.dtype
         coming = self._ahead.pop(home, deque())
         waiting = deque(home.chunks[len(coming) :])
@@ -179,8 +197,7 @@ class GradientRing:
                 yield head.chunk, head.work
                 coming.popleft().release()
         finally:
-            for one in coming:
-                one.release()
+            _release(coming)
 
     def _read(self, home: OffloadedGradient, chunk: Chunk, slot: Slot) -> _Coming:
         try:
@@ -227,14 +244,29 @@ class GradientRing:
             self._retire()
 
     def close(self) -> None:
-        """Give the memory back. No write may be under way."""
-        for home in list(self._ahead):
-            self.forget(home)
-        self._ring.close()
+        """Give the memory back once nothing uses it any more, whatever became of the transfers."""
+        with ExitStack() as stack:
+            stack.callback(self._ring.close)
+            for _, ticket in self._in_flight:
+                stack.callback(settle, ticket)
+            for leaving in self._leaving:
+                stack.callback(leaving.copy.synchronize)
+            for coming in self._ahead.values():
+                stack.callback(_release, coming)
+        self._in_flight.clear()
+        self._leaving.clear()
+        self._ahead.clear()
 
 
 def _bytes(slot: Slot, chunk: Chunk, dtype: torch.dtype) -> Tensor:
     return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize]
+
+
+def _release(coming: Iterable[_Coming]) -> None:
+    """All of them, also where the device fails for one."""
+    with ExitStack() as stack:
+        for one in coming:
+            stack.callback(one.release)
 
 
 def settle(ticket: Ticket | None) -> None:

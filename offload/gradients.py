@@ -10,6 +10,7 @@ whole is hot.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,10 @@ class GradientStore:
 
     Raises:
         PlanMismatchError: gradients leave but there is no ring.
-        TierFullError: no room for them; nothing is installed.
+        TierFullError: no room for them.
+        OffloadError: the device refuses the ring's memory.
+
+    Where it raises, nothing is installed.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class GradientStore:
         self._slot_bytes = slot_bytes // PAGE_BYTES * PAGE_BYTES
         self._hooks: list[Any] = []
         self._ring: GradientRing | None = None
+        self._exclusive: frozenset[Fingerprint] = frozenset()
         self.homes: dict[str, OffloadedGradient] = {}
         """By parameter, of the gradients that leave."""
         self._order = _BackwardOrder()
@@ -79,14 +84,15 @@ class GradientStore:
         try:
             for name in leaving:
                 self._adopt(engine, index, name, tiers[index.unit_of[name]])
+            if leaving:
+                self._ring = GradientRing(slots, self._slot_bytes, engine.device)
+                self._exclusive = exclusive_fingerprints(engine.device.place)
+            for home in self.homes.values():
+                self._hooks.append(home.parameter.register_hook(_look_before(home)))
+                self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
         except BaseException:
             self.close()
             raise
-        self._ring = GradientRing(slots, self._slot_bytes, engine.device) if leaving else None
-        self._exclusive = exclusive_fingerprints(engine.device.place) if leaving else frozenset()
-        for home in self.homes.values():
-            self._hooks.append(home.parameter.register_hook(_look_before(home)))
-            self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
 
     def load(
         self, home: OffloadedGradient, value: GradientValue, piece: Piece, buffer: Tensor
@@ -99,7 +105,7 @@ class GradientStore:
             buffer.zero_()
             return []
         assert self._ring is not None
-        self._ring.submit(patient=True)  # a write that the store has not been given it would not wait for
+        self._ring.submit_all_of(home)
         tickets, position = [], 0
         for chunk in home.chunks:
             if piece.start <= chunk.start < piece.stop:
@@ -119,18 +125,17 @@ class GradientStore:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        try:
-            self.drain()
-        finally:
-            for home in self.homes.values():
+        homes, self.homes = self.homes, {}
+        ring, self._ring = self._ring, None
+        self._order = _BackwardOrder()
+        with ExitStack() as stack:  # the last first
+            for home in homes.values():
                 if isinstance(home.parameter.grad, OffloadedGrad):
                     home.parameter.grad = None
-                home.store.free(home.extent)
-            self.homes.clear()
-            self._order = _BackwardOrder()
-            if self._ring is not None:
-                self._ring.close()
-                self._ring = None
+                stack.callback(home.store.free, home.extent)
+            if ring is not None:
+                stack.callback(ring.close)
+                stack.callback(ring.drain)
 
     def _adopt(self, engine: Engine, index: FlatIndex, name: str, tier: Tier) -> None:
         parameter = index.parameters[name]
@@ -208,9 +213,9 @@ class GradientStore:
         assert self._ring is not None
         self._ring.send(home, gradient.reshape(-1))
         home.value = GradientValue(norm=norm, largest=torch.maximum(low.abs(), high.abs()).view(1))
-        for expected in self._order.after(home):
-            if isinstance(expected.parameter.grad, OffloadedGrad):
-                self._ring.read_ahead(expected)  # it will be added to
+        following = self._order.after(home)
+        # What is there now will be added to.
+        self._ring.expect([one for one in following if isinstance(one.parameter.grad, OffloadedGrad)])
 
     def stream(self, home: OffloadedGradient) -> Iterator[tuple[Chunk, Tensor]]:
         """The gradient's chunks in order, scaled; each is valid until the next is asked for."""
@@ -227,16 +232,17 @@ class _BackwardOrder:
         """In this pass, in order."""
 
     def after(self, home: OffloadedGradient) -> list[OffloadedGradient]:
-        """``home`` has arrived: which two are expected next."""
+        """``home`` has arrived: which two are expected next, the sooner first."""
         if home in self._arrived:
             self._arrived.clear()  # another pass has begun
         if self._arrived:
             self._next[next(reversed(self._arrived))] = home
         self._arrived[home] = None
         expected: list[OffloadedGradient] = []
-        while len(expected) < _EXPECTED and (following := self._next.get(home)) is not None:
+        following = self._next.get(home)
+        while following is not None and following not in self._arrived and len(expected) < _EXPECTED:
             expected.append(following)
-            home = following
+            following = self._next.get(following)
         return expected
 
 

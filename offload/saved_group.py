@@ -72,6 +72,8 @@ class SavedGroup:
         """Where the bytes are on the device, before backward has asked for them."""
         self._arrival: Event | None = None
         """The copy that brings them."""
+        self._owner: torch.cuda.Stream | None = None
+        """The stream whose memory they are in."""
         self._slot: StagedSlot | None = cache.take(self)
         executor.register(self)
 
@@ -208,6 +210,7 @@ class SavedGroup:
         if device.shares_memory:
             return self._slot.view(self._used_bytes)
         mirror = device.empty(self._used_bytes)
+        self._owner = _stream(mirror)
         self._arrival = device.copy_in(self._slot.buffer[: self._used_bytes], mirror)
         self._slot.copies.append(self._arrival)
         return mirror
@@ -233,6 +236,10 @@ class SavedGroup:
                 self._restored = weakref.ref(base)
             if self._arrival is not None:
                 self._arrival.wait()  # each time: nodes of one block may run on different streams
+                here = _stream(base)
+                if here is not None and here != self._owner:
+                    # The allocator would give the memory back when its owner is done, which need not be us.
+                    base.record_stream(here)
             self._executor.hold(self, base)
         return base
 
@@ -263,6 +270,11 @@ def abandoned_on_error(groups: Sequence[SavedGroup]) -> Iterator[None]:
         for group in groups:
             group.abandon()
         raise
+
+
+def _stream(tensor: torch.Tensor) -> torch.cuda.Stream | None:
+    """What the work that this thread gives the tensor's device from now on runs on; None on a CPU."""
+    return torch.cuda.current_stream(tensor.device) if tensor.is_cuda else None
 
 
 def _over(ticket: Ticket | None) -> bool:

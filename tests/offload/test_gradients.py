@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.offload.engine import Engine
-from memtrain.offload.errors import PlanMismatchError, UnsupportedGradientOperation
+from memtrain.offload.errors import OffloadError, PlanMismatchError, UnsupportedGradientOperation
 from memtrain.offload.gradients import GradientStore, exclusive_fingerprints
 from memtrain.offload.offloaded_grad import OffloadedGrad, StaleGradientError
 from memtrain.offload.shards import FlatIndex
+from memtrain.offload.tiers import MemoryStore
 from memtrain.planner.actions import Tier
+from tests.offload.late_device import LateDevice
 from tests.offload.training import open_engine
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -423,3 +425,26 @@ def test_gradients_that_leave_need_a_ring(engine: Engine) -> None:
         PlanMismatchError, match="that of p0 leave the device, but the plan has 0 gradient slots"
     ):
         store_for(engine, nn.Parameter(values(0)), slots=0)
+
+
+@pytest.mark.parametrize("failing", ["ring", "hooks"])
+def test_a_store_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    parameter = nn.Parameter(values(0))
+    device = LateDevice()
+    if failing == "ring":
+        monkeypatch.setattr(device, "register", refuse)
+    else:
+        monkeypatch.setattr(parameter, "register_post_accumulate_grad_hook", refuse)
+    with Engine({Tier.HOST: MemoryStore(Tier.HOST, 1 << 20)}, device) as engine:
+        with pytest.raises(OffloadError, match="refused"):
+            store_for(engine, parameter)
+        assert engine.store(Tier.HOST).used_bytes == 0
+        assert device.registered == {}
+        assert not parameter._backward_hooks
+        assert not parameter._post_accumulate_grad_hooks
+        produce(parameter, values(1))
+        assert type(parameter.grad) is Tensor
+
+
+def refuse(*_: Any) -> Any:
+    raise OffloadError("refused")
