@@ -672,6 +672,26 @@ def test_staging_memory_that_is_refused_leaves_nothing(refused: int) -> None:
         assert_untouched(model, engine)
 
 
+@pytest.mark.parametrize("refused", [1, 2, 3])
+def test_device_memory_that_is_refused_leaves_nothing(refused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The records of small parameters, and two mirrors of the update's slots."""
+    model, empty, sizes = make_model(), LateDevice.empty, []
+
+    def full(device: LateDevice, nbytes: int) -> torch.Tensor:
+        sizes.append(nbytes)
+        if len(sizes) == refused:
+            raise torch.OutOfMemoryError("the device is full")
+        return empty(device, nbytes)
+
+    monkeypatch.setattr(LateDevice, "empty", full)
+    with open_late_engine() as engine:
+        with pytest.raises(torch.OutOfMemoryError, match="the device is full"):
+            wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        assert sizes[1:] == [STAGING.update_slot_bytes] * (refused - 1)
+        assert engine.device.registered == {}
+        assert_untouched(model, engine)
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_state_that_cannot_be_taken_over_leaves_nothing(late: bool) -> None:
     model = make_model()
