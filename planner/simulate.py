@@ -7,9 +7,10 @@ runs ahead of the forward is counted once.
 
 While both directions of a tier are busy each runs at the same fraction of its own rate, such that together
 they move ``mixed_bytes_per_second``. On a CPU the processor time of a transfer is added to the arithmetic
-that starts or awaits it, and so is the copy of what is kept, swapped or stored out of the heap, and what
-gradients are gone over (``decisions.gradient_passes``). It is not divided by the cores: arithmetic is cut into equal parts, one a core, and the core that loses time to a
-transfer makes all others wait. On a CUDA device neither is added.
+that starts or awaits it, and so are the copy of what is kept, swapped or stored out of the heap and the
+passes over gradients (``decisions.gradient_passes``). It is not divided by the cores: arithmetic is cut into
+equal parts, one a core, and the core that loses time to a transfer makes all others wait. On a CUDA device
+none of this is added.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -63,6 +65,16 @@ def test_bytes_of_a_plain_block() -> None:
         assert block.recomputable
         assert block.forward_seconds > 0
         assert block.backward_seconds > 0
+
+
+def test_seconds_are_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A clock that is a second later each time it is looked at: every part takes one second.
+    ticks = itertools.count()
+    monkeypatch.setattr("memtrain.planner.trace._clock", lambda device: float(next(ticks)))
+    profile = plain()
+    assert [(b.forward_seconds, b.backward_seconds) for b in profile.blocks] == [(1.0, 1.0)] * 3
+    assert (profile.prologue_forward_seconds, profile.prologue_backward_seconds) == (1.0, 1.0)
+    assert (profile.epilogue_forward_seconds, profile.epilogue_backward_seconds) == (1.0, 1.0)
 
 
 def test_units_by_hand() -> None:
