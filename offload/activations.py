@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
@@ -92,6 +93,7 @@ class ActivationExecutor:
         self._newest: list[weakref.ref[SavedGroup]] = []
         """Groups of the block that runs."""
         self._sequence = 0
+        self._hook: RemovableHandle | None = None
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
     def _make_cache(self, made: ExitStack, count: int, slot_bytes: int, name: str) -> SlotCache | None:
@@ -113,12 +115,14 @@ class ActivationExecutor:
             module.forward = functools.update_wrapper(run, module.forward)
 
     def remove(self) -> None:
-        """Give the blocks their own forward back and release the staging memory.
+        """Give the blocks their own forward back and release the staging memory. May be called twice, and
+        where ``install`` never was.
 
         A graph that is still alive has lost its saved tensors: its backward raises.
         """
         self.release_held()
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         for module, original in self._originals:
             if original is None:
                 del module.forward
