@@ -27,6 +27,7 @@ EXACT = PlannerOptions(safety_margin=0.0)
 
 def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> float:
     """The least seconds over every action, tier, ring size, shard and schedule; inf when nothing fits."""
+    profile = profile.in_a_step(machine.arithmetic_slowdown)
     space = open_space(profile, machine, budget, options)
     search = Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
     rings = range(1, len(profile.blocks) + 1)
@@ -68,6 +69,26 @@ def test_nothing_beats_the_plan_and_nothing_is_below_the_bound(
     assert best < math.inf
     assert plan.step_seconds <= best * (1 + options.gap)
     assert plan.lower_bound_seconds <= best + 1e-9
+    assert check(plan, profile, machine, budget) == ()
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize("tier", ["device", "nvme"])
+def test_no_pass_over_gradients_lifts_the_bound_above_a_plan(tier: str) -> None:
+    profile = make_profile(2, trainable=True, micro_batches=2)
+    machine = make_machine(
+        **SLOW, mixed_bytes_per_second=400 * MiB, dram_copy_bytes_per_second=1e9, arithmetic_slowdown=1.07
+    )
+    budget = Budget(device="256MiB", nvme="/x:100MiB")
+    options = PlannerOptions(
+        allow=frozenset({Action.SWAP, Action.RECOMPUTE}), force={"state": {"gradient_tier": tier}}
+    )
+    best = brute_force(profile, machine, budget, options)
+    plan = make_plan(profile, machine, budget, options=options)
+    assert best < math.inf
+    assert {state.gradient_tier.value for state in plan.states} == {tier}
+    assert plan.step_seconds <= best * (1 + options.gap)
+    assert 0 < plan.lower_bound_seconds <= best + 1e-9
     assert check(plan, profile, machine, budget) == ()
 
 
