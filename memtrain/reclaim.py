@@ -9,6 +9,8 @@ all of it back where a part of the step begins and what is resident comes within
   on), for little of what was freed may fit the new sizes;
 - with what it needs beyond the parts before it, where the kind stays: the same sizes have been served.
 
+Where that was not enough, code of libraries that is not in use is unmapped too.
+
 Measured on SmolLM2-135M under 1.2 GiB: docs/log.md.
 """
 
@@ -41,7 +43,7 @@ class Reclaimer:
         optimizer: whose ``step`` is a part of its own.
         limit_bytes: what must not be exceeded: the plan's peak.
         transients: bytes that each part needs for a moment: ``transients_of``.
-        rss_bytes, trim: read, and reduce, what is resident.
+        rss_bytes, trim, drop_library_pages: read, and reduce, what is resident.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class Reclaimer:
         transients: dict[str, int],
         rss_bytes: Callable[[], int] = resident.rss_bytes,
         trim: Callable[[], bool] = resident.trim,
+        drop_library_pages: Callable[[], int] = resident.drop_library_pages,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._transients = transients
-        self._rss_bytes, self._trim = rss_bytes, trim
+        self._rss_bytes, self._trim, self._drop_library_pages = rss_bytes, trim, drop_library_pages
         self._kind = ""
         self._served_bytes = 0
         """Transients that there has been room for since this kind of work began."""
@@ -96,6 +99,8 @@ class Reclaimer:
             return
         self.times += 1
         self._trim()
+        if self._rss_bytes() + room > self._limit_bytes:
+            self._drop_library_pages()
         left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 

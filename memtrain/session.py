@@ -134,6 +134,7 @@ def prepare(
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
     resident.limit_heap()
+    resident.drop_library_pages()  # what is measured from here on is what a step uses
     began_peak_bytes = device.peak_bytes()
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:

@@ -15,12 +15,19 @@ class Heap:
     def __init__(self) -> None:
         self.rss_bytes = 0
         self.left_bytes = 0
+        self.code_bytes = 0
         self.trimmed: list[int] = []
 
     def trim(self) -> bool:
         self.trimmed.append(self.rss_bytes)
         self.rss_bytes = self.left_bytes
         return True
+
+    def drop(self) -> int:
+        """Unmap the code."""
+        self.rss_bytes -= self.code_bytes
+        code_bytes, self.code_bytes = self.code_bytes, 0
+        return code_bytes
 
 
 def make(
@@ -37,6 +44,7 @@ def make(
         transients={name.replace("_", " "): size for name, size in transients.items()},
         rss_bytes=lambda: heap.rss_bytes,
         trim=heap.trim,
+        drop_library_pages=heap.drop,
     )
     return reclaimer, heap, model, optimizer
 
@@ -104,6 +112,17 @@ def test_another_kind_of_work_needs_room_for_its_transients(before: str, after: 
     heap.rss_bytes = 5301
     reclaimer.enter(after)
     assert heap.trimmed == [5301]
+
+
+def test_code_is_unmapped_where_a_trim_is_not_enough() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    heap.left_bytes, heap.code_bytes, heap.rss_bytes = 6250, 60, 6390
+    reclaimer.enter("forward 0")
+    assert heap.rss_bytes == 6250  # 150 are free, 100 are needed
+    heap.left_bytes, heap.rss_bytes = 6350, 6390
+    reclaimer.enter("forward 1")
+    assert heap.rss_bytes == 6290
+    assert reclaimer.times == 2
 
 
 def test_a_step_enters_every_part_in_order() -> None:

@@ -59,3 +59,44 @@ def test_reset_starts_the_peak_again() -> None:
 
 def test_a_reset_that_is_not_permitted_says_so(tmp_path: Path) -> None:
     assert resident.reset_peak(tmp_path) is False
+
+
+SMAPS = """\
+1000-5000 r-xp 00000000 08:01 11 /lib/libclean.so
+Size:                 16 kB
+Rss:                  12 kB
+Anonymous:             0 kB
+VmFlags: rd ex
+5000-6000 rw-p 00004000 08:01 11 /lib/libclean.so
+Rss:                   4 kB
+Anonymous:             0 kB
+7000-9000 r-xp 00000000 08:01 12 /lib/libpatched.so
+Rss:                   8 kB
+Anonymous:             4 kB
+9000-a000 r-xp 00000000 08:01 13 /lib/libabsent.so
+Rss:                   0 kB
+Anonymous:             0 kB
+b000-c000 r-xp 00000000 00:00 0 [vdso]
+Rss:                   4 kB
+Anonymous:             0 kB
+d000-e000 r-xp 00000000 00:00 0
+Rss:                   4 kB
+Anonymous:             0 kB
+"""
+
+
+def test_only_clean_code_of_files_is_found(tmp_path: Path) -> None:
+    (tmp_path / "smaps").write_text(SMAPS)
+    assert resident.clean_code(tmp_path / "smaps") == [(0x1000, 0x5000, 12 * 1024)]
+    assert resident.clean_code(tmp_path / "missing") == []
+
+
+def test_library_pages_come_back_when_they_are_used() -> None:
+    import math
+
+    before = resident.read().file_bytes
+    dropped = resident.drop_library_pages()
+    assert dropped > 0
+    assert resident.read().file_bytes < before
+    assert math.cos(0.0) == 1.0
+    assert resident.drop_library_pages() <= before
