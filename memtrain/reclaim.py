@@ -123,13 +123,7 @@ class Reclaimer:
 
 def transients_of(plan: Plan, profile: ModelProfile) -> dict[str, int]:
     """Bytes that each part of a step needs for a moment, above what the plan keeps; on a CPU."""
-    decisions = Decisions(
-        blocks=plan.blocks,
-        states=plan.states,
-        staging=plan.staging,
-        update_schedule=plan.update_schedule,
-    )
-    parts = {p.name: p.transient_bytes for p in device_positions(profile, decisions)}
+    parts = {p.name: p.transient_bytes for p in device_positions(profile, Decisions.of(plan, on_cpu=True))}
     updates = {unit.name: parts.get(f"update {unit.name}", 0) for unit in profile.units}
     if plan.update_schedule is UpdateSchedule.AHEAD:
         # A unit is updated as its forward begins.

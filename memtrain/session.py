@@ -259,6 +259,7 @@ class Session:
         )
         undo(self.engine.close)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
+        undo(self._activations.remove)
         units = _units(model, self.profile)
         self.optimizer = OffloadedOptimizer(
             optimizer, engine=self.engine, plan=plan, units=units, config=config
@@ -268,7 +269,6 @@ class Session:
         if plan.staging.gradient_slab_bytes:
             undo(self._make_gradient_slab().close)
         self._activations.install()
-        undo(self._activations.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None

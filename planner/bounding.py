@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.answer import Answer
 from memtrain.planner.baselines import Search, default_knobs, greedy
 from memtrain.planner.decisions import copied_bytes, gradient_passes, recompute_seconds
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
-    from memtrain.planner.program import Answer
 
 RESERVE_SECONDS = 1.0
 """HiGHS looks at its clock between steps of its own: it is asked to stop this much before it is killed."""

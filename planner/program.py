@@ -13,12 +13,12 @@ Index letters: ``l`` block, ``u`` unit, ``t`` tier, ``n`` slots of a ring, ``s``
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import pulp
 
-from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.answer import Answer
 from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place_of, traffic
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
@@ -32,19 +32,6 @@ from memtrain.planner.decisions import (
 from memtrain.planner.profile import UnitProfile
 from memtrain.planner.queues import mixed_fraction
 from memtrain.planner.simulate import MAX_PIECES
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
-    """What HiGHS proved and found for one schedule."""
-
-    bound_seconds: float
-    """No plan with this schedule takes less; ``inf`` if none exists, 0 if nothing was proved."""
-    blocks: tuple[BlockDecision, ...] = ()
-    """Empty when no choice was found."""
-    states: tuple[StateDecision, ...] = ()
-    knobs: tuple[int, int, int] = (0, 0, 0)
-    """saved_slots, input_slots, shard_elements."""
 
 
 class Program(Choices):

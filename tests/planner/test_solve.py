@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
 from tests.planner.toys import make_block, make_machine, make_profile
 
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = PlannerOptions(safety_margin=0.0)
 
 
@@ -376,3 +380,18 @@ def test_a_solver_that_returns_nothing_costs_only_the_bound(monkeypatch: pytest.
     monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
     plan = make_plan(make_profile(3), make_machine(**SLOW), Budget(device="145MiB", nvme="/x:1GiB"))
     assert (plan.status, plan.lower_bound_seconds, plan.gap) == ("heuristic", 0.0, 1.0)
+
+
+def test_planning_does_not_load_the_solver_into_this_process() -> None:
+    code = (
+        "import sys\n"
+        "from tests.planner.toys import make_machine, make_profile\n"
+        "from memtrain.planner.machine import Budget\n"
+        "from memtrain.planner.solve import make_plan\n"
+        "from memtrain.planner.units import MiB\n"
+        "plan = make_plan(make_profile(3), make_machine(), Budget(device=90 * MiB, nvme='/x:1GiB'))\n"
+        "assert 'HiGHS' in plan.solver, plan.solver\n"
+        "assert not {'pulp', 'highspy'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
