@@ -389,7 +389,7 @@ def test_planning_does_not_load_the_solver_into_this_process() -> None:
         "from memtrain.planner.machine import Budget\n"
         "from memtrain.planner.solve import make_plan\n"
         "from memtrain.planner.units import MiB\n"
-        "plan = make_plan(make_profile(3), make_machine(), Budget(device=90 * MiB, nvme='/x:1GiB'))\n"
+        "plan = make_plan(make_profile(4), make_machine(), Budget(device=145 * MiB, nvme='/x:1GiB'))\n"
         "assert 'HiGHS' in plan.solver, plan.solver\n"
         "assert not {'pulp', 'highspy'} & set(sys.modules), sorted(sys.modules)\n"
     )
