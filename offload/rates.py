@@ -21,6 +21,8 @@ _ROUNDS = 3  # of each pattern; the median counts
 
 
 class Transfer(Protocol):
+    """Bytes under way: a store's ticket, or a copy of the device."""
+
     @property
     def nbytes(self) -> int: ...
 

@@ -282,8 +282,10 @@ def _over(ticket: Ticket | None) -> bool:
 
 
 def pack_into(group: SavedGroup | None) -> Callable[[torch.Tensor], Any] | None:
+    """How autograd hands its tensors to ``group``; None where they stay as they are."""
     return None if group is None else group.pack
 
 
 def unpack(saved: SavedTensor | Unmoved) -> torch.Tensor:
+    """The tensor that ``saved`` stands for, wherever its bytes are."""
     return saved.group.unpack(saved) if isinstance(saved, SavedTensor) else saved.get()
