@@ -241,6 +241,8 @@ class Session:
         model, plan, budget = self.model, self.plan, self.budget
         undo = self._undo.callback
         undo(_set_use_cache, model, _set_use_cache(model, False))
+        device.limit(budget.device_bytes - self._libraries_bytes)
+        undo(device.limit, None)
         if chunked_loss is not None:
             undo(chunked_loss.uninstall)
         resident.trim()

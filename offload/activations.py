@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -87,7 +88,10 @@ class ActivationExecutor:
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
-        self._held: tuple[int, torch.Tensor | None] = (0, None)
+        self._dead: deque[tuple[int, Tier, Any, list[Ticket]]] = deque()
+        """What dead groups left: sequence, tier, extent, transfers. Any thread may append, without a lock."""
+        self._held: list[torch.Tensor] = []
+        """What is held of the group that backward has reached: that group's own list."""
         self._before: list[weakref.ref[SavedGroup]] = []
         """Groups of the block that ran last."""
         self._newest: list[weakref.ref[SavedGroup]] = []
@@ -262,16 +266,18 @@ class ActivationExecutor:
         """
         if not self.device.shares_memory:
             self._copy_ahead(group)
-        if self._held[0] == group.sequence:
+        if self._held is group.holding:
             return
-        self._held = (group.sequence, base)
+        self._held = group.holding
+        group.holding.append(base)
         for other in reversed(self._living()):
             if other.sequence < group.sequence and other.cache is group.cache and not other.prefetch():
                 break
 
     def release_held(self) -> None:
         """Backward has left the last group."""
-        self._held = (0, None)
+        self._held.clear()
+        self._held = []
 
     def _copy_ahead(self, group: SavedGroup) -> None:
         """The next group starts for the device while ``group`` is worked on: two are there at most."""
@@ -280,23 +286,21 @@ class ActivationExecutor:
                 other.come_ahead()
                 return
 
-    def release(self, group: SavedGroup) -> None:
-        """Hand a group's extent over to the sweep."""
-        if group._extent is not None:
-            tickets = [ticket for ticket in (group._write, group._read) if ticket is not None]
-            self._retired.append((self.store(group.tier), group._extent, tickets))
+    def retire(self, sequence: int, tier: Tier, extent: Any, tickets: list[Ticket]) -> None:
+        """A group is gone: the sweep frees its extent once no transfer uses it (slots hold groups weakly).
 
-    def retire(self, group: SavedGroup) -> None:
-        """A group's graph is gone: its extent is free once no transfer uses it (slots hold groups weakly)."""
-        with self.lock:
-            self._groups.pop(group.sequence, None)
-            if self._held[0] == group.sequence:
-                self.release_held()
-            self.release(group)
+        Takes no lock: the cycle collector calls it from whatever code of whatever thread it interrupts.
+        """
+        self._dead.append((sequence, tier, extent, tickets))
 
     def _sweep(self, *, patient: bool = False) -> None:
         """Free what dead groups left. Each is looked at once: a transfer that failed is reported once."""
         with self.lock:
+            while self._dead:
+                sequence, tier, extent, tickets = self._dead.popleft()
+                self._groups.pop(sequence, None)
+                if extent is not None:
+                    self._retired.append((self.store(tier), extent, tickets))
             entries, self._retired = self._retired, []
             over = []
             for entry in entries:

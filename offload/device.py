@@ -81,6 +81,12 @@ class Device(Protocol):
     def reset_peak(self) -> None:
         """Let the peak start again from what is in use now."""
 
+    def limit(self, nbytes: int | None) -> None:
+        """Have what would take more than ``nbytes`` for tensors fail instead; None: no limit.
+
+        Only where the device's allocator can: a CPU's process is limited by its memory group.
+        """
+
 
 class CpuDevice:
     """Device and host are the same memory."""
@@ -118,6 +124,9 @@ class CpuDevice:
 
     def reset_peak(self) -> None:
         resident.reset_peak()
+
+    def limit(self, nbytes: int | None) -> None:
+        """Nothing to do: the memory group limits the process, and ``reclaim`` keeps the heap small."""
 
 
 class CudaDevice:
@@ -176,6 +185,13 @@ class CudaDevice:
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self._device)
+
+    def limit(self, nbytes: int | None) -> None:
+        # At the limit the allocator gives back what it has cached and tries again, before it raises
+        # torch.OutOfMemoryError.
+        _, total_bytes = torch.cuda.mem_get_info(self._device)
+        fraction = 1.0 if nbytes is None else min(1.0, nbytes / total_bytes)
+        torch.cuda.set_per_process_memory_fraction(fraction, self._device)
 
     def _copy(
         self, stream: torch.cuda.Stream, source: torch.Tensor, target: torch.Tensor, on_device: torch.Tensor

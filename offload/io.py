@@ -7,12 +7,14 @@ and errors alike, is judged in ``transfer`` and nowhere else.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +30,7 @@ from memtrain.planner.actions import Tier
 
 _RETRIES = 1000  # of EAGAIN and of calls that move less than a block; about ten seconds in all
 _RETRY_SECONDS = 0.01
+_EXIT_SECONDS = 5.0  # that the exit of an interpreter waits for workers
 
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space or choose another swap directory",
@@ -152,6 +155,16 @@ class IOBackend(Protocol):
         """Finish what runs, fail what has not begun, and end the workers. May be called twice."""
 
 
+_working: weakref.WeakSet[ThreadPoolBackend] = weakref.WeakSet()
+"""Backends whose workers run."""
+
+
+@atexit.register
+def _leave() -> None:
+    for backend in list(_working):
+        backend.leave()
+
+
 class ThreadPoolBackend:
     """Threads that serve one queue per direction, the direction with fewer pieces under way first."""
 
@@ -163,12 +176,14 @@ class ThreadPoolBackend:
         self._wake = threading.Condition()
         self._closed = False
         self._join_seconds = join_seconds
-        # Daemons: an interpreter that exits without close() does not wait for a stalled disk.
+        self._pid = os.getpid()
+        # Daemons: an interpreter that exits without close() does not wait long for a stalled disk.
         self._threads = [
             threading.Thread(target=self._serve, name=f"{name}-{i}", daemon=True) for i in range(threads)
         ]
         for thread in self._threads:
             thread.start()
+        _working.add(self)
 
     def submit(self, request: IORequest) -> None:
         with self._wake:
@@ -179,6 +194,19 @@ class ThreadPoolBackend:
         _fail_closed(request)
 
     def close(self) -> None:
+        _working.discard(self)
+        if stuck := self._end(self._join_seconds):
+            raise TierIOError(
+                f"{', '.join(stuck)} did not end within {self._join_seconds:.0f} s: the device hangs (dmesg)"
+            )
+
+    def leave(self) -> None:
+        """The interpreter exits: end the workers, which must not be found at work by its finalization."""
+        if os.getpid() == self._pid:
+            self._end(_EXIT_SECONDS)
+
+    def _end(self, seconds: float) -> list[str]:
+        """Names of the workers that are still at work after ``seconds``."""
         with self._wake:
             self._closed = True
             dropped = [request for queue in self._queues.values() for request in queue]
@@ -187,14 +215,11 @@ class ThreadPoolBackend:
             self._wake.notify_all()
         for request in dropped:
             _fail_closed(request)
-        deadline = time.monotonic() + self._join_seconds
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - time.monotonic()))
-        if stuck := [t.name for t in self._threads if t.is_alive() and t is not threading.current_thread()]:
-            raise TierIOError(
-                f"{', '.join(stuck)} did not end within {self._join_seconds:.0f} s: the device hangs (dmesg)"
-            )
+        deadline = time.monotonic() + seconds
+        others = [thread for thread in self._threads if thread is not threading.current_thread()]
+        for thread in others:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return [thread.name for thread in others if thread.is_alive()]
 
     def _serve(self) -> None:
         while (request := self._next()) is not None:

@@ -74,6 +74,9 @@ class SavedGroup:
         """The copy that brings them."""
         self._owner: torch.cuda.Stream | None = None
         """The stream whose memory they are in."""
+        self.holding: list[torch.Tensor] = []
+        """The bytes in memory, while the executor holds them for the block's next node. The list is the
+        group's own, so that it can be emptied by ``__del__``, which must not look at another group's."""
         self._slot: StagedSlot | None = cache.take(self)
         executor.register(self)
 
@@ -246,7 +249,7 @@ class SavedGroup:
     def abandon(self) -> None:
         """The executor is being removed: what is saved is lost to a graph that still wants it."""
         with self._lock:
-            self._executor.release(self)
+            self._hand_over()
             if self._slot is not None:
                 self._slot.vacate()
             self._slot, self._extent, self._write, self._read = None, None, None, None
@@ -256,9 +259,13 @@ class SavedGroup:
 
     def __del__(self) -> None:
         # The graph is done with the block (or was dropped): the slot and the extent go back.
-        executor = getattr(self, "_executor", None)
-        if executor is not None:
-            executor.retire(self)
+        if hasattr(self, "_slot"):  # otherwise it was never made
+            self.holding.clear()
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        tickets = [ticket for ticket in (self._write, self._read) if ticket is not None]
+        self._executor.retire(self.sequence, self.tier, self._extent, tickets)
 
 
 @contextlib.contextmanager

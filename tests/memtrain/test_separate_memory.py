@@ -414,6 +414,14 @@ def test_parameters_on_several_devices_are_named() -> None:
         memtrain.prepare(model, optimizer, (tokens(0),), budget=memtrain.Budget(device="4GiB"))
 
 
+def test_the_device_is_held_to_the_budget_while_the_session_lasts(late: LateDevice, tmp_path: Path) -> None:
+    with open_session(tmp_path, {}) as session:
+        libraries_bytes = session.profile.baseline_bytes
+        assert libraries_bytes > 0
+        assert late.limit_bytes == session.budget.device_bytes - libraries_bytes
+    assert late.limit_bytes is None
+
+
 def test_staging_without_host_memory_is_infeasible_by_the_bytes(late: LateDevice, tmp_path: Path) -> None:
     model, optimizer = build(adamw)
     with pytest.raises(memtrain.InfeasibleError, match="short of host by") as caught:

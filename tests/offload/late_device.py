@@ -78,6 +78,7 @@ class LateDevice:
         self.faults: list[str] = []
         self.copies = {"out": 0, "in": 0}
         self.waits = 0
+        self.limit_bytes: int | None = None
         self.registered: dict[int, int] = {}
         self.ever_registered = 0
         self._random = random.Random(seed)
@@ -116,6 +117,9 @@ class LateDevice:
 
     def peak_bytes(self) -> int:
         return resident.peak_bytes()
+
+    def limit(self, nbytes: int | None) -> None:
+        self.limit_bytes = nbytes
 
     def reset_peak(self) -> None:
         resident.reset_peak()

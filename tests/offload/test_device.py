@@ -119,6 +119,12 @@ class FakeCuda:
         patch.setattr(torch.cuda, "stream", stream)
         patch.setattr(torch.cuda, "current_stream", lambda device: fake.current)
         patch.setattr(torch.cuda, "cudart", Runtime)
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+        patch.setattr(
+            torch.cuda,
+            "set_per_process_memory_fraction",
+            lambda fraction, device: fake.log.append(f"fraction {fraction} of {device}"),
+        )
         patch.setattr(torch.Tensor, "copy_", logged_copy)
 
 
@@ -192,6 +198,13 @@ def test_another_slab_at_an_address_that_is_still_registered_is_refused(cuda):
     slab.nbytes = 4096  # as after a slab was closed, unregistered never, and another one mapped in its place
     with pytest.raises(OffloadError, match="of 4096 bytes lies where one of 8192 bytes is still registered"):
         device.register(slab)
+
+
+def test_cuda_limits_the_allocator_to_the_budget_and_lifts_it(cuda):
+    device = CudaDevice("cuda:1")
+    for nbytes in (2 << 30, 9 << 30, None):
+        device.limit(nbytes)
+    assert cuda.log == ["fraction 0.25 of cuda:1", "fraction 1.0 of cuda:1", "fraction 1.0 of cuda:1"]
 
 
 def test_a_refused_registration_says_what_to_do(cuda):
