@@ -1,7 +1,8 @@
-"""Read shard k+1, step shard k, write shard k-1: the slots of the streamed optimizer.
+"""Read the shards ahead, step one, write those behind: the slots of the streamed optimizer.
 
-With three slots one is always being read, one stepped and one written. A slot is given to the next shard only
-when its write has been waited for, so a failed write surfaces while the new bytes are still in the slot.
+With three slots one is being read, one stepped and one written; with more the tier has work queued while the
+caller computes something else. A slot is given to the next shard only when its write has been waited for, so
+a failed write surfaces while the new bytes are still in the slot.
 
 Where the device has memory of its own a shard is stepped in a *mirror* of its slot: copied in behind the step
 of the shard before it, and copied back to the slot before it is written.
@@ -92,6 +93,7 @@ class ShardPipeline:
 
     def __init__(self, ring: Ring | None, stages: Stages, device: Device) -> None:
         self._ring = ring
+        self._slots = 0 if ring is None else ring.count
         self._stages = stages
         self._device = device
         self._loads: dict[Shard, _Load] = {}
@@ -126,7 +128,9 @@ class ShardPipeline:
             load = self._loads.pop(shard)
             try:
                 # What is read next overlaps with this shard's arithmetic.
-                self.prefetch(order[position + 1 : position + 3], patient=True)
+                upcoming = order[position + 1 : position + 1 + self._slots]
+                self.prefetch(upcoming[:1], patient=True)
+                self.prefetch(upcoming[1:])
                 work = self._arrive(shard, load)
                 for later in order[position + 1 : position + 2]:
                     self._arrive_ahead(later)

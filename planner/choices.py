@@ -28,7 +28,6 @@ from memtrain.planner.decisions import (
     MIRRORED_SLOTS,
     PAGE_BYTES,
     SLOT_COUNTS,
-    UPDATE_SLOTS,
     PlannerOptions,
     Space,
     gradient_slab_bytes,
@@ -41,6 +40,7 @@ from memtrain.planner.decisions import (
     streams_update,
     unit_elements,
     update_slot_bytes,
+    update_slots,
 )
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
@@ -290,7 +290,7 @@ class Choices:
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
         return total + pulp.lpSum(
-            UPDATE_SLOTS * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
+            update_slots(profile) * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
         )
 
     def _mirrors(self) -> Expression:

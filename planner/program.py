@@ -22,12 +22,12 @@ from memtrain.planner.answer import Answer
 from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place_of, traffic
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
-    UPDATE_SLOTS,
     copied_bytes,
     gradient_passes,
     gradient_slot_bytes,
     recompute_seconds,
     unit_elements,
+    update_slots,
 )
 from memtrain.planner.profile import UnitProfile
 from memtrain.planner.queues import mixed_fraction
@@ -116,7 +116,7 @@ class Program(Choices):
                     / _pieces(unit_elements(self.profile, p) / shard)
                     for p in self.profile.units
                 )
-                held += UPDATE_SLOTS * (largest / rate + 2 * link.latency_seconds) * chosen
+                held += update_slots(self.profile) * (largest / rate + 2 * link.latency_seconds) * chosen
         return held
 
     def _gradient_piece(self) -> float:

@@ -1,4 +1,4 @@
-"""What a failure in mid-shard leaves: every slot free, and every mirror."""
+"""How far ahead shards are read, and what a failure in mid-shard leaves: every slot and mirror free."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload.device import CpuDevice
 from memtrain.offload.pipeline import ShardPipeline, Stages
 from memtrain.offload.shards import FlatIndex, Shard
 from memtrain.offload.slab import Ring
@@ -109,3 +110,38 @@ def test_every_slot_is_freed_where_every_copy_has_failed(
     monkeypatch.setattr(LateCopy, "synchronize", fail)
     pipeline.abandon()
     assert ring.free_count == SLOTS
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 6])
+def test_as_many_shards_are_read_ahead_as_there_are_slots(slots: int) -> None:
+    index = FlatIndex([("unit", [("weight", nn.Parameter(torch.zeros(49_152 * 9)))])], 49_152)
+    shards = list(index.all_shards())
+    tier = {shard: torch.full((64,), n, dtype=torch.uint8) for n, shard in enumerate(shards)}
+    begun: list[Shard] = []
+    seen: list[int] = []
+
+    def read(shard: Shard, slot: torch.Tensor) -> list[Written]:
+        begun.append(shard)
+        slot[:64] = tier[shard]
+        return []
+
+    def step(shard: Shard, work: torch.Tensor | None) -> None:
+        assert work is not None
+        seen.append(len(begun))
+        work[:64] += 10
+
+    stages = Stages(
+        read=read,
+        step=step,
+        write=lambda shard, slot: Written(tier, shard, slot),
+        needs_slot=lambda shard: True,
+        incoming=lambda shard: [],
+        outgoing=lambda shard: [],
+    )
+    pipeline = ShardPipeline(Ring(slots, 4096), stages, CpuDevice())
+    pipeline.run(shards[:4], shards[4:])
+    pipeline.run(shards[4:], [])
+    pipeline.drain()
+    assert begun == shards
+    assert seen == [min(9, number + slots) for number in range(9)]
+    assert [tier[shard].unique().tolist() for shard in shards] == [[10 + n] for n in range(9)]

@@ -67,10 +67,10 @@ def test_updates_and_gradients_by_hand() -> None:
     away = {"block": {"action": "keep"}, "state": {"gradient_tier": "nvme", "optimizer_tier": "host"}}
     plan = plan_for(away, trainable=True, largest_gradient_bytes=MiB // 2)
     staging = plan.staging
-    assert (staging.gradient_slots, staging.gradient_slot_bytes, staging.update_slots) == (4, MiB, 3)
+    assert (staging.gradient_slots, staging.gradient_slot_bytes, staging.update_slots) == (4, MiB, 6)
     found = bill(plan)
     assert found["staging", "device"] == 2 * staging.update_slot_bytes + 4 * MiB + MiB // 2
-    assert found["staging", "host"] == 3 * staging.update_slot_bytes + 4 * MiB
+    assert found["staging", "host"] == 6 * staging.update_slot_bytes + 4 * MiB
     assert found["optimizer state", "host"] == 18 * MiB
     assert found["gradients", "nvme"] == 3 * MiB
 
