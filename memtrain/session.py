@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrain.copy_guard import CopyGuard
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
@@ -271,6 +272,7 @@ class Session:
         if plan.staging.gradient_slab_bytes:
             undo(self._make_gradient_slab().close)
         self._activations.install()
+        undo(CopyGuard([model, *(block for _, block in blocks)]).remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None

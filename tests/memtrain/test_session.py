@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import memtrain
+from memtrain.copy_guard import PlannedModelCopyError
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.optimizer import NonFiniteGradientError
 from memtrain.planner.actions import Tier
@@ -208,6 +210,17 @@ def test_close_leaves_plain_pytorch(tmp_path: Path) -> None:
     gradients = [p.grad for p in model.parameters()]
     assert all(type(gradient) is torch.Tensor for gradient in gradients)
     loop(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
+
+
+def test_a_copy_of_a_planned_model_is_refused_and_one_of_a_closed_session_is_plain(tmp_path: Path) -> None:
+    model, optimizer = build()
+    session = prepare(model, optimizer, tmp_path)
+    for part in (model, model.layers[1], nn.ModuleList([model])):
+        with pytest.raises(PlannedModelCopyError, match=r"before memtrain\.prepare\(\) or after session\.close"):
+            copy.deepcopy(part)
+    session.close()
+    twin = copy.deepcopy(model).eval()
+    assert torch.equal(twin(tokens(1)), model.eval()(tokens(1)))
 
 
 def test_a_graph_that_outlives_the_session_says_so(tmp_path: Path) -> None:

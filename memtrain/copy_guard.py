@@ -1,0 +1,41 @@
+"""A model under a plan is not to be copied: what the plan installed would run the original's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from torch import nn
+
+from memtrain.offload.errors import OffloadError
+
+
+class PlannedModelCopyError(OffloadError):
+    """``copy.deepcopy`` of a model, or of a block of it, that a session has taken over."""
+
+
+class CopyGuard:
+    """Refuses ``copy.deepcopy`` of ``modules``, which is looked up on the instance, until ``remove``."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = [module for module in modules if "__deepcopy__" not in module.__dict__]
+        for module in self._modules:
+            object.__setattr__(module, "__deepcopy__", _Refusal(type(module).__name__))
+
+    def remove(self) -> None:
+        """Let the modules be copied again."""
+        for module in self._modules:
+            module.__dict__.pop("__deepcopy__", None)
+        self._modules.clear()
+
+
+class _Refusal:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, memo: dict[int, Any]) -> NoReturn:
+        raise PlannedModelCopyError(
+            f"copy.deepcopy of {self._name}, which runs under a memory plan: its copy would run the original's "
+            f"blocks. Copy it before memtrain.prepare() or after session.close(); or build a second model and "
+            f"load session.model.state_dict() into it"
+        )
