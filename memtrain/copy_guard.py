@@ -35,7 +35,7 @@ class _Refusal:
 
     def __call__(self, memo: dict[int, Any]) -> NoReturn:
         raise PlannedModelCopyError(
-            f"copy.deepcopy of {self._name}, which runs under a memory plan: the copy would run the blocks of "
-            f"the original. Copy it before memtrain.prepare() or after session.close(), or load "
+            f"copy.deepcopy of {self._name}, which runs under a memory plan: the copy would run the "
+            f"blocks of the original. Copy it before memtrain.prepare() or after session.close(), or load "
             f"session.model.state_dict() into a second model"
         )
