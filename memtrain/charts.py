@@ -5,11 +5,13 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _WIDTH, _HEIGHT = 860, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 14, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 24, 40
 _COLOURS = ("#1f6feb", "#bf3989", "#1a7f37", "#9a6700")
+_LIMIT_COLOURS = ("#cf222e", "#9a6700")
+_LIMIT_NAME_WIDTH = 200
 _MAX_POINTS = 1500
 """More than a chart has pixels to show; a bucket's largest value stands for it, so that peaks survive."""
 
@@ -25,7 +27,10 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """Lines over a common x axis, horizontal limits, and named stretches of the x axis."""
+    """Lines over a common x axis, horizontal limits, and named stretches of the x axis.
+
+    Text takes the colour of the page around it (``currentColor``), so that it is read on light and dark.
+    """
 
     x_label: str
     y_label: str
@@ -35,7 +40,7 @@ class Chart:
     spans: tuple[tuple[str, float, float], ...] = ()
     """(name, from, to)."""
     from_zero: bool = False
-    ticks: int = field(default=5)
+    ticks: int = 8
 
     def svg(self) -> str:
         """The chart; an empty string when there is nothing to draw."""
@@ -51,13 +56,13 @@ class Chart:
         parts = [
             *[_span(scale, name, start, end, index) for index, (name, start, end) in enumerate(self.spans)],
             *_axes(scale, self.ticks, self.x_label, self.y_label),
-            *[_limit(scale, name, y) for name, y in self.limits],
+            *[_limit(scale, name, y, index) for index, (name, y) in enumerate(self.limits)],
             *[_line(scale, series, index) for index, series in enumerate(self.series)],
         ]
         body = "\n".join(parts)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-            f'font-family="sans-serif" font-size="12">\n{body}\n</svg>'
+            f'font-family="sans-serif" font-size="12" fill="currentColor">\n{body}\n</svg>'
         )
 
 
@@ -79,15 +84,16 @@ class _Scale:
 
 def _axes(scale: _Scale, ticks: int, x_label: str, y_label: str) -> list[str]:
     parts = []
-    for step in range(ticks + 1):
-        y = scale.y_low + (scale.y_high - scale.y_low) * step / ticks
-        x = scale.x_low + (scale.x_high - scale.x_low) * step / ticks
+    for y in round_ticks(scale.y_low, scale.y_high, ticks):
         parts += [
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{scale.y(y):.1f}" y2="{scale.y(y):.1f}" '
-            'stroke="#d0d7de" stroke-width="0.6"/>',
-            f'<text x="{_LEFT - 6}" y="{scale.y(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>',
-            f'<text x="{scale.x(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:.4g}</text>',
+            'stroke="currentColor" stroke-opacity="0.2" stroke-width="0.6"/>',
+            f'<text x="{_LEFT - 6}" y="{scale.y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>',
         ]
+    for x in round_ticks(scale.x_low, scale.x_high, ticks):
+        parts.append(
+            f'<text x="{scale.x(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:.6g}</text>'
+        )
     centre, middle = (_LEFT + _WIDTH) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
     x_label, y_label = html.escape(x_label), html.escape(y_label)
     parts += [
@@ -95,6 +101,17 @@ def _axes(scale: _Scale, ticks: int, x_label: str, y_label: str) -> list[str]:
         f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>',
     ]
     return parts
+
+
+def round_ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` multiples of 1, 2 or 5 times a power of ten, none outside ``[low, high]``."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 def _line(scale: _Scale, series: Series, index: int) -> str:
@@ -114,19 +131,22 @@ def _thin(series: Series) -> list[tuple[float, float]]:
     return [max(points[i : i + bucket], key=lambda point: point[1]) for i in range(0, len(points), bucket)]
 
 
-def _limit(scale: _Scale, name: str, y: float) -> str:
-    height = scale.y(y)
+def _limit(scale: _Scale, name: str, y: float, index: int) -> str:
+    """A dashed line; its name stands above the chart, where the names of two close lines do not collide."""
+    height, colour = scale.y(y), _LIMIT_COLOURS[index % len(_LIMIT_COLOURS)]
     return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{height:.1f}" y2="{height:.1f}" stroke="#cf222e" '
+        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{height:.1f}" y2="{height:.1f}" stroke="{colour}" '
         'stroke-dasharray="6 4"/>'
-        f'<text x="{_LEFT + 6}" y="{height - 4:.1f}" fill="#cf222e">{html.escape(name)}</text>'
+        f'<text x="{_LEFT + 6 + index * _LIMIT_NAME_WIDTH}" y="{_TOP - 8}" fill="{colour}">- - '
+        f"{html.escape(name)}</text>"
     )
 
 
 def _span(scale: _Scale, name: str, start: float, end: float, index: int) -> str:
-    shade = "#f6f8fa" if index % 2 else "#eaeef2"
+    opacity = 0.04 if index % 2 else 0.1
     left, right = scale.x(start), scale.x(end)
     return (
         f'<rect x="{left:.1f}" y="{_TOP}" width="{max(0.0, right - left):.1f}" '
-        f'height="{_HEIGHT - _TOP - _BOTTOM}" fill="{shade}"><title>{html.escape(name)}</title></rect>'
+        f'height="{_HEIGHT - _TOP - _BOTTOM}" fill-opacity="{opacity}">'
+        f"<title>{html.escape(name)}</title></rect>"
     )

@@ -23,15 +23,18 @@ from typing import Any
 from memtrain.charts import Chart, Series
 from memtrain.planner.plan import Plan
 from memtrain.planner.units import GiB, format_gib
-from memtrain.report import Summary, bill_rows, comparison_rows, plan_text
+from memtrain.report import Summary, bill_rows, comparison_rows, plan_facts
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #1f2328; }
+li, p { overflow-wrap: anywhere; }
 table { border-collapse: collapse; margin: 0.6em 0; }
-td, th { padding: 0.2em 0.8em; border-bottom: 1px solid #d0d7de; text-align: right; }
+td, th { padding: 0.2em 0.6em; border-bottom: 1px solid #8884; text-align: right; }
 td:first-child, th:first-child { text-align: left; }
-pre { background: #f6f8fa; padding: 0.8em; overflow-x: auto; font-size: 13px; }
-svg { width: 100%; height: auto; }
+pre { background: #8881; padding: 0.8em; overflow-x: auto; font-size: 13px; }
+figure { margin: 0; overflow-x: auto; }
+svg { width: 100%; min-width: 640px; height: auto; display: block; }
+@media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117; } }
 """
 
 
@@ -93,15 +96,16 @@ def render(run: RunFiles) -> str:
     )
     sections = [
         ("Prediction and measurement", _table(*comparison_rows(summary)) + _facts(summary)),
-        ("Memory of the process", memory.svg() + _legend(spans)),
-        ("Loss", loss.svg()),
-        ("Plan", _table(*bill_rows(run.plan)) + _pre(plan_text(run.plan))),
+        ("Memory of the process", _figure(memory) + _legend(spans)),
+        ("Loss", _figure(loss)),
+        ("Plan", _table(*bill_rows(run.plan)) + _list(plan_facts(run.plan))),
         ("Recipe", _pre(run.recipe_text)),
     ]
     body = "\n".join(f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections)
     title = html.escape(summary.name)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
         f"<style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
     )
 
@@ -110,6 +114,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _figure(chart: Chart) -> str:
+    return f"<figure>{chart.svg()}</figure>"
+
+
+def _list(items: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
 
 
 def _pre(text: str) -> str:
@@ -129,7 +141,7 @@ def _facts(summary: Summary) -> str:
         f"{summary.steps} steps, {summary.tokens_per_second:.0f} tokens/s",
         f"checkpoint: {summary.checkpoint}",
     ]
-    return "<ul>" + "".join(f"<li>{html.escape(fact)}</li>" for fact in facts) + "</ul>"
+    return _list(facts)
 
 
 def draw_png(run: RunFiles, path: Path) -> None:

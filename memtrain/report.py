@@ -49,17 +49,21 @@ def bill_rows(plan: Plan) -> tuple[list[str], list[list[str]]]:
 
 def plan_text(plan: Plan) -> str:
     """The plan for people: bytes by category and tier, actions, predicted time and how good it is."""
+    name, *facts = plan_facts(plan)
+    return "\n".join([name, table(*bill_rows(plan)), *facts])
+
+
+def plan_facts(plan: Plan) -> list[str]:
+    """What is to be said of a plan beside the table of its bytes; the first line names it."""
     status = plan.status if plan.status != "gap" else f"within {plan.gap:.1%} of the best"
     actions = ", ".join(f"{count} x {action}" for action, count in sorted(plan.action_counts().items()))
-    lines = [
+    return [
         f"plan {plan.digest[:12]}: {status} ({plan.solver})",
-        table(*bill_rows(plan)),
         f"blocks: {actions}",
         f"optimizer: {_optimizer_text(plan)}",
         f"predicted: {plan.step_seconds:.2f} s a step (lower bound {plan.lower_bound_seconds:.2f} s), "
         f"{format_gib(plan.bytes_moved_per_step)} moved a step",
     ]
-    return "\n".join(lines)
 
 
 def _optimizer_text(plan: Plan) -> str:

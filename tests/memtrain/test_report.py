@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from memtrain import page
-from memtrain.charts import Chart, Series
+from memtrain.charts import Chart, Series, round_ticks
 from memtrain.report import (
     Summary,
     bill_rows,
@@ -136,8 +136,23 @@ def test_a_chart_places_its_points() -> None:
     chart = Chart(
         x_label="x", y_label="y", series=(Series(name="s", x=[0, 10], y=[0, 100 / 1.04]),), from_zero=True
     )
-    # x: 62 at the left edge, 848 at the right; y: 240 at zero, and 14 at 1.04 times the largest.
-    assert 'points="62.0,240.0 848.0,22.7"' in chart.svg()
+    # x: 62 at the left edge, 848 at the right; y: 240 at zero, and 24 at 1.04 times the largest.
+    assert 'points="62.0,240.0 848.0,32.3"' in chart.svg()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 1.248, [0.0, 0.5, 1.0]),
+        (0.0, 312.9, [0, 100, 200, 300]),
+        (1.0, 30.0, [10, 20, 30]),
+        (1.278, 2.505, [1.5, 2.0, 2.5]),
+        (3.0, 3.0, [3.0]),
+        (-2.0, 3.0, [-2, -1, 0, 1, 2, 3]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
+    assert round_ticks(low, high, 5) == pytest.approx(ticks)
 
 
 def test_a_chart_keeps_peaks_when_it_thins() -> None:
@@ -146,7 +161,7 @@ def test_a_chart_keeps_peaks_when_it_thins() -> None:
     svg = Chart(x_label="", y_label="", series=(Series(name="s", x=range(10_000), y=y),)).svg()
     assert len(svg) < 60_000
     heights = [float(p.split(",")[1]) for p in svg.split('points="')[1].split('"')[0].split()]
-    assert min(heights) == pytest.approx(240 - 226 / 1.04, abs=0.05)
+    assert min(heights) == pytest.approx(240 - 216 / 1.04, abs=0.05)
 
 
 def test_a_chart_of_nothing_is_nothing() -> None:
