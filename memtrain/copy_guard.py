@@ -1,8 +1,9 @@
-"""A model under a plan is not to be copied: what the plan installed would run the original's blocks."""
+"""A model under a plan is not to be copied: what the plan installed would run the original's blocks, or hand
+out the original's parameters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from torch import nn
@@ -11,14 +12,14 @@ from memtrain.offload.errors import OffloadError
 
 
 class PlannedModelCopyError(OffloadError):
-    """``copy.deepcopy`` of a model, or of a block of it, that a session has taken over."""
+    """``copy.deepcopy`` of a model, or of a part of it, that a session has taken over."""
 
 
 class CopyGuard:
-    """Refuses ``copy.deepcopy`` of ``modules``, which is looked up on the instance, until ``remove``."""
+    """Refuses ``copy.deepcopy`` of a model's modules, looked up on the instance, until ``remove``."""
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = [module for module in modules if "__deepcopy__" not in module.__dict__]
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if "__deepcopy__" not in module.__dict__]
         for module in self._modules:
             object.__setattr__(module, "__deepcopy__", _Refusal(type(module).__name__))
 
@@ -27,6 +28,11 @@ class CopyGuard:
         for module in self._modules:
             module.__dict__.pop("__deepcopy__", None)
         self._modules.clear()
+
+
+def is_planned(model: nn.Module) -> bool:
+    """Whether a session that is open has taken over the model or a part of it."""
+    return any(isinstance(module.__dict__.get("__deepcopy__"), _Refusal) for module in model.modules())
 
 
 class _Refusal:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrain.copy_guard import CopyGuard
+from memtrain.copy_guard import CopyGuard, is_planned
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
@@ -118,9 +118,14 @@ def prepare(
         PlanMismatchError: ``plan`` was made for another model or budget.
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
-        PrepareError: gradient checkpointing is on; parameters are on several devices, on one that is neither
-            a CPU nor a CUDA device, or not on that of ``machine``.
+        PrepareError: a session of the model is open; gradient checkpointing is on; parameters are on
+            several devices, on one that is neither a CPU nor a CUDA device, or not on that of ``machine``.
     """
+    if is_planned(model) or isinstance(optimizer, OffloadedOptimizer):
+        raise PrepareError(
+            "the model or the optimizer belongs to a session that is open: close it with session.close() "
+            "before preparing again, and pass the optimizer that was given to it, not session.optimizer"
+        )
     if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
         raise PrepareError(
             "the model has its own gradient checkpointing switched on, which would work against the plan: "
@@ -272,7 +277,7 @@ class Session:
         if plan.staging.gradient_slab_bytes:
             undo(self._make_gradient_slab().close)
         self._activations.install()
-        undo(CopyGuard([model, *(block for _, block in blocks)]).remove)
+        undo(CopyGuard(model).remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None

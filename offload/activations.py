@@ -268,6 +268,7 @@ class ActivationExecutor:
             self._copy_ahead(group)
         if self._held is group.holding:
             return
+        self._held.clear()
         self._held = group.holding
         group.holding.append(base)
         for other in reversed(self._living()):

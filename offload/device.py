@@ -82,7 +82,7 @@ class Device(Protocol):
         """Let the peak start again from what is in use now."""
 
     def limit(self, nbytes: int | None) -> None:
-        """Have what would take more than ``nbytes`` for tensors fail instead; None: no limit.
+        """Have what would take more than ``nbytes`` for tensors fail instead; None: as it was before.
 
         Only where the device's allocator can: a CPU's process is limited by its memory group.
         """
@@ -141,6 +141,8 @@ class CudaDevice:
         self.place = self._device = torch.device("cuda", index)
         self._out = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._in = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._own_fraction: float = torch.cuda.get_per_process_memory_fraction(self._device)
+        """What the program itself lets its allocator take."""
         self._registered: dict[int, int] = {}
         self._under_way: deque[_CudaEvent] = deque()
 
@@ -189,8 +191,11 @@ class CudaDevice:
     def limit(self, nbytes: int | None) -> None:
         # At the limit the allocator gives back what it has cached and tries again, before it raises
         # torch.OutOfMemoryError.
-        _, total_bytes = torch.cuda.mem_get_info(self._device)
-        fraction = 1.0 if nbytes is None else min(1.0, nbytes / total_bytes)
+        if nbytes is None:
+            fraction = self._own_fraction
+        else:
+            _, total_bytes = torch.cuda.mem_get_info(self._device)
+            fraction = min(self._own_fraction, nbytes / total_bytes)
         torch.cuda.set_per_process_memory_fraction(fraction, self._device)
 
     def _copy(

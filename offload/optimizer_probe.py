@@ -21,6 +21,7 @@ from memtrain.offload.shards import PIECE_ALIGNMENT, StateSpec, StateTensor
 _PROBE_SHAPE = (48, 257)  # 12336 elements: no power of two, a tail behind six aligned blocks
 _PROBE_CUTS = (0, 2 * PIECE_ALIGNMENT, 5 * PIECE_ALIGNMENT, 48 * 257)
 _PROBE_STEPS = 4
+_PROBE_LEARNING_RATE = 1e-2
 _SCALAR_TYPES = (int, float, bool, type(None))
 
 
@@ -70,7 +71,29 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit."""
+    """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit.
+
+    Tried at the learning rate that the group has now, and at one that surely moves weights: under a warm-up
+    that begins at 0 no weight moves, and whatever is done with a whole parameter's norm does not show.
+    """
+    moved = False
+    for tried in (group, _with_learning_rate(group, _PROBE_LEARNING_RATE)):
+        outcome = _try_cut(optimizer, tried, dtype)
+        if outcome is None:
+            return False
+        moved |= outcome
+    return moved  # weights that never move say nothing
+
+
+def _with_learning_rate(group: dict[str, Any], value: float) -> dict[str, Any]:
+    rate = group.get("lr")
+    if rate is None:
+        return group
+    return {**group, "lr": torch.full_like(rate, value) if isinstance(rate, Tensor) else value}
+
+
+def _try_cut(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool | None:
+    """Whether weights moved in a trial whose cut and uncut steps agree; None where they do not."""
     device = _device_of(group)  # another device has other kernels
     whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype, device=device)])
     sizes = [stop - start for start, stop in pairwise(_PROBE_CUTS)]
@@ -89,14 +112,14 @@ def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtyp
             whole.step([gradient])
             cut.step(gradient.view(-1).split(sizes))
             if not _agree(whole, cut):
-                return False
+                return None
     except UnsupportedOptimizerError:
         raise
     except Exception:
         # Refuses flat pieces (Muon takes matrices only). Whether it takes whole parameters, state_spec will
         # see.
-        return False
-    return True
+        return None
+    return not torch.equal(whole.parameters[0], start)
 
 
 def state_spec(

@@ -144,6 +144,8 @@ class RecordStore:
         """``step`` and the like, by parameter."""
         self.initialised: set[str] = set()
         """Parameters that have state: from their first step, or loaded."""
+        self.weight_versions: dict[str, int] = {}
+        """PyTorch's version of each weight after its last update: another one means it was written to."""
         resident: dict[Shard, int] = {}
         try:
             for shard, layout in layouts.items():

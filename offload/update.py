@@ -18,6 +18,8 @@ from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scala
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.shards import MASTER_KEY, Piece, Shard
 
+_FOLLOW_ELEMENTS = 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoundGradient:
@@ -48,6 +50,10 @@ class Update:
         }
         self._versions = {name: layout.index.parameters[name]._version for name in self.gradients}
         """Of the weights, as ``step`` found them or as the shards stepped so far have left them."""
+        self._rewritten = {
+            name for name, version in self._versions.items() if version != records.weight_versions.get(name)
+        }
+        """Parameters whose weights somebody has written since their last update (or may have)."""
         self.waiting: dict[str, list[Shard]] = {}
         """Shards still to be stepped, by unit."""
         self._pieces_left = {name: len(layout.index.pieces[name]) for name in self.gradients}
@@ -103,6 +109,8 @@ class Update:
             master = views.pop(MASTER_KEY, None)
             work = piece.weight() if master is None else master
             if piece.name in self._records.initialised:
+                if master is not None and piece.name in self._rewritten:
+                    _follow(master, piece.weight())
                 scalars = self._records.scalars[piece.name]
                 state[work] = {**views, **{key: _copy_scalar(value) for key, value in scalars.items()}}
             elif master is not None:
@@ -117,7 +125,7 @@ class Update:
             self._keep_state(piece, views, after.get(work, {}))
             if piece.name in self._layout.masters:
                 piece.weight().copy_(work)
-            self._versions[piece.name] = piece.parameter._version
+            self._note_version(piece)
 
     def _check_weights(self, shard: Shard) -> None:
         """A master would overwrite what somebody wrote into the weight; a step upon it would be another."""
@@ -180,9 +188,14 @@ class Update:
                 f"elementwise: use OptimizerConfig(elementwise=False)"
             )
         self._pieces_left[piece.name] -= 1
-        if self._pieces_left[piece.name] == 0 and after:
+        if self._pieces_left[piece.name] == 0 and (after or piece.name in self._layout.masters):
             self._records.scalars[piece.name] = known
             self._records.initialised.add(piece.name)
+
+    def _note_version(self, piece: Piece) -> None:
+        self._versions[piece.name] = piece.parameter._version
+        if self._pieces_left[piece.name] == 0:
+            self._records.weight_versions[piece.name] = piece.parameter._version
 
 
 def found(name: str, grad: Tensor) -> FoundGradient:
@@ -197,6 +210,16 @@ def found(name: str, grad: Tensor) -> FoundGradient:
             f"the gradient of {name} is {grad.layout}: only dense gradients can be streamed"
         )
     return FoundGradient(tensor=grad, version=grad._version, clips=clips)
+
+
+def _follow(master: Tensor, weight: Tensor) -> None:
+    """Let a master weight be what somebody wrote into its weight, where that is not its rounding any more.
+
+    Elsewhere it keeps its lower bits: weights that were swapped out and back in lose nothing. A slice at a
+    time, for these temporaries are on nobody's bill.
+    """
+    for part, narrow in zip(master.split(_FOLLOW_ELEMENTS), weight.split(_FOLLOW_ELEMENTS), strict=True):
+        part.copy_(torch.where(part.to(narrow.dtype) == narrow, part, narrow.to(part.dtype)))
 
 
 def _copy_scalar(value: Any) -> Any:

@@ -215,12 +215,21 @@ def test_close_leaves_plain_pytorch(tmp_path: Path) -> None:
 def test_a_copy_of_a_planned_model_is_refused_and_one_of_a_closed_session_is_plain(tmp_path: Path) -> None:
     model, optimizer = build()
     session = prepare(model, optimizer, tmp_path)
-    for part in (model, model.layers[1], nn.ModuleList([model])):
+    for part in (model, model.layers[1], model.head, nn.ModuleList([model])):
         with pytest.raises(PlannedModelCopyError, match=r"before memtrain\.prepare\(\)"):
             copy.deepcopy(part)
     session.close()
     twin = copy.deepcopy(model).eval()
     assert torch.equal(twin(tokens(1)), model.eval()(tokens(1)))
+
+
+def test_preparing_twice_is_refused_until_the_first_session_is_closed(tmp_path: Path) -> None:
+    model, optimizer = build()
+    with prepare(model, optimizer, tmp_path) as session:
+        for again in (optimizer, session.optimizer):
+            with pytest.raises(memtrain.PrepareError, match=r"close it with session\.close"):
+                prepare(model, again, tmp_path)
+    prepare(model, optimizer, tmp_path).close()
 
 
 def test_a_graph_that_outlives_the_session_says_so(tmp_path: Path) -> None:

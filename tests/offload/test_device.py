@@ -120,6 +120,7 @@ class FakeCuda:
         patch.setattr(torch.cuda, "current_stream", lambda device: fake.current)
         patch.setattr(torch.cuda, "cudart", Runtime)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
+        patch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.75)
         patch.setattr(
             torch.cuda,
             "set_per_process_memory_fraction",
@@ -204,7 +205,7 @@ def test_cuda_limits_the_allocator_to_the_budget_and_lifts_it(cuda):
     device = CudaDevice("cuda:1")
     for nbytes in (2 << 30, 9 << 30, None):
         device.limit(nbytes)
-    assert cuda.log == ["fraction 0.25 of cuda:1", "fraction 1.0 of cuda:1", "fraction 1.0 of cuda:1"]
+    assert cuda.log == ["fraction 0.25 of cuda:1", "fraction 0.75 of cuda:1", "fraction 0.75 of cuda:1"]
 
 
 def test_a_refused_registration_says_what_to_do(cuda):

@@ -124,7 +124,8 @@ def test_fp32_equals_plain_pytorch(kind: str, schedule: UpdateSchedule) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule"), list(product(["adamw", "adamw fused", "lion", "adafactor"], [SEQUENTIAL, AHEAD]))
+    ("kind", "schedule"),
+    list(product(["adamw", "adamw fused", "sgd", "lion", "adafactor"], [SEQUENTIAL, AHEAD])),
 )
 def test_bf16_with_masters_equals_plain_pytorch(kind: str, schedule: UpdateSchedule) -> None:
     make = OPTIMIZERS[kind]
@@ -925,6 +926,57 @@ def test_a_weight_changed_under_an_update_is_refused(master: bool) -> None:
         with pytest.raises(OffloadError, match=r"^first\.weight was changed in place .* call flush\(\)"):
             optimizer.flush()
         assert torch.equal(model.first.weight, expected)
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+def test_masters_follow_weights_that_were_written_between_steps(schedule: UpdateSchedule) -> None:
+    """Loading weights, clamping or swapping them counts; what was not written keeps its lower bits."""
+    make = OPTIMIZERS["adamw"]
+    torch.manual_seed(0)
+    plain = make_model(torch.bfloat16)
+    masters = [p.detach().float() for p in trainable(plain)]
+    reference = make(masters)
+
+    def plain_steps(data: list[Any]) -> None:
+        for batch in data:
+            plain(batch).backward()
+            for master, p in zip(masters, trainable(plain), strict=True):
+                master.grad, p.grad = None if p.grad is None else p.grad.float(), None
+            reference.step()
+            with torch.no_grad():
+                for master, p in zip(masters, trainable(plain), strict=True):
+                    p.copy_(master)
+
+    def write(model: nn.Module) -> None:
+        with torch.no_grad():
+            model.first.weight.clamp_(-0.02, 0.02)
+            kept = model.embed.weight.clone()
+            model.embed.weight.zero_()
+            model.embed.weight.copy_(kept)
+
+    data = list(batches(4))
+    plain_steps(data[:2])
+    write(plain)
+    with torch.no_grad():
+        for master, p in zip(masters, trainable(plain), strict=True):
+            master.copy_(torch.where(master.bfloat16() == p, master, p.float()))
+    plain_steps(data[2:])
+    model = make_model(torch.bfloat16)
+    with open_engine() as engine:
+        optimizer = wrap(model, make(trainable(model)), engine, make_plan(schedule), master_weights=True)
+        for number, batch in enumerate(data):
+            for unit in ("prologue", "block", "epilogue"):
+                optimizer.ensure(unit)
+            if number == 2:
+                optimizer.flush()
+                write(model)
+            model(batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.flush()
+        assert float(model.first.weight.detach().abs().max()) < 0.06  # a clamp that was undone would leave far more
+        assert_equal_models(model, plain)
+        optimizer.close()
 
 
 def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
