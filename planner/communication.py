@@ -170,18 +170,13 @@ def _tensor(degrees: Degrees, residual_bytes: float) -> list[Traffic]:
     once = (ranks - 1) / ranks * residual_bytes
     cut = degrees.sequence_parallel
     name = "all-gather and reduce-scatter of the residual" if cut else "all-reduce of the residual"
-    passes = [
-        Traffic(
-            name=name,
-            group=Group.TENSOR,
-            when=when,
-            count=4 if cut else 2,
-            sent_bytes=4 * once,
-            buffer_bytes=residual_bytes if cut else 0,
-            overlaps=False,
-        )
-        for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
-    ]
+    passes = _each_pass(
+        name,
+        Group.TENSOR,
+        count=4 if cut else 2,
+        sent_bytes=4 * once,
+        buffer_bytes=residual_bytes if cut else 0,
+    )
     if cut:
         again = Traffic(
             name="inputs gathered again for the weights' gradients",
@@ -236,22 +231,13 @@ def _ulysses(ranks: int, query_bytes: float, key_value_bytes: float) -> list[Tra
     """DeepSpeed-Ulysses (2309.14509, section 3.2): all-to-all of q, k, v into heads and of the output back;
     backward the same with gradients. Each rank sends (c-1)/c of its part. The received q, k and v are the
     buffer."""
-    sent = (ranks - 1) / ranks * (2 * query_bytes + key_value_bytes)
-    return [
-        Traffic(
-            name=name,
-            group=Group.CONTEXT,
-            when=when,
-            count=4,
-            sent_bytes=sent,
-            buffer_bytes=query_bytes + key_value_bytes,
-            overlaps=False,
-        )
-        for name, when in (
-            ("all-to-all of q, k, v and the output", When.BLOCK_FORWARD),
-            ("all-to-all of their gradients", When.BLOCK_BACKWARD),
-        )
-    ]
+    return _each_pass(
+        "all-to-all of q, k, v and the output",
+        Group.CONTEXT,
+        count=4,
+        sent_bytes=(ranks - 1) / ranks * (2 * query_bytes + key_value_bytes),
+        buffer_bytes=query_bytes + key_value_bytes,
+    )
 
 
 def _expert(degrees: Degrees, shape: ModelShape, tokens: int, value_bytes: int) -> list[Traffic]:
@@ -261,18 +247,13 @@ def _expert(degrees: Degrees, shape: ModelShape, tokens: int, value_bytes: int) 
     if ranks == 1:
         return []
     routed = tokens // degrees.sequence_cut * shape.experts_per_token * shape.hidden * value_bytes
-    return [
-        Traffic(
-            name=f"tokens to experts and back, {when.value}",
-            group=Group.EXPERT,
-            when=when,
-            count=2,
-            sent_bytes=2 * (ranks - 1) / ranks * routed,
-            buffer_bytes=2 * routed,
-            overlaps=False,
-        )
-        for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
-    ]
+    return _each_pass(
+        "tokens to experts and back",
+        Group.EXPERT,
+        count=2,
+        sent_bytes=2 * (ranks - 1) / ranks * routed,
+        buffer_bytes=2 * routed,
+    )
 
 
 def _zero_block(
@@ -308,3 +289,21 @@ def _data(name: str, when: When, sent_bytes: float, *, overlaps: bool, buffer_by
         buffer_bytes=buffer_bytes,
         overlaps=overlaps,
     )
+
+
+def _each_pass(
+    name: str, group: Group, *, count: int, sent_bytes: float, buffer_bytes: float
+) -> list[Traffic]:
+    """The same in a block's forward and backward pass, where arithmetic waits for it."""
+    return [
+        Traffic(
+            name=name,
+            group=group,
+            when=when,
+            count=count,
+            sent_bytes=sent_bytes,
+            buffer_bytes=buffer_bytes,
+            overlaps=False,
+        )
+        for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
+    ]

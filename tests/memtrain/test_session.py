@@ -216,7 +216,9 @@ def test_a_copy_of_a_planned_model_is_refused_and_one_of_a_closed_session_is_pla
     model, optimizer = build()
     session = prepare(model, optimizer, tmp_path)
     for part in (model, model.layers[1], nn.ModuleList([model])):
-        with pytest.raises(PlannedModelCopyError, match=r"before memtrain\.prepare\(\) or after session\.close"):
+        with pytest.raises(
+            PlannedModelCopyError, match=r"before memtrain\.prepare\(\) or after session\.close"
+        ):
             copy.deepcopy(part)
     session.close()
     twin = copy.deepcopy(model).eval()
