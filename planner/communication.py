@@ -12,18 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from memtrain.planner.parallel import Degrees, ModelShape
-
-
-class Group(Enum):
-    """Ranks that talk to each other."""
-
-    TENSOR = "tensor"
-    CONTEXT = "context"
-    DATA = "data"
-    """Data and context ranks together: those with the same parameters."""
-    PIPELINE = "pipeline"
-    EXPERT = "expert"
+from memtrain.planner.parallel import Degrees, Group, ModelShape
 
 
 class When(Enum):
@@ -141,23 +130,6 @@ def step_traffic(
         both = 2 * once * parameters * gradient_bytes
         return [_data("gradients all-reduced", When.STEP, both, overlaps=True)]
     return [reduce, gather] if degrees.zero_stage == 1 else [gather]
-
-
-def group_span(degrees: Degrees, group: Group) -> int:
-    """Adjacent GPUs that a group reaches over, with tensor innermost, then context, data, pipeline.
-
-    A group whose span is more than the GPUs of a host talks over the network. A pipeline stage talks to the
-    next one, which is a whole stage away.
-    """
-    model = degrees.tensor
-    spans = {
-        Group.TENSOR: model,
-        Group.CONTEXT: model * degrees.context,
-        Group.EXPERT: model * degrees.expert,
-        Group.DATA: model * degrees.replicas,
-        Group.PIPELINE: 1 if degrees.pipeline == 1 else model * degrees.replicas + 1,
-    }
-    return spans[group]
 
 
 def _tensor(degrees: Degrees, residual_bytes: float) -> list[Traffic]:

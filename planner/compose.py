@@ -3,7 +3,8 @@
 ``machine_for("a800-80g", gpus=8, dram="1TiB", nvme="4TB@6GB/s")`` describes one of eight GPUs of a host: the
 host's memory and disks, and what they can move, are divided evenly; the bus to the host is the GPU's own.
 What comes out are the planner's ``Machine`` and ``Budget``, with every number's source. Nothing is measured:
-``Machine.source`` says ``preset``, and a plan made for it is a prediction.
+``Machine.source`` says ``preset``, and a plan made for it is a prediction. Latencies and processor time per
+byte are left at 0: whole slots move at once, and copies do not slow a GPU's arithmetic.
 """
 
 from __future__ import annotations

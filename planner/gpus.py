@@ -31,8 +31,8 @@ _MAMF = (
     "https://github.com/stas00/ml-engineering/blob/master/compute/accelerator/README.md (largest bf16 matrix "
     "product found, 2026-08)"
 )
-_FLASH_2 = "https://arxiv.org/abs/2307.08691 (FlashAttention-2 on A100)"
-_FLASH_3 = "https://arxiv.org/abs/2407.08608 (FlashAttention-3 on H100, forward 740 TFLOP/s)"
+_FLASH_2 = "https://arxiv.org/abs/2307.08691 (FlashAttention-2 on A100, best case)"
+_FLASH_3 = "https://arxiv.org/abs/2407.08608 (FlashAttention-3 on H100, best case: forward 740 TFLOP/s)"
 
 
 def _q(value: float, source: str) -> Quoted:
@@ -144,14 +144,14 @@ ACCELERATORS: tuple[Accelerator, ...] = (
     _a100("a100-80gb-sxm", _A100_80, 2039e9, 0.869, "nvlink-3"),
     _a100("a100-80gb-pcie", _A100_80, 1935e9, 0.811),
     _a100("a800-80gb-sxm", _A800_80, 2039e9, 0.869, "nvlink-3-a800"),
-    _hopper("h100-80gb-sxm", _H100_80, 3350e9, 989.4e12, 494.7e12, _H100, "nvlink-4"),
+    _hopper("h100-80gb-sxm", _H100_80, 3350e9, 989.5e12, 494.5e12, _H100, "nvlink-4"),
     _hopper("h100-80gb-pcie", _H100_80, 2000e9, 756.5e12, 378e12, _H100, None),
     _hopper(
         "h200-141gb-sxm",
         _q(143771 * MiB * _H100_SEEN, _SEEN.format(143771)),
         4800e9,
-        989.4e12,
-        494.7e12,
+        989.5e12,
+        494.5e12,
         _H200,
         "nvlink-4",
     ),
@@ -161,6 +161,10 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         _q(1008e9, _ADA),
         _q(165.2e12, _ADA),
         _q(82.6e12, f"{_ADA} (TF32)"),
+        matmul=_q(
+            158.54 / 165.2,
+            "https://github.com/zzc0721/torch-performance-test-data/issues/78 (bf16, 10240^3: 158.54)",
+        ),
     ),
     _other(
         "l40s",
@@ -188,7 +192,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         _q(896e9, _5090_LAPTOP),
         _q(911.89e12 / 8, f"derived: an eighth of FP4's 911.89 TFLOP/s dense, {_5090_LAPTOP}"),
         _q(911.89e12 / 16, f"derived: a sixteenth of FP4's 911.89 TFLOP/s dense (TF32), {_5090_LAPTOP}"),
-        host_link="pcie-gen5-x8",
+        host_link="pcie-gen5-x8",  # the lesser of what laptops wire
     ),
     _other(
         "rtx-4090-laptop",

@@ -102,11 +102,12 @@ INTERCONNECTS: tuple[Interconnect, ...] = (
 )
 
 # Bytes per second that one channel sustains, by its kind.
-_STREAM = "assumption: 0.8 of the channel's peak, as STREAM's triad commonly reaches on servers"
-_JEDEC = "https://www.jedec.org/standards-documents/docs/jesd79-{} ({} MT/s x 8 bytes)"
+_STREAM = (
+    "assumption: 0.8 of the channel's peak (JEDEC JESD79-{}: {} MT/s x 8 bytes), as STREAM commonly reaches"
+)
 DRAM_CHANNELS: dict[str, Quoted] = {
-    f"ddr{generation}-{rate}": _q(0.8 * rate * 8e6, f"{_STREAM}; peak: {_JEDEC.format(standard, rate)}")
-    for generation, standard, rates in ((4, "4d", (2666, 2933, 3200)), (5, "5d", (4800, 5600, 6400)))
+    f"ddr{generation}-{rate}": _q(0.8 * rate * 8e6, _STREAM.format(generation, rate))
+    for generation, rates in ((4, (2666, 2933, 3200)), (5, (4800, 5600, 6400)))
     for rate in rates
 }
 
@@ -137,9 +138,9 @@ DISKS: tuple[Duplex, ...] = (
     ),
     _disk(
         "nvme-gen4",
-        6.8e9,
-        4.0e9,
-        "https://semiconductor.samsung.com/ssd/datacenter-ssd/pm9a3/ (sequential)",
+        6.5e9,
+        3.5e9,
+        "https://blocksandfiles.com/2020/05/13/samsung-pm9a3-e1s-ssd-launch/ (PM9A3, U.2, sequential)",
     ),
     _disk(
         "nvme-gen5",

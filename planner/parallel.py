@@ -57,6 +57,17 @@ class ActivationClass(Enum):
     """Cut by vocabulary (2104.04473, section 4.1)."""
 
 
+class Group(Enum):
+    """Ranks that talk to each other."""
+
+    TENSOR = "tensor"
+    CONTEXT = "context"
+    DATA = "data"
+    """Data and context ranks together: those with the same parameters."""
+    PIPELINE = "pipeline"
+    EXPERT = "expert"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Degrees:
     """How many ways each thing is split."""
@@ -222,6 +233,23 @@ def in_flight(degrees: Degrees, *, stage: int, micro_batches: int) -> int:
 def bubble_fraction(degrees: Degrees, *, micro_batches: int) -> float:
     """Idle time over useful time of 1F1B: (p - 1) / m (2104.04473, section 2.2.1)."""
     return (degrees.pipeline - 1) / micro_batches
+
+
+def group_span(degrees: Degrees, group: Group) -> int:
+    """Adjacent GPUs that a group reaches over, with tensor innermost, then context, data, pipeline.
+
+    A group whose span is more than the GPUs of a host talks over the network. A pipeline stage talks to the
+    next one, which is a whole stage away.
+    """
+    model = degrees.tensor
+    spans = {
+        Group.TENSOR: model,
+        Group.CONTEXT: model * degrees.context,
+        Group.EXPERT: model * degrees.expert,
+        Group.DATA: model * degrees.replicas,
+        Group.PIPELINE: 1 if degrees.pipeline == 1 else model * degrees.replicas + 1,
+    }
+    return spans[group]
 
 
 def _divides(degree: str, value: int, name: str, size: int) -> None:

@@ -5,15 +5,13 @@ from typing import Any
 import pytest
 
 from memtrain.planner.communication import (
-    Group,
     Traffic,
     When,
     block_traffic,
-    group_span,
     stage_traffic,
     step_traffic,
 )
-from memtrain.planner.parallel import Degrees, ModelShape
+from memtrain.planner.parallel import Degrees, Group, ModelShape
 
 # h = 8192, 64 query heads and 8 key-value heads of 128: q 8192, k and v together 2048 elements a token.
 SHAPE = ModelShape(layers=80, hidden=8192, heads=64, key_value_heads=8, head_size=128, intermediate=28672)
@@ -169,16 +167,3 @@ def test_experts_are_sharded_over_fewer_ranks() -> None:
     once = step_traffic(Degrees(data=8, expert=4), parameters=1e9, experts=True)
     assert [item.sent_bytes for item in once] == [2 * 1 / 2 * 2e9]
     assert step_traffic(Degrees(data=8, expert=8), parameters=1e9, experts=True) == []
-
-
-def test_groups_reach_over_adjacent_gpus() -> None:
-    degrees = Degrees(tensor=4, context=2, data=3, pipeline=2, expert=2)
-    spans = {group: group_span(degrees, group) for group in Group}
-    assert spans == {
-        Group.TENSOR: 4,
-        Group.CONTEXT: 8,
-        Group.EXPERT: 8,
-        Group.DATA: 24,
-        Group.PIPELINE: 25,  # the next stage's GPU is 24 away
-    }
-    assert group_span(Degrees(tensor=4), Group.PIPELINE) == 1

@@ -7,9 +7,11 @@ import pytest
 from memtrain.planner.parallel import (
     ActivationClass,
     Degrees,
+    Group,
     ModelShape,
     activation_divisor,
     bubble_fraction,
+    group_span,
     in_flight,
     stage_parameters,
     state_bytes,
@@ -171,3 +173,16 @@ def test_tensor_against_key_value_heads_and_experts() -> None:
 def test_degrees_that_mean_nothing_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Degrees(**fields)
+
+
+def test_groups_reach_over_adjacent_gpus() -> None:
+    degrees = Degrees(tensor=4, context=2, data=3, pipeline=2, expert=2)
+    spans = {group: group_span(degrees, group) for group in Group}
+    assert spans == {
+        Group.TENSOR: 4,
+        Group.CONTEXT: 8,
+        Group.EXPERT: 8,
+        Group.DATA: 24,
+        Group.PIPELINE: 25,  # the next stage's GPU is 24 away
+    }
+    assert group_span(Degrees(tensor=4), Group.PIPELINE) == 1
