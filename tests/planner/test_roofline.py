@@ -93,7 +93,7 @@ def test_updates_by_hand() -> None:
 
 
 def test_a_published_step_is_near_the_roofline_and_below_it() -> None:
-    """MEMO (arXiv 2407.12117): Llama 7B, 1 Mi tokens on 8 A800, MFU 52.30 %; without any transfer or message."""
+    """MEMO (arXiv 2407.12117): Llama 7B, 1 Mi tokens on 8 A800, MFU 52.30 %; here without any message."""
     gpu, tokens, layers, hidden = accelerator("a800-80g"), 2**20, 32, 4096
     attention = layers * attention_flops(
         batch=1, heads=32, head_size=128, queries=tokens, keys=tokens, causal=True
