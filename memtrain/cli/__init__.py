@@ -1,4 +1,4 @@
-"""The command line: ``memtrain run | ls | show | validate | doctor``.
+"""The command line: ``memtrain run | ls | show | validate | doctor | profile``.
 
 Nothing here imports torch until a command that needs it runs.
 """

@@ -83,6 +83,22 @@ def doctor(
     raise typer.Exit(examine(swap, measure=measure))
 
 
+@app.command()
+def profile(
+    swap: Annotated[Path | None, typer.Option(help="Measure the disk of this swap directory.")] = None,
+    device: Annotated[str, typer.Option(help="What computes: cpu, cuda or cuda:N.")] = "cpu",
+    cxl_node: Annotated[int | None, typer.Option(help="Measure this memory-only NUMA node.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the machine here, as JSON.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the JSON instead of the table.")] = False,
+) -> None:
+    """Measure how fast this machine moves bytes: a few seconds. Planning can read the result later."""
+    from memtrain.cli.profile import profile as measure
+
+    raise typer.Exit(measure(swap, device=device, cxl_node=cxl_node, output=output, json=json))
+
+
 def _is_override(argument: str) -> bool:
     key, equals, _ = argument.partition("=")
     return bool(equals) and key.split(".")[0] in Recipe.model_fields
