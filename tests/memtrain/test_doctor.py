@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from memtrain.cli.doctor import examine
+from memtrain.planner.actions import Tier
+from memtrain.planner.machine import Link, Machine
 
 
 def test_a_usable_swap_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +18,31 @@ def test_a_usable_swap_directory(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert "nothing stands in the way" in told
     else:
         assert "in the way: swap directory" in told
+
+
+def test_the_measured_bandwidth_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if examine(tmp_path, measure=False) != 0:
+        pytest.skip("the tests' directory takes no direct I/O")
+    asked = []
+
+    def measured(directory: Path, *, refresh: bool) -> Machine:
+        asked.append((directory, refresh))
+        link = Link(
+            tier=Tier.NVME,
+            read_bytes_per_second=1.5e9,
+            write_bytes_per_second=2.25e9,
+            mixed_bytes_per_second=2.5e9,
+            source="measured now",
+        )
+        return Machine(name="m", device="cpu", cores=1, dram_copy_bytes_per_second=1e9, links=(link,))
+
+    monkeypatch.setattr("memtrain.offload.measure.measure_machine", measured)
+    assert examine(tmp_path, measure=True) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "1.50 GB/s read, 2.25 GB/s write, 2.50 GB/s both at once (measured now)" in told
+    assert asked == [(tmp_path, True)]
 
 
 def test_a_missing_swap_directory_stands_in_the_way(

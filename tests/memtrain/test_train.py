@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -372,6 +374,39 @@ def test_end_to_end(tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def kill_after(output: Path, steps: int, *overrides: str) -> None:
+    """Start the trainer, and kill -9 it as soon as so many steps stand in its metrics."""
+    command = [sys.executable, "-m", "memtrain.train", str(TINY), f"output.directory={output}", *overrides]
+    written = output / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not written.exists() or written.read_text().count("\n") < steps:
+            assert process.poll() is None, f"the run ended before step {steps}"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_a_run_killed_twice_ends_like_one_that_never_stopped(tmp_path: Path) -> None:
+    every = ["data.sequence_length=32", "training.steps=12", "checkpoint.every=1", "checkpoint.keep=2"]
+    whole = run_tiny(tmp_path / "whole", *every)
+    assert whole.returncode == 0, whole.stderr
+    killed = tmp_path / "killed"
+    kill_after(killed, 3, *every)
+    kill_after(killed, 8, *every)
+    rest = run_tiny(killed, *every)
+    assert rest.returncode == 0, rest.stderr
+    assert "resumed after step" in rest.stdout
+    assert [m["loss"] for m in metrics(killed)] == [m["loss"] for m in metrics(tmp_path / "whole")]
+    first, second = (
+        load_file(folder / "checkpoint" / "step-000012" / "model.safetensors")
+        for folder in (tmp_path / "whole", killed)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert list((killed / "swap").iterdir()) == []  # what the dead runs left has been reaped
 
 
 def test_memtrain_run_passes_on_exit_code_2(tmp_path: Path) -> None:
