@@ -117,7 +117,8 @@ class SavedGroup:
         if end > self.cache.slot_bytes:
             raise PlanMismatchError(
                 f"{self.name}: the tensors saved for backward take more than the {self.cache.slot_bytes} "
-                f"bytes that the plan reserved for a block; prepare with the largest batch that will be used"
+                f"bytes that the plan reserved for a block: call prepare with the largest batch that will be "
+                f"used, and inside the same torch.autocast as the forward passes, if they run under one"
             )
         self._slot.copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
         self._used_bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
