@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import Plan, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
@@ -181,17 +181,21 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
 
 
 def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
-    """Tiers beside the device that have capacity in the budget and a link in the machine."""
+    """Tiers beside the device that have capacity in the budget and a link in the machine.
+
+    Raises:
+        BudgetError: the budget gives bytes in a tier that the machine does not have.
+    """
     tiers = []
     for tier in (Tier.HOST, Tier.CXL, Tier.NVME):
         if budget.capacity(tier) == 0:
             continue
         if tier is Tier.HOST and machine.on_cpu:
-            raise ValueError(
+            raise BudgetError(
                 "budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device"
             )
         if tier not in {link.tier for link in machine.links}:
-            raise ValueError(
+            raise BudgetError(
                 f"the budget gives {tier.value} {budget.capacity(tier)} bytes but machine {machine.name} has "
                 f"no link to it; measure the machine again with that tier, or drop it from the budget"
             )
