@@ -50,7 +50,10 @@ from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
-_ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never fill an arena to the last page
+_ARENA_ALLOWANCE = 1.125
+"""Of the planned peak, where the budget has as much: a program may hold more graphs at once than the plan
+foresaw. What was foreseen fits without: state and gradients, which stay, are reserved first, and what a pass
+over the blocks saves comes and goes behind them."""
 _WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
 
 
