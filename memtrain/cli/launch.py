@@ -54,7 +54,7 @@ def launch(recipe: Path, options: list[str], overrides: list[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     try:
-        parsed = parse_args(torchrun_arguments(recipe, options, overrides))
+        parsed = parse_args(torchrun_arguments(recipe, options, overrides))  # type: ignore[no-untyped-call]
     except SystemExit as end:
         return 1 if end.code else 0
     if not parsed.module or parsed.training_script != _TRAINER:
@@ -64,7 +64,7 @@ def launch(recipe: Path, options: list[str], overrides: list[str]) -> int:
         )
     os.environ.update(environment_for_children())
     try:
-        run(parsed)
+        run(parsed)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1

@@ -72,8 +72,8 @@ def test_updates_and_gradients_by_hand() -> None:
     assert found["staging", "device"] == 2 * staging.update_slot_bytes + 4 * MiB + MiB // 2
     assert found["staging", "host"] == 6 * staging.update_slot_bytes + 4 * MiB
     # A unit has 512 Ki elements: 8 parameters of 64 Ki. The smallest shard ends twice within them: 10 pieces,
-    # each with 3 tensors of state. Of each of those, and of each gradient, all of a page but a byte may be lost:
-    # 30 and 8 bytes less than as many pages.
+    # each with 3 tensors of state. Of each of those, and of each gradient, all of a page but a byte may be
+    # lost: 30 and 8 bytes less than as many pages.
     assert found["optimizer state", "host"] == 3 * (6 * MiB + 29 * PAGE)
     assert found["gradients", "nvme"] == 3 * (MiB + 7 * PAGE)
 
