@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from memtrain.offload.snapshot import latest_checkpoint, load_checkpoint, save_checkpoint
 from memtrain.recipe import Recipe, RecipeError
+from memtrain.runfiles import make_folder, writing
 
 if TYPE_CHECKING:
     from memtrain.session import Session
@@ -79,9 +80,9 @@ class Checkpoints:
         """Write ``step-<steps_done>``, then delete all but this run's newest ``checkpoint.keep``.
 
         A run that starts anew in the directory of another leaves the other's checkpoints alone until its
-        own first one is complete. Raises OffloadError.
+        own first one is complete. Raises OffloadError and RunFileError.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         folder = self.directory / f"step-{steps_done:06d}"
         progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
         save_checkpoint(folder, session, progress=progress)
@@ -89,5 +90,6 @@ class Checkpoints:
         self._ours = self._ours[-self.recipe.checkpoint.keep :]
         for other in self.directory.iterdir():
             if _FOLDER.fullmatch(other.name) and other not in self._ours:
-                shutil.rmtree(other)
+                with writing(other):
+                    shutil.rmtree(other)
         return folder

@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from memtrain.planner.units import GiB
+from memtrain.runfiles import writing
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -68,6 +70,9 @@ class ProgressDisplay:
             before it; those of steps that it will do again are dropped.
         total_steps: of the whole run; done_steps: before this process (a resumed run).
         stream: a bar when it is a terminal.
+
+    Raises:
+        RunFileError: the file of metrics cannot be written; also from ``show`` and at the end.
     """
 
     def __init__(
@@ -83,8 +88,12 @@ class ProgressDisplay:
         self.total_steps, self.budget_bytes, self.log_every = total_steps, budget_bytes, log_every
         self._stream = sys.stdout if stream is None else stream
         kept = _lines_until(metrics_path, done_steps)
-        self._file = metrics_path.open("w", buffering=1)
-        self._file.writelines(kept)
+        self._path = metrics_path
+        with ExitStack() as undo, writing(metrics_path):
+            self._file = metrics_path.open("w", buffering=1)
+            undo.callback(self._abandon)
+            self._file.writelines(kept)
+            undo.pop_all()
         self._bar: Progress | None = None
         if self._stream.isatty():
             self._bar = _make_bar(self._stream)
@@ -103,11 +112,21 @@ class ProgressDisplay:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._file.close()
+        if error is None:
+            with writing(self._path):
+                self._file.close()
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        """Close after an error: what a full disk refused once it would refuse again, over the first error."""
+        with suppress(OSError):
+            self._file.close()
 
     def show(self, record: StepRecord) -> None:
-        """A step is done."""
-        self._file.write(json.dumps(record.metrics(), allow_nan=False) + "\n")
+        """A step is done. Raises RunFileError where its line cannot be written."""
+        with writing(self._path):
+            self._file.write(json.dumps(record.metrics(), allow_nan=False) + "\n")
         text = record.text(self.budget_bytes)
         if self._bar is not None:
             self._bar.update(self._task, completed=record.step, description=text)

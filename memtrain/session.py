@@ -47,9 +47,13 @@ from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import find_blocks, profile_model
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
+from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
-_ARENA_ALLOWANCE = 1.125  # of the planned peak: extents of several sizes never fill an arena to the last page
+_ARENA_ALLOWANCE = 1.125
+"""Of the planned peak, where the budget has as much: a program may hold more graphs at once than the plan
+foresaw. What was foreseen fits without: state and gradients, which stay, are reserved first, and what a pass
+over the blocks saves comes and goes behind them."""
 _WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
 
 
@@ -97,7 +101,8 @@ def prepare(
             weights are where it is to be trained, on the CPU or on one CUDA device.
         optimizer: over the model's parameters; state that it already has is taken over.
         sample_batch: the largest batch that will be used: a mapping (``model(**batch)``), a tuple
-            (``model(*batch)``) or a tensor.
+            (``model(*batch)``) or a tensor. Where the forward passes run under ``torch.autocast``, call this
+            inside the same context: other tensors are saved under it.
         budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process. Beside a
             GPU, ``host`` covers what is sent there and all staging memory.
         micro_batches: forward-backward passes per optimizer step (gradient accumulation).
@@ -118,6 +123,8 @@ def prepare(
         PlanMismatchError: ``plan`` was made for another model or budget.
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
+        BudgetError: the budget gives a tier that the machine does not have.
+        RunFileError: a file of ``directory`` cannot be written.
         PrepareError: a session of the model is open; gradient checkpointing is on; parameters are on
             several devices, on one that is neither a CPU nor a CUDA device, or not on that of ``machine``.
     """
@@ -438,6 +445,6 @@ def _units(model: nn.Module, profile: ModelProfile) -> list[Unit]:
 
 
 def _write(directory: Path, **documents: str) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     for name, text in documents.items():
-        (directory / f"{name}.json").write_text(text + "\n")
+        write_text(directory / f"{name}.json", text + "\n")

@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 1 -m memtrain.train RECIPE [section.key=value ...]
 
-Exit codes: 0 trained, 1 a mistake in the recipe or a failure, 2 the budget cannot work.
+Exit codes: 0 trained, 1 a mistake in the command or the recipe, or a failure, 2 the budget cannot work.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -31,15 +31,26 @@ from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
 from memtrain.planner.actions import Tier
+from memtrain.planner.machine import BudgetError
 from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import Phase, Summary, infeasible_text, plan_text, summary_text
+from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.weights import load_model
 
 Batch = dict[str, torch.Tensor]
-_REFUSALS = (RecipeError, DataError, OffloadError, PrepareError, BlocksNotFoundError, UnsupportedHeadError)
+_REFUSALS = (
+    RecipeError,
+    DataError,
+    RunFileError,
+    BudgetError,
+    OffloadError,
+    PrepareError,
+    BlocksNotFoundError,
+    UnsupportedHeadError,
+)
 """What is told in one line; anything else is a fault of ours and shows where it came from."""
 
 
@@ -93,8 +104,9 @@ def pick_device(choice: str) -> torch.device:
 class Trainer:
     """One run of one recipe in this process.
 
-    Raises, from the constructor: RecipeError and DataError for what the recipe asks and cannot have,
-    ``memtrain.InfeasibleError`` when no plan fits the budget, OffloadError when a tier cannot serve.
+    Raises, from the constructor: RecipeError, DataError and BudgetError for what the recipe asks and cannot
+    have, ``memtrain.InfeasibleError`` when no plan fits the budget, OffloadError when a tier cannot serve. At
+    any time: RunFileError when a file of the run cannot be written.
     """
 
     def __init__(self, recipe: Recipe, sampler: MemorySampler) -> None:
@@ -256,10 +268,10 @@ class Trainer:
         return _PhaseTimer(self, name)
 
     def _prepare_output(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
+        make_folder(self.output)
         if self.recipe.budget.swap_is_ours:
-            (self.output / "swap").mkdir(exist_ok=True)
-        (self.output / "recipe.yaml").write_text(self.recipe.to_yaml())
+            make_folder(self.output / "swap")
+        write_text(self.output / "recipe.yaml", self.recipe.to_yaml())
 
 
 class _PhaseTimer:
@@ -301,10 +313,10 @@ def train(recipe: Recipe) -> Summary:
         finally:
             trainer.session.close()
     output = recipe.output_directory
-    (output / "summary.json").write_text(summary.to_json())
+    write_text(output / "summary.json", summary.to_json())
     rows = zip(sampler.seconds, sampler.resident_bytes, strict=True)
     lines = [f"{seconds:.3f},{size_bytes}" for seconds, size_bytes in rows]
-    (output / "memory.csv").write_text("\n".join(["seconds,resident_bytes", *lines]) + "\n")
+    write_text(output / "memory.csv", "\n".join(["seconds,resident_bytes", *lines]) + "\n")
     return summary
 
 
@@ -315,11 +327,17 @@ def _draw(output: Path) -> None:
         print(f"the report could not be drawn; again: python -m memtrain.page {output}", file=sys.stderr)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Usage errors exit with 1: 2 is for a budget that cannot work."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(1, f"{self.prog}: error: {message}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="memtrain.train", description="Train a recipe inside a memory budget."
-    )
+    parser = _Parser(prog="memtrain.train", description="Train a recipe inside a memory budget.")
     parser.add_argument("recipe", type=Path, help="YAML file, such as recipes/tiny_llama_cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args(arguments)

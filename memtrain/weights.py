@@ -11,6 +11,8 @@ import ctypes
 import difflib
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,8 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
     Random weights (``model.config``) are drawn from torch's generator as it stands.
 
     Raises:
-        RecipeError: no such folder, or a field that the configuration does not have.
+        RecipeError: no such folder, a field that the configuration does not have, or values of which no model
+            can be made.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -38,7 +41,9 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
     logging.disable_progress_bar()
     dtype = getattr(torch, section.dtype)
     if section.config is not None:
-        model = AutoModelForCausalLM.from_config(_configuration(section.config), dtype=dtype)
+        configuration = _configuration(section.config)
+        with _refusals_of_the_configuration():
+            model = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
     else:
         assert section.path is not None
         path = Path(section.path)
@@ -73,7 +78,18 @@ def _configuration(fields: dict[str, Any]) -> Any:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise RecipeError(f"model.config.{name}: {model_type} has no such field{hint}")
-    return AutoConfig.for_model(model_type, **values)
+    with _refusals_of_the_configuration():
+        return AutoConfig.for_model(model_type, **values)
+
+
+@contextmanager
+def _refusals_of_the_configuration() -> Iterator[None]:
+    """Configurations and constructors refuse what the recipe's fields say with errors of every type."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # theirs go over several lines
+        raise RecipeError(f"model.config: no model can be made of these values: {reason}") from error
 
 
 def own_weights(model: torch.nn.Module) -> int:

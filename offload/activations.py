@@ -235,6 +235,17 @@ class ActivationExecutor:
         """The store of ``tier``."""
         return self._engine.store(tier)
 
+    def reserve(self, tier: Tier, name: str, nbytes: int) -> Any:
+        """Room for what block ``name`` sends to ``tier``. Raises TierFullError.
+
+        The first one of a pass waits for what dead groups still move: then the room of all of them is one run
+        again, in which this pass's extents follow each other without gaps, whatever their sizes. So the bytes
+        that the plan counted are enough; the same bytes in several runs need not be.
+        """
+        if not any(group.has_extent for group in self._living()):
+            self._sweep(patient=True)
+        return self.store(tier).allocate(f"activations of {name}", nbytes)
+
     def next_sequence(self) -> int:
         """Creation order of groups."""
         with self.lock:

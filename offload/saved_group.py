@@ -117,7 +117,8 @@ class SavedGroup:
         if end > self.cache.slot_bytes:
             raise PlanMismatchError(
                 f"{self.name}: the tensors saved for backward take more than the {self.cache.slot_bytes} "
-                f"bytes that the plan reserved for a block; prepare with the largest batch that will be used"
+                f"bytes that the plan reserved for a block: call prepare with the largest batch that will be "
+                f"used, and inside the same torch.autocast as the forward passes, if they run under one"
             )
         self._slot.copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
         self._used_bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
@@ -140,8 +141,8 @@ class SavedGroup:
             if not patient and not self._slot.copied:
                 return False
             self._finish_copies()
+            self._extent = self._executor.reserve(self.tier, self.name, self._used_bytes)
             store = self._executor.store(self.tier)
-            self._extent = store.allocate(f"activations of {self.name}", self._used_bytes)
             self._write = store.write(self._extent, self._slot.buffer[: self._used_bytes])
             self._slot.ticket = self._write
             return True
@@ -154,6 +155,11 @@ class SavedGroup:
         sources, self._sources = self._sources, []
         for source in sources:
             source.get()
+
+    @property
+    def has_extent(self) -> bool:
+        """Whether the group holds room on its tier."""
+        return self._extent is not None
 
     # the slot cache's view --------------------------------------------------------------------
 

@@ -21,16 +21,16 @@ from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.decisions import (
-    PAGE_BYTES,
     Decisions,
+    activation_extents,
+    gradient_extent_bytes,
     kept_parts,
     mirror_bytes,
-    recompute_traffic,
+    state_extent_bytes,
     unit_elements,
 )
 from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile
-from memtrain.planner.units import round_up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,21 +233,18 @@ def with_margin(need_bytes: int, safety_margin: float) -> int:
 
 
 def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> dict[str, int]:
-    """Bytes that a tier beside the device holds, by category: extents rounded up to pages, and rings."""
-    activations = 0
-    for block, decision in zip(profile.blocks, decisions.blocks, strict=True):
-        if decision.action is Action.SWAP:
-            parts: tuple[tuple[Tier, int], ...] = ((decision.saved_tier, block.saved_bytes),)
-        else:
-            parts = recompute_traffic(block, decision)
-        activations += sum(round_up(size, PAGE_BYTES) for where, size in parts if where is tier)
+    """Bytes that a tier beside the device holds, by category: extents in whole pages, and rings.
+
+    Never less than what is allocated; by how much more at most, ``decisions`` says.
+    """
+    blocks = zip(profile.blocks, decisions.blocks, strict=True)
     units = list(zip(profile.units, decisions.states, strict=True))
     return {
-        "activations": activations,
-        "gradients": sum(round_up(u.gradient_bytes, PAGE_BYTES) for u, d in units if d.gradient_tier is tier),
-        "optimizer state": sum(
-            round_up(u.state_bytes, PAGE_BYTES) for u, d in units if d.optimizer_tier is tier
+        "activations": sum(
+            size for block, d in blocks for where, size in activation_extents(block, d) if where is tier
         ),
+        "gradients": sum(gradient_extent_bytes(profile, u) for u, d in units if d.gradient_tier is tier),
+        "optimizer state": sum(state_extent_bytes(profile, u) for u, d in units if d.optimizer_tier is tier),
         "staging": decisions.staging.total_bytes if decisions.staging_tier is tier else 0,
     }
 

@@ -139,8 +139,8 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
         one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
         one += profile.update_workspace_bytes_per_element
         # Each piece of a shard (one per 64 Ki elements, and what is left over) puts its gradient, its
-        # workspace and its state tensors of four bytes an element on pages of their own.
-        regions = 2 + math.ceil(profile.state_bytes_per_element / 4)
+        # workspace and its state tensors on pages of their own.
+        regions = 2 + _tensors_of_state(profile)
         need = _pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
         yield from _ring("update", need, staging.update_slots, staging.update_slot_bytes, 3)
 
@@ -196,12 +196,10 @@ def _staying_of_recompute(block: BlockProfile, decision: BlockDecision) -> list[
 
 
 def _resident_gradient(profile: ModelProfile, unit: UnitProfile) -> int:
-    """A unit's gradients in a slab: a page more per parameter, or, if unnamed, per 64 Ki elements."""
+    """A unit's gradients in a slab: a page more per parameter."""
     if unit.gradient_bytes == 0:
         return 0
-    one = profile.gradient_bytes_per_element if profile.gradient_bytes_per_element > 0 else 1.0
-    count = len(unit.parameters) if unit.parameters else math.ceil(unit.gradient_bytes / one / 65536)
-    return _pages(unit.gradient_bytes + count * PAGE)
+    return _pages(unit.gradient_bytes + _parameters(profile, unit) * PAGE)
 
 
 def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iterator[Fault]:
@@ -300,28 +298,57 @@ def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str =
             here = here and (unit.name == "epilogue") is (part == "epilogue")
         if not here or state.optimizer_tier is not Tier.DEVICE:
             continue
-        counts = [0.0]
-        if profile.state_bytes_per_element:
-            counts.append(unit.state_bytes / profile.state_bytes_per_element)
-        if profile.gradient_bytes_per_element:
-            counts.append(unit.gradient_bytes / profile.gradient_bytes_per_element)
-        largest = max(largest, float(-(-max(counts) // 1)) * profile.update_workspace_bytes_per_element)
+        largest = max(largest, _elements(profile, unit) * profile.update_workspace_bytes_per_element)
     return int(-(-largest // 1))
 
 
 def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) -> int:
+    """What a tier must hold: rings, an extent per block, one per gradient, and the records of state."""
     total = _staged(plan, profile, machine).get(tier, 0)
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if decision.action is Action.SWAP:
-            total += _pages(block.saved_bytes) * (decision.saved_tier is tier)
-            continue
-        out = _leaving_of_recompute(block, decision)
-        total += _pages(out.get("attention", 0)) * (decision.saved_tier is tier)
-        total += _pages(out.get("input", 0)) * (decision.input_tier is tier)
+            here = block.saved_bytes + 64 * block.saved_tensors if decision.saved_tier is tier else 0
+        else:
+            places = {"attention": decision.saved_tier, "input": decision.input_tier}
+            out = _leaving_of_recompute(block, decision)
+            here = sum(size + 64 for part, size in out.items() if places[part] is tier)
+        total += _pages(here)
     for unit, state in zip(profile.units, plan.states, strict=True):
-        total += _pages(unit.gradient_bytes) * (state.gradient_tier is tier)
-        total += _pages(unit.state_bytes) * (state.optimizer_tier is tier)
+        parameters = _parameters(profile, unit)
+        if state.gradient_tier is tier:
+            total += _scattered(unit.gradient_bytes, parameters)
+        if state.optimizer_tier is tier:
+            # A shard of 256 Ki elements, the smallest there is, ends within 2 Ki of them; a parameter that
+            # goes on in the next one has another piece there.
+            pieces = parameters + int(_elements(profile, unit) // (262144 - 2048)) * profile.elementwise
+            total += _scattered(unit.state_bytes, pieces * _tensors_of_state(profile))
     return total
+
+
+def _scattered(size: int, parts: int) -> int:
+    """At most so much for ``size`` bytes in ``parts``, each on its own pages: all but the first byte of one
+    page each are wasted at worst."""
+    most = size + parts * (PAGE - 1)
+    return most - most % PAGE if size else 0
+
+
+def _tensors_of_state(profile: ModelProfile) -> int:
+    return profile.state_tensors or math.ceil(profile.state_bytes_per_element / 4)
+
+
+def _parameters(profile: ModelProfile, unit: UnitProfile) -> int:
+    """How many parameters a unit may have: all that are named, or, if none is, one per 64 Ki elements."""
+    return len(unit.parameters) or max(1, math.ceil(_elements(profile, unit) / 65536))
+
+
+def _elements(profile: ModelProfile, unit: UnitProfile) -> float:
+    """Elements of a unit's parameters that may leave, whole."""
+    counts = [0.0]
+    if profile.state_bytes_per_element:
+        counts.append(unit.state_bytes / profile.state_bytes_per_element)
+    if profile.gradient_bytes_per_element:
+        counts.append(unit.gradient_bytes / profile.gradient_bytes_per_element)
+    return float(math.ceil(max(counts)))
 
 
 def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -> Iterator[Fault]:

@@ -26,10 +26,11 @@ from memtrain.planner.bill import (
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     MIRRORED_SLOTS,
-    PAGE_BYTES,
     SLOT_COUNTS,
     PlannerOptions,
     Space,
+    activation_extents,
+    gradient_extent_bytes,
     gradient_slab_bytes,
     gradient_slot_bytes,
     input_slot_bytes,
@@ -37,6 +38,7 @@ from memtrain.planner.decisions import (
     kept_slot_bytes,
     recompute_traffic,
     saved_slot_bytes,
+    state_extent_bytes,
     streams_update,
     unit_elements,
     update_slot_bytes,
@@ -44,7 +46,6 @@ from memtrain.planner.decisions import (
 )
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
-from memtrain.planner.units import round_up
 
 Expression: TypeAlias = Any
 """An affine expression of PuLP, which is not typed."""
@@ -311,8 +312,9 @@ class Choices:
     def _capacities(self) -> None:
         for tier in self.space.billed_tiers:
             used = [self.rings] if tier is self.space.staging_tier else []
-            used += [self.block_sum(i, partial(_block_pages, tier)) for i in range(len(self.x))]
-            used += [self.unit_sum(u, partial(_unit_pages, tier)) for u in range(len(self.z))]
+            used += [self.block_sum(i, partial(_block_extents, tier)) for i in range(len(self.x))]
+            in_tier = partial(_unit_extents, self.profile, tier)
+            used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
 
@@ -327,10 +329,10 @@ def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     return saved_slot_bytes(block) if decision.action is Action.SWAP else 0
 
 
-def _block_pages(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:
-    return sum(round_up(size, PAGE_BYTES) for where, size in traffic(block, decision) if where is tier)
+def _block_extents(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:
+    return sum(size for where, size in activation_extents(block, decision) if where is tier)
 
 
-def _unit_pages(tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
-    pages = round_up(unit.gradient_bytes, PAGE_BYTES) if decision.gradient_tier is tier else 0
-    return pages + (round_up(unit.state_bytes, PAGE_BYTES) if decision.optimizer_tier is tier else 0)
+def _unit_extents(profile: ModelProfile, tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
+    gradients = gradient_extent_bytes(profile, unit) if decision.gradient_tier is tier else 0
+    return gradients + (state_extent_bytes(profile, unit) if decision.optimizer_tier is tier else 0)

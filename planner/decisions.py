@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import Plan, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
@@ -181,17 +181,21 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
 
 
 def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
-    """Tiers beside the device that have capacity in the budget and a link in the machine."""
+    """Tiers beside the device that have capacity in the budget and a link in the machine.
+
+    Raises:
+        BudgetError: the budget gives bytes in a tier that the machine does not have.
+    """
     tiers = []
     for tier in (Tier.HOST, Tier.CXL, Tier.NVME):
         if budget.capacity(tier) == 0:
             continue
         if tier is Tier.HOST and machine.on_cpu:
-            raise ValueError(
+            raise BudgetError(
                 "budget.host is for machines with a GPU: on a CPU DRAM is the device, use budget.device"
             )
         if tier not in {link.tier for link in machine.links}:
-            raise ValueError(
+            raise BudgetError(
                 f"the budget gives {tier.value} {budget.capacity(tier)} bytes but machine {machine.name} has "
                 f"no link to it; measure the machine again with that tier, or drop it from the budget"
             )
@@ -297,6 +301,17 @@ def input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     return round_up(sum(sizes) + TENSOR_ALIGNMENT_BYTES * len(sizes), PAGE_BYTES) if sizes else 0
 
 
+def activation_extents(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
+    """(tier, bytes) of each extent that ``block`` fills from its forward to its backward: what goes to one
+    tier together, each tensor on a cache line, in whole pages."""
+    if decision.action is Action.SWAP:
+        return ((decision.saved_tier, saved_slot_bytes(block)),)
+    sizes: dict[Tier, int] = {}
+    for tier, size in recompute_traffic(block, decision):
+        sizes[tier] = sizes.get(tier, 0) + size + TENSOR_ALIGNMENT_BYTES
+    return tuple((tier, round_up(size, PAGE_BYTES)) for tier, size in sizes.items())
+
+
 def recompute_traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
     """(tier, bytes) of what leaves the device under the two recompute actions."""
     parts = []
@@ -358,10 +373,40 @@ def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: Stat
     """A CPU's slab for the gradients of ``unit`` that stay: every parameter's begins on a page."""
     if decision.gradient_tier is not Tier.DEVICE or not unit.gradient_bytes:
         return 0
-    # A profile without names does not know how many parameters there are: one per 64 Ki elements.
-    elements = unit.gradient_bytes / (profile.gradient_bytes_per_element or 1.0)
-    count = len(unit.parameters) or -int(-elements // SMALLEST_PIECE_ELEMENTS)
-    return round_up(unit.gradient_bytes + PAGE_BYTES * count, PAGE_BYTES)
+    return round_up(unit.gradient_bytes + PAGE_BYTES * _most_parameters(profile, unit), PAGE_BYTES)
+
+
+def gradient_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
+    """The most that the unit's gradients take on a tier: an extent for each parameter."""
+    return _whole_pages(unit.gradient_bytes, _most_parameters(profile, unit))
+
+
+def state_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
+    """The most that the unit's optimizer state takes on a tier: in the records every state tensor of every
+    piece has pages of its own.
+
+    A parameter is one piece, and one more wherever a shard ends within it: once in the elements of the
+    smallest shard at most, less what may be left over at its end. Where a state tensor does not have its
+    parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate.
+    """
+    cuts = unit_elements(profile, unit) // (SHARD_ELEMENTS[0] - SHARD_GRANULE) if profile.elementwise else 0
+    pieces = _most_parameters(profile, unit) + cuts
+    return _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
+
+
+def _whole_pages(size_bytes: int, parts: int) -> int:
+    """The most that ``parts`` can take which are ``size_bytes`` together, where each fills whole pages."""
+    return (size_bytes + parts * (PAGE_BYTES - 1)) // PAGE_BYTES * PAGE_BYTES if size_bytes else 0
+
+
+def _most_parameters(profile: ModelProfile, unit: UnitProfile) -> int:
+    """The parameters of a unit, small and frozen ones among them. A profile without names does not know them:
+    one per 64 Ki elements."""
+    return len(unit.parameters) or max(1, -(-unit_elements(profile, unit) // SMALLEST_PIECE_ELEMENTS))
+
+
+def _state_tensors(profile: ModelProfile) -> int:
+    return profile.state_tensors or -int(-profile.state_bytes_per_element // 4)
 
 
 def streams_update(decision: StateDecision) -> bool:
@@ -381,10 +426,10 @@ def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
         + profile.gradient_bytes_per_element
         + profile.update_workspace_bytes_per_element
     )
-    # A shard holds one piece per 64 Ki elements at most, and each piece's regions (gradient, and state
-    # tensors of 4 bytes an element) begin on a page.
+    # A shard holds one piece per 64 Ki elements at most, and each piece's regions (gradient, workspace and
+    # state tensors) begin on a page.
     pieces = shard_elements // SMALLEST_PIECE_ELEMENTS + 1
-    regions = 2 + -int(-profile.state_bytes_per_element // 4)
+    regions = 2 + _state_tensors(profile)
     padding = pieces * regions * PAGE_BYTES
     return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES) + padding
 

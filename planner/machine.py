@@ -101,6 +101,10 @@ class Machine:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
 
 
+class BudgetError(ValueError):
+    """The budget gives bytes in a tier that the machine does not have; names the tier and the remedy."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
     """Bytes that the job may use in each tier: a promise, not a hint.

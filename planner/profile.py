@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +114,9 @@ class ModelProfile:
     update_workspace_bytes_per_element: float = 0.0
     """Temporaries of the optimizer's arithmetic, per element of a shard (fused AdamW: 0)."""
     state_bytes_per_element: float = 0.0
+    state_tensors: int = 0
+    """How many tensors make up a parameter's state, master weights among them: in a record each fills pages
+    of its own. 0 in a profile that was written by hand: then each has four bytes an element."""
     gradient_bytes_per_element: float = 0.0
     largest_gradient_bytes: int = 0
     elementwise: bool = True

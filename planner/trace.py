@@ -270,6 +270,7 @@ def profile_model(
         **around,
         update_workspace_bytes_per_element=step.workspace,
         state_bytes_per_element=step.state,
+        state_tensors=step.tensors,
         gradient_bytes_per_element=max((float(p.element_size()) for p in trainable), default=0.0),
         largest_gradient_bytes=max((p.nbytes for p in trainable), default=0),
         elementwise=elementwise,
@@ -659,6 +660,8 @@ class _Step:
     """One step of the optimizer, per element."""
 
     state: float
+    tensors: int
+    """Of the state of one parameter, scalars left out."""
     workspace: float
     seconds: float
 
@@ -675,6 +678,7 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
     steps = kinds.values()
     return _Step(
         state=max(step.state for step in steps),
+        tensors=max(step.tensors for step in steps),
         workspace=max(step.workspace for step in steps),
         seconds=max(step.seconds for step in steps),
     )
@@ -704,9 +708,10 @@ def _measure_step(
     given = gradient.to(dtype)
     with LiveBytes() as live:
         _step(probe, given)
-    state = sum(t.nbytes for t in _tensors(list(probe.state.values())) if t.numel() > 1)
+    kept = [t for t in _tensors(list(probe.state.values())) if t.dim() > 0]
     return _Step(
-        state=state / _PROBE_ELEMENTS + (4 if master_weights else 0),
+        state=sum(t.nbytes for t in kept) / _PROBE_ELEMENTS + (4 if master_weights else 0),
+        tensors=len(kept) + master_weights,
         # Whole pages: scalars such as the step count do not grow with the shard.
         workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS + widening,
         seconds=seconds / _PROBE_ELEMENTS,

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from memtrain.cli.launch import launch
+from memtrain.cli.launch import launch, split_arguments
 from memtrain.cli.validate import validate_file
-from memtrain.recipe import Recipe, RecipeError, load_recipe
+from memtrain.recipe import RecipeError, load_recipe
 
 app = typer.Typer(
     name="memtrain",
@@ -31,8 +31,7 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; `
 )
 def run(context: typer.Context, recipe: RecipePath) -> None:
     """Train RECIPE with torchrun, one process unless its options say otherwise."""
-    options = [argument for argument in context.args if not _is_override(argument)]
-    overrides = [argument for argument in context.args if _is_override(argument)]
+    options, overrides = split_arguments(context.args)
     overrides += context.obj or []
     load_recipe(recipe, overrides)  # a mistake is told before torch is loaded
     raise typer.Exit(launch(recipe, options, overrides))
@@ -97,11 +96,6 @@ def profile(
     from memtrain.cli.profile import profile as measure
 
     raise typer.Exit(measure(swap, device=device, cxl_node=cxl_node, output=output, json=json))
-
-
-def _is_override(argument: str) -> bool:
-    key, equals, _ = argument.partition("=")
-    return bool(equals) and key.split(".")[0] in Recipe.model_fields
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -52,6 +52,34 @@ def test_a_mistake_is_told_before_anything_is_launched(
     assert launched == []
 
 
+@pytest.mark.parametrize("argument", ["trainin.steps=3", "trainin=3"])
+def test_a_misspelt_override_is_none_of_torchruns_business(
+    launched: list[Any], capsys: pytest.CaptureFixture[str], argument: str
+) -> None:
+    assert run_cli("run", TINY, argument) == 1
+    assert "trainin: unknown key; did you mean training?" in capsys.readouterr().err
+    assert launched == []
+
+
+def test_pairs_that_torchrun_takes_are_left_to_it(launched: list[Any]) -> None:
+    run_cli("run", TINY, "--rdzv-conf", "timeout=60", "training.steps=3", "--log-dir=a=b")
+    assert launched == [
+        (Path(TINY), ["--rdzv-conf", "timeout=60", "--log-dir=a=b"], ["training.steps=3"]),
+    ]
+
+
+def test_what_torchrun_would_run_as_a_script_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["stray"], ["-m", "other"], ["--no-python", "ls"]):
+        assert run_cli("run", TINY, *arguments) == 1
+        assert f"{arguments[-1]!r} is neither an option of torchrun" in capsys.readouterr().err
+
+
+def test_torchruns_own_usage_errors_exit_with_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli("run", TINY, "--nproc-per-node") == 1
+    assert run_cli("run", TINY, "--node-rank=first") == 1
+    assert "invalid int value: 'first'" in capsys.readouterr().err
+
+
 def test_torchrun_gets_one_process_here_unless_told_otherwise() -> None:
     recipe = Path("r.yaml")
     tail = ["-m", "memtrain.train", "r.yaml", "a.b=1"]

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
 
+import pytest
+
+from memtrain import progress
 from memtrain.progress import ProgressDisplay, StepRecord
+from memtrain.runfiles import RunFileError
 
 GIB = 1 << 30
 
@@ -80,3 +85,15 @@ def test_a_resumed_run_goes_on_in_the_same_file_and_a_new_one_begins_it(tmp_path
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
     show(path, io.StringIO())
     assert len(path.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_full_disk_is_told_by_the_files_name_also_where_a_run_is_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    monkeypatch.setattr(progress, "_lines_until", lambda _, step: ["{}\n"] * step)
+    with pytest.raises(RunFileError, match=r"metrics\.jsonl cannot be written: No space left") as caught:
+        show(path, io.StringIO(), done=done)
+    assert caught.value.errno == errno.ENOSPC

@@ -134,6 +134,44 @@ def test_an_ordinary_loop_is_bit_equal(
     assert not list(tmp_path.iterdir())
 
 
+def autocast_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    found = []
+    for step in range(3):
+        for micro in range(2):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss = model(tokens(2 * step + micro))
+            (loss / 2).backward()
+            found.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("action", [{"action": "keep"}, EVERYTHING_AWAY["block"]])
+def test_autocast_is_planned_for_inside_it_and_refused_with_that_remedy(
+    tmp_path: Path, action: dict[str, str]
+) -> None:
+    model, optimizer = build()
+    torch.manual_seed(1)
+    plain = autocast_loop(model, optimizer)
+    options = memtrain.PlannerOptions(force={**EVERYTHING_AWAY, "block": action})
+
+    other, optimizer = build()
+    with (
+        prepare(other, optimizer, tmp_path, options=options) as session,
+        pytest.raises(PlanMismatchError, match=r"inside the same torch\.autocast"),
+    ):
+        autocast_loop(session.model, session.optimizer)
+
+    twin, optimizer = build()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        session = prepare(twin, optimizer, tmp_path, options=options)
+    with session:
+        torch.manual_seed(1)
+        assert autocast_loop(session.model, session.optimizer) == plain
+    assert all(torch.equal(p, q) for p, q in zip(twin.parameters(), model.parameters(), strict=True))
+
+
 def test_weights_read_by_name_wait_for_the_update(tmp_path: Path) -> None:
     model, optimizer = build()
     before = model.layers[2].two.weight.detach().clone()

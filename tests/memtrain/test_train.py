@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from memtrain.data import Tokens, Windows
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import TierFullError
+from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
 from memtrain.report import Summary
 from memtrain.train import build_optimizer, learning_rate_factor, main
@@ -265,6 +267,83 @@ def test_a_budget_that_cannot_work_exits_with_2(
     told = capsys.readouterr().err
     assert "device: short by 123,456,789 bytes" in told
     assert "1. device=1.12GiB" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [([], "the following arguments are required: recipe"), ([str(TINY), "--bogus"], "--bogus")],
+)
+def test_usage_errors_exit_with_1(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 1
+    assert told in capsys.readouterr().err
+
+
+def told_in_one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What went to stderr: one line, without the bar that transformers may draw."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("budget.host=1GiB", "budget.host is for machines with a GPU"),
+        ("model.config.hidden_size=63", "hidden size (63) is not a multiple"),
+        ("model.config.hidden_act=silly", "model.config: no model can be made of these values: KeyError"),
+    ],
+)
+def test_what_cannot_be_had_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, told: str
+) -> None:
+    assert main([str(TINY), override, f"output.directory={tmp_path}"]) == 1
+    assert told in told_in_one_line(capsys)
+
+
+def test_a_run_file_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.yaml").symlink_to("/dev/full")
+    assert main([str(TINY), f"output.directory={tmp_path}"]) == 1
+    told = told_in_one_line(capsys)
+    assert f"{tmp_path}/recipe.yaml cannot be written: No space left on device (errno 28). Free room" in told
+
+
+class FullAtStep3(ProgressDisplay):
+    """The disk has no more room from the third step on: the kernel itself refuses the line."""
+
+    def show(self, record: StepRecord) -> None:
+        if record.step == 3:
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, self._file.fileno())
+            os.close(full)
+        super().show(record)
+
+
+def test_a_disk_that_fills_up_in_mid_run_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real session: one line that names the file, nothing left behind, and the run goes on from step 2
+    as if nothing had happened."""
+    small = ["data.sequence_length=32", "training.steps=4", "checkpoint.every=2", "evaluation.batches=1"]
+    command = [str(TINY), *small, f"output.directory={tmp_path / 'full'}"]
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "ProgressDisplay", FullAtStep3)
+        assert main(command) == 1
+    told = told_in_one_line(capsys)
+    assert f"{tmp_path}/full/metrics.jsonl cannot be written: No space left on device (errno 28)" in told
+    assert "checkpoints that were complete are intact" in told
+    assert list((tmp_path / "full" / "swap").iterdir()) == []
+    assert [path.name for path in (tmp_path / "full" / "checkpoint").iterdir()] == ["step-000002"]
+
+    assert main(command) == 0
+    assert "resumed after step 2" in capsys.readouterr().out
+    assert main([*command[:-1], f"output.directory={tmp_path / 'whole'}"]) == 0
+    assert [m["loss"] for m in metrics(tmp_path / "full")] == [m["loss"] for m in metrics(tmp_path / "whole")]
 
 
 def test_a_tier_that_fails_exits_with_1_and_its_message(

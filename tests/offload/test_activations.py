@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.device import CpuDevice
-from memtrain.offload.errors import OffloadError, PlanMismatchError, SavedTensorModifiedError
+from memtrain.offload.errors import (
+    OffloadError,
+    PlanMismatchError,
+    SavedTensorModifiedError,
+    TierFullError,
+)
+from memtrain.offload.extents import FreeList
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.plan import Plan, Staging
 from tests.offload.late_device import LateDevice
@@ -501,3 +507,55 @@ def test_staging_memory_that_is_refused_leaves_none_registered(model: Net, refus
         executor.remove()  # somebody else failed before this was installed
         executor.remove()
     assert late.registered == {}
+
+
+class Ragged(nn.Module):
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, wide)
+        self.down = nn.Linear(wide, WIDTH)
+
+    def forward(self, hidden: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        return hidden + self.down(torch.tanh(self.up(hidden)))
+
+
+class ExactStore(LatestStore):
+    """No byte more than a pass needs; writes of ``late`` blocks alone are as late as they may be."""
+
+    def __init__(self, capacity_bytes: int, late: tuple[str, ...]) -> None:
+        super().__init__()
+        self.space, self.late = FreeList(capacity_bytes), late
+
+    def allocate(self, name: str, nbytes: int) -> dict[str, Any]:
+        offset = self.space.allocate(nbytes)
+        if offset is None:
+            raise TierFullError(
+                f"{name}: {self.space.free_bytes} free, {self.space.largest_bytes} in one run"
+            )
+        return {**super().allocate(name, nbytes), "offset": offset}
+
+    def write(self, extent: dict[str, Any], buffer: torch.Tensor) -> LatestTicket:
+        ticket = super().write(extent, buffer)
+        if not extent["name"].endswith(self.late):
+            ticket.wait()
+        return ticket
+
+    def free(self, extent: dict[str, Any]) -> None:
+        self.space.free(extent["offset"], extent["nbytes"])
+
+
+@pytest.mark.parametrize("late", [("1",), ("3",), ("0", "2"), ("1", "3")])
+@pytest.mark.parametrize("slots", [2, DEPTH])
+def test_the_room_of_one_pass_is_enough_for_all(slots: int, late: tuple[str, ...]) -> None:
+    """Extents of several sizes, and transfers of the pass before that end out of order: without a gap."""
+    widths = iter((64, 64, 64, 64, 128))
+    model = Net(lambda: Ragged(next(widths)))
+    executor = executor_for(model, DECISIONS["swap"], slots=slots)
+    # Input and tanh of 32 tokens in fp32, 64 or 128 wide: 8192 bytes each, or 16384.
+    exact = ExactStore(4 * 2 * 8192 + 8192 + 16384, late)
+    executor._engine.nvme = exact  # type: ignore[attr-defined]
+    executor.install()
+    for _ in range(4):
+        model(batch()).backward()
+    executor.remove()
+    assert exact.space.free_bytes == exact.space.capacity_bytes

@@ -53,14 +53,14 @@ def test_swapped_blocks_by_hand() -> None:
         ("staging", "device"): 2 * slot,
         ("transients", "device"): 12 * MiB,  # 10 saved and 2 of workspace while a block runs forward
         ("staging", "host"): count * slot,
-        ("activations", "nvme"): 30 * MiB,
+        ("activations", "nvme"): 3 * slot,
     }
 
 
 def test_swapping_to_the_host_fills_it_with_extents_and_rings() -> None:
     plan = plan_for({"block": {"action": "swap", "saved_tier": "host"}})
     slot = 10 * MiB + PAGE
-    assert plan.peak(Tier.HOST) == 30 * MiB + plan.staging.saved_slots * slot
+    assert plan.peak(Tier.HOST) == 3 * slot + plan.staging.saved_slots * slot
 
 
 def test_updates_and_gradients_by_hand() -> None:
@@ -71,8 +71,11 @@ def test_updates_and_gradients_by_hand() -> None:
     found = bill(plan)
     assert found["staging", "device"] == 2 * staging.update_slot_bytes + 4 * MiB + MiB // 2
     assert found["staging", "host"] == 6 * staging.update_slot_bytes + 4 * MiB
-    assert found["optimizer state", "host"] == 18 * MiB
-    assert found["gradients", "nvme"] == 3 * MiB
+    # A unit has 512 Ki elements: 8 parameters of 64 Ki. The smallest shard ends twice within them: 10 pieces,
+    # each with 3 tensors of state. Of each of those, and of each gradient, all of a page but a byte may be
+    # lost: 30 and 8 bytes less than as many pages.
+    assert found["optimizer state", "host"] == 3 * (6 * MiB + 29 * PAGE)
+    assert found["gradients", "nvme"] == 3 * (MiB + 7 * PAGE)
 
 
 def test_a_plan_that_moves_nothing_has_no_rings_and_no_mirrors() -> None:

@@ -207,7 +207,7 @@ def test_remedies_name_what_may_be_allowed_and_the_tier_that_is_short() -> None:
         force={"block": {"action": "swap"}},
     )
     short = make_plan(profile, make_machine(), Budget(device=160 * MiB, nvme="/x:20MiB"), options=forced)
-    assert short.shortfall_bytes == ((Tier.NVME, 10 * MiB),)
+    assert short.shortfall_bytes == ((Tier.NVME, 10 * MiB + 3 * 4096),)
     assert any("nvme +0.010 GiB" in remedy for remedy in short.remedies)
 
 

@@ -87,7 +87,7 @@ def test_units_by_hand() -> None:
     # Every parameter is below 65,536 elements: gradient and two fp32 moments stay in memory.
     assert [u.resident_state_bytes for u in profile.units] == [u.weight_bytes * 3 for u in profile.units]
     assert {(u.gradient_bytes, u.state_bytes) for u in profile.units} == {(0, 0)}
-    assert profile.state_bytes_per_element == 8
+    assert (profile.state_bytes_per_element, profile.state_tensors) == (8, 2)
     assert profile.update_workspace_bytes_per_element == 0
     assert profile.elementwise
     assert profile.largest_gradient_bytes == WIDTH * WIDE * F32
@@ -99,7 +99,7 @@ def test_master_weights_add_four_bytes_an_element() -> None:
     profile = profile_model(
         model, torch.randn(ROWS, 8).bfloat16(), optimizer=adamw(model), elementwise=True, master_weights=True
     )
-    assert profile.state_bytes_per_element == 12
+    assert (profile.state_bytes_per_element, profile.state_tensors) == (12, 3)
     assert profile.gradient_bytes_per_element == 2
     assert profile.update_workspace_bytes_per_element == 2  # the bf16 gradient's bytes again, to widen it
 
@@ -123,7 +123,7 @@ def test_the_group_with_the_most_state_counts() -> None:
     groups = [{"params": first}, {"params": rest, "weight_decay": 0.1}]
     optimizer = torch.optim.SGD(groups, lr=0.1, foreach=False)
     profile = profile_model(model, torch.randn(ROWS, 8), optimizer=optimizer, elementwise=True)
-    assert profile.state_bytes_per_element == 0
+    assert (profile.state_bytes_per_element, profile.state_tensors) == (0, 0)
     assert profile.update_workspace_bytes_per_element == 4  # gradient + weight_decay * weight
 
 

@@ -1,0 +1,154 @@
+"""What is billed to a tier against what is allocated there: never less, little more, and enough to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import memtrain
+from memtrain.offload.extents import reserved
+from memtrain.offload.shards import FlatIndex, ShardLayout, StateSpec, StateTensor
+from memtrain.planner.actions import Tier
+from memtrain.planner.decisions import (
+    PlannerOptions,
+    gradient_extent_bytes,
+    open_space,
+    state_extent_bytes,
+)
+from memtrain.planner.machine import Budget
+from memtrain.planner.profile import UnitProfile
+from tests.memtrain.test_separate_memory import ByNorm, Net, tokens
+from tests.memtrain.test_session import MACHINE
+from tests.planner.toys import make_machine, make_profile
+
+PAGE = 4096
+MOVED = {"gradient_tier": "nvme", "optimizer_tier": "nvme"}
+SWAP = {"action": "swap", "saved_tier": "nvme"}
+ATTENTION = {"action": "recompute_except_attention", "saved_tier": "nvme"}
+PLANS: dict[str, dict[str, dict[str, str]]] = {
+    "swap": {"block": SWAP, "state": MOVED},
+    "recompute": {"block": {"action": "recompute", "input_tier": "nvme"}, "state": MOVED},
+    "attention and input": {"block": {**ATTENTION, "input_tier": "nvme"}, "state": MOVED},
+    "attention": {"block": {**ATTENTION, "input_tier": "device"}, "state": MOVED},
+    "mixed": {
+        "block": SWAP,
+        "block.1": {"action": "keep"},
+        "block.2": {**ATTENTION, "input_tier": "nvme"},
+        "state": MOVED,
+        "state.layers.1": {"gradient_tier": "nvme", "optimizer_tier": "device"},
+        "state.layers.2": {"gradient_tier": "device", "optimizer_tier": "nvme"},
+    },
+    "gradients": {
+        "block": {"action": "keep"},
+        "state": {"gradient_tier": "nvme", "optimizer_tier": "device"},
+    },
+}
+
+
+def build(kind: str) -> tuple[Net, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Net().to(torch.bfloat16 if kind == "master" else torch.float32)
+    if kind == "by norm":
+        return model, ByNorm(model.parameters(), lr=1e-2)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def train(kind: str, force: dict[str, dict[str, str]], nvme: str) -> tuple[memtrain.Session, int]:
+    """Three steps of two micro-batches; the session, closed, and what it took of the tier at its peak."""
+    model, optimizer = build(kind)
+    with memtrain.prepare(
+        model,
+        optimizer,
+        (tokens(0),),
+        budget=memtrain.Budget(device="3GiB", nvme=nvme),
+        micro_batches=2,
+        master_weights=kind == "master",
+        options=PlannerOptions(force=force, update_schedule="ahead" if MOVED in force.values() else "auto"),
+        machine=MACHINE,
+    ) as session:
+        for step in range(3):
+            for micro in range(2):
+                (model(tokens(2 * step + micro)) / 2).backward()
+            session.optimizer.step()
+            session.optimizer.zero_grad()
+        return session, session.engine.statistics()[Tier.NVME].peak_used_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("master", name) for name in PLANS), ("adamw", "mixed"), ("by norm", "mixed")]
+)
+def test_the_bill_covers_what_is_allocated_and_its_bytes_are_enough(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    session, used = train(kind, PLANS[name], f"{tmp_path}:1GiB")
+    planned, profile = session.plan.peak(Tier.NVME), session.profile
+    parameters = sum(len(unit.parameters) for unit in profile.units)
+    # A page for each parameter's gradient and each tensor of its state, and two for a block.
+    spare = PAGE * (parameters * (1 + profile.state_tensors) + 2 * len(profile.blocks))
+    assert used <= planned <= used + spare
+    again, used_again = train(kind, PLANS[name], f"{tmp_path}:{planned}B")
+    assert again.plan.peak(Tier.NVME) == again.budget.nvme_bytes == planned
+    assert used_again == used
+
+
+def test_a_byte_less_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    session, _ = train("adamw", PLANS["swap"], f"{tmp_path}:1GiB")
+    short = session.plan.peak(Tier.NVME) - 1
+    with pytest.raises(memtrain.InfeasibleError, match="nvme by 1 bytes"):
+        train("adamw", PLANS["swap"], f"{tmp_path}:{short}B")
+
+
+NARROW = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    sizes=st.lists(st.integers(1, 1_500_000), min_size=1, max_size=5),
+    kept=st.lists(NARROW, min_size=1, max_size=3),
+    elementwise=st.booleans(),
+    data=st.data(),
+)
+def test_no_shapes_take_more_than_their_bill(
+    sizes: list[int], kept: list[torch.dtype], elementwise: bool, data: st.DataObject
+) -> None:
+    """Every cut of the flat index, also with state so narrow that pieces end within pages."""
+    named = [
+        (f"p{i}", torch.nn.Parameter(torch.empty(n, dtype=torch.bfloat16, device="meta")))
+        for i, n in enumerate(sizes)
+    ]
+    large = [n for n in sizes if n >= 65536]
+    per_element = sum(dtype.itemsize for dtype in kept)
+    unit = UnitProfile(
+        name="u",
+        block=0,
+        weight_bytes=0,
+        gradient_bytes=2 * sum(large),
+        state_bytes=per_element * sum(large),
+        parameters=tuple(name for name, _ in named),
+    )
+    profile = make_profile(
+        1,
+        units=(unit,),
+        state_bytes_per_element=float(per_element),
+        state_tensors=len(kept),
+        elementwise=elementwise,
+        largest_parameter_elements=max(sizes),
+    )
+    budget, nothing = Budget(device="1GiB", nvme="/x:1GiB"), PlannerOptions()
+    shards = open_space(profile, make_machine(), budget, nothing).shards
+    index = FlatIndex([("u", named)], data.draw(st.sampled_from(shards)), whole_parameters=not elementwise)
+    tensors = tuple(StateTensor(key=str(i), dtype=dtype) for i, dtype in enumerate(kept))
+    specs: Any = {name: StateSpec(tensors=tensors) for name, _ in named}
+    records = sum(
+        reserved(ShardLayout(shard=shard, specs=specs, widened=frozenset()).record_bytes, PAGE)
+        for shard in index.all_shards()
+        if not shard.small
+    )
+    gradients = sum(reserved(2 * n, PAGE) for n in large)
+    assert records <= state_extent_bytes(profile, unit)
+    assert gradients <= gradient_extent_bytes(profile, unit) <= gradients + PAGE * len(sizes)
