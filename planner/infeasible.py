@@ -6,7 +6,13 @@ import dataclasses
 
 from memtrain.planner import baselines
 from memtrain.planner.actions import Action, Tier
-from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
+from memtrain.planner.bill import (
+    device_need_bytes,
+    device_positions,
+    make_bill,
+    tier_peaks,
+    with_margin,
+)
 from memtrain.planner.decisions import MIRRORED_SLOTS, Decisions, open_space
 from memtrain.planner.plan import Plan
 from memtrain.planner.simulate import simulate
@@ -47,6 +53,7 @@ def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
 def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> tuple[str, ...]:
     """What would make a plan exist, in words, by the bytes each asks for: nothing to buy comes first."""
     budget = search.budget
+    too_late = search.profile.prepare_peak_bytes > budget.device_bytes
     remedies: list[tuple[int, str]] = []
     allow = _allow_remedy(search)
     if allow:
@@ -54,11 +61,17 @@ def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, i
     words = []
     for tier, size in excess.items():
         capacity = budget.capacity(tier)
-        words.append(f"{tier.value} {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")
-        if tier is not Tier.DEVICE:
-            words[-1] += f" ({tier.value} +{format_gib(size)})"
+        if tier is Tier.DEVICE:
+            words.append(_device_words(search, size))
+        else:
+            words.append(
+                f"{tier.value} {format_gib(_up(capacity + size))} instead of {format_gib(capacity)} "
+                f"({tier.value} +{format_gib(size)})"
+            )
     remedies.append((sum(excess.values()), " and ".join(words)))
     remedies += _device_alone(search, excess)
+    if too_late:  # a plan for less would come after the budget was overrun
+        return tuple(dict.fromkeys(text for _, text in sorted(remedies)))
     shrink = _sequence_remedy(search, nearest, excess)
     if shrink:
         remedies.append((sum(excess.values()) + 1, shrink))
@@ -71,6 +84,36 @@ def _up(size_bytes: int) -> int:
     """Rounded up to what three digits of GiB can say, so that the number printed works when typed in."""
     step = MiB * 1024 // 1000
     return -(-size_bytes // step) * step + step
+
+
+def _device_words(search: baselines.Search, excess_bytes: int) -> str:
+    """The least budget of the device: what a plan needs, and what the next run will take to prepare."""
+    prepare_bytes = search.profile.prepare_peak_bytes
+    capacity = search.budget.device_bytes
+    need_bytes = max(capacity + excess_bytes, with_margin(prepare_bytes, search.options.safety_margin))
+    return _more_device(need_bytes, capacity, prepare_bytes)
+
+
+def _more_device(need_bytes: int, capacity_bytes: int, prepare_bytes: int) -> str:
+    """In words. At least: under a hard limit the kernel takes pages of libraries away, and what is measured
+    there is less than what a larger limit shows."""
+    words = f"device at least {format_gib(_up(need_bytes))} instead of {format_gib(capacity_bytes)}"
+    if prepare_bytes > capacity_bytes:
+        words += f" (loading and measuring the model took {format_gib(prepare_bytes)})"
+    return words
+
+
+def overrun(plan: Plan, reached_bytes: int, safety_margin: float) -> Plan:
+    """``plan`` as the answer that it cannot work: ``reached_bytes`` of the device, more than its budget, were
+    occupied before the first step."""
+    capacity = dict(plan.capacities)[Tier.DEVICE]
+    need_bytes = with_margin(reached_bytes, safety_margin)
+    return dataclasses.replace(
+        plan,
+        status="infeasible",
+        shortfall_bytes=((Tier.DEVICE, reached_bytes - capacity),),
+        remedies=(_more_device(need_bytes, capacity, reached_bytes),),
+    )
 
 
 def _allow_remedy(search: baselines.Search) -> str:
@@ -99,8 +142,7 @@ def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tup
             needs.append(over.get(Tier.DEVICE, 0))
     if not needs:
         return []
-    size, capacity = min(needs), search.budget.device_bytes
-    return [(size, f"device {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")]
+    return [(min(needs), _device_words(search, min(needs)))]
 
 
 def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> str:
