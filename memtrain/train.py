@@ -32,7 +32,6 @@ from memtrain.offload.errors import OffloadError
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
-from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.infeasible import overrun
 from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
@@ -155,8 +154,7 @@ class Trainer:
         reached = self._process_peak_bytes()
         if reached > self.recipe.memory_budget().device_bytes:
             self.session.close()
-            margin = PlannerOptions().safety_margin
-            raise memtrain.InfeasibleError(overrun(self.session.plan, reached, margin))
+            raise memtrain.InfeasibleError(overrun(self.session.plan, reached))
 
     def _process_peak_bytes(self) -> int:
         """The most of what the device's budget covers: on a CPU all of this process, from its start."""

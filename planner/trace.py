@@ -686,7 +686,7 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
 
 def _probe_elements(optimizer: torch.optim.Optimizer) -> int:
     """A power of two, no more than a small model has: measuring it must not take more than training it."""
-    elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    elements: int = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return min(_PROBE_ELEMENTS, max(SMALL, 1 << max(0, elements.bit_length() - 1)))
 
 
