@@ -12,6 +12,7 @@ The loop is an ordinary one. What the session adds to the model (hooks, wrapped 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -93,6 +94,7 @@ def prepare(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     chunked_loss: bool = True,
     directory: Path | str | None = None,
+    reached_bytes: int = 0,
 ) -> Session:
     """Profile ``model``, plan, and install the plan.
 
@@ -117,6 +119,8 @@ def prepare(
         chunked_loss: for a causal LM with labels in the batch, compute the loss by chunks of tokens, so that
             the logits are never whole in memory.
         directory: where the planned run writes its files; profile and plan are left there when given.
+        reached_bytes: the most that the job has occupied of the device before this call, where the budget is
+            to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -147,8 +151,9 @@ def prepare(
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
     resident.limit_heap()
+    resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
-    began_peak_bytes = device.peak_bytes()
+    peak = _PeakSinceNow(device)
     handle = _install_loss(model, sample_batch) if chunked_loss else None
     try:
         if machine is None:
@@ -170,6 +175,10 @@ def prepare(
             master_weights=master_weights,
             loss_fn=loss_fn,
             block_names=block_names,
+        )
+        libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
+        profile = dataclasses.replace(
+            profile, prepare_peak_bytes=max(reached_bytes, peak.known_bytes(libraries_bytes))
         )
         if plan is None:
             plan = make_plan(profile, machine, budget, options=options)
@@ -196,7 +205,7 @@ def prepare(
             ),
             blocks=find_blocks(model, block_names),
             chunked_loss=handle,
-            began_peak_bytes=began_peak_bytes,
+            began_peak_bytes=peak.before_bytes,
         )
     except BaseException:
         if handle is not None:
@@ -404,6 +413,21 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+class _PeakSinceNow:
+    """The device's peak from here on, told apart from an older one, which is somebody else's."""
+
+    def __init__(self, device: Device) -> None:
+        self.before_bytes = device.peak_bytes()
+        self._device, self._set_back = device, device.reset_peak()
+
+    def known_bytes(self, libraries_bytes: int) -> int:
+        """The peak, with what the device's own figure leaves out; 0 where an older and larger one could not
+        be set back and hides it."""
+        now_bytes = self._device.peak_bytes()
+        known = self._set_back or now_bytes > self.before_bytes
+        return now_bytes + libraries_bytes if known else 0
 
 
 def _device_of(model: nn.Module) -> torch.device:

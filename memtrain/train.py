@@ -30,7 +30,9 @@ from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
+from memtrain.planner import resident
 from memtrain.planner.actions import Tier
+from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import BudgetError
 from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
@@ -129,6 +131,7 @@ class Trainer:
         self.train_windows = Windows(train, seed=training.seed, **shape)
         self.heldout_windows = Windows(heldout, seed=None, **shape)
         with self._phase("load"):
+            resident.drop_library_pages()  # what importing mapped would stand beside the model at the peak
             model = load_model(recipe.model, self.device)
         _check_vocabulary(model, train, heldout)
         with self._phase("plan"):
@@ -141,6 +144,7 @@ class Trainer:
                 self.session.close()
                 raise
             print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
+        self._refuse_overrun()
 
     def _make_session(self, model: torch.nn.Module) -> Session:
         recipe, training = self.recipe, self.recipe.training
@@ -154,7 +158,20 @@ class Trainer:
             nonfinite=training.nonfinite,
             chunked_loss=training.chunked_loss,
             directory=self.output,
+            reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
         )
+
+    def _refuse_overrun(self) -> None:
+        """The budget covers installing the plan and taking up a checkpoint too, which no plan foresees."""
+        reached = self._process_peak_bytes()
+        if reached > self.recipe.memory_budget().device_bytes:
+            self.session.close()
+            raise memtrain.InfeasibleError(overrun(self.session.plan, reached))
+
+    def _process_peak_bytes(self) -> int:
+        """The most of what the device's budget covers: on a CPU all of this process, from its start."""
+        reached = int(self.session.measure()["process_peak_bytes"])
+        return max(reached, self.peaks.whole_bytes()) if self.device.type == "cpu" else reached
 
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
@@ -183,8 +200,7 @@ class Trainer:
             budget_bytes=recipe.memory_budget().device_bytes,
             predicted_peak_bytes=session.plan.peak(Tier.DEVICE),
             measured_peak_bytes=peak_bytes,
-            # The samples stand in where the planner, while it profiles, sets the kernel's mark back.
-            process_peak_bytes=max(self.peaks.whole_bytes(), *self.sampler.resident_bytes),
+            process_peak_bytes=max(peak_bytes, self._process_peak_bytes()),
             predicted_step_seconds=session.plan.step_seconds,
             measured_step_seconds=step_seconds,
             tokens_per_second=tokens / step_seconds if step_seconds else 0.0,

@@ -78,8 +78,9 @@ class Device(Protocol):
     def peak_bytes(self) -> int:
         """The most that ``used_bytes`` has been since the last ``reset_peak``."""
 
-    def reset_peak(self) -> None:
-        """Let the peak start again from what is in use now."""
+    def reset_peak(self) -> bool:
+        """Let the peak start again from what is in use now; False where that is not permitted, and the peak
+        goes on counting from the start."""
 
     def limit(self, nbytes: int | None) -> None:
         """Have what would take more than ``nbytes`` for tensors fail instead; None: as it was before.
@@ -122,8 +123,8 @@ class CpuDevice:
     def peak_bytes(self) -> int:
         return resident.peak_bytes()
 
-    def reset_peak(self) -> None:
-        resident.reset_peak()
+    def reset_peak(self) -> bool:
+        return resident.reset_peak()
 
     def limit(self, nbytes: int | None) -> None:
         """Nothing to do: the memory group limits the process, and ``reclaim`` keeps the heap small."""
@@ -185,8 +186,9 @@ class CudaDevice:
     def peak_bytes(self) -> int:
         return torch.cuda.max_memory_reserved(self._device)
 
-    def reset_peak(self) -> None:
+    def reset_peak(self) -> bool:
         torch.cuda.reset_peak_memory_stats(self._device)
+        return True
 
     def limit(self, nbytes: int | None) -> None:
         # At the limit the allocator gives back what it has cached and tries again, before it raises

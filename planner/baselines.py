@@ -55,8 +55,9 @@ class Search:
     _seen: dict[Decisions, tuple[float, int]] = field(default_factory=dict)
 
     def excess(self, decisions: Decisions) -> dict[Tier, int]:
-        """Bytes above capacity, of the tiers that are overfull."""
+        """Bytes above capacity, of the tiers that are overfull; the device also by what preparing took."""
         peaks = tier_peaks(self.profile, decisions, self.space.billed_tiers, self.options.safety_margin)
+        peaks[Tier.DEVICE] = max(peaks[Tier.DEVICE], self.profile.prepare_peak_bytes)
         over = {tier: peak - self.budget.capacity(tier) for tier, peak in peaks.items()}
         return {tier: size for tier, size in over.items() if size > 0}
 

@@ -36,6 +36,7 @@ class Rule(str, Enum):
     DEVICE_PEAK = "the device's peak is what the decisions need"
     TIER_PEAK = "a tier's peak is what the decisions put there"
     CAPACITY = "no tier above its budget"
+    PREPARING = "loading and measuring the model stayed inside the budget"
     OVERLAP = "one resource does one thing at a time"
     DEPENDENCY = "nothing starts before what it needs"
     DURATION = "nothing is faster than profile and links allow"
@@ -67,6 +68,7 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
         *_staging(plan, profile),
         *_slabs(plan, profile, machine),
         *_peaks(plan, profile, machine, budget),
+        *_preparing(profile, budget),
         *_bound(plan),
     ]
     in_a_step = profile.in_a_step(machine.arithmetic_slowdown)
@@ -407,6 +409,13 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
                 Rule.TIER_PEAK,
                 f"{tier.value}: decisions put {held} bytes there, the plan says {plan.peak(tier)}",
             )
+
+
+def _preparing(profile: ModelProfile, budget: Budget) -> Iterator[Fault]:
+    """The budget holds for the whole process, not from the first step on."""
+    over = profile.prepare_peak_bytes - budget.capacity(Tier.DEVICE)
+    if over > 0:
+        yield Rule.PREPARING, f"{profile.prepare_peak_bytes} bytes, {over} more than the device's budget"
 
 
 def _bound(plan: Plan) -> Iterator[Fault]:

@@ -12,6 +12,10 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.simulate import simulate
 from memtrain.planner.units import MiB, format_gib
 
+_UNLIKE_THE_NEXT = 100
+"""Part of the device's need by which the next run may need more: what SmolLM2-135M's process held beside its
+tensors, and with it the least budget, differed by 3.4 of 680 MiB between two runs."""
+
 
 def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
     """The plan that comes nearest to fitting, marked infeasible, with shortfall and remedies."""
@@ -47,6 +51,7 @@ def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
 def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> tuple[str, ...]:
     """What would make a plan exist, in words, by the bytes each asks for: nothing to buy comes first."""
     budget = search.budget
+    too_late = search.profile.prepare_peak_bytes > budget.device_bytes
     remedies: list[tuple[int, str]] = []
     allow = _allow_remedy(search)
     if allow:
@@ -54,11 +59,17 @@ def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, i
     words = []
     for tier, size in excess.items():
         capacity = budget.capacity(tier)
-        words.append(f"{tier.value} {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")
-        if tier is not Tier.DEVICE:
-            words[-1] += f" ({tier.value} +{format_gib(size)})"
+        if tier is Tier.DEVICE:
+            words.append(_device_words(search, size))
+        else:
+            words.append(
+                f"{tier.value} {format_gib(_up(capacity + size))} instead of {format_gib(capacity)} "
+                f"({tier.value} +{format_gib(size)})"
+            )
     remedies.append((sum(excess.values()), " and ".join(words)))
     remedies += _device_alone(search, excess)
+    if too_late:  # a plan for less would come after the budget was overrun
+        return tuple(dict.fromkeys(text for _, text in sorted(remedies)))
     shrink = _sequence_remedy(search, nearest, excess)
     if shrink:
         remedies.append((sum(excess.values()) + 1, shrink))
@@ -71,6 +82,34 @@ def _up(size_bytes: int) -> int:
     """Rounded up to what three digits of GiB can say, so that the number printed works when typed in."""
     step = MiB * 1024 // 1000
     return -(-size_bytes // step) * step + step
+
+
+def _device_words(search: baselines.Search, excess_bytes: int) -> str:
+    capacity = search.budget.device_bytes
+    prepare_bytes = search.profile.prepare_peak_bytes
+    return _more_device(max(capacity + excess_bytes, prepare_bytes), capacity, prepare_bytes)
+
+
+def _more_device(need_bytes: int, capacity_bytes: int, prepare_bytes: int) -> str:
+    """In words. At least: under a hard limit the kernel takes pages of libraries away, and what is measured
+    there is less than what a larger limit shows."""
+    least_bytes = _up(need_bytes + need_bytes // _UNLIKE_THE_NEXT)
+    words = f"device at least {format_gib(least_bytes)} instead of {format_gib(capacity_bytes)}"
+    if prepare_bytes > capacity_bytes:
+        words += f" (loading and measuring the model took {format_gib(prepare_bytes)})"
+    return words
+
+
+def overrun(plan: Plan, reached_bytes: int) -> Plan:
+    """``plan`` as the answer that it cannot work: ``reached_bytes`` of the device, more than its budget, were
+    occupied before the first step."""
+    capacity = dict(plan.capacities)[Tier.DEVICE]
+    return dataclasses.replace(
+        plan,
+        status="infeasible",
+        shortfall_bytes=((Tier.DEVICE, reached_bytes - capacity),),
+        remedies=(_more_device(reached_bytes, capacity, reached_bytes),),
+    )
 
 
 def _allow_remedy(search: baselines.Search) -> str:
@@ -99,8 +138,7 @@ def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tup
             needs.append(over.get(Tier.DEVICE, 0))
     if not needs:
         return []
-    size, capacity = min(needs), search.budget.device_bytes
-    return [(size, f"device {format_gib(_up(capacity + size))} instead of {format_gib(capacity)}")]
+    return [(min(needs), _device_words(search, min(needs)))]
 
 
 def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[Tier, int]) -> str:

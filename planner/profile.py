@@ -124,6 +124,9 @@ class ModelProfile:
     largest_parameter_elements: int = 0
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator keeps (measured), part of what the process occupies."""
+    prepare_peak_bytes: int = 0
+    """The most that the job has occupied of the device until its model was measured: no plan can make a
+    smaller budget work. 0: not known."""
     version: int = PROFILE_VERSION
 
     def __post_init__(self) -> None:

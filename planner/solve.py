@@ -55,6 +55,8 @@ def _plan(profile: ModelProfile, machine: Machine, budget: Budget, options: Plan
         options=options,
         space=space,
     )
+    if profile.prepare_peak_bytes > budget.device_bytes:  # which no choice can mend
+        return infeasible_plan(search, solve_seconds=time.monotonic() - began)
     baselines.uniform(search)
     # The solver gets at least 70 % of the time, however busy the machine is.
     search.deadline = began + 0.3 * options.time_limit_seconds

@@ -40,7 +40,7 @@ SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
 _PAGE_BYTES = 4096
 _PROBE_ELEMENTS = 1 << 20
-"""For timing the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
+"""For measuring the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
 
 
 class BlocksNotFoundError(ValueError):
@@ -250,9 +250,12 @@ def profile_model(
     run = _runner(model, sample_batch, loss_fn)
     with _left_as_found(model):
         trace = _capture(model, blocks, run)
+        resident.trim()  # here and below: what one part has freed does not stand beside what the next needs
         profiles, last = _measure_blocks(model, blocks, trace)
+        resident.trim()
         around = _measure_around(blocks, trace, run, last)
         del last
+        resident.trim()
         step = _measure_optimizer(optimizer, master_weights)
         units = _units(model, blocks, trace, step)
     parameters = list({id(p): p for p in model.parameters()}.values())
@@ -669,12 +672,13 @@ class _Step:
 def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -> _Step:
     """The largest figures over every kind of settings and parameters: groups may run different algorithms."""
     kinds: dict[Any, _Step] = {}
+    elements = _probe_elements(optimizer)
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
             kind = repr(settings), dtype, device
             if kind not in kinds:
-                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights)
+                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, elements)
     steps = kinds.values()
     return _Step(
         state=max(step.state for step in steps),
@@ -684,18 +688,26 @@ def _measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -
     )
 
 
+def _probe_elements(optimizer: torch.optim.Optimizer) -> int:
+    """A power of two, no more than a small model has: measuring it must not take more than training it."""
+    elements: int = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    return min(_PROBE_ELEMENTS, max(SMALL, 1 << max(0, elements.bit_length() - 1)))
+
+
 def _measure_step(
     optimizer: torch.optim.Optimizer,
     settings: dict[str, Any],
     model_dtype: torch.dtype,
     device: torch.device,
     master_weights: bool,
+    elements: int,
 ) -> _Step:
+    """One step over a probe of ``elements`` elements, a multiple of 1024."""
     master_weights = master_weights and model_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if master_weights else model_dtype
     # A gradient of lower precision is widened within its slot, for which the slot holds its bytes twice.
     widening = model_dtype.itemsize if master_weights else 0
-    weight = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=dtype, device=device)
+    weight = torch.zeros(1024, elements // 1024, dtype=dtype, device=device)
     gradient = torch.randn(weight.shape, device=device).to(model_dtype)
     low = weight.to(model_dtype)
     probe = _like(optimizer, settings, weight)
@@ -710,11 +722,11 @@ def _measure_step(
         _step(probe, given)
     kept = [t for t in _tensors(list(probe.state.values())) if t.dim() > 0]
     return _Step(
-        state=sum(t.nbytes for t in kept) / _PROBE_ELEMENTS + (4 if master_weights else 0),
+        state=sum(t.nbytes for t in kept) / elements + (4 if master_weights else 0),
         tensors=len(kept) + master_weights,
         # Whole pages: scalars such as the step count do not grow with the shard.
-        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / _PROBE_ELEMENTS + widening,
-        seconds=seconds / _PROBE_ELEMENTS,
+        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / elements + widening,
+        seconds=seconds / elements,
     )
 
 

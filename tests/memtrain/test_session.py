@@ -13,8 +13,10 @@ from torch import nn
 
 import memtrain
 from memtrain.copy_guard import PlannedModelCopyError
+from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.optimizer import NonFiniteGradientError
+from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Link, Machine
 
@@ -299,6 +301,63 @@ def test_infeasible_budget_says_what_is_short(tmp_path: Path) -> None:
     assert dict(caught.value.plan.shortfall_bytes)[Tier.DEVICE] > 0
     assert caught.value.plan.remedies
     assert "forward" not in model.layers[0].__dict__
+
+
+def test_what_the_job_has_reached_before_counts_where_the_caller_says_so(tmp_path: Path) -> None:
+    model, optimizer = build()
+    with pytest.raises(memtrain.InfeasibleError) as caught:
+        prepare(model, optimizer, tmp_path, reached_bytes=(3 << 30) + 5)
+    assert caught.value.plan.shortfall_bytes == ((Tier.DEVICE, 5),)
+    assert "loading and measuring the model took 3.000 GiB" in str(caught.value)
+    assert "forward" not in model.layers[0].__dict__
+
+
+class MarkedDevice(CpuDevice):
+    """Its peak is 7 GiB, of somebody else's work, until it is set back, if that is permitted."""
+
+    def __init__(self, *, permitted: bool) -> None:
+        self.mark_bytes, self.permitted = 7 << 30, permitted
+
+    def take(self, nbytes: int) -> None:
+        self.mark_bytes = max(self.mark_bytes, nbytes)
+
+    def peak_bytes(self) -> int:
+        return self.mark_bytes
+
+    def reset_peak(self) -> bool:
+        self.mark_bytes *= not self.permitted
+        return self.permitted
+
+
+@pytest.mark.parametrize(
+    ("permitted", "taken_bytes", "known_bytes"),
+    [(True, 2 << 30, 2 << 30), (True, 4 << 30, 4 << 30), (False, 4 << 30, 0), (False, 8 << 30, 8 << 30)],
+    ids=["inside", "over", "hidden by the older mark", "over, and above the older mark"],
+)
+def test_a_peak_of_preparing_refuses_and_an_older_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permitted: bool, taken_bytes: int, known_bytes: int
+) -> None:
+    device = MarkedDevice(permitted=permitted)
+    monkeypatch.setattr("memtrain.session.make_device", lambda name: device)
+    model, optimizer = build()
+    model.register_forward_pre_hook(lambda *_: device.take(taken_bytes))
+    if known_bytes > 3 << 30:
+        with pytest.raises(memtrain.InfeasibleError) as caught:
+            prepare(model, optimizer, tmp_path)
+        assert caught.value.plan.shortfall_bytes == ((Tier.DEVICE, known_bytes - (3 << 30)),)
+    else:
+        with prepare(model, optimizer, tmp_path) as session:
+            assert session.profile.prepare_peak_bytes == known_bytes
+            assert session.measure()["process_peak_bytes"] == 7 << 30
+
+
+def test_what_preparing_takes_is_measured(tmp_path: Path) -> None:
+    if not resident.reset_peak():
+        pytest.skip("the peak may not be set back here")
+    model, optimizer = build()
+    with prepare(model, optimizer, tmp_path) as session:
+        held = session.profile.baseline_bytes + session.profile.weight_bytes
+        assert held <= session.profile.prepare_peak_bytes <= resident.peak_bytes() + (1 << 30)
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path: Path) -> None:

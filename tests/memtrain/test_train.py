@@ -6,9 +6,11 @@ itself is the subject; ``test_end_to_end`` has the real one.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +32,7 @@ from memtrain.data import Tokens, Windows
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import TierFullError
+from memtrain.planner.actions import Tier
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
 from memtrain.report import Summary
@@ -82,6 +85,7 @@ class PlainSession:
         self.engine = Engine({}, device)
         self.device_peak_bytes, self.device_used_bytes = device.peak_bytes, device.used_bytes
         self.closed = False
+        self.measure = lambda: {"process_peak_bytes": device.peak_bytes()}
         parameters = list(model.parameters())
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)
 
@@ -96,8 +100,11 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple[PlainSession, dict[s
 
     def prepare(model: torch.nn.Module, optimizer: Any, batch: Any, **keywords: Any) -> PlainSession:
         keywords["directory"].joinpath("plan.json").write_text(feasible_plan().to_json())
-        made.append((PlainSession(model, optimizer), {**keywords, "batch": batch}))
-        return made[-1][0]
+        session = PlainSession(model, optimizer)
+        capacity = keywords["budget"].device_bytes
+        session.plan = dataclasses.replace(session.plan, capacities=((Tier.DEVICE, capacity),))
+        made.append((session, {**keywords, "batch": batch}))
+        return session
 
     monkeypatch.setattr(memtrain, "prepare", prepare, raising=False)
     return made
@@ -346,6 +353,22 @@ def test_a_disk_that_fills_up_in_mid_run_leaves_the_last_checkpoint(
     assert [m["loss"] for m in metrics(tmp_path / "full")] == [m["loss"] for m in metrics(tmp_path / "whole")]
 
 
+def test_a_run_over_its_budget_before_step_0_exits_with_2(
+    tmp_path: Path, prepared: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(recipe_for(tmp_path / "o", budget={"device": "16MiB"}).to_yaml())
+    assert main([str(path)]) == 2
+    told = capsys.readouterr()
+    assert re.search(r"device: short by [0-9,]+ bytes \([0-9.]+ GiB\) of 0.016 GiB", told.err)
+    assert re.search(r"device at least [0-9.]+ GiB instead of 0.016 GiB", told.err)
+    assert "step 1/4" not in told.out
+    session, keywords = prepared[0]
+    assert session.closed
+    # What loading took is handed on, so that the planner can say so at once.
+    assert keywords["reached_bytes"] > 16 << 20
+
+
 def test_a_tier_that_fails_exits_with_1_and_its_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -492,3 +515,19 @@ def test_memtrain_run_passes_on_exit_code_2(tmp_path: Path) -> None:
     result = run_tiny(tmp_path, "budget.device=64MiB")
     assert result.returncode == 2
     assert "device: short by" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_remedy_of_a_budget_that_cannot_work_works(tmp_path: Path) -> None:
+    """With exactly the budget that is named the run ends well, and the whole process was inside it."""
+    refused = run_tiny(tmp_path / "refused", "data.sequence_length=128", "budget.device=128MiB")
+    assert refused.returncode == 2
+    remedy = re.search(r"1\. device at least ([0-9.]+ GiB) instead of 0.125 GiB", refused.stderr)
+    assert remedy is not None, refused.stderr
+    budget = f"budget.device={remedy[1].replace(' ', '')}"
+    run = run_tiny(tmp_path / "run", "data.sequence_length=128", budget)
+    assert run.returncode == 0, run.stderr
+    assert f"of {remedy[1]}" in run.stdout
+    assert "OVER" not in run.stdout
+    summary = Summary.read(tmp_path / "run" / "summary.json")
+    assert summary.measured_peak_bytes <= summary.process_peak_bytes <= summary.budget_bytes

@@ -121,8 +121,8 @@ class LateDevice:
     def limit(self, nbytes: int | None) -> None:
         self.limit_bytes = nbytes
 
-    def reset_peak(self) -> None:
-        resident.reset_peak()
+    def reset_peak(self) -> bool:
+        return resident.reset_peak()
 
     # when copies happen -----------------------------------------------------------------------
 

@@ -240,8 +240,19 @@ def test_a_smaller_budget_than_planned_for_is_named(plan: Plan) -> None:
     assert Rule.CAPACITY in rules(plan, Budget(device="1GiB", nvme="/x:1MiB"))
 
 
+def test_a_budget_that_preparing_has_overrun_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    profile = replace(PROFILE, prepare_peak_bytes=BUDGET.device_bytes)
+    plan = make_plan(profile, MACHINE, BUDGET)
+    assert check(plan, profile, MACHINE, BUDGET) == ()
+    later = replace(profile, prepare_peak_bytes=BUDGET.device_bytes + 1)
+    found = check(replace(plan, profile_digest=later.digest), later, MACHINE, BUDGET)
+    assert [v.rule for v in found] == [Rule.PREPARING]
+    assert found[0].detail == "1073741825 bytes, 1 more than the device's budget"
+
+
 def test_every_rule_has_a_planted_fault() -> None:
-    assert {f[1] for f in FAULTS} | {Rule.CAPACITY} == set(Rule)
+    assert {f[1] for f in FAULTS} | {Rule.CAPACITY, Rule.PREPARING} == set(Rule)
 
 
 def test_the_checker_shares_nothing_with_what_makes_plans() -> None:

@@ -18,6 +18,7 @@ from memtrain.planner.actions import Action, Tier, UpdateSchedule
 from memtrain.planner.baselines import Search
 from memtrain.planner.check import check
 from memtrain.planner.decisions import PlannerOptions, open_space
+from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
@@ -134,10 +135,48 @@ def test_shortfall_by_hand() -> None:
     # Keeping needs 120, a slot of 10 and a page, and 10 + 2 in its forward: 142 MiB and a page, and is more.
     need = 135 * MiB + 4096
     assert plan.shortfall_bytes == ((Tier.DEVICE, need - 130 * MiB),)
-    assert plan.remedies[0] == "device 0.133 GiB instead of 0.127 GiB"
+    # A hundredth for the next run makes 136.35 MiB: 0.134 when rounded up, and a thousandth to be sure.
+    assert plan.remedies[0] == "device at least 0.135 GiB instead of 0.127 GiB"
     again = make_plan(profile, make_machine(), Budget(device=need), options=EXACT)
     assert again.action_counts() == {"recompute": 1}
     assert again.peak(Tier.DEVICE) == need
+
+
+def test_a_budget_that_preparing_has_overrun_is_infeasible_whatever_a_plan_needs() -> None:
+    # A plan needs 135 MiB and a page at the least, preparing took 160.
+    profile, machine = make_profile(1, prepare_peak_bytes=160 * MiB), make_machine()
+    plan = make_plan(profile, machine, Budget(device=159 * MiB), options=EXACT)
+    assert plan.status == "infeasible"
+    assert plan.shortfall_bytes == ((Tier.DEVICE, MiB),)
+    assert plan.peak(Tier.DEVICE) == sum(line.size_bytes for line in plan.bill if line.tier is Tier.DEVICE)
+    assert plan.peak(Tier.DEVICE) == 135 * MiB + 4096
+    # No shorter sequence and no other tier is offered. 160 MiB and a hundredth are 0.1578 GiB.
+    assert plan.remedies == (
+        "device at least 0.159 GiB instead of 0.155 GiB (loading and measuring the model took 0.156 GiB)",
+    )
+    again = make_plan(profile, machine, Budget(device=160 * MiB), options=EXACT)
+    assert (again.status, again.action_counts()) == ("optimal", {"keep": 1})
+
+
+def test_the_least_budget_is_the_larger_of_what_preparing_took_and_a_plan_needs() -> None:
+    profile, machine = make_profile(1, prepare_peak_bytes=132 * MiB), make_machine()
+    short = make_plan(profile, machine, Budget(device=131 * MiB), options=EXACT)
+    assert short.shortfall_bytes == ((Tier.DEVICE, 4 * MiB + 4096),)
+    assert short.remedies[0].startswith("device at least 0.135 GiB instead of 0.128 GiB")
+    profile = make_profile(1, prepare_peak_bytes=148 * MiB)
+    short = make_plan(profile, machine, Budget(device=131 * MiB), options=EXACT)
+    assert short.shortfall_bytes == ((Tier.DEVICE, 17 * MiB),)
+    # 148 MiB and a hundredth are 0.14598 GiB.
+    assert short.remedies[0].startswith("device at least 0.147 GiB instead of 0.128 GiB")
+
+
+def test_a_run_that_overran_before_its_first_step() -> None:
+    plan = make_plan(make_profile(1), make_machine(), Budget(device=256 * MiB), options=EXACT)
+    over = overrun(plan, 257 * MiB)
+    assert (over.status, over.shortfall_bytes) == ("infeasible", ((Tier.DEVICE, MiB),))
+    assert over.remedies == (
+        "device at least 0.255 GiB instead of 0.250 GiB (loading and measuring the model took 0.251 GiB)",
+    )
 
 
 @pytest.mark.parametrize(

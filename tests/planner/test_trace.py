@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memtrain.planner import trace
 from memtrain.planner.trace import BlocksNotFoundError, find_blocks, profile_model
 
 transformers = pytest.importorskip("transformers")
@@ -111,6 +112,15 @@ def test_the_caller_says_whether_the_optimizer_is_elementwise(elementwise: bool)
     profile = profile_model(model, torch.randn(ROWS, 8), optimizer=momentum, elementwise=elementwise)
     assert profile.elementwise is elementwise
     assert profile.state_bytes_per_element == 4
+
+
+@pytest.mark.parametrize(
+    ("elements", "probed"), [(10, 65536), (131_071, 65536), (131_072, 131_072), (3 << 20, 1 << 20)]
+)
+def test_the_probe_of_the_optimizer_is_no_larger_than_the_model(elements: int, probed: int) -> None:
+    half = elements // 2
+    parameters = [nn.Parameter(torch.empty(n, device="meta")) for n in (half, elements - half)]
+    assert trace._probe_elements(torch.optim.SGD(parameters)) == probed
 
 
 def test_the_group_with_the_most_state_counts() -> None:
