@@ -186,7 +186,7 @@ def child_environment(engine: str, *, mimalloc: bool = False) -> dict[str, str]:
     """Threads, allocator, no network, DeepSpeed on the CPU.
 
     memtrain starts itself with mimalloc. The others get glibc with huge pages, the faster of its settings for
-    them, or with ``mimalloc`` the same allocator as memtrain, which lowers their memory too.
+    them, or with ``mimalloc`` the same allocator as memtrain.
     """
     from memtrain.malloc import mimalloc_library, tuned_environment
 
