@@ -150,6 +150,11 @@ class TracedPart:
         return sum(tensor.size_bytes for tensor in self.saved)
 
     @property
+    def held_bytes(self) -> int:
+        """Alive between forward and backward: ``saved_bytes``, and what is held in other ways."""
+        return sum(t.size_bytes for t in self.lifetimes if t.start < self.forward_operations < t.end)
+
+    @property
     def nearly_free_bytes(self) -> int:
         """Of ``saved_bytes``, what need not be kept."""
         return sum(tensor.size_bytes for tensor in self.saved if tensor.nearly_free)

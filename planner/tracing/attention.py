@@ -15,6 +15,8 @@ whose outputs, saved tensors and backward buffers have the sizes of the kernel t
 Sizes are those of torch 2.13's own shape functions for these operators, against which the tests compare; the
 ``cpu`` row is here only to be compared with the kernel that really runs. Flash pads heads to a multiple of 8
 and works backward with an fp32 copy of the query's gradient, its tokens rounded up to 128.
+
+``F.dropout`` differs as well: a CPU keeps the scaled mask in the input's dtype, a GPU keeps a mask of bytes.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, mask, ctx.kernel = inputs
     out, log_sum_exp, seed, offset = output
     drawn = [] if ctx.kernel == "cpu" else [seed, offset]
-    ctx.mark_non_differentiable(log_sum_exp, seed, offset)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, log_sum_exp, *([] if mask is None else [mask]), *drawn)
 
 
@@ -104,7 +106,7 @@ torch.library.register_autograd("memtrain::attention", _differentiate, setup_con
 
 
 class FormulaAttention(TorchFunctionMode):
-    """Every ``F.scaled_dot_product_attention`` under it is ``kernel``, by formula."""
+    """Every ``F.scaled_dot_product_attention`` under it is ``kernel``, by formula; dropout is a GPU's."""
 
     def __init__(self, kernel: str) -> None:
         if kernel not in FORMULA_KERNELS:
@@ -115,6 +117,8 @@ class FormulaAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
             return _attend(self.kernel, *args, **(kwargs or {}))
+        if func is F.dropout and self.kernel != "cpu":
+            return _drop(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -138,10 +142,21 @@ def _attend(
     if kernel == "efficient" and key.shape[1] != query.shape[1]:
         key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], dim=1) for t in (key, value))
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        allowed, forbidden = (torch.scalar_tensor(x, dtype=query.dtype) for x in (0.0, float("-inf")))
-        attn_mask = torch.where(attn_mask, allowed, forbidden)
+        attn_mask = _additive(attn_mask, query.dtype)
     padding = -value.shape[-1] % _FLASH_HEAD if kernel == "flash" else 0
     if padding:
         query, key, value = (F.pad(t, (0, padding)) for t in (query, key, value))
     output: Tensor = torch.ops.memtrain.attention(query, key, value, attn_mask, kernel)[0]
     return output[..., :-padding] if padding else output
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What SDPA makes of a boolean mask, for every call anew."""
+    allowed, forbidden = (torch.scalar_tensor(x, dtype=dtype) for x in (0.0, float("-inf")))
+    return torch.where(mask, allowed, forbidden)
+
+
+def _drop(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace:
+        raise AttentionKernelError("dropout in place keeps other tensors on a GPU: trace it as it is (sdpa)")
+    return torch.native_dropout(input, p, True)[0] if training and p else input

@@ -84,6 +84,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
         options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
     with no_init_weights():
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    model.tie_weights()  # which goes together with initialisation
     model.config.use_cache = False
     trained: nn.Module = model.train()
     return trained

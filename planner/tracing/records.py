@@ -90,8 +90,13 @@ def shared_record(tensor: Tensor, rows: tuple[int, int]) -> SavedTensor:
 
 
 def attention_window(entry: Given) -> int | None:
-    """Of the block's attention module, as transformers names it."""
-    found = (getattr(module, "sliding_window", None) for module in entry.block.modules())
+    """Of the block's attention module, or else of its configuration, as transformers names it."""
+    for module in entry.block.modules():
+        if hasattr(module, "sliding_window"):
+            window = module.sliding_window
+            return window if isinstance(window, int) else None
+    configs = (getattr(module, "config", None) for module in entry.block.modules())
+    found = (getattr(config, "sliding_window", None) for config in configs)
     return next((window for window in found if isinstance(window, int)), None)
 
 
