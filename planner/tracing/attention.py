@@ -3,14 +3,14 @@
 ``F.scaled_dot_product_attention`` is replaced, while a model is traced, by an operator without arithmetic
 whose outputs, saved tensors and backward buffers have the sizes of the kernel that was named:
 
-    ===========  ==================================================  =================================
-    kernel       saved besides q, k, v and the output                k and v of fewer heads; masks
-    ===========  ==================================================  =================================
-    cpu          log-sum-exp, fp32 (fp64 for fp64), a token and head  as they are; saved
-    flash        log-sum-exp, fp32; two and one uint64 of RNG state   as they are; refused
-    efficient    log-sum-exp, fp32, tokens rounded up to 32; two int64 repeated; saved
-    cudnn        log-sum-exp, fp32; two int64 of RNG state            as they are; saved
-    ===========  ==================================================  =================================
+    =========  ========================================================  ==================  =======
+    kernel     saved besides q, k, v and the output                      k, v of less heads  masks
+    =========  ========================================================  ==================  =======
+    cpu        log-sum-exp in fp32, in fp64 for fp64                     as they are         saved
+    flash      log-sum-exp in fp32; RNG state of three uint64            as they are         refused
+    efficient  log-sum-exp in fp32, tokens rounded up to 32; two int64   repeated            saved
+    cudnn      log-sum-exp in fp32; RNG state of two int64               as they are         saved
+    =========  ========================================================  ==================  =======
 
 Sizes are those of torch 2.13's own shape functions for these operators, against which the tests compare; the
 ``cpu`` row is here only to be compared with the kernel that really runs. Flash pads heads to a multiple of 8
@@ -56,12 +56,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = -(-tokens // _EFFICIENT_TOKENS) * _EFFICIENT_TOKENS if kernel == "efficient" else tokens
     log_sum_exp = q.new_empty((batch, heads, rows), dtype=wide)
-    if kernel == "efficient":
+    if kernel == "efficient" or q.shape[-1] != v.shape[-1]:
         output = q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
     else:
-        output = (
-            torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
-        )
+        output = torch.empty_like(q)
     rng = _RNG_DTYPE.get(kernel)
     seed = q.new_empty((2,) if kernel == "flash" else (), dtype=rng) if rng else q.new_empty(0)
     offset = q.new_empty((), dtype=rng) if rng else q.new_empty(0)
@@ -133,6 +131,7 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    """SDPA's arguments; neither causality nor scale changes a byte."""
     if attn_mask is not None and kernel == "flash":
         raise AttentionKernelError(
             "SDPA's flash kernel takes no mask, and this model gives it one: choose efficient or cudnn"

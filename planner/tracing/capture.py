@@ -7,9 +7,10 @@ for the others tensors of its output's shapes stand in. So eighty equal blocks c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from memtrain.planner.tracing.recorder import storage_key, tensors_in
 
 Run = Callable[[], Tensor]
 Replacement = Callable[[int, Callable[..., Any]], Callable[..., Any]]
-_NUMBERING = {"layer_idx", "layer_id", "layer_number", "layer_index", "idx", "index"}
-"""Attributes that number equal blocks. An unknown one costs time (a class of its own), not correctness."""
+_NUMBERING = {"layer_idx", "layer_id", "layer_number", "layer_index", "idx", "index", "forward"}
+"""Attributes that number equal blocks, and the one replaced here. Another one that numbers blocks costs time
+(each is a class of its own), not correctness."""
 
 
 @dataclass
@@ -33,7 +35,21 @@ class Given:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     place: int | str
-    fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides what the block does: code, shapes, settings, and what it is given."""
+        settings = [
+            (path, key, _setting(value))
+            for path, module in self.block.named_modules()
+            for key, value in sorted(vars(module).items())
+            if not key.startswith("_") and key not in _NUMBERING
+        ]
+        named = (*self.block.named_parameters(), *self.block.named_buffers())
+        tensors = [(name, _setting(tensor)) for name, tensor in named]
+        call = tree_map(_setting, (self.args, self.kwargs))
+        text = repr((type(self.block).__qualname__, repr(self.block), settings, tensors, call))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def hidden(self) -> Tensor:
         """The block's input: the first tensor it is given."""
@@ -103,37 +119,30 @@ def capture(blocks: Sequence[tuple[str, nn.Module]], run: Run) -> tuple[list[Giv
 
 
 def block_call(name: str, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """A call of ``block``. Raises BlocksNotFoundError: it is given no tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for place, value in places:
         if isinstance(value, Tensor):
-            return Given(block, args, kwargs, place, _fingerprint(block, args, kwargs))
+            return Given(block, args, kwargs, place)
     raise BlocksNotFoundError(f"{name} is given no tensor")
 
 
-def _fingerprint(block: nn.Module, args: Any, kwargs: Any) -> str:
-    """Of all that decides what a block does: code, shapes, settings, and the shapes it is given."""
-    settings = [
-        (path, key, value)
-        for path, module in block.named_modules()
-        for key, value in sorted(vars(module).items())
-        if not key.startswith("_") and key not in _NUMBERING and _plain(value)
-    ]
-    tensors = [(n, _layout(t)) for n, t in (*block.named_parameters(), *block.named_buffers())]
-    call = tree_map(lambda leaf: _layout(leaf) if isinstance(leaf, Tensor) else _scalar(leaf), (args, kwargs))
-    text = repr((type(block).__qualname__, repr(block), settings, tensors, call))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), str(tensor.dtype), tensor.requires_grad
-
-
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _scalar(value: Any) -> Any:
-    return value if _plain(value) else type(value).__qualname__
+def _setting(value: Any, depth: int = 2) -> Any:
+    """What can be compared of an attribute or argument: of objects their class and their plain attributes."""
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype)):
+        return value
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), str(value.dtype), value.requires_grad
+    if isinstance(value, nn.Module) or depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, (list, tuple)):
+        return [_setting(item, depth - 1) for item in value]
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    if not isinstance(value, Mapping):
+        value = {"class": type(value).__qualname__, **getattr(value, "__dict__", {})}
+    public = ((str(key), item) for key, item in value.items() if not str(key).startswith("_"))
+    return sorted((key, repr(_setting(item, depth - 1))) for key, item in public)
 
 
 def _same_shape(tensor: Tensor) -> Tensor:
@@ -145,6 +154,7 @@ def blocks_replaced(
     blocks: Sequence[tuple[str, nn.Module]],
     replacement: Callable[[int, Callable[..., Any]], Callable[..., Any]],
 ) -> Iterator[None]:
+    """``replacement(index, forward)`` is each block's forward for a while."""
     before = [block.__dict__.get("forward") for _, block in blocks]
     for index, (_, block) in enumerate(blocks):
         block.__dict__["forward"] = replacement(index, block.forward)

@@ -61,7 +61,7 @@ def _differentiate(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("memtrain::chunked_loss", _differentiate, setup_context=_save)
 
 
-@register_flop_formula(torch.ops.memtrain.chunked_loss)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.memtrain.chunked_loss)
 def _flops(hidden: Any, weight: Any, *_: Any, **__: Any) -> int:
     """Logits and both gradients: three products of one size."""
     tokens, features = hidden

@@ -102,14 +102,17 @@ def _sources(serial: int, recorder: Recorder, calls: list[Call], kept: set[int])
     sources: set[int] = set()
     pending, seen = [serial], {serial}
     while pending:
-        current = recorder.storages[pending.pop()]
-        if not current.writers:
+        writers = recorder.storages[pending.pop()].writers
+        if not writers:
             return None  # made out of sight
-        for writer in current.writers:
+        for writer in writers:
             if writer >= len(calls) or not _cheap(calls[writer]):
                 return None
             for given in calls[writer].inputs:
-                if given in kept or recorder.storages[given].kind is LifetimeKind.INPUT:
+                storage = recorder.storages[given]
+                if given != serial and storage.writers and storage.writers[-1] > writer:
+                    return None  # changed in place after it was read
+                if given in kept or storage.kind is LifetimeKind.INPUT:
                     sources.add(given)
                 elif given not in seen:
                     seen.add(given)
@@ -153,8 +156,8 @@ def _classes(
         if kernel or ("softmax" in call.name and places.inside(call.module, *_ATTENTION)):
             attended.append(call.module)
         if kernel:
-            for serial in call.inputs:
-                known[serial] = TensorClass.QKV if known.get(serial) is default else known[serial]
+            given = [serial for serial in call.inputs if known.get(serial) is default]
+            known.update(dict.fromkeys(given, TensorClass.QKV))
     if TensorClass.MLP_PRODUCT not in known.values():
         return {s: TensorClass.MLP_UP if c is TensorClass.MLP_GATE else c for s, c in known.items()}
     return known

@@ -28,6 +28,9 @@ Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)``: the loss of one micro-batch."""
 
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
 class UntraceableError(ValueError):
     """The model looks at values, and fake tensors have none."""
 
@@ -60,14 +63,16 @@ def estimate_config(
         raise ValueError(f"batch and sequence must be >= 1, got {batch} and {sequence}")
     config = fake_model.read_config(source)
     assumptions = ["every row holds one sequence without padding"]
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    if attention == "flash":
+        assumptions.append("attention keeps to windows and caps scores inside its kernel, as flash-attn does")
+    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
     if experts and dtype is not torch.bfloat16:
         raise UntraceableError(
             f"torch knows the shapes of experts' grouped products in bfloat16 only, and {dtype} was asked for"
         )
     if experts:
         assumptions.append(
-            f"each token goes to {config.num_experts_per_tok} of {experts} experts and none is dropped (no "
+            f"each token goes to its share of {experts} experts and none is dropped (no "
             "capacity limit): bytes and FLOPs of a block are then the same however tokens are shared out"
         )
     return _estimate(
@@ -125,15 +130,12 @@ def _estimate(
     block_names: Sequence[str] | None,
     assumptions: list[str],
 ) -> ModelEstimate:
-    with (
-        FakeTensorMode(),
-        fake_model.attention_kernel(attention),
-        fake_model.unpacked_rows(),
-        torch.enable_grad(),
-    ):
+    with FakeTensorMode(), fake_model.attention_kernel(attention), torch.enable_grad():
         try:
             model, batch = factory().train(), make_batch()
-            return _trace(model, batch, attention, forward, find_blocks(model, block_names), assumptions)
+            blocks = find_blocks(model, block_names)
+            with fake_model.unpacked_rows():
+                return _trace(model, batch, attention, forward, blocks, assumptions)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UntraceableError(
                 f"the model's operations depend on the values of its tensors: {error}"
@@ -155,40 +157,39 @@ def _trace(
 
     given, last = capture(blocks, run)
     before, needs_gradient = walk.walk_prologue(model, blocks, run, outside)
-    after = walk.walk_epilogue(model, blocks, run, last, outside)
     hidden = given[0].hidden()
     rows = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
     source = f"formula: {attention}"
 
     walks: dict[str, Walk] = {}
+    classes: list[TracedPart] = []
+    members: list[EstimatedBlock] = []
     shared: dict[int, Tensor] = {}
-    for entry in given:
+    chain = [before]
+    for (name, block), entry in zip(blocks, given, strict=True):
         own = {storage_key(t): t for t in entry.shared() if storage_key(t) not in outside}
-        if entry.fingerprint not in walks:
-            walks[entry.fingerprint] = walk.walk_block(entry, outside | own.keys(), needs_gradient)
-        saved = walks[entry.fingerprint].recorder.saved_excluded
+        # What is frozen up to here saves less: such a block is of another class.
+        kind = entry.fingerprint if needs_gradient else f"{entry.fingerprint}, input without gradient"
+        if kind not in walks:
+            walks[kind] = walk.walk_block(entry, outside | own.keys(), needs_gradient)
+            window = attention_window(entry)
+            classes.append(part_record(name, kind, walks[kind], rows, TensorClass.OTHER, source, window))
+        chain.append(walks[kind])
+        members.append(EstimatedBlock(name=name, part=list(walks).index(kind)))
+        saved = walks[kind].recorder.saved_excluded
         shared.update((key, tensor) for key, tensor in own.items() if key in saved)
-        needs_gradient = needs_gradient or any(p.requires_grad for p in entry.block.parameters())
-    classes = list(walks)
-    names = {entry.fingerprint: name for (name, _), entry in reversed(list(zip(blocks, given, strict=True)))}
-    windows = {entry.fingerprint: attention_window(entry) for entry in given}
-
-    def part(name: str, fingerprint: str, of: Walk, default: TensorClass = TensorClass.OTHER) -> TracedPart:
-        return part_record(name, fingerprint, of, rows, default, source, windows.get(fingerprint))
-
-    chain = [before, *(walks[entry.fingerprint] for entry in given), after]
+        needs_gradient = needs_gradient or any(p.requires_grad for p in block.parameters())
+    after = walk.walk_epilogue(model, blocks, run, last, outside, needs_gradient)
+    chain.append(after)
     return ModelEstimate(
         model=type(model).__name__,
         batch=rows[0],
         sequence=rows[1],
         attention=attention,
-        classes=tuple(part(names[key], key, walks[key]) for key in classes),
-        blocks=tuple(
-            EstimatedBlock(name=name, part=classes.index(entry.fingerprint))
-            for (name, _), entry in zip(blocks, given, strict=True)
-        ),
-        prologue=part("prologue", "prologue", before),
-        epilogue=part("epilogue", "epilogue", after, TensorClass.LOSS),
+        classes=tuple(classes),
+        blocks=tuple(members),
+        prologue=part_record("prologue", "prologue", before, rows, TensorClass.OTHER, source, None),
+        epilogue=part_record("epilogue", "epilogue", after, rows, TensorClass.LOSS, source, None),
         shared=tuple(shared_record(tensor, rows) for tensor in shared.values()),
         units=tuple(unit_records(model, blocks, before.recorder.read_excluded)),
         buffer_bytes=sum({storage_key(b): b.untyped_storage().nbytes() for b in model.buffers()}.values()),

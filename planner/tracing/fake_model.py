@@ -8,6 +8,7 @@ where the attention kernel's own causal flag will do.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -114,14 +115,17 @@ def attention_kernel(name: str) -> Iterator[None]:
 @contextmanager
 def unpacked_rows() -> Iterator[None]:
     """transformers looks at position ids to find several sequences in a row; fake ones have no values."""
-    from transformers import masking_utils
-
-    found = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    masking_utils = sys.modules.get("transformers.masking_utils")
+    if masking_utils is None:  # not a model of theirs
+        yield
+        return
+    name = "find_packed_sequence_indices"
+    found = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda position_ids: None)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = found
+        setattr(masking_utils, name, found)
 
 
 def _flash_with_windows(

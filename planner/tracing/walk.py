@@ -94,13 +94,17 @@ class _Reached(Exception):
 
 
 def walk_epilogue(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], run: Run, last: Any, excluded: set[int]
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    run: Run,
+    last: Any,
+    excluded: set[int],
+    needs_gradient: bool,
 ) -> Walk:
-    """From the last block's output, as ``capture`` returned it, to the loss, and back."""
+    """From ``last``, the last block's output as ``capture`` returned it, to the loss, and back."""
     walk = Walk(Recorder(excluded))
-    hidden = first_tensor(last)
-    leaf = hidden.detach().clone().requires_grad_(hidden.is_floating_point())
-    entered = [leaf.clone()]
+    leaf = first_tensor(last).detach().clone().requires_grad_(needs_gradient)
+    entered = [leaf.clone() if needs_gradient else leaf]
     walk.enter(entered[0])
 
     def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:

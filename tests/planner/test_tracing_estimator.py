@@ -218,6 +218,70 @@ def test_what_two_blocks_save_counts_once() -> None:
     assert found.saved_bytes == really_saved(model, lambda: model(batch).sum(), [batch])
 
 
+class Acting(nn.Module):
+    """Two of these differ in nothing but a function."""
+
+    def __init__(self, function: Any, settings: Any = None) -> None:
+        super().__init__()
+        self.linear, self.function, self.settings = nn.Linear(32, 32), function, settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.function(self.linear(x))
+
+
+def test_blocks_that_differ_in_a_function_are_two_classes() -> None:
+    batch = torch.randn(64, 8)
+
+    def model() -> nn.Module:
+        return Plain([Acting(F.relu), Acting(torch.sin), Acting(F.relu), Acting(F.relu, {"width": 3})])
+
+    found = estimate_module(model, batch)
+    assert [block.part for block in found.blocks] == [0, 1, 0, 2]
+    real = model()
+    assert found.saved_bytes == really_saved(real, lambda: real(batch).sum(), [batch])
+
+
+class Frozen(Plain):
+    """The first layer and the first block do not learn."""
+
+    def __init__(self) -> None:
+        super().__init__([Block(), Block(), Block()])
+        self.first.requires_grad_(False)
+        self.blocks[0].requires_grad_(False)
+
+
+def test_what_is_frozen_saves_nothing() -> None:
+    found = estimate_module(Frozen, torch.randn(64, 8))
+    x, wide = 64 * 32 * 4, 64 * 128 * 4
+    assert [found.classes[block.part].saved_bytes for block in found.blocks] == [0, x + wide, x + wide]
+    # The second block's input needs no gradient, the third's does: their classes differ in backward alone.
+    assert [block.part for block in found.blocks] == [0, 1, 2]
+    kinds = [[life.kind for life in part.lifetimes] for part in found.classes]
+    assert [k.count(LifetimeKind.INPUT_GRADIENT) for k in kinds] == [0, 0, 1]
+    assert [k.count(LifetimeKind.GRADIENT) for k in kinds] == [0, 4, 4]
+    assert sum(p.elements for unit in found.units for p in unit.parameters if not p.trainable) == 288 + 8352
+
+
+class Correcting(nn.Module):
+    """Its square is read before it is changed in place: it does not follow from what stands there now."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        doubled = x * 2
+        wave = doubled.detach() + 1
+        doubled.mul_(3)
+        return self.linear(wave) + self.linear(doubled)
+
+
+def test_what_was_changed_in_place_is_not_nearly_free_from_what_stood_there() -> None:
+    (part,) = estimate_module(lambda: Plain([Correcting(), Correcting()]), torch.randn(64, 8)).classes
+    free = {tensor.operator: tensor.nearly_free for tensor in part.saved}
+    assert free == {"aten::add": False, "aten::mul": True}
+
+
 class Attending(nn.Module):
     """Queries in the layout ``[rows, heads, tokens, width]``: an output of the kernel's own layout."""
 
