@@ -87,6 +87,8 @@ class SavedTensor:
     """Indices of the saved tensors that a nearly free recompute reads; each may be nearly free itself."""
     recompute_from_input: bool = False
     """It reads the block's input as well, whether or not autograd saves that."""
+    recompute_moved_bytes: int = 0
+    """Read and written by a nearly free recompute."""
     source: str = "fake trace"
 
     def __post_init__(self) -> None:

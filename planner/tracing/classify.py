@@ -61,10 +61,11 @@ def saved_tensors(
     kept: set[int] = set()
     for serial in order:
         storage, tensor_class = recorder.storages[serial], classes.get(serial, default)
-        sources = None
+        recipe = None
         if tensor_class is not TensorClass.ROUTING and storage.kind is not LifetimeKind.INPUT:
-            sources = _sources(serial, recorder, calls, kept)
+            recipe = _recipe(serial, recorder, calls, kept)
         kept.add(serial)
+        sources, steps = recipe or (set(), set())
         found.append(
             SavedTensor(
                 tensor_class=tensor_class,
@@ -74,10 +75,11 @@ def saved_tensors(
                 operator=storage.operator,
                 module=storage.module,
                 token_axis=token_axis(storage.shape, batch, sequence),
-                nearly_free=sources is not None,
-                recompute_from=tuple(sorted(index[s] for s in sources or () if s in index)),
-                recompute_from_input=any(
-                    recorder.storages[s].kind is LifetimeKind.INPUT for s in sources or ()
+                nearly_free=recipe is not None,
+                recompute_from=tuple(sorted(index[s] for s in sources if s in index)),
+                recompute_from_input=any(recorder.storages[s].kind is LifetimeKind.INPUT for s in sources),
+                recompute_moved_bytes=sum(
+                    recorder.operations[i].read_bytes + recorder.operations[i].written_bytes for i in steps
                 ),
                 source=source if storage.operator.startswith("memtrain::") else "fake trace",
             )
@@ -97,9 +99,12 @@ def token_axis(shape: tuple[int, ...], batch: int, sequence: int) -> int | None:
     return next((axis for axis, size in enumerate(shape) if size in (batch * sequence, sequence)), None)
 
 
-def _sources(serial: int, recorder: Recorder, calls: list[Call], kept: set[int]) -> set[int] | None:
-    """The kept storages and inputs from which ``serial`` follows by cheap operations; None: it does not."""
+def _recipe(
+    serial: int, recorder: Recorder, calls: list[Call], kept: set[int]
+) -> tuple[set[int], set[int]] | None:
+    """From which storages, kept or given, ``serial`` follows, by which operations; None: it does not."""
     sources: set[int] = set()
+    steps: set[int] = set()
     pending, seen = [serial], {serial}
     while pending:
         writers = recorder.storages[pending.pop()].writers
@@ -108,6 +113,7 @@ def _sources(serial: int, recorder: Recorder, calls: list[Call], kept: set[int])
         for writer in writers:
             if writer >= len(calls) or not _cheap(calls[writer]):
                 return None
+            steps.add(writer)
             for given in calls[writer].inputs:
                 storage = recorder.storages[given]
                 if given != serial and storage.writers and storage.writers[-1] > writer:
@@ -117,7 +123,7 @@ def _sources(serial: int, recorder: Recorder, calls: list[Call], kept: set[int])
                 elif given not in seen:
                     seen.add(given)
                     pending.append(given)
-    return sources - {serial}
+    return sources - {serial}, steps
 
 
 def _cheap(call: Call) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tests.planner.tracing_models import CONFIGS, ROWS, TOKENS, real_model, real
 BF16, F32 = torch.bfloat16, torch.float32
 
 
+@functools.cache
 def small(name: str, dtype: torch.dtype = BF16, attention: str = "default", **more: Any) -> ModelEstimate:
     return estimate_config(
         CONFIGS[name], batch=ROWS, sequence=TOKENS, dtype=dtype, attention=attention, **more
@@ -66,6 +69,8 @@ def test_nearly_free_says_what_it_needs() -> None:
         TensorClass.MLP_ACTIVATION,
         TensorClass.MLP_UP,
     ]
+    # It reads both factors and writes their product.
+    assert product.recompute_moved_bytes == 3 * ROWS * TOKENS * 112 * 2
     first = part.saved[0]
     assert (first.tensor_class, first.dtype) == (TensorClass.NORM_INTERNAL, "float32")
     assert first.nearly_free
@@ -131,6 +136,9 @@ def test_a_window_needs_no_mask_in_flash_attention() -> None:
     windowed, plain = small("window", attention="flash"), small("grouped", attention="flash")
     assert windowed.saved_bytes == plain.saved_bytes
     assert windowed.classes[0].attention_window == 8
+    capped = small("mixed-windows", attention="flash")
+    assert [part.attention_window for part in capped.classes] == [8, None]
+    assert len({part.saved_bytes for part in capped.classes}) == 1
     traced = small("window", attention="sdpa").classes[0]
     # On the CPU each layer makes an additive mask of its own out of the boolean one.
     assert traced.class_bytes()[TensorClass.MASK] == ROWS * TOKENS * TOKENS * 2
@@ -330,6 +338,23 @@ def test_a_chunked_loss_keeps_no_logits() -> None:
     assert by_chunks.forward_peak_bytes == by_chunks.held_bytes + sum(logits) + hidden + 4
     with pytest.raises(ValueError, match=">= 1, got 0"):
         chunked(0)
+
+
+@pytest.mark.parametrize("attention", ["default", "flash"])
+def test_an_estimate_is_the_same_whenever_garbage_is_collected(attention: str) -> None:
+    def trace() -> ModelEstimate:
+        return small("grouped", attention=attention, forward=chunked(16))
+
+    threshold = gc.get_threshold()
+    try:
+        gc.disable()
+        late = trace()
+        gc.enable()
+        gc.set_threshold(20)
+        assert trace() == late
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
 
 
 def test_errors_name_the_remedy() -> None:
