@@ -11,9 +11,10 @@ and the unique storages that autograd packs are counted.
 - worst_error: the greatest ``|estimated - found| / found`` of any category of any case.
 - cases: models x optimizers, both oracles together. A case is exact when no category is a byte off.
 
-Beside them stand what Accelerate's and DeepSpeed's estimators say of the same models: neither knows
-activations. DeepSpeed's is called in its own environment, or worked out from its published formula where
-there is none, and the table says which.
+Beside them stands what Accelerate's and DeepSpeed's estimators say of the same models under AdamW in mixed
+precision; neither knows activations, and Accelerate's takes the greatest of its parts for the whole.
+DeepSpeed's is called in its own environment, or worked out from its published formula where there is none,
+and the table says which.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 from _harness import DEEPSPEED_VENV, GiB, publish, table
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -231,15 +232,18 @@ def deepspeed_bytes(total: int, largest: int) -> tuple[int, str]:
 
 
 def accelerate_bytes(name: str) -> int:
-    """What ``accelerate estimate-memory`` prints for Adam in bf16, of the same model on the meta device."""
+    """What ``accelerate estimate-memory`` prints for Adam in bf16.
+
+    Its command builds ``AutoModel``, which has no head, and reports the greatest of weights, gradients and
+    optimizer states, not their sum.
+    """
     from accelerate import init_empty_weights
     from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel
 
     with init_empty_weights():
-        model: nn.Module = AutoModelForCausalLM.from_config(fake_model.read_config(name), dtype=torch.float32)
-        model.tie_weights()
+        model = AutoModel.from_config(fake_model.read_config(name), dtype=torch.float32)
     total, _ = calculate_maximum_sizes(model)
     return max(estimate_training_usage(total, "bfloat16").values())
 
