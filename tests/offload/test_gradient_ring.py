@@ -115,16 +115,27 @@ def test_a_read_ahead_that_fails_half_way_keeps_no_slot(failing: int) -> None:
         assert free(ring) == 8
 
 
+def on_a_fast_tier(ring: GradientRing) -> None:
+    """Writes are over whenever the ring looks: on a slow one they might hold every slot, and nothing be read
+    ahead."""
+
+    def all_over() -> None:
+        while ring._in_flight:
+            ring._retire()
+
+    ring._retire_done = all_over  # type: ignore[method-assign]
+
+
 def test_what_was_expected_and_did_not_come_gives_its_slots_to_what_comes() -> None:
     with open_engine() as engine:
         store = gradients_on(engine, 4, slots=8)
         ring, homes = parts(store)
+        on_a_fast_tier(ring)
         for home in homes[:3]:
             produce(home, values(7))
         produce(homes[0], values(8))  # another pass, which breaks off: 1 and 2 are expected
         assert list(ring._ahead) == [homes[1]]
-        # Half the ring, or less where writes still hold slots.
-        assert 1 <= len(ring._ahead[homes[1]]) <= 4
+        assert 1 <= len(ring._ahead[homes[1]]) <= 4  # half the ring at most
         produce(homes[3], values(9))
         assert ring._ahead == {}
         ring.drain()
