@@ -1,0 +1,332 @@
+"""Exact search: can these buffers be packed below a ceiling?
+
+After MiniMalloc (Moffitt, "MiniMalloc: A Lightweight Memory Allocator for Hardware-Accelerated Machine
+Learning", ASPLOS 2023) in this: only canonical packings are looked for, in which no buffer can be let down;
+every section has a floor that only rises; a choice that leaves a hole for a buffer not yet placed is
+dominated; what no longer touches in time is searched apart. The search itself departs from it, because
+Python must find in thousands of nodes what C++ may find in millions:
+
+- It branches on a section, not on a buffer: a valley of the skyline of floors must be filled from its bottom,
+  in each of its sections either by one of the buffers that fit between its walls or by nothing, which raises
+  the floor there and uses up the section's slack. The section with the fewest possibilities is next; where
+  there is one, nothing is guessed, and where there is none, the branch is dead.
+- The buffers over a section can start no lower than the highest floor below them: stacked in the order of
+  these earliest starts they must end below the ceiling (one machine with release dates, in scheduling).
+- What failed is remembered: floors and remaining buffers that were searched before are not searched again,
+  not even after a restart in another order.
+- Sections in which branches die weigh more when sections are compared (as constraint solvers' dom/wdeg).
+
+Index letters as in ``grid``; floors, slacks and sizes in units.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from memtrain.planner.packing.grid import Grid
+
+NODES_PER_LOOK_AT_THE_CLOCK = 32
+"""A node takes 20 to 500 microseconds: the clock is overrun by less than 20 ms."""
+REMEMBERED_STATES = 400_000
+"""About 1 KiB each. A search that lasts longer forgets all and goes on."""
+_WALL = 1 << 62
+
+
+class Outcome(Enum):
+    """How one search ended."""
+
+    FOUND = "found"
+    IMPOSSIBLE = "impossible"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """The possibilities of one section: its buffers (a bit set), and the level it may be raised to."""
+
+    weight: tuple[float, int, int]
+    section: int
+    buffers: int
+    level: int | None
+
+
+@dataclass(slots=True)
+class _Frame:
+    """One component under search: the state at its entry, and the possibilities not yet tried."""
+
+    first: int
+    last: int
+    remaining: int
+    floors: list[int]
+    tops: list[int]
+    slacks: list[int]
+    key: tuple[object, ...]
+    options: Iterator[tuple[int, int | None]]
+    parts: list[tuple[int, int]] = field(default_factory=list)
+    """Components into which the present option has cut this one, those still to be searched."""
+
+
+class SkylineSearch:
+    """The search below ``ceiling`` units; ``run`` may be called again and again with another order."""
+
+    def __init__(self, grid: Grid, ceiling: int) -> None:
+        sizes = [interval.size for interval in grid.intervals]
+        assert sizes == sorted(sizes), "the lowest bit of a set must be its smallest buffer"
+        self.grid = grid
+        self.ceiling = ceiling
+        self.nodes = 0
+        self.offsets = [0] * len(grid.intervals)
+        self._weights = [1.0] * grid.sections
+        self._failed: set[tuple[object, ...]] = set()
+        self._valleys: dict[tuple[int, ...], _Branch | None] = {}
+        self._rank: Sequence[int] = ()
+        self._learned = True
+        self._index()
+        self._reset()
+
+    def _index(self) -> None:
+        """Bit sets of buffers by section, and the matrix of sizes for the bound."""
+        sections, intervals = self.grid.sections, self.grid.intervals
+        self._set_bytes = (len(intervals) + 7) // 8
+        self._size = [interval.size for interval in intervals]
+        self._alive = [0] * sections
+        self._from = [0] * (sections + 1)
+        """Buffers that start in this section or later."""
+        self._until = [0] * (sections + 1)
+        """Buffers that have ended before this section."""
+        for i, interval in enumerate(intervals):
+            bit = 1 << i
+            for s in range(interval.first, interval.last):
+                self._alive[s] |= bit
+            for s in range(interval.first + 1):
+                self._from[s] |= bit
+            for s in range(interval.last, sections + 1):
+                self._until[s] |= bit
+        self._crossing = [0, *(a & b for a, b in zip(self._alive, self._alive[1:], strict=False)), 0]
+        self._sizes = np.zeros((len(intervals), sections), dtype=np.int64)
+        for i, interval in enumerate(intervals):
+            self._sizes[i, interval.first : interval.last] = interval.size
+        self._ends = np.array([(i.first, i.last) for i in intervals], dtype=np.int64)
+
+    def _reset(self) -> None:
+        self._remaining = (1 << len(self.grid.intervals)) - 1
+        self._floors = [0] * self.grid.sections
+        # A section's floor is above the top of its highest buffer where it was raised.
+        self._tops = [0] * self.grid.sections
+        self._slacks = [self.ceiling - live for live in self.grid.live]
+
+    def run(self, order: Sequence[int], *, learned: bool, node_limit: int, deadline: float) -> Outcome:
+        """Search all, trying the buffers of a section in ``order``.
+
+        Args:
+            order: a permutation of the buffers.
+            learned: compare sections by possibilities per weight; else by possibilities, then height.
+            node_limit: stop after so many nodes more.
+            deadline: stop at this ``time.perf_counter()``.
+        Returns:
+            FOUND leaves the packing in ``offsets``.
+        """
+        if min(self._slacks) < 0:
+            return Outcome.IMPOSSIBLE
+        self._reset()
+        rank = [0] * len(order)
+        for position, i in enumerate(order):
+            rank[i] = position
+        self._rank, self._learned = rank, learned
+        self._valleys.clear()
+        return self._search(self.nodes + node_limit, deadline)
+
+    def _search(self, last_node: int, deadline: float) -> Outcome:
+        """Depth first, over a stack of components each of which is done for all or not at all."""
+        root = _Frame(0, self.grid.sections, self._remaining, [], [], [], (), iter(()))
+        root.parts = self._parts(0, self.grid.sections)
+        stack = [root]
+        failed = False
+        while stack:
+            frame = stack[-1]
+            if failed and not self._next_option(frame):
+                self._remember(frame)
+                stack.pop()
+                continue
+            if not frame.parts:
+                # All parts of its present option are packed, and so is this component.
+                stack.pop()
+                failed = False
+                continue
+            self.nodes += 1
+            if self.nodes % NODES_PER_LOOK_AT_THE_CLOCK == 0 and time.perf_counter() > deadline:
+                return Outcome.STOPPED
+            if self.nodes > last_node:
+                return Outcome.STOPPED
+            child = self._open(*frame.parts.pop())
+            failed = child is None
+            if child is not None:
+                stack.append(child)
+                failed = True  # It has no option yet: the next turn takes its first.
+        return Outcome.IMPOSSIBLE if failed else Outcome.FOUND
+
+    def _next_option(self, frame: _Frame) -> bool:
+        """Restore the component and apply its next possibility. False when none is left."""
+        if not frame.key:
+            return False
+        first, last = frame.first, frame.last
+        for i, level in frame.options:
+            self._remaining = frame.remaining
+            self._floors[first:last] = frame.floors
+            self._tops[first:last] = frame.tops
+            self._slacks[first:last] = frame.slacks
+            if level is None:
+                self._place(i)
+            elif not self._raise(i, level):
+                continue
+            frame.parts = self._parts(first, last)
+            return True
+        return False
+
+    def _remember(self, frame: _Frame) -> None:
+        if frame.key:
+            if len(self._failed) >= REMEMBERED_STATES:
+                self._failed.clear()
+            self._failed.add(frame.key)
+
+    def _open(self, first: int, last: int) -> _Frame | None:
+        """The component of sections ``[first, last)`` with its possibilities, or None if it is dead."""
+        inside = self._remaining & self._from[first] & self._until[last]
+        floors = self._floors[first:last]
+        tops = self._tops[first:last]
+        key = (inside, tuple(floors), tuple(tops))
+        if key in self._failed:
+            return None
+        branch = self._choose(first, last, inside)
+        if branch is None or not self._stacks(first, last, inside):
+            self._failed.add(key)
+            return None
+        # Of buffers that are alike one is enough.
+        alike = {self.grid.intervals[i]: i for i in _bits(branch.buffers)}
+        options: list[tuple[int, int | None]] = [
+            (i, None) for i in sorted(alike.values(), key=self._rank.__getitem__)
+        ]
+        if branch.level is not None:
+            options.append((branch.section, branch.level))
+        slacks = self._slacks[first:last]
+        return _Frame(first, last, self._remaining, floors, tops, slacks, key, iter(options))
+
+    def _place(self, i: int) -> None:
+        """Buffer i onto the floor of its valley."""
+        interval = self.grid.intervals[i]
+        first, last = interval.first, interval.last
+        offset = self._floors[first]
+        self.offsets[i] = offset
+        self._remaining &= ~(1 << i)
+        self._floors[first:last] = self._tops[first:last] = [offset + interval.size] * (last - first)
+
+    def _raise(self, section: int, level: int) -> bool:
+        """Nothing rests on this section's floor. False when a buffer not yet placed fits into the hole."""
+        self._slacks[section] -= level - self._floors[section]
+        self._floors[section] = level
+        small = bisect_right(self._size, level - self._tops[section])
+        for i in _bits(self._alive[section] & self._remaining & ((1 << small) - 1)):
+            interval = self.grid.intervals[i]
+            over = slice(interval.first, interval.last)
+            if max(self._tops[over]) + interval.size <= min(self._floors[over]):
+                return False
+        return True
+
+    def _parts(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Components of ``[first, last)`` that still hold buffers, the shortest last."""
+        parts, start = [], first
+        for s in range(first + 1, last + 1):
+            if s == last or not self._crossing[s] & self._remaining:
+                if self._remaining & self._from[start] & self._until[s]:
+                    parts.append((start, s))
+                start = s
+        parts.sort(key=lambda part: part[0] - part[1])
+        return parts
+
+    def _choose(self, first: int, last: int, inside: int) -> _Branch | None:
+        """The section with the fewest possibilities, or None if one has none."""
+        best: _Branch | None = None
+        floors = self._floors
+        before, start = _WALL, first
+        while start < last:
+            level, end = floors[start], start + 1
+            while end < last and floors[end] == level:
+                end += 1
+            after = floors[end] if end < last else _WALL
+            if before > level < after:
+                touching = inside & ~self._until[start] & ~self._from[end]
+                wall = min(before, after)
+                key = (start, end, level, wall, touching)
+                if key in self._valleys:
+                    branch = self._valleys[key]
+                else:
+                    branch = self._valleys[key] = self._valley(start, end, level, wall, touching)
+                if branch is None:
+                    return None
+                if best is None or branch.weight < best.weight:
+                    best = branch
+            before, start = level, end
+        assert best is not None, "a component holds buffers, so its skyline has a valley"
+        return best
+
+    def _valley(self, start: int, end: int, level: int, wall: int, touching: int) -> _Branch | None:
+        """The section of one valley with the fewest possibilities, or None if one has none."""
+        best: _Branch | None = None
+        fitting = touching & self._from[start] & self._until[end]
+        sizes = self._size
+        for s in range(start, end):
+            over = self._alive[s] & touching
+            here = fitting & over
+            slack = self._slacks[s]
+            # If nothing rests here, the next buffer over s lies across a wall, or rests on one that stands
+            # beside s, either in this valley or across a wall.
+            raised = wall if over & ~fitting else _WALL
+            if slack and here:
+                if beside := fitting & ~over:
+                    raised = min(raised, level + sizes[_lowest(beside)])
+                if raised > wall and (beside := touching & ~fitting & ~over):
+                    raised = min(raised, wall + sizes[_lowest(beside)])
+            rising = raised - level <= slack
+            count = here.bit_count() + rising
+            if count == 0:
+                self._weights[s] += 1
+                return None
+            weight = (count / self._weights[s], slack, level) if self._learned else (count, level, slack)
+            if best is None or weight < best.weight:
+                best = _Branch(weight, s, here, raised if rising else None)
+        assert best is not None, "a valley has sections"
+        return best
+
+    def _stacks(self, first: int, last: int, inside: int) -> bool:
+        """Whether in each section the buffers, stacked by their earliest starts, stay below the ceiling."""
+        packed = np.frombuffer(inside.to_bytes(self._set_bytes, "little"), dtype=np.uint8)
+        members = np.unpackbits(packed, bitorder="little").nonzero()[0]
+        floors = np.array([*self._floors[first:last], 0], dtype=np.int64)
+        earliest = np.maximum.reduceat(floors, (self._ends[members] - first).ravel())[::2]
+        order = np.argsort(-earliest, kind="stable")
+        heights = self._sizes[members[order], first:last].cumsum(axis=0)
+        heights += earliest[order, None]
+        worst = int(heights.argmax())
+        if heights.flat[worst] <= self.ceiling:
+            return True
+        self._weights[first + worst % (last - first)] += 1
+        return False
+
+
+def _lowest(members: int) -> int:
+    """The number of the lowest bit that is set: the smallest buffer of the set."""
+    return (members & -members).bit_length() - 1
+
+
+def _bits(members: int) -> Iterator[int]:
+    """The numbers whose bits are set, in rising order."""
+    while members:
+        lowest = members & -members
+        yield lowest.bit_length() - 1
+        members ^= lowest
