@@ -151,14 +151,14 @@ def big_m(buffers: Sequence[Buffer], seconds: float) -> int | None:
     unit = math.gcd(*(b.size for b in buffers))
     big = bound // unit
     program = pulp.LpProblem("addresses", pulp.LpMinimize)
-    height = pulp.LpVariable("height", 0, big)
-    offsets = [pulp.LpVariable(f"a{i}", 0, big - b.size // unit) for i, b in enumerate(buffers)]
+    height = program.add_variable("height", 0, big)
+    offsets = [program.add_variable(f"a{i}", 0, big - b.size // unit) for i, b in enumerate(buffers)]
     program += height
     for offset, b in zip(offsets, buffers, strict=True):
         program += offset + b.size // unit <= height
     for (i, a), (j, b) in combinations(enumerate(buffers), 2):
         if a.start < b.end and b.start < a.end:
-            below = pulp.LpVariable(f"z{i}_{j}", cat="Binary")
+            below = program.add_variable(f"z{i}_{j}", cat="Binary")
             program += offsets[i] + a.size // unit <= offsets[j] + big * (1 - below)
             program += offsets[j] + b.size // unit <= offsets[i] + big * below
     program.solve(pulp.HiGHS(msg=False, timeLimit=seconds, threads=1))

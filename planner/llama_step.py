@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memtrain.planner.buffers import Buffer
-from memtrain.planner.step_addresses import BlockClass, Kept, Step
+from memtrain.planner.step_buffers import BlockClass, Kept, Step
 
 BF16_BYTES = 2
 FP32_BYTES = 4

@@ -7,143 +7,25 @@ nothing; gradients handed from block to block and staging slots are rings at fix
 no solver. Its height is the rings + the most over blocks of (kept up to it + the higher of its two passes).
 Where that is above the load of the step, all buffers are packed flat in the time left, and the lower result
 is taken.
-
-Operations are counted within a pass: lifetimes are ``[start, end)`` in them, as in ``Buffer``. A step is the
-forward of blocks 0, 1, ..., then the backward of the last block, ..., of block 0.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
 from memtrain.planner.addresses import Packing, pack
 from memtrain.planner.buffers import Buffer
+from memtrain.planner.step_buffers import Step
 from memtrain.planner.units import round_up
 
 GRADIENT_SLOTS = 2
 """A block reads the gradient of its output while it writes that of its input."""
 FLAT_SHARE = 0.5
 """Of the time left for level 1, which rarely needs a hundredth of it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Kept:
-    """Bytes born in a block's forward that its backward reads."""
-
-    name: str
-    start: int
-    """Operation of the forward pass that writes them."""
-    end: int
-    """One after the last operation of the block's backward that reads them; 0 if none of it does."""
-    size: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockClass:
-    """The lifetimes of one kind of block. Sizes in bytes.
-
-    Raises:
-        ValueError: a name stands twice, or a lifetime leaves its pass.
-    """
-
-    name: str
-    forward_ops: int
-    backward_ops: int
-    kept: tuple[Kept, ...] = ()
-    forward: tuple[Buffer, ...] = ()
-    """Born and dead within the forward pass."""
-    backward: tuple[Buffer, ...] = ()
-    input_gradient_bytes: int = 0
-    """What the backward hands to the block before; 0: nothing."""
-    input_gradient_start: int = 0
-    """Operation of this block's backward that begins to write it."""
-    output_gradient_end: int = 0
-    """One after the last operation of this block's backward that reads the gradient handed to it."""
-
-    def __post_init__(self) -> None:
-        for what, ops, spans in (
-            ("forward", self.forward_ops, [(b.name, b.start, b.end) for b in self.forward]),
-            ("backward", self.backward_ops, [(b.name, b.start, b.end) for b in self.backward]),
-            ("forward", self.forward_ops, [(k.name, k.start, self.forward_ops) for k in self.kept]),
-            ("backward", self.backward_ops, [(k.name, 0, k.end) for k in self.kept]),
-            ("backward", self.backward_ops, [("output gradient", 0, self.output_gradient_end)]),
-        ):
-            for name, start, end in spans:
-                if start < 0 or end > ops:
-                    raise ValueError(
-                        f"block class {self.name!r}: {name!r} lives in operations {start} to {end} of a "
-                        f"{what} pass of {ops}; count operations from the start of the pass"
-                    )
-        if self.input_gradient_bytes and not 0 <= self.input_gradient_start < self.backward_ops:
-            raise ValueError(
-                f"block class {self.name!r}: the gradient of the input is born in operation "
-                f"{self.input_gradient_start} of a backward pass of {self.backward_ops}"
-            )
-        for names in ([x.name for x in (*self.kept, *self.forward)], [b.name for b in self.backward]):
-            name, count = Counter(names).most_common(1)[0] if names else ("", 0)
-            if count > 1:
-                raise ValueError(f"block class {self.name!r}: {count} buffers of a pass are called {name!r}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Step:
-    """A step: which class each block is of, and the staging ring beside them.
-
-    Raises:
-        ValueError: no block, or a negative ring.
-    """
-
-    blocks: tuple[BlockClass, ...]
-    """In the order of the forward; equal blocks may be one object."""
-    staging_slots: int = 0
-    staging_slot_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.blocks:
-            raise ValueError("a step has at least one block")
-        if self.staging_slots < 0 or self.staging_slot_bytes < 0:
-            raise ValueError(
-                f"staging of {self.staging_slots} slots of {self.staging_slot_bytes} bytes: "
-                "neither can be negative"
-            )
-
-    def buffers(self) -> tuple[Buffer, ...]:
-        """Every buffer over the operations of the whole step, named ``<block>.<pass>.<name>``."""
-        forward = [0, *accumulate(block.forward_ops for block in self.blocks)]
-        backward = [0] * (len(self.blocks) + 1)
-        backward[-1] = forward[-1]
-        for number in reversed(range(len(self.blocks))):
-            backward[number] = backward[number + 1] + self.blocks[number].backward_ops
-        # The backward of a block runs from the end of its successor's to its own.
-        everything: list[Buffer] = []
-        for number, block in enumerate(self.blocks):
-            begins, returns = forward[number], backward[number + 1]
-            for k in block.kept:
-                everything.append(
-                    Buffer(f"{number}.kept.{k.name}", begins + k.start, returns + k.end, k.size)
-                )
-            everything += _shifted(block.forward, f"{number}.forward", begins)
-            everything += _shifted(block.backward, f"{number}.backward", returns)
-            if block.input_gradient_bytes:
-                reader_end = self.blocks[number - 1].output_gradient_end if number else 0
-                everything.append(
-                    Buffer(
-                        f"{number}.gradient.input",
-                        returns + block.input_gradient_start,
-                        backward[number] + reader_end,
-                        block.input_gradient_bytes,
-                    )
-                )
-        if self.staging_slot_bytes:
-            everything += [
-                Buffer(f"staging.{slot}", 0, backward[0], self.staging_slot_bytes)
-                for slot in range(self.staging_slots)
-            ]
-        return tuple(everything)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,8 +39,8 @@ class StepPacking:
     """The most that lives at once, staging included."""
     two_level_height: int
     """Of rings, stack and passes, whether or not it was taken."""
-    classes: int
-    """Passes that were packed on level 1: those with equal lifetimes share one solution."""
+    passes_packed: int
+    """Solutions of level 1: passes with equal lifetimes share one."""
 
     @property
     def fragmentation(self) -> float:
@@ -192,12 +74,8 @@ def pack_step(step: Step, *, time_limit_seconds: float, alignment: int = 512, se
         height=height,
         load=load,
         two_level_height=two_level_height,
-        classes=len(level_one.packings),
+        passes_packed=len(level_one.packings),
     )
-
-
-def _shifted(buffers: Iterable[Buffer], prefix: str, by: int) -> Iterator[Buffer]:
-    return (Buffer(f"{prefix}.{b.name}", b.start + by, b.end + by, b.size) for b in buffers)
 
 
 def _load(buffers: Iterable[Buffer], alignment: int) -> int:
