@@ -85,7 +85,7 @@ def instances(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Buffer]
     for count in args.counts:
         for seed in range(args.seeds):
             yield f"fine {count}", str(seed), cut_rectangle(count, seed, FINE, FINE), FINE
-    for count in args.counts:
+    for count in args.counts if args.coarse else ():
         for seed in range(args.seeds):
             buffers = cut_rectangle(count, seed, round(count / 2.5), COARSE_HEIGHT)
             yield f"coarse {count}", str(seed), buffers, COARSE_HEIGHT
@@ -204,18 +204,19 @@ def report(results: Sequence[Result], step: dict[str, Any], args: argparse.Names
     small = [r for r in fine if r.buffers != large]
     minimalloc = [r for r in results if r.family == "minimalloc"]
     coarse = [r for r in results if r.family.startswith("coarse")]
-    summary = {
+    summary: dict[str, Any] = {
         "zero_slack_solved": sum(r.solved for r in small),
         "of": len(small),
         "large_solved": sum(r.solved for r in fine if r.buffers == large),
         "large_of": args.seeds,
-        "coarse_solved": {c: sum(r.solved for r in coarse if r.buffers == c) for c in args.counts},
         "minimalloc_solved": sum(r.solved for r in minimalloc) if minimalloc else None,
         "minimalloc_of": len(minimalloc),
         "step_fragmentation": round(step["fragmentation"], 6),
         "step_seconds": step["seconds"],
         "time_limit_seconds": args.seconds,
     }
+    if coarse:
+        summary["coarse_solved"] = {c: sum(r.solved for r in coarse if r.buffers == c) for c in args.counts}
     two_level = step["two_level_height_bytes"] / step["load_bytes"] - 1
     header = ("instances", "solved", "median s", "worst s", "height/bound", "first fit", "best fit", "big-M")
     text = table(header, rows) + (
@@ -255,6 +256,9 @@ def _ratios(r: Result) -> tuple[float, float, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minimalloc", metavar="DIR", help="folder with A.1048576.csv to K.1048576.csv")
+    parser.add_argument(
+        "--coarse", action="store_true", help="also the zero-slack instances on a coarse grid"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="time limit of each instance")
     parser.add_argument("--seeds", type=int, default=10, help="instances of each size")
     parser.add_argument(

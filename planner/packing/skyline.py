@@ -26,10 +26,11 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 import numpy as np
 
-from memtrain.planner.packing.grid import Grid
+from memtrain.planner.packing.grid import Grid, Interval
 
 NODES_PER_LOOK_AT_THE_CLOCK = 32
 """A node takes 20 to 500 microseconds: the clock is overrun by less than 20 ms."""
@@ -108,7 +109,7 @@ class SkylineSearch:
                 self._from[s] |= bit
             for s in range(interval.last, sections + 1):
                 self._until[s] |= bit
-        self._crossing = [0, *(a & b for a, b in zip(self._alive, self._alive[1:], strict=False)), 0]
+        self._crossing = [0, *(a & b for a, b in pairwise(self._alive)), 0]
         self._sizes = np.zeros((len(intervals), sections), dtype=np.int64)
         for i, interval in enumerate(intervals):
             self._sizes[i, interval.first : interval.last] = interval.size
@@ -145,7 +146,7 @@ class SkylineSearch:
     def _search(self, last_node: int, deadline: float) -> Outcome:
         """Depth first, over a stack of components each of which is done for all or not at all."""
         root = _Frame(0, self.grid.sections, self._remaining, [], [], [], (), iter(()))
-        root.parts = self._parts(0, self.grid.sections)
+        root.parts = [(0, self.grid.sections)]
         stack = [root]
         failed = False
         while stack:
@@ -183,9 +184,11 @@ class SkylineSearch:
             self._slacks[first:last] = frame.slacks
             if level is None:
                 self._place(i)
-            elif not self._raise(i, level):
+                frame.parts = self._parts(first, last, self.grid.intervals[i])
+            elif self._raise(i, level):
+                frame.parts = [(first, last)]
+            else:
                 continue
-            frame.parts = self._parts(first, last)
             return True
         return False
 
@@ -204,6 +207,11 @@ class SkylineSearch:
         if key in self._failed:
             return None
         branch = self._choose(first, last, inside)
+        while branch is not None and not branch.buffers:
+            # Nothing but to raise it, which is no choice.
+            assert branch.level is not None, "a section without possibilities is no branch"
+            raised = self._raise(branch.section, branch.level)
+            branch = self._choose(first, last, inside) if raised else None
         if branch is None or not self._stacks(first, last, inside):
             self._failed.add(key)
             return None
@@ -214,7 +222,7 @@ class SkylineSearch:
         ]
         if branch.level is not None:
             options.append((branch.section, branch.level))
-        slacks = self._slacks[first:last]
+        floors, slacks = self._floors[first:last], self._slacks[first:last]
         return _Frame(first, last, self._remaining, floors, tops, slacks, key, iter(options))
 
     def _place(self, i: int) -> None:
@@ -228,24 +236,32 @@ class SkylineSearch:
 
     def _raise(self, section: int, level: int) -> bool:
         """Nothing rests on this section's floor. False when a buffer not yet placed fits into the hole."""
-        self._slacks[section] -= level - self._floors[section]
-        self._floors[section] = level
-        small = bisect_right(self._size, level - self._tops[section])
-        for i in _bits(self._alive[section] & self._remaining & ((1 << small) - 1)):
+        floors, tops = self._floors, self._tops
+        self._slacks[section] -= level - floors[section]
+        floors[section] = level
+        start, end = section, section + 1
+        while start and floors[start - 1] > tops[start - 1]:
+            start -= 1
+        while end < len(floors) and floors[end] > tops[end]:
+            end += 1
+        small = (1 << bisect_right(self._size, level - tops[section])) - 1
+        inside = self._alive[section] & self._remaining & self._from[start] & self._until[end] & small
+        for i in _bits(inside):
             interval = self.grid.intervals[i]
             over = slice(interval.first, interval.last)
-            if max(self._tops[over]) + interval.size <= min(self._floors[over]):
+            if max(tops[over]) + interval.size <= min(floors[over]):
                 return False
         return True
 
-    def _parts(self, first: int, last: int) -> list[tuple[int, int]]:
-        """Components of ``[first, last)`` that still hold buffers, the shortest last."""
-        parts, start = [], first
-        for s in range(first + 1, last + 1):
-            if s == last or not self._crossing[s] & self._remaining:
-                if self._remaining & self._from[start] & self._until[s]:
-                    parts.append((start, s))
-                start = s
+    def _parts(self, first: int, last: int, placed: Interval) -> list[tuple[int, int]]:
+        """What is left of component ``[first, last)`` where only ``placed`` crossed, the shortest last."""
+        crossing, remaining = self._crossing, self._remaining
+        cuts = [s for s in range(placed.first + 1, placed.last) if not crossing[s] & remaining]
+        parts = [
+            (start, end)
+            for start, end in pairwise((first, *cuts, last))
+            if remaining & self._from[start] & self._until[end]
+        ]
         parts.sort(key=lambda part: part[0] - part[1])
         return parts
 

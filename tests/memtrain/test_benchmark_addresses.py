@@ -40,10 +40,11 @@ def test_big_m_and_greedy_by_hand(addresses: ModuleType) -> None:
 def test_a_quick_run_ends_with_its_json_line(
     addresses: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    addresses.main(["--quick"])
+    addresses.main(["--quick", "--coarse"])
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["zero_slack_solved"], summary["of"]) == (4, 4)
     assert (summary["large_solved"], summary["minimalloc_solved"]) == (2, None)
+    assert summary["coarse_solved"] == {"8": 2, "12": 2, "16": 2}
     assert summary["step_fragmentation"] <= 0.005
     (kept,) = tmp_path.glob("addresses_*.json")
     assert json.loads(kept.read_text())["summary"] == summary
