@@ -28,14 +28,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
-import numpy as np
-
 from memtrain.planner.packing.grid import Grid, Interval
+from memtrain.planner.packing.sets import SectionSets, lowest, numbers
 
 NODES_PER_LOOK_AT_THE_CLOCK = 32
-"""A node takes 20 to 500 microseconds: the clock is overrun by less than 20 ms."""
-REMEMBERED_STATES = 400_000
-"""About 1 KiB each. A search that lasts longer forgets all and goes on."""
+"""A node takes 50 to 500 microseconds: the clock is overrun by less than 20 ms."""
+REMEMBERED_FLOORS = 5_000_000
+"""States times sections, 8 to 16 bytes each. A search that lasts longer forgets all and goes on."""
+REMEMBERED_VALLEYS = 100_000
+"""About 400 bytes each."""
 _WALL = 1 << 62
 
 
@@ -77,8 +78,6 @@ class SkylineSearch:
     """The search below ``ceiling`` units; ``run`` may be called again and again with another order."""
 
     def __init__(self, grid: Grid, ceiling: int) -> None:
-        sizes = [interval.size for interval in grid.intervals]
-        assert sizes == sorted(sizes), "the lowest bit of a set must be its smallest buffer"
         self.grid = grid
         self.ceiling = ceiling
         self.nodes = 0
@@ -88,35 +87,11 @@ class SkylineSearch:
         self._valleys: dict[tuple[int, ...], _Branch | None] = {}
         self._rank: Sequence[int] = ()
         self._learned = True
-        self._index()
+        self._sets = SectionSets(grid)
         self._reset()
 
-    def _index(self) -> None:
-        """Bit sets of buffers by section, and the matrix of sizes for the bound."""
-        sections, intervals = self.grid.sections, self.grid.intervals
-        self._set_bytes = (len(intervals) + 7) // 8
-        self._size = [interval.size for interval in intervals]
-        self._alive = [0] * sections
-        self._from = [0] * (sections + 1)
-        """Buffers that start in this section or later."""
-        self._until = [0] * (sections + 1)
-        """Buffers that have ended before this section."""
-        for i, interval in enumerate(intervals):
-            bit = 1 << i
-            for s in range(interval.first, interval.last):
-                self._alive[s] |= bit
-            for s in range(interval.first + 1):
-                self._from[s] |= bit
-            for s in range(interval.last, sections + 1):
-                self._until[s] |= bit
-        self._crossing = [0, *(a & b for a, b in pairwise(self._alive)), 0]
-        self._sizes = np.zeros((len(intervals), sections), dtype=np.int64)
-        for i, interval in enumerate(intervals):
-            self._sizes[i, interval.first : interval.last] = interval.size
-        self._ends = np.array([(i.first, i.last) for i in intervals], dtype=np.int64)
-
     def _reset(self) -> None:
-        self._remaining = (1 << len(self.grid.intervals)) - 1
+        self._remaining = self._sets.everyone
         self._floors = [0] * self.grid.sections
         # A section's floor is above the top of its highest buffer where it was raised.
         self._tops = [0] * self.grid.sections
@@ -152,8 +127,9 @@ class SkylineSearch:
         while stack:
             frame = stack[-1]
             if failed and not self._next_option(frame):
-                self._remember(frame)
                 stack.pop()
+                if frame.key:
+                    self._remember(frame.key)
                 continue
             if not frame.parts:
                 # All parts of its present option are packed, and so is this component.
@@ -166,10 +142,9 @@ class SkylineSearch:
             if self.nodes > last_node:
                 return Outcome.STOPPED
             child = self._open(*frame.parts.pop())
-            failed = child is None
             if child is not None:
                 stack.append(child)
-                failed = True  # It has no option yet: the next turn takes its first.
+            failed = True  # A new component has no option yet: the next turn takes its first.
         return Outcome.IMPOSSIBLE if failed else Outcome.FOUND
 
     def _next_option(self, frame: _Frame) -> bool:
@@ -192,18 +167,16 @@ class SkylineSearch:
             return True
         return False
 
-    def _remember(self, frame: _Frame) -> None:
-        if frame.key:
-            if len(self._failed) >= REMEMBERED_STATES:
-                self._failed.clear()
-            self._failed.add(frame.key)
+    def _remember(self, key: tuple[object, ...]) -> None:
+        if len(self._failed) * self.grid.sections > REMEMBERED_FLOORS:
+            self._failed.clear()
+        self._failed.add(key)
 
     def _open(self, first: int, last: int) -> _Frame | None:
         """The component of sections ``[first, last)`` with its possibilities, or None if it is dead."""
-        inside = self._remaining & self._from[first] & self._until[last]
-        floors = self._floors[first:last]
-        tops = self._tops[first:last]
-        key = (inside, tuple(floors), tuple(tops))
+        inside = self._remaining & self._sets.starting[first] & self._sets.ended[last]
+        floors, tops = self._floors[first:last], self._tops[first:last]
+        key = (inside, tuple(floors), tuple(tops) if tops != floors else ())
         if key in self._failed:
             return None
         branch = self._choose(first, last, inside)
@@ -212,18 +185,26 @@ class SkylineSearch:
             assert branch.level is not None, "a section without possibilities is no branch"
             raised = self._raise(branch.section, branch.level)
             branch = self._choose(first, last, inside) if raised else None
-        if branch is None or not self._stacks(first, last, inside):
-            self._failed.add(key)
+        floors = self._floors[first:last]
+        if branch is None or not self._stacks(inside, floors, first, last):
+            self._remember(key)
             return None
         # Of buffers that are alike one is enough.
-        alike = {self.grid.intervals[i]: i for i in _bits(branch.buffers)}
+        alike = {self.grid.intervals[i]: i for i in numbers(branch.buffers)}
         options: list[tuple[int, int | None]] = [
             (i, None) for i in sorted(alike.values(), key=self._rank.__getitem__)
         ]
         if branch.level is not None:
             options.append((branch.section, branch.level))
-        floors, slacks = self._floors[first:last], self._slacks[first:last]
+        slacks = self._slacks[first:last]
         return _Frame(first, last, self._remaining, floors, tops, slacks, key, iter(options))
+
+    def _stacks(self, inside: int, floors: Sequence[int], first: int, last: int) -> bool:
+        """Whether the bound allows the ceiling."""
+        height, section = self._sets.highest_stack(inside, floors, first, last)
+        if height > self.ceiling:
+            self._weights[section] += 1
+        return height <= self.ceiling
 
     def _place(self, i: int) -> None:
         """Buffer i onto the floor of its valley."""
@@ -244,9 +225,15 @@ class SkylineSearch:
             start -= 1
         while end < len(floors) and floors[end] > tops[end]:
             end += 1
-        small = (1 << bisect_right(self._size, level - tops[section])) - 1
-        inside = self._alive[section] & self._remaining & self._from[start] & self._until[end] & small
-        for i in _bits(inside):
+        small = (1 << bisect_right(self._sets.sizes, level - tops[section])) - 1
+        inside = (
+            self._sets.alive[section]
+            & self._remaining
+            & self._sets.starting[start]
+            & self._sets.ended[end]
+            & small
+        )
+        for i in numbers(inside):
             interval = self.grid.intervals[i]
             over = slice(interval.first, interval.last)
             if max(tops[over]) + interval.size <= min(floors[over]):
@@ -255,12 +242,12 @@ class SkylineSearch:
 
     def _parts(self, first: int, last: int, placed: Interval) -> list[tuple[int, int]]:
         """What is left of component ``[first, last)`` where only ``placed`` crossed, the shortest last."""
-        crossing, remaining = self._crossing, self._remaining
+        crossing, remaining = self._sets.crossing, self._remaining
         cuts = [s for s in range(placed.first + 1, placed.last) if not crossing[s] & remaining]
         parts = [
             (start, end)
             for start, end in pairwise((first, *cuts, last))
-            if remaining & self._from[start] & self._until[end]
+            if remaining & self._sets.starting[start] & self._sets.ended[end]
         ]
         parts.sort(key=lambda part: part[0] - part[1])
         return parts
@@ -276,12 +263,14 @@ class SkylineSearch:
                 end += 1
             after = floors[end] if end < last else _WALL
             if before > level < after:
-                touching = inside & ~self._until[start] & ~self._from[end]
+                touching = inside & ~self._sets.ended[start] & ~self._sets.starting[end]
                 wall = min(before, after)
                 key = (start, end, level, wall, touching)
                 if key in self._valleys:
                     branch = self._valleys[key]
                 else:
+                    if len(self._valleys) >= REMEMBERED_VALLEYS:
+                        self._valleys.clear()
                     branch = self._valleys[key] = self._valley(start, end, level, wall, touching)
                 if branch is None:
                     return None
@@ -294,10 +283,10 @@ class SkylineSearch:
     def _valley(self, start: int, end: int, level: int, wall: int, touching: int) -> _Branch | None:
         """The section of one valley with the fewest possibilities, or None if one has none."""
         best: _Branch | None = None
-        fitting = touching & self._from[start] & self._until[end]
-        sizes = self._size
+        fitting = touching & self._sets.starting[start] & self._sets.ended[end]
+        sizes = self._sets.sizes
         for s in range(start, end):
-            over = self._alive[s] & touching
+            over = self._sets.alive[s] & touching
             here = fitting & over
             slack = self._slacks[s]
             # If nothing rests here, the next buffer over s lies across a wall, or rests on one that stands
@@ -305,9 +294,9 @@ class SkylineSearch:
             raised = wall if over & ~fitting else _WALL
             if slack and here:
                 if beside := fitting & ~over:
-                    raised = min(raised, level + sizes[_lowest(beside)])
+                    raised = min(raised, level + sizes[lowest(beside)])
                 if raised > wall and (beside := touching & ~fitting & ~over):
-                    raised = min(raised, wall + sizes[_lowest(beside)])
+                    raised = min(raised, wall + sizes[lowest(beside)])
             rising = raised - level <= slack
             count = here.bit_count() + rising
             if count == 0:
@@ -318,31 +307,3 @@ class SkylineSearch:
                 best = _Branch(weight, s, here, raised if rising else None)
         assert best is not None, "a valley has sections"
         return best
-
-    def _stacks(self, first: int, last: int, inside: int) -> bool:
-        """Whether in each section the buffers, stacked by their earliest starts, stay below the ceiling."""
-        packed = np.frombuffer(inside.to_bytes(self._set_bytes, "little"), dtype=np.uint8)
-        members = np.unpackbits(packed, bitorder="little").nonzero()[0]
-        floors = np.array([*self._floors[first:last], 0], dtype=np.int64)
-        earliest = np.maximum.reduceat(floors, (self._ends[members] - first).ravel())[::2]
-        order = np.argsort(-earliest, kind="stable")
-        heights = self._sizes[members[order], first:last].cumsum(axis=0)
-        heights += earliest[order, None]
-        worst = int(heights.argmax())
-        if heights.flat[worst] <= self.ceiling:
-            return True
-        self._weights[first + worst % (last - first)] += 1
-        return False
-
-
-def _lowest(members: int) -> int:
-    """The number of the lowest bit that is set: the smallest buffer of the set."""
-    return (members & -members).bit_length() - 1
-
-
-def _bits(members: int) -> Iterator[int]:
-    """The numbers whose bits are set, in rising order."""
-    while members:
-        lowest = members & -members
-        yield lowest.bit_length() - 1
-        members ^= lowest
