@@ -41,7 +41,7 @@ def layer(name: str, tokens: int, chunks: int, *, window: bool, factor: float = 
         tokens: of this rank.
         chunks: the tokens are cut into.
         window: local attention over 4,096 tokens; otherwise causal over all.
-        factor: of all times and of the bytes of O.
+        factor: of its times; shapes are the same for all.
     """
     reach = min(WINDOW, tokens * RANKS) if window else tokens * RANKS / 2
     attention = 4 * tokens * reach * HIDDEN / FLOPS * factor
@@ -53,7 +53,6 @@ def layer(name: str, tokens: int, chunks: int, *, window: bool, factor: float = 
         else causal_attention_seconds(attention, keys, chunks)
     )
     each = tokens // chunks
-    other = int(each * OTHER_ELEMENTS_PER_TOKEN * 2 * factor) // 512 * 512
     return Block(
         name=name,
         forward_seconds=attention + dense,
@@ -72,7 +71,7 @@ def layer(name: str, tokens: int, chunks: int, *, window: bool, factor: float = 
             ),
             TensorClass(
                 name="O",
-                chunk_bytes=other,
+                chunk_bytes=each * OTHER_ELEMENTS_PER_TOKEN * 2,
                 chunks=chunks,
                 recompute_seconds=even_seconds(dense, chunks),
                 needs=("X", "A"),
@@ -139,11 +138,11 @@ def problem(
 
 
 FAMILIES = {
-    "homogeneous": {},
+    "homogeneous": {"host": 60, "cxl": 64, "nvme": 100},
     "window/global 5:1, jitter": {"windows": 5, "jitter": 0.1},
     "tight host tiers, 64K": {"sequence": 65536, "host": 24, "cxl": 16, "nvme": 200, "device": 10},
     "host 30 GiB and NVMe": {"host": 30, "cxl": 1, "device": 12},
     "slow codec, jitter": {"jitter": 0.2, "codec_bytes_per_second": 2e11, "host": 60, "cxl": 60},
-    "126 x 64": {"layers": 126, "chunks": 64, "jitter": 0.05, "host": 150, "cxl": 200, "device": 16},
+    "126 x 64": {"layers": 126, "chunks": 64, "jitter": 0.05, "host": 90, "cxl": 100, "nvme": 200},
 }
 """Arguments of ``problem`` by name: five of 80 x 16, one of 126 x 64."""

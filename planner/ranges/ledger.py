@@ -2,9 +2,9 @@
 
 The device holds, all step long, what is reserved, state that lives there, and the slots: K for swapped
 tensors and as many for fetched parameters, two for gradients that leave, two for state that an update
-streams. In forward and backward of block l it also holds what blocks up to l keep, l's transients, gradients that wait
-there for an update ahead of the next forward (of blocks from l on: the others are not made yet, or used up)
-and, in backward, what l restores.
+streams. In forward and backward of block l it also holds what blocks up to l keep, l's transients, gradients
+that wait there for an update ahead of the next forward (of blocks from l on: the others are not made yet, or
+used up) and, in backward, what l restores.
 
 The staging place holds its share, H slots for activations on their way through, two for state on its way
 through or under the CPU's update, and new parameters that wait for their block's next forward.

@@ -1,0 +1,227 @@
+"""From a program to decisions and a bound: relaxation, dive, windows, and the whole with what time is left.
+
+1. The linear relaxation gives the bound; its vertex has a few fractional counts per block.
+2. The dive rounds block after block and solves the relaxation again after each, so that later blocks make up
+   for what rounding cost earlier ones (relax-and-fix). Where every rounding of a class is infeasible it is
+   left open; a small program over what is open ends the dive. It needs no branch and bound to speak of.
+3. Windows: all blocks but a few neighbouring ones are held at the best decisions, those are solved exactly;
+   over the chain and back.
+4. The whole program, from the best decisions, until the gap is reached or time is up.
+
+Everything found is judged by the simulator in whole bytes; solutions that the solver's tolerances let slip
+over a capacity are dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from memtrain.planner.ranges.formulate import Decisions, Formulated
+from memtrain.planner.ranges.highs import Found, Solver
+from memtrain.planner.ranges.program import build, rounded
+from memtrain.planner.ranges.simulate import step_seconds
+
+OPEN_BLOCKS = 8
+"""Blocks that the dive leaves to its closing program."""
+WINDOW_BLOCKS = 10
+WINDOW_SECONDS = 0.6
+"""A window of ten blocks of three classes and seven actions is solved to 1e-4 in 0.1 to 0.5 s."""
+ROUNDINGS = 4
+"""Tried per class before it is left open."""
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was found and proved."""
+
+    bound_seconds: float = 0.0
+    """No decisions take less; inf when none fit."""
+    decisions: Decisions = ()
+    """The best, empty when none were found."""
+    step_seconds: float = math.inf
+    phases: list[str] = field(default_factory=list)
+    """What each phase reached, for the record."""
+
+
+class Search:
+    """One problem, its best decisions and its bound."""
+
+    def __init__(self, formulated: Formulated, start: Decisions, gap: float, deadline: float) -> None:
+        self.formulated, self.gap, self.deadline = formulated, gap, deadline
+        self.answer = Answer()
+        self.program = build(formulated)
+        self.solver = Solver(self.program)
+        if start:
+            self.offer(start)
+
+    def left(self) -> float:
+        """Seconds until the deadline (monotonic clock)."""
+        return self.deadline - time.monotonic()
+
+    def offer(self, decisions: Decisions) -> None:
+        """Take ``decisions`` if they fit and are better."""
+        if self.formulated.excess(decisions):
+            return
+        seconds = step_seconds(self.formulated, decisions)
+        if seconds < self.answer.step_seconds:
+            self.answer.decisions, self.answer.step_seconds = decisions, seconds
+
+    def done(self) -> bool:
+        """Whether the gap is reached, or time is up."""
+        target = self.answer.step_seconds * (1 - self.gap)
+        return self.answer.bound_seconds >= target or self.left() <= 0
+
+    def prove(self, objective: float) -> None:
+        """A lower bound of the objective is one of the step, but for the tie-break."""
+        bound = objective - self.program.tie_break_seconds if math.isfinite(objective) else objective
+        self.answer.bound_seconds = max(self.answer.bound_seconds, bound)
+
+    def note(self, phase: str) -> None:
+        """Record what a phase has reached."""
+        best, bound = self.answer.step_seconds, self.answer.bound_seconds
+        gap = 1 - bound / best if math.isfinite(best) and best > 0 else math.inf
+        self.answer.phases.append(f"{phase}: gap {gap:.6f}, {self.left():.1f} s left")
+
+    def take(self, found: Found) -> None:
+        """Offer what the solver found."""
+        if found.values:
+            self.offer(rounded(self.formulated, found.values))
+
+    def start(self) -> dict[int, int]:
+        """The best decisions by variable."""
+        if not self.answer.decisions:
+            return {}
+        return dict(zip(self.formulated.form.integers, self.answer.decisions, strict=True))
+
+
+def search(
+    formulated: Formulated, start: Decisions, *, gap: float, seconds: float, whole: bool = True
+) -> Answer:
+    """Decisions and bound.
+
+    Args:
+        formulated: what is decided.
+        start: decisions that fit, or nothing.
+        gap: at which to stop, as a part of the step.
+        seconds: of wall clock; HiGHS looks at its clock between steps of its own and may overrun.
+        whole: whether to end with the whole program.
+    """
+    state = Search(formulated, start, gap, time.monotonic() + seconds)
+    vertex = state.solver.relaxed(state.left())
+    state.prove(vertex.bound)
+    state.note("relaxation")
+    if not vertex.values or state.done():
+        return state.answer
+    _dive(state, vertex.values)
+    state.note("dive")
+    if not state.done():
+        _near(state, vertex.values)
+        state.note("neighbourhood")
+    if not state.done():
+        _windows(state)
+        state.note("windows")
+    if whole and not state.done():
+        state.solver.release()
+        found = state.solver.solve(state.left(), gap / 2, state.start())
+        state.take(found)
+        state.prove(found.bound)
+        state.note(f"whole ({found.status})")
+    return state.answer
+
+
+def _groups(formulated: Formulated) -> list[list[tuple[tuple[int, ...], int]]]:
+    """Per block and class: the variables that add up, and to what."""
+    found = []
+    for block, classes in zip(formulated.problem.blocks, formulated.choices.counts, strict=True):
+        found.append(
+            [
+                (tuple(chosen.values()), tensor.chunks)
+                for tensor, chosen in zip(block.classes, classes, strict=True)
+            ]
+        )
+    return found
+
+
+def _dive(state: Search, vertex: Sequence[float]) -> None:
+    """Round block after block; see the module's description."""
+    solver, values = state.solver, vertex
+    groups = _groups(state.formulated)
+    for block in groups[: max(0, len(groups) - OPEN_BLOCKS)]:
+        for variables, total in block:
+            if state.left() <= 0:
+                return
+            here = [values[v] for v in variables]
+            if all(abs(value - round(value)) < 1e-6 for value in here):
+                solver.hold({v: (round(x), round(x)) for v, x in zip(variables, here, strict=True)})
+                continue
+            for candidate in _roundings(here, total):
+                solver.hold({v: (n, n) for v, n in zip(variables, candidate, strict=True)})
+                found = solver.relaxed(state.left())
+                if found.values:
+                    values = found.values
+                    break
+            else:
+                solver.hold(solver.around(values, variables))
+    state.take(solver.solve(min(2.0, state.left()), state.gap / 2))
+    solver.release()
+
+
+def _roundings(values: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
+    """Integer counts next to ``values`` that add up to ``total``, the nearest first."""
+    floors = [math.floor(v + 1e-6) for v in values]
+    missing = total - sum(floors)
+    takers = sorted(
+        (i for i, v in enumerate(values) if v - floors[i] > 1e-6), key=lambda i: floors[i] - values[i]
+    )
+    for first in range(min(ROUNDINGS, len(takers))):
+        counts = list(floors)
+        for position in range(missing):
+            counts[takers[(first + position) % len(takers)]] += 1
+        yield tuple(counts)
+
+
+def _near(state: Search, vertex: Sequence[float]) -> None:
+    """Every count between floor and ceiling of the relaxation (RENS), for a third of what time is left."""
+    solver = state.solver
+    solver.hold(solver.around(vertex, solver.integers))
+    state.take(solver.solve(state.left() / 3, state.gap / 2))
+    solver.release()
+
+
+def _windows(state: Search) -> None:
+    """Improve the best decisions a few blocks at a time, while it pays and half of the time is left."""
+    solver, deadline = state.solver, state.left() / 2
+    if not state.answer.decisions:
+        return
+    numbers = _block_variables(state.formulated)
+    stride = WINDOW_BLOCKS // 2
+    improved = True
+    while improved:
+        before = state.answer.step_seconds
+        for first in range(0, max(1, len(numbers) - stride), stride):
+            if state.done() or state.left() < deadline:
+                break
+            inside = {v for block in numbers[first : first + WINDOW_BLOCKS] for v in block}
+            start = state.start()
+            solver.release()
+            solver.hold({v: (n, n) for v, n in start.items() if v not in inside})
+            state.take(solver.solve(min(WINDOW_SECONDS, state.left()), state.gap / 10, start))
+        improved = state.answer.step_seconds < before * (1 - 1e-5) and not state.done()
+        improved = improved and state.left() >= deadline
+    solver.release()
+
+
+def _block_variables(formulated: Formulated) -> list[list[int]]:
+    """Integer variables by block."""
+    choices, states = formulated.choices, formulated.states
+    return [
+        [
+            *(v for chosen in classes for v in chosen.values()),
+            *states.updated[index].values(),
+            *states.placed[index].values(),
+        ]
+        for index, classes in enumerate(choices.counts)
+    ]
