@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from memtrain.planner.ranges.formulate import Decisions, Formulated
@@ -49,8 +49,15 @@ class Answer:
 class Search:
     """One problem, its best decisions and its bound."""
 
-    def __init__(self, formulated: Formulated, start: Decisions, gap: float, deadline: float) -> None:
-        self.formulated, self.gap, self.deadline = formulated, gap, deadline
+    def __init__(
+        self,
+        formulated: Formulated,
+        start: Decisions,
+        gap: float,
+        deadline: float,
+        report: Callable[[Answer], None] | None,
+    ) -> None:
+        self.formulated, self.gap, self.deadline, self._report = formulated, gap, deadline, report
         self.answer = Answer()
         self.program = build(formulated)
         self.solver = Solver(self.program)
@@ -80,10 +87,12 @@ class Search:
         self.answer.bound_seconds = max(self.answer.bound_seconds, bound)
 
     def note(self, phase: str) -> None:
-        """Record what a phase has reached."""
+        """Record and report what a phase has reached."""
         best, bound = self.answer.step_seconds, self.answer.bound_seconds
         gap = 1 - bound / best if math.isfinite(best) and best > 0 else math.inf
         self.answer.phases.append(f"{phase}: gap {gap:.6f}, {self.left():.1f} s left")
+        if self._report:
+            self._report(self.answer)
 
     def take(self, found: Found) -> None:
         """Offer what the solver found."""
@@ -98,7 +107,13 @@ class Search:
 
 
 def search(
-    formulated: Formulated, start: Decisions, *, gap: float, seconds: float, whole: bool = True
+    formulated: Formulated,
+    start: Decisions,
+    *,
+    gap: float,
+    seconds: float,
+    whole: bool = True,
+    report: Callable[[Answer], None] | None = None,
 ) -> Answer:
     """Decisions and bound.
 
@@ -108,8 +123,9 @@ def search(
         gap: at which to stop, as a part of the step.
         seconds: of wall clock; HiGHS looks at its clock between steps of its own and may overrun.
         whole: whether to end with the whole program.
+        report: called with the answer so far after every phase.
     """
-    state = Search(formulated, start, gap, time.monotonic() + seconds)
+    state = Search(formulated, start, gap, time.monotonic() + seconds, report)
     vertex = state.solver.relaxed(state.left())
     state.prove(vertex.bound)
     state.note("relaxation")
