@@ -62,7 +62,7 @@ def baselines(formulated: Formulated) -> tuple[Baseline, ...]:
     placements = list(itertools.islice(uniform_states(formulated), MAX_STATE_PLACEMENTS))
     rows = []
     for name, rule in RULES.items():
-        best, decided = math.inf, ()
+        best, decided = math.inf, Decisions()
         for plan in rule(formulated.problem):
             for placement in placements:
                 decisions = formulated.decisions(_counts(formulated, plan) | placement)

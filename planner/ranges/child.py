@@ -1,7 +1,7 @@
 """Runs the search in a process of its own, so that a solver that overruns can be killed.
 
-HiGHS may sit in presolve long past its time limit. The child writes its best answer after every phase, so that
-killing it costs nothing that was found. ``python -m memtrain.planner.ranges.child`` is that child.
+HiGHS may sit in presolve long past its time limit. The child writes its best answer after every phase, so
+that killing it costs nothing that was found. ``python -m memtrain.planner.ranges.child`` is that child.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESERVE_SECONDS = 0.5
 
 
 def search_in_child(
-    problem: Problem, start: Decisions, *, gap: float, seconds: float, whole: bool
+    problem: Problem, start: Decisions | None, *, gap: float, seconds: float, whole: bool
 ) -> Answer | None:
     """What ``search.search`` finds within ``seconds`` of wall clock, the child's start included.
 

@@ -125,7 +125,7 @@ class Choices:
                 yield tensor, action, variable
 
     def _error_row(self) -> None:
-        total = self.problem.saved_bytes
+        total = max(1, self.problem.saved_bytes)
         error = Linear()
         for index in range(len(self.problem.blocks)):
             for tensor, action, variable in self._each(index):

@@ -40,6 +40,11 @@ class Found:
     values: tuple[float, ...]
     """By variable of the formulation; empty when none was found."""
 
+    @property
+    def solved(self) -> bool:
+        """Whether a solution was found."""
+        return math.isfinite(self.objective)
+
 
 class Solver:
     """A program loaded into HiGHS, to be solved in turns: relaxed, with some variables held, as a whole."""

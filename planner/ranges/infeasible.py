@@ -25,7 +25,7 @@ def least_shortage(formulated: Formulated, place: str) -> tuple[int, Decisions] 
     None when no growth of ``place`` helps, or none was found in ``PROGRAM_SECONDS``.
     """
     found = Solver(build(formulated, shortage_of=place)).solve(PROGRAM_SECONDS, SHORTAGE_GAP)
-    if not found.values:
+    if not found.solved:
         return None
     decisions = rounded(formulated, found.values)
     missing = 0

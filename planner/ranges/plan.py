@@ -29,7 +29,7 @@ class Range:
     start: int
     stop: int
     action: str
-    """``keep``, ``slot``, ``recompute``, ``swap:PLACE``, ``compress:CODEC``, ``compress-swap:CODEC:PLACE``."""
+    """As ``choices.Action.label``: ``keep``, ``swap:PLACE``, ``compress-swap:CODEC:PLACE`` ..."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -49,10 +49,10 @@ def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
     byte_scale = max(1.0, formulated.problem.machine.device_capacity_bytes / SCALED_CAPACITY)
     problem = pulp.LpProblem("ranges", pulp.LpMinimize)
     variables = [
-        pulp.LpVariable(f"x{i}", v.low, v.high, cat=pulp.LpInteger if v.integer else pulp.LpContinuous)
+        problem.add_variable(f"x{i}", v.low, v.high, cat=pulp.LpInteger if v.integer else pulp.LpContinuous)
         for i, v in enumerate(form.variables)
     ]
-    step = pulp.LpVariable("step", 0)
+    step = problem.add_variable("step", 0)
     program = Program(problem, variables, step, 0.0, byte_scale)
     relaxed = {
         f"{p.name} on {p.place}" for p in form.positions if shortage_of is not None and p.place == shortage_of
@@ -120,7 +120,7 @@ def _events(program: Program, form: Formulation) -> None:
     ends: list[pulp.LpVariable] = []
     last: dict[str, int] = {}
     for index, job in enumerate(form.jobs):
-        end = pulp.LpVariable(f"e{index}", 0)
+        end = program.problem.add_variable(f"e{index}", 0)
         ends.append(end)
         before = set(job.after)
         if job.resource in last:

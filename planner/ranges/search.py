@@ -40,8 +40,9 @@ class Answer:
     bound_seconds: float = 0.0
     """No decisions take less; inf when none fit."""
     decisions: Decisions = ()
-    """The best, empty when none were found."""
+    """The best."""
     step_seconds: float = math.inf
+    """inf when none were found."""
     phases: list[str] = field(default_factory=list)
     """What each phase reached, for the record."""
 
@@ -52,7 +53,7 @@ class Search:
     def __init__(
         self,
         formulated: Formulated,
-        start: Decisions,
+        start: Decisions | None,
         gap: float,
         deadline: float,
         report: Callable[[Answer], None] | None,
@@ -61,7 +62,7 @@ class Search:
         self.answer = Answer()
         self.program = build(formulated)
         self.solver = Solver(self.program)
-        if start:
+        if start is not None:
             self.offer(start)
 
     def left(self) -> float:
@@ -96,19 +97,19 @@ class Search:
 
     def take(self, found: Found) -> None:
         """Offer what the solver found."""
-        if found.values:
+        if found.solved:
             self.offer(rounded(self.formulated, found.values))
 
     def start(self) -> dict[int, int]:
         """The best decisions by variable."""
-        if not self.answer.decisions:
+        if math.isinf(self.answer.step_seconds):
             return {}
         return dict(zip(self.formulated.form.integers, self.answer.decisions, strict=True))
 
 
 def search(
     formulated: Formulated,
-    start: Decisions,
+    start: Decisions | None,
     *,
     gap: float,
     seconds: float,
@@ -119,7 +120,7 @@ def search(
 
     Args:
         formulated: what is decided.
-        start: decisions that fit, or nothing.
+        start: decisions to begin with, if any are known.
         gap: at which to stop, as a part of the step.
         seconds: of wall clock; HiGHS looks at its clock between steps of its own and may overrun.
         whole: whether to end with the whole program.
@@ -129,7 +130,7 @@ def search(
     vertex = state.solver.relaxed(state.left())
     state.prove(vertex.bound)
     state.note("relaxation")
-    if not vertex.values or state.done():
+    if not vertex.solved or state.done():
         return state.answer
     _dive(state, vertex.values)
     state.note("dive")
@@ -176,7 +177,7 @@ def _dive(state: Search, vertex: Sequence[float]) -> None:
             for candidate in _roundings(here, total):
                 solver.hold({v: (n, n) for v, n in zip(variables, candidate, strict=True)})
                 found = solver.relaxed(state.left())
-                if found.values:
+                if found.solved:
                     values = found.values
                     break
             else:
@@ -210,7 +211,7 @@ def _near(state: Search, vertex: Sequence[float]) -> None:
 def _windows(state: Search) -> None:
     """Improve the best decisions a few blocks at a time, while it pays and half of the time is left."""
     solver, deadline = state.solver, state.left() / 2
-    if not state.answer.decisions:
+    if math.isinf(state.answer.step_seconds):
         return
     numbers = _block_variables(state.formulated)
     stride = WINDOW_BLOCKS // 2

@@ -63,7 +63,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     answer = _search(formulated, best, options, began)
     bound = max(answer.bound_seconds, problem.compute_seconds)
     provenance = {"phases": answer.phases, "seconds": round(time.monotonic() - began, 3)}
-    if not answer.decisions:
+    if math.isinf(answer.step_seconds):
         if math.isinf(answer.bound_seconds):
             return _infeasible(formulated, options, provenance)
         raise _Undecided(
@@ -91,16 +91,15 @@ class _Undecided(RuntimeError):
 def _search(formulated: Formulated, best: Baseline, options: SolveOptions, began: float) -> Answer:
     fallback = Answer(decisions=best.decisions, step_seconds=best.step_seconds)
     least = formulated.problem.compute_seconds
-    if best.decisions and best.step_seconds * (1 - options.gap) <= least:
+    start = best.decisions if math.isfinite(best.step_seconds) else None
+    if best.step_seconds * (1 - options.gap) <= least:
         fallback.phases.append(f"{best.name}: within the gap of the arithmetic")
         return fallback
     left = options.seconds - (time.monotonic() - began)
     if options.isolated:
-        found = search_in_child(
-            formulated.problem, best.decisions, gap=options.gap, seconds=left, whole=options.whole
-        )
+        found = search_in_child(formulated.problem, start, gap=options.gap, seconds=left, whole=options.whole)
         return found or fallback
-    return search(formulated, best.decisions, gap=options.gap, seconds=left, whole=options.whole)
+    return search(formulated, start, gap=options.gap, seconds=left, whole=options.whole)
 
 
 def _infeasible(formulated: Formulated, options: SolveOptions, provenance: dict[str, object]) -> RangePlan:

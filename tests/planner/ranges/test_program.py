@@ -37,7 +37,7 @@ SLOW = settings(
 def optimum(formulated: Formulated) -> float:
     """The step of the program's best decisions, simulated; inf when there are none."""
     found = Solver(build(formulated)).solve(30.0, 0.0)
-    if not found.values:
+    if not found.solved:
         assert found.status == "Infeasible"
         return math.inf
     decisions = rounded(formulated, found.values)
@@ -56,8 +56,8 @@ def tolerance(one: Problem) -> float:
 @given(problems())
 def test_optimum_is_that_of_enumeration(one: Problem) -> None:
     formulated = formulate(one)
-    if sum(1 for _ in itertools.islice(every(formulated), 20_001)) > 20_000:
-        one = dataclasses.replace(one, blocks=one.blocks[:1])
+    while sum(1 for _ in itertools.islice(every(formulated), 3001)) > 3000:
+        one = dataclasses.replace(one, blocks=one.blocks[:-1])
         formulated = formulate(one)
     assert optimum(formulated) == pytest.approx(best_of_all(formulated), abs=tolerance(one))
 
@@ -147,15 +147,13 @@ def test_more_never_costs_time(one: Problem, what: str) -> None:
 
 
 def test_swap_hides_behind_forward_and_backward() -> None:
-    """Three blocks of 60 bytes; 100 bytes hold one slot of 20 and the last block, and one's worth of O.
+    """Three blocks of 60 bytes, 20 of them X and A; a slot and the link's 10 B/s hide 40 bytes a forward.
 
-    With a link of 10 B/s X and A of a block (20 bytes) take 2 s of the 4 s that a forward takes.
+    In 100 bytes the slot takes 40 (A and X or O of a block), the last block 20 beside what lies in its slot, and
+    40 are left for what two blocks keep: nothing is recomputed and nothing waited for.
     """
-    one = problem(3, 1000, place("host", 1000))
+    one = problem(3, 100, place("host", 1000))
     assert optimum(formulate(one)) == pytest.approx(36.0, abs=1e-4)
-    tight = problem(3, 80, place("host", 1000))
-    formulated = formulate(tight)
-    assert optimum(formulated) == pytest.approx(best_of_all(formulated), abs=1e-3)
 
 
 def test_codec_only_within_its_error_budget() -> None:
