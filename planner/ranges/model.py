@@ -46,7 +46,7 @@ class Place:
     hops: tuple[Hop, ...]
     """The way there. One hop is direct; two store and forward through slots of ``Machine.staging``."""
     cpu_bytes_per_second: float = 0.0
-    """How fast the CPU's optimizer goes over bytes that lie here; 0 where it cannot address them."""
+    """Bytes that the CPU's optimizer reads and writes here in a second; 0 where it cannot address them."""
     write_limit_bytes: int | None = None
     """Bytes that may be written here in one step (endurance of flash); None is no limit."""
     compute_seconds_per_byte: float = 0.0

@@ -26,11 +26,13 @@ from memtrain.planner.ranges.simulate import step_seconds
 
 OPEN_BLOCKS = 8
 """Blocks that the dive leaves to its closing program."""
+CLOSING_SECONDS = 1.0
+"""For the program over what a dive leaves open; with eight blocks it takes 0.1 to 0.3 s."""
 WINDOW_BLOCKS = 10
 WINDOW_SECONDS = 0.6
 """A window of ten blocks of three classes and seven actions is solved to 1e-4 in 0.1 to 0.5 s."""
-ROUNDINGS = 4
-"""Tried per class before it is left open."""
+ROUNDINGS = 3
+"""Tried per class; where none is feasible the class is left open."""
 
 
 @dataclass(slots=True)
@@ -132,8 +134,10 @@ def search(
     state.note("relaxation")
     if not vertex.solved or state.done():
         return state.answer
-    _dive(state, vertex.values)
-    state.note("dive")
+    for back in (False, True):
+        if not state.done():
+            _dive(state, vertex, back=back)
+            state.note("dive back" if back else "dive")
     if not state.done():
         _near(state, vertex.values)
         state.note("neighbourhood")
@@ -150,40 +154,48 @@ def search(
 
 
 def _groups(formulated: Formulated) -> list[list[tuple[tuple[int, ...], int]]]:
-    """Per block and class: the variables that add up, and to what."""
+    """Per block the counts that add up, and to what; coarse chunks first: fine ones make up for them."""
     found = []
     for block, classes in zip(formulated.problem.blocks, formulated.choices.counts, strict=True):
-        found.append(
-            [
-                (tuple(chosen.values()), tensor.chunks)
-                for tensor, chosen in zip(block.classes, classes, strict=True)
-            ]
-        )
+        pairs = sorted(zip(block.classes, classes, strict=True), key=lambda pair: -pair[0].chunk_bytes)
+        found.append([(tuple(chosen.values()), tensor.chunks) for tensor, chosen in pairs])
     return found
 
 
-def _dive(state: Search, vertex: Sequence[float]) -> None:
-    """Round block after block; see the module's description."""
-    solver, values = state.solver, vertex
+def _dive(state: Search, vertex: Found, *, back: bool) -> None:
+    """Round block after block, from the first on or ``back`` from the last; see the module's description."""
     groups = _groups(state.formulated)
-    for block in groups[: max(0, len(groups) - OPEN_BLOCKS)]:
+    order = (groups[::-1] if back else groups)[: max(0, len(groups) - OPEN_BLOCKS)]
+    # What rounding one class may cost if all together are to stay within half of the gap.
+    allowance = state.gap * vertex.objective / (2 * max(1, sum(map(len, groups))))
+    now = vertex
+    for block in order:
         for variables, total in block:
             if state.left() <= 0:
+                state.solver.release()
                 return
-            here = [values[v] for v in variables]
-            if all(abs(value - round(value)) < 1e-6 for value in here):
-                solver.hold({v: (round(x), round(x)) for v, x in zip(variables, here, strict=True)})
-                continue
-            for candidate in _roundings(here, total):
-                solver.hold({v: (n, n) for v, n in zip(variables, candidate, strict=True)})
-                found = solver.relaxed(state.left())
-                if found.solved:
-                    values = found.values
-                    break
-            else:
-                solver.hold(solver.around(values, variables))
-    state.take(solver.solve(min(2.0, state.left()), state.gap / 2))
-    solver.release()
+            now = _round(state, now, variables, total, allowance)
+    state.take(state.solver.solve(min(CLOSING_SECONDS, state.left()), state.gap / 2))
+    state.solver.release()
+
+
+def _round(state: Search, now: Found, variables: tuple[int, ...], total: int, allowance: float) -> Found:
+    """Hold one class at the first rounding that is cheap enough, or the cheapest; what is relaxed then."""
+    solver = state.solver
+    here = [now.values[v] for v in variables]
+    best, held = None, solver.around(now.values, variables)
+    for candidate in _roundings(here, total):
+        bounds = {v: (n, n) for v, n in zip(variables, candidate, strict=True)}
+        solver.hold(bounds)
+        if all(abs(value - n) < 1e-6 for value, n in zip(here, candidate, strict=True)):
+            return now
+        found = solver.relaxed(state.left())
+        if found.solved and (best is None or found.objective < best.objective):
+            best, held = found, bounds
+            if found.objective <= now.objective + allowance:
+                return found
+    solver.hold(held)
+    return best or now
 
 
 def _roundings(values: Sequence[float], total: int) -> Iterator[tuple[int, ...]]:
@@ -193,7 +205,7 @@ def _roundings(values: Sequence[float], total: int) -> Iterator[tuple[int, ...]]
     takers = sorted(
         (i for i, v in enumerate(values) if v - floors[i] > 1e-6), key=lambda i: floors[i] - values[i]
     )
-    for first in range(min(ROUNDINGS, len(takers))):
+    for first in range(max(1, min(ROUNDINGS, len(takers)))):
         counts = list(floors)
         for position in range(missing):
             counts[takers[(first + position) % len(takers)]] += 1

@@ -135,11 +135,12 @@ class States:
         return total
 
     def cpu_seconds(self, index: int, *, ahead: bool) -> Linear:
-        """The optimizer's work on the CPU: once over every byte of state, gradient and new parameter."""
+        """The optimizer's work on the CPU: it reads gradients, reads and writes its state, writes parameters."""
         total = Linear()
         for p, variable in self.placed[index].items():
             if p.update.on_cpu and p.update.ahead is ahead:
-                total.add(variable, p.state.piece_bytes / cpu_rate(self.problem, p.place))
+                passes = 2 if p.state.role is Role.OPTIMIZER else 1
+                total.add(variable, passes * p.state.piece_bytes / cpu_rate(self.problem, p.place))
         if not ahead:
             arrived = self.fleeting_gradients(index, on_cpu=True)
             if arrived.terms:

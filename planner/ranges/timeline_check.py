@@ -210,8 +210,9 @@ class _Timeline:
         resource = "cpu" if update.on_cpu else "compute"
         candidates = self._of_phase(name, resource, ahead=ahead)
         everything = defaultdict[str, int](int)
-        for held, _, size in mine:
-            everything[held.place] += size
+        for held, state, size in mine:
+            # An optimizer's state is read and written.
+            everything[held.place] += size * (2 if state.role.value == "optimizer" else 1)
         seconds = self._update_seconds(index, update, everything)
         yield from _sort(self._need(name, resource, seconds, before, candidates=candidates), done)
         if update.on_cpu:
@@ -223,7 +224,7 @@ class _Timeline:
             yield from self._before(done, f"forward {block.name}")
 
     def _update_seconds(self, index: int, update: Update, sizes: Sizes) -> float:
-        """What an update of ``sizes`` bytes of state takes, on the CPU at the speed of each place."""
+        """What an update that goes over ``sizes`` bytes takes, on the CPU at the speed of each place."""
         block = self.problem.blocks[index]
         if not update.on_cpu:
             pieces = dict(self.plan.blocks[index].updates)[update.label]

@@ -147,13 +147,16 @@ def test_more_never_costs_time(one: Problem, what: str) -> None:
 
 
 def test_swap_hides_behind_forward_and_backward() -> None:
-    """Three blocks of 60 bytes, 20 of them X and A; a slot and the link's 10 B/s hide 40 bytes a forward.
+    """Four blocks of 60 bytes and two slots in 160 bytes: the last two blocks take 120, slots included.
 
-    In 100 bytes the slot takes 40 (A and X or O of a block), the last block 20 beside what lies in its slot, and
-    40 are left for what two blocks keep: nothing is recomputed and nothing waited for.
+    The first two keep 40 bytes together and send 40 each, 4 s at 10 B/s: the time of a forward. Their slots are
+    free when forward 2 and 3 begin, and they are back before backward 1 and 0, which take 8 s. With a byte
+    less, a chunk more must be sent or recomputed.
     """
-    one = problem(3, 100, place("host", 1000))
-    assert optimum(formulate(one)) == pytest.approx(36.0, abs=1e-4)
+    one = problem(4, 160, place("host", 1000), slots=2)
+    assert optimum(formulate(one)) == pytest.approx(48.0, abs=1e-3)
+    less = problem(4, 159, place("host", 1000), slots=2)
+    assert optimum(formulate(less)) >= 48.5 - 1e-3
 
 
 def test_codec_only_within_its_error_budget() -> None:

@@ -81,7 +81,7 @@ def test_rules_that_do_not_fit_say_so() -> None:
     assert math.isinf(rows["uniform alpha (MEMO)"])
     # Kept inputs of three blocks and one block's other 50 bytes: 80 in the last backward, 3 times 6 s.
     assert rows["recompute all"] == 54.0
-    # One block of the three may keep its O (40 bytes, 2 s) as well: chunk by chunk, of the first or the second.
+    # A block may keep some of its O (40 bytes, 2 s) as well, chunk by chunk.
     assert rows["greedy (Capuchin)"] < 54.0
 
 
