@@ -1,6 +1,6 @@
 """Plans of other systems' making, as rules over the same decisions: starting points, and rows of an ablation.
 
-- keep all: plain training. Recompute all: full checkpointing, inputs stay on the device.
+- keep all: plain training. Recompute all: full checkpointing.
 - sqrt(n): Chen et al. 2016 store every sqrt(n)-th layer and recompute between. Here every block's input is
   stored; every sqrt(n)-th block keeps all it saves, the others recompute.
 - selective: Megatron-LM's selective recompute, the attention output alone.
@@ -12,7 +12,8 @@
 - rotor: the dynamic program of Beaumont et al. for keep or recompute over a chain, memory in slots, blocks
   whole. Rotor may also drop a block's input and restart from an earlier one; here inputs stay.
 
-Each returns decisions that fit, or nothing. State is placed uniformly (``uniform_states``).
+Recompute all, sqrt(n), selective and rotor are also tried with the blocks' inputs sent to the places.
+Each gives decisions that fit, or nothing. State is placed uniformly (``uniform_states``).
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ Plan = list[list[dict[Action, int]]]
 """Counts by block, class and action."""
 ROTOR_SLOTS = 500
 """Memory steps of the dynamic program, as in rotor's own code; bytes are rounded up to them."""
+MAX_ALPHAS = 16
+SLOT_SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Of a block's bytes, the most that greedy sends through a slot: each share is tried."""
 MAX_STATE_PLACEMENTS = 64
 """Uniform placements of state that are tried; one takes about 10 ms with 80 blocks."""
 
@@ -134,18 +138,53 @@ def _keep_all(problem: Problem) -> Iterator[Plan]:
 
 
 def _recompute_all(problem: Problem) -> Iterator[Plan]:
-    yield _each(problem, lambda index, tensor: _recompute_or_keep(tensor))
+    yield from _with_inputs_out(problem, _each(problem, lambda index, tensor: _recompute_or_keep(tensor)))
 
 
 def _sqrt(problem: Problem) -> Iterator[Plan]:
     stride = math.ceil(math.sqrt(len(problem.blocks)))
-    yield _each(
+    plan = _each(
         problem, lambda index, tensor: KEEP if index % stride == stride - 1 else _recompute_or_keep(tensor)
     )
+    yield from _with_inputs_out(problem, plan)
 
 
 def _selective(problem: Problem) -> Iterator[Plan]:
-    yield _each(problem, lambda index, tensor: RECOMPUTE if _is_attention(tensor) else KEEP)
+    plan = _each(problem, lambda index, tensor: RECOMPUTE if _is_attention(tensor) else KEEP)
+    yield from _with_inputs_out(problem, plan)
+
+
+def _with_inputs_out(problem: Problem, plan: Plan) -> Iterator[Plan]:
+    """The plan, and again with what cannot be recomputed sent to the places, one after the other."""
+    yield plan
+    if not problem.machine.places:
+        return
+    free = {place.name: place.capacity_bytes for place in problem.machine.places}
+    moved: Plan = []
+    for index, (block, chosen) in enumerate(zip(problem.blocks, plan, strict=True)):
+        row = []
+        for tensor, counts in zip(block.classes, chosen, strict=True):
+            if tensor.recompute_seconds:
+                row.append(counts)
+            elif in_slots(problem, index):
+                row.append({SLOT: tensor.chunks})
+            else:
+                spread, left = _spread(tensor, tensor.chunks, free)
+                row.append(spread | ({KEEP: left} if left else {}))
+        moved.append(row)
+    yield moved
+
+
+def _spread(tensor: TensorClass, chunks: int, free: dict[str, int]) -> tuple[dict[Action, int], int]:
+    """Chunks to the first places with room, which is taken from ``free``; and how many are left over."""
+    counts: dict[Action, int] = {}
+    for name, room in free.items():
+        fits = min(chunks, room // tensor.chunk_bytes) if tensor.chunk_bytes else chunks
+        if fits:
+            counts[Action(kind=Kind.SWAP, place=name)] = fits
+            free[name] -= fits * tensor.chunk_bytes
+            chunks -= fits
+    return counts, chunks
 
 
 def _is_attention(tensor: TensorClass) -> bool:
@@ -154,10 +193,10 @@ def _is_attention(tensor: TensorClass) -> bool:
 
 
 def _uniform_alpha(problem: Problem) -> Iterator[Plan]:
-    """Every alpha that is a whole number of chunks, the largest first."""
+    """Alphas in steps of a chunk, or of a 16th where chunks are finer, the largest first."""
     if not problem.machine.places:
         return
-    most = max((t.chunks for b in problem.blocks for t in b.classes), default=1)
+    most = min(MAX_ALPHAS, max((t.chunks for b in problem.blocks for t in b.classes), default=1))
     for share in range(most, -1, -1):
         plan = _with_alpha(problem, share / most)
         if plan:
@@ -175,31 +214,28 @@ def _with_alpha(problem: Problem, alpha: float) -> Plan:
         for tensor in block.classes:
             always = not tensor.recompute_seconds or _is_attention(tensor)
             leaves = tensor.chunks if always else math.floor(alpha * tensor.chunks + 1e-9)
-            counts: dict[Action, int] = {RECOMPUTE: tensor.chunks - leaves} if leaves < tensor.chunks else {}
-            for name, room in free.items():
-                fits = min(leaves, room // tensor.chunk_bytes) if tensor.chunk_bytes else leaves
-                if fits:
-                    counts[Action(kind=Kind.SWAP, place=name)] = fits
-                    free[name] -= fits * tensor.chunk_bytes
-                    leaves -= fits
-            if leaves:
+            again: dict[Action, int] = {RECOMPUTE: tensor.chunks - leaves} if leaves < tensor.chunks else {}
+            counts, left = _spread(tensor, leaves, free)
+            if left:
                 return []
-            row.append(counts)
+            row.append(again | counts)
         plan.append(row)
     return plan
 
 
 def _greedy(problem: Problem) -> Iterator[Plan]:
-    plan = _Greedy(problem).run()
-    if plan:
-        yield plan
+    for share in SLOT_SHARES:
+        plan = _Greedy(problem, share).run()
+        if plan:
+            yield plan
 
 
 class _Greedy:
     """Chunks leave their place on the device one by one, the cheapest per byte first."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, slot_share: float) -> None:
         self.problem = problem
+        self.limit = slot_share * max(sum(t.total_bytes for t in b.classes) for b in problem.blocks)
         self.plan = _each(problem, lambda index, tensor: KEEP)
         self.kept = [sum(t.total_bytes for t in b.classes) for b in problem.blocks]
         self.restored = [0] * len(self.kept)
@@ -217,8 +253,8 @@ class _Greedy:
                         heap.append((self._cost(index, tensor, action), index, k, rank, action))
         heapq.heapify(heap)
         later: list[tuple[float, int, int, int, Action]] = []
-        reached = 0
-        while (first := self._overfull()) is not None:
+        reached, first = 0, self._overfull()
+        while first is not None:
             if first > reached:
                 # What stands behind the first overfull position could not help it, and may help this one.
                 for entry in later:
@@ -230,15 +266,12 @@ class _Greedy:
             tensor, counts = self.problem.blocks[index].classes[k], self.plan[index][k]
             if index > first:
                 later.append((cost, index, k, rank, action))
-                continue
-            if not counts.get(KEEP) or not self._room(tensor, action):
-                continue
-            now = self._cost(index, tensor, action)
-            if now > cost + 1e-15:
+            elif counts.get(KEEP) and self._room(index, tensor, action):
+                now = self._cost(index, tensor, action)
+                if now <= cost + 1e-15:
+                    self._move(index, tensor, counts, action)
+                    first, now = self._overfull(), self._cost(index, tensor, action)
                 heapq.heappush(heap, (now, index, k, rank, action))
-                continue
-            self._move(index, tensor, counts, action)
-            heapq.heappush(heap, (self._cost(index, tensor, action), index, k, rank, action))
         return self.plan
 
     def _overfull(self) -> int | None:
@@ -254,8 +287,11 @@ class _Greedy:
                 return index
         return None
 
-    def _room(self, tensor: TensorClass, action: Action) -> bool:
-        return not action.place or self.free[action.place] >= tensor.chunk_bytes
+    def _room(self, index: int, tensor: TensorClass, action: Action) -> bool:
+        if action.kind is Kind.RECOMPUTE:
+            return True
+        slot = self.slot[index] + tensor.chunk_bytes <= self.limit
+        return slot and (not action.place or self.free[action.place] >= tensor.chunk_bytes)
 
     def _cost(self, index: int, tensor: TensorClass, action: Action) -> float:
         """Seconds per byte of the next chunk."""
@@ -291,29 +327,45 @@ def _transfer_seconds(place: Place, size: int) -> float:
 
 
 def _rotor(problem: Problem) -> Iterator[Plan]:
-    """Least recompute time with every block kept or recomputed whole, inputs kept."""
+    """Least recompute time with every block kept or recomputed whole; inputs stay, or all leave."""
+    for inputs_stay in (True, False):
+        chosen = _least_recompute(problem, inputs_stay=inputs_stay)
+        if chosen is None:
+            continue
+        keeps = list(chosen)
+        plan = _each(
+            problem, lambda index, tensor, keeps=keeps: KEEP if keeps[index] else _recompute_or_keep(tensor)
+        )
+        stays, *out = _with_inputs_out(problem, plan)
+        yield from [stays] if inputs_stay else out
+
+
+def _least_recompute(problem: Problem, *, inputs_stay: bool) -> tuple[bool, ...] | None:
+    """Which blocks keep everything; None when no choice fits."""
     capacity = problem.machine.device_capacity_bytes - problem.reserved_bytes
+    if not inputs_stay:
+        inputs = [sum(t.total_bytes for t in b.classes if not t.recompute_seconds) for b in problem.blocks]
+        capacity -= problem.machine.slots * max(inputs)
     step = max(1, -(-capacity // ROTOR_SLOTS))
-    # By slots of memory kept so far: (seconds, choices). Fewer slots and less time dominate.
+    # By slots of memory kept so far: (seconds, choices).
     found: dict[int, tuple[float, tuple[bool, ...]]] = {0: (0.0, ())}
     for block in problem.blocks:
         again = sum(math.fsum(t.recompute_seconds) for t in block.classes)
-        whole = sum(t.total_bytes for t in block.classes)
-        light = sum(t.total_bytes for t in block.classes if not t.recompute_seconds)
+        heavy = sum(t.total_bytes for t in block.classes if t.recompute_seconds)
+        light = sum(t.total_bytes for t in block.classes if not t.recompute_seconds) * inputs_stay
         after: dict[int, tuple[float, tuple[bool, ...]]] = {}
         for slots, (seconds, chosen) in found.items():
-            for keeps, kept, restored, cost in ((True, whole, 0, 0.0), (False, light, whole - light, again)):
-                total = slots + -(-kept // step)
+            for keeps in (True, False):
+                total = slots - (-(light + heavy * keeps) // step)
+                restored = 0 if keeps else heavy
                 transient = max(block.forward_transient_bytes, block.backward_transient_bytes + restored)
                 if total * step + transient > capacity:
                     continue
-                offer = (seconds + cost, (*chosen, keeps))
+                offer = (seconds + (0.0 if keeps else again), (*chosen, keeps))
                 if total not in after or offer[0] < after[total][0]:
                     after[total] = offer
         found = after
-    if found:
-        _, chosen = min(found.values())
-        yield _each(problem, lambda index, tensor: KEEP if chosen[index] else _recompute_or_keep(tensor))
+    return min(found.values())[1] if found else None
 
 
 RULES: dict[str, Callable[[Problem], Iterator[Plan]]] = {

@@ -135,7 +135,7 @@ class States:
         return total
 
     def cpu_seconds(self, index: int, *, ahead: bool) -> Linear:
-        """The optimizer's work on the CPU: it reads gradients, reads and writes its state, writes parameters."""
+        """The optimizer on the CPU: it reads gradients, reads and writes its state, writes parameters."""
         total = Linear()
         for p, variable in self.placed[index].items():
             if p.update.on_cpu and p.update.ahead is ahead:

@@ -149,9 +149,9 @@ def test_more_never_costs_time(one: Problem, what: str) -> None:
 def test_swap_hides_behind_forward_and_backward() -> None:
     """Four blocks of 60 bytes and two slots in 160 bytes: the last two blocks take 120, slots included.
 
-    The first two keep 40 bytes together and send 40 each, 4 s at 10 B/s: the time of a forward. Their slots are
-    free when forward 2 and 3 begin, and they are back before backward 1 and 0, which take 8 s. With a byte
-    less, a chunk more must be sent or recomputed.
+    The first two keep 40 bytes together and send 40 each, 4 s at 10 B/s: the time of a forward. Their slots
+    are free when forward 2 and 3 begin, and they are back before backward 1 and 0, which take 8 s. With a
+    byte less, a chunk more must be sent or recomputed.
     """
     one = problem(4, 160, place("host", 1000), slots=2)
     assert optimum(formulate(one)) == pytest.approx(48.0, abs=1e-3)

@@ -71,8 +71,8 @@ def test_store_and_forward_through_staging() -> None:
     found = ends(formulated, decisions)
     assert found["write layers.0", "write:pcie"] == (4.0, 5.0)
     assert found["write layers.0", "write:nvme"] == (5.0, 10.0)
-    # Forward of block 1 waited for the slot until 5. The far read starts as soon as all is written, the near one
-    # when backward of block 1 has left the slot: 9 + 8 s.
+    # Forward of block 1 waited for the slot until 5. The far read starts as soon as all is written, the near
+    # one when backward of block 1 has left the slot: 9 + 8 s.
     assert found["read layers.0", "read:nvme"] == (10.0, 12.0)
     assert found["read layers.0", "read:pcie"] == (17.0, 18.0)
     assert found["backward layers.0", "compute"] == (18.0, 26.0)

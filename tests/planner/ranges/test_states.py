@@ -43,10 +43,10 @@ def cxl_problem() -> Problem:
     """Four blocks of 8 bytes of parameters and 24 of optimizer state; the device has room for slots only.
 
     DRAM, where the CPU's optimizer moves 24 B/s, holds the optimizer's 96 bytes, two gradient slots' 16 bytes
-    beside it, and no more. Two CXL devices of 100 bytes take parameters at 2 B/s each: a block's 8 bytes need
-    4 s from one, 2 s from both, and forward takes 2 s. The CPU moves 6 B/s there: a block's update takes
-    48/24 + 8/24 + 8/6 = 3.7 s with its optimizer state in DRAM, less than a backward, and 4.7 s with 8 bytes of
-    it in CXL and the parameters in DRAM.
+    beside it, and no more. Two CXL devices of 100 bytes take parameters at 3 B/s each: a block's 8 bytes need
+    2.7 s from one, 1.3 s from both, and forward takes 2 s. The CPU moves 3 B/s there: a block's update takes
+    48/24 + 8/24 + 8/3 = 5.0 s with its optimizer state in DRAM, and 7.3 s with 8 bytes of it in CXL and the
+    parameters in DRAM.
     """
     where = ("host", "cxl0", "cxl1")
     classes = states(where, where, where, pieces=4, sizes=(8, 8, 24))
@@ -58,8 +58,8 @@ def cxl_problem() -> Problem:
         4,
         32,
         place("host", 112, hop("pcie", 100.0), cpu_bytes_per_second=24.0),
-        place("cxl0", 100, hop("cxl0", 2.0), cpu_bytes_per_second=6.0),
-        place("cxl1", 100, hop("cxl1", 2.0), cpu_bytes_per_second=6.0),
+        place("cxl0", 100, hop("cxl0", 3.0), cpu_bytes_per_second=3.0),
+        place("cxl1", 100, hop("cxl1", 3.0), cpu_bytes_per_second=3.0),
         blocks=blocks,
         slots=2,
         staging="host",
