@@ -23,6 +23,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from memtrain.planner.ranges.choices import (
     KEEP,
@@ -332,12 +333,13 @@ def _rotor(problem: Problem) -> Iterator[Plan]:
         chosen = _least_recompute(problem, inputs_stay=inputs_stay)
         if chosen is None:
             continue
-        keeps = list(chosen)
-        plan = _each(
-            problem, lambda index, tensor, keeps=keeps: KEEP if keeps[index] else _recompute_or_keep(tensor)
-        )
+        plan = _each(problem, partial(_keep_or_recompute, chosen))
         stays, *out = _with_inputs_out(problem, plan)
         yield from [stays] if inputs_stay else out
+
+
+def _keep_or_recompute(keeps: tuple[bool, ...], index: int, tensor: TensorClass) -> Action:
+    return KEEP if keeps[index] else _recompute_or_keep(tensor)
 
 
 def _least_recompute(problem: Problem, *, inputs_stay: bool) -> tuple[bool, ...] | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import highspy
 import numpy as np
 import pulp
 
@@ -20,6 +21,8 @@ THREADS = 1
 """More threads make the search depend on their timing; the second core is the caller's."""
 BOUND_TOLERANCE = 1e-6
 """HiGHS proves within its tolerances: this part of a bound is given away."""
+FEASIBILITY_TOLERANCE = 1e-6
+"""HiGHS's own, of a row of a mixed-integer program."""
 FEASIBLE = 2
 """``kSolutionStatusFeasible``."""
 
@@ -64,6 +67,7 @@ class Solver:
             if v.cat == pulp.LpInteger and column is not None
         )
         """Integer variables that have a column."""
+        self._lowered: dict[str, float] = {}
 
     def relaxed(self, seconds: float) -> Found:
         """The linear relaxation, within the bounds that are set."""
@@ -106,6 +110,13 @@ class Solver:
         low = np.array([b[0] for _, b in pairs], dtype=np.float64)
         high = np.array([b[1] for _, b in pairs], dtype=np.float64)
         self._highs.changeColsBounds(len(columns), columns, low, high)
+
+    def tighten(self, name: str, size_bytes: float) -> None:
+        """Lower the limit of a row of bytes by as much, and by what the solver's tolerance hides."""
+        row = self.program.limits[name]
+        lowered = size_bytes / self.program.byte_scale + 2 * FEASIBILITY_TOLERANCE
+        self._lowered[name] = self._lowered.get(name, 0.0) + lowered
+        self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb() - self._lowered[name])
 
     def release(self) -> None:
         """Give all integer variables their own bounds back."""

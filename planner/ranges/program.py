@@ -11,7 +11,7 @@ bytes by the simulator, never believed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pulp
 
@@ -35,6 +35,8 @@ class Program:
     """Upper bound of what the bytes moved add to the objective."""
     byte_scale: float
     """Bytes per unit of the solver's byte variables."""
+    limits: dict[str, pulp.LpConstraint] = field(default_factory=dict)
+    """Rows of bytes by their name in the formulation."""
 
 
 def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
@@ -97,7 +99,10 @@ def _rows(program: Program, form: Formulation, relaxed: set[str]) -> None:
         if row.name in relaxed:
             left = left - program.step
         limit = row.limit * factor
-        program.problem.addConstraint(left == limit if row.equal else left <= limit)
+        constraint = left == limit if row.equal else left <= limit
+        program.problem.addConstraint(constraint)
+        if row.name and row.unit is Unit.BYTES:
+            program.limits[row.name] = constraint
 
     for item in form.derived:
         if isinstance(item, Sum):

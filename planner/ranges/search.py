@@ -8,8 +8,8 @@
    over the chain and back.
 4. The whole program, from the best decisions, until the gap is reached or time is up.
 
-Everything found is judged by the simulator in whole bytes; solutions that the solver's tolerances let slip
-over a capacity are dropped.
+Everything found is judged by the simulator in whole bytes; where the solver's tolerances
+let a solution slip over a limit, the limit is lowered by as much for what is tried next.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class Search:
     ) -> None:
         self.formulated, self.gap, self.deadline, self._report = formulated, gap, deadline, report
         self.answer = Answer()
+        self.tightened = False
         self.program = build(formulated)
         self.solver = Solver(self.program)
         if start is not None:
@@ -100,9 +101,18 @@ class Search:
             self._report(self.answer)
 
     def take(self, found: Found) -> None:
-        """Offer what the solver found."""
-        if found.solved:
-            self.offer(rounded(self.formulated, found.values))
+        """Offer what the solver found; where its tolerances let it slip over a limit, lower that limit.
+
+        What is found from then on is rightly no bound of the problem, and not taken for one.
+        """
+        if not found.solved:
+            return
+        decisions = rounded(self.formulated, found.values)
+        for name, over in self.formulated.excess(decisions).items():
+            if name in self.program.limits:
+                self.solver.tighten(name, over)
+                self.tightened = True
+        self.offer(decisions)
 
     def start(self) -> dict[int, int]:
         """The best decisions by variable."""
@@ -149,8 +159,9 @@ def search(
     if whole and not state.done():
         state.solver.release()
         found = state.solver.solve(state.left(), gap / 2, state.start())
+        if not state.tightened:
+            state.prove(found.bound)
         state.take(found)
-        state.prove(found.bound)
         state.note(f"whole ({found.status})")
     return state.answer
 

@@ -45,6 +45,10 @@ class SolveOptions:
             raise ValueError(f"seconds must be finite and > 0, got {self.seconds}")
 
 
+class Undecided(RuntimeError):
+    """Neither a plan nor a proof that there is none."""
+
+
 def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     """The fastest plan found that fits, and a lower bound on what any plan can reach.
 
@@ -53,6 +57,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
 
     Raises:
         ValueError: the problem contradicts itself (see ``formulate.formulate``).
+        Undecided: time was up before a plan was found or ruled out.
         RuntimeError: the solver's process failed.
     """
     options = options or SolveOptions()
@@ -66,7 +71,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     if math.isinf(answer.step_seconds):
         if math.isinf(answer.bound_seconds):
             return _infeasible(formulated, options, provenance)
-        raise _Undecided(
+        raise Undecided(
             f"no plan was found and none was ruled out in {options.seconds} s; give the solver more time"
         )
     step = answer.step_seconds
@@ -82,10 +87,6 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
         solver=found,
         provenance=provenance,
     )
-
-
-class _Undecided(RuntimeError):
-    """Neither a plan nor a proof that there is none."""
 
 
 def _search(formulated: Formulated, best: Baseline, options: SolveOptions, began: float) -> Answer:
