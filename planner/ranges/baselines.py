@@ -10,7 +10,7 @@
 - greedy: Capuchin's order (ASPLOS'20): least time per byte saved first, chunk by chunk, where a transfer
   costs what does not hide behind its block's forward.
 - rotor: the dynamic program of Beaumont et al. for keep or recompute over a chain, memory in slots, blocks
-  whole. Rotor may also drop a block's input and restart from an earlier one; here inputs stay.
+  whole (``rotor``).
 
 Recompute all, sqrt(n), selective and rotor are also tried with the blocks' inputs sent to the places.
 Each gives decisions that fit, or nothing. State is placed uniformly (``uniform_states``).
@@ -18,9 +18,9 @@ Each gives decisions that fit, or nothing. State is placed uniformly (``uniform_
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,24 +31,23 @@ from memtrain.planner.ranges.choices import (
     SLOT,
     Action,
     Kind,
-    actions,
     in_slots,
-    stored_bytes,
 )
 from memtrain.planner.ranges.formulate import Decisions, Formulated
-from memtrain.planner.ranges.model import Place, Problem, TensorClass
+from memtrain.planner.ranges.greedy import Greedy, Plan
+from memtrain.planner.ranges.model import Problem, TensorClass
+from memtrain.planner.ranges.rotor import least_recompute
 from memtrain.planner.ranges.simulate import step_seconds
 from memtrain.planner.ranges.states import open_places
 
-Plan = list[list[dict[Action, int]]]
-"""Counts by block, class and action."""
-ROTOR_SLOTS = 500
-"""Memory steps of the dynamic program, as in rotor's own code; bytes are rounded up to them."""
 MAX_ALPHAS = 16
+"""Values of alpha above 0 that are tried."""
 SLOT_SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of a block's bytes, the most that greedy sends through a slot: each share is tried."""
 MAX_STATE_PLACEMENTS = 64
-"""Uniform placements of state that are tried; one takes about 10 ms with 80 blocks."""
+"""Uniform placements of state that are looked at; one takes about 10 ms with 80 blocks."""
+BEST_STATE_PLACEMENTS = 4
+"""Of these, what every rule is tried with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,22 +61,40 @@ class Baseline:
     """inf where nothing fits."""
 
 
-def baselines(formulated: Formulated) -> tuple[Baseline, ...]:
-    """Every rule, through the same simulator and the same rows."""
-    placements = list(itertools.islice(uniform_states(formulated), MAX_STATE_PLACEMENTS))
+def baselines(formulated: Formulated, *, deadline: float = math.inf) -> tuple[Baseline, ...]:
+    """Every rule, through the same simulator and the same rows; ``deadline`` (monotonic) cuts them short."""
+    placements = _placements(formulated)
     rows = []
     for name, rule in RULES.items():
         best, decided = math.inf, Decisions()
         for plan in rule(formulated.problem):
             for placement in placements:
-                decisions = formulated.decisions(_counts(formulated, plan) | placement)
-                if formulated.excess(decisions):
-                    continue
-                seconds = step_seconds(formulated, decisions)
+                if time.monotonic() > deadline:
+                    break
+                decisions, seconds = _judge(formulated, plan, placement)
                 if seconds < best:
                     best, decided = seconds, decisions
         rows.append(Baseline(name=name, decisions=decided, step_seconds=best))
     return tuple(rows)
+
+
+def _judge(formulated: Formulated, plan: Plan, placement: dict[int, int]) -> tuple[Decisions, float]:
+    """The decisions and their step, inf where they do not fit."""
+    decisions = formulated.decisions(_counts(formulated, plan) | placement)
+    if formulated.excess(decisions):
+        return decisions, math.inf
+    return decisions, step_seconds(formulated, decisions)
+
+
+def _placements(formulated: Formulated) -> list[dict[int, int]]:
+    """The uniform placements of state that are fastest where activations need the least."""
+    found = list(itertools.islice(uniform_states(formulated), MAX_STATE_PLACEMENTS))
+    if len(found) <= BEST_STATE_PLACEMENTS:
+        return found
+    *_, light = _recompute_all(formulated.problem)
+    return sorted(found, key=lambda placement: _judge(formulated, light, placement)[1])[
+        :BEST_STATE_PLACEMENTS
+    ]
 
 
 def uniform_states(formulated: Formulated) -> Iterator[dict[int, int]]:
@@ -226,111 +243,15 @@ def _with_alpha(problem: Problem, alpha: float) -> Plan:
 
 def _greedy(problem: Problem) -> Iterator[Plan]:
     for share in SLOT_SHARES:
-        plan = _Greedy(problem, share).run()
+        plan = Greedy(problem, share).run()
         if plan:
             yield plan
-
-
-class _Greedy:
-    """Chunks leave their place on the device one by one, the cheapest per byte first."""
-
-    def __init__(self, problem: Problem, slot_share: float) -> None:
-        self.problem = problem
-        self.limit = slot_share * max(sum(t.total_bytes for t in b.classes) for b in problem.blocks)
-        self.plan = _each(problem, lambda index, tensor: KEEP)
-        self.kept = [sum(t.total_bytes for t in b.classes) for b in problem.blocks]
-        self.restored = [0] * len(self.kept)
-        self.slot = [0] * len(self.kept)
-        self.queue: list[float] = [0.0] * len(self.kept)
-        self.free = {p.name: p.capacity_bytes for p in problem.machine.places}
-
-    def run(self) -> Plan:
-        """The plan as soon as the device suffices; empty when nothing is left to move."""
-        heap: list[tuple[float, int, int, int, Action]] = []
-        for index, block in enumerate(self.problem.blocks):
-            for k, tensor in enumerate(block.classes):
-                for rank, action in enumerate(actions(self.problem, index, tensor)):
-                    if action != KEEP and not action.codec and tensor.chunk_bytes:
-                        heap.append((self._cost(index, tensor, action), index, k, rank, action))
-        heapq.heapify(heap)
-        later: list[tuple[float, int, int, int, Action]] = []
-        reached, first = 0, self._overfull()
-        while first is not None:
-            if first > reached:
-                # What stands behind the first overfull position could not help it, and may help this one.
-                for entry in later:
-                    heapq.heappush(heap, entry)
-                later, reached = [], first
-            if not heap:
-                return []
-            cost, index, k, rank, action = heapq.heappop(heap)
-            tensor, counts = self.problem.blocks[index].classes[k], self.plan[index][k]
-            if index > first:
-                later.append((cost, index, k, rank, action))
-            elif counts.get(KEEP) and self._room(index, tensor, action):
-                now = self._cost(index, tensor, action)
-                if now <= cost + 1e-15:
-                    self._move(index, tensor, counts, action)
-                    first, now = self._overfull(), self._cost(index, tensor, action)
-                heapq.heappush(heap, (now, index, k, rank, action))
-        return self.plan
-
-    def _overfull(self) -> int | None:
-        """The first block at whose forward or backward the device is too small."""
-        problem, total = self.problem, self.problem.reserved_bytes
-        total += problem.machine.slots * max(self.slot)
-        for index, block in enumerate(problem.blocks):
-            total += self.kept[index]
-            transient = max(
-                block.forward_transient_bytes, block.backward_transient_bytes + self.restored[index]
-            )
-            if total + transient > problem.machine.device_capacity_bytes:
-                return index
-        return None
-
-    def _room(self, index: int, tensor: TensorClass, action: Action) -> bool:
-        if action.kind is Kind.RECOMPUTE:
-            return True
-        slot = self.slot[index] + tensor.chunk_bytes <= self.limit
-        return slot and (not action.place or self.free[action.place] >= tensor.chunk_bytes)
-
-    def _cost(self, index: int, tensor: TensorClass, action: Action) -> float:
-        """Seconds per byte of the next chunk."""
-        if action.kind is Kind.SLOT:
-            return 0.0
-        if action.kind is Kind.RECOMPUTE:
-            # Chunks before the next one are recomputed already.
-            k = self.problem.blocks[index].classes.index(tensor)
-            done = self.plan[index][k].get(RECOMPUTE, 0)
-            return tensor.recompute_seconds[min(done, tensor.chunks - 1)] / tensor.chunk_bytes
-        took = _transfer_seconds(self.problem.machine.place(action.place), tensor.chunk_bytes)
-        window = self.problem.blocks[index].forward_seconds
-        exposed = max(0.0, self.queue[index] + took - window) - max(0.0, self.queue[index] - window)
-        return exposed / tensor.chunk_bytes
-
-    def _move(self, index: int, tensor: TensorClass, counts: dict[Action, int], action: Action) -> None:
-        counts[KEEP] -= 1
-        counts[action] = counts.get(action, 0) + 1
-        self.kept[index] -= tensor.chunk_bytes
-        if action.kind is Kind.RECOMPUTE:
-            self.restored[index] += tensor.chunk_bytes
-            return
-        self.slot[index] += stored_bytes(self.problem, tensor, action)
-        if action.place:
-            self.free[action.place] -= tensor.chunk_bytes
-            place = self.problem.machine.place(action.place)
-            self.queue[index] += _transfer_seconds(place, tensor.chunk_bytes)
-
-
-def _transfer_seconds(place: Place, size: int) -> float:
-    """Of the slowest copy on the way out."""
-    return size / min(hop.write_bytes_per_second for hop in place.hops)
 
 
 def _rotor(problem: Problem) -> Iterator[Plan]:
     """Least recompute time with every block kept or recomputed whole; inputs stay, or all leave."""
     for inputs_stay in (True, False):
-        chosen = _least_recompute(problem, inputs_stay=inputs_stay)
+        chosen = least_recompute(problem, inputs_stay=inputs_stay)
         if chosen is None:
             continue
         plan = _each(problem, partial(_keep_or_recompute, chosen))
@@ -340,34 +261,6 @@ def _rotor(problem: Problem) -> Iterator[Plan]:
 
 def _keep_or_recompute(keeps: tuple[bool, ...], index: int, tensor: TensorClass) -> Action:
     return KEEP if keeps[index] else _recompute_or_keep(tensor)
-
-
-def _least_recompute(problem: Problem, *, inputs_stay: bool) -> tuple[bool, ...] | None:
-    """Which blocks keep everything; None when no choice fits."""
-    capacity = problem.machine.device_capacity_bytes - problem.reserved_bytes
-    if not inputs_stay:
-        inputs = [sum(t.total_bytes for t in b.classes if not t.recompute_seconds) for b in problem.blocks]
-        capacity -= problem.machine.slots * max(inputs)
-    step = max(1, -(-capacity // ROTOR_SLOTS))
-    # By slots of memory kept so far: (seconds, choices).
-    found: dict[int, tuple[float, tuple[bool, ...]]] = {0: (0.0, ())}
-    for block in problem.blocks:
-        again = sum(math.fsum(t.recompute_seconds) for t in block.classes)
-        heavy = sum(t.total_bytes for t in block.classes if t.recompute_seconds)
-        light = sum(t.total_bytes for t in block.classes if not t.recompute_seconds) * inputs_stay
-        after: dict[int, tuple[float, tuple[bool, ...]]] = {}
-        for slots, (seconds, chosen) in found.items():
-            for keeps in (True, False):
-                total = slots - (-(light + heavy * keeps) // step)
-                restored = 0 if keeps else heavy
-                transient = max(block.forward_transient_bytes, block.backward_transient_bytes + restored)
-                if total * step + transient > capacity:
-                    continue
-                offer = (seconds + (0.0 if keeps else again), (*chosen, keeps))
-                if total not in after or offer[0] < after[total][0]:
-                    after[total] = offer
-        found = after
-    return min(found.values())[1] if found else None
 
 
 RULES: dict[str, Callable[[Problem], Iterator[Plan]]] = {

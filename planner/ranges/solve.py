@@ -18,6 +18,8 @@ from memtrain.planner.ranges.model import DEVICE, Codec, Problem
 from memtrain.planner.ranges.plan import RangePlan, make_plan
 from memtrain.planner.ranges.search import Answer, search
 
+RULES_SHARE = 0.3
+"""Of the time, the most that the rules may take; with 80 blocks without state they take half a second."""
 EXPLAIN_SECONDS = 20.0
 """For the relaxations of a problem in which nothing fits."""
 
@@ -63,7 +65,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     options = options or SolveOptions()
     began = time.monotonic()
     formulated = formulate(problem)
-    rules = baselines(formulated)
+    rules = baselines(formulated, deadline=began + RULES_SHARE * options.seconds)
     best = min(rules, key=lambda rule: rule.step_seconds)
     answer = _search(formulated, best, options, began)
     bound = max(answer.bound_seconds, problem.compute_seconds)

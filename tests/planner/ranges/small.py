@@ -207,3 +207,39 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
         codecs=draw(st.sampled_from([(), (INT8,)])) if chosen[:1] == places[:1] else (),
         error_budget=draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
+
+
+def with_state_anywhere(rate: float = 3.0, seconds: float = 1.0) -> Problem:
+    """Two blocks whose parameters, gradients and optimizer state may lie in any of four places."""
+    anywhere = (DEVICE, "host", "cxl", "nvme")
+    held = states(anywhere, anywhere, anywhere)
+    pcie = hop("pcie", rate, 5.0)
+    return problem(
+        2,
+        1000,
+        place("host", 1000, pcie, cpu_bytes_per_second=7.0),
+        place("cxl", 1000, hop("cxl", 2.0), cpu_bytes_per_second=2.0),
+        place("nvme", 1000, pcie, hop("nvme", 3.0, 4.0)),
+        blocks=tuple(
+            block(i, states=held, classes=tensors()[:1], device_update_seconds=seconds) for i in range(2)
+        ),
+        staging="host",
+    )
+
+
+def some_state(formulated: Formulated, number: int) -> Decisions:
+    """One of the placements of ``with_state_anywhere``, by number; block 0 sends its input to the host."""
+    counts: dict[int, int] = {}
+    for index in range(2):
+        updates = list(formulated.states.updated[index].items())
+        way, variable = updates[(number + index) % len(updates)]
+        counts[variable] = 1
+        by_class: dict[str, list[int]] = {}
+        for placement, placed in formulated.states.placed[index].items():
+            if placement.update == way:
+                by_class.setdefault(placement.state.name, []).append(placed)
+        for position, group in enumerate(by_class.values()):
+            counts[group[(number // 7 ** (position + 3 * index + 1)) % len(group)]] = 1
+        chosen = {a.label: v for a, v in formulated.choices.counts[index][0].items()}
+        counts[chosen["swap:host" if index == 0 else "keep"]] = 2
+    return formulated.decisions(counts)

@@ -16,7 +16,16 @@ from memtrain.planner.ranges.choices import KEEP, RECOMPUTE, SLOT
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan, make_plan
-from tests.planner.ranges.small import INT8, block, every, hop, place, problem, problems, states
+from tests.planner.ranges.small import (
+    INT8,
+    every,
+    hop,
+    place,
+    problem,
+    problems,
+    some_state,
+    with_state_anywhere,
+)
 from tests.planner.ranges.test_simulate import HOST, NVME, decide
 
 
@@ -46,36 +55,9 @@ def test_nothing_to_say_about_what_the_simulator_makes(one: Problem, number: int
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(st.integers(0, 10**6), st.sampled_from([1.0, 3.0, 10.0]), st.sampled_from([1.0, 4.0]))
 def test_nothing_to_say_about_state(number: int, rate: float, seconds: float) -> None:
-    anywhere = ("device", "host", "cxl", "nvme")
-    held = states(anywhere, anywhere, anywhere, pieces=1)
-    pcie = hop("pcie", rate, 5.0)
-    one = problem(
-        2,
-        1000,
-        place("host", 1000, pcie, cpu_bytes_per_second=7.0),
-        place("cxl", 1000, hop("cxl", 2.0), cpu_bytes_per_second=2.0),
-        place("nvme", 1000, pcie, hop("nvme", 3.0, 4.0)),
-        blocks=tuple(
-            block(i, states=held, classes=block().classes[:1], device_update_seconds=seconds)
-            for i in range(2)
-        ),
-        staging="host",
-    )
+    one = with_state_anywhere(rate, seconds)
     formulated = formulate(one)
-    total = {}
-    for index in range(2):
-        updates = list(formulated.states.updated[index].items())
-        way, variable = updates[(number + index) % len(updates)]
-        total[variable] = 1
-        by_class: dict[str, list[int]] = {}
-        for placement, placed in formulated.states.placed[index].items():
-            if placement.update == way:
-                by_class.setdefault(placement.state.name, []).append(placed)
-        for position, group in enumerate(by_class.values()):
-            total[group[(number // 7 ** (position + 3 * index + 1)) % len(group)]] = 1
-        variables = formulated.choices.counts[index][0]
-        total[variables[HOST if index == 0 and HOST in variables else KEEP]] = 2
-    assert check(heuristic(formulated, formulated.decisions(total)), one) == []
+    assert check(heuristic(formulated, some_state(formulated, number)), one) == []
 
 
 PCIE = hop("pcie")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from memtrain.planner.ranges.formulate import Formulated, formulate
+from memtrain.planner.ranges.formulate import Decisions, Formulated, formulate
 from memtrain.planner.ranges.highs import Solver
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.program import TIE_BREAK, build, rounded
@@ -25,12 +25,14 @@ from tests.planner.ranges.small import (
     place,
     problem,
     problems,
+    some_state,
     states,
     update,
+    with_state_anywhere,
 )
 
 SLOW = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -84,27 +86,8 @@ def test_optimum_with_state_is_that_of_enumeration(device: int, updates: tuple[o
     assert optimum(formulated) == pytest.approx(expected, abs=tolerance(one))
 
 
-@SLOW
-@given(problems(), st.randoms(use_true_random=False))
-def test_events_of_the_program_are_those_of_the_simulator(one: Problem, draw: object) -> None:
+def check_events(formulated: Formulated, decisions: Decisions) -> None:
     """Decisions held, the least events that the rows allow are the simulator's, each of them."""
-    formulated = formulate(one)
-    roomy = dataclasses.replace(
-        one,
-        machine=dataclasses.replace(
-            one.machine,
-            device_capacity_bytes=10_000,
-            places=tuple(
-                dataclasses.replace(p, capacity_bytes=10_000, write_limit_bytes=None)
-                for p in one.machine.places
-            ),
-        ),
-        error_budget=1.0,
-    )
-    formulated = formulate(roomy)
-    decisions = next(itertools.islice(every(formulated), draw.randrange(50), None), None)  # type: ignore[attr-defined]
-    if decisions is None:
-        decisions = next(every(formulated))
     program = build(formulated)
     x = formulated.form.complete(decisions)
     for variable, value in zip(program.variables, x, strict=True):
@@ -118,6 +101,25 @@ def test_events_of_the_program_are_those_of_the_simulator(one: Problem, draw: ob
     by_name = {v.name: v.varValue for v in ends}
     for index, event in enumerate(timeline.events):
         assert by_name[f"e{index}"] == pytest.approx(event.end_seconds, abs=1e-6), event
+
+
+@SLOW
+@given(problems(), st.integers(0, 300))
+def test_events_of_the_program_are_those_of_the_simulator(one: Problem, number: int) -> None:
+    machine = one.machine
+    places = tuple(
+        dataclasses.replace(p, capacity_bytes=10_000, write_limit_bytes=None) for p in machine.places
+    )
+    roomy = dataclasses.replace(machine, device_capacity_bytes=10_000, places=places)
+    formulated = formulate(dataclasses.replace(one, machine=roomy, error_budget=1.0))
+    check_events(formulated, next(itertools.islice(every(formulated), number, None), next(every(formulated))))
+
+
+@SLOW
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 3.0, 10.0]), st.sampled_from([0.5, 4.0]))
+def test_events_of_updates_are_those_of_the_simulator(number: int, rate: float, seconds: float) -> None:
+    formulated = formulate(with_state_anywhere(rate, seconds))
+    check_events(formulated, some_state(formulated, number))
 
 
 @SLOW
