@@ -161,17 +161,17 @@ def best_of_all(formulated: Formulated) -> float:
 
 @st.composite
 def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
-    """Adversarial sizes: primes and ones, capacities at the edge, links slow and fast, one place or three."""
-    size = st.sampled_from([0, 1, 2, 3, 7, 11, 13])
-    seconds = st.sampled_from([0.25, 0.5, 1.0, 3.0])
-    rate = st.sampled_from([1.0, 3.0, 10.0])
+    """Adversarial sizes: primes and ones, devices that miss up to a quarter of the need, any link."""
+    size = st.sampled_from([7, 3, 0, 1, 2, 11, 13])
+    seconds = st.sampled_from([1.0, 0.25, 0.5, 3.0])
+    rate = st.sampled_from([10.0, 3.0, 1.0, 30.0])
 
     def some_block(index: int) -> Block:
         chunks = draw(st.integers(1, 2))
         first, second = draw(seconds), draw(seconds)
         again = (min(first, second), max(first, second))[:chunks]
         classes = tensors(chunks, x=draw(size), a=draw(size), o=draw(size), again=again)
-        held = draw(st.sampled_from([classes, classes[:1], (classes[0], classes[1]), ()]))
+        held = draw(st.sampled_from([classes, classes, classes[:2], classes[:1], ()]))
         return block(
             index,
             forward_seconds=draw(seconds),
@@ -181,9 +181,13 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
             classes=held,
         )
 
-    blocks = tuple(some_block(i) for i in range(draw(st.integers(1, most_blocks))))
+    count = most_blocks + 1 - draw(st.integers(1, most_blocks))
+    blocks = tuple(some_block(i) for i in range(count))
+    need = sum(t.total_bytes for b in blocks for t in b.classes) + max(
+        b.backward_transient_bytes for b in blocks
+    )
     pcie = hop("pcie", draw(rate), draw(rate))
-    capacity = st.integers(0, 60)
+    capacity = st.integers(0, 60).map(lambda missing: 60 - missing)
     places = (
         place("host", draw(capacity), pcie),
         place("cxl", draw(capacity), hop("cxl", draw(rate))),
@@ -192,19 +196,19 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
             draw(capacity),
             pcie,
             hop("nvme", draw(rate), draw(rate)),
-            write_limit_bytes=draw(st.sampled_from([None, 5, 20])),
+            write_limit_bytes=draw(st.sampled_from([None, 20, 5])),
         ),
     )
-    chosen = draw(st.sampled_from([(), places[:1], places[1:2], (places[0], places[2])]))
+    chosen = draw(st.sampled_from([places[:1], (places[0], places[2]), places[:2], places[1:2], ()]))
     return problem(
         len(blocks),
-        draw(st.integers(1, 100)),
+        max(1, need - draw(st.integers(0, need // 4 + 1))),
         *chosen,
         blocks=blocks,
-        slots=draw(st.integers(1, 2)),
+        slots=draw(st.sampled_from([1, 1, 1, 2])),
         staging="host" if "host" in {p.name for p in chosen} else None,
-        forwarding_slots=draw(st.integers(1, 2)),
-        codecs=draw(st.sampled_from([(), (INT8,)])) if chosen[:1] == places[:1] else (),
+        forwarding_slots=draw(st.sampled_from([1, 1, 1, 2])),
+        codecs=draw(st.sampled_from([(), (INT8,)])) if "host" in {p.name for p in chosen} else (),
         error_budget=draw(st.sampled_from([0.0, 0.3, 1.0])),
     )
 

@@ -115,7 +115,7 @@ def test_events_of_the_program_are_those_of_the_simulator(one: Problem, number: 
     check_events(formulated, next(itertools.islice(every(formulated), number, None), next(every(formulated))))
 
 
-@SLOW
+@settings(SLOW, max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([1.0, 3.0, 10.0]), st.sampled_from([0.5, 4.0]))
 def test_events_of_updates_are_those_of_the_simulator(number: int, rate: float, seconds: float) -> None:
     formulated = formulate(with_state_anywhere(rate, seconds))
