@@ -33,8 +33,8 @@ class SolveOptions:
     seconds: float = 8.0
     """Wall clock for rules and solver together."""
     whole: bool = True
-    """Whether to give what time is left to the whole program; without, the answer stands after the dive,
-    the neighbourhood and the windows."""
+    """Whether to give what time is left to the whole program; without, the answer stands after the dive and
+    the neighbourhood."""
     isolated: bool = True
     """Whether the solver runs in a process of its own, which the clock can kill."""
     offered: tuple[Codec, ...] = ()

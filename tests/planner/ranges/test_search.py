@@ -11,7 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.search import Answer, search
-from tests.planner.ranges.small import best_of_all, block, hop, place, problem, problems, tensors
+from tests.planner.ranges.small import (
+    best_of_all,
+    block,
+    hop,
+    place,
+    problem,
+    problems,
+    states,
+    tensors,
+)
 
 
 def long_chain(count: int = 24) -> Problem:
@@ -40,6 +49,29 @@ def test_the_dive_alone_comes_close() -> None:
     assert formulated.excess(answer.decisions) == {}
     assert answer.bound_seconds <= answer.step_seconds <= 1.02 * answer.bound_seconds
     assert [phase.partition(":")[0] for phase in answer.phases][:2] == ["relaxation", "dive"]
+
+
+def test_the_dive_places_state_too() -> None:
+    """Fourteen blocks with optimizer state in DRAM or on NVMe; the closing program sees the last eight."""
+    held = states(("device",), ("device", "host"), ("host", "nvme"), pieces=4, sizes=(4, 4, 24))
+    blocks = tuple(
+        block(i, states=held, pieces=4, classes=tensors(4, x=2, a=2, o=5, again=(1.0,) * 4))
+        for i in range(14)
+    )
+    one = problem(
+        14,
+        250,
+        place("host", 250, hop("pcie", 20.0), cpu_bytes_per_second=20.0),
+        place("nvme", 900, hop("pcie", 20.0), hop("nvme", 9.0)),
+        blocks=blocks,
+        slots=2,
+        staging="host",
+    )
+    formulated = formulate(one)
+    answer = search(formulated, None, gap=0.03, seconds=20.0, whole=False)
+    assert formulated.excess(answer.decisions) == {}
+    assert answer.step_seconds <= 1.05 * answer.bound_seconds
+    assert answer.step_seconds > one.compute_seconds
 
 
 def test_every_phase_reports_and_none_gets_worse() -> None:
