@@ -99,6 +99,37 @@ class RangePlan:
         """The canonical document."""
         return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
 
+    @classmethod
+    def from_json(cls, text: str) -> RangePlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not a plan, another version, unknown keys, or a hash that does not match.
+        """
+        try:
+            document = json.loads(text)
+            data = dict(document["plan"])
+            if data["version"] != PLAN_VERSION:
+                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            data["blocks"] = tuple(
+                BlockPlan(
+                    name=one["name"],
+                    ranges=tuple(Range(**r) for r in one["ranges"]),
+                    updates=tuple((label, count) for label, count in one["updates"]),
+                    held=tuple(Held(**h) for h in one["held"]),
+                )
+                for one in data["blocks"]
+            )
+            for name, kind in (("events", Event), ("peaks", Peak), ("relaxations", Relaxation)):
+                data[name] = tuple(kind(**item) for item in data[name])
+            plan = cls(**data, provenance=document["provenance"])
+            said = document["hash"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
+        if plan.digest != said:
+            raise ValueError(f"the plan's hash is {plan.digest}, the document says {said}: it was changed")
+        return plan
+
     def _hashed(self) -> dict[str, Any]:
         return {
             f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"

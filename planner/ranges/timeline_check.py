@@ -82,7 +82,7 @@ class _Timeline:
 
     def _job(self, name: str, least: float, after: Events, made: Events) -> Faults:
         """Arithmetic of the device; appended to ``made``."""
-        yield from _sort(self._need(name, "compute", least, after), made)
+        yield from _collect(self._need(name, "compute", least, after), made)
 
     def _copies(
         self,
@@ -103,7 +103,7 @@ class _Timeline:
             name, candidates = f"{way} {what}", None
             if ahead is not None:
                 candidates = self._of_phase(name, resource, ahead=ahead)
-            yield from _sort(self._need(name, resource, least, list(after), candidates=candidates), made)
+            yield from _collect(self._need(name, resource, least, list(after), candidates=candidates), made)
 
     def _of_phase(self, name: str, resource: str, *, ahead: bool) -> Events:
         """Of two events of a name, an update's ahead and in backward, the one that is meant."""
@@ -214,7 +214,7 @@ class _Timeline:
             # An optimizer's state is read and written.
             everything[held.place] += size * (2 if state.role.value == "optimizer" else 1)
         seconds = self._update_seconds(index, update, everything)
-        yield from _sort(self._need(name, resource, seconds, before, candidates=candidates), done)
+        yield from _collect(self._need(name, resource, seconds, before, candidates=candidates), done)
         if update.on_cpu:
             yield from self._copies(f"{name} by cpu", writes, 1, "write", done, out, ahead=ahead)
         else:
@@ -237,7 +237,7 @@ class _Timeline:
         return total
 
 
-def _sort(found: Iterator[tuple[str, str] | Event], made: Events) -> Faults:
+def _collect(found: Iterator[tuple[str, str] | Event], made: Events) -> Faults:
     """Faults go on, the event is kept."""
     for item in found:
         if isinstance(item, Event):

@@ -14,7 +14,7 @@ from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.infeasible import longest_share, shortened
 from memtrain.planner.ranges.model import Problem, TensorClass
-from memtrain.planner.ranges.plan import Relaxation
+from memtrain.planner.ranges.plan import RangePlan, Relaxation
 from memtrain.planner.ranges.solve import SolveOptions, solve
 from tests.planner.ranges.small import INT8, best_of_all, block, hop, place, problem, problems, tensors
 
@@ -96,8 +96,23 @@ def test_an_isolated_solve_is_canonical() -> None:
     assert document["hash"] == first.digest
     assert document["plan"]["status"] == "optimal"
     assert set(document["provenance"]) == {"phases", "seconds"}
+    assert RangePlan.from_json(first.to_json()) == first
     here = solve(one, dataclasses.replace(options, isolated=False))
     assert here.step_seconds == pytest.approx(first.step_seconds, rel=1e-4)
+
+
+def test_a_document_that_is_no_plan_is_refused_by_name() -> None:
+    text = solve(problem(1, 100), HERE).to_json()
+    with pytest.raises(ValueError, match="it was changed"):
+        RangePlan.from_json(text.replace('"status":"optimal"', '"status":"gap"'))
+    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 1"):
+        RangePlan.from_json(text.replace('"version":1', '"version":7'))
+    with pytest.raises(ValueError, match="not a plan: KeyError"):
+        RangePlan.from_json("{}")
+    with pytest.raises(ValueError, match="not a plan: TypeError"):
+        RangePlan.from_json(text.replace('"solver":', '"solved_by":'))
+    with pytest.raises(ValueError, match="not a plan: JSONDecodeError"):
+        RangePlan.from_json("no")
 
 
 def test_ranges_are_contiguous_and_begin_with_what_is_recomputed() -> None:
