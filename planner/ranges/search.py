@@ -27,7 +27,7 @@ from memtrain.planner.ranges.simulate import step_seconds
 
 OPEN_BLOCKS = 8
 """Blocks that the dive leaves to its closing program."""
-BATCH_BLOCKS = 4
+BATCH_BLOCKS = 8
 """Rounded at once where that is cheap; a relaxation takes 5 to 30 ms, and a dive would need one per class."""
 CHEAP_SHARE = 0.1
 """Of the gap, what all roundings together may cost that are held without comparing. At 0.5 a dive is a third
