@@ -1,0 +1,210 @@
+"""The answer: per block and class contiguous ranges of chunks with an action each, per block places of state.
+
+A plan is canonical JSON with a hash: the same inputs and the same decisions give the same bytes. How long the
+search took, and what its phases reached, is provenance: written beside the plan, never hashed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from memtrain.planner.ranges.formulate import Decisions, Formulated
+from memtrain.planner.ranges.model import Problem
+from memtrain.planner.ranges.simulate import Event, Peak, simulate
+
+PLAN_VERSION = 1
+TIME_DIGITS = 9
+"""Of seconds in the plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Chunks ``start`` to ``stop`` (exclusive) of one class share an action."""
+
+    tensor: str
+    start: int
+    stop: int
+    action: str
+    """As ``choices.Action.label``: ``keep``, ``swap:PLACE``, ``compress-swap:CODEC:PLACE`` ..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Pieces of one class of state, under one way to update, in one place between steps."""
+
+    state: str
+    update: str
+    """``device-ahead``, ``cpu-in-backward`` ..."""
+    place: str
+    pieces: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPlan:
+    """All that is decided about one block."""
+
+    name: str
+    ranges: tuple[Range, ...]
+    """Class by class, from the first chunk to the last."""
+    updates: tuple[tuple[str, int], ...] = ()
+    """Pieces by way to update."""
+    held: tuple[Held, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Relaxation:
+    """One change that alone makes an impossible problem possible."""
+
+    what: str
+    """``device``, a place, ``codec NAME`` or ``sequence``."""
+    missing_bytes: int = 0
+    """More of a place: how many bytes."""
+    share: float = 1.0
+    """Of the sequence, the longest that fits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RangePlan:
+    """Decisions, the predicted step, and what is proved about it."""
+
+    status: str
+    """``optimal`` (within the wanted gap), ``gap`` (proved, but above it), ``heuristic`` (nothing proved) or
+    ``infeasible`` (the plan is that of the smallest device memory)."""
+    step_seconds: float
+    lower_bound_seconds: float
+    gap: float
+    """``(step - lower bound) / step``."""
+    solver: str
+    blocks: tuple[BlockPlan, ...]
+    events: tuple[Event, ...]
+    peaks: tuple[Peak, ...]
+    moved_bytes: int
+    relaxations: tuple[Relaxation, ...] = ()
+    """Infeasible only, the cheapest first; ``peaks`` says what binds."""
+    problem_digest: str = ""
+    version: int = PLAN_VERSION
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+    """``seconds`` and ``phases`` of the search."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of all but the provenance."""
+        return _digest(self._hashed())
+
+    def to_json(self) -> str:
+        """The canonical document."""
+        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+
+    @classmethod
+    def from_json(cls, text: str) -> RangePlan:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not a plan, another version, unknown keys, or a hash that does not match.
+        """
+        try:
+            document = json.loads(text)
+            data = dict(document["plan"])
+            if data["version"] != PLAN_VERSION:
+                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            data["blocks"] = tuple(
+                BlockPlan(
+                    name=one["name"],
+                    ranges=tuple(Range(**r) for r in one["ranges"]),
+                    updates=tuple((label, count) for label, count in one["updates"]),
+                    held=tuple(Held(**h) for h in one["held"]),
+                )
+                for one in data["blocks"]
+            )
+            for name, kind in (("events", Event), ("peaks", Peak), ("relaxations", Relaxation)):
+                data[name] = tuple(kind(**item) for item in data[name])
+            plan = cls(**data, provenance=document["provenance"])
+            said = document["hash"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
+        if plan.digest != said:
+            raise ValueError(f"the plan's hash is {plan.digest}, the document says {said}: it was changed")
+        return plan
+
+    def _hashed(self) -> dict[str, Any]:
+        return {
+            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
+        }
+
+
+def problem_digest(problem: Problem) -> str:
+    """Hash of the problem's canonical form."""
+    return _digest(_plain(problem))
+
+
+def blocks_of(formulated: Formulated, decisions: Decisions) -> tuple[BlockPlan, ...]:
+    """Counts realised as contiguous ranges: actions follow each other as ``choices.actions`` lists them."""
+    x = formulated.form.complete(decisions)
+    found = []
+    for index, block in enumerate(formulated.problem.blocks):
+        ranges = []
+        for tensor, chosen in zip(block.classes, formulated.choices.counts[index], strict=True):
+            start = 0
+            for action, variable in chosen.items():
+                count = int(x[variable])
+                if count:
+                    ranges.append(
+                        Range(tensor=tensor.name, start=start, stop=start + count, action=action.label)
+                    )
+                    start += count
+        updated = formulated.states.updated[index]
+        placed = formulated.states.placed[index]
+        found.append(
+            BlockPlan(
+                name=block.name,
+                ranges=tuple(ranges),
+                updates=tuple((u.label, int(x[v])) for u, v in updated.items() if x[v]),
+                held=tuple(
+                    Held(state=p.state.name, update=p.update.label, place=p.place, pieces=int(x[v]))
+                    for p, v in placed.items()
+                    if x[v]
+                ),
+            )
+        )
+    return tuple(found)
+
+
+def make_plan(formulated: Formulated, decisions: Decisions, **fields: Any) -> RangePlan:
+    """The plan of ``decisions``: simulated, with ``fields`` of ``RangePlan`` for what is proved."""
+    timeline = simulate(formulated, decisions)
+    return RangePlan(
+        step_seconds=round(timeline.step_seconds, TIME_DIGITS),
+        blocks=blocks_of(formulated, decisions),
+        events=tuple(
+            dataclasses.replace(
+                e,
+                start_seconds=round(e.start_seconds, TIME_DIGITS),
+                end_seconds=round(e.end_seconds, TIME_DIGITS),
+            )
+            for e in timeline.events
+        ),
+        peaks=timeline.peaks,
+        moved_bytes=timeline.moved_bytes,
+        problem_digest=problem_digest(formulated.problem),
+        **fields,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value.value if hasattr(value, "value") else value
+
+
+def _canonical(data: Any) -> str:
+    return json.dumps(data, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(_canonical(data).encode()).hexdigest()[:16]

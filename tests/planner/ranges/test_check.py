@@ -1,0 +1,206 @@
+"""The checker: silent on what the simulator makes, and every seeded fault is found and named."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memtrain.planner.ranges.check import check
+from memtrain.planner.ranges.choices import KEEP, RECOMPUTE, SLOT
+from memtrain.planner.ranges.formulate import formulate
+from memtrain.planner.ranges.model import Problem
+from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan, make_plan
+from tests.planner.ranges.small import (
+    INT8,
+    every,
+    hop,
+    place,
+    problem,
+    problems,
+    some_state,
+    with_state_anywhere,
+)
+from tests.planner.ranges.test_simulate import HOST, NVME, decide
+
+
+def planned(one: Problem, *blocks: dict[str, Any]) -> RangePlan:
+    formulated = formulate(one)
+    return heuristic(formulated, decide(formulated, *blocks))
+
+
+def heuristic(formulated: Any, decisions: Any) -> RangePlan:
+    fields = {"status": "heuristic", "lower_bound_seconds": 0.0, "gap": 1.0, "solver": "by hand"}
+    return make_plan(formulated, decisions, **fields)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(), st.integers(0, 400))
+def test_nothing_to_say_about_what_the_simulator_makes(one: Problem, number: int) -> None:
+    formulated = formulate(one)
+    decisions = next(itertools.islice(every(formulated), number, None), next(every(formulated)))
+    found = {fault.rule for fault in check(heuristic(formulated, decisions), one)}
+    rows = set(formulated.excess(decisions))
+    expected = {"CAPACITY"} if any(" on " in row for row in rows) else set()
+    expected |= {"WRITE_LIMIT"} if any("written" in row for row in rows) else set()
+    expected |= {"ERROR_BUDGET"} if "error budget" in rows else set()
+    assert found == expected
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(st.integers(0, 10**6), st.sampled_from([1.0, 3.0, 10.0]), st.sampled_from([1.0, 4.0]))
+def test_nothing_to_say_about_state(number: int, rate: float, seconds: float) -> None:
+    one = with_state_anywhere(rate, seconds)
+    formulated = formulate(one)
+    assert check(heuristic(formulated, some_state(formulated, number)), one) == []
+
+
+PCIE = hop("pcie")
+THREE = problem(
+    3,
+    100,
+    place("host", 200, PCIE),
+    place("nvme", 200, PCIE, hop("nvme", 5.0), write_limit_bytes=50),
+    staging="host",
+    codecs=(INT8,),
+    error_budget=0.0,
+)
+GOOD = planned(
+    THREE,
+    {"X": {HOST: 2}, "A": {RECOMPUTE: 1, HOST: 1}, "O": {RECOMPUTE: 2}},
+    {"X": {HOST: 1, NVME: 1}, "A": {HOST: 2}, "O": {RECOMPUTE: 1, KEEP: 1}},
+    {"X": {SLOT: 2}, "A": {SLOT: 2}, "O": {RECOMPUTE: 2}},
+)
+Change = Callable[[RangePlan], RangePlan]
+
+
+def with_block(index: int, change: Callable[[BlockPlan], BlockPlan]) -> Change:
+    def apply(plan: RangePlan) -> RangePlan:
+        blocks = list(plan.blocks)
+        blocks[index] = change(blocks[index])
+        return dataclasses.replace(plan, blocks=tuple(blocks))
+
+    return apply
+
+
+def with_range(index: int, tensor: str, *ranges: tuple[int, int, str]) -> Change:
+    new = tuple(Range(tensor=tensor, start=a, stop=b, action=action) for a, b, action in ranges)
+
+    def change(one: BlockPlan) -> BlockPlan:
+        return dataclasses.replace(one, ranges=(*(r for r in one.ranges if r.tensor != tensor), *new))
+
+    return with_block(index, change)
+
+
+def moved(name: str, resource: str, seconds: float, *, longer: float = 0.0) -> Change:
+    """One event earlier or later, or longer."""
+
+    def apply(plan: RangePlan) -> RangePlan:
+        events = [
+            dataclasses.replace(
+                e, start_seconds=e.start_seconds + seconds, end_seconds=e.end_seconds + seconds + longer
+            )
+            if (e.name, e.resource) == (name, resource)
+            else e
+            for e in plan.events
+        ]
+        assert tuple(events) != plan.events
+        return dataclasses.replace(plan, events=tuple(events))
+
+    return apply
+
+
+def without(name: str, resource: str) -> Change:
+    def apply(plan: RangePlan) -> RangePlan:
+        events = tuple(e for e in plan.events if (e.name, e.resource) != (name, resource))
+        assert len(events) < len(plan.events)
+        return dataclasses.replace(plan, events=events)
+
+    return apply
+
+
+def test_the_plan_that_faults_are_seeded_into_is_good() -> None:
+    assert check(GOOD, THREE) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "rule", "words"),
+    [
+        (with_range(0, "X", (0, 1, "swap:host")), "CHUNKS", "layers.0.X: chunk 1 has 0 actions"),
+        (
+            with_range(0, "X", (0, 2, "swap:host"), (1, 2, "keep")),
+            "CHUNKS",
+            "layers.0.X: chunk 1 has 2 actions",
+        ),
+        (with_range(0, "X", (0, 2, "recompute")), "ACTION", "layers.0.X cannot be recomputed"),
+        (
+            with_range(0, "A", (0, 1, "swap:host"), (1, 2, "recompute")),
+            "ACTION",
+            "layers.0.A: recomputed chunks 1-2 are no prefix",
+        ),
+        (with_range(2, "X", (0, 2, "swap:host")), "ACTION", "layers.2.X: swap:host is not allowed"),
+        (with_range(0, "X", (0, 2, "slot")), "ACTION", "layers.0.X: its slot is taken over by a later block"),
+        (with_range(0, "X", (0, 2, "swap:tape")), "ACTION", "layers.0.X: swap:tape is not allowed"),
+        (
+            with_range(0, "O", (0, 2, "keep")),
+            "PEAK",
+            "device: 120 bytes at backward layers.2, the plan says 80",
+        ),
+        (
+            with_range(0, "O", (0, 2, "compress:int8")),
+            "ERROR_BUDGET",
+            "error 0.2222222222222222 exceeds the budget of 0.0",
+        ),
+        (moved("read layers.0", "read:pcie", -1.0), "DEPENDENCY", "read layers.0 on read:pcie starts before"),
+        (
+            moved("read layers.0", "read:pcie", 0.5),
+            "DEPENDENCY",
+            "backward layers.0 starts before read layers.0",
+        ),
+        (moved("write layers.1", "write:nvme", -0.5), "DEPENDENCY", "starts before write layers.1 is over"),
+        (
+            moved("write layers.0", "write:pcie", 0.0, longer=99.0),
+            "OVERLAP",
+            "write:pcie: write layers.1 starts",
+        ),
+        (moved("read layers.1", "read:pcie", 0.0, longer=-0.1), "DURATION", "read layers.1 takes"),
+        (moved("backward layers.1", "compute", 0.0, longer=-0.1), "DURATION", "backward layers.1 takes"),
+        (without("read layers.0", "read:pcie"), "DEPENDENCY", "read layers.0 never happens on read:pcie"),
+        (without("forward layers.1", "compute"), "DEPENDENCY", "forward layers.1 never happens on compute"),
+        (lambda plan: dataclasses.replace(plan, moved_bytes=1), "BYTES_MOVED", "the plan says 1"),
+        (lambda plan: dataclasses.replace(plan, step_seconds=1.0), "STEP_SECONDS", "the step takes 1.0"),
+    ],
+)
+def test_every_seeded_fault_is_named(change: Change, rule: str, words: str) -> None:
+    found = check(change(GOOD), THREE)
+    assert any(fault.rule == rule and words in fault.message for fault in found), found
+
+
+@pytest.mark.parametrize(
+    ("machine", "rule", "words"),
+    [
+        ({"device_capacity_bytes": 79}, "CAPACITY", "device: 80 bytes at"),
+        ({"nvme": 5}, "CAPACITY", "nvme: 5 bytes at step"),
+        ({"limit": 4}, "WRITE_LIMIT", "nvme: 5 bytes a step, 4 allowed"),
+    ],
+)
+def test_limits(machine: dict[str, int], rule: str, words: str) -> None:
+    old = THREE.machine
+    host, nvme = old.places
+    nvme = dataclasses.replace(
+        nvme,
+        capacity_bytes=machine.get("nvme", 6) - 1 if "nvme" in machine else nvme.capacity_bytes,
+        write_limit_bytes=machine.get("limit", 50),
+    )
+    new = dataclasses.replace(
+        old,
+        places=(host, nvme),
+        device_capacity_bytes=machine.get("device_capacity_bytes", old.device_capacity_bytes),
+    )
+    found = check(GOOD, dataclasses.replace(THREE, machine=new))
+    assert any(fault.rule == rule and words in fault.message for fault in found), found

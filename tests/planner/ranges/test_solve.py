@@ -1,0 +1,178 @@
+"""The whole way: rules, solver, plan, and the answer when nothing fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from memtrain.planner.ranges.baselines import RULES, baselines
+from memtrain.planner.ranges.check import check
+from memtrain.planner.ranges.formulate import formulate
+from memtrain.planner.ranges.infeasible import longest_share, shortened
+from memtrain.planner.ranges.model import Problem, TensorClass
+from memtrain.planner.ranges.plan import RangePlan, Relaxation
+from memtrain.planner.ranges.solve import SolveOptions, solve
+from tests.planner.ranges.small import INT8, best_of_all, block, hop, place, problem, problems, tensors
+
+HERE = SolveOptions(gap=1e-4, seconds=20.0, isolated=False)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(problems(most_blocks=2))
+def test_plans_pass_the_checker_and_beat_every_rule(one: Problem) -> None:
+    plan = solve(one, HERE)
+    rows = baselines(formulate(one))
+    best = min(row.step_seconds for row in rows)
+    if plan.status == "infeasible":
+        assert math.isinf(best)
+        return
+    assert check(plan, one) == []
+    assert plan.lower_bound_seconds <= plan.step_seconds <= best + 1e-9
+    assert plan.status == "optimal"
+
+
+def chain(*sizes: tuple[int, int, float]) -> tuple[object, ...]:
+    """Blocks of (input bytes, other bytes, recompute seconds), one chunk each."""
+    return tuple(
+        block(
+            i,
+            classes=(
+                TensorClass(name="X", chunk_bytes=x),
+                TensorClass(name="O", chunk_bytes=o, recompute_seconds=(again,), needs=("X",)),
+            ),
+        )
+        for i, (x, o, again) in enumerate(sizes)
+    )
+
+
+@pytest.mark.parametrize("device", [29, 34, 40, 47, 60, 90, 200])
+def test_rotor_is_the_oracle_of_chains(device: int) -> None:
+    """Keep or recompute alone, memory steps of one byte: the dynamic program is exact."""
+    blocks = chain((2, 11, 3.0), (3, 17, 4.0), (2, 5, 1.0), (1, 23, 9.0), (4, 13, 2.0))
+    one = problem(5, device, blocks=blocks)
+    rotor = next(row for row in baselines(formulate(one)) if row.name == "rotor")
+    plan = solve(one, dataclasses.replace(HERE, gap=1e-6))
+    if math.isinf(rotor.step_seconds):
+        assert plan.status == "infeasible"
+    else:
+        assert plan.step_seconds == pytest.approx(rotor.step_seconds, abs=1e-4)
+        assert rotor.step_seconds == pytest.approx(best_of_all(formulate(one)))
+
+
+def test_rules_by_hand() -> None:
+    """Three blocks of 60 bytes (A 4 s, O 2 s to recompute), 12 s each, in 200 bytes: everything fits."""
+    rows = {row.name: row.step_seconds for row in baselines(formulate(problem(3, 200, place("host", 500))))}
+    assert list(rows) == list(RULES)
+    assert rows["keep all"] == 36.0
+    assert rows["recompute all"] == 36.0 + 3 * 6.0
+    # sqrt(3) rounded up is 2: the second of three blocks keeps all.
+    assert rows["sqrt(n) (Chen et al.)"] == 36.0 + 2 * 6.0
+    assert rows["selective (Megatron-LM)"] == 36.0 + 3 * 4.0
+    assert rows["greedy (Capuchin)"] == rows["rotor"] == 36.0
+
+
+def test_rules_that_do_not_fit_say_so() -> None:
+    rows = {row.name: row.step_seconds for row in baselines(formulate(problem(3, 100)))}
+    assert math.isinf(rows["keep all"])
+    assert math.isinf(rows["uniform alpha (MEMO)"])
+    # Kept inputs of three blocks and one block's other 50 bytes: 80 in the last backward, 3 times 6 s.
+    assert rows["recompute all"] == 54.0
+    # A block may keep some of its O (40 bytes, 2 s) as well, chunk by chunk.
+    assert rows["greedy (Capuchin)"] < 54.0
+
+
+def test_an_isolated_solve_is_canonical() -> None:
+    """Two processes, the same bytes but for the time they took."""
+    one = problem(3, 70, place("host", 60, hop("pcie", 3.0)))
+    options = SolveOptions(gap=1e-4, seconds=20.0)
+    first, second = solve(one, options), solve(one, options)
+    assert first == second
+    assert first.digest == second.digest
+    document = json.loads(first.to_json())
+    assert document["hash"] == first.digest
+    assert document["plan"]["status"] == "optimal"
+    assert set(document["provenance"]) == {"phases", "seconds"}
+    assert RangePlan.from_json(first.to_json()) == first
+    here = solve(one, dataclasses.replace(options, isolated=False))
+    assert here.step_seconds == pytest.approx(first.step_seconds, rel=1e-4)
+
+
+def test_a_document_that_is_no_plan_is_refused_by_name() -> None:
+    text = solve(problem(1, 100), HERE).to_json()
+    with pytest.raises(ValueError, match="it was changed"):
+        RangePlan.from_json(text.replace('"status":"optimal"', '"status":"gap"'))
+    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 1"):
+        RangePlan.from_json(text.replace('"version":1', '"version":7'))
+    with pytest.raises(ValueError, match="not a plan: KeyError"):
+        RangePlan.from_json("{}")
+    with pytest.raises(ValueError, match="not a plan: TypeError"):
+        RangePlan.from_json(text.replace('"solver":', '"solved_by":'))
+    with pytest.raises(ValueError, match="not a plan: JSONDecodeError"):
+        RangePlan.from_json("no")
+
+
+def test_ranges_are_contiguous_and_begin_with_what_is_recomputed() -> None:
+    one = problem(3, 70, place("host", 60, hop("pcie", 3.0)))
+    for decided in solve(one, HERE).blocks:
+        for tensor in ("X", "A", "O"):
+            parts = [r for r in decided.ranges if r.tensor == tensor]
+            assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
+            assert parts[-1].stop == 2
+            assert all(p.action != "recompute" for p in parts[1:])
+
+
+def test_nothing_fits_and_what_would_help() -> None:
+    """Two blocks whose inputs of 10 bytes cannot be recomputed; A and O (50 bytes) come back in backward.
+
+    On the device alone the second block's backward needs both inputs and 50 bytes: 70, of which there are 60.
+    """
+    one = problem(2, 60)
+    plan = solve(one, dataclasses.replace(HERE, offered=(INT8,)))
+    assert plan.status == "infeasible"
+    assert plan.relaxations[0] == Relaxation(what="device", missing_bytes=10)
+    assert plan.peaks[0].size_bytes == 70
+    # Half of the sequence needs 35.
+    assert plan.relaxations[-1] == Relaxation(what="sequence", share=0.5)
+    # Compressed inputs of the first block: 6 bytes instead of 10 are not enough.
+    assert [r.what for r in plan.relaxations] == ["device", "sequence"]
+
+
+def test_more_of_one_place_is_named_where_it_is_enough() -> None:
+    """A host of 5 bytes takes one chunk of the first block's input; 10 would take both."""
+    one = problem(2, 60, place("host", 5), slots=1)
+    plan = solve(one, HERE)
+    assert plan.status == "infeasible"
+    found = {r.what: r.missing_bytes for r in plan.relaxations if r.missing_bytes}
+    roomier = {
+        "device": dataclasses.replace(one.machine, device_capacity_bytes=60 + found["device"]),
+        "host": dataclasses.replace(
+            one.machine,
+            places=tuple(
+                dataclasses.replace(p, capacity_bytes=5 + found.get("host", 0)) for p in one.machine.places
+            ),
+        ),
+    }
+    for what in found:
+        fits = dataclasses.replace(one, machine=roomier[what])
+        assert solve(fits, HERE).status == "optimal"
+
+
+def test_shortened_cuts_chunks_and_scales_the_rest() -> None:
+    classes = (*tensors(), TensorClass(name="W", chunk_bytes=7))
+    one = problem(1, 100, blocks=(block(0, classes=classes, forward_transient_bytes=9),))
+    half = shortened(one, 1, 2).blocks[0]
+    assert [t.total_bytes for t in half.classes] == [5, 5, 20, 4]
+    assert half.classes[1].recompute_seconds == (1.0,)
+    assert half.forward_transient_bytes == 5
+    assert longest_share(problem(1, 10), math.inf) == 0.0
+
+
+def test_options_are_validated() -> None:
+    with pytest.raises(ValueError, match="gap must be at least 0 and below 1, got 1"):
+        SolveOptions(gap=1.0)
+    with pytest.raises(ValueError, match="seconds must be finite"):
+        SolveOptions(seconds=math.inf)
