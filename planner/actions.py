@@ -34,6 +34,9 @@ class Action(str, Enum):
     """Only the block's input survives; backward runs the block's forward again."""
     RECOMPUTE_EXCEPT_ATTENTION = "recompute_except_attention"
     """As RECOMPUTE, but the attention kernels' outputs are stored and not computed twice."""
+    RECOMPUTE_NEARLY_FREE = "recompute_nearly_free"
+    """As RECOMPUTE, but outputs of matrix products and attention kernels are stored: backward computes norms,
+    activations and products of elements again, nothing that costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,14 @@ class BlockDecision:
     outputs under RECOMPUTE_EXCEPT_ATTENTION. ``DEVICE`` under KEEP and RECOMPUTE."""
     input_tier: Tier = Tier.DEVICE
     """Where the block's input lives between forward and recompute; ``DEVICE`` unless recomputed."""
+    recomputed_tokens: int | None = None
+    """Of each row, how many of its first tokens are computed again; None, all of them. The others' saved
+    tensors are stored in ``rest_tier``. A prefix is computed as the whole is: by the block's own forward."""
+    rest_tier: Tier = Tier.DEVICE
+    """Where saved tensors of tokens that are not computed again live; ``DEVICE`` where there are none."""
+    attention_tokens: int = 0
+    """Under RECOMPUTE_EXCEPT_ATTENTION: of the tokens that are computed again, for how many of the first ones
+    attention is, too. The kernels' outputs are stored for the others alone."""
 
     def __post_init__(self) -> None:
         if self.block < 0:
@@ -62,6 +73,32 @@ class BlockDecision:
             raise ValueError(
                 f"block {self.block}: input_tier {self.input_tier.value} is only for recomputed "
                 f"blocks, not for action {self.action.value}"
+            )
+        self._check_tokens()
+
+    def _check_tokens(self) -> None:
+        name = f"block {self.block}: action {self.action.value}"
+        if self.recomputed_tokens is None:
+            if self.rest_tier is not Tier.DEVICE:
+                raise ValueError(
+                    f"{name} leaves no tokens for rest_tier {self.rest_tier.value}; give recomputed_tokens"
+                )
+        elif self.action in (Action.KEEP, Action.SWAP):
+            raise ValueError(
+                f"{name} computes nothing again, yet recomputed_tokens is {self.recomputed_tokens}"
+            )
+        elif self.recomputed_tokens < 1:
+            raise ValueError(
+                f"{name}: recomputed_tokens must be at least 1, got {self.recomputed_tokens}; keep or swap "
+                "a block of which nothing is computed again"
+            )
+        if self.attention_tokens and self.action is not Action.RECOMPUTE_EXCEPT_ATTENTION:
+            raise ValueError(f"{name} has no attention_tokens, got {self.attention_tokens}")
+        most = self.recomputed_tokens
+        if self.attention_tokens < 0 or (most is not None and self.attention_tokens >= most):
+            raise ValueError(
+                f"{name}: attention_tokens must lie between 0 and recomputed_tokens {most}, "
+                f"got {self.attention_tokens}; action recompute stores no attention outputs at all"
             )
 
 

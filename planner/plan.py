@@ -15,7 +15,7 @@ from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,10 +165,11 @@ class Plan:
                 raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
             data["blocks"] = tuple(
                 BlockDecision(
-                    block=b["block"],
-                    action=Action(b["action"]),
-                    saved_tier=Tier(b["saved_tier"]),
-                    input_tier=Tier(b["input_tier"]),
+                    **{
+                        **b,
+                        "action": Action(b["action"]),
+                        **{name: Tier(b[name]) for name in ("saved_tier", "input_tier", "rest_tier")},
+                    }
                 )
                 for b in data["blocks"]
             )
