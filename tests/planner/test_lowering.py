@@ -29,7 +29,7 @@ from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, trans
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
 from memtrain.planner.parallel import Degrees, ModelShape
 from memtrain.planner.ranges.check import check
-from memtrain.planner.ranges.model import Role
+from memtrain.planner.ranges.model import Codec, Role
 from memtrain.planner.ranges.solve import SolveOptions
 
 TOKENS, HIDDEN, WIDE = 64, 8, 32
@@ -223,6 +223,23 @@ def test_a_window_computes_fewer_pairs_and_costs_the_same_for_every_chunk() -> N
     assert one.attention_share(windowed) == (64 * 16 - 128) / 64**2
     costs = next(t for t in problem_of(one).blocks[1].classes if t.attention).recompute_seconds
     assert len(set(costs)) == 1
+
+
+def test_context_ranks_pay_evenly_for_attention_because_their_tokens_are_no_prefix() -> None:
+    cut = job(Degrees(context=2), chunks=4)
+    costs = next(t for t in problem_of(cut).blocks[1].classes if t.attention).recompute_seconds
+    kernel = setup(2).accelerator
+    rate = kernel.half_flops_per_second.value * kernel.attention_forward_efficiency.value
+    assert costs == pytest.approx([0.5 * 80_000 / 2 / rate / 4] * 4)
+
+
+def test_any_allowed_codec_bounds_the_error_unless_a_budget_does() -> None:
+    coarse = Codec(
+        name="c", ratio=0.5, compress_bytes_per_second=1e9, decompress_bytes_per_second=1e9, error=0.02
+    )
+    assert problem_of(job(codecs=(coarse,))).error_budget == 0.02
+    assert problem_of(job(codecs=(coarse,), error_budget=0.001)).error_budget == 0.001
+    assert problem_of(job()).error_budget == 0.0
 
 
 def test_state_is_divided_as_zero_says() -> None:
