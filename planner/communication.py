@@ -80,8 +80,8 @@ def block_traffic(
 def stage_traffic(
     degrees: Degrees, shape: ModelShape, *, batch: int, sequence: int, value_bytes: int = 2
 ) -> list[Traffic]:
-    """What a pipeline stage hands on for one micro-batch: b s h / c elements each way, cut by t under
-    sequence parallelism (2104.04473, section 4.1). The buffer is the neighbour's message."""
+    """What a pipeline stage hands on for one micro-batch: b s h / c elements each way (2104.04473, section
+    3.2), cut by t under sequence parallelism. The buffer is the neighbour's message."""
     if degrees.pipeline == 1:
         return []
     tokens = batch * sequence // degrees.context // degrees.sequence_cut

@@ -1,10 +1,10 @@
 """A machine that is not here, put together from presets and what the user says of it.
 
 ``machine_for("a800-80g", gpus=8, dram="1TiB", nvme="4TB@6GB/s")`` describes one of eight GPUs of a host: the
-host's memory and disks, and what they can move, are divided evenly; the bus to the host is the GPU's own.
-What comes out are the planner's ``Machine`` and ``Budget``, with every number's source. Nothing is measured:
-``Machine.source`` says ``preset``, and a plan made for it is a prediction. Latencies and processor time per
-byte are left at 0: whole slots move at once, and copies do not slow a GPU's arithmetic.
+host's memory and disks, and what they can move, are divided evenly, and so is the bus to the host where GPUs
+stand behind one switch (``Accelerator.gpus_per_uplink``). What comes out are the planner's ``Machine`` and
+``Budget``, with every number's source. Nothing is measured: ``Machine.source`` says ``preset``, and a plan
+made for it is a prediction. Processor time per byte is left at 0: copies do not slow a GPU's arithmetic.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class Setup:
             for direction in ("read", "write", "mixed"):
                 rate: Quoted = getattr(link, direction)
                 found.append(_rate_fact(f"{tier.value}: {direction}", rate))
+            if link.latency_seconds is not None:
+                wait = link.latency_seconds
+                found.append(
+                    Fact(name=f"{tier.value}: latency", value=wait.value * 1e6, unit="us", source=wait.source)
+                )
         found.append(_rate_fact("DRAM, this GPU's share", self.dram_bytes_per_second))
         found.append(_rate_fact(f"{self.interconnect.name}: peer", self.interconnect.peer_bytes_per_second))
         ring = self.interconnect.collective_bytes_per_second
@@ -112,7 +117,8 @@ def machine_for(
         gpu: name of a preset, or an ``Accelerator`` (``accelerator(name).given({...})`` overrides numbers).
         gpus: how many of them share the host's memory, disks and DRAM bandwidth.
         dram, cxl, nvme: the whole host's, as ``flags`` reads them; a tier that is None does not exist.
-        host_link: a preset's name, or ``25GB/s`` or ``25GB/s,24GB/s,40GB/s`` (read, write, both at once).
+        host_link: a preset's name, or ``25GB/s`` or ``25GB/s,24GB/s,40GB/s`` (read, write, both at once),
+            of each GPU for itself; without it the GPU's own, shared with those behind the same switch.
         interconnect: a preset's name or a rate; without it the GPU's own, or the host link where it has none.
         budget: bytes that this GPU's job may use by tier, such as ``{"device": "70GiB"}``; all that is there
             by default (``DEVICE_RESERVE``, ``HOST_SHARE``).
@@ -130,7 +136,7 @@ def machine_for(
         if text is not None
     }
     memory = None if dram is None else parse_tier("dram", dram)
-    bus = _host_link(device, host_link)
+    bus = _host_link(device, host_link, gpus)
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
@@ -150,10 +156,12 @@ def machine_for(
     )
 
 
-def _host_link(device: Accelerator, text: str | None) -> Duplex:
-    if text is None:
-        return host_link(device.host_link)
-    return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
+def _host_link(device: Accelerator, text: str | None, gpus: int) -> Duplex:
+    if text is not None:
+        return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
+    sharers = min(gpus, device.gpus_per_uplink.value)
+    why = f"1/{sharers:g}, GPUs behind one switch ({device.gpus_per_uplink.source})"
+    return host_link(device.host_link).scaled(1 / sharers, why)
 
 
 def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: int) -> Quoted:
@@ -201,6 +209,7 @@ def _machine(
             read_bytes_per_second=link.read.value,
             write_bytes_per_second=link.write.value,
             mixed_bytes_per_second=link.mixed.value,
+            latency_seconds=link.latency_seconds.value if link.latency_seconds else 0.0,
             source=_link_source(link),
         )
         for tier, link in tiers.items()
@@ -271,4 +280,6 @@ def _unit(field: str) -> str:
         return "FLOP/s"
     if field.endswith("bytes_per_second"):
         return "bytes/s"
+    if field == "gpus_per_uplink":
+        return "GPUs"
     return "bytes" if field.endswith("bytes") else "of the peak"

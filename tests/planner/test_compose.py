@@ -9,6 +9,7 @@ from memtrain.planner.check import check
 from memtrain.planner.compose import SWAP_PLACE, machine_for
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.gpus import accelerator
+from memtrain.planner.hardware import Accelerator
 from memtrain.planner.machine import Link, Machine
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import GiB, TiB
@@ -40,12 +41,13 @@ def test_one_gpu_with_memory_and_a_disk_by_hand() -> None:
     assert Machine.from_json(machine.to_json()) == machine
 
 
-def test_eight_gpus_share_their_host_but_not_their_bus() -> None:
+def test_eight_gpus_share_their_host_and_pairs_of_them_a_bus() -> None:
     setup = machine_for("a800-80g", gpus=8, dram="1TiB", nvme="2x4TB@6GB/s", cxl="256GiB@20GB/s")
     assert setup.machine.name == "a800-80gb-sxm, one of 8"
     # Two sockets of eight channels, 0.8 of 25.6 GB/s each, for eight GPUs: 40.96 GB/s, above the bus.
     assert setup.dram_bytes_per_second.value == pytest.approx(16 * 0.8 * 25.6e9 / 8)
-    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((26, 25, 37.12))
+    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((13, 12.5, 18.56))
+    assert setup.host_link.read.source.startswith("derived: 1/2, GPUs behind one switch (https://github.com/")
     assert rates(setup.machine.link(Tier.NVME)) == pytest.approx((1.5, 1.5, 1.5))
     assert rates(setup.machine.link(Tier.CXL)) == pytest.approx((2.5, 2.5, 2.5))
     assert setup.budget.host_bytes == int(0.9 * TiB / 8)
@@ -54,9 +56,37 @@ def test_eight_gpus_share_their_host_but_not_their_bus() -> None:
     assert setup.interconnect.name == "nvlink-3-a800"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "options", "expected"),
+    [
+        (accelerator("a800"), {"gpus": 1}, (26, 25, 37.12)),  # alone behind its switch
+        (accelerator("a800").given({"gpus_per_uplink": 1}), {"gpus": 8}, (26, 25, 37.12)),
+        (
+            accelerator("a800"),
+            {"gpus": 8, "host_link": "gen4"},
+            (26, 25, 37.12),
+        ),  # what is named is each GPU's
+        (accelerator("a100-80gb-pcie"), {"gpus": 8}, (26, 25, 37.12)),
+        (accelerator("h100"), {"gpus": 8, "dram": "1TiB@1000GB/s"}, (55.43, 55.06, 87.22)),
+    ],
+)
+def test_who_shares_a_bus(gpu: Accelerator, options: dict[str, Any], expected: tuple[float, ...]) -> None:
+    setup = machine_for(gpu, **({"dram": "1TiB"} | options))
+    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx(expected)
+
+
 def test_dram_that_is_slower_than_the_buses_limits_them() -> None:
-    setup = machine_for("a100-80g", gpus=8, dram="1TiB@8xddr4-3200")
+    setup = machine_for("h100", gpus=8, dram="1TiB@8xddr4-3200")
     assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((20.48, 20.48, 20.48))
+
+
+def test_a_copy_waits_for_every_link_of_its_way() -> None:
+    setup = machine_for("h100", gpus=8, dram="1TiB", nvme="8x4TB", cxl="1TiB@20GB/s")
+    waits = {link.tier: link.latency_seconds for link in setup.machine.links}
+    assert waits == pytest.approx({Tier.HOST: 7e-6, Tier.CXL: 7.5e-6, Tier.NVME: 157e-6})
+    nvme = setup.tiers[Tier.NVME].latency_seconds
+    assert nvme is not None
+    assert nvme.source.startswith("derived: the sum of [https://arxiv.org/abs/2602.21548")
 
 
 def test_a_disk_faster_than_the_bus_is_limited_by_it() -> None:
@@ -104,7 +134,7 @@ def test_every_fact_has_a_unit_and_a_source() -> None:
         accelerator("h200").given({"matmul_efficiency": 0.6}), gpus=8, dram="2TiB", cxl="1TiB", nvme="8x4TB"
     )
     facts = setup.facts()
-    assert len(facts) == 8 + 3 * 3 + 1 + 2  # the GPU, three tiers, DRAM, the interconnect
+    assert len(facts) == 9 + 3 * 4 + 1 + 2  # the GPU, three tiers, DRAM, the interconnect
     assert all(fact.source and fact.unit and fact.value > 0 for fact in facts)
     given = [(fact.name, fact.value, fact.unit) for fact in facts if fact.source == "given"]
     assert given == [("h200-141gb-sxm: matmul_efficiency", 0.6, "of the peak")]
@@ -113,6 +143,8 @@ def test_every_fact_has_a_unit_and_a_source() -> None:
     assert units["h200-141gb-sxm: memory_bytes_per_second"] == "bytes/s"
     assert units["h200-141gb-sxm: half_flops_per_second"] == "FLOP/s"
     assert units["nvme: mixed"] == "GB/s"
+    assert units["nvme: latency"] == "us"
+    assert units["h200-141gb-sxm: gpus_per_uplink"] == "GPUs"
 
 
 def test_budgets_can_be_lowered() -> None:
