@@ -145,7 +145,9 @@ def _bill(plan: RangePlan, problem: Problem) -> tuple[BillLine, ...]:
 
 def unlimited(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     """The plan with device memory without end: everything is kept, and nothing is waited for."""
-    machine = dataclasses.replace(problem.machine, device_capacity_bytes=PLENTY_BYTES, places=(), staging=None)
+    machine = dataclasses.replace(
+        problem.machine, device_capacity_bytes=PLENTY_BYTES, places=(), staging=None
+    )
     blocks = tuple(
         dataclasses.replace(
             block, states=tuple(dataclasses.replace(state, places=(DEVICE,)) for state in block.states)
