@@ -76,6 +76,8 @@ class Setup:
     """Share of what DRAM sustains: for an optimizer on the CPU."""
     tiers: Mapping[Tier, Duplex]
     """The same links as ``machine.links``, each number with its own source."""
+    stores: Mapping[Tier, Duplex]
+    """CXL memory and disks by themselves, as the processor reaches them: no bus of a GPU limits these."""
 
     def facts(self) -> tuple[Fact, ...]:
         """Every number with unit and source."""
@@ -140,9 +142,11 @@ def machine_for(
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
-    for tier, spec in specs.items():
-        store = _store(tier, spec, bus).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
-        tiers[tier] = in_series(bus, store)
+    stores = {
+        tier: _store(tier, spec, bus).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
+        for tier, spec in specs.items()
+    }
+    tiers |= {tier: in_series(bus, store) for tier, store in stores.items()}
     capacities = {Tier.HOST: memory, **specs}
     return Setup(
         machine=_machine(device, tiers, dram_rate, gpus, cores),
@@ -153,6 +157,7 @@ def machine_for(
         interconnect=_interconnect(device, bus, interconnect),
         dram_bytes_per_second=dram_rate,
         tiers=tiers,
+        stores=stores,
     )
 
 

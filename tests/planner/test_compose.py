@@ -96,6 +96,14 @@ def test_a_disk_faster_than_the_bus_is_limited_by_it() -> None:
     assert setup.budget.host_bytes == 0
 
 
+def test_the_processor_reaches_stores_without_the_bus() -> None:
+    setup = machine_for("rtx-4090", dram="64GiB", cxl="4x256GiB@20GB/s", nvme="8x4TB@7GB/s,1GB/s")
+    assert setup.tiers[Tier.CXL].read.value == pytest.approx(26e9)
+    assert setup.stores[Tier.CXL].read.value == setup.stores[Tier.CXL].mixed.value == pytest.approx(80e9)
+    assert setup.stores[Tier.NVME].read.value == pytest.approx(56e9)
+    assert Tier.HOST not in setup.stores
+
+
 def test_without_rates_a_disk_is_of_the_buss_generation() -> None:
     assert machine_for("h100", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen5"
     assert machine_for("l40s", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen4"

@@ -278,6 +278,16 @@ def test_a_disk_is_reached_through_dram() -> None:
         problem_of(job(setup=machine_for("a800-80g", nvme="1TB@6GB/s")))
 
 
+def test_only_copies_of_the_gpu_are_limited_by_its_bus() -> None:
+    many = machine_for("rtx-4090", dram="64GiB", cxl="4x256GiB@20GB/s", nvme="8x4TB@7GB/s,1GB/s")
+    machine = problem_of(job(setup=many)).machine
+    assert machine.place("cxl").hops[0].read_bytes_per_second == pytest.approx(26e9)
+    assert machine.place("cxl").cpu_bytes_per_second == pytest.approx(80e9)
+    near, far = machine.place("nvme").hops
+    assert near.read_bytes_per_second == pytest.approx(26e9)
+    assert far.read_bytes_per_second == pytest.approx(56e9)
+
+
 def test_a_pipeline_stage_has_its_blocks_and_only_the_ends_have_embedding_and_loss() -> None:
     degrees = Degrees(pipeline=2)
     names = [[b.name for b in problem_of(job(degrees, stage=stage)).blocks] for stage in (0, 1)]
