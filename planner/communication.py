@@ -2,9 +2,8 @@
 
 Bytes are what one GPU *sends* (it receives as many), for ring algorithms: an all-gather or reduce-scatter
 of B bytes over n ranks sends (n-1)/n B, an all-reduce twice that, an all-to-all of B local bytes (n-1)/n B
-(Thakur et al., IJHPCA 2005). They are to be divided by an ``Interconnect``'s collective rate, which is
-measured the same way. Letters and sources as in ``parallel.py``; each function names the paper of its
-formula.
+(Thakur et al., IJHPCA 2005). They are divided by an ``Interconnect``'s collective rate, which is measured the
+same way. Letters and sources as in ``parallel.py``; each function names the paper of its formula.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from memtrain.planner.hardware import Interconnect, slower
 from memtrain.planner.parallel import Degrees, Group, ModelShape
 
 
@@ -42,10 +42,19 @@ class Traffic:
     """Memory that exists only for them, at once."""
     overlaps: bool
     """Whether arithmetic that does not need the result can run meanwhile."""
+    to_neighbour: bool = False
+    """To one rank and from another; otherwise a collective of the whole group."""
 
-    def seconds(self, bytes_per_second: float) -> float:
-        """Time on the link, hidden or not."""
-        return self.sent_bytes / bytes_per_second
+    def seconds(self, link: Interconnect) -> float:
+        """Time on ``link``, hidden or not.
+
+        A neighbour is reached over one link where a collective uses all (MI300X), and never faster than a
+        collective, whose ranks send and receive at once as well.
+        """
+        rate = link.collective_bytes_per_second
+        if self.to_neighbour:
+            rate = slower(rate, link.peer_bytes_per_second)
+        return self.sent_bytes / rate.value
 
 
 def block_traffic(
@@ -95,6 +104,7 @@ def stage_traffic(
             sent_bytes=message,
             buffer_bytes=message,
             overlaps=False,
+            to_neighbour=True,
         )
         for name, when in (
             ("activations to the next stage", When.STAGE_FORWARD),
@@ -186,6 +196,7 @@ def _ring(ranks: int, key_value_bytes: float) -> list[Traffic]:
             sent_bytes=(ranks - 1) * key_value_bytes,
             buffer_bytes=2 * key_value_bytes,
             overlaps=True,
+            to_neighbour=True,
         ),
         Traffic(
             name="keys, values and their gradients round the ring",
@@ -195,6 +206,7 @@ def _ring(ranks: int, key_value_bytes: float) -> list[Traffic]:
             sent_bytes=(ranks - 1) * key_value_bytes + ranks * key_value_bytes,
             buffer_bytes=4 * key_value_bytes,
             overlaps=True,
+            to_neighbour=True,
         ),
     ]
 

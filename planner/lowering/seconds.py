@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from memtrain.planner.communication import Traffic, When, block_traffic, stage_traffic, step_traffic
 from memtrain.planner.estimate import Operation, TracedPart
+from memtrain.planner.hardware import Interconnect
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.tensors import Division, Fate, fate
 from memtrain.planner.parallel import Group, group_span
@@ -72,19 +73,19 @@ class Clock:
         """Arithmetic, what it waits for, and what sticks out of the messages beside it."""
         waits, beside = 0.0, 0.0
         for message in traffic:
-            seconds = message.seconds(self.rate(message.group))
+            seconds = message.seconds(self.link(message.group))
             if message.overlaps:
                 beside += seconds
             else:
                 waits += seconds
         return waits + max(computed, beside)
 
-    def rate(self, group: Group) -> float:
-        """Bytes per second that one GPU sends in a collective of ``group``."""
+    def link(self, group: Group) -> Interconnect:
+        """What the messages of ``group`` travel over."""
         across = group_span(self.job.degrees, group) > self.job.setup.gpus
         link = self.job.network if across else self.job.setup.interconnect
         assert link is not None
-        return link.collective_bytes_per_second.value
+        return link
 
     def recompute(self, part: TracedPart, kind: Fate, chunks: int) -> tuple[float, ...]:
         """Seconds per chunk of computing a class again; empty where it cannot be.
@@ -105,7 +106,7 @@ class Clock:
         seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
         if kind is Fate.PRODUCTS:
             waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
-            seconds += math.fsum(t.seconds(self.rate(t.group)) for t in waits)
+            seconds += math.fsum(t.seconds(self.link(t.group)) for t in waits)
         return even_seconds(seconds, chunks)
 
     def _by_prefix(self, part: TracedPart, seconds: float, chunks: int) -> tuple[float, ...]:
@@ -173,7 +174,7 @@ class Clock:
 
         The first stage sends where others receive, and waits as long.
         """
-        stage = {t.when: t.seconds(self.rate(t.group)) for t in self.traffic_of_stage()}
+        stage = {t.when: t.seconds(self.link(t.group)) for t in self.traffic_of_stage()}
         forward = stage.get(When.STAGE_FORWARD, 0.0) if index == self.job.blocks[0] else 0.0
         backward = stage.get(When.STAGE_BACKWARD, 0.0) if index == self.job.blocks[-1] else 0.0
         return forward, backward
@@ -198,7 +199,7 @@ def step_message_seconds(job: Job, backward_seconds: float) -> float:
             gradient_bytes=value_bytes,
             experts=experts,
         ):
-            seconds = message.seconds(clock.rate(message.group))
+            seconds = message.seconds(clock.link(message.group))
             beside += seconds if message.overlaps else 0.0
             waits += 0.0 if message.overlaps else seconds
     return waits + max(0.0, beside - backward_seconds)
