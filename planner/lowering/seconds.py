@@ -90,8 +90,7 @@ class Clock:
     def recompute(self, part: TracedPart, kind: Fate, chunks: int) -> tuple[float, ...]:
         """Seconds per chunk of computing a class again; empty where it cannot be.
 
-        Messages between tensor ranks are repeated with the products behind them (``products`` pays for both
-        of a block's forward, of which the second belongs to the last product: an upper bound).
+        What forward waited for of messages is waited for again (``_repeated``).
         """
         if kind in (Fate.INPUT, Fate.ROUTING):
             return ()
@@ -104,10 +103,25 @@ class Clock:
         first, last = self._span(part, kind)
         ops = [op for op in self._forward(part)[first:last] if not op.attention]
         seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
-        if kind is Fate.PRODUCTS:
-            waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
-            seconds += math.fsum(t.seconds(self.link(t.group)) for t in waits)
+        waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
+        seconds += math.fsum(self._repeated(t, kind) * t.seconds(self.link(t.group)) for t in waits)
         return even_seconds(seconds, chunks)
+
+    def _repeated(self, message: Traffic, kind: Fate) -> float:
+        """Of a message of forward, the share that a recompute sends again.
+
+        With sequence parallelism the input is gathered for ``qkv``; for ``products`` attention's output is
+        scattered and the MLP's input gathered; the last product's scattering belongs to the block's output.
+        Without, one of two all-reduces lies between ``qkv`` and the MLP. Ulysses exchanges q, k and v, then
+        the output, which is half of all or less; tokens go to experts and, counted but not needed, back.
+        """
+        qkv = kind is Fate.QKV
+        if message.group is Group.TENSOR:
+            gathered = 0.25 if self.job.degrees.sequence_parallel else 0.0
+            return gathered if qkv else 0.5
+        if message.group is Group.CONTEXT:
+            return 0.75 if qkv else 0.5
+        return 0.0 if qkv else 1.0
 
     def _by_prefix(self, part: TracedPart, seconds: float, chunks: int) -> tuple[float, ...]:
         """Attention's cost by chunk: rising under a causal mask, even under a window.

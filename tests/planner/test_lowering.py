@@ -305,6 +305,20 @@ def test_messages_take_time_and_room() -> None:
     assert cut.reserved_bytes > alone.reserved_bytes
 
 
+@pytest.mark.parametrize(("sequence_parallel", "qkv", "products"), [(True, 1, 2), (False, 0, 2)])
+def test_recomputes_repeat_the_messages_before_them(sequence_parallel: bool, qkv: int, products: int) -> None:
+    # Links so slow that the difference to one GPU's recompute is that of the messages.
+    slow = machine_for("a800-80g", gpus=2, dram="64GiB", interconnect="1KB/s")
+    degrees = Degrees(tensor=2, sequence_parallel=sequence_parallel)
+    once = TOKENS * HIDDEN * 2 / 2 / 1000  # a gathering or scattering; an all-reduce takes two
+    costs = {
+        t.name: math.fsum(t.recompute_seconds) for t in problem_of(job(degrees, setup=slow)).blocks[1].classes
+    }
+    assert costs["qkv"] == pytest.approx(qkv * once, abs=1e-6)
+    assert costs["products"] == pytest.approx(products * once)
+    assert costs["attention"] == pytest.approx(0, abs=1e-6)
+
+
 def test_model_flops_count_attention_under_its_mask_three_times_and_no_recompute() -> None:
     products = 30_000 + 60_000 + 150_000
     assert job().model_flops_per_step == 2 * (products + 3 * 0.5 * 80_000)
