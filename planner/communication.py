@@ -81,9 +81,19 @@ def block_traffic(
         *_tensor(degrees, tokens * shape.hidden * value_bytes),
         *_context(degrees, shape, tokens, value_bytes),
         *_expert(degrees, shape, tokens, value_bytes),
-        *_zero_block(degrees, degrees.replicas, block_parameters, value_bytes, gradient_bytes),
-        *_zero_block(degrees, degrees.expert_replicas, expert_parameters, value_bytes, gradient_bytes),
+        *_zero(degrees, degrees.replicas, block_parameters, value_bytes, gradient_bytes, at_once=2),
+        *_zero(degrees, degrees.expert_replicas, expert_parameters, value_bytes, gradient_bytes, at_once=2),
     ]
+
+
+def end_traffic(
+    degrees: Degrees, *, parameters: float, value_bytes: int = 2, gradient_bytes: int = 2
+) -> list[Traffic]:
+    """What ZeRO sends for the embedding or the head, ``parameters`` on one tensor rank, in every micro-batch.
+
+    The buffers of the blocks (``block_traffic``) hold the neighbour's weights; here it is one unit's.
+    """
+    return _zero(degrees, degrees.replicas, parameters, value_bytes, gradient_bytes, at_once=1)
 
 
 def stage_traffic(
@@ -240,12 +250,12 @@ def _expert(degrees: Degrees, shape: ModelShape, tokens: int, value_bytes: int) 
     )
 
 
-def _zero_block(
-    degrees: Degrees, ranks: int, parameters: float, weight_bytes: int, gradient_bytes: int
+def _zero(
+    degrees: Degrees, ranks: int, parameters: float, weight_bytes: int, gradient_bytes: int, *, at_once: int
 ) -> list[Traffic]:
-    """ZeRO stages 2 and 3 (1910.02054, section 7.2): gradients are reduce-scattered as a block's backward
-    ends; stage 3 gathers the block's weights ahead of either pass. Two blocks' weights are whole at once,
-    the one at work and the next; and one block's gradients."""
+    """ZeRO stages 2 and 3 (1910.02054, section 7.2): gradients are reduce-scattered as a unit's backward
+    ends; stage 3 gathers its weights ahead of either pass. The weights of ``at_once`` units are whole, of
+    blocks the one at work and the next; and one unit's gradients."""
     stage = degrees.zero_stage
     if ranks == 1 or stage < 2 or parameters == 0:
         return []
@@ -257,7 +267,7 @@ def _zero_block(
     if stage == 2:
         return [reduce]
     gathers = [
-        _data("weights gathered", when, once * weights, overlaps=True, buffer_bytes=2 * weights)
+        _data("weights gathered", when, once * weights, overlaps=True, buffer_bytes=at_once * weights)
         for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
     ]
     return [*gathers, reduce]

@@ -11,11 +11,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memtrain.planner.communication import Traffic, When, block_traffic, stage_traffic, step_traffic
+from memtrain.planner.communication import (
+    Traffic,
+    When,
+    block_traffic,
+    end_traffic,
+    stage_traffic,
+    step_traffic,
+)
 from memtrain.planner.estimate import Operation, TracedPart
 from memtrain.planner.hardware import Interconnect
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.tensors import Division, Fate, fate
+from memtrain.planner.optimizer_bytes import ParameterSpec
 from memtrain.planner.parallel import Group, group_span
 from memtrain.planner.ranges.model import causal_attention_seconds, even_seconds
 from memtrain.planner.roofline import attention_seconds, matmul_seconds, memory_seconds
@@ -170,6 +178,16 @@ class Clock:
             expert_parameters=experts / job.degrees.tensor / job.degrees.expert,
             value_bytes=4 if job.single else 2,
             gradient_bytes=4 if job.single else 2,
+        )
+
+    def traffic_of_end(self, parameters: Iterable[ParameterSpec]) -> list[Traffic]:
+        """What the embedding or the head sends for one micro-batch."""
+        value_bytes = 4 if self.job.single else 2
+        return end_traffic(
+            self.job.degrees,
+            parameters=sum(p.elements for p in parameters) / self.job.degrees.tensor,
+            value_bytes=value_bytes,
+            gradient_bytes=value_bytes,
         )
 
     def traffic_of_stage(self) -> list[Traffic]:

@@ -305,6 +305,18 @@ def test_messages_take_time_and_room() -> None:
     assert cut.reserved_bytes > alone.reserved_bytes
 
 
+def test_sharded_embeddings_are_gathered_whole() -> None:
+    # 100 x 8 parameters of the embedding against 1600 of a block, of which two are whole at once.
+    large = dataclasses.replace(ESTIMATE.units[0], parameters=(parameter("embed", 1000, HIDDEN),))
+    estimate = dataclasses.replace(ESTIMATE, units=(large, *ESTIMATE.units[1:]))
+    reserved = [
+        problem_of(job(Degrees(data=4, zero_stage=3), estimate=e)).reserved_bytes
+        for e in (ESTIMATE, estimate)
+    ]
+    # In backward a block's weights twice and its gradients; the embedding's weights and gradients.
+    assert reserved[1] - reserved[0] == 2 * 2 * 8000 - 3 * 2 * 1600
+
+
 @pytest.mark.parametrize(("sequence_parallel", "qkv", "products"), [(True, 1, 2), (False, 0, 2)])
 def test_recomputes_repeat_the_messages_before_them(sequence_parallel: bool, qkv: int, products: int) -> None:
     # Links so slow that the difference to one GPU's recompute is that of the messages.
