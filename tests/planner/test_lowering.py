@@ -25,7 +25,7 @@ from memtrain.planner.forecast import make_forecast
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.lowering.states import PIECES
-from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, transient_bytes
+from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, shared_bytes, transient_bytes
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
 from memtrain.planner.parallel import Degrees, ModelShape
 from memtrain.planner.ranges.check import check
@@ -165,6 +165,12 @@ def test_tensor_ranks_divide_what_lies_inside_layers_and_with_sequence_paralleli
     assert whole[Fate.PRODUCTS] == INSIDE // 2
     cut = class_bytes(PART, division(Degrees(tensor=2, context=2)))
     assert cut == {name: size // 4 for name, size in class_bytes(PART, division()).items()}
+
+
+def test_tables_that_blocks_share_are_cut_by_tokens_alone() -> None:
+    tables = (saved(TensorClass.OTHER, 4), saved(TensorClass.MASK, TOKENS))
+    whole = TOKENS * 4 * 2 + TOKENS * TOKENS * 2
+    assert shared_bytes(tables, division(Degrees(tensor=2, context=2))) == whole / 2
 
 
 def test_transients_leave_out_saved_tensors_input_and_parameters_gradients() -> None:
