@@ -48,8 +48,11 @@ class Clock:
         self._ways = job.degrees.tensor * job.degrees.context
 
     def operation(self, op: Operation, part: TracedPart, *, backward: bool) -> float:
-        """One operation."""
-        if op.attention and op.flops:
+        """One operation.
+
+        Attention kernels skip what a mask hides; the products of attention without a kernel compute it all.
+        """
+        if op.flops and "attention" in op.name:
             # Backward's FLOPs follow from forward's: kernels differ in what they compute again.
             flops = sum(o.flops for o in self._forward(part) if o.attention)
             if backward:

@@ -54,8 +54,9 @@ def saved(kind: TensorClass, width: int, *, nearly_free: bool = False, moved: in
 
 
 def operation(flops: int, moved: int, *, attention: bool = False) -> Operation:
+    name = "memtrain::attention" if attention else "aten::mm"
     return Operation(
-        name="op", module="", flops=flops, read_bytes=moved, written_bytes=0, attention=attention
+        name=name, module="", flops=flops, read_bytes=moved, written_bytes=0, attention=attention
     )
 
 
@@ -203,6 +204,20 @@ def test_seconds_are_the_roofline_of_every_operation() -> None:
     back = device.half_flops_per_second.value * device.attention_backward_efficiency.value
     backward = 1000 / memory + 2.5 * 0.5 * 80_000 / back + max(150_000 / products, 9000 / memory)
     assert one.backward_seconds == pytest.approx(backward)
+
+
+def test_attention_without_a_kernel_is_products_of_all_pairs() -> None:
+    plain = dataclasses.replace(PART.operations[2], name="aten::bmm")
+    eager = dataclasses.replace(PART, operations=(*PART.operations[:2], plain, *PART.operations[3:]))
+    device = setup().accelerator
+    half = device.half_flops_per_second.value
+    kernel = 0.5 * 80_000 / (half * device.attention_forward_efficiency.value)
+    products = 80_000 / (half * device.matmul_efficiency.value)
+    fused, unfused = (
+        problem_of(job(estimate=dataclasses.replace(ESTIMATE, classes=(part,)))).blocks[1].forward_seconds
+        for part in (PART, eager)
+    )
+    assert unfused - fused == pytest.approx(products - kernel)
 
 
 def test_recompute_costs_what_leads_to_a_class_and_no_more() -> None:
