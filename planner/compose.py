@@ -143,7 +143,9 @@ def machine_for(
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
     stores = {
-        tier: _store(tier, spec, bus).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
+        tier: _store(tier, spec, _generation(device, bus)).scaled(
+            spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,"
+        )
         for tier, spec in specs.items()
     }
     tiers |= {tier: in_series(bus, store) for tier, store in stores.items()}
@@ -169,25 +171,34 @@ def _host_link(device: Accelerator, text: str | None, gpus: int) -> Duplex:
     return host_link(device.host_link).scaled(1 / sharers, why)
 
 
+def _generation(device: Accelerator, bus: Duplex) -> str:
+    """Of the host's PCI Express, by the bus that is named, or else by the GPU's own."""
+    name = device.host_link if bus.name == GIVEN else bus.name
+    return next(part for part in name.split("-") if part.startswith("gen"))
+
+
 def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: int) -> Quoted:
-    """This GPU's share: what the user says, or eight channels a socket and four GPUs a socket."""
+    """This GPU's share: what the user says, or two channels of a desktop, or eight a socket and four GPUs.
+
+    More than two consumer GPUs stand in a server's board: no desktop has the lanes.
+    """
     share = f"1/{gpus} for this GPU"
     if memory is not None and memory.rates is not None:
         return parse_channels(memory.rates).scaled(1 / gpus, share)
-    channel = DRAM_CHANNELS["ddr5-4800" if "gen5" in bus.name or device.laptop else "ddr4-3200"]
-    channels = 2 if device.laptop else 8 * math.ceil(gpus / 4)
+    desktop = device.consumer and gpus <= 2
+    channel = DRAM_CHANNELS["ddr5-4800" if desktop or _generation(device, bus) == "gen5" else "ddr4-3200"]
+    channels = 2 if desktop else 8 * math.ceil(gpus / 4)
     why = f"assumption: {channels} channels for {gpus} GPU{'s' if gpus > 1 else ''}"
     return channel.scaled(channels, why).scaled(1 / gpus, share)
 
 
-def _store(tier: Tier, spec: TierSpec, bus: Duplex) -> Duplex:
-    """One device of the tier; without rates a disk of the bus' generation, or the only CXL card known."""
+def _store(tier: Tier, spec: TierSpec, generation: str) -> Duplex:
+    """One device of the tier; without rates a disk of the host's generation, or the only CXL card known."""
     presets = CXL_DEVICES if tier is Tier.CXL else DISKS
     if spec.rates is not None:
         return parse_duplex(tier.value, spec.rates, presets)
     if tier is Tier.CXL:
         return CXL_DEVICES[0]
-    generation = next((name for name in ("gen3", "gen5") if name in bus.name), "gen4")
     return find("nvme preset", f"nvme-{generation}", DISKS)
 
 

@@ -152,7 +152,7 @@ def _other(
         host_link=host_link,
         gpus_per_uplink=_OWN_UPLINK,
         interconnect=interconnect,
-        laptop="laptop" in name,
+        consumer=name.startswith("rtx-"),
     )
 
 

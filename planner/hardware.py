@@ -144,7 +144,8 @@ class Accelerator:
     """GPUs behind one such link to the host, each of which has its share while all of them copy."""
     interconnect: str | None = None
     """Name of an interconnect in the presets; None where GPUs meet over the host link."""
-    laptop: bool = False
+    consumer: bool = False
+    """Made for desktops and laptops, whose processors have two channels of DRAM."""
 
     def given(self, changes: Mapping[str, float]) -> Accelerator:
         """The same GPU with some of its numbers replaced by the user's.

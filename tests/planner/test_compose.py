@@ -75,6 +75,23 @@ def test_who_shares_a_bus(gpu: Accelerator, options: dict[str, Any], expected: t
     assert rates(setup.machine.link(Tier.HOST)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "gigabytes_per_second"),
+    [
+        ("rtx-4090", 1, 2 * 0.8 * 38.4),
+        ("rtx-4090", 2, 2 * 0.8 * 38.4 / 2),
+        ("rtx-4090", 4, 8 * 0.8 * 25.6 / 4),  # a server's board, of the GPU's generation
+        ("rtx-4060-laptop", 1, 2 * 0.8 * 38.4),
+        ("a100-80g", 8, 16 * 0.8 * 25.6 / 8),
+        ("h100", 8, 16 * 0.8 * 38.4 / 8),
+    ],
+)
+def test_dram_that_nobody_described(gpu: str, gpus: int, gigabytes_per_second: float) -> None:
+    rate = machine_for(gpu, gpus=gpus, dram="64GiB").dram_bytes_per_second
+    assert rate.value == pytest.approx(gigabytes_per_second * 1e9)
+    assert "assumption: " in rate.source
+
+
 def test_dram_that_is_slower_than_the_buses_limits_them() -> None:
     setup = machine_for("h100", gpus=8, dram="1TiB@8xddr4-3200")
     assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((20.48, 20.48, 20.48))
@@ -108,6 +125,7 @@ def test_without_rates_a_disk_is_of_the_buss_generation() -> None:
     assert machine_for("h100", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen5"
     assert machine_for("l40s", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen4"
     assert machine_for("h100", nvme="4TB", host_link="gen3").tiers[Tier.NVME].name == "nvme-gen3"
+    assert machine_for("h100", nvme="4TB", host_link="40GB/s").tiers[Tier.NVME].name == "nvme-gen5"
     assert machine_for("h100", cxl="0:256GiB").tiers[Tier.CXL].mixed.value == 36e9
 
 
