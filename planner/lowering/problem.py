@@ -101,6 +101,8 @@ def problem_of(job: Job) -> Problem:
         error_budget=_error_budget(job),
         reserved_bytes=_reserved(context, buffers),
         updates=updates,
+        micro_batches=job.micro_batches,
+        in_flight=job.in_flight,
     )
 
 

@@ -396,3 +396,13 @@ def test_an_8_bit_optimizer_has_less_state() -> None:
     small = problem_of(job(optimizer=OptimizerRule.ADAM_8BIT, master_weights=False)).blocks[1].states
     # 1600 parameters are fewer than 4096: two fp32 moments.
     assert {s.role: s.piece_bytes for s in small}[Role.OPTIMIZER] == 2 * 1600 * 4 // PIECES
+
+
+def test_micro_batches_repeat_the_step_and_a_pipelines_first_stage_holds_several() -> None:
+    one = problem_of(job(micro_batches=3))
+    assert (one.micro_batches, one.in_flight) == (3, 1)
+    stages = [job(Degrees(pipeline=2), micro_batches=3, stage=stage) for stage in (0, 1)]
+    assert [problem_of(stage).in_flight for stage in stages] == [2, 1]
+    # All micro-batches, and the pipeline's idle time: (p - 1) / m of it.
+    forecast = make_forecast(job(Degrees(pipeline=2), micro_batches=3), SolveOptions(isolated=False))
+    assert forecast.step_seconds == pytest.approx(forecast.plan.step_seconds * (1 + 1 / 3))
