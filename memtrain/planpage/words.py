@@ -51,7 +51,7 @@ def class_names(problem: Problem) -> list[str]:
 
 
 def class_text(decided: BlockPlan, tensor: TensorClass | None) -> str:
-    """What happens to a class of a block: ``recompute 9/16, swap to host 7/16``, or ``keep`` for all of it."""
+    """What happens to a class of a block: ``recompute 9/16, swap to host 7/16``, ``keep`` for all of it."""
     if tensor is None:
         return "-"
     parts = [
