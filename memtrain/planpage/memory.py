@@ -111,7 +111,7 @@ def _picture(place: str, levels: Sequence[Level], capacity_bytes: int, frame: Fr
     ]
     when = f" from {seconds_text(most.start_seconds)} on ({most.name})" if place == DEVICE else ""
     text = f"{place}: at most {format_gib(most.total_bytes)}{when}; limit {format_gib(capacity_bytes)}"
-    return f"<h3>{html.escape(place)}</h3>{paragraph(text)}{figure(frame.svg(parts, text))}"
+    return f"<h3>{html.escape(text)}</h3>{figure(frame.svg(parts, text))}"
 
 
 def _area(scale: Scale, levels: Sequence[Level], name: str) -> str:

@@ -61,6 +61,7 @@ def queues_of_the_step(page: PageInput) -> str:
     step = page.plan.step_seconds
     seen = {bar.kind for bar in bars}
     parts = [
+        paragraph("Every queue does one job at a time. Writes leave the device, reads come towards it."),
         legend([(name, f'fill="{colour}"') for name, colour in _KINDS.items() if name in seen]),
         _gantt(rows, _merged(bars, step * _PIXEL_SHARE), 0.0, step, "The whole step"),
         *_zooms(page, rows, bars),
@@ -212,11 +213,13 @@ def _gantt(
 def _bar(scale: Scale, bar: Bar, top: float, named: bool) -> str:
     left = scale.x(max(bar.start_seconds, scale.x_low))
     right = scale.x(min(bar.end_seconds, scale.x_high))
+    # Close up nothing is lost; over the whole step slivers would cover what stands beside them.
+    least = 0.3 if named else 0.0
     what = bar.first if bar.first == bar.last else f"{bar.first} to {bar.last}"
     span = f"{seconds_text(bar.start_seconds)} to {seconds_text(bar.end_seconds)}"
     title = html.escape(f"{what}: {span}, busy {seconds_text(bar.busy_seconds)}")
     drawn = (
-        f'<rect class="bar" x="{left:.2f}" y="{top}" width="{max(0.3, right - left):.2f}" height="{_BAR}">'
+        f'<rect class="bar" x="{left:.2f}" y="{top}" width="{max(least, right - left):.2f}" height="{_BAR}">'
         f"<title>{title}</title></rect>"
     )
     if named and bar.block and len(bar.block) * _LETTER < right - left:
@@ -253,8 +256,8 @@ def _waits(events: Sequence[Event], step_seconds: float) -> str:
     found.sort(key=lambda wait: -wait[0])
     items = [_wait_text(seconds, event, events) for seconds, event in found[:_WAITS]]
     summary = (
-        f"The arithmetic waits {seconds_text(total)} ({share_text(total / step_seconds)} of the step), "
-        f"in {len(found)} stretches; the longest"
+        f"The arithmetic waits {seconds_text(total)} in all, {share_text(total / step_seconds)} of the step: "
+        f"the longest of {len(found)} stretches"
     )
     return folded(summary, bullets(items))
 

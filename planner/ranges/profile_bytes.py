@@ -30,7 +30,7 @@ SAVED = "saved tensors"
 RESTORED = "recomputed"
 """What backward makes again, recomputed or decompressed."""
 TRANSIENT = "transients"
-CATEGORIES = (RESERVED, WEIGHTS, OPTIMIZER, GRADIENTS, SLOTS, SAVED, RESTORED, TRANSIENT)
+CATEGORIES = (RESERVED, WEIGHTS, OPTIMIZER, SLOTS, GRADIENTS, SAVED, RESTORED, TRANSIENT)
 """From what stays all step long to what comes and goes."""
 
 Sizes = Mapping[str, int]
