@@ -135,7 +135,9 @@ def _hover(scale: Scale, level: Level) -> str:
     """Nothing to see: a stretch that says its numbers when it is pointed at."""
     left, right = scale.x(level.start_seconds), scale.x(level.end_seconds)
     frame = scale.frame
-    sizes = "\n".join(f"{name} {format_gib(size)}" for name, size in reversed(level.sizes.items()) if size)
+    sizes = "\n".join(
+        f"{name} {format_gib(size)}" for name, size in reversed(list(level.sizes.items())) if size
+    )
     span = f"{seconds_text(level.start_seconds)} to {seconds_text(level.end_seconds)}"
     title = f"{level.name}, {span}: {format_gib(level.total_bytes)}\n{sizes}"
     return (

@@ -28,7 +28,7 @@ td { white-space: nowrap; }
 .legend svg { display: inline; width: 14px; min-width: 0; height: 14px; margin-right: 0.4em;
   vertical-align: -2px; }
 svg.defs { position: absolute; width: 0; min-width: 0; height: 0; }
-svg .on { fill: #fff; font-size: 10px; pointer-events: none; stroke-width: 4px; paint-order: stroke; }
+svg .on { fill: #fff; font-size: 10px; pointer-events: none; stroke-width: 5px; paint-order: stroke; }
 svg .hover { fill: transparent; }
 svg .hover:hover { fill: #8884; }
 svg .bar:hover { fill-opacity: 0.6; }

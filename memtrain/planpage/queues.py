@@ -15,7 +15,7 @@ from memtrain.planpage.colours import BLUE, GREEN, MAGENTA, OCHRE, SKY, VERMILIO
 from memtrain.planpage.content import PageInput
 from memtrain.planpage.words import seconds_text, share_text
 
-_KINDS = {
+KINDS = {
     "forward": SKY,
     "backward": VERMILION,
     "update": OCHRE,
@@ -24,6 +24,7 @@ _KINDS = {
     "gradients": MAGENTA,
     "optimizer's traffic": VIOLET,
 }
+"""What a job does, with its colour."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 12, 6, 40
 _ROW, _BAR = 30, 22
 _WIDTH = 860
@@ -62,7 +63,7 @@ def queues_of_the_step(page: PageInput) -> str:
     seen = {bar.kind for bar in bars}
     parts = [
         paragraph("Every queue does one job at a time. Writes leave the device, reads come towards it."),
-        legend([(name, f'fill="{colour}"') for name, colour in _KINDS.items() if name in seen]),
+        legend([(name, f'fill="{colour}"') for name, colour in KINDS.items() if name in seen]),
         _gantt(rows, _merged(bars, step * _PIXEL_SHARE), 0.0, step, "The whole step"),
         *_zooms(page, rows, bars),
         _busy_table(rows, bars, step),
@@ -195,7 +196,7 @@ def _gantt(
             'fill-opacity="0.06"/>',
             f'<text x="{_LEFT - 8}" y="{top + 19}" text-anchor="end">{text}</text>',
         ]
-        for kind, colour in _KINDS.items():
+        for kind, colour in KINDS.items():
             drawn = [
                 _bar(scale, bar, top + 4, named)
                 for bar in bars

@@ -119,16 +119,17 @@ def folded_rows(problem: Problem, blocks: Sequence[BlockPlan]) -> tuple[list[str
     """Head (after the block's name) and rows of the table of decisions, equal neighbours as one row."""
     classes = class_names(problem)
     states = list(dict.fromkeys(state.name for block in problem.blocks for state in block.states))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for block, decided in zip(problem.blocks, blocks, strict=True):
         tensors = {tensor.name: tensor for tensor in block.classes}
         cells = [class_text(decided, tensors.get(name)) for name in classes]
         cells += [held_text(decided, name, block.pieces) for name in states]
-        rows.append((*cells, *([updates_text(decided, block.pieces)] if states else [])))
+        cells += [updates_text(decided, block.pieces)] if states else []
+        rows.append(tuple(cells))
     alike, start = [], 0
-    for cells, group in groupby(rows):
+    for said, group in groupby(rows):
         count = len(list(group))
-        alike.append(Alike(indices=range(start, start + count), cells=cells))
+        alike.append(Alike(indices=range(start, start + count), cells=said))
         start += count
     return [*classes, *states, *(["update"] if states else [])], alike
 
