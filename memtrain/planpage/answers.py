@@ -126,11 +126,11 @@ def ablation(page: PageInput) -> str:
     """What rules of other systems reach, beside this plan."""
     if not page.ablation:
         return ""
-    step = page.plan.step_seconds
+    step = page.step_seconds
     rows = [["this plan", seconds_text(step), "", ""]]
     for one in sorted(page.ablation, key=lambda row: row.step_seconds):
         if math.isfinite(one.step_seconds):
-            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %" if step else "-"
+            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %"
             rows.append([one.name, seconds_text(one.step_seconds), slower, one.why_not])
         else:
             rows.append([one.name, "does not fit", "", one.why_not])

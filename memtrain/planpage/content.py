@@ -17,7 +17,7 @@ class Alternative:
 
     name: str
     step_seconds: float
-    """Of the problem; inf where nothing of the rule fits."""
+    """As ``PageInput.step_seconds``; inf where nothing of the rule fits."""
     why_not: str = ""
 
 

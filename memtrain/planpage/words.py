@@ -57,6 +57,11 @@ def action_text(label: str) -> str:
     return "stay in slot" if kind == "slot" else kind
 
 
+def resource_text(resource: str) -> str:
+    """``write:pcie`` -> ``write pcie``."""
+    return resource.replace(":", " ", 1)
+
+
 def class_names(problem: Problem) -> list[str]:
     """Every tensor class of any block, in the order of first mention."""
     return list(dict.fromkeys(tensor.name for block in problem.blocks for tensor in block.classes))

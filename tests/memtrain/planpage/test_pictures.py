@@ -7,15 +7,17 @@ import re
 
 import pytest
 
-from memtrain.planner.ranges.plan import RangePlan
+from memtrain.planner.ranges.formulate import formulate
+from memtrain.planner.ranges.plan import RangePlan, make_plan
 from memtrain.planner.ranges.profile_bytes import device_moments
-from memtrain.planner.ranges.simulate import Event
+from memtrain.planner.ranges.simulate import Event, PartTime
 from memtrain.planpage import PageInput
 from memtrain.planpage.actions import action_map, labels_of
 from memtrain.planpage.colours import CATEGORIES, action_inks
 from memtrain.planpage.memory import memory_over_the_step
-from memtrain.planpage.queues import Bar, _merged, queues_of_the_step
+from memtrain.planpage.queues import KINDS, Bar, _bars, _merged, queues_of_the_step
 from tests.memtrain.planpage.samples import GIB, chain, changed, decided, page_of, sample
+from tests.planner.ranges.small import some_state, with_state_anywhere
 
 SVG = re.compile(r"<svg [^>]*role=\"img\".*?</svg>", re.DOTALL)
 
@@ -92,7 +94,8 @@ def events(*jobs: tuple[str, str, float, float]) -> tuple[Event, ...]:
 
 def timed(*jobs: tuple[str, str, float, float], step: float) -> PageInput:
     one = chain()
-    plan: RangePlan = changed(decided(one), events=events(*jobs), step_seconds=step)
+    part = PartTime(name="step", times=1, start_seconds=0.0, end_seconds=step)
+    plan: RangePlan = changed(decided(one), events=events(*jobs), step_seconds=step, parts=(part,))
     return page_of(one, plan)
 
 
@@ -113,6 +116,48 @@ def test_bars_stand_where_their_jobs_are() -> None:
     # A job without length is not drawn, and its queue has no row.
     assert ">read pcie<" not in text
     assert "<td>compute</td><td>7.000 s</td><td>70.0 %</td>" in text
+
+
+@pytest.mark.parametrize(("count", "in_flight"), [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("number", [0, 1234, 98765, 424242])
+def test_every_job_of_a_step_has_a_kind(count: int, in_flight: int, number: int) -> None:
+    one = dataclasses.replace(with_state_anywhere(), micro_batches=count, in_flight=in_flight)
+    formulated = formulate(one)
+    plan = make_plan(
+        formulated,
+        some_state(formulated, number),
+        status="heuristic",
+        lower_bound_seconds=0.0,
+        gap=0.0,
+        solver="by hand",
+    )
+    assert plan.events
+    assert {bar.kind for bar in _bars(page_of(one, plan))} <= set(KINDS) - {"other"}
+
+
+def test_micro_batches_that_are_alike_are_drawn_once() -> None:
+    one = dataclasses.replace(chain(), micro_batches=5)
+    page = page_of(one, decided(one))
+    first, further = page.plan.parts
+    assert (first.times, further.times) == (1, 4)
+    text = queues_of_the_step(page)
+    said = "drawn once: first micro-batch (0.000 s to"
+    assert said in text
+    assert said in memory_over_the_step(page)
+    assert "takes place 4 times)." in text
+    once = [
+        sum(
+            e.end_seconds - e.start_seconds
+            for e in page.plan.events
+            if e.part == n and e.resource == "compute"
+        )
+        for n in (0, 1)
+    ]
+    share = (once[0] + 4 * once[1]) / page.plan.step_seconds
+    assert f"<td>{share * 100:.1f} %</td>" in text
+    # A line where the further micro-batches begin: 756 units for both parts, from 92 on.
+    place = 92 + 756 * first.end_seconds / further.end_seconds
+    assert f'<line x1="{place:.1f}"' in text
 
 
 def test_the_colours_of_jobs_follow_what_they_move() -> None:
