@@ -105,7 +105,7 @@ def _picture(page: PageInput, place: str, levels: Sequence[Level], capacity_byte
         [limit_line(scale, f"limit {format_gib(capacity_bytes)}", capacity_bytes / GiB, 0)] if drawn else []
     )
     parts = [
-        *axes(scale, max(3, frame.height // 45), "seconds of the step", f"{place} (GiB)"),
+        *axes(scale, max(3, frame.height // 45), "seconds", f"{place} (GiB)"),
         *[_area(scale, levels, name) for name in CATEGORIES if any(name in level.sizes for level in levels)],
         *[_hover(scale, level) for level in levels],
         *limit,

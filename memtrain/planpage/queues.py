@@ -198,7 +198,7 @@ def _gantt(
         bottom=_BOTTOM,
     )
     scale = Scale(x_low=low, x_high=high, y_low=0.0, y_high=1.0, frame=frame)
-    parts = [*x_axis(scale, 8, "seconds of the step")]
+    parts = [*x_axis(scale, 8, "seconds")]
     for number, resource in enumerate(rows):
         top = _TOP + number * _ROW
         text = html.escape(resource_text(resource))

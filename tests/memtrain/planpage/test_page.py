@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from memtrain.planner.ranges.plan import BlockPlan, RangePlan, Relaxation
+from memtrain.planner.ranges.formulate import formulate
+from memtrain.planner.ranges.plan import BlockPlan, RangePlan, Relaxation, make_plan
 from memtrain.planpage import PageInput, render
 from tests.memtrain.planpage.samples import GIB, chain, changed, decided, page_of, sample
+from tests.planner.ranges.small import block, problem
 
 VOID = {"meta"}
 SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
@@ -150,6 +152,39 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help() -> None:
     assert "allow codec int4 (lossy)" in said
     assert "a shorter sequence: 75.0 % of this one fits" in said
     assert "lower bound" not in said
+
+
+def test_a_plan_without_decisions_is_drawn() -> None:
+    """What is returned when not even more device memory would help."""
+    one = chain(3, capacity=1)
+    formulated = formulate(one)
+    nothing = make_plan(
+        formulated,
+        formulated.decisions({}),
+        status="infeasible",
+        lower_bound_seconds=0.0,
+        gap=0.0,
+        solver="none: nothing fits",
+    )
+    said = words(page_of(one, nothing, ablation=()))
+    assert "No placement keeps every limit at once." in said
+    assert "No single change was found that makes it fit." in said
+
+
+def test_blocks_that_save_nothing_are_drawn() -> None:
+    one = problem(2, 1000, blocks=tuple(block(i, classes=()) for i in range(2)))
+    formulated = formulate(one)
+    plan = make_plan(
+        formulated,
+        formulated.decisions({}),
+        status="optimal",
+        lower_bound_seconds=24.0,
+        gap=0.0,
+        solver="by hand",
+    )
+    text = render(page_of(one, plan, bill=()))
+    parsed(text)
+    assert "No block saves tensors that could be decided on." in text
 
 
 def test_names_are_escaped_wherever_they_stand() -> None:
