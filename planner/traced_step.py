@@ -51,7 +51,7 @@ def step_of(
     names = (PROLOGUE, *(block.name for block in estimate.blocks), EPILOGUE)
     parts = dict(zip(names, estimate.parts(), strict=True))
     _check_chain(parts)
-    stays = _stays(parts, kept or {}, kept_inputs)
+    stays = _choices(parts, kept or {}, kept_inputs)
     # Blocks of one class and one choice become one object.
     sorted_parts = {
         (id(part), stays[name]): _Part(part, stays[name], is_last=name == EPILOGUE)
@@ -85,12 +85,13 @@ class _Stays:
     input: bool
 
 
-def _stays(
+def _choices(
     parts: Mapping[str, TracedPart], kept: Mapping[str, Collection[int]], kept_inputs: Collection[str]
 ) -> dict[str, _Stays]:
-    for field, names in (("kept", set(kept)), ("kept_inputs", set(kept_inputs))):
-        if unknown := sorted(names - parts.keys()):
-            raise ValueError(f"{field} names {unknown[0]!r}; the parts of this model are {', '.join(parts)}")
+    with_input = list(parts)[1:]
+    for field, names, known in (("kept", kept, list(parts)), ("kept_inputs", kept_inputs, with_input)):
+        if unknown := sorted(set(names).difference(known)):
+            raise ValueError(f"{field} names {unknown[0]!r}; choose from {', '.join(known)}")
     chosen = {}
     for name, part in parts.items():
         everything = frozenset(range(len(part.saved)))
@@ -126,37 +127,34 @@ class _Part:
             output=Handed(start=made.start, size=made.size_bytes) if made else None,
             output_kept_end=self.kept_end(made),
             input_end=min(given.end, self.turn) if given else 0,
-            input_kept_end=len(self.part.operations) - self.turn
-            if self.stays.input
-            else self.kept_end(given),
+            input_kept_end=self.kept_end(given),
             input_gradient=Handed(start=passed.start - self.turn, size=passed.size_bytes) if passed else None,
             output_gradient_end=gradient.end - self.turn if gradient else 0,
         )
 
-    def outliving(self) -> Iterator[tuple[str, Lifetime]]:
-        """What blocks are given, or what is referred to while they run."""
-        return ((name, life) for name, life in self._lifetimes() if _outlives(life))
-
     def kept_end(self, life: Lifetime | None) -> int:
         """One after the last operation of the backward that reads it where it has stayed; 0: none does."""
+        if life and life.kind is LifetimeKind.INPUT and self.stays.input:
+            return len(self.part.operations) - self.turn
         return life.end - self.turn if life and self._stays(life) else 0
 
-    def _lifetimes(self) -> Iterator[tuple[str, Lifetime]]:
+    def lifetimes(self) -> Iterator[tuple[str, Lifetime]]:
         for index, life in enumerate(self.part.lifetimes):
             if life.start < life.end:
                 yield f"{index}.{life.kind.value}", life
 
     def _border(self, kind: LifetimeKind) -> Lifetime | None:
-        found = (life for _, life in self._lifetimes() if life.kind is kind and not _outlives(life))
+        found = (life for _, life in self.lifetimes() if life.kind is kind and not _is_spanning(life))
         return next(found, None) if kind in self.border_kinds else None
 
     def _inside(self) -> Iterator[tuple[str, Lifetime]]:
-        for name, life in self._lifetimes():
-            if not _outlives(life) and life.kind not in self.border_kinds:
+        for name, life in self.lifetimes():
+            if not _is_spanning(life) and life.kind not in self.border_kinds:
                 yield name, life
 
     def _stays(self, life: Lifetime) -> bool:
         chosen = life.saved is None or life.saved in self.stays.saved
+        chosen |= life.kind is LifetimeKind.INPUT and self.stays.input
         return chosen and life.start < self.turn < life.end
 
     def _kept(self) -> Iterator[Kept]:
@@ -172,23 +170,26 @@ class _Part:
     def _backward(self) -> Iterator[Buffer]:
         """Born in the backward, or brought back for it."""
         born = ((name, life) for name, life in self._inside() if life.start >= self.turn)
-        back = ((name, life) for name, life in self._lifetimes() if life.start < self.turn < life.end)
+        back = ((name, life) for name, life in self.lifetimes() if life.start < self.turn < life.end)
         for name, life in (*born, *back):
             if not self._stays(life):
                 start = max(life.start - self.turn, 0)
                 yield Buffer(name, start, life.end - self.turn, life.size_bytes)
 
 
-def _outlives(life: Lifetime) -> bool:
-    kinds = (LifetimeKind.SHARED, LifetimeKind.TIED_GRADIENT)
-    return life.epilogue_end is not None or life.kind in kinds
+def _is_made_for_blocks(life: Lifetime) -> bool:
+    return life.kind is LifetimeKind.SHARED or life.epilogue_end is not None
+
+
+def _is_spanning(life: Lifetime) -> bool:
+    return life.kind is LifetimeKind.TIED_GRADIENT or _is_made_for_blocks(life)
 
 
 def _made_for_blocks(prologue: _Part, step: Step) -> Iterator[Buffer]:
     """What the prologue makes for others, until the last of them is done."""
     epilogue_start, (returns, first_block_returns) = step.forward_starts[-2], step.backward_starts[:2]
-    for name, life in prologue.outliving():
-        if life.kind is LifetimeKind.TIED_GRADIENT:
+    for name, life in prologue.lifetimes():
+        if not _is_made_for_blocks(life):
             continue
         ends = [prologue.turn, epilogue_start + (life.epilogue_end or 0)]
         if life.kind is LifetimeKind.SHARED:
@@ -206,7 +207,8 @@ def _tied_gradients(estimate: ModelEstimate, step: Step) -> Iterator[Buffer]:
     produced, added = (
         [life for life in part.lifetimes if life.kind is LifetimeKind.TIED_GRADIENT] for part in parts
     )
-    for index, (first, second) in enumerate(zip(produced, added, strict=True)):
-        start = step.backward_starts[-1] + first.start - estimate.epilogue.forward_operations
-        end = step.backward_starts[0] + second.end - estimate.prologue.forward_operations
-        yield Buffer(f"{index}.tied_gradient", start, end, first.size_bytes)
+    end = step.backward_starts[0] - estimate.prologue.forward_operations
+    end += max((life.end for life in added), default=0)
+    for index, life in enumerate(produced):
+        start = step.backward_starts[-1] + life.start - estimate.epilogue.forward_operations
+        yield Buffer(f"{index}.tied_gradient", start, end, life.size_bytes)

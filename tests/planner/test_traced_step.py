@@ -178,12 +178,26 @@ def test_what_a_plan_removes_is_there_while_it_is_made_and_while_it_is_read(llam
     assert check_addresses(less.buffers(), pack_step(less, time_limit_seconds=1).offsets) == ()
 
 
+@pytest.mark.parametrize("kept", [None, ()])
+def test_an_input_that_something_is_computed_from_stays(
+    llama: ModelEstimate, kept: tuple[int, ...] | None
+) -> None:
+    second = llama.blocks[1].name
+    step = step_of(llama, kept=None if kept is None else {second: kept}, kept_inputs=[second])
+    block = step.blocks[2]
+    assert block.input_kept_end == block.backward_ops
+    assert not [b for b in block.backward if b.name.endswith(".input")]
+    (output,) = (b for b in step.buffers() if b.name == "1.output")
+    assert output.end == step.backward_starts[1]
+    assert step.blocks[1] == step_of(llama).blocks[1]
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [
         (
             {"model.layers.7": ()},
-            "kept names 'model.layers.7'; the parts of this model are prologue, ",
+            "kept names 'model.layers.7'; choose from prologue, model.layers.0, ",
         ),
         ({"prologue": (3,)}, "kept names saved tensor 3 of prologue, which has 0"),
     ],
@@ -193,6 +207,8 @@ def test_unknown_parts_and_tensors_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         step_of(llama, kept=kept)
+    with pytest.raises(ValueError, match=r"kept_inputs names 'prologue'; choose from model\.layers\.0, "):
+        step_of(llama, kept_inputs=["prologue"])
 
 
 class InPlace(nn.Module):
