@@ -127,10 +127,10 @@ def ablation(page: PageInput) -> str:
     if not page.ablation:
         return ""
     step = page.step_seconds
-    rows = [["this plan", seconds_text(step), "", ""]]
+    rows = [["this plan", seconds_text(step) if page.fits else "does not fit", "", ""]]
     for one in sorted(page.ablation, key=lambda row: row.step_seconds):
         if math.isfinite(one.step_seconds):
-            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %"
+            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %" if page.fits else ""
             rows.append([one.name, seconds_text(one.step_seconds), slower, one.why_not])
         else:
             rows.append([one.name, "does not fit", "", one.why_not])
