@@ -138,18 +138,20 @@ def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: i
 
 
 def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
-    """What stands before or after the blocks: what it saves is needed at once, or again at the very end.
+    """What stands before or after the blocks, and the buffers of its messages.
 
-    With the buffers of its messages.
+    What the epilogue saves is needed at once; what the prologue saves is held all step long (``_reserved``).
     """
-    unit = next(unit for unit in context.job.estimate.units if unit.name == name)
+    estimate = context.job.estimate
+    unit = next(unit for unit in estimate.units if unit.name == name)
+    at_once = part is estimate.epilogue
     seconds = context.clock.part(part, context.clock.traffic_of_end(unit.parameters))
     block = _with_states(
         context,
         name,
         (seconds.forward, seconds.backward),
         unit,
-        transients=transient_bytes(part, context.division, saved_too=True, input_too=True),
+        transients=transient_bytes(part, context.division, saved_too=at_once, input_too=True),
     )
     return block, seconds.message_buffer_bytes
 
@@ -185,8 +187,15 @@ def _error_budget(job: Job) -> float:
 
 
 def _reserved(context: _Context, message_bytes: int) -> int:
-    """On the device whatever is decided: tables that blocks share, buffers of messages, slack."""
+    """On the device whatever is decided: what the prologue saves, shared tables, messages' buffers, slack."""
     job = context.job
+    first = sum(map(context.division.saved, job.estimate.prologue.saved)) if job.first else 0
     tables = shared_bytes(job.estimate.shared, context.division) + job.estimate.buffer_bytes
     stage = math.ceil(sum(t.buffer_bytes for t in context.clock.traffic_of_stage()))
-    return tables + message_bytes + stage + math.ceil(context.machine.device_capacity_bytes * SLACK.value)
+    return (
+        first * job.in_flight
+        + tables
+        + message_bytes
+        + stage
+        + math.ceil(context.machine.device_capacity_bytes * SLACK.value)
+    )

@@ -309,6 +309,21 @@ def test_only_copies_of_the_gpu_are_limited_by_its_bus() -> None:
     assert far.read_bytes_per_second == pytest.approx(56e9)
 
 
+def test_what_the_prologue_saves_is_held_all_step_long_by_the_stage_that_has_it() -> None:
+    bare = dataclasses.replace(EDGE, saved=(), lifetimes=EDGE.lifetimes[1:])
+    without = dataclasses.replace(ESTIMATE, prologue=bare)
+    for degrees, stage, micro_batches, held in (
+        (ALONE, 0, 1, 1),
+        (Degrees(pipeline=2), 0, 4, 2),
+        (Degrees(pipeline=2), 1, 4, 0),
+    ):
+        reserved = [
+            problem_of(job(degrees, stage=stage, micro_batches=micro_batches, estimate=one)).reserved_bytes
+            for one in (without, ESTIMATE)
+        ]
+        assert reserved[1] - reserved[0] == held * RESIDUAL
+
+
 def test_a_pipeline_stage_has_its_blocks_and_only_the_ends_have_embedding_and_loss() -> None:
     degrees = Degrees(pipeline=2)
     names = [[b.name for b in problem_of(job(degrees, stage=stage)).blocks] for stage in (0, 1)]
