@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -142,9 +143,8 @@ def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
 
     What the epilogue saves is needed at once; what the prologue saves is held all step long (``_reserved``).
     """
-    estimate = context.job.estimate
-    unit = next(unit for unit in estimate.units if unit.name == name)
-    at_once = part is estimate.epilogue
+    unit = _end_unit(context.job, name)
+    at_once = part is context.job.estimate.epilogue
     seconds = context.clock.part(part, context.clock.traffic_of_end(unit.parameters))
     block = _with_states(
         context,
@@ -154,6 +154,20 @@ def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
         transients=transient_bytes(part, context.division, saved_too=at_once, input_too=True),
     )
     return block, seconds.message_buffer_bytes
+
+
+def _end_unit(job: Job, name: str) -> EstimatedUnit:
+    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not.
+
+    A tied parameter is in the first unit alone, so that an epilogue without a matrix has the embedding's.
+    """
+    units = {unit.name: unit for unit in job.estimate.units if unit.block is None}
+    unit = units[name]
+    matrices = [p for p in units["prologue"].parameters if len(p.shape) > 1]
+    if name == "prologue" or job.first or not matrices or any(len(p.shape) > 1 for p in unit.parameters):
+        return unit
+    tied = max(matrices, key=lambda p: p.elements)
+    return dataclasses.replace(unit, parameters=(tied, *unit.parameters))
 
 
 def _with_states(
