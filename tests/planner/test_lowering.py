@@ -309,6 +309,33 @@ def test_only_copies_of_the_gpu_are_limited_by_its_bus() -> None:
     assert far.read_bytes_per_second == pytest.approx(56e9)
 
 
+def test_what_the_prologue_saves_is_held_all_step_long_by_the_stage_that_has_it() -> None:
+    bare = dataclasses.replace(EDGE, saved=(), lifetimes=EDGE.lifetimes[1:])
+    without = dataclasses.replace(ESTIMATE, prologue=bare)
+    for degrees, stage, micro_batches, held in (
+        (ALONE, 0, 1, 1),
+        (Degrees(pipeline=2), 0, 4, 2),
+        (Degrees(pipeline=2), 1, 4, 0),
+    ):
+        reserved = [
+            problem_of(job(degrees, stage=stage, micro_batches=micro_batches, estimate=one)).reserved_bytes
+            for one in (without, ESTIMATE)
+        ]
+        assert reserved[1] - reserved[0] == held * RESIDUAL
+
+
+def test_a_tied_head_is_a_copy_on_the_last_stage() -> None:
+    def weights(degrees: Degrees, estimate: ModelEstimate) -> int:
+        last = problem_of(job(degrees, stage=degrees.pipeline - 1, estimate=estimate)).blocks[-1]
+        return sum(s.piece_bytes * PIECES for s in last.states if s.role is Role.PARAMETER)
+
+    own = dataclasses.replace(ESTIMATE.units[-1], parameters=(parameter("head", 64, HIDDEN),))
+    untied = dataclasses.replace(ESTIMATE, units=(*ESTIMATE.units[:-1], own))
+    assert weights(ALONE, ESTIMATE) == 0
+    assert weights(Degrees(pipeline=2), ESTIMATE) == pytest.approx(100 * HIDDEN * 2, abs=PIECES)
+    assert weights(Degrees(pipeline=2), untied) == pytest.approx(64 * HIDDEN * 2, abs=PIECES)
+
+
 def test_a_pipeline_stage_has_its_blocks_and_only_the_ends_have_embedding_and_loss() -> None:
     degrees = Degrees(pipeline=2)
     names = [[b.name for b in problem_of(job(degrees, stage=stage)).blocks] for stage in (0, 1)]
