@@ -24,6 +24,7 @@ from memtrain.planner.estimate import (
 from memtrain.planner.forecast import make_forecast
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
+from memtrain.planner.lowering.seconds import Clock
 from memtrain.planner.lowering.states import PIECES
 from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, shared_bytes, transient_bytes
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
@@ -220,6 +221,20 @@ def test_attention_without_a_kernel_is_products_of_all_pairs() -> None:
     assert unfused - fused == pytest.approx(products - kernel)
 
 
+def test_without_sequence_parallelism_norms_are_done_on_every_tensor_rank() -> None:
+    def norm(degrees: Degrees) -> float:
+        one = job(degrees)
+        division = Division(estimate=ESTIMATE, shape=SHAPE, degrees=degrees)
+        return Clock(one, division).operation(
+            Operation(name="norm", module="", flops=0, read_bytes=0, written_bytes=RESIDUAL),
+            PART,
+            backward=False,
+        )
+
+    assert norm(Degrees(tensor=2, sequence_parallel=False)) == norm(ALONE)
+    assert norm(Degrees(tensor=2)) == norm(ALONE) / 2
+
+
 def test_recompute_costs_what_leads_to_a_class_and_no_more() -> None:
     one = problem_of(job(chunks=4)).blocks[1]
     device = setup().accelerator
@@ -389,6 +404,7 @@ def test_model_flops_count_attention_under_its_mask_three_times_and_no_recompute
     ("changes", "message"),
     [
         ({"micro_batches": 0}, "micro_batches must be at least 1, got 0"),
+        ({"shape": dataclasses.replace(SHAPE, layers=4)}, "shape has 4 layers and the estimate 2 blocks"),
         ({"stage": 1}, "stage 1 of a pipeline of 1"),
         ({"degrees": Degrees(data=3), "setup": setup(2)}, "3 GPUs do not fill hosts of 2"),
         ({"degrees": Degrees(data=4), "setup": setup(2)}, "no network between them"),
