@@ -2,8 +2,9 @@
 
 ``machine_for("a800-80g", gpus=8, dram="1TiB", nvme="4TB@6GB/s")`` describes one of eight GPUs of a host: the
 host's memory and disks, and what they can move, are divided evenly; the bus to the host is the GPU's own.
-What comes out are the planner's ``Machine`` and ``Budget``, with every number's source. Nothing is measured:
-``Machine.source`` says ``preset``, and a plan made for it is a prediction. Latencies and processor time per
+What comes out are the planner's ``Machine`` and ``Budget``, with every number's source. Nothing is measured
+unless a measured machine's links are given: ``Machine.source`` says ``preset``, and a plan made for it is a
+prediction. Latencies and processor time per
 byte are left at 0: whole slots move at once, and copies do not slow a GPU's arithmetic.
 """
 
@@ -105,6 +106,7 @@ def machine_for(
     interconnect: str | None = None,
     budget: Mapping[str, str] | None = None,
     cores: int = 1,
+    measured: Machine | None = None,
 ) -> Setup:
     """Describe one of ``gpus`` equal GPUs of a host.
 
@@ -117,9 +119,12 @@ def machine_for(
         budget: bytes that this GPU's job may use by tier, such as ``{"device": "70GiB"}``; all that is there
             by default (``DEVICE_RESERVE``, ``HOST_SHARE``).
         cores: processor cores for this GPU's process, only written down.
+        measured: whose links stand in for presets, where no rate is given: the host's as it is, those of cxl
+            and nvme as one device's. What it does not have is quoted.
 
     Raises:
-        ValueError: something cannot be read, or a budget is above what is there.
+        ValueError: something cannot be read, a budget is above what is there, or ``measured`` has no link
+            that could be used.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
@@ -130,12 +135,13 @@ def machine_for(
         if text is not None
     }
     memory = None if dram is None else parse_tier("dram", dram)
-    bus = _host_link(device, host_link)
+    links = _measured_links(measured, {Tier.HOST, *specs})
+    bus = _host_link(device, host_link, links.get(Tier.HOST))
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
     for tier, spec in specs.items():
-        store = _store(tier, spec, bus).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
+        store = _store(tier, spec, bus, links.get(tier)).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
         tiers[tier] = in_series(bus, store)
     capacities = {Tier.HOST: memory, **specs}
     return Setup(
@@ -150,9 +156,33 @@ def machine_for(
     )
 
 
-def _host_link(device: Accelerator, text: str | None) -> Duplex:
+def _measured_links(measured: Machine | None, wanted: set[Tier]) -> dict[Tier, Duplex]:
+    """The measured links of ``wanted`` tiers."""
+    if measured is None:
+        return {}
+    found = {link.tier: _measured(measured, link) for link in measured.links if link.tier in wanted}
+    if not found:
+        has = ", ".join(link.tier.value for link in measured.links) or "none"
+        raise ValueError(
+            f"machine {measured.name} has measured links to {has}, and none of them is used: describe the tier "
+            "(nvme, cxl), measure with a device of its own memory, or leave the machine out"
+        )
+    return found
+
+
+def _measured(machine: Machine, link: Link) -> Duplex:
+    source = f"{link.source} on {machine.name}"
+    return Duplex(
+        name=f"{link.tier.value} of {machine.name}",
+        read=Quoted(value=link.read_bytes_per_second, source=source),
+        write=Quoted(value=link.write_bytes_per_second, source=source),
+        mixed=Quoted(value=link.mixed_bytes_per_second, source=source),
+    )
+
+
+def _host_link(device: Accelerator, text: str | None, measured: Duplex | None) -> Duplex:
     if text is None:
-        return host_link(device.host_link)
+        return measured or host_link(device.host_link)
     return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
 
 
@@ -167,11 +197,14 @@ def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: 
     return channel.scaled(channels, why).scaled(1 / gpus, share)
 
 
-def _store(tier: Tier, spec: TierSpec, bus: Duplex) -> Duplex:
-    """One device of the tier; without rates a disk of the bus' generation, or the only CXL card known."""
+def _store(tier: Tier, spec: TierSpec, bus: Duplex, measured: Duplex | None) -> Duplex:
+    """One device of the tier: as given, as measured, or a disk of the bus' generation and the only CXL card
+    known."""
     presets = CXL_DEVICES if tier is Tier.CXL else DISKS
     if spec.rates is not None:
         return parse_duplex(tier.value, spec.rates, presets)
+    if measured is not None:
+        return measured
     if tier is Tier.CXL:
         return CXL_DEVICES[0]
     generation = next((name for name in ("gen3", "gen5") if name in bus.name), "gen4")

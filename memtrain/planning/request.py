@@ -1,0 +1,272 @@
+"""What was asked of ``memtrain plan``, read and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from memtrain.planner.hardware import suggest
+from memtrain.planner.optimizer_bytes import OptimizerRule
+from memtrain.planner.parallel import Degrees
+from memtrain.planner.units import parse_bytes
+
+Dtype = Literal["bfloat16", "float32"]
+Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
+Axis = Literal["seq", "batch"]
+ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+MAX_SWEEP = 24
+"""Points of a sweep: each is a plan of its own, of some seconds."""
+
+_FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+_COUNT = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmM]?)$")
+
+
+class PlanError(ValueError):
+    """The command cannot be answered as it was given; one line that says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sweep:
+    """Values that one number of the job takes in turn."""
+
+    axis: Axis
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What is trained, and how."""
+
+    model: str
+    """Name of a preset, folder with a ``config.json``, or such a file."""
+    sequence: int
+    micro_batch: int = 1
+    accumulate: int = 1
+    """Micro-batches of a data rank in one step."""
+    optimizer: OptimizerRule = OptimizerRule.ADAMW
+    dtype: Dtype = "bfloat16"
+    master_weights: bool = True
+    clipping: bool = True
+    chunked_loss: bool = True
+    attention: Attention = "flash"
+
+    def __post_init__(self) -> None:
+        for name, option in (
+            ("sequence", "--seq"),
+            ("micro_batch", "--micro-batch"),
+            ("accumulate", "--accumulate"),
+        ):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{option} must be at least 1, got {getattr(self, name)}")
+        if self.attention not in get_args(Attention):
+            raise PlanError(
+                f"--attention {self.attention!r} is not known; {suggest(self.attention, list(get_args(Attention)))}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """One host of the machine, in the words of ``planner.flags``."""
+
+    gpu: str
+    gpus: int = 1
+    """Of one host."""
+    nodes: int = 1
+    dram: str | None = None
+    cxl: str | None = None
+    nvme: str | None = None
+    host_link: str | None = None
+    interconnect: str | None = None
+    machine: str | None = None
+    """A file that ``memtrain profile`` wrote: its links take the place of quoted ones."""
+    budget: tuple[tuple[str, str], ...] = ()
+    """Bytes by tier, for one GPU."""
+    overrides: tuple[tuple[str, float], ...] = ()
+    """Numbers of the GPU that the user knows better."""
+
+    def __post_init__(self) -> None:
+        for option, value in (("--gpus", self.gpus), ("--nodes", self.nodes)):
+            if value < 1:
+                raise PlanError(f"{option} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """How long to look, and among what."""
+
+    chunks: int = 16
+    seconds: float = 6.0
+    gap: float = 1e-3
+    allow_lossy: tuple[str, ...] = ()
+    error_budget: float | None = None
+    """None: as much as the allowed codecs lose when everything is compressed."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.chunks <= 64:
+            raise PlanError(f"--chunks must lie between 1 and 64, got {self.chunks}")
+        if not 0 < self.seconds <= 3600:
+            raise PlanError(f"--seconds must lie above 0 and at most 3600, got {self.seconds}")
+        if not 0 <= self.gap < 1:
+            raise PlanError(f"--gap must be at least 0 and below 1, got {self.gap}")
+        if self.error_budget is not None and not self.allow_lossy:
+            raise PlanError("--error-budget says how much codecs may lose: name them with --allow-lossy")
+        if self.error_budget is not None and self.error_budget < 0:
+            raise PlanError(f"--error-budget must be at least 0, got {self.error_budget}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequest:
+    """All that decides the answer."""
+
+    work: Work
+    hardware: Hardware
+    degrees: Degrees
+    search: Search = Search()
+
+    @property
+    def gpus(self) -> int:
+        """In all hosts."""
+        return self.hardware.gpus * self.hardware.nodes
+
+
+def parse_count(option: str, text: str) -> int:
+    """``8192``, ``8k`` (8192) or ``1M`` (1048576). Raises PlanError naming the value."""
+    match = _COUNT.match(text.strip())
+    value = float(match[1]) * _FACTORS[match[2].lower()] if match else 0.0
+    if match is None or value != int(value) or value < 1:
+        raise PlanError(
+            f"{option}: cannot read {text!r} as a number of tokens; write 8192 or 8k (8 x 1024), 1M (1024 x 1024)"
+        )
+    return int(value)
+
+
+def parse_sweep(text: str) -> Sweep:
+    """``seq=8k..1M`` doubles from the first to the last; ``seq=8k,12k,16k`` names every value.
+
+    Raises:
+        PlanError: naming the value and how to write it.
+    """
+    axis, equals, values = text.partition("=")
+    if axis == "seq":
+        named: Axis = "seq"
+    elif axis == "batch":
+        named = "batch"
+    else:
+        raise PlanError(f"--sweep {text!r}: write seq=8k..1M, seq=8k,12k,16k or batch=1..16")
+    if not equals or not values:
+        raise PlanError(f"--sweep {text!r} names no values: write {axis}=8k..1M or {axis}=8k,16k")
+    first, dots, last = values.partition("..")
+    if dots:
+        low, high = parse_count("--sweep", first), parse_count("--sweep", last)
+        if low > high:
+            raise PlanError(f"--sweep {text!r} ends at {high} below its start {low}: swap them")
+        found = [low]
+        while found[-1] * 2 < high:
+            found.append(found[-1] * 2)
+        found += [high] if high > found[-1] else []
+    else:
+        found = sorted({parse_count("--sweep", one) for one in values.split(",")})
+    if len(found) > MAX_SWEEP:
+        raise PlanError(
+            f"--sweep {text!r} has {len(found)} values, at most {MAX_SWEEP} are planned: narrow it"
+        )
+    return Sweep(axis=named, values=tuple(found))
+
+
+def parse_pairs(option: str, texts: Sequence[str], example: str) -> tuple[tuple[str, str], ...]:
+    """``name=value``, each given once. Raises PlanError naming the text."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (name and equals and value):
+            raise PlanError(f"{option} {text!r}: write it as {example}")
+        if name in found:
+            raise PlanError(f"{option} {name} is given twice, {found[name]} and {value}: drop one")
+        found[name] = value
+    return tuple(found.items())
+
+
+def parse_budget(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """``device=70GiB``, one or several. Raises PlanError naming the text."""
+    pairs = parse_pairs("--budget", texts, "device=70GiB")
+    for name, value in pairs:
+        try:
+            size = parse_bytes(value)
+        except ValueError as error:
+            raise PlanError(f"--budget {name}={value}: {error}") from error
+        if size == 0:
+            raise PlanError(f"--budget {name}={value} leaves no bytes: raise it, or leave the tier out")
+    return pairs
+
+
+def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """``matmul_efficiency=0.6``; names are checked against the GPU later. Raises PlanError."""
+    found = []
+    for name, value in parse_pairs("--override", texts, "matmul_efficiency=0.6"):
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise PlanError(f"--override {name}={value}: {value!r} is not a number") from error
+        found.append((name, number))
+    return tuple(found)
+
+
+def parse_optimizer(text: str) -> OptimizerRule:
+    """Raises PlanError with the known names."""
+    names = [rule.value for rule in OptimizerRule]
+    if text not in names:
+        raise PlanError(f"--optimizer {text!r} is not known; {suggest(text, names)}")
+    return OptimizerRule(text)
+
+
+def parse_degrees(
+    gpus: int,
+    *,
+    data: int | None,
+    zero_stage: int | None,
+    tensor: int,
+    context: int,
+    pipeline: int,
+    expert: int,
+    context_method: str,
+    sequence_parallel: bool,
+) -> Degrees:
+    """Degrees over ``gpus``; data parallelism takes what the others leave, and shards all state by default.
+
+    Raises:
+        PlanError: naming the option, the value and the limit.
+    """
+    others = tensor * context * pipeline
+    if min(tensor, context, pipeline, expert) < 1:
+        raise PlanError("--tp, --cp, --pp and --ep must be at least 1")
+    if data is None:
+        if gpus % others:
+            raise PlanError(
+                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} do not divide {gpus} GPUs: change one"
+            )
+        data = gpus // others
+    if data * others != gpus:
+        raise PlanError(
+            f"--dp {data} x --tp {tensor} x --cp {context} x --pp {pipeline} = {data * others}, but --gpus x --nodes = "
+            f"{gpus}: change one, or leave --dp out"
+        )
+    stage = zero_stage if zero_stage is not None else (3 if data * context > 1 else 0)
+    if stage not in (0, 1, 2, 3):
+        raise PlanError(f"--zero must be 0, 1, 2 or 3, got {stage}")
+    if context_method not in ("ring", "ulysses"):
+        raise PlanError(f"--cp-method must be ring or ulysses, got {context_method!r}")
+    try:
+        return Degrees(
+            data=data,
+            zero_stage=stage,
+            tensor=tensor,
+            sequence_parallel=sequence_parallel,
+            context=context,
+            context_method="ring" if context_method == "ring" else "ulysses",
+            pipeline=pipeline,
+            expert=expert,
+        )
+    except ValueError as error:
+        raise PlanError(str(error)) from error
