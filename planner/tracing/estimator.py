@@ -20,15 +20,13 @@ from memtrain.planner.estimate import EstimatedBlock, ModelEstimate, TensorClass
 from memtrain.planner.trace import find_blocks
 from memtrain.planner.tracing import fake_model, walk
 from memtrain.planner.tracing.capture import capture
+from memtrain.planner.tracing.model_shape import expert_count
 from memtrain.planner.tracing.recorder import storage_key, tensors_in
 from memtrain.planner.tracing.records import attention_window, part_record, shared_record, unit_records
 from memtrain.planner.tracing.walk import Walk
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)``: the loss of one micro-batch."""
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 class UntraceableError(ValueError):
@@ -65,7 +63,7 @@ def estimate_config(
     assumptions = ["every row holds one sequence without padding"]
     if attention == "flash":
         assumptions.append("attention keeps to windows and caps scores inside its kernel, as flash-attn does")
-    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
+    experts = expert_count(config)
     if experts and dtype is not torch.bfloat16:
         raise UntraceableError(
             f"torch knows the shapes of experts' grouped products in bfloat16 only, and {dtype} was asked for"

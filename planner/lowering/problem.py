@@ -1,0 +1,177 @@
+"""One GPU's step as a problem of ``ranges``: a chain of the stage's blocks on the set-up's machine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from memtrain.planner.communication import Traffic
+from memtrain.planner.estimate import EstimatedUnit, TracedPart
+from memtrain.planner.hardware import Quoted
+from memtrain.planner.job import Job
+from memtrain.planner.lowering.places import machine_of
+from memtrain.planner.lowering.seconds import Clock
+from memtrain.planner.lowering.states import PIECES, share_of, state_classes, update_seconds
+from memtrain.planner.lowering.tensors import (
+    Division,
+    Fate,
+    class_bytes,
+    shared_bytes,
+    transient_bytes,
+)
+from memtrain.planner.ranges.model import (
+    ALL_UPDATES,
+    Block,
+    Machine,
+    Problem,
+    TensorClass,
+    Update,
+)
+
+SLACK = Quoted(
+    value=0.02,
+    source="assumption: of the device's budget, for the allocator's rounding and gaps; addresses planned ahead "
+    "need 0.01 % (benchmarks/addresses.py), PyTorch's allocator with expandable segments more",
+)
+_NEEDS = {
+    Fate.INPUT: (),
+    Fate.ROUTING: (),
+    Fate.QKV: (Fate.INPUT,),
+    Fate.ATTENTION: (Fate.QKV,),
+    Fate.PRODUCTS: (Fate.INPUT, Fate.ATTENTION),
+    Fate.NEARLY_FREE: (Fate.INPUT, Fate.PRODUCTS),
+}
+_LOSSY = (Fate.QKV, Fate.PRODUCTS, Fate.NEARLY_FREE)
+"""What a codec may touch: inputs would carry its error into every recompute, and attention's output into the
+gradient of its own softmax."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Context:
+    job: Job
+    division: Division
+    clock: Clock
+    machine: Machine
+    traffic: Sequence[Traffic]
+    """Of one block."""
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Beside the device."""
+        return tuple(place.name for place in self.machine.places)
+
+
+def problem_of(job: Job) -> Problem:
+    """What one GPU of ``job`` decides about.
+
+    One micro-batch's forward and backward, and the update; ``micro_batches`` and ``in_flight`` say how often
+    and how many at once. Idle time of a pipeline is no decision and is added by ``forecast``.
+
+    Raises:
+        ValueError: degrees, model and machine do not go together.
+    """
+    division = Division(estimate=job.estimate, shape=job.shape, degrees=job.degrees)
+    clock = Clock(job, division)
+    context = _Context(
+        job=job,
+        division=division,
+        clock=clock,
+        machine=machine_of(job.setup),
+        traffic=clock.traffic_of_block(),
+    )
+    blocks, buffers = [], 0
+    if job.first:
+        blocks.append(_end(context, "prologue", job.estimate.prologue))
+    for index in job.blocks:
+        block, of_messages = _block(context, index)
+        blocks.append(block)
+        buffers = max(buffers, of_messages)
+    if job.last:
+        blocks.append(_end(context, "epilogue", job.estimate.epilogue))
+    updates = ALL_UPDATES
+    if job.clipping or job.micro_batches > 1:
+        updates = tuple(update for update in ALL_UPDATES if update.ahead)
+    return Problem(
+        blocks=tuple(blocks),
+        machine=context.machine,
+        codecs=job.codecs,
+        error_budget=job.error_budget,
+        reserved_bytes=_reserved(context, buffers),
+        updates=updates,
+    )
+
+
+def _block(context: _Context, index: int) -> tuple[Block, int]:
+    """A transformer block, and the buffers of its messages."""
+    estimate = context.job.estimate
+    part = estimate.classes[estimate.blocks[index].part]
+    seconds = context.clock.part(part, context.traffic)
+    forward_waits, backward_waits = context.clock.stage_waits(index)
+    sizes = class_bytes(part, context.division)
+    block = _with_states(
+        context,
+        estimate.blocks[index].name,
+        (seconds.forward + forward_waits, seconds.backward + backward_waits),
+        next(unit for unit in estimate.units if unit.block == index),
+        transients=transient_bytes(part, context.division),
+        classes=tuple(_tensor_class(context, part, kind, size) for kind, size in sizes.items()),
+    )
+    return block, seconds.message_buffer_bytes
+
+
+def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: int) -> TensorClass:
+    chunks = 1 if kind is Fate.ROUTING else context.job.chunks
+    return TensorClass(
+        name=kind.value,
+        chunk_bytes=math.ceil(size_bytes / chunks),
+        chunks=chunks,
+        recompute_seconds=context.clock.recompute(part, kind, chunks),
+        needs=tuple(needed.value for needed in _NEEDS[kind]),
+        lossy=kind in _LOSSY,
+        attention=kind is Fate.ATTENTION,
+    )
+
+
+def _end(context: _Context, name: str, part: TracedPart) -> Block:
+    """What stands before or after the blocks: what it saves is needed at once, or again at the very end."""
+    seconds = context.clock.part(part, ())
+    return _with_states(
+        context,
+        name,
+        (seconds.forward, seconds.backward),
+        next(unit for unit in context.job.estimate.units if unit.name == name),
+        transients=transient_bytes(part, context.division, saved_too=True, input_too=True),
+    )
+
+
+def _with_states(
+    context: _Context,
+    name: str,
+    seconds: tuple[float, float],
+    unit: EstimatedUnit,
+    *,
+    transients: tuple[int, int],
+    classes: tuple[TensorClass, ...] = (),
+) -> Block:
+    share = share_of(context.job, unit.parameters)
+    states = state_classes(share, context.places)
+    return Block(
+        name=name,
+        forward_seconds=seconds[0],
+        backward_seconds=seconds[1],
+        forward_transient_bytes=transients[0],
+        backward_transient_bytes=transients[1],
+        classes=classes,
+        states=states,
+        pieces=PIECES if states else 1,
+        device_update_seconds=update_seconds(context.job, share),
+    )
+
+
+def _reserved(context: _Context, message_bytes: int) -> int:
+    """On the device whatever is decided: tables that blocks share, buffers of messages, slack."""
+    job = context.job
+    tables = shared_bytes(job.estimate.shared, context.division) + job.estimate.buffer_bytes
+    stage = math.ceil(sum(t.buffer_bytes for t in context.clock.traffic_of_stage()))
+    return tables + message_bytes + stage + math.ceil(context.machine.device_capacity_bytes * SLACK.value)

@@ -1,0 +1,213 @@
+"""What operations, recomputes and messages of one block take on one GPU.
+
+Operations come from the trace and take what ``roofline`` says, each by itself, divided by the degrees: a
+matrix product and attention by tensor and context ranks, all else by the ways in which its bytes are cut.
+Messages that arithmetic waits for are added; those that overlap count for what sticks out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memtrain.planner.communication import Traffic, When, block_traffic, stage_traffic, step_traffic
+from memtrain.planner.estimate import Operation, TracedPart
+from memtrain.planner.job import Job
+from memtrain.planner.lowering.tensors import Division, Fate, fate
+from memtrain.planner.parallel import Group, group_span
+from memtrain.planner.ranges.model import causal_attention_seconds, even_seconds
+from memtrain.planner.roofline import attention_seconds, matmul_seconds, memory_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSeconds:
+    """One part on one GPU, messages included."""
+
+    forward: float
+    backward: float
+    message_buffer_bytes: int
+    """For what it sends, at the most at once."""
+
+
+class Clock:
+    """Seconds of a job's operations and messages."""
+
+    def __init__(self, job: Job, division: Division) -> None:
+        self.job, self.division = job, division
+        self.device = job.setup.accelerator
+        self._ways = job.degrees.tensor * job.degrees.context
+
+    def operation(self, op: Operation, part: TracedPart, *, backward: bool) -> float:
+        """One operation."""
+        if op.attention and op.flops:
+            # Backward's FLOPs follow from forward's: kernels differ in what they compute again.
+            flops = sum(o.flops for o in self._forward(part) if o.attention)
+            if backward:
+                flops = flops * op.flops // max(1, part.flops(backward=True, attention=True))
+            else:
+                flops = op.flops
+            causal = flops * self.job.attention_share(part) / self._ways
+            return attention_seconds(self.device, causal, backward=backward)
+        moved = (op.read_bytes + op.written_bytes) / self._ways
+        if op.flops:
+            return matmul_seconds(self.device, op.flops / self._ways, moved, single=self.job.single)
+        return memory_seconds(self.device, moved)
+
+    def part(self, part: TracedPart, traffic: Iterable[Traffic]) -> PartSeconds:
+        """A part's passes, with the messages of ``traffic`` that belong to a block's pass."""
+        found = list(traffic)
+        passes = []
+        for backward, when in ((False, When.BLOCK_FORWARD), (True, When.BLOCK_BACKWARD)):
+            ops = part.operations[part.forward_operations :] if backward else self._forward(part)
+            computed = math.fsum(self.operation(op, part, backward=backward) for op in ops)
+            sent = [t for t in found if t.when is when]
+            passes.append(self.with_messages(computed, sent))
+        buffers = [sum(t.buffer_bytes for t in found if t.when is w) for w in _BLOCK_PASSES]
+        return PartSeconds(
+            forward=passes[0], backward=passes[1], message_buffer_bytes=math.ceil(max(buffers, default=0))
+        )
+
+    def with_messages(self, computed: float, traffic: Iterable[Traffic]) -> float:
+        """Arithmetic, what it waits for, and what sticks out of the messages beside it."""
+        waits, beside = 0.0, 0.0
+        for message in traffic:
+            seconds = message.seconds(self.rate(message.group))
+            if message.overlaps:
+                beside += seconds
+            else:
+                waits += seconds
+        return waits + max(computed, beside)
+
+    def rate(self, group: Group) -> float:
+        """Bytes per second that one GPU sends in a collective of ``group``."""
+        across = group_span(self.job.degrees, group) > self.job.setup.gpus
+        link = self.job.network if across else self.job.setup.interconnect
+        assert link is not None
+        return link.collective_bytes_per_second.value
+
+    def recompute(self, part: TracedPart, kind: Fate, chunks: int) -> tuple[float, ...]:
+        """Seconds per chunk of computing a class again; empty where it cannot be.
+
+        Messages between tensor ranks are repeated with the products behind them (``products`` pays for both
+        of a block's forward, of which the second belongs to the last product: an upper bound).
+        """
+        if kind in (Fate.INPUT, Fate.ROUTING):
+            return ()
+        if kind is Fate.ATTENTION:
+            ops = [op for op in self._forward(part) if op.attention]
+            seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
+            if part.attention_window is not None and part.attention_window < self.job.estimate.sequence:
+                return even_seconds(seconds, chunks)
+            return causal_attention_seconds(seconds, 0.0, chunks)
+        if kind is Fate.NEARLY_FREE:
+            return even_seconds(self._nearly_free(part), chunks)
+        first, last = self._span(part, kind)
+        ops = [op for op in self._forward(part)[first:last] if not op.attention]
+        seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
+        if kind is Fate.PRODUCTS:
+            waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
+            seconds += math.fsum(t.seconds(self.rate(t.group)) for t in waits)
+        return even_seconds(seconds, chunks)
+
+    def _span(self, part: TracedPart, kind: Fate) -> tuple[int, int]:
+        """Operations of forward that lead to a class: from behind the class before it to its last tensor."""
+        ends = {k: 0 for k in Fate}
+        for life in part.lifetimes:
+            if life.saved is not None:
+                found = fate(part.saved[life.saved])
+                ends[found] = max(ends[found], life.start + 1)
+        if kind is Fate.QKV:
+            return 0, ends[Fate.QKV]
+        return max(ends[Fate.QKV], ends[Fate.ATTENTION]), ends[kind]
+
+    def _nearly_free(self, part: TracedPart) -> float:
+        moved = 0.0
+        for tensor in part.saved:
+            if fate(tensor) is Fate.NEARLY_FREE:
+                share = self.division.saved(tensor) / max(1, tensor.size_bytes)
+                moved += tensor.recompute_moved_bytes * share
+        return memory_seconds(self.device, moved)
+
+    def _forward(self, part: TracedPart) -> tuple[Operation, ...]:
+        return part.operations[: part.forward_operations]
+
+    def traffic_of_block(self) -> list[Traffic]:
+        """What one block sends for one micro-batch."""
+        job = self.job
+        dense, experts = block_parameters(job)
+        return block_traffic(
+            job.degrees,
+            job.shape,
+            batch=job.estimate.batch,
+            sequence=job.estimate.sequence,
+            block_parameters=dense / job.degrees.tensor,
+            expert_parameters=experts / job.degrees.tensor / job.degrees.expert,
+            value_bytes=4 if job.single else 2,
+            gradient_bytes=4 if job.single else 2,
+        )
+
+    def traffic_of_stage(self) -> list[Traffic]:
+        """What the stage hands on for one micro-batch."""
+        job = self.job
+        return stage_traffic(
+            job.degrees,
+            job.shape,
+            batch=job.estimate.batch,
+            sequence=job.estimate.sequence,
+            value_bytes=4 if job.single else 2,
+        )
+
+    def stage_waits(self, index: int) -> tuple[float, float]:
+        """What block ``index`` waits for its neighbours: a stage's first in forward, its last in backward.
+
+        The first stage sends where others receive, and waits as long.
+        """
+        stage = {t.when: t.seconds(self.rate(t.group)) for t in self.traffic_of_stage()}
+        forward = stage.get(When.STAGE_FORWARD, 0.0) if index == self.job.blocks[0] else 0.0
+        backward = stage.get(When.STAGE_BACKWARD, 0.0) if index == self.job.blocks[-1] else 0.0
+        return forward, backward
+
+
+def step_message_seconds(job: Job, backward_seconds: float) -> float:
+    """Once a step: gradients that the backward of ``backward_seconds`` does not hide, and updated weights."""
+    clock = Clock(job, Division(estimate=job.estimate, shape=job.shape, degrees=job.degrees))
+    names = {job.estimate.blocks[index].name for index in job.blocks}
+    names |= {"prologue"} if job.first else set()
+    names |= {"epilogue"} if job.last else set()
+    specs = [p for unit in job.estimate.units if unit.name in names for p in unit.parameters if p.trainable]
+    beside = waits = 0.0
+    for experts in (False, True):
+        cut = job.degrees.tensor * (job.degrees.expert if experts else 1)
+        held = sum(p.elements for p in specs if is_expert(p.name) is experts) / cut
+        value_bytes = 4 if job.single else 2
+        for message in step_traffic(
+            job.degrees,
+            parameters=held,
+            weight_bytes=value_bytes,
+            gradient_bytes=value_bytes,
+            experts=experts,
+        ):
+            seconds = message.seconds(clock.rate(message.group))
+            beside += seconds if message.overlaps else 0.0
+            waits += 0.0 if message.overlaps else seconds
+    return waits + max(0.0, beside - backward_seconds)
+
+
+_BLOCK_PASSES = (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
+
+
+def block_parameters(job: Job) -> tuple[int, int]:
+    """Elements of the largest block, without its experts and in them, undivided."""
+    dense = experts = 0
+    for unit in job.estimate.units:
+        if unit.block is not None:
+            inside = sum(p.elements for p in unit.parameters if is_expert(p.name))
+            dense = max(dense, sum(p.elements for p in unit.parameters) - inside)
+            experts = max(experts, inside)
+    return dense, experts
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to one of several experts, by the word that transformers uses."""
+    return ".experts." in name
