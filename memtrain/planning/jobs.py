@@ -5,13 +5,18 @@ The one module of ``memtrain plan`` that loads torch and transformers, and it do
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtrain.planner.codecs import codecs
 from memtrain.planner.compose import Setup, machine_for
+from memtrain.planner.flags import parse_rate
 from memtrain.planner.gpus import accelerator
+from memtrain.planner.hardware import GIVEN, Interconnect
+from memtrain.planner.links import INTERCONNECTS, interconnect
 from memtrain.planner.machine import Machine
 from memtrain.planner.model_presets import PRESETS
 from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
@@ -38,6 +43,24 @@ def setup_of(hardware: Hardware) -> Setup:
         )
     except ValueError as error:
         raise PlanError(str(error)) from error
+
+
+def network_of(hardware: Hardware) -> Interconnect | None:
+    """Between hosts. Raises PlanError: it is missing where it is needed, or unknown."""
+    if hardware.nodes == 1:
+        if hardware.network is not None:
+            raise PlanError(f"--network {hardware.network} ties hosts together, and there is one: give --nodes")
+        return None
+    if hardware.network is None:
+        known = ", ".join(item.name for item in INTERCONNECTS if item.name.startswith("infiniband"))
+        raise PlanError(f"--nodes {hardware.nodes} need --network: one of {known}, or a rate a GPU such as 20GB/s")
+    try:
+        if "/" not in hardware.network:
+            return interconnect(hardware.network)
+        rate = parse_rate("network", hardware.network)
+    except ValueError as error:
+        raise PlanError(f"--network: {error}") from error
+    return Interconnect(name=GIVEN, peer_bytes_per_second=rate, collective_bytes_per_second=rate)
 
 
 def _measured(path: Path) -> Machine:
@@ -97,6 +120,7 @@ class Jobs:
     Attributes:
         fields: the model's configuration.
         setup: the machine.
+        network: between hosts, where there are several.
     """
 
     def __init__(self, request: PlanRequest) -> None:
@@ -104,20 +128,25 @@ class Jobs:
         self.request = request
         self.fields = fields_of(request.work.model)
         self.setup = setup_of(request.hardware)
+        self.network = network_of(request.hardware)
         self._shape: ModelShape | None = None
-        self._estimate_seconds = 0.0
 
     @property
     def shape(self) -> ModelShape:
         """Sizes that degrees have to divide. Raises PlanError: not a decoder that can be planned."""
         if self._shape is None:
-            from memtrain.planner.tracing.shapes import model_shape
+            from memtrain.planner.tracing.model_shape import model_shape
 
             try:
                 self._shape = model_shape(self.fields)
             except ValueError as error:
                 raise PlanError(f"{self.request.work.model}: {error}") from error
         return self._shape
+
+    def at(self, sequence: int, micro_batch: int) -> PlanRequest:
+        """The request at another size."""
+        work = dataclasses.replace(self.request.work, sequence=sequence, micro_batch=micro_batch)
+        return dataclasses.replace(self.request, work=work)
 
     def check(self, sequence: int) -> None:
         """Raises PlanError where the degrees divide neither model nor ``sequence``."""
@@ -147,7 +176,10 @@ class Jobs:
                 forward=chunked(DEFAULT_CHUNK_TOKENS) if work.chunked_loss else None,
             )
             allowed = codecs(
-                search.allow_lossy, self.setup.accelerator, element_bytes=ELEMENT_BYTES[work.dtype]
+                search.allow_lossy,
+                self.setup.accelerator,
+                element_bytes=ELEMENT_BYTES[work.dtype],
+                places=tuple(tier.value for tier in self.setup.tiers),
             )
             return Job(
                 estimate=estimate,
@@ -159,13 +191,10 @@ class Jobs:
                 micro_batches=work.accumulate,
                 clipping=work.clipping,
                 codecs=allowed,
-                error_budget=_error_budget(search.error_budget, [codec.error for codec in allowed]),
+                error_budget=math.inf if search.error_budget is None else search.error_budget,
                 chunks=search.chunks,
+                network=self.network,
             )
         except ValueError as error:
             raise PlanError(f"{work.model}: {error}") from error
 
-
-def _error_budget(given: float | None, errors: list[float]) -> float:
-    """Where no limit is given, the allowed codecs may be used on everything."""
-    return given if given is not None else max(errors, default=0.0)

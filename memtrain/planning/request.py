@@ -79,6 +79,8 @@ class Hardware:
     nvme: str | None = None
     host_link: str | None = None
     interconnect: str | None = None
+    network: str | None = None
+    """Between hosts."""
     machine: str | None = None
     """A file that ``memtrain profile`` wrote: its links take the place of quoted ones."""
     budget: tuple[tuple[str, str], ...] = ()
@@ -97,7 +99,7 @@ class Search:
     """How long to look, and among what."""
 
     chunks: int = 16
-    seconds: float = 6.0
+    seconds: float = 4.0
     gap: float = 1e-3
     allow_lossy: tuple[str, ...] = ()
     error_budget: float | None = None
