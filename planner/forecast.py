@@ -16,6 +16,7 @@ from memtrain.planner.lowering.problem import SLACK
 from memtrain.planner.lowering.seconds import step_message_seconds
 from memtrain.planner.ranges.model import DEVICE, Problem
 from memtrain.planner.ranges.plan import RangePlan
+from memtrain.planner.ranges.profile_bytes import device_positions, place_sizes
 from memtrain.planner.ranges.solve import SolveOptions, solve
 
 PLENTY_BYTES = 1 << 60
@@ -37,6 +38,16 @@ class PlaceUse:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BillLine:
+    """Bytes of one category in one place, when that place is fullest."""
+
+    category: str
+    """As ``ranges.profile_bytes.CATEGORIES``."""
+    place: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Forecast:
     """One job's prediction, of the pipeline stage that decides it."""
 
@@ -49,6 +60,8 @@ class Forecast:
     """The same with device memory without end."""
     places: tuple[PlaceUse, ...]
     """The device first."""
+    bill: tuple[BillLine, ...]
+    """What makes up the peaks, place by place."""
 
     @property
     def fits(self) -> bool:
@@ -114,12 +127,27 @@ def _of_stage(job: Job, options: SolveOptions | None) -> Forecast:
             PlaceUse(name=name, peak_bytes=peaks.get(name, 0), capacity_bytes=capacity)
             for name, capacity in capacities.items()
         ),
+        bill=_bill(plan, problem),
+    )
+
+
+def _bill(plan: RangePlan, problem: Problem) -> tuple[BillLine, ...]:
+    """The device at its fullest position, every other place as it is set aside."""
+    fullest = max(device_positions(plan, problem).values(), key=lambda sizes: sum(sizes.values()))
+    by_place = {DEVICE: fullest}
+    by_place |= {place.name: place_sizes(plan, problem, place.name) for place in problem.machine.places}
+    return tuple(
+        BillLine(category=category, place=place, size_bytes=size)
+        for place, sizes in by_place.items()
+        for category, size in sizes.items()
     )
 
 
 def unlimited(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     """The plan with device memory without end: everything is kept, and nothing is waited for."""
-    machine = dataclasses.replace(problem.machine, device_capacity_bytes=PLENTY_BYTES, places=(), staging=None)
+    machine = dataclasses.replace(
+        problem.machine, device_capacity_bytes=PLENTY_BYTES, places=(), staging=None
+    )
     blocks = tuple(
         dataclasses.replace(
             block, states=tuple(dataclasses.replace(state, places=(DEVICE,)) for state in block.states)

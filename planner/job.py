@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memtrain.planner.compose import Setup
 from memtrain.planner.estimate import ModelEstimate, TracedPart
@@ -30,7 +30,7 @@ class Job:
     """One micro-batch of one data rank: whole sequences, nothing divided."""
     shape: ModelShape
     setup: Setup
-    degrees: Degrees = Degrees()
+    degrees: Degrees = field(default_factory=Degrees)
     optimizer: OptimizerRule = OptimizerRule.ADAMW
     master_weights: bool = True
     """fp32 copies of weights of lower precision."""
@@ -41,7 +41,7 @@ class Job:
     codecs: tuple[Codec, ...] = ()
     """Lossy compressions that the user allows."""
     error_budget: float = math.inf
-    """As ``ranges.model.Problem``: what is allowed is bounded by the choice of codecs unless this says more."""
+    """As ``ranges.model.Problem``; without one, the choice of codecs is all that bounds the error."""
     chunks: int = CHUNKS
     stage: int = 0
     """The pipeline stage that is planned, from 0."""

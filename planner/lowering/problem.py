@@ -26,13 +26,12 @@ from memtrain.planner.ranges.model import (
     Machine,
     Problem,
     TensorClass,
-    Update,
 )
 
 SLACK = Quoted(
     value=0.02,
-    source="assumption: of the device's budget, for the allocator's rounding and gaps; addresses planned ahead "
-    "need 0.01 % (benchmarks/addresses.py), PyTorch's allocator with expandable segments more",
+    source="assumption: of the device's budget, for the allocator's rounding and gaps; addresses planned "
+    "ahead need 0.01 % (benchmarks/addresses.py), PyTorch's allocator more",
 )
 _NEEDS = {
     Fate.INPUT: (),

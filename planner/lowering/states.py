@@ -18,7 +18,7 @@ from memtrain.planner.ranges.model import DEVICE, Role, StateClass
 from memtrain.planner.roofline import memory_seconds, update_bytes
 
 PIECES = 8
-"""Parts of a block's state that may lie apart: with 80 blocks an eighth of a block is a sixth of a percent."""
+"""Parts of a block's state that may lie apart: of 80 blocks one is a sixth of a percent of all state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,8 @@ class Share:
 
 def share_of(job: Job, parameters: Iterable[ParameterSpec]) -> Share:
     """What this GPU holds of ``parameters``."""
-    dense, experts = [], []
+    dense: list[ParameterSpec] = []
+    experts: list[ParameterSpec] = []
     for parameter in parameters:
         (experts if is_expert(parameter.name) else dense).append(parameter)
     degrees = job.degrees

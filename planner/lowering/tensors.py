@@ -158,4 +158,3 @@ def transient_bytes(
 def shared_bytes(tensors: Iterable[SavedTensor], division: Division) -> int:
     """Tables and masks that all blocks are given, once."""
     return sum(division.saved(tensor) for tensor in tensors)
-

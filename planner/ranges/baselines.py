@@ -168,7 +168,9 @@ def _sqrt(problem: Problem) -> Iterator[Plan]:
 
 
 def _selective(problem: Problem) -> Iterator[Plan]:
-    plan = _each(problem, lambda index, tensor: RECOMPUTE if tensor.attention and tensor.recompute_seconds else KEEP)
+    plan = _each(
+        problem, lambda index, tensor: RECOMPUTE if tensor.attention and tensor.recompute_seconds else KEEP
+    )
     yield from _with_inputs_out(problem, plan)
 
 

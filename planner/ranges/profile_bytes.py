@@ -1,4 +1,4 @@
-"""What lies where during the step of a plan, category by category: what a picture of its memory is drawn from.
+"""What lies where during a plan's step, category by category: what a picture of its memory is drawn from.
 
 ``ledger`` adds up the bytes of a position as one expression, which is all that a solver needs. Here the same
 bytes are split by what they are for. The counts are those of the checker (``bytes_check.Bill``), so that a

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
@@ -86,14 +88,14 @@ def test_moments_fill_the_step_in_order() -> None:
     ]
     assert moments[0].start_seconds == 0.0
     assert moments[-1].end_seconds == plan.step_seconds
-    assert all(a.end_seconds == b.start_seconds for a, b in zip(moments, moments[1:], strict=False))
+    assert all(a.end_seconds == b.start_seconds for a, b in itertools.pairwise(moments))
     assert max(m.total_bytes for m in moments) == plan.peaks[0].size_bytes
 
 
 def test_saved_tensors_stay_in_a_place_from_write_to_read() -> None:
     one, plan = three_blocks()
-    # 10 bytes at 10 B/s through one slot: forward at 0..4, 5..9 and 10..14 s, writes at 4..5 and 9..10 s.
-    # Backward takes 8 s and 4 s of recompute: 14..26 s, then layer 1 is read at 26..27 s, layer 0 at 39..40 s.
+    # 10 bytes at 10 B/s through one slot: forward at 0..4, 5..9, 10..14 s, writes at 4..5 and 9..10 s.
+    # Backward takes 8 s and 4 s of recompute: 14..26 s. Layer 1 is read at 26..27 s, layer 0 at 39..40 s.
     assert stays(plan, one, "host") == (
         Stay(block="layers.0", size_bytes=10, start_seconds=4.0, end_seconds=40.0),
         Stay(block="layers.1", size_bytes=10, start_seconds=9.0, end_seconds=27.0),
