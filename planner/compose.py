@@ -141,7 +141,9 @@ def machine_for(
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
     for tier, spec in specs.items():
-        store = _store(tier, spec, bus, links.get(tier)).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
+        store = _store(tier, spec, bus, links.get(tier)).scaled(
+            spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,"
+        )
         tiers[tier] = in_series(bus, store)
     capacities = {Tier.HOST: memory, **specs}
     return Setup(

@@ -41,7 +41,9 @@ def sequence_unit(degrees: Degrees, least: int = 1) -> int:
 
     A causal ring gives each context rank an early and a late piece; sequence parallelism cuts each of them.
     """
-    pieces = 2 * degrees.context if degrees.context > 1 and degrees.context_method == "ring" else degrees.context
+    pieces = (
+        2 * degrees.context if degrees.context > 1 and degrees.context_method == "ring" else degrees.context
+    )
     cut = pieces * degrees.sequence_cut
     return math.ceil(least / cut) * cut
 

@@ -199,7 +199,9 @@ def notes(request: PlanRequest, fields: Mapping[str, Any], forecast: Forecast) -
     """What a reader should know before believing the numbers."""
     found = ["a prediction from quoted rates; --sources says where each is from"]
     if request.hardware.machine is not None:
-        found = [f"a prediction; links measured in {request.hardware.machine}, other rates quoted (--sources)"]
+        found = [
+            f"a prediction; links measured in {request.hardware.machine}, other rates quoted (--sources)"
+        ]
     most = fields.get("max_position_embeddings") or fields.get("n_positions")
     if isinstance(most, int) and request.work.sequence > most:
         found.append(

@@ -76,7 +76,9 @@ def _state_of(block: BlockPlan) -> tuple[Entry, ...]:
     return (*entries, ("updated", updates, sum(pieces for _, pieces in updates)))
 
 
-def _fold(blocks: Sequence[BlockPlan], entries_of: Callable[[BlockPlan], tuple[Entry, ...]]) -> tuple[Line, ...]:
+def _fold(
+    blocks: Sequence[BlockPlan], entries_of: Callable[[BlockPlan], tuple[Entry, ...]]
+) -> tuple[Line, ...]:
     groups: dict[object, list[tuple[str, tuple[Entry, ...]]]] = defaultdict(list)
     for block in blocks:
         entries = entries_of(block)

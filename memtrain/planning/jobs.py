@@ -49,11 +49,15 @@ def network_of(hardware: Hardware) -> Interconnect | None:
     """Between hosts. Raises PlanError: it is missing where it is needed, or unknown."""
     if hardware.nodes == 1:
         if hardware.network is not None:
-            raise PlanError(f"--network {hardware.network} ties hosts together, and there is one: give --nodes")
+            raise PlanError(
+                f"--network {hardware.network} ties hosts together, and there is one: give --nodes"
+            )
         return None
     if hardware.network is None:
         known = ", ".join(item.name for item in INTERCONNECTS if item.name.startswith("infiniband"))
-        raise PlanError(f"--nodes {hardware.nodes} need --network: one of {known}, or a rate a GPU such as 20GB/s")
+        raise PlanError(
+            f"--nodes {hardware.nodes} need --network: one of {known}, or a rate a GPU such as 20GB/s"
+        )
     try:
         if "/" not in hardware.network:
             return interconnect(hardware.network)
@@ -67,7 +71,9 @@ def _measured(path: Path) -> Machine:
     try:
         return Machine.from_json(path.read_text())
     except OSError as error:
-        raise PlanError(f"--machine {path}: {error.strerror}; `memtrain profile -o {path}` makes it") from error
+        raise PlanError(
+            f"--machine {path}: {error.strerror}; `memtrain profile -o {path}` makes it"
+        ) from error
     except ValueError as error:
         raise PlanError(f"--machine {path}: {error}; `memtrain profile -o {path}` makes a new one") from error
 
@@ -197,4 +203,3 @@ class Jobs:
             )
         except ValueError as error:
             raise PlanError(f"{work.model}: {error}") from error
-

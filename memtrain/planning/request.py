@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from memtrain.planner.hardware import suggest
@@ -60,10 +61,6 @@ class Work:
         ):
             if getattr(self, name) < 1:
                 raise PlanError(f"{option} must be at least 1, got {getattr(self, name)}")
-        if self.attention not in get_args(Attention):
-            raise PlanError(
-                f"--attention {self.attention!r} is not known; {suggest(self.attention, list(get_args(Attention)))}"
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +128,55 @@ class PlanRequest:
     def gpus(self) -> int:
         """In all hosts."""
         return self.hardware.gpus * self.hardware.nodes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Questions:
+    """What is to be said beside the plan, or in its place."""
+
+    what_fits: Axis | None = None
+    sweep: Sweep | None = None
+    ablation: bool = False
+    explain: str | None = None
+    """A block's name."""
+    sources: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outputs:
+    """Where the answer goes."""
+
+    json: bool = False
+    csv: bool = False
+    html: Path | None = None
+    emit: Path | None = None
+    """A folder for the files to run the plan with."""
+    plan: Path | None = None
+
+    def check(self, questions: Questions) -> None:
+        """Raises PlanError for what does not go together, and for folders that are not there."""
+        if self.json and self.csv:
+            raise PlanError("--json and --csv both want standard output: drop one")
+        if self.csv and (questions.explain is not None or questions.sources):
+            raise PlanError("--csv is one table without room for --explain and --sources: take --json")
+        if questions.sweep is not None:
+            asked = {
+                "--what-fits": questions.what_fits is not None,
+                "--ablation": questions.ablation,
+                "--explain": questions.explain is not None,
+                "--sources": questions.sources,
+                "--emit": self.emit is not None,
+                "-o": self.plan is not None,
+            }
+            for option in (name for name, given in asked.items() if given):
+                raise PlanError(f"{option} is about one plan and --sweep makes several: drop one of the two")
+        for option, path in (("-o", self.plan), ("--html", self.html)):
+            if path is not None and not path.resolve().parent.is_dir():
+                raise PlanError(
+                    f"{option} {path}: folder {path.resolve().parent} does not exist; create it first"
+                )
+        if self.emit is not None and self.emit.exists() and not self.emit.is_dir():
+            raise PlanError(f"--emit {self.emit} is a file; name a folder")
 
 
 def parse_count(option: str, text: str) -> int:
@@ -215,6 +261,33 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
+def parse_axis(text: str) -> Axis:
+    """``seq`` or ``batch``. Raises PlanError."""
+    if text == "seq":
+        return "seq"
+    if text == "batch":
+        return "batch"
+    raise PlanError(f"--what-fits {text!r} is not known: write seq or batch")
+
+
+def parse_dtype(text: str) -> Dtype:
+    """Raises PlanError with the known names."""
+    for name in get_args(Dtype):
+        if text == name:
+            known: Dtype = name
+            return known
+    raise PlanError(f"--dtype {text!r} is not known; {suggest(text, list(get_args(Dtype)))}")
+
+
+def parse_attention(text: str) -> Attention:
+    """Raises PlanError with the known names."""
+    for name in get_args(Attention):
+        if text == name:
+            known: Attention = name
+            return known
+    raise PlanError(f"--attention {text!r} is not known; {suggest(text, list(get_args(Attention)))}")
+
+
 def parse_optimizer(text: str) -> OptimizerRule:
     """Raises PlanError with the known names."""
     names = [rule.value for rule in OptimizerRule]
@@ -232,10 +305,13 @@ def parse_degrees(
     context: int,
     pipeline: int,
     expert: int,
-    context_method: str,
-    sequence_parallel: bool,
+    context_method: str | None,
+    sequence_parallel: bool | None,
 ) -> Degrees:
-    """Degrees over ``gpus``; data parallelism takes what the others leave, and shards all state by default.
+    """Degrees over ``gpus``; None is the default.
+
+    Data parallelism takes what the others leave and shards all state; tensor ranks cut the sequence too, and
+    context ranks form a ring.
 
     Raises:
         PlanError: naming the option, the value and the limit.
@@ -257,16 +333,24 @@ def parse_degrees(
     stage = zero_stage if zero_stage is not None else (3 if data * context > 1 else 0)
     if stage not in (0, 1, 2, 3):
         raise PlanError(f"--zero must be 0, 1, 2 or 3, got {stage}")
-    if context_method not in ("ring", "ulysses"):
+    if sequence_parallel is not None and tensor == 1:
+        raise PlanError(
+            "--sequence-parallel cuts what --tp leaves whole, and --tp is 1: give --tp, or drop it"
+        )
+    if context_method is not None and context == 1:
+        raise PlanError(
+            f"--cp-method {context_method} says how --cp ranks exchange, and --cp is 1: give --cp, or drop it"
+        )
+    if context_method not in (None, "ring", "ulysses"):
         raise PlanError(f"--cp-method must be ring or ulysses, got {context_method!r}")
     try:
         return Degrees(
             data=data,
             zero_stage=stage,
             tensor=tensor,
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=sequence_parallel is not False,
             context=context,
-            context_method="ring" if context_method == "ring" else "ulysses",
+            context_method="ulysses" if context_method == "ulysses" else "ring",
             pipeline=pipeline,
             expert=expert,
         )

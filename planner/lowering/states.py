@@ -17,8 +17,10 @@ from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.model import DEVICE, Role, StateClass
 from memtrain.planner.roofline import memory_seconds, update_bytes
 
-PIECES = 8
-"""Parts of a block's state that may lie apart: of 80 blocks one is a sixth of a percent of all state."""
+PIECES = 64
+"""Parts of a block's state that may lie apart. Counts are no costlier for the solver when they are larger, and
+nearer to the relaxation: llama-3-70b on 8 A800 was planned within 5 % of the bound with 8, 0.3 % with 64,
+both before any search (``ranges.diffuse``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

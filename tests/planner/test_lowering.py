@@ -231,11 +231,13 @@ def test_state_is_divided_as_zero_says() -> None:
         states = problem_of(job(degrees)).blocks[1].states
         return {state.role: state.piece_bytes * PIECES for state in states}
 
-    # 1600 parameters: 3200 bytes of weights and of gradients, 6400 of masters, 12804 of moments.
-    assert held(0) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 19208}
-    assert held(1) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 4808}
-    assert held(2)[Role.GRADIENT] == 800
-    assert held(3) == {Role.PARAMETER: 800, Role.GRADIENT: 800, Role.OPTIMIZER: 4808}
+    # 1600 parameters: 3200 bytes of weights and of gradients, 6400 of masters, 12804 of moments; a piece is a
+    # 64th, rounded up.
+    assert PIECES == 64
+    assert held(0) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 301 * 64}
+    assert held(1) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 76 * 64}
+    assert held(2)[Role.GRADIENT] == 13 * 64
+    assert held(3) == {Role.PARAMETER: 13 * 64, Role.GRADIENT: 13 * 64, Role.OPTIMIZER: 76 * 64}
 
 
 def test_clipping_and_accumulation_exclude_updates_in_backward() -> None:

@@ -99,7 +99,9 @@ def offload_notes(context: Context) -> list[str]:
     planned = f"the plan has {optimizer:.0%} of the optimizer's state and {weights:.0%} of the weights off the device"
     if optimizer + weights == 0:
         return []
-    choice = "offloads all of both to host memory and updates on the CPU" if offloads(context) else "keeps all"
+    choice = (
+        "offloads all of both to host memory and updates on the CPU" if offloads(context) else "keeps all"
+    )
     found = [f"{planned}; FSDP2 knows all or nothing, and this file {choice}"]
     if context.share(Role.OPTIMIZER, "nvme") + context.share(Role.PARAMETER, "nvme") > 0:
         found.append("FSDP2 has no NVMe tier: what the plan sends there has to fit in host memory")
@@ -122,5 +124,7 @@ def _notes(context: Context) -> list[str]:
             "same script follows a plan (recipes/smollm2_135m_accelerate.py)"
         )
     if work.chunked_loss:
-        found.append("the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)")
+        found.append(
+            "the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)"
+        )
     return [*found, *context.unrepresented("Accelerate")]

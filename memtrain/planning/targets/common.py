@@ -65,7 +65,9 @@ class Context:
         """Parts of the plan that no other tool than memtrain knows."""
         found = []
         if self.usage.splits_tokens:
-            found.append(f"{tool} cannot split token ranges: a class of tensors has one fate in all of a block")
+            found.append(
+                f"{tool} cannot split token ranges: a class of tensors has one fate in all of a block"
+            )
         if self.swaps:
             places = ", ".join(self.usage.swapped_to)
             found.append(

@@ -19,7 +19,6 @@ _OPTIMIZERS = {OptimizerRule.ADAMW: "AdamW"}
 """DeepSpeed's name of a planned optimizer; others have to be handed to ``deepspeed.initialize``."""
 
 
-
 def refusal(context: Context) -> str | None:
     """Why DeepSpeed cannot be configured for this job, or None."""
     degrees = context.degrees
@@ -41,7 +40,9 @@ def deepspeed(context: Context) -> Target:
         *context.unrepresented("DeepSpeed"),
     ]
     if work.chunked_loss:
-        notes.append("the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)")
+        notes.append(
+            "the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)"
+        )
     return Target(
         tool="DeepSpeed",
         filename=FILENAME,
@@ -110,7 +111,9 @@ def _notes(context: Context, config: dict[str, Any]) -> list[str]:
     if "optimizer" in config:
         found.append("optimizer.params.lr is a placeholder")
     else:
-        found.append(f"hand {context.request.work.optimizer.value} to deepspeed.initialize: the JSON names none")
+        found.append(
+            f"hand {context.request.work.optimizer.value} to deepspeed.initialize: the JSON names none"
+        )
     if optimizer and usage.cpu_updates < 1:
         found.append(
             f"DeepSpeed updates on the CPU whatever is offloaded; the plan does so with {usage.cpu_updates:.0%} of the state"

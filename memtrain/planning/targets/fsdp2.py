@@ -55,7 +55,9 @@ def refusal(context: Context) -> str | None:
     }
     needed = [name for name, value in others.items() if value > 1]
     if needed:
-        return f"fsdp2.py shards and does nothing else; this plan has {', '.join(needed)} ranks: none is written"
+        return (
+            f"fsdp2.py shards and does nothing else; this plan has {', '.join(needed)} ranks: none is written"
+        )
     return None
 
 
@@ -73,7 +75,9 @@ def fsdp2(context: Context) -> Target:
         ranks=context.degrees.replicas,
         reshard=context.degrees.zero_stage == 3,
         dtype=context.request.work.dtype,
-        offload='        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda"),\n' if offload else "",
+        offload='        "offload_policy": CPUOffloadPolicy(pin_memory=device == "cuda"),\n'
+        if offload
+        else "",
         wrap="        checkpoint(block)\n" if context.recomputes else "",
     ).replace("import nn\n\nfrom", "import nn\nfrom")
     return Target(
