@@ -21,6 +21,8 @@ from memtrain.planner.ranges.solve import SolveOptions, solve
 
 PLENTY_BYTES = 1 << 60
 """Of device memory, for the step that nothing limits."""
+UNLIMITED_GAP = 5e-3
+"""The slowdown is told in percent; the last half of one would double the time of an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +114,7 @@ def make_forecast(job: Job, options: SolveOptions | None = None) -> Forecast:
 
 
 def _of_stage(job: Job, options: SolveOptions | None) -> Forecast:
-    problem = problem_of(job)
+    problem, options = problem_of(job), options or SolveOptions()
     plan = solve(problem, options)
     capacities = {DEVICE: problem.machine.device_capacity_bytes}
     capacities |= {place.name: place.capacity_bytes for place in problem.machine.places}
@@ -122,7 +124,7 @@ def _of_stage(job: Job, options: SolveOptions | None) -> Forecast:
         problem=problem,
         plan=plan,
         step_seconds=_whole_step(job, problem, plan.step_seconds),
-        unlimited_seconds=_whole_step(job, problem, unlimited(problem, options).step_seconds),
+        unlimited_seconds=_whole_step(job, problem, unlimited_step(problem, plan, options)),
         places=tuple(
             PlaceUse(name=name, peak_bytes=peaks.get(name, 0), capacity_bytes=capacity)
             for name, capacity in capacities.items()
@@ -143,19 +145,16 @@ def _bill(plan: RangePlan, problem: Problem) -> tuple[BillLine, ...]:
     )
 
 
-def unlimited(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
-    """The plan with device memory without end: everything is kept, and nothing is waited for."""
-    machine = dataclasses.replace(
-        problem.machine, device_capacity_bytes=PLENTY_BYTES, places=(), staging=None
-    )
-    blocks = tuple(
-        dataclasses.replace(
-            block, states=tuple(dataclasses.replace(state, places=(DEVICE,)) for state in block.states)
-        )
-        for block in problem.blocks
-    )
-    free = dataclasses.replace(problem, machine=machine, blocks=blocks, codecs=())
-    return solve(free, options)
+def unlimited_step(problem: Problem, plan: RangePlan, options: SolveOptions) -> float:
+    """Seconds of the same step on the same machine with device memory without end, to ``UNLIMITED_GAP``.
+
+    Never more than ``plan`` takes, which fits there as well.
+    """
+    machine = dataclasses.replace(problem.machine, device_capacity_bytes=PLENTY_BYTES)
+    free = dataclasses.replace(problem, machine=machine, codecs=())
+    found = solve(free, dataclasses.replace(options, gap=max(options.gap, UNLIMITED_GAP)))
+    fits = plan.status != "infeasible"
+    return min(found.step_seconds, plan.step_seconds) if fits else found.step_seconds
 
 
 def _whole_step(job: Job, problem: Problem, seconds: float) -> float:

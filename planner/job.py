@@ -40,8 +40,8 @@ class Job:
     """By the global norm: no update can then begin before backward has ended."""
     codecs: tuple[Codec, ...] = ()
     """Lossy compressions that the user allows."""
-    error_budget: float = math.inf
-    """As ``ranges.model.Problem``; without one, the choice of codecs is all that bounds the error."""
+    error_budget: float | None = None
+    """As ``ranges.model.Problem``; None: the choice of codecs is all that bounds the error."""
     chunks: int = CHUNKS
     stage: int = 0
     """The pipeline stage that is planned, from 0."""

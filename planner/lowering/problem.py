@@ -95,7 +95,7 @@ def problem_of(job: Job) -> Problem:
         blocks=tuple(blocks),
         machine=context.machine,
         codecs=job.codecs,
-        error_budget=job.error_budget,
+        error_budget=_error_budget(job),
         reserved_bytes=_reserved(context, buffers),
         updates=updates,
     )
@@ -166,6 +166,12 @@ def _with_states(
         pieces=PIECES if states else 1,
         device_update_seconds=update_seconds(context.job, share),
     )
+
+
+def _error_budget(job: Job) -> float:
+    if job.error_budget is not None:
+        return job.error_budget
+    return max((codec.error for codec in job.codecs), default=0.0)
 
 
 def _reserved(context: _Context, message_bytes: int) -> int:

@@ -97,9 +97,7 @@ class Clock:
         if kind is Fate.ATTENTION:
             ops = [op for op in self._forward(part) if op.attention]
             seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
-            if part.attention_window is not None and part.attention_window < self.job.estimate.sequence:
-                return even_seconds(seconds, chunks)
-            return causal_attention_seconds(seconds, 0.0, chunks)
+            return self._by_prefix(part, seconds, chunks)
         if kind is Fate.NEARLY_FREE:
             return even_seconds(self._nearly_free(part), chunks)
         first, last = self._span(part, kind)
@@ -109,6 +107,18 @@ class Clock:
             waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
             seconds += math.fsum(t.seconds(self.rate(t.group)) for t in waits)
         return even_seconds(seconds, chunks)
+
+    def _by_prefix(self, part: TracedPart, seconds: float, chunks: int) -> tuple[float, ...]:
+        """Attention's cost by chunk: rising under a causal mask, even under a window.
+
+        Context ranks hold an early and a late piece each (ring), or every rank's first tokens are spread over
+        the sequence (Ulysses): a share of a rank's tokens then costs at most that share, which is charged.
+        """
+        window = part.attention_window
+        windowed = window is not None and window < self.job.estimate.sequence
+        if windowed or self.job.degrees.context > 1:
+            return even_seconds(seconds, chunks)
+        return causal_attention_seconds(seconds, 0.0, chunks)
 
     def _span(self, part: TracedPart, kind: Fate) -> tuple[int, int]:
         """Operations of forward that lead to a class: from behind the class before it to its last tensor."""

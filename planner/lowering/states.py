@@ -18,9 +18,9 @@ from memtrain.planner.ranges.model import DEVICE, Role, StateClass
 from memtrain.planner.roofline import memory_seconds, update_bytes
 
 PIECES = 64
-"""Parts of a block's state that may lie apart. Counts are no costlier for the solver when they are larger, and
-nearer to the relaxation: llama-3-70b on 8 A800 was planned within 5 % of the bound with 8, 0.3 % with 64,
-both before any search (``ranges.diffuse``)."""
+"""Parts of a block's state that may lie apart. Slots are as large as what one block streams, so that a coarse
+piece more in one block costs room for all: Llama-3-70B with tight memory on 8 GPUs was proven to 0.03 % with
+64 pieces in 6 s, to 0.4 % with 8, and with 1 or 2 nothing better than the rules was found in 20 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

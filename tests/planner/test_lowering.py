@@ -29,7 +29,7 @@ from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, trans
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
 from memtrain.planner.parallel import Degrees, ModelShape
 from memtrain.planner.ranges.check import check
-from memtrain.planner.ranges.model import Role
+from memtrain.planner.ranges.model import Codec, Role
 from memtrain.planner.ranges.solve import SolveOptions
 
 TOKENS, HIDDEN, WIDE = 64, 8, 32
@@ -225,19 +225,42 @@ def test_a_window_computes_fewer_pairs_and_costs_the_same_for_every_chunk() -> N
     assert len(set(costs)) == 1
 
 
+def test_context_ranks_pay_evenly_for_attention_because_their_tokens_are_no_prefix() -> None:
+    cut = job(Degrees(context=2), chunks=4)
+    costs = next(t for t in problem_of(cut).blocks[1].classes if t.attention).recompute_seconds
+    kernel = setup(2).accelerator
+    rate = kernel.half_flops_per_second.value * kernel.attention_forward_efficiency.value
+    assert costs == pytest.approx([0.5 * 80_000 / 2 / rate / 4] * 4)
+
+
+def test_any_allowed_codec_bounds_the_error_unless_a_budget_does() -> None:
+    coarse = Codec(
+        name="c", ratio=0.5, compress_bytes_per_second=1e9, decompress_bytes_per_second=1e9, error=0.02
+    )
+    assert problem_of(job(codecs=(coarse,))).error_budget == 0.02
+    assert problem_of(job(codecs=(coarse,), error_budget=0.001)).error_budget == 0.001
+    assert problem_of(job()).error_budget == 0.0
+
+
 def test_state_is_divided_as_zero_says() -> None:
     def held(stage: Any) -> dict[Role, int]:
         degrees = Degrees(data=4, zero_stage=stage)
         states = problem_of(job(degrees)).blocks[1].states
-        return {state.role: state.piece_bytes * PIECES for state in states}
+        return {state.role: state.piece_bytes for state in states}
 
-    # 1600 parameters: 3200 bytes of weights and of gradients, 6400 of masters, 12804 of moments; a piece is a
-    # 64th, rounded up.
-    assert PIECES == 64
-    assert held(0) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 301 * 64}
-    assert held(1) == {Role.PARAMETER: 3200, Role.GRADIENT: 3200, Role.OPTIMIZER: 76 * 64}
-    assert held(2)[Role.GRADIENT] == 13 * 64
-    assert held(3) == {Role.PARAMETER: 13 * 64, Role.GRADIENT: 13 * 64, Role.OPTIMIZER: 76 * 64}
+    def piece(size: int) -> int:
+        return math.ceil(size / PIECES)
+
+    # 1600 parameters: 3200 bytes of weights and of gradients, 6400 of masters, 12804 of moments.
+    whole, quarter = piece(3200), piece(800)
+    assert held(0) == {
+        Role.PARAMETER: whole,
+        Role.GRADIENT: whole,
+        Role.OPTIMIZER: piece(6400 + 12804),
+    }
+    assert held(1) == {Role.PARAMETER: whole, Role.GRADIENT: whole, Role.OPTIMIZER: piece(1600 + 3201)}
+    assert held(2)[Role.GRADIENT] == quarter
+    assert held(3) == {Role.PARAMETER: quarter, Role.GRADIENT: quarter, Role.OPTIMIZER: piece(4801)}
 
 
 def test_clipping_and_accumulation_exclude_updates_in_backward() -> None:
@@ -315,4 +338,4 @@ def test_plenty_is_the_step_that_nothing_limits() -> None:
 def test_an_8_bit_optimizer_has_less_state() -> None:
     small = problem_of(job(optimizer=OptimizerRule.ADAM_8BIT, master_weights=False)).blocks[1].states
     # 1600 parameters are fewer than 4096: two fp32 moments.
-    assert {s.role: s.piece_bytes * PIECES for s in small}[Role.OPTIMIZER] == 2 * 1600 * 4
+    assert {s.role: s.piece_bytes for s in small}[Role.OPTIMIZER] == 2 * 1600 * 4 // PIECES
