@@ -41,7 +41,8 @@ class Quantiser:
         Codes are ``-m ... m`` with ``m = 2**(bits - 1) - 1``; a step is the group's largest magnitude over m,
         and rounding to the nearest leaves a step over the root of 12.
         """
-        return _ABSOLUTE_MAXIMUM / (2 ** (self.bits - 1) - 1) / math.sqrt(12)
+        codes = (1 << (self.bits - 1)) - 1
+        return _ABSOLUTE_MAXIMUM / codes / math.sqrt(12)
 
 
 QUANTISERS = (Quantiser(name="int8", bits=8), Quantiser(name="int4", bits=4))
@@ -52,8 +53,8 @@ def codec_rate(device: Accelerator, ratio: float) -> Quoted:
     return Quoted(
         value=device.memory_bytes_per_second.value * device.memory_efficiency.value / (1 + ratio),
         source=(
-            "assumption: a fused kernel bound by memory, plain bytes one way and compressed ones the other, at "
-            f"{device.name}'s copy rate"
+            "assumption: a fused kernel bound by memory, plain bytes one way and compressed ones the other, "
+            f"at the copy rate of {device.name}"
         ),
     )
 

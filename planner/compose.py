@@ -166,8 +166,8 @@ def _measured_links(measured: Machine | None, wanted: set[Tier]) -> dict[Tier, D
     if not found:
         has = ", ".join(link.tier.value for link in measured.links) or "none"
         raise ValueError(
-            f"machine {measured.name} has measured links to {has}, and none of them is used: describe the tier "
-            "(nvme, cxl), measure with a device of its own memory, or leave the machine out"
+            f"machine {measured.name} has measured links to {has}, and none of them is used: describe the "
+            "tier (nvme, cxl), measure with a device of its own memory, or leave the machine out"
         )
     return found
 

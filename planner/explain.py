@@ -2,8 +2,9 @@
 
 For each class of saved tensors of one block: what its chunks weigh and what an action costs by itself
 (seconds of recompute, seconds on each link), and then the step, simulated again, with one chunk or all chunks
-moved to each other action and nothing else changed. A change may be impossible for lack of bytes; the rows it
-breaks are named, and so is what binds the plan itself.
+moved to each other action and nothing else changed. Likewise for the pieces of each class of state and their
+places. A change may be impossible for lack of bytes; the rows it breaks are named, and so is what binds the
+plan itself.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ class ClassReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateReport:
+    """One class of the block's state, under one way to update."""
+
+    state: str
+    update: str
+    piece_bytes: int
+    planned: tuple[tuple[str, int], ...]
+    """Pieces by place."""
+    neighbours: tuple[Neighbour, ...]
+    """``tensor`` is the class of state, ``chunks`` are pieces, actions are places."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Binding:
     """A place that is full, and when."""
 
@@ -86,6 +100,7 @@ class Explanation:
     """Of the step, the share that each queue was busy."""
     binding: tuple[Binding, ...]
     classes: tuple[ClassReport, ...]
+    states: tuple[StateReport, ...]
 
 
 def explain(problem: Problem, plan: RangePlan, block: str) -> Explanation:
@@ -110,6 +125,7 @@ def explain(problem: Problem, plan: RangePlan, block: str) -> Explanation:
             _class_report(formulated, decisions, timeline.step_seconds, index, k)
             for k in range(len(chosen.classes))
         ),
+        states=tuple(_state_reports(formulated, decisions, timeline.step_seconds, index)),
     )
 
 
@@ -195,47 +211,73 @@ def _class_report(
     problem = formulated.problem
     tensor = problem.blocks[index].classes[k]
     chosen = formulated.choices.counts[index][k]
-    number = {variable: at for at, variable in enumerate(formulated.form.integers)}
-    planned = {action: decisions[number[variable]] for action, variable in chosen.items()}
-    neighbours = []
-    for before, count in planned.items():
-        for after in chosen if count else ():
-            if after == before:
-                continue
-            for moved in sorted({1, count}):
-                changed = list(decisions)
-                changed[number[chosen[before]]] -= moved
-                changed[number[chosen[after]]] += moved
-                neighbours.append(_neighbour(formulated, tuple(changed), step, tensor, moved, before, after))
+    changes = _Changes(formulated, decisions, step)
     return ClassReport(
         tensor=tensor.name,
         total_bytes=tensor.total_bytes,
         chunks=tensor.chunks,
-        planned=tuple((action.label, count) for action, count in planned.items() if count),
+        planned=tuple((a.label, n) for a, v in chosen.items() if (n := changes.count(v))),
         costs=tuple(_cost(problem, tensor, action) for action in chosen),
-        neighbours=tuple(neighbours),
+        neighbours=tuple(changes.of(tensor.name, {a.label: v for a, v in chosen.items()})),
     )
 
 
-def _neighbour(
-    formulated: Formulated,
-    changed: Decisions,
-    step: float,
-    tensor: TensorClass,
-    chunks: int,
-    before: Action,
-    after: Action,
-) -> Neighbour:
-    seconds = step_seconds(formulated, changed)
-    return Neighbour(
-        tensor=tensor.name,
-        chunks=chunks,
-        action_before=before.label,
-        action_after=after.label,
-        step_seconds=seconds,
-        added_seconds=seconds - step,
-        broken=tuple(formulated.excess(changed).items()),
-    )
+def _state_reports(
+    formulated: Formulated, decisions: Decisions, step: float, index: int
+) -> Iterator[StateReport]:
+    changes = _Changes(formulated, decisions, step)
+    by_class: dict[tuple[str, str, int], dict[str, int]] = {}
+    for placed, variable in formulated.states.placed[index].items():
+        key = placed.state.name, placed.update.label, placed.state.piece_bytes
+        by_class.setdefault(key, {})[placed.place] = variable
+    for (state, update, size), places in by_class.items():
+        planned = tuple((place, n) for place, v in places.items() if (n := changes.count(v)))
+        if planned:
+            yield StateReport(
+                state=state,
+                update=update,
+                piece_bytes=size,
+                planned=planned,
+                neighbours=tuple(changes.of(state, places)),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """Decisions with some of one count moved to another, simulated."""
+
+    formulated: Formulated
+    decisions: Decisions
+    step: float
+
+    def count(self, variable: int) -> int:
+        """As planned."""
+        return self.decisions[self.formulated.form.integers.index(variable)]
+
+    def of(self, name: str, options: dict[str, int]) -> Iterator[Neighbour]:
+        """One or all of every option that is used, moved to every other option."""
+        for before, source in options.items():
+            planned = self.count(source)
+            for after, target in options.items() if planned else ():
+                if after != before:
+                    for moved in sorted({1, planned}):
+                        yield self._neighbour(name, moved, (before, source), (after, target))
+
+    def _neighbour(self, name: str, moved: int, before: tuple[str, int], after: tuple[str, int]) -> Neighbour:
+        integers = self.formulated.form.integers
+        changed = list(self.decisions)
+        changed[integers.index(before[1])] -= moved
+        changed[integers.index(after[1])] += moved
+        seconds = step_seconds(self.formulated, changed)
+        return Neighbour(
+            tensor=name,
+            chunks=moved,
+            action_before=before[0],
+            action_after=after[0],
+            step_seconds=seconds,
+            added_seconds=seconds - self.step,
+            broken=tuple(self.formulated.excess(changed).items()),
+        )
 
 
 def _cost(problem: Problem, tensor: TensorClass, action: Action) -> ActionCost:

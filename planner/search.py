@@ -1,25 +1,37 @@
 """How far a machine reaches: the longest sequence or the largest micro-batch that a plan exists for.
 
 Nothing is interpolated. A model is estimated anew at every size that is tried, for kernels round tokens and
-masks grow with their square; after the first an estimate takes some tenths of a second. Whether a size fits is
-asked of the program itself (a plan with no shortage on the device was found), not of a full solve, and more
-tokens never need fewer bytes: so bisection is enough. A size for which no plan was found in the program's
-seconds counts as one that does not fit.
+masks grow with their square; after the first an estimate takes some tenths of a second. Whether a size fits
+is asked of the bytes alone (``feasible``), not of a full solve, and more tokens never need fewer bytes: so
+bisection is enough.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memtrain.planner.parallel import Degrees
+from memtrain.planner.ranges import infeasible
+from memtrain.planner.ranges.diffuse import fitting
+from memtrain.planner.ranges.formulate import formulate
+from memtrain.planner.ranges.highs import Solver
+from memtrain.planner.ranges.model import DEVICE, Problem
+from memtrain.planner.ranges.program import build
 
 Fits = Callable[[int], bool]
 RESOLUTION = 1 / 32
 """Of the answer: where bisection stops, if the unit is finer. One more try, of some ten, would halve it."""
 MOST_TRIED = 24
-"""Sizes looked at, at most: with doubling from 1 and five halvings, a quarter of a million units."""
+"""Sizes looked at, at most: doubling from 1 and five halvings reach a quarter of a million units."""
+
+
+RELAXATION_SECONDS = 10.0
+"""For one relaxation without events; with 80 blocks and their state it takes some tenths."""
+_SHORT = 1e-6
+"""Of the device: HiGHS's tolerance, below which a shortage is none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +48,32 @@ class Reach:
     """In the order of the search."""
 
 
+def feasible(problem: Problem) -> bool:
+    """Whether a plan that fits was found; when False, most often that there is none was proved.
+
+    The relaxation of the bytes alone, with the most room left on the device: where even that is short,
+    nothing fits. Where it is not, its counts are rounded at once, and only if these do not fit the program is
+    solved.
+    """
+    formulated = formulate(problem)
+    program = build(formulated, shortage_of=DEVICE)
+    program.step.lowBound = -problem.machine.device_capacity_bytes / program.byte_scale
+    solver = Solver(program)
+    vertex = solver.relaxed(RELAXATION_SECONDS)
+    short = _SHORT * problem.machine.device_capacity_bytes / program.byte_scale
+    if not vertex.solved or vertex.objective > short:
+        return False
+    found = fitting(formulated, solver, vertex, time.monotonic() + RELAXATION_SECONDS)
+    return found is not None or infeasible.fits(problem)
+
+
 def sequence_unit(degrees: Degrees, least: int = 1) -> int:
     """Tokens of which a sequence must be a multiple under ``degrees``, and at least ``least``.
 
     A causal ring gives each context rank an early and a late piece; sequence parallelism cuts each of them.
     """
-    pieces = (
-        2 * degrees.context if degrees.context > 1 and degrees.context_method == "ring" else degrees.context
-    )
+    rings = degrees.context > 1 and degrees.context_method == "ring"
+    pieces = degrees.context * (2 if rings else 1)
     cut = pieces * degrees.sequence_cut
     return math.ceil(least / cut) * cut
 

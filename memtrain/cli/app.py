@@ -1,6 +1,7 @@
 """The commands, as typer declares them.
 
-Exit codes: 0 done, 1 a mistake or a failure, 2 no plan fits, 3 (``plan`` alone) nothing is proved of the plan.
+Exit codes: 0 done, 1 a mistake or a failure, 2 no plan fits, 3 (``plan`` alone) a plan of which nothing is
+proved.
 """
 
 from __future__ import annotations

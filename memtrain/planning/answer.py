@@ -13,9 +13,8 @@ from memtrain.planner.forecast import Forecast, make_forecast
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.ranges.baselines import baselines
 from memtrain.planner.ranges.formulate import formulate
-from memtrain.planner.ranges.infeasible import fits
 from memtrain.planner.ranges.solve import SolveOptions, Undecided
-from memtrain.planner.search import Reach, furthest, sequence_unit
+from memtrain.planner.search import Reach, feasible, furthest, sequence_unit
 from memtrain.planning.fold import Usage, usage_of
 from memtrain.planning.jobs import Jobs
 from memtrain.planning.request import Axis, PlanError, PlanRequest, Sweep
@@ -135,7 +134,9 @@ def _forecast(jobs: Jobs, sequence: int, micro_batch: int) -> Forecast:
     job = jobs.job(sequence, micro_batch)
     search = jobs.request.search
     try:
-        return make_forecast(job, SolveOptions(seconds=search.seconds, gap=search.gap))
+        return make_forecast(
+            job, SolveOptions(seconds=search.seconds, gap=search.gap, offered=jobs.offered())
+        )
     except ValueError as error:
         raise PlanError(str(error)) from error
     except Undecided as error:
@@ -164,10 +165,10 @@ def reach_of(jobs: Jobs, axis: Axis) -> Reach:
     work = jobs.request.work
 
     def sequence_fits(sequence: int) -> bool:
-        return fits(problem_of(jobs.job(sequence, work.micro_batch)))
+        return feasible(problem_of(jobs.job(sequence, work.micro_batch)))
 
     def batch_fits(micro_batch: int) -> bool:
-        return fits(problem_of(jobs.job(work.sequence, micro_batch)))
+        return feasible(problem_of(jobs.job(work.sequence, micro_batch)))
 
     if axis == "batch":
         return furthest(batch_fits, unit=1, start=work.micro_batch, most=MOST_BATCH)
@@ -205,7 +206,8 @@ def notes(request: PlanRequest, fields: Mapping[str, Any], forecast: Forecast) -
     most = fields.get("max_position_embeddings") or fields.get("n_positions")
     if isinstance(most, int) and request.work.sequence > most:
         found.append(
-            f"{request.work.sequence} tokens are beyond the {most} positions of the configuration: extend them first"
+            f"{request.work.sequence} tokens are beyond the {most} positions of the configuration: extend "
+            "them first"
         )
     if forecast.job.codecs and forecast.fits:
         found.append("lossy codecs are planned and cannot be run yet: memtrain's executors are exact")

@@ -40,7 +40,7 @@ def run(request: PlanRequest, questions: Questions, outputs: Outputs) -> int:
 
 
 def _files(found: Answer, outputs: Outputs) -> dict[Path, str]:
-    """Everything that is to be written, by path. Raises PlanError for what would overwrite a file of a user."""
+    """Everything that is to be written, by path. Raises PlanError for what a user may have edited."""
     files: dict[Path, str] = {}
     if outputs.plan is not None:
         files[outputs.plan] = found.forecast.plan.to_json() + "\n"
@@ -52,9 +52,7 @@ def _files(found: Answer, outputs: Outputs) -> dict[Path, str]:
         for target in found.targets:
             path = outputs.emit / target.filename
             if path.exists():
-                raise PlanError(
-                    f"--emit: {path} is there already and may have been edited: name another folder"
-                )
+                raise PlanError(f"--emit: {path} is there already; move it, or name another folder")
             files[path] = target.text
     return files
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from rich.console import Console
 from rich.table import Table
 
-from memtrain.planner.explain import ActionCost, ClassReport, Explanation, Neighbour
+from memtrain.planner.explain import ActionCost, ClassReport, Explanation, Neighbour, StateReport
 from memtrain.planner.units import format_gib
 from memtrain.planpage.words import action_text, seconds_text, share_text
 
@@ -16,9 +16,10 @@ def show_explanation(found: Explanation, out: Console) -> None:
     """The block, what binds, and a table for each class of tensors."""
     out.print()
     out.print(f"why {found.block} is planned as it is")
-    passes = f"forward {seconds_text(found.forward_seconds)}, backward {seconds_text(found.backward_seconds)}"
-    waits = ", ".join(f"{seconds_text(seconds)} before {way}" for way, seconds in found.waits if seconds > 0)
-    out.print(f"  arithmetic: {passes}; the device waits {waits or 'for nothing'}")
+    forward, backward = seconds_text(found.forward_seconds), seconds_text(found.backward_seconds)
+    waits = [f"{seconds_text(idle)} before {way}" for way, idle in found.waits if idle > 0]
+    waited = ", ".join(waits) or "for nothing"
+    out.print(f"  forward {forward}, backward {backward}; the device waits {waited}")
     busy = ", ".join(f"{resource} {share_text(share)}" for resource, share in found.busy)
     out.print(f"  busy, of the step: {busy}")
     full = [
@@ -28,6 +29,8 @@ def show_explanation(found: Explanation, out: Console) -> None:
     out.print(f"  full: {', '.join(full) or 'no place; time alone decides'}")
     for report in found.classes:
         _class(report, out)
+    for state in found.states:
+        _state(state, out)
 
 
 def _class(report: ClassReport, out: Console) -> None:
@@ -45,6 +48,16 @@ def _class(report: ClassReport, out: Console) -> None:
     for cost in report.costs:
         table.add_row(*_row(report, cost, changes[cost.action]))
     out.print(table)
+
+
+def _state(report: StateReport, out: Console) -> None:
+    planned = ", ".join(f"{place} {pieces}" for place, pieces in report.planned)
+    size = format_gib(report.piece_bytes * sum(pieces for _, pieces in report.planned), 3)
+    out.print(f"  {report.state}, {size} updated {report.update}, pieces planned: {planned}")
+    for change in report.neighbours:
+        out.print(
+            f"    {change.chunks} from {change.action_before} to {change.action_after}: {_change(change)}"
+        )
 
 
 def _row(report: ClassReport, cost: ActionCost, changes: list[Neighbour]) -> tuple[str, ...]:
@@ -73,4 +86,5 @@ def _change(change: Neighbour) -> str:
     if not change.broken:
         return added
     row, lacking = max(change.broken, key=lambda item: item[1])
-    return f"{added}, but {row} lacks {lacking:,.4g}"
+    missing = f"{lacking:.4g}" if row == "error budget" else format_gib(int(lacking))
+    return f"{added}, but {row} lacks {missing}"

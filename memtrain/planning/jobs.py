@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtrain.planner.codecs import codecs
+from memtrain.planner.codecs import QUANTISERS, codecs
 from memtrain.planner.compose import Setup, machine_for
 from memtrain.planner.flags import parse_rate
 from memtrain.planner.gpus import accelerator
@@ -19,6 +19,7 @@ from memtrain.planner.hardware import GIVEN, Interconnect
 from memtrain.planner.links import INTERCONNECTS, interconnect
 from memtrain.planner.machine import Machine
 from memtrain.planner.model_presets import PRESETS
+from memtrain.planner.ranges.model import Codec
 from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
 
 if TYPE_CHECKING:
@@ -93,8 +94,9 @@ def configuration(model: str) -> str | Path:
         if isinstance(found, str):
             return Path(found)
         raise PlanError(
-            f"{model} is no path, and no configuration of that name is in the hub's local cache (nothing is downloaded "
-            f"here): run `hf download {model} config.json`, or name a folder, a config.json or one of {_presets()}"
+            f"{model} is no path, and the hub's local cache has no configuration of that name (nothing is "
+            f"downloaded here): run `hf download {model} config.json`, or name a folder, a config.json or "
+            f"one of {_presets()}"
         )
     raise PlanError(f"{model} is neither a preset ({_presets()}) nor a config.json or a folder with one")
 
@@ -161,6 +163,19 @@ class Jobs:
         except ValueError as error:
             raise PlanError(str(error)) from error
 
+    def offered(self) -> tuple[Codec, ...]:
+        """Codecs that were not allowed: remedies, where nothing fits."""
+        allowed = self.request.search.allow_lossy
+        return self._codecs(q.name for q in QUANTISERS if q.name not in allowed)
+
+    def _codecs(self, names: Iterable[str]) -> tuple[Codec, ...]:
+        return codecs(
+            names,
+            self.setup.accelerator,
+            element_bytes=ELEMENT_BYTES[self.request.work.dtype],
+            places=tuple(tier.value for tier in self.setup.tiers),
+        )
+
     def job(self, sequence: int, micro_batch: int) -> Job:
         """One rank of the job. Raises PlanError: the model cannot be estimated at this size."""
         from memtrain.optim.autograd.chunked_loss import DEFAULT_CHUNK_TOKENS
@@ -181,12 +196,6 @@ class Jobs:
                 attention=work.attention,
                 forward=chunked(DEFAULT_CHUNK_TOKENS) if work.chunked_loss else None,
             )
-            allowed = codecs(
-                search.allow_lossy,
-                self.setup.accelerator,
-                element_bytes=ELEMENT_BYTES[work.dtype],
-                places=tuple(tier.value for tier in self.setup.tiers),
-            )
             return Job(
                 estimate=estimate,
                 shape=self.shape,
@@ -196,8 +205,8 @@ class Jobs:
                 master_weights=work.master_weights,
                 micro_batches=work.accumulate,
                 clipping=work.clipping,
-                codecs=allowed,
-                error_budget=math.inf if search.error_budget is None else search.error_budget,
+                codecs=self._codecs(search.allow_lossy),
+                error_budget=search.error_budget,
                 chunks=search.chunks,
                 network=self.network,
             )

@@ -185,7 +185,7 @@ def parse_count(option: str, text: str) -> int:
     value = float(match[1]) * _FACTORS[match[2].lower()] if match else 0.0
     if match is None or value != int(value) or value < 1:
         raise PlanError(
-            f"{option}: cannot read {text!r} as a number of tokens; write 8192 or 8k (8 x 1024), 1M (1024 x 1024)"
+            f"{option}: cannot read {text!r} as a whole number above 0; write 8192, 8k (8 x 1024) or 1M"
         )
     return int(value)
 
@@ -322,17 +322,17 @@ def parse_degrees(
     if data is None:
         if gpus % others:
             raise PlanError(
-                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} do not divide {gpus} GPUs: change one"
+                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} does not divide {gpus} GPUs: "
+                "change one"
             )
         data = gpus // others
     if data * others != gpus:
         raise PlanError(
-            f"--dp {data} x --tp {tensor} x --cp {context} x --pp {pipeline} = {data * others}, but --gpus x --nodes = "
-            f"{gpus}: change one, or leave --dp out"
+            f"--dp {data} x --tp {tensor} x --cp {context} x --pp {pipeline} = {data * others}, but --gpus x "
+            f"--nodes = {gpus}: change one, or leave --dp out"
         )
-    stage = zero_stage if zero_stage is not None else (3 if data * context > 1 else 0)
-    if stage not in (0, 1, 2, 3):
-        raise PlanError(f"--zero must be 0, 1, 2 or 3, got {stage}")
+    if zero_stage not in (None, 0, 1, 2, 3):
+        raise PlanError(f"--zero must be 0, 1, 2 or 3, got {zero_stage}")
     if sequence_parallel is not None and tensor == 1:
         raise PlanError(
             "--sequence-parallel cuts what --tp leaves whole, and --tp is 1: give --tp, or drop it"
@@ -346,7 +346,7 @@ def parse_degrees(
     try:
         return Degrees(
             data=data,
-            zero_stage=stage,
+            zero_stage=_stage(zero_stage, ranks=data * context),
             tensor=tensor,
             sequence_parallel=sequence_parallel is not False,
             context=context,
@@ -356,3 +356,11 @@ def parse_degrees(
         )
     except ValueError as error:
         raise PlanError(str(error)) from error
+
+
+def _stage(given: int | None, *, ranks: int) -> Literal[0, 1, 2, 3]:
+    """All state is sharded unless the user says otherwise, where there is anything to share it with."""
+    stages: tuple[Literal[0, 1, 2, 3], ...] = (0, 1, 2, 3)
+    if given is None:
+        return 3 if ranks > 1 else 0
+    return stages[given]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from memtrain.planner.forecast import Forecast
-from memtrain.planner.ranges.model import DEVICE
+from memtrain.planner.ranges.model import DEVICE, Role
 from memtrain.planner.ranges.plan import Relaxation
 from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import GiB, format_gib
@@ -23,17 +24,34 @@ from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
 
 _PLAIN_WIDTH = 4096
 """Columns where nobody looks: no line is folded, so that tools can cut and grep it."""
+_MOST_STRETCHES = 5
+_SOME = 0.005
+"""A share below it would be printed as 0 %."""
+_ROLES = {Role.PARAMETER: "weights", Role.GRADIENT: "gradients", Role.OPTIMIZER: "optimizer"}
 _MOST_LINES = 12
 """Of the folded table; more say less than the file of the plan."""
 
 
+class _Console(Console):
+    """One whose tables leave no blanks at the ends of lines where nobody looks at them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        if self.is_terminal or not any(isinstance(one, Table) for one in objects):
+            super().print(*objects, **options)
+            return
+        with self.capture() as captured:
+            super().print(*objects, **options)
+        for line in captured.get().splitlines():
+            super().print(line.rstrip())
+
+
 def console() -> Console:
     """On standard output."""
-    found = Console(highlight=False, markup=False, emoji=False)
+    found = _Console(highlight=False, markup=False, emoji=False)
     return (
         found
         if found.is_terminal
-        else Console(highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH, color_system=None)
+        else _Console(highlight=False, markup=False, emoji=False, width=_PLAIN_WIDTH, color_system=None)
     )
 
 
@@ -131,6 +149,8 @@ def _shortage(forecast: Forecast, sequence: int, out: Console) -> None:
     )
     for line in lines:
         out.print(f"    {line}")
+    if len(forecast.places) == 1:
+        out.print("  nothing can leave the device: describe memory beside it with --dram, --nvme or --cxl")
 
 
 def relaxation_text(one: Relaxation, sequence: int) -> str:
@@ -167,9 +187,17 @@ def _lines(heading: str, lines: Sequence[Line], out: Console) -> None:
         return
     _section(heading, out)
     for line in lines[:_MOST_LINES]:
-        out.print(f"  {line.blocks}: {line.text}")
+        out.print(f"  {_shortened(line)}: {line.text}")
     if len(lines) > _MOST_LINES:
         out.print(f"  and {len(lines) - _MOST_LINES} more ways; -o plan.json and --json have every block")
+
+
+def _shortened(line: Line) -> str:
+    """``44 blocks (layers 1, 5-6 ... 76-77)`` where there are many stretches of blocks."""
+    stretches = line.blocks.split(", ")
+    if len(stretches) <= _MOST_STRETCHES:
+        return line.blocks
+    return f"{line.count} blocks ({', '.join(stretches[:2])} ... {stretches[-1]})"
 
 
 def certificate_text(forecast: Forecast) -> str:
@@ -275,10 +303,10 @@ def usage_text(usage: Usage) -> str:
     """``optimizer 62 % host; saved 40 % recompute, 20 % swap``."""
     parts = []
     for role, shares in usage.state.items():
-        away = [f"{share:.0%} {place}" for place, share in shares.items() if place != DEVICE and share]
+        away = [f"{s:.0%} {place}" for place, s in shares.items() if place != DEVICE and s >= _SOME]
         if away:
-            parts.append(f"{role.value} {', '.join(away)}")
-    acted = [f"{share:.0%} {kind}" for kind, share in usage.actions.items() if kind != "keep" and share]
+            parts.append(f"{_ROLES[role]} {', '.join(away)}")
+    acted = [f"{s:.0%} {kind}" for kind, s in usage.actions.items() if kind != "keep" and s >= _SOME]
     if acted:
         parts.append(f"saved tensors {', '.join(acted)}")
     return "; ".join(parts) or "nothing"

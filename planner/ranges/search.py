@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from memtrain.planner.ranges.diffuse import diffused
+from memtrain.planner.ranges.diffuse import fitting
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.highs import Found, Solver
 from memtrain.planner.ranges.program import build, rounded
@@ -40,9 +40,6 @@ REOPENED_BLOCKS = (0, 8, 24)
 """Where the program over what is open has no solution, as many more blocks are opened again."""
 ROUNDINGS = 3
 """Tried per class; where none is feasible the class is left open."""
-
-DIFFUSIONS = 6
-"""Tries to round the relaxation at once, each with more room; with two or more pieces a GiB the second fits."""
 
 Group = tuple[tuple[int, ...], int | None]
 """Counts that add up, and to what; None where that is decided by an earlier group."""
@@ -157,7 +154,9 @@ def search(
     state.note("relaxation")
     if not vertex.solved or state.done():
         return state.answer
-    _diffuse(state, vertex)
+    rounded_whole = fitting(formulated, state.solver, vertex, state.deadline)
+    if rounded_whole is not None:
+        state.offer(rounded_whole)
     state.note("diffusion")
     for back in (False, True):
         if not state.done():
@@ -174,31 +173,6 @@ def search(
         state.take(found)
         state.note(f"whole ({found.status})")
     return state.answer
-
-
-def _diffuse(state: Search, vertex: Found) -> None:
-    """Round the relaxation at once; where that exceeds places, relax again with that much less room."""
-    now = vertex
-    for _ in range(DIFFUSIONS):
-        decisions = diffused(state.formulated, now.values)
-        over = state.formulated.excess(decisions)
-        if not over:
-            state.offer(decisions)
-            break
-        for name in state.program.limits:
-            # A place that is too full at one position would be at another, were that one alone to get less.
-            alike = [size for row, size in over.items() if _place_of(row) == _place_of(name)]
-            if alike:
-                state.solver.tighten(name, max(alike))
-        now = state.solver.relaxed(state.left())
-        if not now.solved:
-            break
-    state.solver.loosen()
-
-
-def _place_of(row: str) -> str:
-    """``backward layers.3 on device`` -> ``device``; a row of no place stands for itself."""
-    return row.rpartition(" on ")[2]
 
 
 def _groups(formulated: Formulated) -> list[list[Group]]:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from memtrain.planner.ranges.model import Role
-from memtrain.planning.targets.common import MOST, Context, Target
+from memtrain.planning.targets.common import CHUNKED_LOSS_NOTE, MOST, SOME, Context, Target
 
 FILENAME = "accelerate.yaml"
 
@@ -25,10 +25,11 @@ def refusal(context: Context) -> str | None:
         return "Accelerate has no expert parallelism: no YAML is written"
     if degrees.context > 1 and degrees.context_method == "ulysses":
         return "Accelerate runs Ulysses through DeepSpeed only: take deepspeed.json; no YAML is written"
-    if degrees.zero_stage == 1 or (degrees.zero_stage == 0 and (degrees.tensor > 1 or degrees.context > 1)):
+    needs_mesh = degrees.tensor > 1 or degrees.context > 1
+    if degrees.zero_stage == 1 or (degrees.zero_stage == 0 and needs_mesh):
         return (
-            f"Accelerate shards with FSDP2, which is stage 2 or 3, and tensor or context ranks need it; this plan has "
-            f"stage {degrees.zero_stage}: no YAML is written"
+            "Accelerate shards with FSDP2, which is stage 2 or 3, and tensor or context ranks need it; this "
+            f"plan has stage {degrees.zero_stage}: no YAML is written"
         )
     return None
 
@@ -89,20 +90,20 @@ def _fsdp(context: Context) -> dict[str, Any]:
 
 
 def offloads(context: Context) -> bool:
-    """FSDP2 offloads weights, gradients and the optimizer together: where most of the optimizer's bytes leave."""
+    """FSDP2 offloads weights, gradients and optimizer together: where most of the optimizer's bytes leave."""
     return context.share(Role.OPTIMIZER) > MOST
 
 
 def offload_notes(context: Context) -> list[str]:
     """What FSDP2's one switch makes of the places of three kinds of state."""
     optimizer, weights = context.share(Role.OPTIMIZER), context.share(Role.PARAMETER)
-    planned = f"the plan has {optimizer:.0%} of the optimizer's state and {weights:.0%} of the weights off the device"
-    if optimizer + weights == 0:
+    planned = f"the plan has {optimizer:.0%} of the optimizer's state and {weights:.0%} of the weights"
+    if max(optimizer, weights) < SOME:
         return []
     choice = (
         "offloads all of both to host memory and updates on the CPU" if offloads(context) else "keeps all"
     )
-    found = [f"{planned}; FSDP2 knows all or nothing, and this file {choice}"]
+    found = [f"{planned} off the device; FSDP2 knows all or nothing, and this file {choice}"]
     if context.share(Role.OPTIMIZER, "nvme") + context.share(Role.PARAMETER, "nvme") > 0:
         found.append("FSDP2 has no NVMe tier: what the plan sends there has to fit in host memory")
     return found
@@ -120,11 +121,9 @@ def _notes(context: Context) -> list[str]:
         found += offload_notes(context)
     elif context.share(Role.OPTIMIZER) > 0 or context.recomputes:
         found.append(
-            "without sharding Accelerate offloads and checkpoints nothing; on one GPU memtrain.prepare() in the "
-            "same script follows a plan (recipes/smollm2_135m_accelerate.py)"
+            "without sharding Accelerate offloads and checkpoints nothing; on one GPU memtrain.prepare() in "
+            "the same script follows a plan (recipes/smollm2_135m_accelerate.py)"
         )
     if work.chunked_loss:
-        found.append(
-            "the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)"
-        )
+        found.append(CHUNKED_LOSS_NOTE)
     return [*found, *context.unrepresented("Accelerate")]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memtrain.planner.compose import SWAP_PLACE
 from memtrain.planner.forecast import Forecast
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.choices import Kind
@@ -17,6 +18,13 @@ PLACEHOLDER_LR = 1e-5
 """A plan says nothing about learning rates, and the tools want one."""
 MOST = 0.5
 """Where a tool knows all or nothing, what the plan does with most of the bytes decides."""
+
+
+CHUNKED_LOSS_NOTE = (
+    "the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)"
+)
+SOME = 0.005
+"""Shares below it are not worth a note: they would be printed as 0 %."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,14 +60,19 @@ class Context:
         return sum(shares.get(place, 0.0) for place in wanted)
 
     @property
+    def swap_directory(self) -> str:
+        """As given, or a placeholder."""
+        return self.forecast.job.setup.budget.nvme_directory or SWAP_PLACE
+
+    @property
     def recomputes(self) -> bool:
         """Whether most of what blocks save is not kept as it is."""
         return 1 - self.usage.actions.get(Kind.KEEP.value, 0.0) > MOST
 
     @property
     def swaps(self) -> bool:
-        """Whether saved tensors leave the device at all."""
-        return sum(self.usage.swapped_to.values()) > 0
+        """Whether saved tensors leave the device to speak of."""
+        return sum(self.usage.swapped_to.values()) >= SOME
 
     def unrepresented(self, tool: str) -> tuple[str, ...]:
         """Parts of the plan that no other tool than memtrain knows."""

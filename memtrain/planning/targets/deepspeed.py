@@ -12,7 +12,15 @@ from typing import Any
 from memtrain.planner.compose import SWAP_PLACE
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.ranges.model import Role
-from memtrain.planning.targets.common import MOST, PLACEHOLDER_LR, Context, Target, torchrun
+from memtrain.planning.targets.common import (
+    CHUNKED_LOSS_NOTE,
+    MOST,
+    PLACEHOLDER_LR,
+    SOME,
+    Context,
+    Target,
+    torchrun,
+)
 
 FILENAME = "deepspeed.json"
 _OPTIMIZERS = {OptimizerRule.ADAMW: "AdamW"}
@@ -40,9 +48,7 @@ def deepspeed(context: Context) -> Target:
         *context.unrepresented("DeepSpeed"),
     ]
     if work.chunked_loss:
-        notes.append(
-            "the plan counts on a loss by chunks of tokens (memtrain's, or a fused one such as Liger's)"
-        )
+        notes.append(CHUNKED_LOSS_NOTE)
     return Target(
         tool="DeepSpeed",
         filename=FILENAME,
@@ -80,27 +86,27 @@ def _zero(context: Context) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     optimizer = _device(context, Role.OPTIMIZER)
     if optimizer != "none":
-        zero["offload_optimizer"] = _offload(optimizer)
+        zero["offload_optimizer"] = _offload(context, optimizer)
         if stage == 3 and optimizer == "cpu" and off_device < 1:
             zero["offload_optimizer"]["ratio"] = round(off_device, 3)
     weights = _device(context, Role.PARAMETER)
     if stage == 3 and weights != "none":
-        zero["offload_param"] = _offload(weights)
+        zero["offload_param"] = _offload(context, weights)
     return zero
 
 
 def _device(context: Context, role: Role) -> str:
     """``none``, ``cpu`` or ``nvme``: where most of what leaves the device goes."""
     off = context.share(role)
-    if off == 0 or (role is Role.PARAMETER and off <= MOST):
+    if off < SOME or (role is Role.PARAMETER and off <= MOST):
         return "none"
     return "nvme" if context.share(role, "nvme") > off / 2 else "cpu"
 
 
-def _offload(device: str) -> dict[str, Any]:
+def _offload(context: Context, device: str) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device, "pin_memory": True}
     if device == "nvme":
-        found["nvme_path"] = SWAP_PLACE
+        found["nvme_path"] = context.swap_directory
     return found
 
 
@@ -116,26 +122,31 @@ def _notes(context: Context, config: dict[str, Any]) -> list[str]:
         )
     if optimizer and usage.cpu_updates < 1:
         found.append(
-            f"DeepSpeed updates on the CPU whatever is offloaded; the plan does so with {usage.cpu_updates:.0%} of the state"
+            f"DeepSpeed updates on the CPU whatever is offloaded; the plan does so with "
+            f"{usage.cpu_updates:.0%} of the state"
         )
-    if optimizer and context.share(Role.OPTIMIZER) < 1 and "ratio" not in optimizer:
+    if optimizer and context.share(Role.OPTIMIZER) < 1 - SOME and "ratio" not in optimizer:
         found.append(
-            f"the plan keeps {1 - context.share(Role.OPTIMIZER):.0%} of the optimizer's state on the device; DeepSpeed "
-            f"offloads all of it (a part only at stage 3, to host memory)"
+            f"the plan keeps {1 - context.share(Role.OPTIMIZER):.0%} of the optimizer's state on the device; "
+            "DeepSpeed offloads all of it (a part only at stage 3, to host memory)"
         )
-    if any(part.get("nvme_path") for part in (optimizer or {}, zero.get("offload_param", {}))):
+    paths = {part.get("nvme_path") for part in (optimizer or {}, zero.get("offload_param", {}))}
+    if SWAP_PLACE in paths:
         found.append(f"nvme_path {SWAP_PLACE} is a placeholder")
     weights = context.share(Role.PARAMETER)
-    if weights > 0 and "offload_param" not in zero:
+    if weights >= SOME and "offload_param" not in zero:
         found.append(
-            f"the plan keeps {weights:.0%} of the weights off the device; DeepSpeed offloads all or none, at stage 3 only"
+            f"the plan keeps {weights:.0%} of the weights off the device; DeepSpeed offloads all or none, "
+            "and at stage 3 only"
         )
     if context.recomputes:
         found.append(
-            "switch on checkpointing of whole blocks in the model (Hugging Face: gradient_checkpointing_enable())"
+            "switch on checkpointing of whole blocks in the model (Hugging Face: "
+            "gradient_checkpointing_enable())"
         )
     if "sequence_parallel_size" in config:
         found.append(
-            "register Ulysses attention before the model is made (deepspeed.runtime.sequence_parallel.ulysses_sp)"
+            "register Ulysses attention before the model is made "
+            "(deepspeed.runtime.sequence_parallel.ulysses_sp)"
         )
     return found

@@ -1,4 +1,4 @@
-"""A recipe for ``memtrain run``: one process, which measures the model itself and plans inside the same budget."""
+"""A recipe for ``memtrain run``: one process, which measures the model and plans again inside the budget."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def recipe(context: Context) -> Target:
         tool="memtrain",
         filename=FILENAME,
         text=yaml.safe_dump(data, sort_keys=False, allow_unicode=True),
-        command=f"memtrain run {FILENAME}    (the same: torchrun --standalone --nproc-per-node 1 -m memtrain.train {FILENAME})",
+        command=f"torchrun --standalone --nproc-per-node 1 -m memtrain.train {FILENAME}",
         notes=_notes(context),
     )
 
@@ -64,15 +64,16 @@ def recipe(context: Context) -> Target:
 def _notes(context: Context) -> tuple[str, ...]:
     found = [
         "data.train, data.heldout, training.steps and optimizer.lr are placeholders",
-        "the run measures the model on the real device and makes its own plan inside this budget: blocks, tiers and "
-        "schedule are decided again",
+        f"`memtrain run {FILENAME}` is the same",
+        "the run measures the model on the real device and makes its own plan inside this budget: blocks, "
+        "tiers and schedule are decided again",
     ]
     if "path" not in _model(context):
         found.append("no weights were found where the configuration is: the recipe trains from random ones")
     if context.usage.codecs:
         found.append(
-            f"the plan compresses with {', '.join(context.usage.codecs)}, which the executors cannot run yet: the run is "
-            "exact, and slower or larger than predicted"
+            f"the plan compresses with {', '.join(context.usage.codecs)}, which the executors cannot run "
+            "yet: the run is exact, and slower than predicted"
         )
     return tuple(found)
 

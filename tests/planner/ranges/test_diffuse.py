@@ -70,7 +70,7 @@ def test_groups_of_state_add_up() -> None:
 
 
 def test_a_search_without_time_for_a_dive_has_a_plan() -> None:
-    """Six blocks of 60 bytes on 150: the relaxation and its rounding are all that a fraction of a second gives."""
+    """Six blocks of 60 bytes on 150: what the relaxation's rounding finds fits."""
     one = problem(6, 150, place("host", 1000))
     formulated = formulate(one)
     answer = search(formulated, None, gap=0.0, seconds=5.0, whole=False)
