@@ -172,8 +172,8 @@ def limit_line(scale: Scale, name: str, y: float, index: int) -> str:
     return (
         f'<line x1="{frame.left}" x2="{frame.width - frame.right}" y1="{height:.1f}" y2="{height:.1f}" '
         f'stroke="{colour}" stroke-dasharray="6 4"/>'
-        f'<text x="{frame.left + 6 + index * _LIMIT_NAME_WIDTH}" y="{frame.top - 8}" fill="{colour}">- - '
-        f"{html.escape(name)}</text>"
+        f'<text x="{frame.left + 6 + index * _LIMIT_NAME_WIDTH}" y="{frame.top - 8}">'
+        f'<tspan fill="{colour}">- -</tspan> {html.escape(name)}</text>'
     )
 
 

@@ -22,11 +22,12 @@ def show_explanation(found: Explanation, out: Console) -> None:
     out.print(f"  forward {forward}, backward {backward}; the device waits {waited}")
     busy = ", ".join(f"{resource} {share_text(share)}" for resource, share in found.busy)
     out.print(f"  busy, of the step: {busy}")
-    full = [
-        f"{one.place} ({format_gib(one.size_bytes, 2)} of {format_gib(one.capacity_bytes, 2)}, {one.position})"
-        for one in found.binding
+    binding = [
+        f"{full.place} ({format_gib(full.size_bytes, 2)} of {format_gib(full.capacity_bytes, 2)}, "
+        f"{full.position})"
+        for full in found.binding
     ]
-    out.print(f"  full: {', '.join(full) or 'no place; time alone decides'}")
+    out.print(f"  full: {', '.join(binding) or 'no place; time alone decides'}")
     for report in found.classes:
         _class(report, out)
     for state in found.states:

@@ -7,7 +7,9 @@ whole plan is drawn small; behind each range of blocks the same is drawn large, 
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from memtrain.charts import Frame
 from memtrain.htmlpage import figure, folded, paragraph, table
@@ -17,10 +19,12 @@ from memtrain.planpage.colours import Ink, legend
 from memtrain.planpage.content import PageInput
 from memtrain.planpage.words import (
     action_text,
+    brief_texts,
     class_names,
     folded_rows,
     gib_cell,
     names_text,
+    range_text,
 )
 
 _WIDTH, _TOP = 860, 22
@@ -56,8 +60,10 @@ def action_map(page: PageInput, inks: Mapping[str, Ink]) -> str:
         figure(_map(page, inks, range(count), row)),
     ]
     if count > _LARGE_BLOCKS:
-        for start in range(0, count, _LARGE_BLOCKS):
-            blocks = range(start, min(start + _LARGE_BLOCKS, count))
+        ranges = -(-count // _LARGE_BLOCKS)
+        edges = [number * count // ranges for number in range(ranges + 1)]
+        for start, stop in pairwise(edges):
+            blocks = range(start, stop)
             shown = names_text([page.problem.blocks[i].name for i in blocks])
             large = figure(_map(page, inks, blocks, _LARGE_ROW, written=True))
             parts.append(folded(f"Enlarged: {shown}", large))
@@ -121,14 +127,16 @@ def _map(
         f'<text x="{edge:.1f}" y="14">{html.escape(_cut(name, panel))}</text>'
         for name, edge in zip(names, edges, strict=True)
     ]
-    label_step = max(1, round(_LEAST_LABEL_STEP / row + 0.499))
+    label_step = math.ceil(_LEAST_LABEL_STEP / row)
+    letters = min(10.0, row * label_step - 1)
     for number, index in enumerate(blocks):
         top = _TOP + number * row
         if number % label_step == 0:
             name = page.problem.blocks[index].name
             shown = name if len(name) <= _MOST_NAME else f"…{name[1 - _MOST_NAME :]}"
             parts.append(
-                f'<text x="{left - 6:.1f}" y="{top + row / 2 + 3.5:.1f}" font-size="10" text-anchor="end">'
+                f'<text x="{left - 6:.1f}" y="{top + row / 2 + 3.5:.1f}" font-size="{letters:.1f}" '
+                f'text-anchor="end">'
                 f"{html.escape(shown)}</text>"
             )
         parts += _row(page, inks, index, dict(zip(names, edges, strict=True)), panel, top, row, written)
@@ -151,20 +159,22 @@ def _row(
     height = row - (1 if row > 7 else 0.5)
     parts = []
     for part in decided.ranges:
-        unit = panel / chunks[part.tensor]
+        unit, ink = panel / chunks[part.tensor], inks[part.action]
         x, width = edges[part.tensor] + part.start * unit, (part.stop - part.start) * unit
-        text = action_text(part.action)
+        text = range_text(part, chunks[part.tensor])
         span = f"chunks {part.start + 1} to {part.stop} of {chunks[part.tensor]}"
         title = html.escape(f"{block.name}, {part.tensor}, {span}: {text}")
         parts.append(
-            f'<rect class="{inks[part.action].css_class}" x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" '
+            f'<rect class="{ink.css_class}" x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" '
             f'height="{height:.1f}"><title>{title}</title></rect>'
         )
-        if written and len(text) * _LETTER < width - 4:
-            backed = ' class="on hatched"' if inks[part.action].hatched else ' class="on"'
+        fitting = [t for t in brief_texts(part, chunks[part.tensor]) if len(t) * _LETTER < width - 4]
+        if written and fitting:
+            # Beneath the letters a hatching is covered with its own colour.
+            cover = f' stroke="{ink.colour}"' if ink.hatched else ""
             parts.append(
-                f'<text{backed} x="{x + width / 2:.1f}" y="{top + row / 2 + 3:.1f}" font-size="10" '
-                f'text-anchor="middle">{html.escape(text)}</text>'
+                f'<text class="on"{cover} x="{x + width / 2:.1f}" y="{top + row / 2 + 3:.1f}" '
+                f'text-anchor="middle">{html.escape(fitting[0])}</text>'
             )
     return parts
 
@@ -182,7 +192,7 @@ def _decisions(page: PageInput) -> str:
     differ = f"{len(cells)} different stretches of blocks" if len(cells) > 1 else "all blocks alike"
     return folded(
         f"Decisions block by block ({differ})",
-        table(["blocks", *header], cells),
+        f'<div class="words">{table(["blocks", *header], cells)}</div>',
         open_=len(cells) <= _OPEN_ROWS,
     )
 

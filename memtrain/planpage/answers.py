@@ -7,10 +7,11 @@ import math
 
 from memtrain.htmlpage import bullets, folded, paragraph, table
 from memtrain.planner.ranges.model import DEVICE
-from memtrain.planner.ranges.plan import Relaxation
+from memtrain.planner.ranges.plan import TIME_DIGITS, Relaxation
+from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import format_gib
 from memtrain.planpage.content import PageInput
-from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
+from memtrain.planpage.words import gap_text, gib_cell, quantity_text, seconds_text, share_text
 
 
 def verdict(page: PageInput) -> str:
@@ -19,13 +20,13 @@ def verdict(page: PageInput) -> str:
     if page.fits:
         kind, said = "fits", f"Fits. {format_gib(margins[DEVICE])} of device memory to spare."
     else:
-        kind, said = "short", f"Does not fit. {_short_text(margins)}"
+        kind, said = "short", f"Does not fit: {_short_text(margins)}"
     tiles = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
         for name, value in _tiles(page)
     )
-    note = "" if page.fits else paragraph("Shown below is the plan of the smallest device memory.")
-    return f'<p class="verdict {kind}">{html.escape(said)}</p>\n<div class="tiles">{tiles}</div>{note}'
+    note = "" if page.fits else paragraph("With the least device memory that would do, the step would be:")
+    return f'<p class="verdict {kind}">{html.escape(said)}</p>\n{note}<div class="tiles">{tiles}</div>'
 
 
 def _short_text(margins: dict[str, int]) -> str:
@@ -38,12 +39,11 @@ def _short_text(margins: dict[str, int]) -> str:
 
 
 def _tiles(page: PageInput) -> list[tuple[str, str]]:
-    step = page.plan.step_seconds
-    unlimited = page.unlimited_seconds
-    slower = share_text(step / unlimited - 1) if unlimited else "-"
+    slower = share_text(page.step_seconds / page.unlimited_seconds - 1)
+    unlimited = seconds_text(page.unlimited_seconds)
     return [
-        ("step time", seconds_text(step)),
-        (f"slower than with unlimited device memory ({seconds_text(unlimited)})", slower),
+        ("step time", seconds_text(page.step_seconds)),
+        (f"slower than with unlimited device memory ({unlimited})", slower),
         ("of all GPUs together", f"{page.tokens_per_second:,.0f} tokens/s"),
         ("MFU (model FLOPs over peak FLOPs)", share_text(page.mfu)),
         ("moved over links in a step", format_gib(page.plan.moved_bytes)),
@@ -72,7 +72,7 @@ def bill(page: PageInput) -> str:
     """Category by place, then what each place holds at most, its limit, and what is left."""
     peaks = {peak.place: peak for peak in page.plan.peaks}
     sizes: dict[str, dict[str, int]] = {}
-    for line in page.bill:
+    for line in sorted(page.bill, key=lambda line: CATEGORIES.index(line.category)):
         row = sizes.setdefault(line.category, {})
         row[line.place] = row.get(line.place, 0) + line.size_bytes
     rows = [[name, *[gib_cell(row.get(place, 0)) for place in peaks]] for name, row in sizes.items()]
@@ -96,27 +96,41 @@ def certificate(page: PageInput) -> str:
         "heuristic": "Nothing is proved about how far this plan is from the best one.",
         "infeasible": "Nothing fits; the plan shown needs the least device memory.",
     }
-    facts = [
-        ["status", plan.status],
-        ["step time", seconds_text(plan.step_seconds)],
+    bounds = [
+        ["step of the problem", seconds_text(plan.step_seconds)],
         ["lower bound", seconds_text(plan.lower_bound_seconds)],
         ["gap", gap_text(plan.gap)],
-        ["solver", plan.solver],
-        ["plan", plan.digest],
-        ["problem", plan.problem_digest],
     ]
-    return paragraph(said[plan.status]) + table(["certificate", ""], facts)
+    facts = [
+        ["status", plan.status],
+        *(bounds if page.fits else []),
+        ["solver", plan.solver],
+        ["hash of the plan", plan.digest],
+        ["hash of the problem", plan.problem_digest],
+    ]
+    return paragraph(said[plan.status]) + _beside(page) + table(["certificate", ""], facts)
+
+
+def _beside(page: PageInput) -> str:
+    """What the step has beside that of the problem, where it has anything."""
+    more = page.step_seconds - page.plan.step_seconds
+    if round(more, TIME_DIGITS) <= 0:
+        return ""
+    return paragraph(
+        f"The problem is one stage's; the whole step takes {seconds_text(more)} more: idle time of a "
+        "pipeline, and messages once a step."
+    )
 
 
 def ablation(page: PageInput) -> str:
     """What rules of other systems reach, beside this plan."""
     if not page.ablation:
         return ""
-    step = page.plan.step_seconds
+    step = page.step_seconds
     rows = [["this plan", seconds_text(step), "", ""]]
     for one in sorted(page.ablation, key=lambda row: row.step_seconds):
         if math.isfinite(one.step_seconds):
-            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %" if step else "-"
+            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %"
             rows.append([one.name, seconds_text(one.step_seconds), slower, one.why_not])
         else:
             rows.append([one.name, "does not fit", "", one.why_not])
@@ -128,6 +142,6 @@ def sources(page: PageInput) -> str:
     """Where every number of the machine is from."""
     if not page.sources:
         return ""
-    rows = [[fact.name, f"{fact.value:,.6g} {fact.unit}", fact.source] for fact in page.sources]
+    rows = [[fact.name, quantity_text(fact.value, fact.unit), fact.source] for fact in page.sources]
     listed = table(["number", "value", "source"], rows)
-    return folded(f"{len(rows)} numbers and where they are from", f'<div class="sources">{listed}</div>')
+    return folded(f"{len(rows)} numbers and where they are from", f'<div class="words">{listed}</div>')

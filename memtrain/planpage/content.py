@@ -6,18 +6,9 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.compose import Fact
+from memtrain.planner.forecast import BillLine, Forecast
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.plan import RangePlan
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BillLine:
-    """Bytes of one category in one place."""
-
-    category: str
-    place: str
-    """``device`` or a place of the problem's machine."""
-    size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,20 +17,22 @@ class Alternative:
 
     name: str
     step_seconds: float
-    """inf where nothing of the rule fits."""
+    """As ``PageInput.step_seconds``; inf where nothing of the rule fits."""
     why_not: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PageInput:
-    """All that a page says. It adds no number of its own, except sums and ratios of these."""
+    """All that a page says; it adds no number of its own, except sums and ratios of these."""
 
     title: str
     """Model and machine."""
     problem: Problem
     plan: RangePlan
+    step_seconds: float
+    """Of the whole job; the plan's own is without idle time of a pipeline and messages once a step."""
     unlimited_seconds: float
-    """Step of the same job with unlimited device memory."""
+    """The same with unlimited device memory."""
     tokens_per_second: float
     """Of all GPUs together."""
     mfu: float
@@ -57,10 +50,29 @@ class PageInput:
                 f"the plan is of {len(self.plan.blocks)} blocks, not of the {len(names)} of the problem; "
                 "give the problem that the plan was made for"
             )
-        for name in ("unlimited_seconds", "tokens_per_second", "mfu"):
+        for name in ("step_seconds", "unlimited_seconds"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
+
+    @classmethod
+    def of(
+        cls, forecast: Forecast, *, title: str, ablation: tuple[Alternative, ...] = (), command: str = ""
+    ) -> PageInput:
+        """The page of a forecast."""
+        return cls(
+            title=title,
+            problem=forecast.problem,
+            plan=forecast.plan,
+            step_seconds=forecast.step_seconds,
+            unlimited_seconds=forecast.unlimited_seconds,
+            tokens_per_second=forecast.tokens_per_second,
+            mfu=forecast.mfu,
+            bill=forecast.bill,
+            sources=forecast.sources,
+            ablation=ablation,
+            command=command,
+        )
 
     @property
     def fits(self) -> bool:

@@ -20,6 +20,7 @@ from memtrain.planner.ranges.profile_bytes import (
 from memtrain.planner.units import GiB, format_gib
 from memtrain.planpage.colours import CATEGORIES, legend
 from memtrain.planpage.content import PageInput
+from memtrain.planpage.parts import part_lines, parts_note, timeline_end
 from memtrain.planpage.words import seconds_text
 
 _DEVICE_FRAME = Frame(height=340)
@@ -47,17 +48,17 @@ def memory_over_the_step(page: PageInput) -> str:
     """HTML: a picture of each place, and a legend for all."""
     device = _device_levels(page)
     machine = page.problem.machine
-    parts = [_picture(DEVICE, device, machine.device_capacity_bytes, _DEVICE_FRAME)]
+    parts = [_picture(page, DEVICE, device, machine.device_capacity_bytes, _DEVICE_FRAME)]
     shown = {name for level in device for name in level.sizes}
     for place in machine.places:
         levels = _place_levels(page, place)
         if levels:
-            parts.append(_picture(place.name, levels, place.capacity_bytes, _PLACE_FRAME))
+            parts.append(_picture(page, place.name, levels, place.capacity_bytes, _PLACE_FRAME))
             shown |= {name for level in levels for name in level.sizes}
         else:
             parts.append(paragraph(f"{place.name}: not used ({format_gib(place.capacity_bytes)} allowed)"))
     key = legend([(name, f'fill="{colour}"') for name, colour in CATEGORIES.items() if name in shown])
-    return key + "\n".join(parts)
+    return key + parts_note(page.plan) + "\n".join(parts)
 
 
 def _device_levels(page: PageInput) -> list[Level]:
@@ -77,7 +78,7 @@ def _place_levels(page: PageInput, place: Place) -> list[Level]:
     aside = place_sizes(page.plan, page.problem, place.name)
     if not aside:
         return []
-    changes = [(0.0, 0), (page.plan.step_seconds, 0)]
+    changes = [(0.0, 0), (timeline_end(page.plan), 0)]
     for stay in stays(page.plan, page.problem, place.name):
         changes += [(stay.start_seconds, stay.size_bytes), (stay.end_seconds, -stay.size_bytes)]
     levels, saved = [], 0
@@ -90,7 +91,7 @@ def _place_levels(page: PageInput, place: Place) -> list[Level]:
     return levels
 
 
-def _picture(place: str, levels: Sequence[Level], capacity_bytes: int, frame: Frame) -> str:
+def _picture(page: PageInput, place: str, levels: Sequence[Level], capacity_bytes: int, frame: Frame) -> str:
     most = max(levels, key=lambda level: level.total_bytes)
     drawn = capacity_bytes <= _SHOWN_CAPACITY * most.total_bytes
     scale = Scale(
@@ -104,14 +105,15 @@ def _picture(place: str, levels: Sequence[Level], capacity_bytes: int, frame: Fr
         [limit_line(scale, f"limit {format_gib(capacity_bytes)}", capacity_bytes / GiB, 0)] if drawn else []
     )
     parts = [
-        *axes(scale, max(3, frame.height // 45), "seconds of the step", f"{place} (GiB)"),
+        *axes(scale, max(3, frame.height // 45), "seconds", f"{place} (GiB)"),
         *[_area(scale, levels, name) for name in CATEGORIES if any(name in level.sizes for level in levels)],
         *[_hover(scale, level) for level in levels],
         *limit,
+        *part_lines(scale, page.plan),
     ]
     when = f" from {seconds_text(most.start_seconds)} on ({most.name})" if place == DEVICE else ""
     text = f"{place}: at most {format_gib(most.total_bytes)}{when}; limit {format_gib(capacity_bytes)}"
-    return f"<h3>{html.escape(place)}</h3>{paragraph(text)}{figure(frame.svg(parts, text))}"
+    return f"<h3>{html.escape(text)}</h3>{figure(frame.svg(parts, text))}"
 
 
 def _area(scale: Scale, levels: Sequence[Level], name: str) -> str:
@@ -135,7 +137,9 @@ def _hover(scale: Scale, level: Level) -> str:
     """Nothing to see: a stretch that says its numbers when it is pointed at."""
     left, right = scale.x(level.start_seconds), scale.x(level.end_seconds)
     frame = scale.frame
-    sizes = "\n".join(f"{name} {format_gib(size)}" for name, size in reversed(level.sizes.items()) if size)
+    sizes = "\n".join(
+        f"{name} {format_gib(size)}" for name, size in reversed(list(level.sizes.items())) if size
+    )
     span = f"{seconds_text(level.start_seconds)} to {seconds_text(level.end_seconds)}"
     title = f"{level.name}, {span}: {format_gib(level.total_bytes)}\n{sizes}"
     return (

@@ -14,7 +14,9 @@ _STYLE = """
 body { max-width: 1100px; }
 h3 { margin: 1.2em 0 0.2em; font-size: 1em; }
 td { white-space: nowrap; }
-.sources td { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 8em; }
+.words td, .words th { text-align: left; vertical-align: top; }
+.words td:nth-child(n + 3) { white-space: normal; min-width: 9em; }
+.words td:last-child { overflow-wrap: anywhere; }
 .verdict { font-size: 1.25em; padding: 0.4em 0.8em; border-left: 6px solid; background: #8881; }
 .fits { border-color: #1a7f37; }
 .short { border-color: #cf222e; }
@@ -26,8 +28,7 @@ td { white-space: nowrap; }
 .legend svg { display: inline; width: 14px; min-width: 0; height: 14px; margin-right: 0.4em;
   vertical-align: -2px; }
 svg.defs { position: absolute; width: 0; min-width: 0; height: 0; }
-svg .on { fill: #fff; font-size: 10px; pointer-events: none; }
-svg .hatched { stroke: #000; stroke-width: 2.5px; paint-order: stroke; }
+svg .on { fill: #fff; font-size: 10px; pointer-events: none; stroke-width: 5px; paint-order: stroke; }
 svg .hover { fill: transparent; }
 svg .hover:hover { fill: #8884; }
 svg .bar:hover { fill-opacity: 0.6; }

@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memtrain.charts import Frame, Scale, x_axis
-from memtrain.htmlpage import bullets, figure, folded, paragraph, table
-from memtrain.planner.ranges.plan import TIME_DIGITS, BlockPlan
+from memtrain.htmlpage import figure, paragraph, table
+from memtrain.planner.ranges.plan import BlockPlan, RangePlan
 from memtrain.planner.ranges.schedule import COMPUTE, CPU
-from memtrain.planner.ranges.simulate import Event
-from memtrain.planpage.colours import BLUE, GREEN, MAGENTA, OCHRE, SKY, VERMILION, VIOLET, legend
+from memtrain.planpage.colours import BLUE, GREEN, GREY, MAGENTA, OCHRE, SKY, VERMILION, VIOLET, legend
 from memtrain.planpage.content import PageInput
-from memtrain.planpage.words import seconds_text, share_text
+from memtrain.planpage.parts import part_lines, parts_note, timeline_end
+from memtrain.planpage.waits import waits
+from memtrain.planpage.words import resource_text, seconds_text, share_text
 
-_KINDS = {
+KINDS = {
     "forward": SKY,
     "backward": VERMILION,
     "update": OCHRE,
@@ -23,7 +24,9 @@ _KINDS = {
     "weights": BLUE,
     "gradients": MAGENTA,
     "optimizer's traffic": VIOLET,
+    "other": GREY,
 }
+"""What a job does, with its colour."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 92, 12, 6, 40
 _ROW, _BAR = 30, 22
 _WIDTH = 860
@@ -31,9 +34,6 @@ _PIXEL_SHARE = 1 / 750
 """Of the picture, one pixel: shorter jobs of a kind that follow each other are drawn as one."""
 _LETTER = 6.4
 """Width of a letter at 11 px, upwards of what a sans-serif font takes on average."""
-_WAITS = 8
-_ROUNDING_SECONDS = 2 * 10**-TIME_DIGITS
-"""Two times of a plan that are this close may be the same."""
 _ZOOMED_BLOCKS = 3
 
 
@@ -50,6 +50,8 @@ class Bar:
     block: str
     busy_seconds: float
     """Less than the bar is long where it stands for several jobs with gaps between them."""
+    times: int = 1
+    """That it takes place in a step."""
 
 
 def queues_of_the_step(page: PageInput) -> str:
@@ -58,21 +60,18 @@ def queues_of_the_step(page: PageInput) -> str:
     if not bars:
         return paragraph("Nothing takes any time in this step.")
     rows = _resources(page, bars)
-    step = page.plan.step_seconds
+    end = timeline_end(page.plan)
     seen = {bar.kind for bar in bars}
     parts = [
-        legend([(name, f'fill="{colour}"') for name, colour in _KINDS.items() if name in seen]),
-        _gantt(rows, _merged(bars, step * _PIXEL_SHARE), 0.0, step, "The whole step"),
+        paragraph("Every queue does one job at a time. Writes leave the device, reads come towards it."),
+        legend([(name, f'fill="{colour}"') for name, colour in KINDS.items() if name in seen]),
+        parts_note(page.plan),
+        _gantt(page.plan, rows, _merged(bars, end * _PIXEL_SHARE), 0.0, end, "The whole step"),
         *_zooms(page, rows, bars),
-        _busy_table(rows, bars, step),
-        _waits(page.plan.events, step),
+        _busy_table(page.plan, rows, bars),
+        waits(page.plan),
     ]
     return "\n".join(parts)
-
-
-def resource_text(resource: str) -> str:
-    """``write:pcie`` -> ``write pcie``."""
-    return resource.replace(":", " ", 1)
 
 
 def _bars(page: PageInput) -> Iterator[Bar]:
@@ -80,7 +79,7 @@ def _bars(page: PageInput) -> Iterator[Bar]:
     kinds = _kinds(page.plan.blocks)
     for event in page.plan.events:
         if event.end_seconds > event.start_seconds:
-            kind, block = kinds.get(event.name, ("update", ""))
+            kind, block = kinds.get(event.name, ("other", ""))
             if kind == "update" and event.resource not in (COMPUTE, CPU):
                 kind = "optimizer's traffic"
             yield Bar(
@@ -92,6 +91,7 @@ def _bars(page: PageInput) -> Iterator[Bar]:
                 last=event.name,
                 block=block,
                 busy_seconds=event.end_seconds - event.start_seconds,
+                times=page.plan.parts[event.part].times,
             )
 
 
@@ -114,6 +114,10 @@ def _kinds(blocks: Sequence[BlockPlan]) -> dict[str, tuple[str, str]]:
             (f"read {name}", returning),
             (f"read parameters {name}", "weights"),
             (f"write gradient {name}", "gradients"),
+            (f"read gradient {name}", "gradients"),
+            (f"write gradient {name} by cpu", "gradients"),
+            (f"read gradient {name} by cpu", "gradients"),
+            (f"add gradient {name}", "gradients"),
         ):
             found[job] = kind, name
     return found
@@ -134,7 +138,7 @@ def _merged(bars: Sequence[Bar], least_seconds: float) -> list[Bar]:
         before = last.get(bar.resource)
         joined = (
             before is not None
-            and before.kind == bar.kind
+            and (before.kind, before.times) == (bar.kind, bar.times)
             and bar.start_seconds - before.end_seconds < least_seconds
             and min(bar.busy_seconds, before.end_seconds - before.start_seconds) < least_seconds
         )
@@ -149,6 +153,7 @@ def _merged(bars: Sequence[Bar], least_seconds: float) -> list[Bar]:
                 last=bar.last,
                 block="",
                 busy_seconds=before.busy_seconds + bar.busy_seconds,
+                times=bar.times,
             )
         elif before is not None:
             found.append(before)
@@ -166,14 +171,22 @@ def _zooms(page: PageInput, rows: Sequence[str], bars: Sequence[Bar]) -> Iterato
     for way in ("forward", "backward"):
         passes = [bar for bar in bars if bar.resource == COMPUTE and bar.kind == way and bar.block in chosen]
         if passes:
-            low = min(bar.start_seconds for bar in passes)
-            high = max(bar.end_seconds for bar in passes)
+            # Of several micro-batches the last shows what most of the step is like.
+            low = min(bar.start_seconds for bar in passes[-_ZOOMED_BLOCKS:])
+            high = max(bar.end_seconds for bar in passes[-_ZOOMED_BLOCKS:])
             title = f"Steady state: {way} of {', '.join(chosen)}"
-            yield _gantt(rows, bars, low, high, title, named=True)
+            yield _gantt(page.plan, rows, bars, low, high, title, named=True)
 
 
 def _gantt(
-    rows: Sequence[str], bars: Sequence[Bar], low: float, high: float, title: str, *, named: bool = False
+    plan: RangePlan,
+    rows: Sequence[str],
+    bars: Sequence[Bar],
+    low: float,
+    high: float,
+    title: str,
+    *,
+    named: bool = False,
 ) -> str:
     """One row per resource from ``low`` to ``high`` seconds; ``named`` writes blocks into their bars."""
     frame = Frame(
@@ -185,7 +198,7 @@ def _gantt(
         bottom=_BOTTOM,
     )
     scale = Scale(x_low=low, x_high=high, y_low=0.0, y_high=1.0, frame=frame)
-    parts = [*x_axis(scale, 8, "seconds of the step")]
+    parts = [*x_axis(scale, 8, "seconds")]
     for number, resource in enumerate(rows):
         top = _TOP + number * _ROW
         text = html.escape(resource_text(resource))
@@ -194,7 +207,7 @@ def _gantt(
             'fill-opacity="0.06"/>',
             f'<text x="{_LEFT - 8}" y="{top + 19}" text-anchor="end">{text}</text>',
         ]
-        for kind, colour in _KINDS.items():
+        for kind, colour in KINDS.items():
             drawn = [
                 _bar(scale, bar, top + 4, named)
                 for bar in bars
@@ -205,6 +218,7 @@ def _gantt(
             ]
             if drawn:
                 parts.append(f'<g fill="{colour}">{"".join(drawn)}</g>')
+    parts += part_lines(scale, plan)
     heading = f"<h3>{html.escape(title)}</h3>"
     return heading + figure(frame.svg(parts, f"{title}: {len(rows)} queues over time"))
 
@@ -212,11 +226,13 @@ def _gantt(
 def _bar(scale: Scale, bar: Bar, top: float, named: bool) -> str:
     left = scale.x(max(bar.start_seconds, scale.x_low))
     right = scale.x(min(bar.end_seconds, scale.x_high))
+    # Close up nothing is lost; over the whole step slivers would cover what stands beside them.
+    least = 0.3 if named else 0.0
     what = bar.first if bar.first == bar.last else f"{bar.first} to {bar.last}"
     span = f"{seconds_text(bar.start_seconds)} to {seconds_text(bar.end_seconds)}"
     title = html.escape(f"{what}: {span}, busy {seconds_text(bar.busy_seconds)}")
     drawn = (
-        f'<rect class="bar" x="{left:.2f}" y="{top}" width="{max(0.3, right - left):.2f}" height="{_BAR}">'
+        f'<rect class="bar" x="{left:.2f}" y="{top}" width="{max(least, right - left):.2f}" height="{_BAR}">'
         f"<title>{title}</title></rect>"
     )
     if named and bar.block and len(bar.block) * _LETTER < right - left:
@@ -227,47 +243,9 @@ def _bar(scale: Scale, bar: Bar, top: float, named: bool) -> str:
     return drawn
 
 
-def _busy_table(rows: Sequence[str], bars: Sequence[Bar], step_seconds: float) -> str:
+def _busy_table(plan: RangePlan, rows: Sequence[str], bars: Sequence[Bar]) -> str:
     cells = []
     for resource in rows:
-        busy = sum(bar.busy_seconds for bar in bars if bar.resource == resource)
-        cells.append([resource_text(resource), seconds_text(busy), share_text(busy / step_seconds)])
+        busy = sum(bar.times * bar.busy_seconds for bar in bars if bar.resource == resource)
+        cells.append([resource_text(resource), seconds_text(busy), share_text(busy / plan.step_seconds)])
     return table(["queue", "busy", "share of the step"], cells)
-
-
-def _waits(events: Sequence[Event], step_seconds: float) -> str:
-    """The longest stretches in which the arithmetic stood still, and what it waited for."""
-    compute = [e for e in events if e.resource == COMPUTE]
-    found = []
-    over = 0.0
-    for event in compute:
-        if event.start_seconds > over + _ROUNDING_SECONDS:
-            found.append((event.start_seconds - over, event))
-        over = max(over, event.end_seconds)
-    if step_seconds > over + _ROUNDING_SECONDS:
-        last = max(events, key=lambda e: e.end_seconds)
-        found.append((step_seconds - over, last))
-    if not found:
-        return paragraph("The arithmetic never waits.")
-    total = sum(seconds for seconds, _ in found)
-    found.sort(key=lambda wait: -wait[0])
-    items = [_wait_text(seconds, event, events) for seconds, event in found[:_WAITS]]
-    summary = (
-        f"The arithmetic waits {seconds_text(total)} ({share_text(total / step_seconds)} of the step), "
-        f"in {len(found)} stretches; the longest"
-    )
-    return folded(summary, bullets(items))
-
-
-def _wait_text(seconds: float, event: Event, events: Sequence[Event]) -> str:
-    if event.resource != COMPUTE:
-        return f"{seconds_text(seconds)} at the end, for {event.name} ({resource_text(event.resource)})"
-    causes = [
-        f"{e.name} ({resource_text(e.resource)})"
-        for e in events
-        if e.resource != COMPUTE
-        and abs(e.end_seconds - event.start_seconds) <= _ROUNDING_SECONDS
-        and e.end_seconds > e.start_seconds
-    ]
-    until = f", until {' and '.join(causes)} is over" if causes else ""
-    return f"{seconds_text(seconds)} before {event.name}{until}"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from memtrain.planner.ranges.model import Problem, TensorClass
-from memtrain.planner.ranges.plan import BlockPlan
+from memtrain.planner.ranges.plan import BlockPlan, Range
 from memtrain.planner.units import GiB
 
 
@@ -33,6 +34,17 @@ def gib_cell(size_bytes: int) -> str:
     return f"{size_bytes / GiB:.3f}" if size_bytes else "-"
 
 
+_SCALED = {"bytes": (GiB, "GiB"), "bytes/s": (1e9, "GB/s"), "FLOP/s": (1e12, "TFLOP/s")}
+
+
+def quantity_text(value: float, unit: str) -> str:
+    """A number of any unit, in the size that people read it; empty for one that is no number."""
+    if math.isnan(value):
+        return ""
+    factor, name = _SCALED.get(unit, (1, unit))
+    return f"{value / factor:,.6g} {name}".rstrip()
+
+
 def action_text(label: str) -> str:
     """``compress-swap:int8:host`` -> ``compress (int8), swap to host``."""
     kind, *rest = label.split(":")
@@ -45,6 +57,11 @@ def action_text(label: str) -> str:
     return "stay in slot" if kind == "slot" else kind
 
 
+def resource_text(resource: str) -> str:
+    """``write:pcie`` -> ``write pcie``."""
+    return resource.replace(":", " ", 1)
+
+
 def class_names(problem: Problem) -> list[str]:
     """Every tensor class of any block, in the order of first mention."""
     return list(dict.fromkeys(tensor.name for block in problem.blocks for tensor in block.classes))
@@ -54,14 +71,26 @@ def class_text(decided: BlockPlan, tensor: TensorClass | None) -> str:
     """What happens to a class of a block: ``recompute 9/16, swap to host 7/16``, ``keep`` for all of it."""
     if tensor is None:
         return "-"
-    parts = [
-        action_text(part.action)
-        if part.stop - part.start == tensor.chunks
-        else f"{action_text(part.action)} {part.stop - part.start}/{tensor.chunks}"
-        for part in decided.ranges
-        if part.tensor == tensor.name
-    ]
+    parts = [range_text(part, tensor.chunks) for part in decided.ranges if part.tensor == tensor.name]
     return ", ".join(parts) or "-"
+
+
+def range_text(part: Range, chunks: int) -> str:
+    """``swap to host 7/16``, or ``keep`` for all chunks."""
+    count, text = part.stop - part.start, action_text(part.action)
+    return text if count == chunks else f"{text} {count}/{chunks}"
+
+
+def brief_texts(part: Range, chunks: int) -> tuple[str, ...]:
+    """For ever less room: ``swap to host 7/16``, ``host 7/16``, ``7/16``."""
+    _, *where = part.action.split(":")
+    count = part.stop - part.start
+    short = ", ".join(where) or action_text(part.action)
+    return (
+        range_text(part, chunks),
+        short if count == chunks else f"{short} {count}/{chunks}",
+        f"{count}/{chunks}",
+    )
 
 
 def held_text(decided: BlockPlan, state: str, pieces: int) -> str:
@@ -95,16 +124,17 @@ def folded_rows(problem: Problem, blocks: Sequence[BlockPlan]) -> tuple[list[str
     """Head (after the block's name) and rows of the table of decisions, equal neighbours as one row."""
     classes = class_names(problem)
     states = list(dict.fromkeys(state.name for block in problem.blocks for state in block.states))
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for block, decided in zip(problem.blocks, blocks, strict=True):
         tensors = {tensor.name: tensor for tensor in block.classes}
         cells = [class_text(decided, tensors.get(name)) for name in classes]
         cells += [held_text(decided, name, block.pieces) for name in states]
-        rows.append((*cells, *([updates_text(decided, block.pieces)] if states else [])))
+        cells += [updates_text(decided, block.pieces)] if states else []
+        rows.append(tuple(cells))
     alike, start = [], 0
-    for cells, group in groupby(rows):
+    for said, group in groupby(rows):
         count = len(list(group))
-        alike.append(Alike(indices=range(start, start + count), cells=cells))
+        alike.append(Alike(indices=range(start, start + count), cells=said))
         start += count
     return [*classes, *states, *(["update"] if states else [])], alike
 

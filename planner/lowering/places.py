@@ -37,12 +37,13 @@ def machine_of(setup: Setup, *, write_limit_bytes: int | None = None) -> Machine
         if not capacity:
             continue
         bus = _hop(BUS, setup.host_link if tier is Tier.NVME else link)
+        way = (bus, _hop(tier.value, setup.stores[tier])) if tier is Tier.NVME else (bus,)
         places.append(
             Place(
                 name=tier.value,
                 capacity_bytes=capacity,
-                hops=(bus, _hop(tier.value, link)) if tier is Tier.NVME else (bus,),
-                cpu_bytes_per_second=_cpu_rate(setup, tier, link),
+                hops=way,
+                cpu_bytes_per_second=_cpu_rate(setup, tier),
                 write_limit_bytes=write_limit_bytes if tier is Tier.NVME else None,
             )
         )
@@ -58,8 +59,8 @@ def _hop(name: str, link: Duplex) -> Hop:
     )
 
 
-def _cpu_rate(setup: Setup, tier: Tier, link: Duplex) -> float:
+def _cpu_rate(setup: Setup, tier: Tier) -> float:
     """Of the CPU's optimizer on state that lies there: memory's bandwidth; a disk cannot be addressed."""
     if tier is Tier.HOST:
         return setup.dram_bytes_per_second.value
-    return link.mixed.value if tier is Tier.CXL else 0.0
+    return setup.stores[tier].mixed.value if tier is Tier.CXL else 0.0

@@ -81,13 +81,16 @@ def problem_of(job: Job) -> Problem:
     )
     blocks, buffers = [], 0
     if job.first:
-        blocks.append(_end(context, "prologue", job.estimate.prologue))
+        block, buffers = _end(context, "prologue", job.estimate.prologue)
+        blocks.append(block)
     for index in job.blocks:
         block, of_messages = _block(context, index)
         blocks.append(block)
         buffers = max(buffers, of_messages)
     if job.last:
-        blocks.append(_end(context, "epilogue", job.estimate.epilogue))
+        block, of_messages = _end(context, "epilogue", job.estimate.epilogue)
+        blocks.append(block)
+        buffers = max(buffers, of_messages)
     updates = ALL_UPDATES
     if job.clipping or job.micro_batches > 1:
         updates = tuple(update for update in ALL_UPDATES if update.ahead)
@@ -98,6 +101,8 @@ def problem_of(job: Job) -> Problem:
         error_budget=_error_budget(job),
         reserved_bytes=_reserved(context, buffers),
         updates=updates,
+        micro_batches=job.micro_batches,
+        in_flight=job.in_flight,
     )
 
 
@@ -132,16 +137,21 @@ def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: i
     )
 
 
-def _end(context: _Context, name: str, part: TracedPart) -> Block:
-    """What stands before or after the blocks: what it saves is needed at once, or again at the very end."""
-    seconds = context.clock.part(part, ())
-    return _with_states(
+def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
+    """What stands before or after the blocks: what it saves is needed at once, or again at the very end.
+
+    With the buffers of its messages.
+    """
+    unit = next(unit for unit in context.job.estimate.units if unit.name == name)
+    seconds = context.clock.part(part, context.clock.traffic_of_end(unit.parameters))
+    block = _with_states(
         context,
         name,
         (seconds.forward, seconds.backward),
-        next(unit for unit in context.job.estimate.units if unit.name == name),
+        unit,
         transients=transient_bytes(part, context.division, saved_too=True, input_too=True),
     )
+    return block, seconds.message_buffer_bytes
 
 
 def _with_states(

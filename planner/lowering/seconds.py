@@ -11,10 +11,19 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memtrain.planner.communication import Traffic, When, block_traffic, stage_traffic, step_traffic
+from memtrain.planner.communication import (
+    Traffic,
+    When,
+    block_traffic,
+    end_traffic,
+    stage_traffic,
+    step_traffic,
+)
 from memtrain.planner.estimate import Operation, TracedPart
+from memtrain.planner.hardware import Interconnect
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.tensors import Division, Fate, fate
+from memtrain.planner.optimizer_bytes import ParameterSpec
 from memtrain.planner.parallel import Group, group_span
 from memtrain.planner.ranges.model import causal_attention_seconds, even_seconds
 from memtrain.planner.roofline import attention_seconds, matmul_seconds, memory_seconds
@@ -39,8 +48,11 @@ class Clock:
         self._ways = job.degrees.tensor * job.degrees.context
 
     def operation(self, op: Operation, part: TracedPart, *, backward: bool) -> float:
-        """One operation."""
-        if op.attention and op.flops:
+        """One operation.
+
+        Attention kernels skip what a mask hides; the products of attention without a kernel compute it all.
+        """
+        if op.flops and "attention" in op.name:
             # Backward's FLOPs follow from forward's: kernels differ in what they compute again.
             flops = sum(o.flops for o in self._forward(part) if o.attention)
             if backward:
@@ -72,25 +84,24 @@ class Clock:
         """Arithmetic, what it waits for, and what sticks out of the messages beside it."""
         waits, beside = 0.0, 0.0
         for message in traffic:
-            seconds = message.seconds(self.rate(message.group))
+            seconds = message.seconds(self.link(message.group))
             if message.overlaps:
                 beside += seconds
             else:
                 waits += seconds
         return waits + max(computed, beside)
 
-    def rate(self, group: Group) -> float:
-        """Bytes per second that one GPU sends in a collective of ``group``."""
+    def link(self, group: Group) -> Interconnect:
+        """What the messages of ``group`` travel over."""
         across = group_span(self.job.degrees, group) > self.job.setup.gpus
         link = self.job.network if across else self.job.setup.interconnect
         assert link is not None
-        return link.collective_bytes_per_second.value
+        return link
 
     def recompute(self, part: TracedPart, kind: Fate, chunks: int) -> tuple[float, ...]:
         """Seconds per chunk of computing a class again; empty where it cannot be.
 
-        Messages between tensor ranks are repeated with the products behind them (``products`` pays for both
-        of a block's forward, of which the second belongs to the last product: an upper bound).
+        What forward waited for of messages is waited for again (``_repeated``).
         """
         if kind in (Fate.INPUT, Fate.ROUTING):
             return ()
@@ -103,10 +114,25 @@ class Clock:
         first, last = self._span(part, kind)
         ops = [op for op in self._forward(part)[first:last] if not op.attention]
         seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
-        if kind is Fate.PRODUCTS:
-            waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
-            seconds += math.fsum(t.seconds(self.rate(t.group)) for t in waits)
+        waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
+        seconds += math.fsum(self._repeated(t, kind) * t.seconds(self.link(t.group)) for t in waits)
         return even_seconds(seconds, chunks)
+
+    def _repeated(self, message: Traffic, kind: Fate) -> float:
+        """Of a message of forward, the share that a recompute sends again.
+
+        With sequence parallelism the input is gathered for ``qkv``; for ``products`` attention's output is
+        scattered and the MLP's input gathered; the last product's scattering belongs to the block's output.
+        Without, one of two all-reduces lies between ``qkv`` and the MLP. Ulysses exchanges q, k and v, then
+        the output, which is half of all or less; tokens go to experts and, counted but not needed, back.
+        """
+        qkv = kind is Fate.QKV
+        if message.group is Group.TENSOR:
+            gathered = 0.25 if self.job.degrees.sequence_parallel else 0.0
+            return gathered if qkv else 0.5
+        if message.group is Group.CONTEXT:
+            return 0.75 if qkv else 0.5
+        return 0.0 if qkv else 1.0
 
     def _by_prefix(self, part: TracedPart, seconds: float, chunks: int) -> tuple[float, ...]:
         """Attention's cost by chunk: rising under a causal mask, even under a window.
@@ -157,6 +183,16 @@ class Clock:
             gradient_bytes=4 if job.single else 2,
         )
 
+    def traffic_of_end(self, parameters: Iterable[ParameterSpec]) -> list[Traffic]:
+        """What the embedding or the head sends for one micro-batch."""
+        value_bytes = 4 if self.job.single else 2
+        return end_traffic(
+            self.job.degrees,
+            parameters=sum(p.elements for p in parameters) / self.job.degrees.tensor,
+            value_bytes=value_bytes,
+            gradient_bytes=value_bytes,
+        )
+
     def traffic_of_stage(self) -> list[Traffic]:
         """What the stage hands on for one micro-batch."""
         job = self.job
@@ -173,7 +209,7 @@ class Clock:
 
         The first stage sends where others receive, and waits as long.
         """
-        stage = {t.when: t.seconds(self.rate(t.group)) for t in self.traffic_of_stage()}
+        stage = {t.when: t.seconds(self.link(t.group)) for t in self.traffic_of_stage()}
         forward = stage.get(When.STAGE_FORWARD, 0.0) if index == self.job.blocks[0] else 0.0
         backward = stage.get(When.STAGE_BACKWARD, 0.0) if index == self.job.blocks[-1] else 0.0
         return forward, backward
@@ -198,7 +234,7 @@ def step_message_seconds(job: Job, backward_seconds: float) -> float:
             gradient_bytes=value_bytes,
             experts=experts,
         ):
-            seconds = message.seconds(clock.rate(message.group))
+            seconds = message.seconds(clock.link(message.group))
             beside += seconds if message.overlaps else 0.0
             waits += 0.0 if message.overlaps else seconds
     return waits + max(0.0, beside - backward_seconds)

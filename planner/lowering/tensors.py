@@ -156,5 +156,5 @@ def transient_bytes(
 
 
 def shared_bytes(tensors: Iterable[SavedTensor], division: Division) -> int:
-    """Tables and masks that all blocks are given, once."""
-    return sum(division.saved(tensor) for tensor in tensors)
+    """Tables and masks that all blocks are given, once; every tensor rank has those of all its tokens."""
+    return sum(math.ceil(tensor.size_bytes / division.degrees.context) for tensor in tensors)

@@ -7,9 +7,13 @@ and how fast a link is at most, and nothing of formulations or queues' order. Ev
 - ``ACTION``: an action that the class, the codec or the place does not allow; a recomputed range that is no
   prefix.
 - ``ERROR_BUDGET``, ``CAPACITY``, ``WRITE_LIMIT``: a limit exceeded; ``PEAK``: a peak that does not match.
+- ``PARTS``: parts of the step that are not those of its micro-batches, or events outside of theirs.
 - ``OVERLAP``: two transfers at once in one queue, or two things at once on one processor.
+- ``ORDER``: a queue's copies of a kind that do not go through the blocks in their order.
+- ``BANDWIDTH``: more over a link at once than both its directions can move.
 - ``DURATION``: faster than the link, or than the arithmetic.
-- ``DEPENDENCY``: an event missing, or before what it needs (a late prefetch is one).
+- ``DEPENDENCY``: an event missing, or before what it needs (a late prefetch is one), or before its slot is
+  free: of saved tensors, parameters, gradients and updates, on the device and in the staging place.
 - ``BYTES_MOVED``, ``STEP_SECONDS``: totals that do not match.
 """
 
@@ -55,7 +59,8 @@ def _decisions(plan: RangePlan, problem: Problem) -> Iterator[tuple[str, str]]:
     if names != [b.name for b in problem.blocks]:
         yield "CHUNKS", f"the plan's blocks are {names}"
         return
-    last = len(problem.blocks) - problem.machine.slots
+    # With several micro-batches in flight every slot is taken over.
+    last = len(problem.blocks) - (problem.machine.slots if problem.in_flight == 1 else 0)
     for index, (block, decided) in enumerate(zip(problem.blocks, plan.blocks, strict=True)):
         by_class: dict[str, list[Range]] = defaultdict(list)
         for part in decided.ranges:

@@ -10,13 +10,13 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.model import Problem
-from memtrain.planner.ranges.simulate import Event, Peak, simulate
+from memtrain.planner.ranges.simulate import Event, PartTime, Peak, simulate
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 TIME_DIGITS = 9
 """Of seconds in the plan."""
 
@@ -81,6 +81,9 @@ class RangePlan:
     solver: str
     blocks: tuple[BlockPlan, ...]
     events: tuple[Event, ...]
+    """Of every part once."""
+    parts: tuple[PartTime, ...]
+    """Their sum, each as often as it takes place, is the step."""
     peaks: tuple[Peak, ...]
     moved_bytes: int
     relaxations: tuple[Relaxation, ...] = ()
@@ -120,7 +123,12 @@ class RangePlan:
                 )
                 for one in data["blocks"]
             )
-            for name, kind in (("events", Event), ("peaks", Peak), ("relaxations", Relaxation)):
+            for name, kind in (
+                ("events", Event),
+                ("parts", PartTime),
+                ("peaks", Peak),
+                ("relaxations", Relaxation),
+            ):
                 data[name] = tuple(kind(**item) for item in data[name])
             plan = cls(**data, provenance=document["provenance"])
             said = document["hash"]
@@ -179,18 +187,23 @@ def make_plan(formulated: Formulated, decisions: Decisions, **fields: Any) -> Ra
     return RangePlan(
         step_seconds=round(timeline.step_seconds, TIME_DIGITS),
         blocks=blocks_of(formulated, decisions),
-        events=tuple(
-            dataclasses.replace(
-                e,
-                start_seconds=round(e.start_seconds, TIME_DIGITS),
-                end_seconds=round(e.end_seconds, TIME_DIGITS),
-            )
-            for e in timeline.events
-        ),
+        events=tuple(_rounded(event) for event in timeline.events),
+        parts=tuple(_rounded(part) for part in timeline.parts),
         peaks=timeline.peaks,
         moved_bytes=timeline.moved_bytes,
         problem_digest=problem_digest(formulated.problem),
         **fields,
+    )
+
+
+Timed = TypeVar("Timed", Event, PartTime)
+
+
+def _rounded(one: Timed) -> Timed:
+    return dataclasses.replace(
+        one,
+        start_seconds=round(one.start_seconds, TIME_DIGITS),
+        end_seconds=round(one.end_seconds, TIME_DIGITS),
     )
 
 

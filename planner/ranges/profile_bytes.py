@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from memtrain.planner.ranges.bytes_check import Bill
 from memtrain.planner.ranges.model import DEVICE, Problem
 from memtrain.planner.ranges.plan import RangePlan
-from memtrain.planner.ranges.schedule import COMPUTE, STATE_SLOTS
+from memtrain.planner.ranges.schedule import COMPUTE
 
 RESERVED = "reserved"
 """Libraries, the allocator's slack, state without a class."""
@@ -30,7 +31,7 @@ SAVED = "saved tensors"
 RESTORED = "recomputed"
 """What backward makes again, recomputed or decompressed."""
 TRANSIENT = "transients"
-CATEGORIES = (RESERVED, WEIGHTS, OPTIMIZER, GRADIENTS, SLOTS, SAVED, RESTORED, TRANSIENT)
+CATEGORIES = (RESERVED, WEIGHTS, OPTIMIZER, SLOTS, GRADIENTS, SAVED, RESTORED, TRANSIENT)
 """From what stays all step long to what comes and goes."""
 
 Sizes = Mapping[str, int]
@@ -66,95 +67,92 @@ class Stay:
 def device_positions(plan: RangePlan, problem: Problem) -> dict[str, Sizes]:
     """Bytes on the device by position and category; their sum is the simulator's, to the byte."""
     bill, blocks = Bill(plan, problem), problem.blocks
-    every, slots = range(len(blocks)), problem.machine.slots
+    every = range(len(blocks))
     always = {
         RESERVED: problem.reserved_bytes,
         WEIGHTS: sum(bill.held(i, "parameter", DEVICE) for i in every),
         OPTIMIZER: sum(bill.held(i, "optimizer", DEVICE) for i in every),
-        SLOTS: slots * max(bill.slot)
-        + slots * max(bill.held(i, "parameter", away=True) for i in every)
-        + STATE_SLOTS * max(_leaving(bill, i) for i in every)
-        + STATE_SLOTS * max(bill.streamed(i) for i in every),
     }
-    found = {}
-    kept = 0
+    found: dict[str, dict[str, int]] = {}
+    kept = (problem.in_flight - 1) * sum(bill.kept)
     waiting = sum(bill.held(i, "gradient", DEVICE) for i in every)
     for index, block in enumerate(blocks):
         kept += bill.kept[index]
         base = always | {GRADIENTS: waiting, SAVED: kept}
-        found[f"forward {block.name}"] = _present(base | {TRANSIENT: block.forward_transient_bytes})
-        found[f"backward {block.name}"] = _present(
-            base | {TRANSIENT: block.backward_transient_bytes, RESTORED: bill.restored[index]}
-        )
-        waiting -= bill.held(index, "gradient", DEVICE)
-    return found
+        found[f"forward {block.name}"] = base | {TRANSIENT: block.forward_transient_bytes}
+        found[f"backward {block.name}"] = base | {
+            # New gradients lie beside the sums to which the device adds them.
+            GRADIENTS: waiting + bill.summed(index, on_cpu=False),
+            TRANSIENT: block.backward_transient_bytes,
+            RESTORED: bill.restored[index],
+        }
+        if problem.micro_batches == 1:
+            waiting -= bill.held(index, "gradient", DEVICE)
+    fullest, most = bill.peak(DEVICE)
+    slots = most - sum(found[fullest].values())
+    return {position: _present(sizes | {SLOTS: slots}) for position, sizes in found.items()}
 
 
 def device_moments(plan: RangePlan, problem: Problem) -> tuple[Moment, ...]:
-    """The positions in the order of the step, each until the next begins; the first from the step's start.
+    """The positions in the order of the timeline, each until the next begins or its part of the step ends.
 
     Between two passes the device may hold less than at the first of them, never more.
     """
     sizes = device_positions(plan, problem)
-    passes = [e for e in plan.events if e.resource == COMPUTE and e.name in sizes]
-    passes.sort(key=lambda event: (event.start_seconds, event.end_seconds))
-    starts = [0.0, *(event.start_seconds for event in passes[1:]), plan.step_seconds]
-    return tuple(
-        Moment(position=event.name, start_seconds=start, end_seconds=end, sizes=sizes[event.name])
-        for event, start, end in zip(passes, starts, starts[1:], strict=False)
-    )
+    found = []
+    for number, part in enumerate(plan.parts):
+        passes = [e for e in plan.events if e.part == number and e.resource == COMPUTE and e.name in sizes]
+        passes.sort(key=lambda event: (event.start_seconds, event.end_seconds))
+        edges = [part.start_seconds, *(e.start_seconds for e in passes[1:]), part.end_seconds]
+        found += [
+            Moment(position=event.name, start_seconds=start, end_seconds=end, sizes=sizes[event.name])
+            for event, (start, end) in zip(passes, pairwise(edges), strict=True)
+        ]
+    return tuple(found)
 
 
 def place_sizes(plan: RangePlan, problem: Problem, place: str) -> Sizes:
     """Bytes that the plan sets aside in ``place``, all step long, by category."""
-    bill, machine = Bill(plan, problem), problem.machine
-    every = range(len(problem.blocks))
+    bill, every = Bill(plan, problem), range(len(problem.blocks))
     sizes = {
         WEIGHTS: sum(bill.held(i, "parameter", place) for i in every),
         OPTIMIZER: sum(bill.held(i, "optimizer", place) for i in every),
         GRADIENTS: sum(bill.held(i, "gradient", place) for i in every),
-        SAVED: sum(bill.sent[i][place] for i in every),
+        SAVED: problem.in_flight * sum(bill.sent[i][place] for i in every),
     }
-    if place == machine.staging:
-        far = [p.name for p in machine.places if len(p.hops) == 2]
-        through = max(sum(bill.sent[i][p] for p in far) for i in every)
-        staged = max(
-            sum(size for h, _, size in bill.states(i) if h.place in far) + bill.fleeting(i, on_cpu=True)
-            for i in every
-        )
-        sizes[SLOTS] = machine.forwarding_slots * through + STATE_SLOTS * staged
-        # New parameters of the device that wait for their block's next forward.
-        sizes[WEIGHTS] += sum(bill.new_parameters(i) for i in every)
-    return _present(sizes)
+    if place == problem.machine.staging:
+        # New parameters of the device wait here for their block's next forward.
+        sizes[WEIGHTS] += sum(bill.new_parameters(i)[0] for i in every)
+    _, most = bill.peak(place)
+    return _present(sizes | {SLOTS: most - sum(sizes.values())})
 
 
 def stays(plan: RangePlan, problem: Problem, place: str) -> tuple[Stay, ...]:
-    """When each block's saved tensors are in ``place``, in the order of the blocks."""
-    bill = Bill(plan, problem)
-    link = problem.machine.place(place).hops[-1].link
-    out = {e.name: e.start_seconds for e in plan.events if e.resource == f"write:{link}"}
-    back = {e.name: e.end_seconds for e in plan.events if e.resource == f"read:{link}"}
-    found = []
-    for index, block in enumerate(problem.blocks):
-        size = bill.sent[index][place]
-        if size:
-            found.append(
-                Stay(
-                    block=block.name,
-                    size_bytes=size,
-                    start_seconds=out[f"write {block.name}"],
-                    end_seconds=back[f"read {block.name}"],
-                )
-            )
-    return tuple(found)
+    """When each block's saved tensors are in ``place``, part by part and block by block.
 
-
-def _leaving(bill: Bill, index: int) -> int:
-    """Gradients of a block that do not stay on the device."""
-    return (
-        bill.held(index, "gradient", away=True)
-        + bill.fleeting(index, on_cpu=True)
-        + bill.fleeting(index, on_cpu=False)
+    With several micro-batches in flight some are there all the time, and in what order they come and go is
+    not in the timeline: what the plan sets aside for them stays from its beginning to its end.
+    """
+    bill, link = Bill(plan, problem), problem.machine.place(place).hops[-1].link
+    sent = [
+        (block.name, bill.sent[i][place]) for i, block in enumerate(problem.blocks) if bill.sent[i][place]
+    ]
+    if problem.in_flight > 1:
+        end = plan.parts[-1].end_seconds
+        return tuple(
+            Stay(block=name, size_bytes=problem.in_flight * size, start_seconds=0.0, end_seconds=end)
+            for name, size in sent
+        )
+    jobs = {(e.part, e.resource, e.name): e for e in plan.events}
+    return tuple(
+        Stay(
+            block=name,
+            size_bytes=size,
+            start_seconds=jobs[number, f"write:{link}", f"write {name}"].start_seconds,
+            end_seconds=jobs[number, f"read:{link}", f"read {name}"].end_seconds,
+        )
+        for number in range(len(plan.parts))
+        for name, size in sent
     )
 
 

@@ -1,8 +1,9 @@
 """The formulation as a mixed-integer program in PuLP: events as variables, queues as rows.
 
 With queues first in, first out, an event is the maximum of a few sums; the objective pushes events down, so
-that maxima need no binaries. Minimised is the step, then the bytes moved: together they weigh less than
-``TIE_BREAK`` of the arithmetic, so that they decide between equal steps only.
+that maxima need no binaries. A step of several parts is their sum. Minimised is the step, then the bytes
+moved: together they weigh less than ``TIE_BREAK`` of the arithmetic, so that they decide between equal steps
+only.
 
 Bytes are scaled for the solver's tolerances. What it returns is rounded to integers and judged in whole
 bytes by the simulator, never believed.
@@ -121,23 +122,32 @@ def _rows(program: Program, form: Formulation, relaxed: set[str]) -> None:
 
 
 def _events(program: Program, form: Formulation) -> None:
-    """One variable per job: its end."""
+    """One variable per job, its end since its part began; and one per part, where there are several."""
     ends: list[pulp.LpVariable] = []
-    last: dict[str, int] = {}
-    for index, job in enumerate(form.jobs):
-        end = program.problem.add_variable(f"e{index}", 0)
-        ends.append(end)
-        before = set(job.after)
-        if job.resource in last:
-            before.add(last[job.resource])
-        seconds = _expression(program, form, job.seconds, 1.0)
-        if not before:
-            program.problem.addConstraint(end - seconds >= 0)
-        for other in sorted(before):
-            program.problem.addConstraint(end - ends[other] - seconds >= 0)
-        last[job.resource] = index
-    for index in last.values():
-        program.problem.addConstraint(program.step - ends[index] >= 0)
+    step = pulp.LpAffineExpression()
+    several = len(form.parts) > 1
+    for number, (part, jobs) in enumerate(form.part_jobs()):
+        last: dict[str, int] = {}
+        for index in jobs:
+            job = form.jobs[index]
+            end = program.problem.add_variable(f"e{index}", 0)
+            ends.append(end)
+            before = set(job.after)
+            if job.resource in last:
+                before.add(last[job.resource])
+            seconds = _expression(program, form, job.seconds, 1.0)
+            if not before:
+                program.problem.addConstraint(end - seconds >= 0)
+            for other in sorted(before):
+                program.problem.addConstraint(end - ends[other] - seconds >= 0)
+            last[job.resource] = index
+        whole = program.problem.add_variable(f"p{number}", 0) if several else program.step * (1 / part.times)
+        for index in last.values():
+            program.problem.addConstraint(whole - ends[index] >= 0)
+        if several:
+            step += whole * part.times
+    if several:
+        program.problem.addConstraint(program.step - step >= 0)
 
 
 def rounded(formulated: Formulated, values: Sequence[float]) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from memtrain.planner.forecast import make_forecast
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.lowering.states import PIECES
-from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, transient_bytes
+from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, shared_bytes, transient_bytes
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
 from memtrain.planner.parallel import Degrees, ModelShape
 from memtrain.planner.ranges.check import check
@@ -54,8 +54,9 @@ def saved(kind: TensorClass, width: int, *, nearly_free: bool = False, moved: in
 
 
 def operation(flops: int, moved: int, *, attention: bool = False) -> Operation:
+    name = "memtrain::attention" if attention else "aten::mm"
     return Operation(
-        name="op", module="", flops=flops, read_bytes=moved, written_bytes=0, attention=attention
+        name=name, module="", flops=flops, read_bytes=moved, written_bytes=0, attention=attention
     )
 
 
@@ -167,6 +168,12 @@ def test_tensor_ranks_divide_what_lies_inside_layers_and_with_sequence_paralleli
     assert cut == {name: size // 4 for name, size in class_bytes(PART, division()).items()}
 
 
+def test_tables_that_blocks_share_are_cut_by_tokens_alone() -> None:
+    tables = (saved(TensorClass.OTHER, 4), saved(TensorClass.MASK, TOKENS))
+    whole = TOKENS * 4 * 2 + TOKENS * TOKENS * 2
+    assert shared_bytes(tables, division(Degrees(tensor=2, context=2))) == whole / 2
+
+
 def test_transients_leave_out_saved_tensors_input_and_parameters_gradients() -> None:
     # Forward: 4 until op 3, then the output; backward: output gradient and 5.
     assert transient_bytes(PART, division()) == (4 * RESIDUAL, 6 * RESIDUAL)
@@ -197,6 +204,20 @@ def test_seconds_are_the_roofline_of_every_operation() -> None:
     back = device.half_flops_per_second.value * device.attention_backward_efficiency.value
     backward = 1000 / memory + 2.5 * 0.5 * 80_000 / back + max(150_000 / products, 9000 / memory)
     assert one.backward_seconds == pytest.approx(backward)
+
+
+def test_attention_without_a_kernel_is_products_of_all_pairs() -> None:
+    plain = dataclasses.replace(PART.operations[2], name="aten::bmm")
+    eager = dataclasses.replace(PART, operations=(*PART.operations[:2], plain, *PART.operations[3:]))
+    device = setup().accelerator
+    half = device.half_flops_per_second.value
+    kernel = 0.5 * 80_000 / (half * device.attention_forward_efficiency.value)
+    products = 80_000 / (half * device.matmul_efficiency.value)
+    fused, unfused = (
+        problem_of(job(estimate=dataclasses.replace(ESTIMATE, classes=(part,)))).blocks[1].forward_seconds
+        for part in (PART, eager)
+    )
+    assert unfused - fused == pytest.approx(products - kernel)
 
 
 def test_recompute_costs_what_leads_to_a_class_and_no_more() -> None:
@@ -278,6 +299,16 @@ def test_a_disk_is_reached_through_dram() -> None:
         problem_of(job(setup=machine_for("a800-80g", nvme="1TB@6GB/s")))
 
 
+def test_only_copies_of_the_gpu_are_limited_by_its_bus() -> None:
+    many = machine_for("rtx-4090", dram="64GiB", cxl="4x256GiB@20GB/s", nvme="8x4TB@7GB/s,1GB/s")
+    machine = problem_of(job(setup=many)).machine
+    assert machine.place("cxl").hops[0].read_bytes_per_second == pytest.approx(26e9)
+    assert machine.place("cxl").cpu_bytes_per_second == pytest.approx(80e9)
+    near, far = machine.place("nvme").hops
+    assert near.read_bytes_per_second == pytest.approx(26e9)
+    assert far.read_bytes_per_second == pytest.approx(56e9)
+
+
 def test_a_pipeline_stage_has_its_blocks_and_only_the_ends_have_embedding_and_loss() -> None:
     degrees = Degrees(pipeline=2)
     names = [[b.name for b in problem_of(job(degrees, stage=stage)).blocks] for stage in (0, 1)]
@@ -293,6 +324,32 @@ def test_messages_take_time_and_room() -> None:
     halved = problem_of(job(Degrees(tensor=2), setup=machine_for("a800-80g", gpus=2, dram="64GiB")))
     assert halved.blocks[1].forward_seconds > 4 * 0.5 * residual / rate
     assert cut.reserved_bytes > alone.reserved_bytes
+
+
+def test_sharded_embeddings_are_gathered_whole() -> None:
+    # 100 x 8 parameters of the embedding against 1600 of a block, of which two are whole at once.
+    large = dataclasses.replace(ESTIMATE.units[0], parameters=(parameter("embed", 1000, HIDDEN),))
+    estimate = dataclasses.replace(ESTIMATE, units=(large, *ESTIMATE.units[1:]))
+    reserved = [
+        problem_of(job(Degrees(data=4, zero_stage=3), estimate=e)).reserved_bytes
+        for e in (ESTIMATE, estimate)
+    ]
+    # In backward a block's weights twice and its gradients; the embedding's weights and gradients.
+    assert reserved[1] - reserved[0] == 2 * 2 * 8000 - 3 * 2 * 1600
+
+
+@pytest.mark.parametrize(("sequence_parallel", "qkv", "products"), [(True, 1, 2), (False, 0, 2)])
+def test_recomputes_repeat_the_messages_before_them(sequence_parallel: bool, qkv: int, products: int) -> None:
+    # Links so slow that the difference to one GPU's recompute is that of the messages.
+    slow = machine_for("a800-80g", gpus=2, dram="64GiB", interconnect="1KB/s")
+    degrees = Degrees(tensor=2, sequence_parallel=sequence_parallel)
+    once = TOKENS * HIDDEN * 2 / 2 / 1000  # a gathering or scattering; an all-reduce takes two
+    costs = {
+        t.name: math.fsum(t.recompute_seconds) for t in problem_of(job(degrees, setup=slow)).blocks[1].classes
+    }
+    assert costs["qkv"] == pytest.approx(qkv * once, abs=1e-6)
+    assert costs["products"] == pytest.approx(products * once)
+    assert costs["attention"] == pytest.approx(0, abs=1e-6)
 
 
 def test_model_flops_count_attention_under_its_mask_three_times_and_no_recompute() -> None:
@@ -339,3 +396,13 @@ def test_an_8_bit_optimizer_has_less_state() -> None:
     small = problem_of(job(optimizer=OptimizerRule.ADAM_8BIT, master_weights=False)).blocks[1].states
     # 1600 parameters are fewer than 4096: two fp32 moments.
     assert {s.role: s.piece_bytes for s in small}[Role.OPTIMIZER] == 2 * 1600 * 4 // PIECES
+
+
+def test_micro_batches_repeat_the_step_and_a_pipelines_first_stage_holds_several() -> None:
+    one = problem_of(job(micro_batches=3))
+    assert (one.micro_batches, one.in_flight) == (3, 1)
+    stages = [job(Degrees(pipeline=2), micro_batches=3, stage=stage) for stage in (0, 1)]
+    assert [problem_of(stage).in_flight for stage in stages] == [2, 1]
+    # All micro-batches, and the pipeline's idle time: (p - 1) / m of it.
+    forecast = make_forecast(job(Degrees(pipeline=2), micro_batches=3), SolveOptions(isolated=False))
+    assert forecast.step_seconds == pytest.approx(forecast.plan.step_seconds * (1 + 1 / 3))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 from hypothesis import given, seed, settings
@@ -28,6 +29,13 @@ from tests.planner.ranges.small import (
     states,
     with_state_anywhere,
 )
+
+MICRO_BATCHES = st.sampled_from([(1, 1), (1, 1), (3, 1), (3, 2)])
+"""Micro-batches of a step, and in flight."""
+
+
+def with_micro_batches(one: Problem, count: int, in_flight: int) -> Problem:
+    return dataclasses.replace(one, micro_batches=count, in_flight=in_flight)
 
 
 def plan_of(formulated: Formulated, decisions: tuple[int, ...]) -> RangePlan:
@@ -92,6 +100,22 @@ def test_moments_fill_the_step_in_order() -> None:
     assert max(m.total_bytes for m in moments) == plan.peaks[0].size_bytes
 
 
+def test_each_kind_of_micro_batch_has_its_moments() -> None:
+    one, _ = three_blocks()
+    one = with_micro_batches(one, 3, 2)
+    formulated = formulate(one)
+    plan = plan_of(formulated, counted(formulated, "swap:host", "recompute", "keep"))
+    moments = device_moments(plan, one)
+    assert [m.position.split()[0] for m in moments] == ["forward"] * 3 + ["backward"] * 3
+    assert all(a.end_seconds == b.start_seconds for a, b in itertools.pairwise(moments))
+    assert moments[-1].end_seconds == plan.parts[-1].end_seconds
+    # The other micro-batch in flight keeps O, 40 bytes a block, beside the first block's own.
+    assert moments[0].sizes["saved tensors"] == 3 * 40 + 40
+    # All three blocks send 10 bytes for each of the two; when which of them leave is not in the timeline.
+    assert place_sizes(plan, one, "host") == {"saved tensors": 60}
+    assert [(stay.size_bytes, stay.start_seconds) for stay in stays(plan, one, "host")] == [(20, 0.0)] * 3
+
+
 def test_saved_tensors_stay_in_a_place_from_write_to_read() -> None:
     one, plan = three_blocks()
     # 10 bytes at 10 B/s through one slot: forward at 0..4, 5..9, 10..14 s, writes at 4..5 and 9..10 s.
@@ -136,8 +160,11 @@ def same_bytes(one: Problem, formulated: Formulated, decisions: tuple[int, ...])
 
 @seed(3)
 @settings(max_examples=60, deadline=None)
-@given(one=problems(), pick=st.integers(0, 10**6))
-def test_categories_add_up_to_what_the_simulator_says(one: Problem, pick: int) -> None:
+@given(one=problems(), pick=st.integers(0, 10**6), batches=MICRO_BATCHES)
+def test_categories_add_up_to_what_the_simulator_says(
+    one: Problem, pick: int, batches: tuple[int, int]
+) -> None:
+    one = with_micro_batches(one, *batches)
     formulated = formulate(one)
     for number, decisions in zip(range(1 + pick % 50), every(formulated), strict=False):
         if number == pick % 50:
@@ -146,9 +173,9 @@ def test_categories_add_up_to_what_the_simulator_says(one: Problem, pick: int) -
 
 @seed(3)
 @settings(max_examples=60, deadline=None)
-@given(number=st.integers(0, 10**6))
-def test_state_adds_up_wherever_it_lies(number: int) -> None:
-    one = with_state_anywhere()
+@given(number=st.integers(0, 10**6), batches=MICRO_BATCHES)
+def test_state_adds_up_wherever_it_lies(number: int, batches: tuple[int, int]) -> None:
+    one = with_micro_batches(with_state_anywhere(), *batches)
     formulated = formulate(one)
     same_bytes(one, formulated, some_state(formulated, number))
 

@@ -105,8 +105,8 @@ def test_a_document_that_is_no_plan_is_refused_by_name() -> None:
     text = solve(problem(1, 100), HERE).to_json()
     with pytest.raises(ValueError, match="it was changed"):
         RangePlan.from_json(text.replace('"status":"optimal"', '"status":"gap"'))
-    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 1"):
-        RangePlan.from_json(text.replace('"version":1', '"version":7'))
+    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 2"):
+        RangePlan.from_json(text.replace('"version":2', '"version":7'))
     with pytest.raises(ValueError, match="not a plan: KeyError"):
         RangePlan.from_json("{}")
     with pytest.raises(ValueError, match="not a plan: TypeError"):
