@@ -3,8 +3,9 @@
 ``machine_for("a800-80g", gpus=8, dram="1TiB", nvme="4TB@6GB/s")`` describes one of eight GPUs of a host: the
 host's memory and disks, and what they can move, are divided evenly, and so is the bus to the host where GPUs
 stand behind one switch (``Accelerator.gpus_per_uplink``). What comes out are the planner's ``Machine`` and
-``Budget``, with every number's source. Nothing is measured: ``Machine.source`` says ``preset``, and a plan
-made for it is a prediction. Processor time per byte is left at 0: copies do not slow a GPU's arithmetic.
+``Budget``, with every number's source. Nothing is measured unless a measured machine's links are given:
+``Machine.source`` says ``preset``, and a plan made for it is a prediction. Processor time per byte is left at
+0: copies do not slow a GPU's arithmetic.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ def machine_for(
     interconnect: str | None = None,
     budget: Mapping[str, str] | None = None,
     cores: int = 1,
+    measured: Machine | None = None,
 ) -> Setup:
     """Describe one of ``gpus`` equal GPUs of a host.
 
@@ -125,9 +127,12 @@ def machine_for(
         budget: bytes that this GPU's job may use by tier, such as ``{"device": "70GiB"}``; all that is there
             by default (``DEVICE_RESERVE``, ``HOST_SHARE``).
         cores: processor cores for this GPU's process, only written down.
+        measured: whose links stand in for presets, where no rate is given: the host's as it is, those of cxl
+            and nvme as one device's. What it does not have is quoted.
 
     Raises:
-        ValueError: something cannot be read, or a budget is above what is there.
+        ValueError: something cannot be read, a budget is above what is there, or ``measured`` has no link
+            that could be used.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
@@ -138,12 +143,13 @@ def machine_for(
         if text is not None
     }
     memory = None if dram is None else parse_tier("dram", dram)
-    bus = _host_link(device, host_link, gpus)
+    links = _measured_links(measured, {Tier.HOST, *specs})
+    bus = _host_link(device, host_link, gpus, links.get(Tier.HOST))
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
     stores = {
-        tier: _store(tier, spec, _generation(device, bus)).scaled(
+        tier: _store(tier, spec, _generation(device, bus), links.get(tier)).scaled(
             spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,"
         )
         for tier, spec in specs.items()
@@ -163,18 +169,43 @@ def machine_for(
     )
 
 
-def _host_link(device: Accelerator, text: str | None, gpus: int) -> Duplex:
+def _measured_links(measured: Machine | None, wanted: set[Tier]) -> dict[Tier, Duplex]:
+    """The measured links of ``wanted`` tiers."""
+    if measured is None:
+        return {}
+    found = {link.tier: _measured(measured, link) for link in measured.links if link.tier in wanted}
+    if not found:
+        has = ", ".join(link.tier.value for link in measured.links) or "none"
+        raise ValueError(
+            f"machine {measured.name} has measured links to {has}, and none of them is used: describe the "
+            "tier (nvme, cxl), measure with a device of its own memory, or leave the machine out"
+        )
+    return found
+
+
+def _measured(machine: Machine, link: Link) -> Duplex:
+    source = f"{link.source} on {machine.name}"
+    return Duplex(
+        name=f"{link.tier.value} of {machine.name}",
+        read=Quoted(value=link.read_bytes_per_second, source=source),
+        write=Quoted(value=link.write_bytes_per_second, source=source),
+        mixed=Quoted(value=link.mixed_bytes_per_second, source=source),
+        latency_seconds=Quoted(value=link.latency_seconds, source=source) if link.latency_seconds else None,
+    )
+
+
+def _host_link(device: Accelerator, text: str | None, gpus: int, measured: Duplex | None) -> Duplex:
     if text is not None:
         return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
     sharers = min(gpus, device.gpus_per_uplink.value)
     why = f"1/{sharers:g}, GPUs behind one switch ({device.gpus_per_uplink.source})"
-    return host_link(device.host_link).scaled(1 / sharers, why)
+    return (measured or host_link(device.host_link)).scaled(1 / sharers, why)
 
 
 def _generation(device: Accelerator, bus: Duplex) -> str:
-    """Of the host's PCI Express, by the bus that is named, or else by the GPU's own."""
-    name = device.host_link if bus.name == GIVEN else bus.name
-    return next(part for part in name.split("-") if part.startswith("gen"))
+    """Of the host's PCI Express, by the bus if it is a preset, or else by the GPU's own."""
+    parts = [part for name in (bus.name, device.host_link) for part in name.split("-")]
+    return next(part for part in parts if part.startswith("gen"))
 
 
 def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: int) -> Quoted:
@@ -192,11 +223,13 @@ def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: 
     return channel.scaled(channels, why).scaled(1 / gpus, share)
 
 
-def _store(tier: Tier, spec: TierSpec, generation: str) -> Duplex:
-    """One device of the tier; without rates a disk of the host's generation, or the only CXL card known."""
+def _store(tier: Tier, spec: TierSpec, generation: str, measured: Duplex | None) -> Duplex:
+    """One device of the tier: as given, as measured, a disk of the host's generation, the CXL card known."""
     presets = CXL_DEVICES if tier is Tier.CXL else DISKS
     if spec.rates is not None:
         return parse_duplex(tier.value, spec.rates, presets)
+    if measured is not None:
+        return measured
     if tier is Tier.CXL:
         return CXL_DEVICES[0]
     return find("nvme preset", f"nvme-{generation}", DISKS)
