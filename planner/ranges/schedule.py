@@ -14,12 +14,12 @@ not a block puts anything there. The rules (K slots on the device, H forwarding 
 A job without bytes keeps its place in its queue. What it waits for never comes later than what the job
 behind it waits for, except for a backlog to the second hop, which is bounded by H blocks.
 
-A step is over when every queue is empty, and so is a micro-batch: then they are all alike but the first, which
-makes the updates ahead and writes gradients where the others add to them, and the program holds two of them at
-most. That is conservative by what the queues still move when a micro-batch has computed, at most K blocks'
-tensors and two blocks' state. With several micro-batches in flight, forward and backward passes of different
-ones alternate in an order that changes in the course of a step: each pass then begins with empty queues, and
-fetches all that is not on the device for good.
+A step is over when every queue is empty, and so is a micro-batch: then all are alike but the first, which
+makes the updates ahead and writes gradients where the others add to them, and the program holds two of them
+at most. That is conservative: what the queues still move when a micro-batch has computed, and what the next
+could have fetched meanwhile, hides behind nothing. With several micro-batches in flight, forward and backward
+passes of different ones alternate in an order that changes in the course of a step: each pass then begins
+with empty queues, and fetches all that does not stay on the device.
 """
 
 from __future__ import annotations
