@@ -340,7 +340,9 @@ class _Part:
         yield from self._made(index, update, [*near, *(slot if reads or writes else [])], done)
         full = self.left["staging"][before] if self._goes_far(writes) else []
         waited = [*(done or near), *full]
-        if not ahead:
+        if ahead:
+            yield from self._before(near, f"forward {self.names[index]}")
+        else:
             waited += self.events[f"backward {self.names[index]}", "compute"]
         yield from self._copies("update", index, writes, 0, "write", waited, out, ahead=ahead)
         yield from self._copies("update", index, writes, 1, "write", out, on, ahead=ahead)

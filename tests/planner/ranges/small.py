@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -188,7 +189,9 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
     need = sum(t.total_bytes for b in blocks for t in b.classes) + max(
         b.backward_transient_bytes for b in blocks
     )
-    pcie = hop("pcie", draw(rate), draw(rate))
+    pcie = dataclasses.replace(
+        hop("pcie", draw(rate), draw(rate)), latency_seconds=draw(st.sampled_from([0.0, 0.0, 0.25]))
+    )
     capacity = st.integers(0, 60).map(lambda missing: 60 - missing)
     places = (
         place("host", draw(capacity), pcie),
