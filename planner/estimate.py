@@ -21,7 +21,7 @@ from typing import Any
 
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec, StateBytes, state_bytes
 
-ESTIMATE_VERSION = 1
+ESTIMATE_VERSION = 2
 
 
 class TensorClass(str, Enum):
@@ -61,6 +61,11 @@ class LifetimeKind(str, Enum):
     TRANSIENT = "transient"
     GRADIENT = "gradient"
     """Of a parameter; taken away as soon as it is produced."""
+    SHARED = "shared"
+    """Made before the blocks, which save it."""
+    TIED_GRADIENT = "tied_gradient"
+    """Of a parameter that prologue and epilogue share: it waits from the epilogue's backward, where it is
+    produced, for the end of the prologue's, where it is added."""
     OUTPUT_GRADIENT = "output_gradient"
     INPUT_GRADIENT = "input_gradient"
 
@@ -108,6 +113,8 @@ class Lifetime:
     kind: LifetimeKind
     saved: int | None = None
     """Its index among the saved tensors."""
+    epilogue_end: int | None = None
+    """Made before the blocks and referred to while they run, until this operation of the epilogue."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end:

@@ -134,7 +134,9 @@ def _sqrt(problem: Problem) -> Iterator[Plan]:
 
 
 def _selective(problem: Problem) -> Iterator[Plan]:
-    plan = _each(problem, lambda index, tensor: RECOMPUTE if _is_attention(tensor) else KEEP)
+    plan = _each(
+        problem, lambda index, tensor: RECOMPUTE if tensor.attention and tensor.recompute_seconds else KEEP
+    )
     yield from _with_inputs_out(problem, plan)
 
 
@@ -182,11 +184,6 @@ def _spread(tensor: TensorClass, chunks: int, free: dict[str, int]) -> tuple[dic
     return counts, chunks
 
 
-def _is_attention(tensor: TensorClass) -> bool:
-    """The recomputable class that needs the input alone: attention's output, in the words of the model."""
-    return bool(tensor.recompute_seconds) and len(tensor.needs) == 1
-
-
 def _uniform_alpha(problem: Problem) -> Iterator[Plan]:
     """Alphas in steps of a chunk, or of a 16th where chunks are finer, the largest first."""
     if not problem.machine.places:
@@ -208,7 +205,7 @@ def _with_alpha(problem: Problem, alpha: float, free: dict[str, int]) -> Plan:
             continue
         row = []
         for tensor in block.classes:
-            always = not tensor.recompute_seconds or _is_attention(tensor)
+            always = not tensor.recompute_seconds or tensor.attention
             leaves = tensor.chunks if always else math.floor(alpha * tensor.chunks + 1e-9)
             again: dict[Action, int] = {RECOMPUTE: tensor.chunks - leaves} if leaves < tensor.chunks else {}
             counts, left = _spread(tensor, leaves, free)

@@ -118,6 +118,13 @@ class Solver:
         self._lowered[name] = self._lowered.get(name, 0.0) + lowered
         self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb() - self._lowered[name])
 
+    def loosen(self) -> None:
+        """Give every row of bytes its own limit back."""
+        for name in self._lowered:
+            row = self.program.limits[name]
+            self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb())
+        self._lowered.clear()
+
     def release(self) -> None:
         """Give all integer variables their own bounds back."""
         own = self.program.variables

@@ -76,6 +76,8 @@ class TensorClass:
     """Classes of the block that a recompute reads; backward has restored them all before it begins."""
     lossy: bool = False
     """Whether the allowed codecs may be applied."""
+    attention: bool = False
+    """The attention kernel's output, which rules of other systems treat apart."""
 
     def __post_init__(self) -> None:
         if self.chunks < 1 or self.chunk_bytes < 0:

@@ -52,8 +52,9 @@ def test_training_loads_neither_tokenizers_nor_a_plotting_library() -> None:
     assert loaded_by("import memtrain.train") == {"torch"}
 
 
-def test_drawing_the_report_does_without_torch() -> None:
-    assert loaded_by("import memtrain.page") == set()
+@pytest.mark.parametrize("module", ["memtrain.page", "memtrain.planpage"])
+def test_drawing_a_report_does_without_torch(module: str) -> None:
+    assert loaded_by(f"import {module}") == set()
 
 
 def test_no_import_initialises_cuda() -> None:

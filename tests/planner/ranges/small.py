@@ -46,7 +46,13 @@ def tensors(
     return (
         TensorClass(name="X", chunk_bytes=x, chunks=chunks, lossy=True),
         TensorClass(
-            name="A", chunk_bytes=a, chunks=chunks, recompute_seconds=again[:chunks], needs=("X",), lossy=True
+            name="A",
+            chunk_bytes=a,
+            chunks=chunks,
+            recompute_seconds=again[:chunks],
+            needs=("X",),
+            lossy=True,
+            attention=True,
         ),
         TensorClass(
             name="O",
