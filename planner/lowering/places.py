@@ -4,9 +4,10 @@ DRAM and CXL memory are one copy away, over the GPU's bus; both are memory of th
 queues. A disk is two copies away: through slots in DRAM, over the disk's own link.
 
 ``ranges`` keeps a link's bandwidth for both directions at once by slowing each for good. A disk, which does
-one thing at a time, is planned so. A bus is not: saved tensors go one way in forward and the other in backward,
-and MEMO's published length from which a swap is hidden speaks for the full rate (benchmarks/memo.py). Where
-state streams both ways at once, the bus is then taken for up to 1.37 times as fast as it is.
+one thing at a time, is planned so. A bus is not: saved tensors go one way in forward and the other in
+backward, and MEMO's published length from which a swap is hidden speaks for the full rate
+(benchmarks/memo.py). Where state streams both ways at once, the bus is then taken for up to 1.37 times as
+fast as it is.
 """
 
 from __future__ import annotations
