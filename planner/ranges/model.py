@@ -264,13 +264,10 @@ class Problem:
 
     def rates(self) -> dict[Hop, tuple[float, float]]:
         """Bytes per second of every hop, written and read; on two-way links within their shares."""
-        two_way, found = self.two_way_links, {}
+        two_way, found = self.two_way_links, dict[Hop, tuple[float, float]]()
         for hop in (hop for place in self.machine.places for hop in place.hops):
-            write, read = hop.write_bytes_per_second, hop.read_bytes_per_second
-            if hop.link in two_way:
-                most_written, most_read = self.machine.shares(hop.link)
-                write, read = min(write, most_written), min(read, most_read)
-            found[hop] = write, read
+            alone = hop.write_bytes_per_second, hop.read_bytes_per_second
+            found[hop] = self.machine.shares(hop) if hop.link in two_way else alone
         return found
 
 
