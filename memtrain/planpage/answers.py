@@ -21,7 +21,8 @@ def verdict(page: PageInput) -> str:
         said = html.escape(f"Does not fit: {_short_text(margins)}")
         note = "Drawn below is a plan that needs the least device memory; it is not chosen for speed."
         return f'<p class="verdict short">{said}</p>\n{paragraph(note)}'
-    said = html.escape(f"Fits. {format_gib(margins[DEVICE])} of device memory to spare.")
+    left = margins[DEVICE]
+    said = html.escape(f"Fits. {format_gib(left)} ({left:,} bytes) of device memory to spare.")
     tiles = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
         for name, value in _tiles(page)

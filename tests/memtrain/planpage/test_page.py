@@ -86,8 +86,9 @@ def test_answers_come_first() -> None:
     said = words(sample())
     one = sample()
     peak = one.plan.peaks[0]
-    margin = (peak.capacity_bytes - peak.size_bytes) / GIB
-    assert said.index(f"Fits. {margin:.3f} GiB of device memory to spare.") < said.index("What lies where")
+    left = peak.capacity_bytes - peak.size_bytes
+    verdict = f"Fits. {left / GIB:.3f} GiB ({left:,} bytes) of device memory to spare."
+    assert said.index(verdict) < said.index("What lies where")
     for answer in (
         "25.0 % slower than",
         "12,346 tokens/s",
