@@ -104,6 +104,7 @@ def problem_of(job: Job) -> Problem:
         updates=updates,
         micro_batches=job.micro_batches,
         in_flight=job.in_flight,
+        sequences=job.estimate.batch,
     )
 
 
