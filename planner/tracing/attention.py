@@ -73,9 +73,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) 
 @torch.library.register_fake("memtrain::attention_backward")  # type: ignore[untyped-decorator]
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, kernel: str
-) -> tuple[Tensor, ...]:
-    gradients = (torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype) for t in (q, k, v))
-    return *gradients, _backward_scratch(q, k, kernel)
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dq, dk, dv = (torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype) for t in (q, k, v))
+    return dq, dk, dv, _backward_scratch(q, k, kernel)
 
 
 def _backward_scratch(q: Tensor, k: Tensor, kernel: str) -> list[Tensor]:
