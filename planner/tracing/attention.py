@@ -32,7 +32,8 @@ from torch.overrides import TorchFunctionMode
 
 from memtrain.planner.units import round_up
 
-FORMULA_KERNELS = ("cpu", "flash", "efficient", "cudnn")
+GPU_KERNELS = ("flash", "efficient", "cudnn")
+FORMULA_KERNELS = ("cpu", *GPU_KERNELS)
 """By formula; ``sdpa``, ``math`` and ``eager`` are traced instead."""
 _RNG_DTYPE = {"flash": torch.uint64, "efficient": torch.int64, "cudnn": torch.int64}
 _EFFICIENT_TOKENS = 32

@@ -98,6 +98,14 @@ def test_routing_and_dropout_are_never_nearly_free() -> None:
     assert [(t.dtype, t.size_bytes) for t in masks] == [("bool", 2 * 24 * 64)] * 2
 
 
+def test_layer_norms_of_a_gpu_keep_statistics_in_fp32() -> None:
+    for attention, dtype, size in (("default", "bfloat16", 2), ("flash", "float32", 4)):
+        (part,) = small("gpt2", attention=attention).classes
+        statistics = [t for t in part.saved if t.operator == "aten::native_layer_norm" and t.shape[-1] == 1]
+        # Mean and reciprocal deviation of each token, two norms.
+        assert [(t.dtype, t.size_bytes) for t in statistics] == [(dtype, ROWS * TOKENS * size)] * 4
+
+
 @pytest.mark.parametrize("name", ["dense", "grouped", "mixed-windows", "gpt2"])
 def test_flops_are_those_of_torchs_counter_over_the_real_run(name: str) -> None:
     attention = "eager"
