@@ -145,10 +145,15 @@ class RecomputeFrame:
         if not isinstance(saved, _Hole):
             return self._unpack(saved)
         if not saved.is_filled:
-            self._compute_again()
+            self.compute_again()
         return saved.take(self._unpack)
 
-    def _compute_again(self) -> None:
+    def compute_again(self) -> None:
+        """Run the second forward and fill every hole that is still wanted. Backward does so by itself.
+
+        Raises:
+            OffloadError: it went another way than the first.
+        """
         filled = 0
 
         def fill(tensor: torch.Tensor) -> Any:
