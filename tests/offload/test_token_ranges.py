@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.errors import TokenRangeError
 from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.trace import LiveBytes
 from tests.offload.late_device import LateDevice
 from tests.offload.latest_store import LatestEngine, make_plan
 from tests.offload.token_models import DEPTH, WIDTH, CausalBlock, CausalNet, batches, gpt2, llama, train
@@ -214,6 +215,31 @@ def test_the_bytes_are_those_of_the_contract() -> None:
     executor.remove()
 
 
+def test_joined_rows_are_not_there_twice() -> None:
+    """Beside slots and what backward itself needs: all saved bytes, and the first rows of one storage."""
+    peaks = []
+    tokens, first = 512, 256
+    hidden = torch.randn(1, tokens, WIDTH)
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model = CausalNet(Flat)
+        executor = executor_for(model, every(first), slot_bytes=16 << 20)
+        if cut:
+            executor.install()
+        output = model.blocks[0](hidden.clone().requires_grad_())
+        edge, gradient = torch.autograd.graph.get_gradient_edge(output), torch.ones_like(output)
+        del output
+        with LiveBytes() as live:
+            torch.autograd.backward(edge, gradient)
+        peaks.append(live.peak_bytes)
+        executor.remove()
+    plain, joined = peaks
+    wide = tokens * 4 * WIDTH * 4
+    saved = executor.token_probes["blocks.0"].row_bytes * tokens
+    assert saved == tokens * WIDTH * 4 + 3 * wide
+    assert joined <= plain + saved + wide * first // tokens
+
+
 def test_two_walks_over_one_graph_and_dropped_graphs() -> None:
     def walks(model: nn.Module) -> list[Tensor]:
         first, second = model(batches(2, 17)[0]), model(batches(1, 12)[0])
@@ -272,6 +298,18 @@ def test_storages_are_shared_as_they_were() -> None:
     model(batches(2, 17)[0]).backward()
     executor.remove()
     assert [len(addresses) for addresses in seen] == [1] * DEPTH
+
+
+class Flat(nn.Module):
+    """Saves its input, and three tensors of four times its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+        return self.down(torch.tanh(self.up(hidden)).sigmoid().exp())
 
 
 def refused(make: Callable[[], nn.Module], match: str, first: int = 8) -> None:
