@@ -221,7 +221,9 @@ class _Probing:
                 return found
             first = first or found
         if first is None:
-            raise self._refused(f"does not run on the first {prefix} of {self._tokens} tokens ({reason})")
+            raise self._refused(
+                f"cannot be computed for the first {prefix} of {self._tokens} tokens alone ({reason})"
+            )
         return first
 
     def _compare(self, cuts: Cuts, prefix: int) -> _Comparison:

@@ -337,34 +337,11 @@ def test_a_block_that_looks_ahead_is_refused() -> None:
             mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
             return hidden + mixed.transpose(1, 2).flatten(2).tanh()
 
-    class AheadBehindAGate(Ahead):
-        """Its gate is shut, so that the output does not tell."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate = nn.Parameter(torch.zeros(1))
-
-        def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-            return hidden + self.gate * (super().forward(hidden) - hidden)
-
-    for block in (Ahead, AheadBehindAGate):
-        refused(lambda block=block: CausalNet(block), r"blocks\.0: is not causal.*saved tensor \d")  # type: ignore[misc]
+    refused(lambda: CausalNet(Ahead), r"blocks\.0: is not causal.*saved tensor \d")
 
 
 def test_eager_attention_is_refused() -> None:
     refused(lambda: llama(attn_implementation="eager"), r"blocks\.0: saves a tensor.*two dimensions")
-
-
-def test_a_forward_that_needs_all_tokens_is_refused() -> None:
-    class Fixed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = nn.Linear(WIDTH, WIDTH)
-
-        def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
-            return hidden + self.mix(hidden).reshape(-1, 17 * WIDTH).tanh().view_as(hidden)
-
-    refused(lambda: CausalNet(Fixed), r"blocks\.0: does not run on the first 8 of 17 tokens")
 
 
 def test_a_block_that_changes_after_the_probe_is_refused() -> None:
