@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
 
@@ -52,9 +53,14 @@ class Turn(torch.autograd.Function):
         return torch.empty_strided((), ())
 
 
-def run_at_once(config: dict[str, Any], dtype: torch.dtype) -> tuple[list[str], list[int]]:
+def run_at_once(
+    config: dict[str, Any], dtype: torch.dtype, *, for_real: bool = False
+) -> tuple[list[str], list[int]]:
     """Operators of the whole model's forward and backward, and the bytes alive during each."""
-    with FakeTensorMode(), KernelShapes(on_gpu=False):
+    with ExitStack() as stack:
+        if not for_real:
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(KernelShapes(on_gpu=False))
         model = fake_model.build(fake_model.read_config(config), dtype, "default")
         batch = fake_model.token_batch(ROWS, TOKENS)
         outside = (*model.parameters(), *model.buffers(), *batch.values())
@@ -73,6 +79,12 @@ def run_at_once(config: dict[str, Any], dtype: torch.dtype) -> tuple[list[str], 
         change[storage.born] += storage.size_bytes
         change[-1 if storage.died is None else storage.died] -= storage.size_bytes
     return [op.name for op in recorder.operations], list(accumulate(change[:-1]))
+
+
+@pytest.mark.parametrize("name", ["grouped", "gpt2"])
+def test_fake_tensors_live_as_long_as_real_ones(name: str) -> None:
+    fake, real = (run_at_once(CONFIGS[name], torch.bfloat16, for_real=real) for real in (False, True))
+    assert fake == real
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
