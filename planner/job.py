@@ -50,6 +50,11 @@ class Job:
 
     def __post_init__(self) -> None:
         self.degrees.check(self.shape, gpus=self.degrees.gpus, sequence=self.estimate.sequence)
+        if self.shape.layers != len(self.estimate.blocks):
+            raise ValueError(
+                f"shape has {self.shape.layers} layers and the estimate {len(self.estimate.blocks)} blocks: "
+                "give both of one configuration"
+            )
         for name in ("micro_batches", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

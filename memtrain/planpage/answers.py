@@ -15,18 +15,19 @@ from memtrain.planpage.words import gap_text, gib_cell, quantity_text, seconds_t
 
 
 def verdict(page: PageInput) -> str:
-    """Whether it fits and by how much; what it costs and yields."""
+    """Whether it fits and by how much; and of a plan that does, what it costs and yields."""
     margins = {peak.place: peak.capacity_bytes - peak.size_bytes for peak in page.plan.peaks}
-    if page.fits:
-        kind, said = "fits", f"Fits. {format_gib(margins[DEVICE])} of device memory to spare."
-    else:
-        kind, said = "short", f"Does not fit: {_short_text(margins)}"
+    if not page.fits:
+        said = html.escape(f"Does not fit: {_short_text(margins)}")
+        note = "Drawn below is a plan that needs the least device memory; it is not chosen for speed."
+        return f'<p class="verdict short">{said}</p>\n{paragraph(note)}'
+    left = margins[DEVICE]
+    said = html.escape(f"Fits. {format_gib(left)} ({left:,} bytes) of device memory to spare.")
     tiles = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>"
         for name, value in _tiles(page)
     )
-    note = "" if page.fits else paragraph("With the least device memory that would do, the step would be:")
-    return f'<p class="verdict {kind}">{html.escape(said)}</p>\n{note}<div class="tiles">{tiles}</div>'
+    return f'<p class="verdict fits">{said}</p>\n<div class="tiles">{tiles}</div>'
 
 
 def _short_text(margins: dict[str, int]) -> str:
@@ -81,8 +82,8 @@ def bill(page: PageInput) -> str:
         ["limit", *[gib_cell(peak.capacity_bytes) for peak in peaks.values()]],
         ["margin", *[f"{(p.capacity_bytes - p.size_bytes) / 2**30:+.3f}" for p in peaks.values()]],
     ]
-    return table(["GiB", *peaks], rows) + paragraph(
-        "The peak of the device is that of its worst moment; categories that peak apart add up to more."
+    return f'<div class="bill">{table(["GiB", *peaks], rows)}</div>' + paragraph(
+        "The device is shown at its fullest moment, other places as they are set aside for the whole step."
     )
 
 
@@ -94,7 +95,7 @@ def certificate(page: PageInput) -> str:
         "optimal": f"{bound}; this one is within {gap_text(plan.gap)} of the best.",
         "gap": f"{bound}; the best may be up to {gap_text(plan.gap)} faster than this one.",
         "heuristic": "Nothing is proved about how far this plan is from the best one.",
-        "infeasible": "Nothing fits; the plan shown needs the least device memory.",
+        "infeasible": "Proved: no plan of this problem stays within every limit.",
     }
     bounds = [
         ["step of the problem", seconds_text(plan.step_seconds)],
@@ -114,7 +115,7 @@ def certificate(page: PageInput) -> str:
 def _beside(page: PageInput) -> str:
     """What the step has beside that of the problem, where it has anything."""
     more = page.step_seconds - page.plan.step_seconds
-    if round(more, TIME_DIGITS) <= 0:
+    if not page.fits or round(more, TIME_DIGITS) <= 0:
         return ""
     return paragraph(
         f"The problem is one stage's; the whole step takes {seconds_text(more)} more: idle time of a "
@@ -127,10 +128,10 @@ def ablation(page: PageInput) -> str:
     if not page.ablation:
         return ""
     step = page.step_seconds
-    rows = [["this plan", seconds_text(step), "", ""]]
+    rows = [["this plan", seconds_text(step) if page.fits else "does not fit", "", ""]]
     for one in sorted(page.ablation, key=lambda row: row.step_seconds):
         if math.isfinite(one.step_seconds):
-            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %"
+            slower = f"{(one.step_seconds / step - 1) * 100:+.2f} %" if page.fits else ""
             rows.append([one.name, seconds_text(one.step_seconds), slower, one.why_not])
         else:
             rows.append([one.name, "does not fit", "", one.why_not])

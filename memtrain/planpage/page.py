@@ -14,6 +14,7 @@ _STYLE = """
 body { max-width: 1100px; }
 h3 { margin: 1.2em 0 0.2em; font-size: 1em; }
 td { white-space: nowrap; }
+.bill tr:nth-last-child(-n + 3) { font-weight: bold; }
 .words td, .words th { text-align: left; vertical-align: top; }
 .words td:nth-child(n + 3) { white-space: normal; min-width: 9em; }
 .words td:last-child { overflow-wrap: anywhere; }

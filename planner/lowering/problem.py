@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,20 +139,35 @@ def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: i
 
 
 def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
-    """What stands before or after the blocks: what it saves is needed at once, or again at the very end.
+    """What stands before or after the blocks, and the buffers of its messages.
 
-    With the buffers of its messages.
+    What the epilogue saves is needed at once; what the prologue saves is held all step long (``_reserved``).
     """
-    unit = next(unit for unit in context.job.estimate.units if unit.name == name)
+    unit = _end_unit(context.job, name)
+    at_once = part is context.job.estimate.epilogue
     seconds = context.clock.part(part, context.clock.traffic_of_end(unit.parameters))
     block = _with_states(
         context,
         name,
         (seconds.forward, seconds.backward),
         unit,
-        transients=transient_bytes(part, context.division, saved_too=True, input_too=True),
+        transients=transient_bytes(part, context.division, saved_too=at_once, input_too=True),
     )
     return block, seconds.message_buffer_bytes
+
+
+def _end_unit(job: Job, name: str) -> EstimatedUnit:
+    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not.
+
+    A tied parameter is in the first unit alone, so that an epilogue without a matrix has the embedding's.
+    """
+    units = {unit.name: unit for unit in job.estimate.units if unit.block is None}
+    unit = units[name]
+    matrices = [p for p in units["prologue"].parameters if len(p.shape) > 1]
+    if name == "prologue" or job.first or not matrices or any(len(p.shape) > 1 for p in unit.parameters):
+        return unit
+    tied = max(matrices, key=lambda p: p.elements)
+    return dataclasses.replace(unit, parameters=(tied, *unit.parameters))
 
 
 def _with_states(
@@ -185,8 +201,15 @@ def _error_budget(job: Job) -> float:
 
 
 def _reserved(context: _Context, message_bytes: int) -> int:
-    """On the device whatever is decided: tables that blocks share, buffers of messages, slack."""
+    """On the device whatever is decided: what the prologue saves, shared tables, messages' buffers, slack."""
     job = context.job
+    first = sum(map(context.division.saved, job.estimate.prologue.saved)) if job.first else 0
     tables = shared_bytes(job.estimate.shared, context.division) + job.estimate.buffer_bytes
     stage = math.ceil(sum(t.buffer_bytes for t in context.clock.traffic_of_stage()))
-    return tables + message_bytes + stage + math.ceil(context.machine.device_capacity_bytes * SLACK.value)
+    return (
+        first * job.in_flight
+        + tables
+        + message_bytes
+        + stage
+        + math.ceil(context.machine.device_capacity_bytes * SLACK.value)
+    )

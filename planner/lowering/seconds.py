@@ -61,10 +61,11 @@ class Clock:
                 flops = op.flops
             causal = flops * self.job.attention_share(part) / self._ways
             return attention_seconds(self.device, causal, backward=backward)
-        moved = (op.read_bytes + op.written_bytes) / self._ways
+        moved = op.read_bytes + op.written_bytes
         if op.flops:
-            return matmul_seconds(self.device, op.flops / self._ways, moved, single=self.job.single)
-        return memory_seconds(self.device, moved)
+            share = op.flops / self._ways
+            return matmul_seconds(self.device, share, moved / self._ways, single=self.job.single)
+        return memory_seconds(self.device, moved / self.division.ways(op.written_bytes))
 
     def part(self, part: TracedPart, traffic: Iterable[Traffic]) -> PartSeconds:
         """A part's passes, with the messages of ``traffic`` that belong to a block's pass."""

@@ -98,6 +98,10 @@ class Division:
             return self.saved(part.saved[lifetime.saved])
         return self.size(lifetime.size_bytes, self._by_size(lifetime.size_bytes))
 
+    def ways(self, size_bytes: int) -> int:
+        """Into how many parts a buffer without a class is cut."""
+        return activation_divisor(self._by_size(size_bytes), self.degrees, self.shape)
+
     def _by_size(self, size_bytes: int) -> ActivationClass:
         """Of a buffer without a class: as wide as the residual stream or a vector of it, or inside a layer.
 

@@ -93,10 +93,8 @@ def _bandwidth(problem: Problem, transfers: Sequence[Transfer]) -> Faults:
         for out, back in _overlapping(by_queue[f"write:{link}"], by_queue[f"read:{link}"]):
             rate = _rate(out) + _rate(back)
             if rate > most * (1 + 1e-9):
-                yield (
-                    "BANDWIDTH",
-                    f"{link}: {out.event.name} and {back.event.name} move {rate:.6g} B/s at once",
-                )
+                names = f"{out.event.name} and {back.event.name}"
+                yield "BANDWIDTH", f"{link}: {names} move {rate:.6g} B/s at once, {most:.6g} are possible"
 
 
 def _overlapping(first: list[Transfer], second: list[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:

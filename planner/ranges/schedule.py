@@ -14,12 +14,12 @@ not a block puts anything there. The rules (K slots on the device, H forwarding 
 A job without bytes keeps its place in its queue. What it waits for never comes later than what the job
 behind it waits for, except for a backlog to the second hop, which is bounded by H blocks.
 
-A step is over when every queue is empty, and so is a micro-batch: then they are all alike but the first, which
-makes the updates ahead and writes gradients where the others add to them, and the program holds two of them at
-most. That is conservative by what the queues still move when a micro-batch has computed, at most K blocks'
-tensors and two blocks' state. With several micro-batches in flight, forward and backward passes of different
-ones alternate in an order that changes in the course of a step: each pass then begins with empty queues, and
-fetches all that is not on the device for good.
+A step is over when every queue is empty, and so is a micro-batch: then all are alike but the first, which
+makes the updates ahead and writes gradients where the others add to them, and the program holds two of them
+at most. That is conservative: what the queues still move when a micro-batch has computed, and what the next
+could have fetched meanwhile, hides behind nothing. With several micro-batches in flight, forward and backward
+passes of different ones alternate in an order that changes in the course of a step: each pass then begins
+with empty queues, and fetches all that does not stay on the device.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ class _MicroBatch:
 
     def _forward_of(self, index: int) -> None:
         name, slots = self.blocks[index].name, self.machine.slots
-        updated, stored = Jobs(), Jobs()
+        updated, stored, stepped = Jobs(), Jobs(), Jobs()
         if self.first:
             for later in (0, 1) if index == 0 else (index + 1,):
                 if later < len(self.blocks):
                     self._fetch_update(later, ahead=True)
-            updated, stored = self._update(index, (), ahead=True)
+            updated, stored, stepped = self._update(index, (), ahead=True)
         near, moving = self._fetch_parameters(index, updated, stored)
         seconds = self.choices.forward_seconds(index).plus(moving)
-        after = (*near, *updated, *self._sent.get(index - slots, ()))
+        after = (*near, *updated, *stepped, *self._sent.get(index - slots, ()))
         forward = self.form.job(f"forward {name}", COMPUTE, seconds, after)
         self._forward[index] = forward
         sent = self.choices.sent(index)
@@ -174,7 +174,7 @@ class _MicroBatch:
         out = self._copy(f"gradient {name}", gradients, 0, (self._backward[index], *staged), read=False)
         on = self._copy(f"gradient {name}", gradients, 1, out, read=False)
         if self.first:
-            updated, stored = self._update(index, out, ahead=False)
+            updated, stored, _ = self._update(index, out, ahead=False)
             used = (*updated, *stored)
         else:
             used = self._add_gradients(index, out)
@@ -223,8 +223,13 @@ class _MicroBatch:
         near = self._copy(name, to_device, 0, (*far, *self._device_left.get(before, ())), read=True)
         self._arrived[index] = far, near
 
-    def _update(self, index: int, gradients: Jobs, *, ahead: bool) -> tuple[Jobs, Jobs]:
-        """The update itself on either side, and its results on their way: what the CPU does and stores."""
+    def _update(self, index: int, gradients: Jobs, *, ahead: bool) -> tuple[Jobs, Jobs, Jobs]:
+        """The update itself on either side, and its results on their way.
+
+        Returns:
+            The jobs of the CPU, those that store what it has made, and those after which the device's update
+            is over.
+        """
         name, states = f"update {self.blocks[index].name}", self.states
         before = index - STATE_SLOTS if ahead else index + STATE_SLOTS
         far, near = self._arrived[index]
@@ -243,4 +248,4 @@ class _MicroBatch:
         through = (*(near if far else ()), *(on_cpu if far or stored else ()), *stored, *on)
         self._staging_left[index] = (*self._staging_left.get(index, ()), *(through or staged))
         self._device_left[index] = (*self._device_left.get(index, ()), *stepped, *written)
-        return on_cpu, stored
+        return on_cpu, stored, stepped

@@ -149,7 +149,7 @@ def search(
         report: called with the answer so far after every phase.
     """
     state = Search(formulated, start, gap, time.monotonic() + seconds, report)
-    vertex = state.solver.relaxed(state.left())
+    vertex = state.solver.relaxed(state.left(), anew=True)
     state.prove(vertex.bound)
     state.note("relaxation")
     if not vertex.solved or state.done():

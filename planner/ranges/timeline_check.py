@@ -82,8 +82,7 @@ class _Part:
 
     def _forward(self, index: int) -> Faults:
         if self.first:
-            for update in self._updates(index, ahead=True):
-                yield from self._update(index, update)
+            yield from self._updates(index, ahead=True)
         yield from self._parameters(index)
         yield from self._send(index)
 
@@ -91,13 +90,7 @@ class _Part:
         yield from self._fetch(index)
         yield from self._gradients(index)
         if self.first:
-            for update in self._updates(index, ahead=False):
-                yield from self._update(index, update)
-
-    def _updates(self, index: int, *, ahead: bool) -> list[Update]:
-        """Ways to update that some pieces of the block take."""
-        shares = dict(self.plan.blocks[index].updates)
-        return [u for u in self.problem.updates if u.ahead is ahead and shares.get(u.label)]
+            yield from self._updates(index, ahead=False)
 
     # Single events, and what they come after.
 
@@ -153,7 +146,7 @@ class _Part:
                 candidates = self._of_phase(name, resource, ahead=ahead)
             yield from self._need(name, resource, least, waited, found, candidates=candidates)
             self.transfers += [
-                Transfer(event=e, kind=f"{way} {kind}", block=index, upward=upward, size_bytes=size)
+                Transfer(event=e, kind=f"{way} {kind}{words[3]}", block=index, upward=upward, size_bytes=size)
                 for e in found
             ]
             made += found
@@ -298,36 +291,61 @@ class _Part:
         staged[index] = [*on, *used] or staged[later]
         self.left["arrived"][index] = out
 
-    def _update(self, index: int, update: Update) -> Faults:
-        """State read and gradients made before it, results written and forward begun after it."""
-        block, ahead = self.problem.blocks[index], update.ahead
-        name, before = f"update {block.name}", index + (-STATE_SLOTS if ahead else STATE_SLOTS)
+    def _updates(self, index: int, *, ahead: bool) -> Faults:
+        """State read and gradients made before updates, results written and forward begun after them."""
+        shares = dict(self.plan.blocks[index].updates)
+        mine = [u for u in self.problem.updates if u.ahead is ahead and shares.get(u.label)]
+        reads = self.bill.loads(index, lambda u, role: u in mine and role != "parameter")
+        before, far = index + (-STATE_SLOTS if ahead else STATE_SLOTS), Events()
+        staging = self.left["staging"]
+        yield from self._copies("update", index, reads, 1, "read", staging[before], far, ahead=ahead)
+        through = Events()
+        for update in mine:
+            one_side = self._on_cpu if update.on_cpu else self._on_device
+            yield from one_side(index, update, before, far, through)
+        staging[index] = [*staging[index], *(through or staging[before])]
+
+    def _made(self, index: int, update: Update, waited: Events, done: Events) -> Faults:
+        """The update itself."""
+        block, seconds = self.problem.blocks[index], self.bill.update_seconds(index, update)
+        name, resource = f"update {block.name}", "cpu" if update.on_cpu else "compute"
+        if not update.ahead:
+            waited = [*waited, *self.events[f"backward {block.name}", "compute"]]
+        candidates = self._of_phase(name, resource, ahead=update.ahead)
+        yield from self._need(name, resource, seconds, waited, done, candidates=candidates)
+        if update.ahead:
+            yield from self._before(done, f"forward {block.name}")
+
+    def _on_cpu(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:
+        """By the CPU, in staging slots where it cannot address the place."""
         reads = self.bill.loads(index, lambda u, role: u == update and role != "parameter")
         writes = self.bill.loads(index, lambda u, role: u == update and role != "gradient")
-        far, near, done, out, on = Events(), Events(), Events(), Events(), Events()
-        staging, device = self.left["staging"], self.left["update"]
-        yield from self._copies("update", index, reads, 1, "read", staging[before], far, ahead=ahead)
-        waited = list(far)
-        if not update.on_cpu:
-            slot = [*far, *device[before]]
-            yield from self._copies("update", index, reads, 0, "read", slot, near, ahead=ahead)
-            waited = [*near, *device[before]]
-        if not ahead:
-            waited += self.events[f"backward {block.name}", "compute"]
-            waited += self.left["arrived"][index] if update.on_cpu else []
-        resource = "cpu" if update.on_cpu else "compute"
-        seconds = self.bill.update_seconds(index, update)
-        candidates = self._of_phase(name, resource, ahead=ahead)
-        yield from self._need(name, resource, seconds, waited, done, candidates=candidates)
-        if update.on_cpu:
-            yield from self._copies("update", index, writes, 1, "write", done, on, ahead=ahead, by_cpu=True)
-            self.left["made"][index] = [*self.left["made"][index], *done, *on]
-        else:
-            full = staging[before] if self._goes_far(writes) else []
-            yield from self._copies("update", index, writes, 0, "write", [*done, *full], out, ahead=ahead)
-            yield from self._copies("update", index, writes, 1, "write", out, on, ahead=ahead)
-            device[index] = [*device[index], *done, *out]
-        through = [*(near if far else []), *(done if far and update.on_cpu else []), *on]
-        staging[index] = [*staging[index], *(through or staging[before])]
+        staged = self.left["staging"][before] if self._goes_far([*reads, *writes]) else []
+        arrived = [] if update.ahead else self.left["arrived"][index]
+        done, stored = Events(), Events()
+        yield from self._made(index, update, [*far, *arrived, *staged], done)
+        yield from self._copies(
+            "update", index, writes, 1, "write", done, stored, ahead=update.ahead, by_cpu=True
+        )
+        self.left["made"][index] = [*self.left["made"][index], *done, *stored]
+        through += [*(done if self._goes_far(reads) else []), *stored]
+
+    def _on_device(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:
+        """By the device, whose slots state passes through both ways."""
+        ahead, slot = update.ahead, self.left["update"][before]
+        reads = self.bill.loads(index, lambda u, role: u == update and role != "parameter")
+        writes = self.bill.loads(index, lambda u, role: u == update and role != "gradient")
+        near, done, out, on = Events(), Events(), Events(), Events()
+        yield from self._copies("update", index, reads, 0, "read", [*far, *slot], near, ahead=ahead)
+        yield from self._made(index, update, [*near, *(slot if reads or writes else [])], done)
+        full = self.left["staging"][before] if self._goes_far(writes) else []
+        waited = [*(done or near), *full]
         if ahead:
-            yield from self._before(done, f"forward {block.name}")
+            yield from self._before(near, f"forward {self.names[index]}")
+        else:
+            waited += self.events[f"backward {self.names[index]}", "compute"]
+        yield from self._copies("update", index, writes, 0, "write", waited, out, ahead=ahead)
+        yield from self._copies("update", index, writes, 1, "write", out, on, ahead=ahead)
+        if reads or writes:
+            self.left["update"][index] = [*self.left["update"][index], *done, *out]
+        through += [*(near if self._goes_far(reads) else []), *on]

@@ -24,6 +24,7 @@ from memtrain.planner.estimate import (
 from memtrain.planner.forecast import make_forecast
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
+from memtrain.planner.lowering.seconds import Clock
 from memtrain.planner.lowering.states import PIECES
 from memtrain.planner.lowering.tensors import Division, Fate, class_bytes, shared_bytes, transient_bytes
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
@@ -220,6 +221,20 @@ def test_attention_without_a_kernel_is_products_of_all_pairs() -> None:
     assert unfused - fused == pytest.approx(products - kernel)
 
 
+def test_without_sequence_parallelism_norms_are_done_on_every_tensor_rank() -> None:
+    def norm(degrees: Degrees) -> float:
+        one = job(degrees)
+        division = Division(estimate=ESTIMATE, shape=SHAPE, degrees=degrees)
+        return Clock(one, division).operation(
+            Operation(name="norm", module="", flops=0, read_bytes=0, written_bytes=RESIDUAL),
+            PART,
+            backward=False,
+        )
+
+    assert norm(Degrees(tensor=2, sequence_parallel=False)) == norm(ALONE)
+    assert norm(Degrees(tensor=2)) == norm(ALONE) / 2
+
+
 def test_recompute_costs_what_leads_to_a_class_and_no_more() -> None:
     one = problem_of(job(chunks=4)).blocks[1]
     device = setup().accelerator
@@ -309,6 +324,33 @@ def test_only_copies_of_the_gpu_are_limited_by_its_bus() -> None:
     assert far.read_bytes_per_second == pytest.approx(56e9)
 
 
+def test_what_the_prologue_saves_is_held_all_step_long_by_the_stage_that_has_it() -> None:
+    bare = dataclasses.replace(EDGE, saved=(), lifetimes=EDGE.lifetimes[1:])
+    without = dataclasses.replace(ESTIMATE, prologue=bare)
+    for degrees, stage, micro_batches, held in (
+        (ALONE, 0, 1, 1),
+        (Degrees(pipeline=2), 0, 4, 2),
+        (Degrees(pipeline=2), 1, 4, 0),
+    ):
+        reserved = [
+            problem_of(job(degrees, stage=stage, micro_batches=micro_batches, estimate=one)).reserved_bytes
+            for one in (without, ESTIMATE)
+        ]
+        assert reserved[1] - reserved[0] == held * RESIDUAL
+
+
+def test_a_tied_head_is_a_copy_on_the_last_stage() -> None:
+    def weights(degrees: Degrees, estimate: ModelEstimate) -> int:
+        last = problem_of(job(degrees, stage=degrees.pipeline - 1, estimate=estimate)).blocks[-1]
+        return sum(s.piece_bytes * PIECES for s in last.states if s.role is Role.PARAMETER)
+
+    own = dataclasses.replace(ESTIMATE.units[-1], parameters=(parameter("head", 64, HIDDEN),))
+    untied = dataclasses.replace(ESTIMATE, units=(*ESTIMATE.units[:-1], own))
+    assert weights(ALONE, ESTIMATE) == 0
+    assert weights(Degrees(pipeline=2), ESTIMATE) == pytest.approx(100 * HIDDEN * 2, abs=PIECES)
+    assert weights(Degrees(pipeline=2), untied) == pytest.approx(64 * HIDDEN * 2, abs=PIECES)
+
+
 def test_a_pipeline_stage_has_its_blocks_and_only_the_ends_have_embedding_and_loss() -> None:
     degrees = Degrees(pipeline=2)
     names = [[b.name for b in problem_of(job(degrees, stage=stage)).blocks] for stage in (0, 1)]
@@ -362,6 +404,7 @@ def test_model_flops_count_attention_under_its_mask_three_times_and_no_recompute
     ("changes", "message"),
     [
         ({"micro_batches": 0}, "micro_batches must be at least 1, got 0"),
+        ({"shape": dataclasses.replace(SHAPE, layers=4)}, "shape has 4 layers and the estimate 2 blocks"),
         ({"stage": 1}, "stage 1 of a pipeline of 1"),
         ({"degrees": Degrees(data=3), "setup": setup(2)}, "3 GPUs do not fill hosts of 2"),
         ({"degrees": Degrees(data=4), "setup": setup(2)}, "no network between them"),

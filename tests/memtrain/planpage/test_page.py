@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -8,7 +9,7 @@ import pytest
 
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.plan import BlockPlan, RangePlan, Relaxation, make_plan
-from memtrain.planpage import PageInput, render
+from memtrain.planpage import Alternative, PageInput, render
 from tests.memtrain.planpage.samples import GIB, chain, changed, decided, page_of, sample
 from tests.planner.ranges.small import block, problem
 
@@ -85,8 +86,9 @@ def test_answers_come_first() -> None:
     said = words(sample())
     one = sample()
     peak = one.plan.peaks[0]
-    margin = (peak.capacity_bytes - peak.size_bytes) / GIB
-    assert said.index(f"Fits. {margin:.3f} GiB of device memory to spare.") < said.index("What lies where")
+    left = peak.capacity_bytes - peak.size_bytes
+    verdict = f"Fits. {left / GIB:.3f} GiB ({left:,} bytes) of device memory to spare."
+    assert said.index(verdict) < said.index("What lies where")
     for answer in (
         "25.0 % slower than",
         "12,346 tokens/s",
@@ -139,7 +141,8 @@ def short_plan() -> tuple[PageInput, RangePlan]:
         Relaxation(what="sequence", share=0.75),
     )
     plan = decided(one, status="infeasible", relaxations=found)
-    return page_of(one, plan), plan
+    nothing = (Alternative(name="keep all", step_seconds=math.inf, why_not="device short by 3.000 GiB"),)
+    return page_of(one, plan, ablation=nothing), plan
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would_help() -> None:
@@ -151,7 +154,10 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help() -> None:
     assert "device: 3.000 GiB more (3,221,225,472 bytes)" in said
     assert "allow codec int4 (lossy)" in said
     assert "a shorter sequence: 75.0 % of this one fits" in said
-    assert "lower bound" not in said
+    assert "Proved: no plan of this problem stays within every limit." in said
+    # The plan of least memory is not the fastest one: of its speed nothing is said.
+    assert all(word not in said for word in ("lower bound", "MFU", "tokens/s", "unlimited"))
+    assert "this plan does not fit keep all does not fit device short" in said
 
 
 def test_a_plan_without_decisions_is_drawn() -> None:
