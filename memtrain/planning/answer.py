@@ -164,16 +164,21 @@ def reach_of(jobs: Jobs, axis: Axis) -> Reach:
     """The longest sequence or the largest micro-batch for which a plan exists."""
     work = jobs.request.work
 
-    def sequence_fits(sequence: int) -> bool:
-        return feasible(problem_of(jobs.job(sequence, work.micro_batch)))
-
-    def batch_fits(micro_batch: int) -> bool:
-        return feasible(problem_of(jobs.job(work.sequence, micro_batch)))
+    def fits(sequence: int, micro_batch: int) -> bool:
+        try:
+            return feasible(problem_of(jobs.job(sequence, micro_batch)))
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
     if axis == "batch":
-        return furthest(batch_fits, unit=1, start=work.micro_batch, most=MOST_BATCH)
+        jobs.check(work.sequence)
+        return furthest(
+            lambda size: fits(work.sequence, size), unit=1, start=work.micro_batch, most=MOST_BATCH
+        )
     unit = sequence_unit(jobs.request.degrees, _FINEST_SEQUENCE)
-    return furthest(sequence_fits, unit=unit, start=work.sequence, most=MOST_TOKENS)
+    return furthest(
+        lambda size: fits(size, work.micro_batch), unit=unit, start=work.sequence, most=MOST_TOKENS
+    )
 
 
 def sweep_of(jobs: Jobs, sweep: Sweep, tell: Callable[[Point], None]) -> tuple[Point, ...]:
