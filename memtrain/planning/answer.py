@@ -12,6 +12,7 @@ from memtrain.planner.explain import Explanation, explain
 from memtrain.planner.forecast import Forecast, make_forecast
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.ranges.baselines import baselines
+from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.solve import SolveOptions, Undecided
 from memtrain.planner.search import Reach, feasible, furthest, sequence_unit
@@ -134,13 +135,20 @@ def _forecast(jobs: Jobs, sequence: int, micro_batch: int) -> Forecast:
     job = jobs.job(sequence, micro_batch)
     search = jobs.request.search
     try:
-        return make_forecast(
+        forecast = make_forecast(
             job, SolveOptions(seconds=search.seconds, gap=search.gap, offered=jobs.offered())
         )
     except ValueError as error:
         raise PlanError(str(error)) from error
     except Undecided as error:
         raise PlanError(f"{error} (--seconds, now {search.seconds:g})") from error
+    faults = check(forecast.plan, forecast.problem)
+    if faults:
+        said = "; ".join(f"{fault.rule}: {fault.message}" for fault in faults[:3])
+        raise PlanError(
+            f"the plan breaks its own rules, which is a fault of memtrain's, please report it: {said}"
+        )
+    return forecast
 
 
 def _explanation(forecast: Forecast, block: str) -> Explanation:

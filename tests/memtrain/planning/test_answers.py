@@ -44,7 +44,8 @@ def test_sections_follow(tight: Answer) -> None:
     text = text_of(tight, sources=True)
     headings = [
         "bytes, in GiB, of each place at its fullest",
-        "what blocks save for backward",
+        "what all blocks save for backward",
+        "block by block",
         "weights, gradients, optimizer state",
         "certificate",
         "the same job under other rules",

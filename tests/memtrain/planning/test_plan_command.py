@@ -53,6 +53,10 @@ def test_files_are_written_and_standard_output_stays_clean(
     document = json.loads(captured.out)
     plan = RangePlan.from_json((tmp_path / "plan.json").read_text())
     assert plan.digest == document["certificate"]["plan_hash"]
+    with pytest.raises(SystemExit) as end:
+        main(["validate", str(tmp_path / "plan.json")])
+    assert not end.value.code
+    assert f"unchanged: optimal, {plan.step_seconds:.3g} s" in capsys.readouterr().out
     assert load_recipe(tmp_path / "run" / "recipe.yaml").data.sequence_length == 256
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "accelerate.yaml",
