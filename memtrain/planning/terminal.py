@@ -162,6 +162,8 @@ def relaxation_text(one: Relaxation, sequence: int) -> str:
         return f"{one.what}: {format_gib(one.missing_bytes, 2)} ({one.missing_bytes:,} bytes) more"
     if one.what == "sequence":
         return f"a sequence of {int(one.share * sequence)} tokens"
+    if one.what == "batch":
+        return f"{100 * one.share:.0f} % of the sequences of a micro-batch"
     return f"{one.what}, which is lossy: --allow-lossy {one.what.removeprefix('codec ')}"
 
 

@@ -77,7 +77,7 @@ def problem_of(job: Job) -> Problem:
         job=job,
         division=division,
         clock=clock,
-        machine=machine_of(job.setup),
+        machine=machine_of(job.setup, chunks=job.chunks),
         traffic=clock.traffic_of_block(),
     )
     blocks, buffers = [], 0
@@ -104,6 +104,7 @@ def problem_of(job: Job) -> Problem:
         updates=updates,
         micro_batches=job.micro_batches,
         in_flight=job.in_flight,
+        sequences=job.estimate.batch,
     )
 
 

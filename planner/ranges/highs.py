@@ -23,6 +23,8 @@ BOUND_TOLERANCE = 1e-6
 """HiGHS proves within its tolerances: this part of a bound is given away."""
 FEASIBILITY_TOLERANCE = 1e-6
 """HiGHS's own, of a row of a mixed-integer program."""
+DUAL_TOLERANCE = 1e-7
+"""HiGHS's own, of a linear program."""
 FEASIBLE = 2
 """``kSolutionStatusFeasible``."""
 
@@ -37,7 +39,7 @@ class Found:
     status: str
     """HiGHS's own word: ``Optimal``, ``Infeasible``, ``Time limit reached`` ..."""
     bound: float
-    """Nothing within the run's bounds is smaller; -inf when nothing is proved, inf when nothing exists."""
+    """Nothing within the run's bounds is smaller; 0 or less when nothing is proved, inf where nothing is."""
     objective: float
     """Of the best solution; inf when none was found."""
     values: tuple[float, ...]
@@ -123,6 +125,13 @@ class Solver:
         lowered = size_bytes / self.program.byte_scale + 2 * FEASIBILITY_TOLERANCE
         self._lowered[name] = self._lowered.get(name, 0.0) + lowered
         self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb() - self._lowered[name])
+
+    def binding(self) -> tuple[str, ...]:
+        """Rows of bytes that hold the last relaxation back: with a little more room it would be better."""
+        duals = self._highs.getSolution().row_dual
+        return tuple(
+            name for name, row in self.program.limits.items() if abs(duals[row.index]) > DUAL_TOLERANCE
+        )
 
     def loosen(self) -> None:
         """Give every row of bytes its own limit back."""

@@ -22,8 +22,8 @@ class Hop:
     read_bytes_per_second: float
     """Towards the device."""
     mixed_bytes_per_second: float | None = None
-    """What both directions together move at most; None where they do not slow each other. A property of the
-    link: all its hops say the same. ``Machine.shares`` says how it is kept."""
+    """What both directions together move while both are in use; None where they do not slow each other. Over
+    several hops of a link it is the largest of theirs. ``Machine.shares`` says how it is kept."""
     latency_seconds: float = 0.0
     """Of one copy, beside its bytes. Every chunk and every piece of state is a copy; ranges that are copied
     as a whole are faster, by a latency for each chunk but one."""
@@ -34,11 +34,10 @@ class Hop:
                 raise ValueError(
                     f"link {self.link}: {name} must be finite and > 0, got {getattr(self, name)}"
                 )
-        fastest = max(self.write_bytes_per_second, self.read_bytes_per_second)
-        if self.mixed_bytes_per_second is not None and not fastest <= self.mixed_bytes_per_second < math.inf:
+        if self.mixed_bytes_per_second is not None and not 0 < self.mixed_bytes_per_second < math.inf:
             raise ValueError(
-                f"link {self.link}: mixed_bytes_per_second must be finite and at least that of either "
-                f"direction, {fastest}, got {self.mixed_bytes_per_second}"
+                f"link {self.link}: mixed_bytes_per_second must be finite and > 0, or None, "
+                f"got {self.mixed_bytes_per_second}"
             )
         if not 0 <= self.latency_seconds < math.inf:
             raise ValueError(
@@ -98,9 +97,6 @@ class Machine:
             raise ValueError(f"two places share a name: {names}")
         if self.device_capacity_bytes < 0:
             raise ValueError(f"device_capacity_bytes must be >= 0, got {self.device_capacity_bytes}")
-        for link in self.links:
-            if len({hop.mixed_bytes_per_second for hop in self._hops(link)}) > 1:
-                raise ValueError(f"link {link}: its hops differ in mixed_bytes_per_second")
         if self.places and (self.slots < 1 or self.forwarding_slots < 1):
             raise ValueError(
                 "places can be reached through slots only: slots and forwarding_slots must be >= 1"
@@ -119,25 +115,34 @@ class Machine:
                 return place
         raise KeyError(f"no place {name!r}; there are {[p.name for p in self.places]}")
 
-    def shares(self, link: str) -> tuple[float, float]:
-        """What each direction of ``link`` may use, written and read, while the other is in use.
+    def shares(self, hop: Hop) -> tuple[float, float]:
+        """Bytes per second that each direction of ``hop`` may use, written and read, while both are in use.
 
-        Queues whose speeds depend on each other are not linear. So the link's mixed bandwidth is divided once
-        and for all, in the proportion of what the directions reach alone. Together they never move more; one
-        alone could be faster, at most by ``(write + read) / mixed``, which is 2 where a link moves no more
-        both ways than one way.
+        Queues whose speeds depend on each other are not linear. So mixed bandwidth is divided once and for
+        all, in the proportion of what the directions reach alone: within the hop, and within its link for all
+        hops alike. Together they never move more. One alone could be faster, at most by
+        ``(write + read) / mixed``: 2 where a link moves no more both ways than one way.
         """
-        hops = self._hops(link)
-        write = max(hop.write_bytes_per_second for hop in hops)
-        read = max(hop.read_bytes_per_second for hop in hops)
-        mixed = hops[0].mixed_bytes_per_second
-        part = 1.0 if mixed is None else min(1.0, mixed / (write + read))
-        return write * part, read * part
-
-    def _hops(self, link: str) -> list[Hop]:
-        return [hop for place in self.places for hop in place.hops if hop.link == link]
+        hops = [h for place in self.places for h in place.hops if h.link == hop.link]
+        write = max(h.write_bytes_per_second for h in hops)
+        read = max(h.read_bytes_per_second for h in hops)
+        of_link = _part(write, read, max(_mixed(h) for h in hops))
+        own = _part(hop.write_bytes_per_second, hop.read_bytes_per_second, _mixed(hop))
+        return (
+            min(hop.write_bytes_per_second * own, write * of_link),
+            min(hop.read_bytes_per_second * own, read * of_link),
+        )
 
     @property
     def links(self) -> tuple[str, ...]:
         """Names of all links, in the order of their first mention."""
         return tuple(dict.fromkeys(hop.link for place in self.places for hop in place.hops))
+
+
+def _mixed(hop: Hop) -> float:
+    return math.inf if hop.mixed_bytes_per_second is None else hop.mixed_bytes_per_second
+
+
+def _part(write: float, read: float, mixed: float) -> float:
+    """Of both rates, what is left of them when they share ``mixed``."""
+    return min(1.0, mixed / (write + read))

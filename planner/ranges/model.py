@@ -205,6 +205,8 @@ class Problem:
     in_flight: int = 1
     """Micro-batches whose saved tensors are held at once: a stage of a 1F1B pipeline holds as many as there
     are stages from it to the last. What a pipeline waits for is not in the step."""
+    sequences: int = 1
+    """In a micro-batch: where nothing fits, fewer are looked at."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
@@ -215,6 +217,8 @@ class Problem:
             raise ValueError(f"blocks need names of their own, {twice} stand there twice")
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be >= 1, got {self.micro_batches}")
+        if self.sequences < 1:
+            raise ValueError(f"sequences must be >= 1, got {self.sequences}")
         if not 1 <= self.in_flight <= self.micro_batches:
             raise ValueError(
                 f"in_flight must lie between 1 and the {self.micro_batches} micro_batches of the step, "
@@ -264,13 +268,10 @@ class Problem:
 
     def rates(self) -> dict[Hop, tuple[float, float]]:
         """Bytes per second of every hop, written and read; on two-way links within their shares."""
-        two_way, found = self.two_way_links, {}
+        two_way, found = self.two_way_links, dict[Hop, tuple[float, float]]()
         for hop in (hop for place in self.machine.places for hop in place.hops):
-            write, read = hop.write_bytes_per_second, hop.read_bytes_per_second
-            if hop.link in two_way:
-                most_written, most_read = self.machine.shares(hop.link)
-                write, read = min(write, most_written), min(read, most_read)
-            found[hop] = write, read
+            alone = hop.write_bytes_per_second, hop.read_bytes_per_second
+            found[hop] = self.machine.shares(hop) if hop.link in two_way else alone
         return found
 
 

@@ -56,15 +56,28 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Binding:
+    """A limit that holds the smallest plan back: were it a little wider, less would be missing."""
+
+    limit: str
+    """``device``, a place, or ``bytes written to`` a place."""
+    position: str
+    """``forward layers.3``, ``backward layers.3`` or ``step``."""
+    size_bytes: int
+    """What the smallest plan puts there."""
+    limit_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Relaxation:
     """One change that alone makes an impossible problem possible."""
 
     what: str
-    """``device``, a place, ``codec NAME`` or ``sequence``."""
+    """``device``, a place, ``bytes written to`` a place, ``codec NAME``, ``batch`` or ``sequence``."""
     missing_bytes: int = 0
-    """More of a place: how many bytes."""
+    """More of a limit: how many bytes."""
     share: float = 1.0
-    """Of the sequence, the longest that fits."""
+    """Of the batch or the sequence, the largest that fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +86,8 @@ class RangePlan:
 
     status: str
     """``optimal`` (within the wanted gap), ``gap`` (proved, but above it), ``heuristic`` (nothing proved) or
-    ``infeasible`` (the plan is that of the smallest device memory)."""
+    ``infeasible`` (the plan is that of the smallest device memory or, where no device is large enough, that
+    which exceeds all limits together by the least)."""
     step_seconds: float
     lower_bound_seconds: float
     gap: float
@@ -87,7 +101,9 @@ class RangePlan:
     peaks: tuple[Peak, ...]
     moved_bytes: int
     relaxations: tuple[Relaxation, ...] = ()
-    """Infeasible only, the cheapest first; ``peaks`` says what binds."""
+    """Infeasible only, the cheapest first."""
+    binding: tuple[Binding, ...] = ()
+    """Infeasible only: the limits that conflict, in the plan that needs the least more."""
     problem_digest: str = ""
     version: int = PLAN_VERSION
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -128,6 +144,7 @@ class RangePlan:
                 ("parts", PartTime),
                 ("peaks", Peak),
                 ("relaxations", Relaxation),
+                ("binding", Binding),
             ):
                 data[name] = tuple(kind(**item) for item in data[name])
             plan = cls(**data, provenance=document["provenance"])

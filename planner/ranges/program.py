@@ -11,7 +11,7 @@ bytes by the simulator, never believed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pulp
@@ -40,13 +40,13 @@ class Program:
     """Rows of bytes by their name in the formulation."""
 
 
-def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
+def build(formulated: Formulated, *, shortage_of: str | Sequence[str] | None = None) -> Program:
     """The program of least step time.
 
     Args:
         formulated: what is decided.
-        shortage_of: instead, the program of the least bytes by which the capacity of this place must grow;
-            events are left out.
+        shortage_of: instead, the program of the least bytes by which this limit must grow (``limit_of``), or
+            these must together; ``step`` is those bytes, and events are left out.
     """
     form = formulated.form
     byte_scale = max(1.0, formulated.problem.machine.device_capacity_bytes / SCALED_CAPACITY)
@@ -57,19 +57,26 @@ def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
     ]
     step = problem.add_variable("step", 0)
     program = Program(problem, variables, step, 0.0, byte_scale)
-    relaxed = {
-        f"{p.name} on {p.place}" for p in form.positions if shortage_of is not None and p.place == shortage_of
-    }
-    _rows(program, form, relaxed)
-    if shortage_of is None:
+    growing = (shortage_of,) if isinstance(shortage_of, str) else tuple(shortage_of or ())
+    alone = len(growing) == 1
+    more = {name: step if alone else problem.add_variable(f"more{i}", 0) for i, name in enumerate(growing)}
+    _rows(program, form, more)
+    if not growing:
         _events(program, form)
         most = _most(form, form.moved_bytes)
         weight = TIE_BREAK * formulated.problem.compute_seconds / most if most else 0.0
         program.tie_break_seconds = weight * most
         problem.setObjective(step + _expression(program, form, form.moved_bytes, weight))
     else:
+        if not alone:
+            problem.addConstraint(step - pulp.lpSum(more.values()) == 0)
         problem.setObjective(step + 0)
     return program
+
+
+def limit_of(row: str) -> str:
+    """What must grow where the row of this name is too full: a place, or ``bytes written to`` a place."""
+    return row.rpartition(" on ")[2]
 
 
 def _most(form: Formulation, expression: Linear) -> float:
@@ -91,14 +98,14 @@ def _expression(
     return pulp.LpAffineExpression(pairs, constant=expression.constant * times)
 
 
-def _rows(program: Program, form: Formulation, relaxed: set[str]) -> None:
+def _rows(program: Program, form: Formulation, more: Mapping[str, pulp.LpVariable]) -> None:
     scale = 1.0 / program.byte_scale
 
     def add(row: Row) -> None:
         factor = scale if row.unit is Unit.BYTES else 1.0
         left = _expression(program, form, row.expression, factor)
-        if row.name in relaxed:
-            left = left - program.step
+        if row.unit is Unit.BYTES and limit_of(row.name) in more:
+            left = left - more[limit_of(row.name)]
         limit = row.limit * factor
         constraint = left == limit if row.equal else left <= limit
         program.problem.addConstraint(constraint)

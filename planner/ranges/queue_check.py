@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ class Transfer:
     upward: bool
     """Whether copies of this kind go through the blocks from the first to the last."""
     size_bytes: int
+    places: tuple[str, ...]
+    """Which the bytes go to or come from."""
 
 
 def queue_faults(plan: RangePlan, problem: Problem, transfers: Sequence[Transfer]) -> Faults:
@@ -79,22 +82,23 @@ def _in_order(transfers: Sequence[Transfer]) -> Faults:
 
 
 def _bandwidth(problem: Problem, transfers: Sequence[Transfer]) -> Faults:
-    """Where a link's directions slow each other, what both move at once."""
-    mixed = {
-        hop.link: hop.mixed_bytes_per_second
-        for place in problem.machine.places
-        for hop in place.hops
-        if hop.mixed_bytes_per_second is not None
-    }
+    """Where a link's directions slow each other, what both move at once: over one hop, and over several."""
+    most: dict[str, dict[str, float]] = defaultdict(dict)
+    for place in problem.machine.places:
+        for hop in place.hops:
+            mixed = hop.mixed_bytes_per_second
+            most[hop.link][place.name] = math.inf if mixed is None else mixed
     by_queue: dict[str, list[Transfer]] = defaultdict(list)
     for one in transfers:
         by_queue[one.event.resource].append(one)
-    for link, most in mixed.items():
+    for link, limits in most.items():
         for out, back in _overlapping(by_queue[f"write:{link}"], by_queue[f"read:{link}"]):
-            rate = _rate(out) + _rate(back)
-            if rate > most * (1 + 1e-9):
+            rate, limit = _rate(out) + _rate(back), max(limits.values())
+            if out.places == back.places and len(out.places) == 1:
+                limit = limits[out.places[0]]
+            if rate > limit * (1 + 1e-9):
                 names = f"{out.event.name} and {back.event.name}"
-                yield "BANDWIDTH", f"{link}: {names} move {rate:.6g} B/s at once, {most:.6g} are possible"
+                yield "BANDWIDTH", f"{link}: {names} move {rate:.6g} B/s at once, {limit:.6g} are possible"
 
 
 def _overlapping(first: list[Transfer], second: list[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:

@@ -174,8 +174,7 @@ class _MicroBatch:
         out = self._copy(f"gradient {name}", gradients, 0, (self._backward[index], *staged), read=False)
         on = self._copy(f"gradient {name}", gradients, 1, out, read=False)
         if self.first:
-            updated, stored, _ = self._update(index, out, ahead=False)
-            used = (*updated, *stored)
+            used, _, _ = self._update(index, out, ahead=False)
         else:
             used = self._add_gradients(index, out)
         self._gradient_left[index] = out or slot
@@ -242,10 +241,11 @@ class _MicroBatch:
         out = states.update_writes(index, ahead=ahead, on_cpu=False)
         seconds = states.device_seconds(index, ahead=ahead).plus(self._moving(reads, out))
         waited = (*near, *(() if ahead else (self._backward[index],)), *slot)
-        stepped = self._work(name, COMPUTE, seconds, waited) or waited
+        by_device = self._work(name, COMPUTE, seconds, waited)
+        stepped = by_device or waited
         written = self._copy(name, out, 0, (*stepped, *staged), read=False)
         on = self._copy(name, out, 1, written, read=False)
         through = (*(near if far else ()), *(on_cpu if far or stored else ()), *stored, *on)
         self._staging_left[index] = (*self._staging_left.get(index, ()), *(through or staged))
         self._device_left[index] = (*self._device_left.get(index, ()), *stepped, *written)
-        return on_cpu, stored, stepped
+        return on_cpu, stored, by_device or near

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from memtrain.planner.ranges.baselines import Baseline, baselines
 from memtrain.planner.ranges.child import search_in_child
 from memtrain.planner.ranges.formulate import Formulated, formulate
-from memtrain.planner.ranges.infeasible import least_shortage, relaxations
-from memtrain.planner.ranges.model import DEVICE, Codec, Problem
+from memtrain.planner.ranges.infeasible import relaxations, smallest
+from memtrain.planner.ranges.model import Codec, Problem
 from memtrain.planner.ranges.plan import RangePlan, make_plan
 from memtrain.planner.ranges.search import Answer, search
 
@@ -55,7 +55,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     """The fastest plan found that fits, and a lower bound on what any plan can reach.
 
     A problem in which nothing fits is an answer, not an error: ``status`` is ``infeasible``, the plan is that
-    of the smallest device memory, and ``relaxations`` says what would help.
+    of the smallest device memory, ``binding`` says what holds it back and ``relaxations`` what would help.
 
     Raises:
         ValueError: the problem contradicts itself (see ``formulate.formulate``).
@@ -106,16 +106,18 @@ def _search(formulated: Formulated, best: Baseline, options: SolveOptions, began
 
 
 def _infeasible(formulated: Formulated, options: SolveOptions, provenance: dict[str, object]) -> RangePlan:
-    nearest = least_shortage(formulated, DEVICE)
-    decisions = nearest[1] if nearest else formulated.decisions({})
+    nearest = smallest(formulated)
+    if nearest is None:
+        raise Undecided("nothing fits, and what comes nearest was not found in time")
     found = tuple(relaxations(formulated.problem, options.offered, time.monotonic() + EXPLAIN_SECONDS))
     return make_plan(
         formulated,
-        decisions,
+        nearest.decisions,
         status="infeasible",
         lower_bound_seconds=0.0,
         gap=0.0,
         solver="none: nothing fits",
         relaxations=found,
+        binding=nearest.binding,
         provenance=provenance,
     )

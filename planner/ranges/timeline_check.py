@@ -116,7 +116,8 @@ class _Part:
             yield "DURATION", f"{name} takes {took:.9f} s on {resource}, at least {least:.9f} s are needed"
         for other in after if least > 0 else ():
             if event.start_seconds < other.end_seconds - ROUNDING_SECONDS:
-                yield "DEPENDENCY", f"{name} on {resource} starts before {other.name} is over"
+                over = f"{other.name} on {other.resource} is over"
+                yield "DEPENDENCY", f"{name} on {resource} starts before {over}"
         made.append(event)
 
     def _copies(
@@ -140,14 +141,21 @@ class _Part:
         words = [way, kind, self.names[index], "by cpu" if by_cpu else ""]
         name, waited = " ".join(word for word in words if word), list(after)
         upward = {"": way == "write", "parameters": True, "gradient": False, "update": bool(ahead)}[kind]
-        for resource, (least, size) in self._least(loads, hop, way).items():
+        for resource, (least, size, places) in self._least(loads, hop, way).items():
             candidates, found = None, Events()
             if ahead is not None:
                 candidates = self._of_phase(name, resource, ahead=ahead)
             yield from self._need(name, resource, least, waited, found, candidates=candidates)
             self.transfers += [
-                Transfer(event=e, kind=f"{way} {kind}{words[3]}", block=index, upward=upward, size_bytes=size)
-                for e in found
+                Transfer(
+                    event=event,
+                    kind=f"{way} {kind}{words[3]}",
+                    block=index,
+                    upward=upward,
+                    size_bytes=size,
+                    places=places,
+                )
+                for event in found
             ]
             made += found
 
@@ -158,18 +166,19 @@ class _Part:
             return [events[0 if ahead else 1]]
         return events
 
-    def _least(self, loads: Loads, hop: int, way: str) -> dict[str, tuple[float, int]]:
-        """Least seconds and bytes by queue for what goes to or comes from places by their ``hop``-th copy."""
-        seconds: dict[str, float] = defaultdict(float)
-        total: dict[str, int] = defaultdict(int)
+    def _least(self, loads: Loads, hop: int, way: str) -> dict[str, tuple[float, int, tuple[str, ...]]]:
+        """By queue, for what goes to or comes from places by their ``hop``-th copy: least seconds, bytes, and
+        the places."""
+        found: dict[str, tuple[float, int, tuple[str, ...]]] = {}
         for place, (size, copies) in loads.items():
             hops = self.machine.place(place).hops if place != DEVICE else ()
             if hop < len(hops) and size:
                 rate = hops[hop].write_bytes_per_second if way == "write" else hops[hop].read_bytes_per_second
                 queue = f"{way}:{hops[hop].link}"
-                seconds[queue] += size / rate + copies * hops[hop].latency_seconds
-                total[queue] += size
-        return {queue: (seconds[queue], total[queue]) for queue in seconds}
+                seconds, total, places = found.get(queue, (0.0, 0, ()))
+                seconds += size / rate + copies * hops[hop].latency_seconds
+                found[queue] = seconds, total + size, tuple(sorted({*places, place}))
+        return found
 
     def _before(self, events: Iterable[Event], use: str) -> Faults:
         for event, after in itertools.product(events, self.events[use, "compute"]):
@@ -252,9 +261,10 @@ class _Part:
         staged = self.left["staging"][index - STATE_SLOTS]
         before = index - self.machine.slots
         slot = self.events[f"forward {self.names[before]}", "compute"] if before >= 0 else []
-        made = self.left["made"][index]
-        yield from self._copies("parameters", index, loads, 1, "read", [*staged, *slot, *made], far)
-        yield from self._copies("parameters", index, loads, 0, "read", [*far, *slot], near)
+        made = [*slot, *self.left["made"][index]]
+        full = [*staged, *made, *self.left["stored"][index]]
+        yield from self._copies("parameters", index, loads, 1, "read", full, far)
+        yield from self._copies("parameters", index, loads, 0, "read", [*far, *made], near)
         if far:
             self.left["staging"][index] = [*self.left["staging"][index], *near]
         yield from self._before(near, f"forward {name}")
@@ -327,7 +337,10 @@ class _Part:
         yield from self._copies(
             "update", index, writes, 1, "write", done, stored, ahead=update.ahead, by_cpu=True
         )
-        self.left["made"][index] = [*self.left["made"][index], *done, *stored]
+        self.left["made"][index], self.left["stored"][index] = done, stored
+        if arrived:
+            ring = self.left["gradient staging"]
+            ring[index] = [*ring[index], *done]
         through += [*(done if self._goes_far(reads) else []), *stored]
 
     def _on_device(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:

@@ -449,3 +449,14 @@ def test_micro_batches_repeat_the_step_and_a_pipelines_first_stage_holds_several
     # All micro-batches, and the pipeline's idle time: (p - 1) / m of it.
     forecast = make_forecast(job(Degrees(pipeline=2), micro_batches=3), SolveOptions(isolated=False))
     assert forecast.step_seconds == pytest.approx(forecast.plan.step_seconds * (1 + 1 / 3))
+
+
+def test_a_disk_does_one_thing_at_a_time_and_each_chunk_pays_its_share_of_a_latency() -> None:
+    machine = problem_of(job(setup=machine_for("rtx-4090", dram="64GiB", nvme="4TB@6GB/s,2GB/s"))).machine
+    bus, disk = machine.place("nvme").hops
+    # Both directions together at most what the faster moves alone, in the proportion of the two.
+    assert machine.shares(disk.link) == pytest.approx((1.5e9, 4.5e9))
+    assert machine.shares(bus.link) == (bus.write_bytes_per_second, bus.read_bytes_per_second)
+    preset = machine_for("rtx-4090", dram="64GiB").host_link.latency_seconds
+    assert preset is not None
+    assert bus.latency_seconds == preset.value / 16

@@ -20,7 +20,7 @@ from memtrain.planner.step_buffers import Step
 from memtrain.planner.traced_step import step_of
 from memtrain.planner.tracing import fake_model
 from memtrain.planner.tracing.estimator import estimate_config, estimate_module
-from memtrain.planner.tracing.grouped_products import GroupedProducts
+from memtrain.planner.tracing.kernel_shapes import KernelShapes
 from memtrain.planner.tracing.recorder import Recorder, storage_key
 from tests.planner.tracing_models import CONFIGS, ROWS, TOKENS
 
@@ -54,7 +54,7 @@ class Turn(torch.autograd.Function):
 
 def run_at_once(config: dict[str, Any], dtype: torch.dtype) -> tuple[list[str], list[int]]:
     """Operators of the whole model's forward and backward, and the bytes alive during each."""
-    with FakeTensorMode(), GroupedProducts():
+    with FakeTensorMode(), KernelShapes(on_gpu=False):
         model = fake_model.build(fake_model.read_config(config), dtype, "default")
         batch = fake_model.token_batch(ROWS, TOKENS)
         outside = (*model.parameters(), *model.buffers(), *batch.values())

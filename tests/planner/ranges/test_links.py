@@ -112,14 +112,21 @@ def test_a_link_that_is_first_and_second_hop_goes_both_ways() -> None:
 
 
 def test_hops_of_one_link_share_it() -> None:
-    """The faster hop sets the shares, 20 to 10 of 24; the slower one is within its share or held to it."""
-    fast, slow = shared("pcie", 20.0, 10.0, 24.0), shared("pcie", 18.0, 4.0, 24.0)
-    machine = Machine(
-        device_capacity_bytes=1, places=(place("host", 1, fast), place("cxl", 1, slow)), staging="host"
+    """The bus moves 20 out and 10 in, 24 together: 16 and 8. Behind it an expander of 8 and 8, 12 together:
+    6 and 6; one that reads as it writes is held to the bus's share of reads, 8."""
+    bus, slow, even = (
+        shared("pcie", 20.0, 10.0, 24.0),
+        shared("pcie", 8.0, 8.0, 12.0),
+        shared("pcie", 10.0, 10.0, 20.0),
     )
-    assert machine.shares("pcie") == (16.0, 8.0)
-    blocks = (block(0, states=states(("host", "cxl"), ("host",), ("host",))),)
-    assert Problem(blocks=blocks, machine=machine).rates() == {fast: (16.0, 8.0), slow: (16.0, 4.0)}
+    places = (place("host", 1, bus), place("cxl0", 1, slow), place("cxl1", 1, even))
+    machine = Machine(device_capacity_bytes=1, places=places, staging="host")
+    blocks = (block(0, states=states(("host", "cxl0", "cxl1"), ("host",), ("host",))),)
+    assert Problem(blocks=blocks, machine=machine).rates() == {
+        bus: (16.0, 8.0),
+        slow: (6.0, 6.0),
+        even: (10.0, 8.0),
+    }
 
 
 @SLOW
@@ -137,7 +144,7 @@ def test_tensors_never_use_both_ways_at_once(one: Problem, seed: int) -> None:
 
 
 @SLOW
-@given(stateful_problems(), st.integers(0, 10**6), st.sampled_from([1.0, 1.3, 1.9]))
+@given(stateful_problems(), st.integers(0, 10**6), st.sampled_from([0.6, 1.0, 1.9]))
 def test_never_more_than_a_link_can_move(one: Problem, seed: int, factor: float) -> None:
     """The checker, which adds up what both directions move at once, finds nothing."""
 
@@ -151,16 +158,14 @@ def test_never_more_than_a_link_can_move(one: Problem, seed: int, factor: float)
     decisions = some_decisions(formulated, seed)
     plan = make_plan(formulated, decisions, **FIELDS)
     assert check(plan, tight) == []
-    # No more is lost than the two directions together could have been faster.
+    # No more is lost than one direction alone could have been faster.
     roomy = simulate(formulate(one), decisions).step_seconds
     assert roomy <= plan.step_seconds + 1e-6
-    assert plan.step_seconds <= roomy * 2 / factor + 1e-6
+    assert plan.step_seconds <= roomy * max(1.0, 2 / factor) + 1e-6
 
 
 def test_links_are_validated() -> None:
-    with pytest.raises(ValueError, match=r"at least that of either direction, 10\.0, got 9"):
-        shared("pcie", 10.0, 5.0, 9.0)
+    with pytest.raises(ValueError, match="mixed_bytes_per_second must be finite and > 0, or None, got 0"):
+        shared("pcie", 10.0, 5.0, 0.0)
     with pytest.raises(ValueError, match="latency_seconds must be finite and >= 0, got -1"):
         dataclasses.replace(hop("pcie"), latency_seconds=-1.0)
-    with pytest.raises(ValueError, match="link pcie: its hops differ in mixed_bytes_per_second"):
-        problem(1, 1, place("host", 1, hop("pcie")), place("cxl", 1, shared("pcie", 1.0, 1.0, 1.0)))
