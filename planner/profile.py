@@ -13,7 +13,54 @@ import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NearlyFree:
+    """A block that is computed again from the stored outputs of its matrix products and attention kernels."""
+
+    stored_bytes: int
+    """Those outputs, as far as anything that is computed again needs them; every storage once."""
+    stored_tensors: int
+    seconds: float
+    """The second forward, run alone."""
+    backward_bytes: int
+    """Peak while the block is computed again and its backward runs, without input and stored outputs, which
+    lie in staging or are kept."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefixes:
+    """A block of which the first tokens of each row may be computed again, and the others' tensors stored."""
+
+    tokens: int
+    """Of a row: as many equal parts have input, attention outputs, and saved tensors with a token axis."""
+    lengths: tuple[int, ...]
+    """Prefixes that may be computed again, each longer than the one before: those that were tried."""
+    exact: tuple[int, ...]
+    """Of those, the ones whose tensors were the first rows of the whole forward's, bit for bit."""
+    largest_difference: float
+    """Between any tensor of any prefix and those rows, as part of the tensor's largest element; 0 where all
+    are exact."""
+    overhead_seconds: float
+    """What computing a prefix again takes beyond its share of the forward."""
+    largest_bytes: int
+    """Of the saved storages the largest: while it is joined its computed rows are there twice."""
+    whole_bytes: int = 0
+    """Of the saved bytes those without a token axis: stored whole."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        if list(self.lengths) != sorted({n for n in self.lengths if 0 < n < self.tokens}):
+            raise ValueError(
+                f"lengths must ascend between 1 and {self.tokens - 1} tokens, got {self.lengths}"
+            )
+        if not set(self.exact) <= set(self.lengths):
+            raise ValueError(f"exact prefixes {self.exact} are not among the lengths {self.lengths}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +92,12 @@ class BlockProfile:
     recomputable: bool = True
     reason: str = ""
     """Why the block may not be recomputed, when it may not."""
+    nearly_free: NearlyFree | None = None
+    """None: it was not measured, or the block may not be recomputed."""
+    prefixes: Prefixes | None = None
+    """None: all tokens are computed again or none."""
+    prefix_reason: str = ""
+    """Why no prefix may be computed again, where that was looked into."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -52,6 +105,21 @@ class BlockProfile:
             raise ValueError(
                 f"{self.name}: attention_bytes {self.attention_bytes} exceeds saved_bytes {self.saved_bytes}"
             )
+        if self.prefixes is not None:
+            self._check_rows(self.prefixes)
+
+    def _check_rows(self, prefixes: Prefixes) -> None:
+        cut = {
+            "input_bytes": self.input_bytes,
+            "attention_bytes": self.attention_bytes,
+            "saved_bytes less whole_bytes": self.saved_bytes - prefixes.whole_bytes,
+        }
+        for name, size in cut.items():
+            if size < 0 or size % prefixes.tokens:
+                raise ValueError(
+                    f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet it has prefixes; "
+                    "a block whose tensors cannot be cut between tokens has none"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +147,7 @@ class UnitProfile:
         _non_negative(self)
 
 
-_Record = TypeVar("_Record", BlockProfile, UnitProfile, "ModelProfile")
+_Record = TypeVar("_Record", NearlyFree, Prefixes, BlockProfile, UnitProfile, "ModelProfile")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +213,7 @@ class ModelProfile:
             return self
         return dataclasses.replace(
             _slowed(self, slowdown),
-            blocks=tuple(_slowed(block, slowdown) for block in self.blocks),
+            blocks=tuple(_slowed_block(block, slowdown) for block in self.blocks),
             units=tuple(_slowed(unit, slowdown) for unit in self.units),
         )
 
@@ -161,7 +229,7 @@ class ModelProfile:
             found = data.get("version")
             raise ValueError(f"profile version {found!r}, this memtrain reads {PROFILE_VERSION}")
         try:
-            data["blocks"] = tuple(BlockProfile(**block) for block in data["blocks"])
+            data["blocks"] = tuple(_read_block(block) for block in data["blocks"])
             data["units"] = tuple(
                 UnitProfile(**{**unit, "parameters": tuple(unit["parameters"])}) for unit in data["units"]
             )
@@ -173,6 +241,24 @@ class ModelProfile:
     def digest(self) -> str:
         """Hash of the canonical form."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+
+def _read_block(data: dict[str, Any]) -> BlockProfile:
+    nearly_free, prefixes = data.get("nearly_free"), data.get("prefixes")
+    if nearly_free is not None:
+        data = {**data, "nearly_free": NearlyFree(**nearly_free)}
+    if prefixes is not None:
+        lengths = {name: tuple(prefixes[name]) for name in ("lengths", "exact")}
+        data = {**data, "prefixes": Prefixes(**{**prefixes, **lengths})}
+    return BlockProfile(**data)
+
+
+def _slowed_block(block: BlockProfile, slowdown: float) -> BlockProfile:
+    return dataclasses.replace(
+        _slowed(block, slowdown),
+        nearly_free=block.nearly_free and _slowed(block.nearly_free, slowdown),
+        prefixes=block.prefixes and _slowed(block.prefixes, slowdown),
+    )
 
 
 def _slowed(record: _Record, slowdown: float) -> _Record:

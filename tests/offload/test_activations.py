@@ -130,8 +130,7 @@ def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 
         status="heuristic", blocks=tuple(decisions), states=(), update_schedule=UpdateSchedule.SEQUENTIAL,
         staging=Staging(
             saved_slots=slots, saved_slot_bytes=slot_bytes, input_slots=slots, input_slot_bytes=slot_bytes,
-            kept_slots=DEPTH, kept_slot_bytes=slot_bytes, kept_input_slots=DEPTH,
-            kept_input_slot_bytes=slot_bytes,
+            kept_bytes=(slot_bytes,) * DEPTH,
         ),
         micro_batches=1, step_seconds=0.0, lower_bound_seconds=0.0, gap=0.0, solver="hand", bill=(), peaks=(),
         capacities=(), bytes_moved_per_step=0,
@@ -305,7 +304,7 @@ def test_input_changed_after_the_block_raises() -> None:
 
     model = Careless(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
     executor = executor_for(model, DECISIONS["recompute"])
-    executor._kept_input = None  # as on a GPU: what stays is kept by reference
+    executor._kept = {}  # as on a GPU: what stays is kept by reference
     executor.install()
     with pytest.raises(SavedTensorModifiedError, match="changed in place"):
         model(batch()).backward()
@@ -491,19 +490,19 @@ def test_a_failed_write_is_reported_once(model: Net) -> None:
     assert not store.live
 
 
-@pytest.mark.parametrize("refused", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("refused", [1, 2, 3, 4])
 def test_staging_memory_that_is_refused_leaves_none_registered(model: Net, refused: int) -> None:
     engine, late = LatestEngine(), LateDevice(refuse_registration=refused)
     engine.device = late  # type: ignore[assignment]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     plan = make_plan(DECISIONS["mixed"])
-    if refused <= 4:  # saved, input, kept and kept input
+    if refused <= 3:  # saved, input and kept
         with pytest.raises(OffloadError, match="the limit of locked memory"):
             ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
         assert late.ever_registered == refused - 1
     else:
         executor = ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
-        assert len(late.registered) == 4
+        assert len(late.registered) == 3
         executor.remove()  # somebody else failed before this was installed
         executor.remove()
     assert late.registered == {}

@@ -34,8 +34,8 @@ def test_in_a_step_every_part_takes_longer_and_nothing_else_changes() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    old = make_profile(1).to_json().replace('"version":3', '"version":2')
-    with pytest.raises(ValueError, match="profile version 2, this memtrain reads 3"):
+    old = make_profile(1).to_json().replace('"version":4', '"version":3')
+    with pytest.raises(ValueError, match="profile version 3, this memtrain reads 4"):
         ModelProfile.from_json(old)
 
 
@@ -49,7 +49,7 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version": 99}', '{"version": 3}', '{"version": 3, "blocks": [], "units": [], "x": 1}']
+    "text", ['{"version": 99}', '{"version": 4}', '{"version": 4, "blocks": [], "units": [], "x": 1}']
 )
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):
