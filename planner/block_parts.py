@@ -66,8 +66,7 @@ def _rest(block: BlockProfile, decision: BlockDecision) -> list[Part]:
     if again == tokens:
         return []
     assert block.prefixes is not None
-    whole = block.prefixes.whole_bytes
-    size = (block.saved_bytes - whole) * (tokens - again) // tokens + whole
+    size = block.prefixes.cut_bytes * (tokens - again) // tokens + block.prefixes.whole_bytes
     return [Part(decision.rest_tier, size, block.saved_tensors)]
 
 

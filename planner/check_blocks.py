@@ -63,9 +63,9 @@ def left_behind(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         rows = first - decision.attention_tokens
         left.append((decision.saved_tier, block.attention_bytes // row_count * rows, 2))
-    if first < row_count:
-        computed = (block.saved_bytes - _whole(block)) // row_count * first
-        rest = block.saved_bytes - computed
+    if block.prefixes is not None and first < row_count:
+        behind = block.prefixes.cut_bytes // row_count * (row_count - first)
+        rest = behind + block.prefixes.whole_bytes
         left.append((decision.rest_tier, rest, block.saved_tensors))
     return left
 
@@ -98,10 +98,6 @@ def during_backward(block: BlockProfile, decision: BlockDecision) -> int:
     prefix = (rows * (saved + transient) + row_count - 1) // row_count
     twice = (rows * block.prefixes.largest_bytes + row_count - 1) // row_count
     return max(prefix, saved + twice + block.backward_transient_bytes)
-
-
-def _whole(block: BlockProfile) -> int:
-    return block.prefixes.whole_bytes if block.prefixes is not None else 0
 
 
 def joined(block: BlockProfile, decision: BlockDecision) -> int:

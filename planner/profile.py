@@ -48,10 +48,12 @@ class Prefixes:
     are exact."""
     overhead_seconds: float
     """What computing a prefix again takes beyond its share of the forward."""
+    cut_bytes: int
+    """Of the saved bytes those with a token axis: the rows behind a prefix are stored."""
+    whole_bytes: int
+    """Those without one that depend on all tokens: stored whole. What is left a prefix computes alike."""
     largest_bytes: int
     """Of the saved storages the largest: while it is joined its computed rows are there twice."""
-    whole_bytes: int = 0
-    """Of the saved bytes those without a token axis: stored whole."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -109,17 +111,21 @@ class BlockProfile:
             self._check_rows(self.prefixes)
 
     def _check_rows(self, prefixes: Prefixes) -> None:
-        cut = {
-            "input_bytes": self.input_bytes,
-            "attention_bytes": self.attention_bytes,
-            "saved_bytes less whole_bytes": self.saved_bytes - prefixes.whole_bytes,
-        }
-        for name, size in cut.items():
-            if size < 0 or size % prefixes.tokens:
+        for name, size in (
+            ("input_bytes", self.input_bytes),
+            ("attention_bytes", self.attention_bytes),
+            ("prefixes.cut_bytes", prefixes.cut_bytes),
+        ):
+            if size % prefixes.tokens:
                 raise ValueError(
-                    f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet it has prefixes; "
-                    "a block whose tensors cannot be cut between tokens has none"
+                    f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet the block has "
+                    "prefixes; one whose tensors cannot be cut between tokens has none"
                 )
+        if prefixes.cut_bytes + prefixes.whole_bytes > self.saved_bytes:
+            raise ValueError(
+                f"{self.name}: prefixes.cut_bytes {prefixes.cut_bytes} and whole_bytes "
+                f"{prefixes.whole_bytes} exceed saved_bytes {self.saved_bytes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
