@@ -72,7 +72,7 @@ def _rest(block: BlockProfile, decision: BlockDecision) -> list[Part]:
 
 def _tokens(block: BlockProfile, decision: BlockDecision) -> tuple[int, int]:
     """T and r; one token stands for all where the block is not cut."""
-    if decision.recomputed_tokens is None and not decision.attention_tokens:
+    if not is_cut(decision):
         return 1, 1
     assert block.prefixes is not None
     tokens = block.prefixes.tokens
@@ -134,6 +134,11 @@ def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
 def is_recomputed(decision: BlockDecision) -> bool:
     """Whether the block's forward, or a part of it, runs again before its backward."""
     return decision.action not in (Action.KEEP, Action.SWAP)
+
+
+def is_cut(decision: BlockDecision) -> bool:
+    """Whether tokens of one row are treated apart."""
+    return decision.recomputed_tokens is not None or decision.attention_tokens > 0
 
 
 def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:

@@ -238,7 +238,7 @@ def test_remedies_name_what_may_be_allowed_and_the_tier_that_is_short() -> None:
     keep = PlannerOptions(safety_margin=0.0, allow=frozenset({Action.KEEP}))
     refused = make_plan(profile, make_machine(), Budget(device=150 * MiB), options=keep)
     assert refused.shortfall_bytes == ((Tier.DEVICE, 12 * MiB + 3 * 4096),)
-    assert refused.remedies[0] == "allow recompute, recompute_except_attention, swap"
+    assert refused.remedies[0] == "allow recompute, recompute_except_attention"  # no tier to swap to
     assert "give an nvme budget, such as nvme='/mnt/fast:40GiB'" in refused.remedies
     forced = PlannerOptions(
         safety_margin=0.0,
