@@ -23,6 +23,18 @@ Wish = Mapping[str, str | int]
 """Fields of a BlockDecision or StateDecision that are forced, by name."""
 
 
+PREFIX_STEPS = 8
+"""Prefixes are whole eighths of the tokens. A plan of many blocks mixes blocks that keep, swap and recompute,
+which is as fine as their number; what prefixes add is the rest, and attention, which is cheaper at the start
+of a row than at its end: with eighths the least of its square is met to 1/256 of the whole."""
+
+
+def prefix_lengths(tokens: int) -> tuple[int, ...]:
+    """The prefixes that may be computed again of a row of ``tokens``, the shortest first."""
+    steps = {tokens * step // PREFIX_STEPS for step in range(1, PREFIX_STEPS)}
+    return tuple(sorted(steps - {0, tokens}))
+
+
 def block_choices(
     index: int, block: BlockProfile, tiers: tuple[Tier, ...], options: PlannerOptions
 ) -> tuple[BlockDecision, ...]:
