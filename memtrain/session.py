@@ -48,6 +48,7 @@ from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import find_blocks, profile_model
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
+from memtrain.rehearsal import BlockRehearsal
 from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
@@ -175,6 +176,7 @@ def prepare(
             master_weights=master_weights,
             loss_fn=loss_fn,
             block_names=block_names,
+            rehearsal=BlockRehearsal(model),
         )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(

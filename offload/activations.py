@@ -32,15 +32,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.recompute import RecomputeFrame
-from memtrain.offload.saved_group import SavedGroup, abandoned_on_error, pack_into, unpack
+from memtrain.offload.saved_group import (
+    SavedGroup,
+    abandoned_on_error,
+    pack_alone_into,
+    pack_into,
+    unpack,
+)
 from memtrain.offload.staging import SlotCache, Ticket
-from memtrain.offload.unmoved import FixedTensors
+from memtrain.offload.token_probe import TokenProbe
+from memtrain.offload.unmoved import FixedTensors, shared_storages
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan
 
@@ -77,6 +84,10 @@ class ActivationExecutor:
         self._engine = engine
         self._blocks = list(blocks)
         self._decisions = sorted(plan.blocks, key=lambda decision: decision.block)
+        self._surveys = {
+            name: BlockSurvey(name, module, decision, self.fixed.__contains__)
+            for (name, module), decision in zip(self._blocks, self._decisions, strict=True)
+        }
         staging = plan.staging
         with ExitStack() as made:
             self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
@@ -110,6 +121,12 @@ class ActivationExecutor:
             size: self._make_cache(made, count, size, "kept") for size, count in Counter(places_bytes).items()
         }
         return {block: caches[size] for block, size in enumerate(places_bytes)}
+
+    @property
+    def token_probes(self) -> dict[str, TokenProbe]:
+        """What was found out about the tokens of each block that has run and needed it, by name."""
+        found = {name: survey.probe for name, survey in self._surveys.items()}
+        return {name: probe for name, probe in found.items() if probe is not None}
 
     # installing -------------------------------------------------------------------------------
 
@@ -164,34 +181,48 @@ class ActivationExecutor:
     ) -> Any:
         if decision.action in (Action.KEEP, Action.SWAP):
             cache = self._saved if decision.action is Action.SWAP else self._kept.get(decision.block)
-            group = self._open(cache, name, decision.saved_tier, _shared(args, kwargs))
+            group = self._open(cache, name, decision.saved_tier, shared_storages(args, kwargs))
             if group is None:
                 return forward(*args, **kwargs)
             with abandoned_on_error([group]), torch.autograd.graph.saved_tensors_hooks(group.pack, unpack):
                 output = forward(*args, **kwargs)
             group.seal()
             return output
-        moved = {decision.input_tier}
-        store_attention = decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
-        if store_attention:
-            moved.add(decision.saved_tier)
+        return self._recompute(name, decision, forward, args, kwargs)
+
+    def _recompute(
+        self,
+        name: str,
+        decision: BlockDecision,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        parts = self._surveys[name].parts(forward, args, kwargs)
+        tiers = {decision.input_tier}
+        if decision.action is not Action.RECOMPUTE:
+            tiers.add(decision.saved_tier)
+        if parts.is_cut:
+            tiers.add(decision.rest_tier)
         groups = {
-            tier: self._open(self._kept.get(decision.block) if tier is Tier.DEVICE else self._input, name, tier)
-            for tier in moved
+            tier: self._open(
+                self._kept.get(decision.block) if tier is Tier.DEVICE else self._input, name, tier
+            )
+            for tier in sorted(tiers)
         }
-        frame = RecomputeFrame(
-            name,
-            forward,
-            args,
-            kwargs,
-            is_fixed=self.fixed.__contains__,
-            store_attention=store_attention,
-            pack_input=pack_into(groups[decision.input_tier]),
-            pack_attention=pack_into(groups.get(decision.saved_tier)),
-            unpack=unpack,
-        )
         opened = [group for group in groups.values() if group is not None]
         with abandoned_on_error(opened):
+            frame = RecomputeFrame(
+                name,
+                forward,
+                args,
+                kwargs,
+                is_fixed=self.fixed.__contains__,
+                pack_input=(pack_alone_into if parts.is_cut else pack_into)(groups[decision.input_tier]),
+                unpack=unpack,
+                tape=parts.tape(groups.get(decision.saved_tier)),
+                cut=parts.cut(groups.get(decision.rest_tier), shared_storages(args, kwargs)),
+            )
             output = frame.forward()
         for group in opened:
             group.seal()
@@ -332,9 +363,3 @@ class ActivationExecutor:
                 store.free(extent)
             if failure is not None:
                 raise failure
-
-
-def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
-    """Storages of all tensor arguments but the first: masks and tables, which the other blocks get too."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors[1:])

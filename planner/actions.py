@@ -90,8 +90,8 @@ class BlockDecision:
             )
         elif self.action is Action.RECOMPUTE_NEARLY_FREE:
             raise ValueError(
-                f"{name} is for all tokens, yet recomputed_tokens is {self.recomputed_tokens}; leave it out, or "
-                "use action recompute"
+                f"{name} is for all tokens, yet recomputed_tokens is {self.recomputed_tokens}; leave it out, "
+                "or use action recompute"
             )
         elif self.recomputed_tokens < 1:
             raise ValueError(

@@ -37,8 +37,8 @@ Knobs = tuple[int, int, int, UpdateSchedule]
 MAX_TOGETHER = 1000
 """Several changes at once are tried only where they are few: a model of a handful of blocks."""
 PLACES = 4
-"""Blocks with one decision of which each change is tried: first, last and two between. Every block, in a model
-of 30, used up the simulations on the first rounds, and plans were up to 0.8 % slower."""
+"""Blocks with one decision of which each change is tried: first, last and two between. Every block of 30 used
+up the simulations in the first rounds, and plans were up to 0.8 % slower."""
 MAX_SIMULATIONS = 600
 """A simulation of 30 blocks and two micro-batches takes 5 ms: three seconds at most."""
 

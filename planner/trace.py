@@ -47,8 +47,7 @@ _PROBE_ELEMENTS = 1 << 20
 class Rehearsal(Protocol):
     """Carries a block out as a plan might have it, alone: what does so in training says what that takes.
 
-    A forward is given with its arguments, in training mode and with gradients; ``never_stored`` are storages
-    that stay where they are (parameters, buffers, arguments that other blocks get too).
+    A forward is given with its arguments, the hidden state the first tensor of them, in training mode.
     """
 
     def nearly_free(
@@ -69,9 +68,10 @@ class Rehearsal(Protocol):
         kwargs: dict[str, Any],
         *,
         lengths: Callable[[int], tuple[int, ...]],
-        never_stored: set[int],
+        largest_bytes: int,
     ) -> Prefixes | str:
-        """With the first tokens computed again alone, as many as ``lengths`` says of all; or why not."""
+        """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not.
+        ``largest_bytes`` are those of the largest storage that the block saves."""
         ...
 
 
@@ -142,6 +142,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.attention: dict[int, int] = {}
         self.attention_seconds = 0.0
         self._born: dict[weakref.ref[Any], int] = {}
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` no longer: it stands for one that lies elsewhere."""
+        self.now_bytes -= self._born.pop(weakref.ref(tensor.untyped_storage()))
 
     def restart_peak(self) -> None:
         """Count the peak from what is alive now."""
@@ -483,9 +487,10 @@ def _measure_blocks(
         if kind not in counted:
             excluded = outside | {_storage(t) for t in call.shared()}
             counted[kind] = _count(block, call, hidden, needs, excluded)
+            largest_bytes = counted[kind].pop("largest_bytes")
             if rehearsal is not None and counted[kind]["recomputable"]:
                 given = call.given(_given(hidden, needs))
-                counted[kind] |= _rehearse(rehearsal, name, block, given, excluded)
+                counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes)
         kinds.append(kind)
         forward, backward, hidden = _time(block, call, hidden, needs)
         seconds.setdefault(kind, []).append((forward, backward))
@@ -545,6 +550,7 @@ def _count(block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded:
         "input_bytes": hidden.nbytes,
         "saved_bytes": saved_bytes,
         "saved_tensors": len(saved),
+        "largest_bytes": max(saved.values(), default=0),
         "attention_bytes": attention,
         "attention_seconds": live.attention_seconds,
         "forward_transient_bytes": max(0, forward_transient),
@@ -577,11 +583,11 @@ def _not_recomputable(block: nn.Module, call: _Call, hidden: Tensor, needs: bool
 
 
 def _rehearse(
-    rehearsal: Rehearsal, name: str, block: nn.Module, call: _Call, excluded: set[int]
+    rehearsal: Rehearsal, name: str, block: nn.Module, call: _Call, largest_bytes: int
 ) -> dict[str, Any]:
     """What the block takes if only its costly part is stored, and if only a prefix is computed again."""
     found = rehearsal.prefixes(
-        name, block.forward, call.args, call.kwargs, lengths=prefix_lengths, never_stored=excluded
+        name, block.forward, call.args, call.kwargs, lengths=prefix_lengths, largest_bytes=largest_bytes
     )
     return {
         "nearly_free": rehearsal.nearly_free(name, block.forward, call.args, call.kwargs),
