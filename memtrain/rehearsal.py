@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.errors import TokenRangeError
@@ -21,7 +22,6 @@ from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import PRODUCTS_AND_ATTENTION, ResultTape
 from memtrain.offload.token_probe import probe_tokens, token_count
-from memtrain.offload.token_rows import all_bytes
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import NearlyFree, Prefixes
@@ -152,13 +152,13 @@ class _Elsewhere:
 
     def __init__(self, live: LiveBytes | None) -> None:
         self.live = live
-        self._copies: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        """Copy of every storage, and a tensor that keeps the storage's identity from being given again."""
+        self._copies: dict[tuple[int, int], tuple[Tensor, StorageWeakRef]] = {}
+        """Of every storage; the weak reference keeps its identity from being given to another one."""
 
     @property
     def size_bytes(self) -> int:
         """Of the copies."""
-        return sum(copy.numel() for copy, _ in self._copies.values())
+        return sum(copy.nbytes for copy, _ in self._copies.values())
 
     @property
     def tensors(self) -> int:
@@ -167,12 +167,14 @@ class _Elsewhere:
 
     def pack(self, tensor: Tensor) -> Tensor:
         """A view of the copy that is ``tensor`` again."""
-        key = tensor.untyped_storage()._cdata, tensor._version
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor._version
         if key not in self._copies:
-            copy = all_bytes(tensor).clone()
+            elements = storage.nbytes() // tensor.element_size()
+            copy = torch.as_strided(tensor.detach(), (elements,), (1,), 0).clone()
             if self.live is not None:
                 self.live.forget(copy)
-            self._copies[key] = copy, tensor.detach()
+            self._copies[key] = copy, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         flat = self._copies[key][0].view(tensor.dtype)
         return torch.as_strided(flat, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.block_choices import TOKEN_FIELDS, WHOLE_FIELDS, Wish, block_choices, matches
+from memtrain.planner.block_choices import (
+    PREFIX_STEPS,
+    TOKEN_FIELDS,
+    WHOLE_FIELDS,
+    Wish,
+    block_choices,
+    matches,
+)
 from memtrain.planner.block_parts import (
     PAGE_BYTES,
     input_slot_bytes,
@@ -164,7 +171,18 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             profile lacks the bytes per element that sharding needs. The message names value and remedy.
     """
     tiers = usable_tiers(machine, budget)
-    blocks = tuple(block_choices(index, block, tiers, options) for index, block in enumerate(profile.blocks))
+    copy_seconds_per_byte = machine.on_cpu / machine.dram_copy_bytes_per_second
+    blocks = tuple(
+        block_choices(
+            index,
+            block,
+            tiers,
+            options,
+            copy_seconds_per_byte=copy_seconds_per_byte,
+            mixes=len(profile.blocks) > PREFIX_STEPS,
+        )
+        for index, block in enumerate(profile.blocks)
+    )
     states = tuple(_state_choices(unit, tiers, options) for unit in profile.units)
     for key in options.force:
         kind, _, which = key.partition(".")

@@ -1,4 +1,4 @@
-"""What a block stores where, what its backward needs and what computing it again takes, worked out by hand."""
+"""What a block stores where, what its backward needs, what computing it again takes: worked out by hand."""
 
 from __future__ import annotations
 
