@@ -88,7 +88,7 @@ class BlockRehearsal:
         tried = lengths(tokens) if tokens else ()
         if not tried:
             return f"it has {tokens} tokens, too few to be cut"
-        exact, worst = [], 0.0
+        differences = []
         try:
             for length in tried:
                 probe = probe_tokens(
@@ -100,9 +100,7 @@ class BlockRehearsal:
                     prefixes=[length],
                     attention_prefixes=[length],
                 )
-                worst = max(worst, probe.difference)
-                if probe.bit_equal:
-                    exact.append(length)
+                differences.append(probe.difference)
         except TokenRangeError as error:
             return str(error)
         half = tried[len(tried) // 2]
@@ -111,8 +109,7 @@ class BlockRehearsal:
         return Prefixes(
             tokens=tokens,
             lengths=tried,
-            exact=tuple(exact),
-            largest_difference=worst,
+            differences=tuple(differences),
             overhead_seconds=max(0.0, part - whole * half / tokens),
             cut_bytes=probe.row_bytes * tokens,
             whole_bytes=probe.whole_bytes,

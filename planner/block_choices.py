@@ -2,9 +2,9 @@
 
 Token prefixes multiply the choices, and most are of no use. A block that is cut sends all that it stores to
 one tier, or keeps it. In a model of many blocks it is open only where it beats a mixture: as many blocks
-treated whole, some as its first tokens are and some as the others are, store the same bytes in the same places,
-and take what a straight line between them says. A prefix is below that line where attention, which costs less
-at the start of a row than at its end, saves more than cutting and joining take.
+treated whole, some as its first tokens are and some as the others are, store the same bytes in the same
+places, and take what a straight line between them says. A prefix is below that line where attention, which
+costs less at the start of a row than at its end, saves more than cutting and joining take.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Wish = Mapping[str, str | int]
 
 
 PREFIX_STEPS = 8
-"""Prefixes are whole eighths of the tokens: the least of a parabola is met to 1/256 of its whole. HiGHS solves
-80 blocks in 4.5 s without prefixes and in 13 s with all of them, in 8.5 s with quarters."""
+"""Prefixes are whole eighths of the tokens: the least of a parabola is met to 1/256 of its whole. HiGHS
+solves 80 blocks in 4.5 s without prefixes and in 13 s with all of them, in 8.5 s with quarters."""
 
 
 def prefix_lengths(tokens: int) -> tuple[int, ...]:
@@ -102,8 +102,8 @@ def _cut(
     wanted: Wish,
     line_copy: float | None,
 ) -> Iterator[BlockDecision]:
-    """A prefix computed again, of the tokens or of attention alone; where ``line_copy`` (the seconds to copy a
-    byte) is given, only what beats a mixture."""
+    """A prefix computed again, of the tokens or of attention alone; where ``line_copy``, the seconds to copy
+    a byte, is given, only what beats a mixture."""
     if block.prefixes is None:
         return
     lengths = block.prefixes.exact if options.exact_only else block.prefixes.lengths

@@ -41,11 +41,9 @@ class Prefixes:
     """Of a row: as many equal parts have input, attention outputs, and saved tensors with a token axis."""
     lengths: tuple[int, ...]
     """Prefixes that may be computed again, each longer than the one before: those that were tried."""
-    exact: tuple[int, ...]
-    """Of those, the ones whose tensors were the first rows of the whole forward's, bit for bit."""
-    largest_difference: float
-    """Between any tensor of any prefix and those rows, as part of the tensor's largest element; 0 where all
-    are exact."""
+    differences: tuple[float, ...]
+    """For each of them the largest difference between what it gives and the first rows of the whole forward's
+    tensors, in parts of the largest entry of its tensor; 0 where they are the same bit for bit."""
     overhead_seconds: float
     """What computing a prefix again takes beyond its share of the forward."""
     cut_bytes: int
@@ -61,8 +59,18 @@ class Prefixes:
             raise ValueError(
                 f"lengths must ascend between 1 and {self.tokens - 1} tokens, got {self.lengths}"
             )
-        if not set(self.exact) <= set(self.lengths):
-            raise ValueError(f"exact prefixes {self.exact} are not among the lengths {self.lengths}")
+        if len(self.differences) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} prefixes have {len(self.differences)} differences")
+
+    @property
+    def exact(self) -> tuple[int, ...]:
+        """The prefixes whose tensors are the first rows of the whole forward's, bit for bit."""
+        pairs = zip(self.lengths, self.differences, strict=True)
+        return tuple(length for length, difference in pairs if difference == 0.0)
+
+    def difference(self, length: int) -> float:
+        """Of one prefix. Raises ValueError for one that was not tried."""
+        return self.differences[self.lengths.index(length)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -254,7 +262,7 @@ def _read_block(data: dict[str, Any]) -> BlockProfile:
     if nearly_free is not None:
         data = {**data, "nearly_free": NearlyFree(**nearly_free)}
     if prefixes is not None:
-        lengths = {name: tuple(prefixes[name]) for name in ("lengths", "exact")}
+        lengths = {name: tuple(prefixes[name]) for name in ("lengths", "differences")}
         data = {**data, "prefixes": Prefixes(**{**prefixes, **lengths})}
     return BlockProfile(**data)
 

@@ -133,7 +133,7 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
         prefixes=make_prefixes(
             tokens=tokens,
             lengths=lengths,
-            exact=lengths[:1],
+            differences=(0.0,) * len(lengths),
             cut_bytes=cut,
             whole_bytes=whole,
             largest_bytes=draw(st.integers(0, cut)),

@@ -33,12 +33,11 @@ def make_nearly_free(**changes: Any) -> NearlyFree:
 
 
 def make_prefixes(**changes: Any) -> Prefixes:
-    """Rows of 8 tokens: prefixes of 2, 4 and 6, the first two exact; 1 ms more than their share."""
+    """Rows of 8 tokens: prefixes of 2, 4 and 6, the last not exact; 1 ms more than their share."""
     fields: dict[str, Any] = {
         "tokens": 8,
         "lengths": (2, 4, 6),
-        "exact": (2, 4),
-        "largest_difference": 1e-6,
+        "differences": (0.0, 0.0, 1e-6),
         "overhead_seconds": 0.001,
         "cut_bytes": 10 * MiB,
         "whole_bytes": 0,
