@@ -83,14 +83,15 @@ class BlockSurvey:
         return Parts(self, tokens, first, attention, probe, wanted)
 
     def _kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the answers depend on: not on sizes."""
+        """What the answers depend on: not on sizes, but with one row one cannot see how rows are folded."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         kinds = []
         device = "cpu"
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):
                 device = leaf.device.type
-                kinds.append((leaf.dim(), leaf.dtype, leaf.requires_grad))
+                single = leaf.shape[:-2].numel() == 1
+                kinds.append((leaf.dim(), leaf.dtype, leaf.requires_grad, single))
             else:
                 kinds.append(leaf if isinstance(leaf, (bool, str)) else type(leaf))
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

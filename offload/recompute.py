@@ -120,7 +120,7 @@ class RecomputeFrame:
             output = self._function(*args, **kwargs)
         if self._cut is not None:
             self._cut.seal()
-            if self._surroundings.random_numbers_drawn:
+            if not self._cut.is_random and self._surroundings.random_numbers_drawn:
                 raise TokenRangeError(
                     f"{self.name}: drew random numbers, which it did not when its tokens were probed, and a "
                     "part of the tokens would draw others; plan without recomputed_tokens for it"
@@ -182,11 +182,13 @@ class RecomputeFrame:
 
         args, kwargs = self._inputs()
         replaying = contextlib.nullcontext() if self._tape is None else self._tape.replaying()
+        drawing = contextlib.nullcontext() if self._cut is None else self._cut.drawing()
         with (
             self._surroundings.again(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(fill, never),
             replaying,
+            drawing,
             contextlib.suppress(_Complete),
         ):
             self._function(*args, **kwargs)

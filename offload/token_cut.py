@@ -7,6 +7,7 @@ first one. How the tokens lie in each tensor is what ``token_probe.py`` has foun
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrain.offload.errors import TokenRangeError
+from memtrain.offload.random_rows import DrawnWhole
 from memtrain.offload.results import Pack
 from memtrain.offload.token_probe import Kind, TokenProbe
 from memtrain.offload.token_rows import CutStorage, RowAxis, SavedRows, StorageRows, all_bytes
@@ -81,6 +83,17 @@ class TokenCut:
             placed = self._cut(tensor, rows), StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             self._storages[key] = placed
         return placed[0].tensor(tensor, kind)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the block draws random numbers, as far as the probe knows."""
+        return self._probe.is_random
+
+    def drawing(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, dropouts of the first tokens draw what they drew for all."""
+        if not self._probe.drawn:
+            return contextlib.nullcontext()
+        return DrawnWhole(self._probe.drawn, self._tokens, self._first).drawing()
 
     def shape_again(self, number: int, shape: torch.Size) -> torch.Size | None:
         """The shape of the saved tensor of this number in the second forward; None where it does not matter,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from memtrain.offload.compare import Mismatch, TwoTokenAxes, difference, token_axis
 from memtrain.offload.errors import TokenRangeError
+from memtrain.offload.random_rows import DrawnAsBefore, ShapesDrawn
 from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode, dropout, on_first_tokens
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_rows import RowAxis
@@ -60,6 +61,10 @@ class TokenProbe:
     """Every tensor that is saved for backward, parameters and buffers left out."""
     attention: tuple[tuple[RowAxis | None, ...], ...]
     """The output tensors of every attention kernel."""
+    is_random: bool
+    """Whether the block draws random numbers."""
+    drawn: tuple[RowAxis | None, ...]
+    """What its dropouts draw."""
     row_bytes: int
     """Of the storages that are cut, a token's part."""
     whole_bytes: int
@@ -95,6 +100,7 @@ class _Comparison:
     """The saved tensor with the largest difference."""
     two_axes: set[int] = field(default_factory=set)
     """Saved tensors with tokens along two dimensions."""
+    drawn: tuple[RowAxis | None, ...] = ()
 
 
 def token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -166,7 +172,12 @@ class _Probing:
         self._surroundings = Surroundings(self._input.device)
         self._saved: list[torch.Tensor] = []
         self._kernels: list[_Kernel] = []
-        self._is_random = self._run(self._leaves, lambda _, t: self._saved.append(t), self._kernels)
+        shapes = ShapesDrawn()
+        watch = AroundCalls(_KernelWatch(self._kernels), ATTENTION.call)
+        self._is_random = self._run(
+            self._leaves, lambda _, tensor: self._saved.append(tensor), watch, shapes.watching()
+        )
+        self._drawn_shapes = shapes.shapes
         self._found: _Comparison | None = None
         self._attention: list[tuple[RowAxis | None, ...]] = [
             tuple(None for _ in kernel.outputs) for kernel in self._kernels
@@ -181,6 +192,8 @@ class _Probing:
             arguments=self._found.arguments if self._found else {},
             saved=tuple(self._found.kinds) if self._found else (),
             attention=tuple(self._attention),
+            is_random=self._is_random,
+            drawn=self._found.drawn if self._found else (),
             row_bytes=self._bytes(lambda kind: isinstance(kind, RowAxis)) // self.tokens,
             whole_bytes=self._bytes(lambda kind: kind is Kind.WHOLE),
             difference=self._difference,
@@ -188,8 +201,6 @@ class _Probing:
 
     def look_at(self, prefix: int) -> None:
         """Compare the forward on the first ``prefix`` tokens with the whole one."""
-        if self._is_random:
-            raise self._refused("draws random numbers, as dropout does, and a prefix would draw others")
         first: _Comparison | None = None
         reason = ""
         ways = self._ways() if self._found is None else iter([self._found.arguments])
@@ -247,9 +258,9 @@ class _Probing:
         self,
         leaves: list[Any],
         visit: Callable[[int, torch.Tensor], Any],
-        kernels: list[_Kernel] | None = None,
+        *around: AbstractContextManager[Any],
     ) -> bool:
-        """One forward; ``visit`` is shown every tensor that is saved. Whether random numbers were drawn."""
+        """One forward inside ``around``; ``visit`` is shown what is saved. Whether random numbers were drawn."""
         count = 0
 
         def pack(tensor: torch.Tensor) -> None:
@@ -265,12 +276,13 @@ class _Probing:
         with ExitStack() as stack:
             stack.enter_context(self._surroundings.again())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _never))
-            if kernels is not None:
-                stack.enter_context(AroundCalls(_KernelWatch(kernels), ATTENTION.call))
+            for context in around:
+                stack.enter_context(context)
             self._function(*args, **kwargs)
-            if self._saved and count != len(self._saved):
-                raise Mismatch(f"{count} tensors are saved for backward instead of {len(self._saved)}")
-            return self._surroundings.random_numbers_drawn
+            is_random = self._surroundings.random_numbers_drawn
+        if count != len(self._saved):
+            raise Mismatch(f"{count} tensors are saved for backward instead of {len(self._saved)}")
+        return is_random
 
     def _compare(self, arguments: dict[int, tuple[int, ...]], prefix: int) -> _Comparison:
         found = _Comparison(arguments, [])
@@ -296,7 +308,9 @@ class _Probing:
                 leaves[index] = leaves[index].narrow(dim, 0, prefix)
         first = self._tensors[0]
         leaves[first] = leaves[first].contiguous()  # as it comes back from where it was stored
-        self._run(leaves, visit)
+        drawn = DrawnAsBefore(self._drawn_shapes, self.tokens, prefix)
+        self._run(leaves, visit, drawn.drawing())
+        found.drawn = tuple(drawn.axes)
         return found
 
     def _kind(
