@@ -176,13 +176,14 @@ class _Elsewhere:
         return torch.as_strided(flat, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
 
-def _unpack(saved: Any) -> Tensor:
+def _unpack(saved: Tensor | Unmoved) -> Tensor:
     return saved.get() if isinstance(saved, Unmoved) else saved
 
 
 def _first(output: Any) -> Tensor:
     """The hidden state that a block returns."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
 
 
 def _seconds_again(frame: RecomputeFrame, output: Any) -> float:

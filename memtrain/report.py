@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.block_parts import is_cut
+from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.plan import Plan
-from memtrain.planner.profile import ModelProfile, Prefixes
+from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import GiB, MiB, format_gib
 
 
@@ -74,7 +74,8 @@ def recompute_facts(plan: Plan, profile: ModelProfile) -> list[str]:
     counts: Counter[str] = Counter()
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if is_cut(decision) and block.prefixes is not None:
-            counts[_prefix_text(block.prefixes, decision)] += 1
+            tokens = block.prefixes.tokens
+            counts[_prefix_text(decision, tokens, largest_difference(block, decision))] += 1
         elif decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
             stored, saved = block.nearly_free.stored_bytes, block.saved_bytes
             sizes = (
@@ -84,12 +85,11 @@ def recompute_facts(plan: Plan, profile: ModelProfile) -> list[str]:
     return [text.format(f"{n} block" + "s" * (n > 1)) for text, n in counts.items()]
 
 
-def _prefix_text(prefixes: Prefixes, decision: BlockDecision) -> str:
+def _prefix_text(decision: BlockDecision, tokens: int, difference: float) -> str:
     """The probe's answer for one block; the number of blocks goes where the braces are."""
     again, attended = decision.recomputed_tokens, decision.attention_tokens
-    parts = [f"first {again} of {prefixes.tokens} tokens"] if again is not None else []
-    parts += [f"attention of the first {attended} of {prefixes.tokens} tokens"] if attended else []
-    difference = max(prefixes.difference(n) for n in (again, attended) if n)
+    parts = [f"first {again} of {tokens} tokens"] if again is not None else []
+    parts += [f"attention of the first {attended} of {tokens} tokens"] if attended else []
     exact = "yes"
     if difference:
         exact = f"no, largest difference {difference:.0e} of a tensor's largest entry"

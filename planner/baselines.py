@@ -186,7 +186,7 @@ def _block_wishes(space: Space) -> list[BlockDecision]:
     A block that is cut lies between one that keeps and one that is computed again, and so does a plan with
     some of each: the uniform plans do without it, unless it alone is open.
     """
-    kinds = {}
+    kinds: dict[BlockDecision, None] = {}
     for choices in space.blocks:
         whole = [c for c in choices if not is_cut(c)]
         kinds.update({dataclasses.replace(c, block=0): None for c in whole or choices})

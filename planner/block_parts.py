@@ -159,6 +159,16 @@ def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
     return seconds + overhead
 
 
+def largest_difference(block: BlockProfile, decision: BlockDecision) -> float:
+    """Between what a cut block computes again and what its forward computed (``Prefixes.differences``); 0 for
+    every other decision: nothing else changes a bit."""
+    lengths = [n for n in (decision.recomputed_tokens, decision.attention_tokens) if n]
+    if not lengths:
+        return 0.0
+    assert block.prefixes is not None
+    return max(block.prefixes.difference(length) for length in lengths)
+
+
 def joined_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """What is put together in backward of computed rows and stored ones, each byte copied once."""
     if decision.recomputed_tokens is not None:
