@@ -14,11 +14,13 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import ATTENTION, PRODUCTS_AND_ATTENTION, ResultRows, ResultTape
 from memtrain.offload.saved_group import SavedGroup, pack_alone_into, pack_into, unpack
 from memtrain.offload.token_cut import TokenCut
-from memtrain.offload.token_probe import TokenProbe, probe_tokens, token_count
+from memtrain.offload.token_probe import TokenProbe, probe_tokens
+from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import Unmoved
 from memtrain.planner.actions import Action, BlockDecision
 
@@ -58,6 +60,11 @@ class BlockSurvey:
         first = self.decision.recomputed_tokens
         first = tokens if first is None else min(first, tokens)
         attention = min(self.decision.attention_tokens, first)
+        if not tokens and (self.decision.recomputed_tokens or self.decision.attention_tokens):
+            raise TokenRangeError(
+                f"{self.name}: its first tensor argument has no tokens (dimension -2); plan without "
+                "recomputed_tokens and attention_tokens for it"
+            )
         probe, wanted = None, None
         if first < tokens or attention:
             key = (first < tokens, attention < first, self._kind(args, kwargs))
@@ -85,7 +92,7 @@ class BlockSurvey:
     def _kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the answers depend on: not on sizes, but with one row one cannot see how rows are folded."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        kinds = []
+        kinds: list[Any] = []
         device = "cpu"
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):

@@ -10,6 +10,8 @@ import torch
 from memtrain.offload.token_rows import RowAxis
 
 _LEAST = sys.float_info.min
+_CHUNK_ELEMENTS = 1 << 18
+"""2 MiB in double precision: whole tensors would stand beside what a block saves."""
 
 
 class Mismatch(Exception):
@@ -64,14 +66,18 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
         return 0.0
     if not one.is_floating_point():
         return math.inf
-    wide = torch.float64 if one.dtype is torch.float64 else torch.float32
-    a, b = one.to(wide), other.to(wide)
-    same = (a == b) | (a.isnan() & b.isnan())
-    delta = torch.where(same, 0.0, (a - b).abs()).max()
-    largest = torch.where(a.isfinite(), a.abs(), 0.0).max()
-    found = float(delta / largest)
-    # A zero with another sign is a difference, the smallest there is.
-    return math.inf if math.isnan(found) else max(found, _LEAST)
+    apart, largest = 0.0, 0.0
+    for a, b in zip(*(tensor.reshape(-1).split(_CHUNK_ELEMENTS) for tensor in (one, other)), strict=True):
+        a, b = a.double(), b.double()
+        same = (a == b) | (a.isnan() & b.isnan())
+        delta = torch.where(same, 0.0, (a - b).abs())
+        if bool(delta.isnan().any()):
+            return math.inf
+        apart = max(apart, float(delta.max()))
+        largest = max(largest, float(torch.where(a.isfinite(), a.abs(), 0.0).max()))
+    if apart == 0.0:
+        return _LEAST  # zeros with other signs
+    return apart / largest if largest else math.inf
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

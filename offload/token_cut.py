@@ -69,7 +69,7 @@ class TokenCut:
         assert isinstance(kind, RowAxis)
         storage = tensor.untyped_storage()
         rows = None if _is_window(tensor) else StorageRows.of(tensor, kind, self._tokens)
-        key = (storage._cdata, tensor._version)
+        key: tuple[int, ...] = (storage._cdata, tensor._version)
         if rows is not None:
             key = (*key, rows.row_bytes)
         else:  # a small part of a large storage, or an irregular one: the tensor alone

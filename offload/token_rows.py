@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 Unpack = Callable[[Any], torch.Tensor]
 
@@ -29,8 +30,9 @@ class RowAxis:
         size = tensor.shape[self.dim]
         if size == tokens:
             return tensor.narrow(self.dim, start, stop - start)
-        folds = (tokens, -1) if self.leading else (-1, tokens)
-        return tensor.unflatten(self.dim, folds).narrow(self.dim + (not self.leading), start, stop - start)
+        folds = (tokens, size // tokens) if self.leading else (size // tokens, tokens)
+        split = tensor.view(*tensor.shape[: self.dim], *folds, *tensor.shape[self.dim + 1 :])
+        return split.narrow(self.dim + (not self.leading), start, stop - start)
 
     def fits(self, shape: torch.Size, tokens: int) -> bool:
         """Whether a tensor of this shape can have ``tokens`` tokens here."""
@@ -170,4 +172,13 @@ def empty_in_order(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def memory_order(tensor: torch.Tensor) -> list[int]:
     """Dimensions from the slowest to the fastest."""
-    return sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), dim))
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+
+
+def token_count(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tokens in a row of the batch: dimension -2 of the first tensor among the arguments, 0 without one."""
+    for leaf in pytree.tree_leaves((args, kwargs)):
+        if isinstance(leaf, torch.Tensor):
+            return leaf.shape[-2] if leaf.dim() > 1 else 0
+    return 0
