@@ -25,7 +25,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -92,10 +92,7 @@ class ActivationExecutor:
         with ExitStack() as made:
             self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
             self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
-            self._kept = self._make_cache(made, staging.kept_slots, staging.kept_slot_bytes, "kept")
-            self._kept_input = self._make_cache(
-                made, staging.kept_input_slots, staging.kept_input_slot_bytes, "kept_input"
-            )
+            self._kept = self._make_kept(made, staging.kept_bytes)
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
@@ -117,6 +114,13 @@ class ActivationExecutor:
         cache = SlotCache(count, slot_bytes, name, self.lock, self.device)
         made.callback(cache.close)
         return cache
+
+    def _make_kept(self, made: ExitStack, places_bytes: Sequence[int]) -> dict[int, SlotCache | None]:
+        """By block the slab that holds what stays of it on a CPU; blocks with equal places share one."""
+        caches = {
+            size: self._make_cache(made, count, size, "kept") for size, count in Counter(places_bytes).items()
+        }
+        return {block: caches[size] for block, size in enumerate(places_bytes)}
 
     @property
     def token_probes(self) -> dict[str, TokenProbe]:
@@ -176,7 +180,7 @@ class ActivationExecutor:
         kwargs: dict[str, Any],
     ) -> Any:
         if decision.action in (Action.KEEP, Action.SWAP):
-            cache = self._saved if decision.action is Action.SWAP else self._kept
+            cache = self._saved if decision.action is Action.SWAP else self._kept.get(decision.block)
             group = self._open(cache, name, decision.saved_tier, shared_storages(args, kwargs))
             if group is None:
                 return forward(*args, **kwargs)
@@ -201,7 +205,9 @@ class ActivationExecutor:
         if parts.is_cut:
             tiers.add(decision.rest_tier)
         groups = {
-            tier: self._open(self._kept_input if tier is Tier.DEVICE else self._input, name, tier)
+            tier: self._open(
+                self._kept.get(decision.block) if tier is Tier.DEVICE else self._input, name, tier
+            )
             for tier in sorted(tiers)
         }
         opened = [group for group in groups.values() if group is not None]

@@ -7,15 +7,17 @@ took) is provenance: written beside the plan, never hashed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
+_DIGITS = 9
+"""Of seconds in a plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +34,7 @@ class Staging:
     """Ring for swapped blocks: one slot holds all saved tensors of the largest of them."""
     input_slots: int = 0
     input_slot_bytes: int = 0
-    """Ring for recomputed blocks: input and attention outputs of the largest of them that leave."""
+    """Ring for recomputed blocks: what leaves of the largest of them, its input, stored outputs and rests."""
     gradient_slots: int = 0
     gradient_slot_bytes: int = 0
     """Ring of chunks through which gradients leave and come back."""
@@ -42,20 +44,18 @@ class Staging:
     update_shard_elements: int = 0
     """Elements of the flat index that one update slot holds; never 0, for the cut of the flat index needs it
     even when no state moves."""
-    kept_slots: int = 0
-    kept_slot_bytes: int = 0
-    """On a CPU, a slot per block that keeps its saved tensors: tensors that live as long as a step would
-    otherwise break up the heap that the short-lived ones share. 0 on a CUDA device, as are the next three."""
-    kept_input_slots: int = 0
-    kept_input_slot_bytes: int = 0
-    """The same for input and attention outputs of recomputed blocks, as far as they stay on the device."""
+    kept_bytes: tuple[int, ...] = ()
+    """On a CPU, per block its place in a slab for what it leaves on the device (saved tensors that it keeps,
+    input, stored outputs, rests); 0 where that is nothing, no entries where no block has any. Tensors that
+    live as long as a step would otherwise break up the heap that the short-lived ones share. On a CUDA
+    device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
 
     @property
     def kept_slab_bytes(self) -> int:
         """What holds activations that stay on a CPU: on the bill as activations, not as staging."""
-        return self.kept_slots * self.kept_slot_bytes + self.kept_input_slots * self.kept_input_slot_bytes
+        return sum(self.kept_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -140,16 +140,16 @@ class Plan:
 
     def _hashed(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "provenance"}
-        return {key: _plain(value) for key, value in data.items()}
+        return {key: plain(value, digits=_DIGITS) for key, value in data.items()}
 
     @property
     def digest(self) -> str:
         """Hash of everything but the provenance."""
-        return hashlib.sha256(_canonical(self._hashed()).encode()).hexdigest()
+        return digest(self._hashed())
 
     def to_json(self) -> str:
         """Canonical JSON of the plan, its hash, and its provenance."""
-        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -158,11 +158,10 @@ class Plan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        try:
+        with reading("a plan"):
             document = json.loads(text)
             data = dict(document["plan"])
-            if data["version"] != PLAN_VERSION:
-                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            check_version(data, PLAN_VERSION, "plan")
             data["blocks"] = tuple(
                 BlockDecision(
                     **{
@@ -181,7 +180,8 @@ class Plan:
                 )
                 for s in data["states"]
             )
-            data["staging"] = Staging(**data["staging"])
+            staging = data["staging"]
+            data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"])})
             data["update_schedule"] = UpdateSchedule(data["update_schedule"])
             data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
             for key in ("peaks", "capacities", "shortfall_bytes"):
@@ -189,8 +189,6 @@ class Plan:
             data["timeline"] = tuple(Event(**event) for event in data["timeline"])
             data["remedies"] = tuple(data["remedies"])
             plan = cls(**data, provenance=dict(document.get("provenance", {})))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
         if document.get("hash") != plan.digest:
             raise ValueError(
                 f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: "
@@ -200,28 +198,17 @@ class Plan:
 
 
 def describe(block: BlockDecision) -> str:
-    """``swap to nvme``, ``recompute (input to nvme)``: a decision in words."""
+    """``swap to nvme``, ``recompute 512 tokens, the others on device``: a decision in words."""
     if block.action is Action.KEEP:
         return "keep"
     if block.action is Action.SWAP:
         return f"swap to {block.saved_tier.value}"
-    where = "" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})"
-    if block.action is Action.RECOMPUTE:
-        return f"recompute{where}"
-    return f"recompute, attention outputs on {block.saved_tier.value}{where}"
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (Tier, Action, UpdateSchedule)):
-        return value.value
-    if isinstance(value, float):
-        return round(value, 9)
-    return value
-
-
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    words = "recompute" if block.recomputed_tokens is None else f"recompute {block.recomputed_tokens} tokens"
+    if block.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
+        after = f" after {block.attention_tokens} tokens" if block.attention_tokens else ""
+        words += f", attention outputs{after} on {block.saved_tier.value}"
+    elif block.action is Action.RECOMPUTE_NEARLY_FREE:
+        words += f" from outputs of products on {block.saved_tier.value}"
+    if block.recomputed_tokens is not None:
+        words += f", the others on {block.rest_tier.value}"
+    return words + ("" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})")

@@ -3,6 +3,8 @@
 Shares no code with what made the plan: it reads ranges, pieces and events, knows what must come before what
 and how fast a link is at most, and nothing of formulations or queues' order. Every fault names its rule:
 
+- ``PROBLEM``: a plan of another problem; ``CERTIFICATE``: a bound above the step, a gap or a status that does
+  not follow from them, a step shorter than its arithmetic.
 - ``CHUNKS``: a chunk without an action, or with two; pieces that do not add up.
 - ``ACTION``: an action that the class, the codec or the place does not allow; a recomputed range that is no
   prefix.
@@ -26,11 +28,11 @@ from dataclasses import dataclass
 
 from memtrain.planner.ranges.bytes_check import Bill
 from memtrain.planner.ranges.model import DEVICE, Block, Problem, TensorClass
-from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan
+from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan, problem_digest
 from memtrain.planner.ranges.timeline_check import timeline_faults
 
 ROUNDING = 1e-9
-"""Of an error budget: a sum of fractions."""
+"""Of an error budget, which is a sum of fractions, and of seconds and gaps, which have nine digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +49,29 @@ def check(plan: RangePlan, problem: Problem) -> list[Fault]:
     if faults:
         # Bytes and times of broken decisions mean nothing.
         return [Fault(rule=rule, message=message) for rule, message in faults]
+    faults += _certificate(plan, problem)
     bill = Bill(plan, problem)
     faults += _bytes(plan, problem, bill)
     if plan.status != "infeasible":
         faults += timeline_faults(plan, problem, bill)
     return [Fault(rule=rule, message=message) for rule, message in faults]
+
+
+def _certificate(plan: RangePlan, problem: Problem) -> Iterator[tuple[str, str]]:
+    """What the plan says about itself."""
+    if plan.problem_digest != problem_digest(problem):
+        yield "PROBLEM", f"the plan is of {plan.problem_digest}, the problem is {problem_digest(problem)}"
+    if plan.status == "infeasible":
+        return
+    if plan.status not in ("optimal", "gap", "heuristic"):
+        yield "CERTIFICATE", f"{plan.status!r} is no status"
+    step, bound = plan.step_seconds, plan.lower_bound_seconds
+    if bound > step + ROUNDING or step < problem.compute_seconds - ROUNDING * (1 + step):
+        least = problem.compute_seconds
+        yield "CERTIFICATE", f"the step takes {step} s, its bound is {bound}, its arithmetic {least}"
+    gap = (step - bound) / step if step > 0 else 0.0
+    if abs(gap - plan.gap) > 2 * ROUNDING * (1 + 1 / max(step, ROUNDING)):
+        yield "CERTIFICATE", f"step and bound leave a gap of {gap:.9f}, the plan says {plan.gap}"
 
 
 def _decisions(plan: RangePlan, problem: Problem) -> Iterator[tuple[str, str]]:

@@ -7,11 +7,11 @@ search took, and what its phases reached, is provenance: written beside the plan
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.simulate import Event, PartTime, Peak, simulate
@@ -112,11 +112,11 @@ class RangePlan:
     @property
     def digest(self) -> str:
         """Hash of all but the provenance."""
-        return _digest(self._hashed())
+        return short_digest(self._hashed())
 
     def to_json(self) -> str:
         """The canonical document."""
-        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
 
     @classmethod
     def from_json(cls, text: str) -> RangePlan:
@@ -125,11 +125,10 @@ class RangePlan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        try:
+        with reading("a plan"):
             document = json.loads(text)
             data = dict(document["plan"])
-            if data["version"] != PLAN_VERSION:
-                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            check_version(data, PLAN_VERSION, "plan")
             data["blocks"] = tuple(
                 BlockPlan(
                     name=one["name"],
@@ -149,21 +148,19 @@ class RangePlan:
                 data[name] = tuple(kind(**item) for item in data[name])
             plan = cls(**data, provenance=document["provenance"])
             said = document["hash"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
         if plan.digest != said:
             raise ValueError(f"the plan's hash is {plan.digest}, the document says {said}: it was changed")
         return plan
 
     def _hashed(self) -> dict[str, Any]:
         return {
-            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
+            f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
         }
 
 
 def problem_digest(problem: Problem) -> str:
     """Hash of the problem's canonical form."""
-    return _digest(_plain(problem))
+    return short_digest(plain(problem))
 
 
 def blocks_of(formulated: Formulated, decisions: Decisions) -> tuple[BlockPlan, ...]:
@@ -222,19 +219,3 @@ def _rounded(one: Timed) -> Timed:
         start_seconds=round(one.start_seconds, TIME_DIGITS),
         end_seconds=round(one.end_seconds, TIME_DIGITS),
     )
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value.value if hasattr(value, "value") else value
-
-
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(_canonical(data).encode()).hexdigest()[:16]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from memtrain.planner.ranges.bytes_check import Bill, Loads, add
-from memtrain.planner.ranges.model import DEVICE, Problem, Update
+from memtrain.planner.ranges.bytes_check import Bill, add
+from memtrain.planner.ranges.event_check import EventFinder, Events
+from memtrain.planner.ranges.model import Problem, Update
 from memtrain.planner.ranges.plan import RangePlan
-from memtrain.planner.ranges.queue_check import ROUNDING_SECONDS, Faults, Transfer, queue_faults
-from memtrain.planner.ranges.simulate import Event
+from memtrain.planner.ranges.queue_check import Faults, Transfer, queue_faults
 
-Events = list[Event]
 Sizes = Mapping[str, int]
 """Bytes by place."""
 STATE_SLOTS = 2
@@ -27,9 +25,8 @@ def timeline_faults(plan: RangePlan, problem: Problem, bill: Bill) -> Faults:
         yield "PARTS", f"the step's parts take place {found} times, not {[times for times, _, _ in wanted]}"
         return
     for number, (_, first, passes) in enumerate(wanted):
-        yield from _Part(
-            plan, problem, bill, number, first=first, passes=passes, transfers=transfers
-        ).faults()
+        part = _Part(plan, problem, bill, number, first=first, passes=passes, transfers=transfers)
+        yield from part.faults()
     yield from queue_faults(plan, problem, transfers)
 
 
@@ -44,7 +41,7 @@ def _parts(problem: Problem) -> Iterator[tuple[int, bool, tuple[str, ...]]]:
             yield times, first, passes
 
 
-class _Part:
+class _Part(EventFinder):
     """Walks the blocks and asks for every event of one part that the decisions call for."""
 
     def __init__(
@@ -58,14 +55,10 @@ class _Part:
         passes: tuple[str, ...],
         transfers: list[Transfer],
     ) -> None:
-        self.plan, self.problem, self.bill, self.machine = plan, problem, bill, problem.machine
-        self.number, self.first, self.passes, self.transfers = number, first, passes, transfers
-        self.names = [b.name for b in problem.blocks]
+        super().__init__(plan, problem, number, transfers)
+        self.plan, self.problem, self.bill = plan, problem, bill
+        self.first, self.passes = first, passes
         self.far = {p.name for p in self.machine.places if len(p.hops) == 2}
-        self.events: dict[tuple[str, str], Events] = defaultdict(list)
-        for event in plan.events:
-            if event.part == number:
-                self.events[event.name, event.resource].append(event)
         self.left: dict[str, dict[int, Events]] = defaultdict(lambda: defaultdict(list))
         """By ring of slots and block: what must be over before another block takes its slot."""
 
@@ -92,101 +85,8 @@ class _Part:
         if self.first:
             yield from self._updates(index, ahead=False)
 
-    # Single events, and what they come after.
-
-    def _need(
-        self,
-        name: str,
-        resource: str,
-        least: float,
-        after: Iterable[Event],
-        made: Events,
-        *,
-        candidates: Events | None = None,
-    ) -> Faults:
-        """Faults of the event of this name, which is appended to ``made``."""
-        found = self.events[name, resource] if candidates is None else candidates
-        if not found:
-            if least > 0:
-                yield "DEPENDENCY", f"{name} never happens on {resource}"
-            return
-        event = found[0]
-        took = event.end_seconds - event.start_seconds
-        if took < least - ROUNDING_SECONDS:
-            yield "DURATION", f"{name} takes {took:.9f} s on {resource}, at least {least:.9f} s are needed"
-        for other in after if least > 0 else ():
-            if event.start_seconds < other.end_seconds - ROUNDING_SECONDS:
-                over = f"{other.name} on {other.resource} is over"
-                yield "DEPENDENCY", f"{name} on {resource} starts before {over}"
-        made.append(event)
-
-    def _copies(
-        self,
-        kind: str,
-        index: int,
-        loads: Loads,
-        hop: int,
-        way: str,
-        after: Iterable[Event],
-        made: Events,
-        *,
-        ahead: bool | None = None,
-        by_cpu: bool = False,
-    ) -> Faults:
-        """The ``hop``-th copies of a block's ``loads``, each after ``after``.
-
-        ``kind`` is ``parameters``, ``gradient``, ``update`` or, for saved tensors and what is fetched with
-        them, empty; ``ahead`` tells updates apart, whose two phases share their names.
-        """
-        words = [way, kind, self.names[index], "by cpu" if by_cpu else ""]
-        name, waited = " ".join(word for word in words if word), list(after)
-        upward = {"": way == "write", "parameters": True, "gradient": False, "update": bool(ahead)}[kind]
-        for resource, (least, size, places) in self._least(loads, hop, way).items():
-            candidates, found = None, Events()
-            if ahead is not None:
-                candidates = self._of_phase(name, resource, ahead=ahead)
-            yield from self._need(name, resource, least, waited, found, candidates=candidates)
-            self.transfers += [
-                Transfer(
-                    event=event,
-                    kind=f"{way} {kind}{words[3]}",
-                    block=index,
-                    upward=upward,
-                    size_bytes=size,
-                    places=places,
-                )
-                for event in found
-            ]
-            made += found
-
-    def _of_phase(self, name: str, resource: str, *, ahead: bool) -> Events:
-        """Of two events of a name, an update's ahead and in backward, the one that is meant."""
-        events = self.events[name, resource]
-        if len(events) == 2:
-            return [events[0 if ahead else 1]]
-        return events
-
-    def _least(self, loads: Loads, hop: int, way: str) -> dict[str, tuple[float, int, tuple[str, ...]]]:
-        """By queue, for what goes to or comes from places by their ``hop``-th copy: least seconds, bytes, and
-        the places."""
-        found: dict[str, tuple[float, int, tuple[str, ...]]] = {}
-        for place, (size, copies) in loads.items():
-            hops = self.machine.place(place).hops if place != DEVICE else ()
-            if hop < len(hops) and size:
-                rate = hops[hop].write_bytes_per_second if way == "write" else hops[hop].read_bytes_per_second
-                queue = f"{way}:{hops[hop].link}"
-                seconds, total, places = found.get(queue, (0.0, 0, ()))
-                seconds += size / rate + copies * hops[hop].latency_seconds
-                found[queue] = seconds, total + size, tuple(sorted({*places, place}))
-        return found
-
-    def _before(self, events: Iterable[Event], use: str) -> Faults:
-        for event, after in itertools.product(events, self.events[use, "compute"]):
-            if after.start_seconds < event.end_seconds - ROUNDING_SECONDS:
-                yield "DEPENDENCY", f"{use} starts before {event.name} on {event.resource} is over"
-
-    def _goes_far(self, sizes: Iterable[str]) -> bool:
-        return any(place in self.far for place in sizes)
+    def _goes_far(self, places: Iterable[str]) -> bool:
+        return any(place in self.far for place in places)
 
     def _arithmetic(self) -> Faults:
         bill, before = self.bill, Events()
@@ -202,7 +102,7 @@ class _Part:
                 order.append((f"backward {b.name}", b.backward_seconds + again))
         for name, least in order:
             made = Events()
-            yield from self._need(name, "compute", least, before, made)
+            yield from self.need(name, "compute", least, before, made)
             before = made or before
 
     def _moving(self, sizes: Sizes) -> float:
@@ -218,13 +118,13 @@ class _Part:
         ring, staging = self.left["saved"], self.left["forwarding"]
         before = index - self.machine.slots
         for other in (before,) if before in ring else ():
-            yield from self._before(ring[other], f"forward {name}")
+            yield from self.before(ring[other], f"forward {name}")
         waited = list(self.events[f"forward {name}", "compute"])
         far = self._goes_far(sent)
         if far:
             waited += staging[index - self.machine.forwarding_slots]
-        yield from self._copies("", index, sent, 0, "write", waited, out)
-        yield from self._copies("", index, sent, 1, "write", out, on)
+        yield from self.copies("", index, sent, 0, "write", waited, out)
+        yield from self.copies("", index, sent, 1, "write", out, on)
         ring[index] = out or ring[before]
         staging[index] = on or staging[index - self.machine.forwarding_slots]
 
@@ -238,13 +138,13 @@ class _Part:
         far, near = Events(), Events()
         written_on, fetching = self.left["forwarding"][index], self.left["fetching"]
         later = index + self.machine.forwarding_slots
-        yield from self._copies("", index, wanted, 1, "read", [*written_on, *fetching[later]], far)
+        yield from self.copies("", index, wanted, 1, "read", [*written_on, *fetching[later]], far)
         waited = [*self.left["saved"][index], *far]
         if index + self.machine.slots < len(self.names):
             waited += self.events[f"backward {self.names[index + self.machine.slots]}", "compute"]
-        yield from self._copies("", index, wanted, 0, "read", waited, near)
+        yield from self.copies("", index, wanted, 0, "read", waited, near)
         fetching[index] = near if far else fetching[later]
-        yield from self._before(near, f"backward {name}")
+        yield from self.before(near, f"backward {name}")
 
     # State.
 
@@ -263,11 +163,11 @@ class _Part:
         slot = self.events[f"forward {self.names[before]}", "compute"] if before >= 0 else []
         made = [*slot, *self.left["made"][index]]
         full = [*staged, *made, *self.left["stored"][index]]
-        yield from self._copies("parameters", index, loads, 1, "read", full, far)
-        yield from self._copies("parameters", index, loads, 0, "read", [*far, *made], near)
+        yield from self.copies("parameters", index, loads, 1, "read", full, far)
+        yield from self.copies("parameters", index, loads, 0, "read", [*far, *made], near)
         if far:
             self.left["staging"][index] = [*self.left["staging"][index], *near]
-        yield from self._before(near, f"forward {name}")
+        yield from self.before(near, f"forward {name}")
 
     def _gradients(self, index: int) -> Faults:
         """Written once backward has made them; further micro-batches add to what is there."""
@@ -275,7 +175,7 @@ class _Part:
         name, later = f"gradient {self.names[index]}", index + STATE_SLOTS
         leaving, staged = self.left["gradient"], self.left["gradient staging"]
         loads = self.bill.loads(index, lambda u, role: role == "gradient")
-        yield from self._before(leaving[later], f"backward {self.names[index]}")
+        yield from self.before(leaving[later], f"backward {self.names[index]}")
         added, out, on, used = Events(), Events(), Events(), Events()
         if self.first:
             handed = self.bill.fleeting(index, on_cpu=True)
@@ -283,20 +183,20 @@ class _Part:
             sums = self.bill.loads(index, lambda u, role: role == "gradient" and u.on_cpu)
             loads = self.bill.loads(index, lambda u, role: role == "gradient" and not u.on_cpu)
             far, near = Events(), Events()
-            yield from self._copies("gradient", index, loads, 1, "read", staged[later], far)
-            yield from self._copies("gradient", index, loads, 0, "read", [*far, *leaving[later]], near)
-            yield from self._before(near, f"backward {self.names[index]}")
-            yield from self._copies("gradient", index, sums, 1, "read", staged[later], added, by_cpu=True)
+            yield from self.copies("gradient", index, loads, 1, "read", staged[later], far)
+            yield from self.copies("gradient", index, loads, 0, "read", [*far, *leaving[later]], near)
+            yield from self.before(near, f"backward {self.names[index]}")
+            yield from self.copies("gradient", index, sums, 1, "read", staged[later], added, by_cpu=True)
             handed = (sum(size for size, _ in sums.values()), sum(copies for _, copies in sums.values()))
         through = self._goes_far(loads) or handed[0] > 0
         add(loads, self.machine.staging, handed)
         waited = [*backward, *(staged[later] if through else [])]
-        yield from self._copies("gradient", index, loads, 0, "write", waited, out)
-        yield from self._copies("gradient", index, loads, 1, "write", out, on)
+        yield from self.copies("gradient", index, loads, 0, "write", waited, out)
+        yield from self.copies("gradient", index, loads, 1, "write", out, on)
         if not self.first:
             least = self.bill.adding_seconds(index)
-            yield from self._need(f"add {name}", "cpu", least, [*out, *added], used)
-            yield from self._copies("gradient", index, sums, 1, "write", list(used), used, by_cpu=True)
+            yield from self.need(f"add {name}", "cpu", least, [*out, *added], used)
+            yield from self.copies("gradient", index, sums, 1, "write", list(used), used, by_cpu=True)
         leaving[index] = out or leaving[later]
         staged[index] = [*on, *used] or staged[later]
         self.left["arrived"][index] = out
@@ -308,7 +208,7 @@ class _Part:
         reads = self.bill.loads(index, lambda u, role: u in mine and role != "parameter")
         before, far = index + (-STATE_SLOTS if ahead else STATE_SLOTS), Events()
         staging = self.left["staging"]
-        yield from self._copies("update", index, reads, 1, "read", staging[before], far, ahead=ahead)
+        yield from self.copies("update", index, reads, 1, "read", staging[before], far, ahead=ahead)
         through = Events()
         for update in mine:
             one_side = self._on_cpu if update.on_cpu else self._on_device
@@ -321,10 +221,10 @@ class _Part:
         name, resource = f"update {block.name}", "cpu" if update.on_cpu else "compute"
         if not update.ahead:
             waited = [*waited, *self.events[f"backward {block.name}", "compute"]]
-        candidates = self._of_phase(name, resource, ahead=update.ahead)
-        yield from self._need(name, resource, seconds, waited, done, candidates=candidates)
+        candidates = self.of_phase(name, resource, ahead=update.ahead)
+        yield from self.need(name, resource, seconds, waited, done, candidates=candidates)
         if update.ahead:
-            yield from self._before(done, f"forward {block.name}")
+            yield from self.before(done, f"forward {block.name}")
 
     def _on_cpu(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:
         """By the CPU, in staging slots where it cannot address the place."""
@@ -334,7 +234,7 @@ class _Part:
         arrived = [] if update.ahead else self.left["arrived"][index]
         done, stored = Events(), Events()
         yield from self._made(index, update, [*far, *arrived, *staged], done)
-        yield from self._copies(
+        yield from self.copies(
             "update", index, writes, 1, "write", done, stored, ahead=update.ahead, by_cpu=True
         )
         self.left["made"][index], self.left["stored"][index] = done, stored
@@ -349,16 +249,16 @@ class _Part:
         reads = self.bill.loads(index, lambda u, role: u == update and role != "parameter")
         writes = self.bill.loads(index, lambda u, role: u == update and role != "gradient")
         near, done, out, on = Events(), Events(), Events(), Events()
-        yield from self._copies("update", index, reads, 0, "read", [*far, *slot], near, ahead=ahead)
+        yield from self.copies("update", index, reads, 0, "read", [*far, *slot], near, ahead=ahead)
         yield from self._made(index, update, [*near, *(slot if reads or writes else [])], done)
         full = self.left["staging"][before] if self._goes_far(writes) else []
         waited = [*(done or near), *full]
         if ahead:
-            yield from self._before(near, f"forward {self.names[index]}")
+            yield from self.before(near, f"forward {self.names[index]}")
         else:
             waited += self.events[f"backward {self.names[index]}", "compute"]
-        yield from self._copies("update", index, writes, 0, "write", waited, out, ahead=ahead)
-        yield from self._copies("update", index, writes, 1, "write", out, on, ahead=ahead)
+        yield from self.copies("update", index, writes, 0, "write", waited, out, ahead=ahead)
+        yield from self.copies("update", index, writes, 1, "write", out, on, ahead=ahead)
         if reads or writes:
             self.left["update"][index] = [*self.left["update"][index], *done, *out]
         through += [*(near if self._goes_far(reads) else []), *on]

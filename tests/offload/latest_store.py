@@ -85,8 +85,7 @@ def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 
         status="heuristic", blocks=tuple(decisions), states=(), update_schedule=UpdateSchedule.SEQUENTIAL,
         staging=Staging(
             saved_slots=slots, saved_slot_bytes=slot_bytes, input_slots=slots, input_slot_bytes=slot_bytes,
-            kept_slots=len(decisions), kept_slot_bytes=slot_bytes, kept_input_slots=len(decisions),
-            kept_input_slot_bytes=slot_bytes,
+            kept_bytes=(slot_bytes,) * len(decisions),
         ),
         micro_batches=1, step_seconds=0.0, lower_bound_seconds=0.0, gap=0.0, solver="hand", bill=(), peaks=(),
         capacities=(), bytes_moved_per_step=0,

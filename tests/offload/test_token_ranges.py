@@ -312,14 +312,14 @@ class Flat(nn.Module):
         return self.down(torch.tanh(self.up(hidden)).sigmoid().exp())
 
 
-def refused(make: Callable[[], nn.Module], match: str, first: int = 8) -> None:
+def refused(make: Callable[[], nn.Module], match: str, batch: Tensor | None = None) -> None:
     torch.manual_seed(0)
     model = make()
-    executor = executor_for(model, every(first))
+    executor = executor_for(model, every(8))
     executor.install()
     before = torch.get_rng_state()
     with pytest.raises(TokenRangeError, match=match):
-        model(batches(2, 17)[0])
+        model(batches(2, 17)[0] if batch is None else batch)
     assert torch.equal(before, torch.get_rng_state())
     executor.remove()
 
@@ -342,6 +342,21 @@ def test_a_block_that_looks_ahead_is_refused() -> None:
 
 def test_eager_attention_is_refused() -> None:
     refused(lambda: llama(attn_implementation="eager"), r"blocks\.0: saves a tensor.*two dimensions")
+
+
+def test_an_input_without_tokens_is_refused() -> None:
+    class Vector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = tokens.flatten().float()[:WIDTH].requires_grad_()
+            for block in self.blocks:
+                hidden = block(hidden)
+            return hidden.sum()
+
+    refused(Vector, r"blocks\.0: its first tensor argument has no tokens", batch=batches(8, 9, 1)[0])
 
 
 def test_a_block_that_changes_after_the_probe_is_refused() -> None:

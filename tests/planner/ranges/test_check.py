@@ -184,6 +184,18 @@ def test_the_plan_that_faults_are_seeded_into_is_good() -> None:
         (without("read layers.0", "read:pcie"), "DEPENDENCY", "read layers.0 never happens on read:pcie"),
         (without("forward layers.1", "compute"), "DEPENDENCY", "forward layers.1 never happens on compute"),
         (lambda plan: dataclasses.replace(plan, moved_bytes=1), "BYTES_MOVED", "the plan says 1"),
+        (
+            lambda plan: dataclasses.replace(plan, lower_bound_seconds=99.0),
+            "CERTIFICATE",
+            "its bound is 99.0",
+        ),
+        (
+            lambda plan: dataclasses.replace(plan, gap=0.5),
+            "CERTIFICATE",
+            "a gap of 1.000000000, the plan says",
+        ),
+        (lambda plan: dataclasses.replace(plan, status="good"), "CERTIFICATE", "'good' is no status"),
+        (lambda plan: dataclasses.replace(plan, problem_digest="0"), "PROBLEM", "the plan is of 0,"),
         (lambda plan: dataclasses.replace(plan, step_seconds=1.0), "STEP_SECONDS", "the step takes 1.0"),
     ],
 )
