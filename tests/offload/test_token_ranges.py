@@ -105,6 +105,8 @@ def test_real_models(make: Callable[[], nn.Module], first: int, autocast: bool) 
     for rows in (1, 2):
         found = compare(make, decisions, batches(rows, 33), autocast=autocast)
         assert_as_probed(*found, bound=0.1 if autocast else 1e-4)
+        # Nothing is stored whole: weights in autocast's precision are made again.
+        assert {probe.whole_bytes for probe in found[2].token_probes.values()} == {0}
 
 
 @pytest.mark.parametrize("late", [False, True])
