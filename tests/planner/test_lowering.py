@@ -478,8 +478,8 @@ def test_a_disk_does_one_thing_at_a_time_and_each_chunk_pays_its_share_of_a_late
     machine = problem_of(job(setup=machine_for("rtx-4090", dram="64GiB", nvme="4TB@6GB/s,2GB/s"))).machine
     bus, disk = machine.place("nvme").hops
     # Both directions together at most what the faster moves alone, in the proportion of the two.
-    assert machine.shares(disk.link) == pytest.approx((1.5e9, 4.5e9))
-    assert machine.shares(bus.link) == (bus.write_bytes_per_second, bus.read_bytes_per_second)
+    assert machine.shares(disk) == pytest.approx((1.5e9, 4.5e9))
+    assert machine.shares(bus) == (bus.write_bytes_per_second, bus.read_bytes_per_second)
     preset = machine_for("rtx-4090", dram="64GiB").host_link.latency_seconds
     assert preset is not None
     assert bus.latency_seconds == preset.value / 16

@@ -63,7 +63,7 @@ def test_a_slower_step_slows_what_is_computed_again_too() -> None:
         lengths=(2,),
         differences=(0.0,),
         overhead_seconds=0.5,
-        cut_bytes=1,
+        cut_bytes=4,
         whole_bytes=0,
         largest_bytes=1,
     )
