@@ -82,6 +82,14 @@ def show(answer: Answer, out: Console, *, sources: bool) -> None:
 
 def title(request: PlanRequest) -> str:
     """Model, size, GPUs, degrees."""
+    work = request.work
+    batch = f"{work.sequence} tokens x {work.micro_batch}"
+    batch += f" x {work.accumulate} micro-batches" if work.accumulate > 1 else ""
+    return f"{work.model}, {batch}, {setting(request)}"
+
+
+def setting(request: PlanRequest) -> str:
+    """Optimizer, dtype, GPUs, degrees: what a sweep leaves as it is."""
     work, hardware, degrees = request.work, request.hardware, request.degrees
     gpus = f"{request.gpus} x {hardware.gpu}" if request.gpus > 1 else hardware.gpu
     named = {
@@ -93,12 +101,8 @@ def title(request: PlanRequest) -> str:
     }
     split = [f"{name} {value}" for name, value in named.items() if value > 1]
     split += [f"ZeRO stage {degrees.zero_stage}"] if degrees.replicas > 1 else []
-    batch = f"{work.sequence} tokens x {work.micro_batch}" + (
-        f" x {work.accumulate} micro-batches" if work.accumulate > 1 else ""
-    )
-    return f"{work.model}, {batch}, {work.optimizer.value}, {work.dtype}, on {gpus}" + (
-        f" ({', '.join(split)})" if split else ""
-    )
+    divided = f" ({', '.join(split)})" if split else ""
+    return f"{work.optimizer.value}, {work.dtype}, on {gpus}{divided}"
 
 
 def _headline(answer: Answer, out: Console) -> None:
