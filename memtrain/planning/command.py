@@ -81,7 +81,7 @@ def _sweep(jobs: Jobs, sweep: Sweep, outputs: Outputs) -> int:
     if outputs.html is not None:
         from memtrain.planning.frontier import sweep_html
 
-        _write(outputs.html, sweep_html(jobs.request, points))
+        _write(outputs.html, sweep_html(jobs.request, sweep.axis, points))
     codes = [exit_code(point.forecast) for point in points if point.forecast is not None]
     if not codes:
         raise PlanError(f"no point of the sweep could be planned; the first: {points[0].problem}")

@@ -201,7 +201,7 @@ class _Tags(HTMLParser):
 
 
 def test_pages_are_whole_documents(tight: Answer, points: tuple[Point, ...]) -> None:
-    for page in (answer_html(tight), sweep_html(tight.request, points)):
+    for page in (answer_html(tight), sweep_html(tight.request, "seq", points)):
         parser = _Tags()
         parser.feed(page)
         assert parser.tags[0] == "html"
