@@ -9,10 +9,8 @@ Every number but the published ones is a prediction: a traced model, quoted rate
 
 MEMO's policy: parameters, gradients and the optimizer's state stay on the GPU, inputs and attention outputs
 leave, of all else the tokens that a fraction alpha names; the rest is recomputed. Every alpha in sixteenths
-that fits is simulated and the best taken, where MEMO takes the largest that its two inequalities allow. Two
-departures. MEMO recomputes into its rounding buffers, and the simulator counts restored tensors beside its
-slots: so many bytes are allowed, and taken off again. MEMO's last two layers never leave; here the slots are
-those of the last layer and of the loss.
+that fits is simulated and the best taken, where MEMO takes the largest that its two inequalities allow. One
+departure: MEMO's last two layers never leave; here the slots are those of the last layer and of the loss.
 
 - ours_mfu, memo_policy_mfu: predicted for 7B, 1 M tokens, 8 A800-80G; attention counted under its mask.
 - published_mfu: measured by MEMO's authors there.
@@ -45,7 +43,7 @@ from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.choices import RECOMPUTE
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import DEVICE, Problem
-from memtrain.planner.ranges.simulate import Timeline, simulate
+from memtrain.planner.ranges.simulate import simulate
 from memtrain.planner.ranges.solve import SolveOptions
 
 MEMO = "uniform alpha (MEMO)"
@@ -61,7 +59,7 @@ class Policy:
     step_seconds: float
     """Of the simulated program."""
     peak_bytes: Mapping[str, int]
-    """By place; on the device without what its rounding buffers hold anyway."""
+    """By place."""
 
 
 def job_of(point: Mapping[str, Any], sequence: int) -> Job:
@@ -92,17 +90,8 @@ def memo_policy(problem: Problem) -> Policy:
 
 
 def _memo_plans(problem: Problem) -> Iterator[Policy]:
+    formulated = formulate(problem)
     for plan in RULES[MEMO](problem):
-        restored = {
-            block.name: sum(
-                tensor.chunk_bytes * chosen.get(RECOMPUTE, 0)
-                for tensor, chosen in zip(block.classes, counts, strict=True)
-            )
-            for block, counts in zip(problem.blocks, plan, strict=True)
-        }
-        room = problem.machine.device_capacity_bytes + max(restored.values())
-        roomier = dataclasses.replace(problem.machine, device_capacity_bytes=room)
-        formulated = formulate(dataclasses.replace(problem, machine=roomier))
         counts = {
             variables[action]: count
             for block, chosen in zip(formulated.choices.counts, plan, strict=True)
@@ -111,18 +100,9 @@ def _memo_plans(problem: Problem) -> Iterator[Policy]:
         }
         decisions = formulated.decisions(counts | next(uniform_states(formulated)))
         timeline = simulate(formulated, decisions)
-        peaks = _peaks(timeline, restored)
-        if not formulated.excess(decisions) and peaks[DEVICE] <= problem.machine.device_capacity_bytes:
+        if not formulated.excess(decisions):
+            peaks = {peak.place: peak.size_bytes for peak in timeline.peaks}
             yield Policy(alpha=_alpha(problem, plan), step_seconds=timeline.step_seconds, peak_bytes=peaks)
-
-
-def _peaks(timeline: Timeline, restored: Mapping[str, int]) -> dict[str, int]:
-    peaks: dict[str, int] = {}
-    for position, place, size in timeline.positions:
-        pass_, _, block = position.partition(" ")
-        inside = restored.get(block, 0) if place == DEVICE and pass_ == "backward" else 0
-        peaks[place] = max(peaks.get(place, 0), size - inside)
-    return peaks
 
 
 def _alpha(problem: Problem, plan: Any) -> float:

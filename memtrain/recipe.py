@@ -107,6 +107,14 @@ class BudgetSection(_Section):
         )
 
 
+class PlannerSection(_Section):
+    """What the planner may choose."""
+
+    exact_only: bool = False
+    """Compute the first tokens of a row again only where that is bit-equal on this machine; see
+    ``memtrain.PlannerOptions``. Whatever else a plan does is."""
+
+
 class TrainingSection(_Section):
     """The loop."""
 
@@ -199,6 +207,7 @@ class Recipe(_Section):
     budget: BudgetSection
     training: TrainingSection
     optimizer: OptimizerSection
+    planner: PlannerSection = PlannerSection()
     schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtrain.planner.actions import Tier
+from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.plan import Plan
-from memtrain.planner.units import GiB, format_gib
+from memtrain.planner.profile import ModelProfile
+from memtrain.planner.units import GiB, MiB, format_gib
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -64,6 +67,33 @@ def plan_facts(plan: Plan) -> list[str]:
         f"predicted: {plan.step_seconds:.2f} s a step (lower bound {plan.lower_bound_seconds:.2f} s), "
         f"{format_gib(plan.bytes_moved_per_step)} moved a step",
     ]
+
+
+def recompute_facts(plan: Plan, profile: ModelProfile) -> list[str]:
+    """What is computed again of some tokens or nearly for free, a line for each kind, and how exactly."""
+    counts: Counter[str] = Counter()
+    for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+        if is_cut(decision) and block.prefixes is not None:
+            tokens = block.prefixes.tokens
+            counts[_prefix_text(decision, tokens, largest_difference(block, decision))] += 1
+        elif decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
+            stored, saved = block.nearly_free.stored_bytes, block.saved_bytes
+            sizes = (
+                f"{stored / MiB:.1f} MiB of outputs of products and attention ({saved / MiB:.1f} MiB saved)"
+            )
+            counts[f"{{}} computed again from {sizes}; bit-equal"] += 1
+    return [text.format(f"{n} block" + "s" * (n > 1)) for text, n in counts.items()]
+
+
+def _prefix_text(decision: BlockDecision, tokens: int, difference: float) -> str:
+    """The probe's answer for one block; the number of blocks goes where the braces are."""
+    again, attended = decision.recomputed_tokens, decision.attention_tokens
+    parts = [f"first {again} of {tokens} tokens"] if again is not None else []
+    parts += [f"attention of the first {attended} of {tokens} tokens"] if attended else []
+    exact = "yes"
+    if difference:
+        exact = f"no, largest difference {difference:.0e} of a tensor's largest entry"
+    return f"{' and '.join(parts)} of {{}} computed again; bit-equal on this machine: {exact}"
 
 
 def _optimizer_text(plan: Plan) -> str:

@@ -48,6 +48,8 @@ from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import find_blocks, profile_model
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
+from memtrain.rehearsal import BlockRehearsal
+from memtrain.report import recompute_facts
 from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
@@ -175,6 +177,7 @@ def prepare(
             master_weights=master_weights,
             loss_fn=loss_fn,
             block_names=block_names,
+            rehearsal=BlockRehearsal(model),
         )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
@@ -381,6 +384,7 @@ class Session:
             error = (predicted - measured) / measured
             lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
         lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
+        lines += recompute_facts(self.plan, self.profile)
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         for tier, statistics_ in self.engine.statistics().items():

@@ -37,7 +37,7 @@ from memtrain.planner.machine import BudgetError
 from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
-from memtrain.report import Phase, Summary, infeasible_text, plan_text, summary_text
+from memtrain.report import Phase, Summary, infeasible_text, plan_text, recompute_facts, summary_text
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.weights import load_model
@@ -156,6 +156,7 @@ class Trainer:
             micro_batches=training.accumulation,
             master_weights=recipe.optimizer.master_weights,
             nonfinite=training.nonfinite,
+            options=memtrain.PlannerOptions(exact_only=recipe.planner.exact_only),
             chunked_loss=training.chunked_loss,
             directory=self.output,
             reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
@@ -176,7 +177,9 @@ class Trainer:
     def run(self) -> Summary:
         """Evaluate, train, evaluate, save."""
         session, recipe = self.session, self.recipe
-        print(plan_text(session.plan), flush=True)
+        print(
+            "\n".join([plan_text(session.plan), *recompute_facts(session.plan, session.profile)]), flush=True
+        )
         with ProgressDisplay(
             self.output / "metrics.jsonl",
             total_steps=recipe.training.steps,

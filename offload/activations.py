@@ -25,22 +25,29 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
+from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.recompute import RecomputeFrame
-from memtrain.offload.saved_group import SavedGroup, abandoned_on_error, pack_into, unpack
+from memtrain.offload.saved_group import (
+    SavedGroup,
+    abandoned_on_error,
+    pack_alone_into,
+    pack_into,
+    unpack,
+)
 from memtrain.offload.staging import SlotCache, Ticket
-from memtrain.offload.unmoved import FixedTensors
+from memtrain.offload.token_probe import TokenProbe
+from memtrain.offload.unmoved import FixedTensors, shared_storages
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan
 
@@ -77,14 +84,15 @@ class ActivationExecutor:
         self._engine = engine
         self._blocks = list(blocks)
         self._decisions = sorted(plan.blocks, key=lambda decision: decision.block)
+        self._surveys = {
+            name: BlockSurvey(name, module, decision, self.fixed.__contains__)
+            for (name, module), decision in zip(self._blocks, self._decisions, strict=True)
+        }
         staging = plan.staging
         with ExitStack() as made:
             self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
             self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
-            self._kept = self._make_cache(made, staging.kept_slots, staging.kept_slot_bytes, "kept")
-            self._kept_input = self._make_cache(
-                made, staging.kept_input_slots, staging.kept_input_slot_bytes, "kept_input"
-            )
+            self._kept = self._make_kept(made, staging.kept_bytes)
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
@@ -106,6 +114,19 @@ class ActivationExecutor:
         cache = SlotCache(count, slot_bytes, name, self.lock, self.device)
         made.callback(cache.close)
         return cache
+
+    def _make_kept(self, made: ExitStack, places_bytes: Sequence[int]) -> dict[int, SlotCache | None]:
+        """By block the slab that holds what stays of it on a CPU; blocks with equal places share one."""
+        caches = {
+            size: self._make_cache(made, count, size, "kept") for size, count in Counter(places_bytes).items()
+        }
+        return {block: caches[size] for block, size in enumerate(places_bytes)}
+
+    @property
+    def token_probes(self) -> dict[str, TokenProbe]:
+        """What was found out about the tokens of each block that has run and needed it, by name."""
+        found = {name: survey.probe for name, survey in self._surveys.items()}
+        return {name: probe for name, probe in found.items() if probe is not None}
 
     # installing -------------------------------------------------------------------------------
 
@@ -159,35 +180,49 @@ class ActivationExecutor:
         kwargs: dict[str, Any],
     ) -> Any:
         if decision.action in (Action.KEEP, Action.SWAP):
-            cache = self._saved if decision.action is Action.SWAP else self._kept
-            group = self._open(cache, name, decision.saved_tier, _shared(args, kwargs))
+            cache = self._saved if decision.action is Action.SWAP else self._kept.get(decision.block)
+            group = self._open(cache, name, decision.saved_tier, shared_storages(args, kwargs))
             if group is None:
                 return forward(*args, **kwargs)
             with abandoned_on_error([group]), torch.autograd.graph.saved_tensors_hooks(group.pack, unpack):
                 output = forward(*args, **kwargs)
             group.seal()
             return output
-        moved = {decision.input_tier}
-        store_attention = decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
-        if store_attention:
-            moved.add(decision.saved_tier)
+        return self._recompute(name, decision, forward, args, kwargs)
+
+    def _recompute(
+        self,
+        name: str,
+        decision: BlockDecision,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        parts = self._surveys[name].parts(forward, args, kwargs)
+        tiers = {decision.input_tier}
+        if decision.action is not Action.RECOMPUTE:
+            tiers.add(decision.saved_tier)
+        if parts.is_cut:
+            tiers.add(decision.rest_tier)
         groups = {
-            tier: self._open(self._kept_input if tier is Tier.DEVICE else self._input, name, tier)
-            for tier in moved
+            tier: self._open(
+                self._kept.get(decision.block) if tier is Tier.DEVICE else self._input, name, tier
+            )
+            for tier in sorted(tiers)
         }
-        frame = RecomputeFrame(
-            name,
-            forward,
-            args,
-            kwargs,
-            is_fixed=self.fixed.__contains__,
-            store_attention=store_attention,
-            pack_input=pack_into(groups[decision.input_tier]),
-            pack_attention=pack_into(groups.get(decision.saved_tier)),
-            unpack=unpack,
-        )
         opened = [group for group in groups.values() if group is not None]
         with abandoned_on_error(opened):
+            frame = RecomputeFrame(
+                name,
+                forward,
+                args,
+                kwargs,
+                is_fixed=self.fixed.__contains__,
+                pack_input=(pack_alone_into if parts.is_cut else pack_into)(groups[decision.input_tier]),
+                unpack=unpack,
+                tape=parts.tape(groups.get(decision.saved_tier)),
+                cut=parts.cut(groups.get(decision.rest_tier), shared_storages(args, kwargs)),
+            )
             output = frame.forward()
         for group in opened:
             group.seal()
@@ -328,9 +363,3 @@ class ActivationExecutor:
                 store.free(extent)
             if failure is not None:
                 raise failure
-
-
-def _shared(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
-    """Storages of all tensor arguments but the first: masks and tables, which the other blocks get too."""
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors[1:])

@@ -53,3 +53,7 @@ class ExtentStateError(OffloadError):
 
 class StagingError(OffloadError):
     """A staging slot was asked for that can never become free, or is larger than a slot."""
+
+
+class TokenRangeError(PlanMismatchError):
+    """A block's tokens cannot be treated apart: names the block, the tensor and the remedy."""

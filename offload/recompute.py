@@ -5,42 +5,28 @@ that backward looks into runs the block's forward again, with the same input, RN
 fills all holes; the second graph is thrown away. Because the graph that backward walks is the one of
 the first forward, hooks and gradients fire exactly as without recomputation.
 
-The scheme is that of torch's non-reentrant checkpoint; ours differs in that the input and the attention
-kernels' outputs may have left the device, and that anything which would make the second forward differ
-from the first raises instead of training on.
+The scheme is that of torch's non-reentrant checkpoint; ours differs in that the input and the results of
+costly operators may have left the device, that the second forward may be one of the first tokens alone
+(``token_cut.py``), and that anything which would make the second forward differ from the first raises instead
+of training on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from memtrain.offload.errors import OffloadError
+from memtrain.offload.errors import OffloadError, TokenRangeError
+from memtrain.offload.results import Pack, ResultTape, differs
+from memtrain.offload.surroundings import Surroundings
+from memtrain.offload.token_cut import TokenCut
+from memtrain.offload.token_rows import SavedRows, Unpack
 from memtrain.offload.unmoved import Unmoved
-
-Pack = Callable[[torch.Tensor], Any]
-Unpack = Callable[[Any], torch.Tensor]
-
-_ATTENTION_NAMES = (
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_flash_attention_forward",
-    "_efficient_attention_forward",
-)
-
-
-def _is_attention(func: Any) -> bool:
-    return func.namespace == "aten" and func._opname in _ATTENTION_NAMES
 
 
 class _Complete(Exception):
@@ -50,128 +36,30 @@ class _Complete(Exception):
 class _Hole:
     """Stands for a saved tensor; carries it once it has been computed again."""
 
-    __slots__ = ("__weakref__", "frame", "tensor")
+    __slots__ = ("__weakref__", "_rows", "_tensor", "frame")
 
-    def __init__(self, frame: RecomputeFrame) -> None:
+    def __init__(self, frame: RecomputeFrame, rows: SavedRows | None) -> None:
         self.frame = frame
-        self.tensor: torch.Tensor | None = None
+        self._rows = rows
+        self._tensor: torch.Tensor | None = None
 
+    @property
+    def is_filled(self) -> bool:
+        return self._tensor is not None if self._rows is None else self._rows.is_there
 
-class _Surroundings:
-    """RNG and autocast of a forward pass, to be entered again."""
+    def fill(self, tensor: torch.Tensor) -> None:
+        if self._rows is None:
+            self._tensor = tensor
+        elif not self._rows.is_there:
+            self._rows.first_rows = tensor
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._device_types = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
-        self._cpu_rng = torch.get_rng_state()
-        self._device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        self._autocast = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in self._device_types
-        }
-        self._cache = torch.is_autocast_cache_enabled()
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Same RNG and autocast inside; the present ones again afterwards."""
-        now_cpu = torch.get_rng_state()
-        now_device = torch.cuda.get_rng_state(self._device) if self._device_rng is not None else None
-        torch.set_rng_state(self._cpu_rng)
-        if self._device_rng is not None:
-            torch.cuda.set_rng_state(self._device_rng, self._device)
-        try:
-            with contextlib.ExitStack() as stack:
-                for kind, (enabled, dtype) in self._autocast.items():
-                    stack.enter_context(
-                        torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=self._cache)
-                    )
-                yield
-        finally:
-            torch.set_rng_state(now_cpu)
-            if now_device is not None:
-                torch.cuda.set_rng_state(now_device, self._device)
-
-
-class _AttentionMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode without torch's wrapper, which imports the compiler in the middle of a forward pass."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-
-class _StoreAttention(_AttentionMode):  # type: ignore[no-untyped-call]
-    """Record the outputs of attention kernels; a kernel that draws random numbers is left alone.
-
-    Skipping such a kernel in the second forward would leave the RNG behind, and every later dropout
-    mask of the block would differ.
-    """
-
-    def __init__(self, record: list[Any], pack: Pack) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._record = record
-        self._pack = pack
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if _is_attention(func):
-            stored = None
-            if _dropout(func, args, kwargs or {}) == 0.0:
-                stored = pytree.tree_map_only(torch.Tensor, self._pack, output)
-            self._record.append(stored)
-        return output
-
-
-class _ReplayAttention(_AttentionMode):  # type: ignore[no-untyped-call]
-    """Answer attention kernels with what was recorded."""
-
-    def __init__(self, record: list[Any], unpack: Unpack, name: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._record = iter(record)
-        self._unpack = unpack
-        self._name = name
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _is_attention(func):
-            return func(*args, **(kwargs or {}))
-        try:
-            stored = next(self._record)
-        except StopIteration:
-            raise _differs(self._name, "more attention kernels ran") from None
-        if stored is None:
-            return func(*args, **(kwargs or {}))
-        # A new tensor each time: autograd makes it an output of the second graph, which must die with it.
-        return pytree.tree_map_only(_Stored, lambda item: item.tensor(self._unpack).detach(), stored)
-
-
-class _AroundAttention(TorchFunctionMode):
-    """Enters a dispatch mode for the calls that may reach an attention kernel, and for no others.
-
-    A dispatch mode sends every operator through Python: 2 ms for a block of SmolLM2, in each of its forwards.
-    """
-
-    def __init__(self, mode: TorchDispatchMode) -> None:
-        super().__init__()
-        self._mode = mode
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():  # the compiler looks in here, and cannot follow into the mode
-            return func(*args, **(kwargs or {}))
-        around = self._mode if "attention" in getattr(func, "__name__", "") else contextlib.nullcontext()
-        with around:
-            return func(*args, **(kwargs or {}))
-
-
-class _Stored:
-    """One stored attention output."""
-
-    __slots__ = ("_packed",)
-
-    def __init__(self, packed: Any) -> None:
-        self._packed = packed
-
-    def tensor(self, unpack: Unpack) -> torch.Tensor:
-        return unpack(self._packed)
+    def take(self, unpack: Unpack) -> torch.Tensor:
+        """Taken out: a graph that is walked twice must not hold the memory of every block in between."""
+        if self._rows is not None:
+            return self._rows.take(unpack)
+        tensor, self._tensor = self._tensor, None
+        assert tensor is not None
+        return tensor
 
 
 class RecomputeFrame:
@@ -182,9 +70,10 @@ class RecomputeFrame:
         function: the block's forward.
         args, kwargs: what it was called with; the first tensor of ``args`` is the block's input.
         is_fixed: whether a tensor is a parameter or buffer, which is saved as it is.
-        store_attention: keep the outputs of attention kernels.
-        pack_input, pack_attention: how they leave the device; None keeps them there.
+        pack_input: how the input leaves the device; None keeps it there, by reference.
         unpack: brings back what the packs sent away.
+        tape: stores results of costly operators; None: they are computed again.
+        cut: stores what is not computed again; None: everything is.
     """
 
     def __init__(
@@ -195,66 +84,76 @@ class RecomputeFrame:
         kwargs: dict[str, Any],
         *,
         is_fixed: Callable[[torch.Tensor], bool],
-        store_attention: bool,
         pack_input: Pack | None,
-        pack_attention: Pack | None,
         unpack: Unpack,
+        tape: ResultTape | None = None,
+        cut: TokenCut | None = None,
     ) -> None:
         self.name = name
         self._function = function
         self._is_fixed = is_fixed
-        self._store_attention = store_attention
-        self._pack_attention = pack_attention or Unmoved.of
         self._unpack = unpack
+        self._tape = tape
+        self._cut = cut
         self._holes: list[weakref.ref[_Hole]] = []
-        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
-        self._attention: list[Any] = []
+        self._expected: list[tuple[torch.Size | None, torch.dtype]] = []
+        """What the second forward will save; None for a shape that does not matter."""
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
-        self._surroundings = _Surroundings(tensors[0].device if tensors else torch.device("cpu"))
+        self._surroundings = Surroundings(tensors[0].device if tensors else torch.device("cpu"))
         self._call: tuple[Any, Any] | None = (args, kwargs)
         self._needs_grad: dict[int, bool] = {}
-        first = True
         for index, leaf in enumerate(self._leaves):
             if not isinstance(leaf, torch.Tensor):
                 continue
+            pack = pack_input if not self._needs_grad and pack_input is not None else Unmoved.of
             self._needs_grad[index] = leaf.requires_grad
-            pack = pack_input if first and pack_input is not None else Unmoved.of
-            first = False
-            self._leaves[index] = pack(leaf.detach())
+            leaf = leaf.detach()
+            self._leaves[index] = pack(leaf if cut is None else cut.argument(index, leaf))
 
     def forward(self) -> Any:
-        """Run the block, saving nothing. Called once."""
+        """Run the block, saving nothing that is computed again. Called once."""
         assert self._call is not None
         (args, kwargs), self._call = self._call, None
-        mode: Any = contextlib.nullcontext()
-        if self._store_attention:
-            store = _StoreAttention(
-                self._attention, lambda tensor: _Stored(self._pack_attention(tensor.detach()))
-            )
-            mode = _AroundAttention(store)
-        with torch.autograd.graph.saved_tensors_hooks(self._dig, self._look_into), mode:
-            return self._function(*args, **kwargs)
+        recording = contextlib.nullcontext() if self._tape is None else self._tape.recording()
+        with torch.autograd.graph.saved_tensors_hooks(self._dig, self._look_into), recording:
+            output = self._function(*args, **kwargs)
+        if self._cut is not None:
+            self._cut.seal()
+            if not self._cut.is_random and self._surroundings.random_numbers_drawn:
+                raise TokenRangeError(
+                    f"{self.name}: drew random numbers, which it did not when its tokens were probed, and a "
+                    "part of the tokens would draw others; plan without recomputed_tokens for it"
+                )
+        return output
 
-    def _dig(self, tensor: torch.Tensor) -> Unmoved | _Hole:
+    def _dig(self, tensor: torch.Tensor) -> Any:
         if self._is_fixed(tensor):
             return Unmoved.of(tensor)
-        hole = _Hole(self)
-        self._holes.append(weakref.ref(hole))
-        self._shapes.append((tensor.shape, tensor.dtype))
-        return hole
+        number = len(self._holes)
+        shape: torch.Size | None = tensor.shape
+        kept = None
+        if self._cut is not None:
+            kept = self._cut.store(number, tensor)
+            shape = self._cut.shape_again(number, tensor.shape)
+        hole = _Hole(self, kept if isinstance(kept, SavedRows) else None)
+        self._holes.append(weakref.ref(hole))  # a hole that nobody takes is passed over
+        self._expected.append((shape, tensor.dtype))
+        return hole if kept is None or isinstance(kept, SavedRows) else kept
 
-    def _look_into(self, saved: Unmoved | _Hole) -> torch.Tensor:
-        if isinstance(saved, Unmoved):
-            return saved.get()
-        if saved.tensor is None:
-            self._compute_again()
-        # Taken out: a graph that is walked twice must not hold the memory of every block in between.
-        tensor, saved.tensor = saved.tensor, None
-        assert tensor is not None
-        return tensor
+    def _look_into(self, saved: Any) -> torch.Tensor:
+        if not isinstance(saved, _Hole):
+            return self._unpack(saved)
+        if not saved.is_filled:
+            self.compute_again()
+        return saved.take(self._unpack)
 
-    def _compute_again(self) -> None:
+    def compute_again(self) -> None:
+        """Run the second forward and fill every hole that is still wanted. Backward does so by itself.
+
+        Raises:
+            OffloadError: it went another way than the first.
+        """
         filled = 0
 
         def fill(tensor: torch.Tensor) -> Any:
@@ -262,16 +161,17 @@ class RecomputeFrame:
             if self._is_fixed(tensor):
                 return tensor
             if filled == len(self._holes):
-                raise _differs(self.name, f"more than {len(self._holes)} tensors were saved")
-            if self._shapes[filled] != (tensor.shape, tensor.dtype):
-                raise _differs(
+                raise differs(self.name, f"more than {len(self._holes)} tensors were saved")
+            shape, dtype = self._expected[filled]
+            if shape not in (None, tensor.shape) or dtype != tensor.dtype:
+                raise differs(
                     self.name,
-                    f"saved tensor {filled} was {tuple(self._shapes[filled][0])} {self._shapes[filled][1]} "
-                    f"and is now {tuple(tensor.shape)} {tensor.dtype}",
+                    f"saved tensor {filled} should be {tuple(shape or ())} {dtype} and is "
+                    f"{tuple(tensor.shape)} {tensor.dtype}",
                 )
             hole = self._holes[filled]()
             if hole is not None:
-                hole.tensor = tensor.detach()
+                hole.fill(tensor.detach())
             filled += 1
             if filled == len(self._holes):
                 raise _Complete
@@ -281,19 +181,19 @@ class RecomputeFrame:
             raise OffloadError(f"{self.name}: backward was called inside a forward that is being recomputed")
 
         args, kwargs = self._inputs()
-        mode: Any = contextlib.nullcontext()
-        if self._store_attention:
-            mode = _AroundAttention(_ReplayAttention(self._attention, self._unpack, self.name))
+        replaying = contextlib.nullcontext() if self._tape is None else self._tape.replaying()
+        drawing = contextlib.nullcontext() if self._cut is None else self._cut.drawing()
         with (
             self._surroundings.again(),
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(fill, never),
-            mode,
+            replaying,
+            drawing,
             contextlib.suppress(_Complete),
         ):
             self._function(*args, **kwargs)
         if filled < len(self._holes):
-            raise _differs(self.name, f"only {filled} of {len(self._holes)} tensors were saved")
+            raise differs(self.name, f"only {filled} of {len(self._holes)} tensors were saved")
 
     def _inputs(self) -> tuple[Any, Any]:
         leaves = list(self._leaves)
@@ -302,19 +202,3 @@ class RecomputeFrame:
             leaves[index] = tensor.detach().requires_grad_(needs_grad)
         args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         return args, kwargs
-
-
-def _dropout(func: Any, args: Any, kwargs: Any) -> float:
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            if argument.name in kwargs:
-                return float(kwargs["dropout_p"])
-            return float(args[position]) if position < len(args) else float(argument.default_value or 0.0)
-    return 0.0
-
-
-def _differs(name: str, how: str) -> OffloadError:
-    return OffloadError(
-        f"{name}: computing the block again went another way than its forward ({how}); it depends on "
-        f"something beside its arguments and the random number generator: exclude recompute for it"
-    )

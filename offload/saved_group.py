@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from memtrain.offload.device import Event
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.staging import SlotCache, StagedSlot, Ticket
+from memtrain.offload.token_rows import memory_order
 from memtrain.offload.unmoved import Unmoved
 from memtrain.planner.actions import Tier
 
@@ -109,6 +110,21 @@ class SavedGroup:
                 if not self._executor.device.shares_memory:
                     self._sources.append(Unmoved.of(tensor))
         return SavedTensor(self, placed[0], source.numel(), tensor.dtype, tensor.shape, stride, int(start))
+
+    def pack_alone(self, tensor: torch.Tensor) -> SavedTensor | Unmoved:
+        """Copy ``tensor``'s own entries into the slot, whatever storage they lie in, and return what stands
+        for the tensor: with its dimensions in the same order in memory, and nothing between them."""
+        if not self._executor.movable(tensor):
+            return copied(tensor)
+        order = memory_order(tensor)
+        dense = tensor.detach().permute(order).contiguous()
+        with self._lock:
+            offset = self._place(dense.view(-1).view(torch.uint8))
+            if not self._executor.device.shares_memory:
+                self._sources.append(Unmoved.of(dense))
+        strides = dict(zip(order, dense.stride(), strict=True))
+        stride = tuple(strides[dim] for dim in range(tensor.dim()))
+        return SavedTensor(self, offset, dense.nbytes, tensor.dtype, tensor.shape, stride, 0)
 
     def _place(self, source: torch.Tensor) -> int:
         assert self._slot is not None
@@ -292,6 +308,16 @@ def _stream(tensor: torch.Tensor) -> torch.cuda.Stream | None:
 
 def _over(ticket: Ticket | None) -> bool:
     return ticket is None or ticket.done()
+
+
+def copied(tensor: torch.Tensor) -> Unmoved:
+    """A copy of ``tensor`` that stays on the device: by reference it would keep its whole storage there."""
+    return Unmoved.of(tensor.detach().clone())
+
+
+def pack_alone_into(group: SavedGroup | None) -> Callable[[torch.Tensor], Any]:
+    """How parts of tensors are stored in ``group``; copied on the device where there is none."""
+    return copied if group is None else group.pack_alone
 
 
 def pack_into(group: SavedGroup | None) -> Callable[[torch.Tensor], Any] | None:

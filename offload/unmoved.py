@@ -7,9 +7,11 @@ saved-tensor hooks: there the hooks must, or a training step goes on with the wr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from memtrain.offload.errors import SavedTensorModifiedError
 
@@ -62,3 +64,9 @@ class Unmoved:
                 f"backward before the change, or avoid the in-place operation"
             )
         return self.tensor
+
+
+def shared_storages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:
+    """Storages of all tensor arguments but the first: masks and tables, which the other blocks get too."""
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors[1:])

@@ -52,7 +52,8 @@ class BlockDecision:
     """Where the block's input lives between forward and recompute; ``DEVICE`` unless recomputed."""
     recomputed_tokens: int | None = None
     """Of each row, how many of its first tokens are computed again; None, all of them. The others' saved
-    tensors are stored in ``rest_tier``. A prefix is computed as the whole is: by the block's own forward."""
+    tensors are stored in ``rest_tier``. A prefix is computed as the whole is: by the block's own forward.
+    Not under RECOMPUTE_NEARLY_FREE, where a prefix would save next to no time."""
     rest_tier: Tier = Tier.DEVICE
     """Where saved tensors of tokens that are not computed again live; ``DEVICE`` where there are none."""
     attention_tokens: int = 0
@@ -86,6 +87,11 @@ class BlockDecision:
         elif self.action in (Action.KEEP, Action.SWAP):
             raise ValueError(
                 f"{name} computes nothing again, yet recomputed_tokens is {self.recomputed_tokens}"
+            )
+        elif self.action is Action.RECOMPUTE_NEARLY_FREE:
+            raise ValueError(
+                f"{name} is for all tokens, yet recomputed_tokens is {self.recomputed_tokens}; leave it out, "
+                "or use action recompute"
             )
         elif self.recomputed_tokens < 1:
             raise ValueError(

@@ -20,11 +20,10 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.block_parts import activation_extents, backward_bytes, kept_bytes
 from memtrain.planner.decisions import (
     Decisions,
-    activation_extents,
     gradient_extent_bytes,
-    kept_parts,
     mirror_bytes,
     state_extent_bytes,
     unit_elements,
@@ -48,26 +47,15 @@ class Position:
         return self.kept_bytes + self.gradient_bytes + self.transient_bytes
 
 
-def kept_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """Bytes of a block that stay on the device, outside slabs, from its forward to its backward."""
-    return block.saved_bytes if decision.action is Action.KEEP else sum(kept_parts(block, decision))
-
-
 def forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its forward, above what earlier blocks keep."""
-    return sum(kept_parts(block, decision)) + slab_forward_bytes(block, decision)
+    beside = 0 if decision.action is Action.KEEP else kept_bytes(block, decision)
+    return beside + slab_forward_bytes(block, decision)
 
 
 def slab_forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """The same where what is kept is copied into slabs: the originals are there until the forward ends."""
     return block.saved_bytes + block.forward_transient_bytes
-
-
-def backward_transient_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """Bytes that a block needs during its backward, above what it and earlier blocks keep."""
-    if decision.action in (Action.KEEP, Action.SWAP):
-        return block.backward_transient_bytes
-    return block.saved_bytes + max(block.forward_transient_bytes, block.backward_transient_bytes)
 
 
 def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Position]:
@@ -109,7 +97,7 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
                 name=f"backward {block.name}",
                 kept_bytes=kept_before[index + 1],
                 gradient_bytes=gradients.at_backward(index),
-                transient_bytes=profile.persistent_backward_bytes + backward_transient_bytes(block, decision),
+                transient_bytes=profile.persistent_backward_bytes + backward_bytes(block, decision),
             )
         )
     positions.append(

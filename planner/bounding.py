@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.answer import Answer
 from memtrain.planner.baselines import Search, default_knobs, greedy
-from memtrain.planner.decisions import copied_bytes, gradient_passes, recompute_seconds
+from memtrain.planner.block_parts import copied_bytes, joined_bytes, recompute_seconds
+from memtrain.planner.decisions import gradient_passes
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
@@ -67,7 +68,8 @@ def compute_seconds(search: Search) -> float:
     later = profile.micro_batches - 1
     once = 0.0
     for block, choices in zip(profile.blocks, search.space.blocks, strict=True):
-        extra = (copied_bytes(block, d) * copy + recompute_seconds(block, d) for d in choices)
+        copies = [(copied_bytes(block, d) + joined_bytes(block, d)) * copy for d in choices]
+        extra = (c + recompute_seconds(block, d) for c, d in zip(copies, choices, strict=True))
         once += block.forward_seconds + block.backward_seconds + min(extra)
     once += profile.prologue_forward_seconds + profile.prologue_backward_seconds
     once += profile.epilogue_forward_seconds + profile.epilogue_backward_seconds

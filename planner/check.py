@@ -12,13 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.check_blocks import (
+    PAGE,
+    again,
+    during_backward,
+    impossible,
+    left_behind,
+    room,
+    sent,
+    whole_pages,
+)
 from memtrain.planner.check_timeline import timeline_faults
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
-from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
-
-PAGE = 4096
+from memtrain.planner.profile import ModelProfile, UnitProfile
 
 
 class Rule(str, Enum):
@@ -96,40 +104,34 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
     linked = {link.tier for link in machine.links}
     usable = {Tier.DEVICE} | {tier for tier in linked if budget.capacity(tier) > 0}
     for block in plan.blocks:
-        for tier in {block.saved_tier, block.input_tier} - usable:
+        for tier in {block.saved_tier, block.input_tier, block.rest_tier} - usable:
             yield Rule.TIER_EXISTS, f"block {block.block} uses {tier.value}"
-        recomputed = block.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION)
-        if recomputed and block.block < len(profile.blocks):
+        if block.block < len(profile.blocks):
             measured = profile.blocks[block.block]
-            if not measured.recomputable:
-                yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {measured.reason}"
-            elif block.action is Action.RECOMPUTE_EXCEPT_ATTENTION and measured.attention_bytes == 0:
-                yield (
-                    Rule.RECOMPUTABLE,
-                    f"block {block.block} ({measured.name}) has no attention outputs to store",
-                )
+            for reason in impossible(measured, block):
+                yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {reason}"
     for state in plan.states:
         for tier in {state.gradient_tier, state.optimizer_tier} - usable:
             yield Rule.TIER_EXISTS, f"unit {state.unit} uses {tier.value}"
 
 
-def _pages(size: int) -> int:
-    return (size + PAGE - 1) // PAGE * PAGE
-
-
 def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     staging = plan.staging
     saved = inputs = 0
+    groups = 1
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
-        if decision.action is Action.SWAP:
-            saved = max(saved, _pages(block.saved_bytes + 64 * block.saved_tensors))
-        out = _leaving_of_recompute(block, decision)
-        if out:
-            inputs = max(inputs, _pages(sum(out.values()) + 64 * len(out)))
+        away = [tier for tier in Tier if tier is not Tier.DEVICE]
+        leaves = room(left_behind(block, decision), *away)
+        if again(decision):
+            inputs, groups = max(inputs, leaves), max(groups, len(sent(block, decision)))
+        else:
+            saved = max(saved, leaves)
     yield from _ring("saved", saved, staging.saved_slots, staging.saved_slot_bytes, 1)
-    yield from _ring("input", inputs, staging.input_slots, staging.input_slot_bytes, 1)
-    away = any(s.gradient_tier is not Tier.DEVICE for s in plan.states)
-    yield from _ring("gradient", PAGE if away else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2)
+    yield from _ring("input", inputs, staging.input_slots, staging.input_slot_bytes, groups)
+    gradients_leave = any(s.gradient_tier is not Tier.DEVICE for s in plan.states)
+    yield from _ring(
+        "gradient", PAGE if gradients_leave else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2
+    )
     elements = staging.update_shard_elements
     if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
         yield (
@@ -143,37 +145,29 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
         # Each piece of a shard (one per 64 Ki elements, and what is left over) puts its gradient, its
         # workspace and its state tensors on pages of their own.
         regions = 2 + _tensors_of_state(profile)
-        need = _pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
+        need = whole_pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
         yield from _ring("update", need, staging.update_slots, staging.update_slot_bytes, 3)
 
 
 def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
     """On a CPU all that stays on the device has a slot or a place in a slab; elsewhere there are no slabs."""
     staging = plan.staging
-    wanted = {"kept": [0, 0], "kept input": [0, 0]}
     gradients = 0
+    wanted = [0] * len(plan.blocks)
     if _on_cpu(machine):
-        for block, decision in zip(profile.blocks, plan.blocks, strict=True):
-            name, sizes, tensors = "kept input", _staying_of_recompute(block, decision), 1
-            if decision.action is Action.KEEP:
-                name, sizes, tensors = "kept", [block.saved_bytes], block.saved_tensors
-            if sizes:
-                wanted[name][0] += 1
-                wanted[name][1] = max(wanted[name][1], _pages(sum(sizes) + 64 * tensors * len(sizes)))
+        decided = zip(profile.blocks, plan.blocks, strict=True)
+        wanted = [room(left_behind(block, decision), Tier.DEVICE) for block, decision in decided]
         gradients = sum(
             _resident_gradient(profile, unit)
             for unit, state in zip(profile.units, plan.states, strict=True)
             if state.gradient_tier is Tier.DEVICE
         )
-    found = {
-        "kept": (staging.kept_slots, staging.kept_slot_bytes),
-        "kept input": (staging.kept_input_slots, staging.kept_input_slot_bytes),
-    }
-    for name, (count, size) in wanted.items():
-        slots, slot_bytes = found[name]
-        yield from _ring(name, size, slots, slot_bytes, count)
-        if slots * slot_bytes and not count:
-            yield Rule.STAGING, f"{name} slab of {slots} slots of {slot_bytes} bytes that nothing uses"
+    found = staging.kept_bytes or (0,) * len(wanted)
+    if len(found) != len(wanted):
+        yield Rule.STAGING, f"{len(found)} places for what blocks keep, there are {len(wanted)} blocks"
+    for index, (size, need) in enumerate(zip(found, wanted, strict=False)):
+        if size < need or (size and not need) or size % PAGE:
+            yield Rule.STAGING, f"block {index} has a place of {size} bytes for what it keeps, needs {need}"
     if staging.gradient_slab_bytes < gradients or (staging.gradient_slab_bytes and not gradients):
         yield (
             Rule.STAGING,
@@ -187,21 +181,11 @@ def _on_cpu(machine: Machine) -> bool:
     return machine.device.startswith("cpu")
 
 
-def _staying_of_recompute(block: BlockProfile, decision: BlockDecision) -> list[int]:
-    stays = []
-    if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
-        if decision.input_tier is Tier.DEVICE:
-            stays.append(block.input_bytes)
-        if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
-            stays.append(block.attention_bytes)
-    return stays
-
-
 def _resident_gradient(profile: ModelProfile, unit: UnitProfile) -> int:
     """A unit's gradients in a slab: a page more per parameter."""
     if unit.gradient_bytes == 0:
         return 0
-    return _pages(unit.gradient_bytes + _parameters(profile, unit) * PAGE)
+    return whole_pages(unit.gradient_bytes + _parameters(profile, unit) * PAGE)
 
 
 def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iterator[Fault]:
@@ -211,22 +195,13 @@ def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iter
         yield Rule.STAGING, f"{name} slot of {slot_bytes} bytes is not a multiple of {PAGE}"
 
 
-def _leaving_of_recompute(block: BlockProfile, decision: BlockDecision) -> dict[str, int]:
-    out = {}
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
-        out["attention"] = block.attention_bytes
-    if decision.input_tier is not Tier.DEVICE:
-        out["input"] = block.input_bytes
-    return out
-
-
 def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     """Walks the step in time, counting what comes and goes; what lives in slabs does neither."""
     on_cpu = _on_cpu(machine)
     resident = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
     s = plan.staging
     resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
-    resident += s.kept_slots * s.kept_slot_bytes + s.kept_input_slots * s.kept_input_slot_bytes
+    resident += sum(s.kept_bytes)
     gradient: dict[object, int] = defaultdict(int)
     for unit, state in zip(profile.units, plan.states, strict=True):
         resident += unit.resident_state_bytes
@@ -245,8 +220,8 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         stays = 0
         if not on_cpu:
-            keeps = decision.action is Action.KEEP
-            stays = block.saved_bytes if keeps else sum(_staying_of_recompute(block, decision))
+            left = left_behind(block, decision)
+            stays = sum(size for tier, size, _ in left if tier is Tier.DEVICE)
         extra = 0 if decision.action is Action.KEEP else stays
         peak = max(peak, held + kept + extra + block.saved_bytes + block.forward_transient_bytes)
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
@@ -261,9 +236,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     for index in reversed(range(len(stack))):
         block, decision, stays = stack[index]
         held += 0 if many else gradient[index]
-        local = block.backward_transient_bytes
-        if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
-            local = block.saved_bytes + max(local, block.forward_transient_bytes)
+        local = during_backward(block, decision)
         peak = max(peak, held + kept + local + profile.persistent_backward_bytes)
         kept -= stays
     peak = max(peak, every + profile.prologue_peak_bytes + profile.persistent_backward_bytes)
@@ -308,13 +281,10 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
     """What a tier must hold: rings, an extent per block, one per gradient, and the records of state."""
     total = _staged(plan, profile, machine).get(tier, 0)
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
-        if decision.action is Action.SWAP:
-            here = block.saved_bytes + 64 * block.saved_tensors if decision.saved_tier is tier else 0
-        else:
-            places = {"attention": decision.saved_tier, "input": decision.input_tier}
-            out = _leaving_of_recompute(block, decision)
-            here = sum(size + 64 for part, size in out.items() if places[part] is tier)
-        total += _pages(here)
+        if tier in sent(block, decision):
+            # An extent for what goes there together; a swapped block has one even if it saved nothing.
+            least = whole_pages(64 * block.saved_tensors) if decision.action is Action.SWAP else 0
+            total += max(least, room(left_behind(block, decision), tier))
     for unit, state in zip(profile.units, plan.states, strict=True):
         parameters = _parameters(profile, unit)
         if state.gradient_tier is tier:
@@ -377,8 +347,7 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
     for category, size in (
         (
             "activations",
-            staging.kept_slots * staging.kept_slot_bytes
-            + staging.kept_input_slots * staging.kept_input_slot_bytes,
+            sum(staging.kept_bytes),
         ),
         ("gradients", staging.gradient_slab_bytes),
     ):

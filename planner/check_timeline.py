@@ -10,10 +10,11 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, sent
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
-from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.profile import ModelProfile, UnitProfile
 
 ROUNDING_SECONDS = 1e-8
 """Times are written with nine digits; a sum of a few is off by less than this."""
@@ -69,7 +70,7 @@ def _passes(plan: Plan, profile: ModelProfile, machine: Machine, events: Events)
             gradient[where] += unit.gradient_bytes * copy
     sequence = [("forward prologue", profile.prologue_forward_seconds)]
     sequence += [
-        (f"forward {b.name}", b.forward_seconds + copy * _left_behind(b, d))
+        (f"forward {b.name}", b.forward_seconds + copy * sum(size for _, size, _ in left_behind(b, d)))
         for b, d in zip(profile.blocks, plan.blocks, strict=True)
     ]
     sequence += [("loss epilogue", profile.epilogue_forward_seconds + profile.epilogue_backward_seconds)]
@@ -107,33 +108,13 @@ def _long_enough(event: Event, least: float) -> Iterator[Fault]:
         )
 
 
-def _left_behind(block: BlockProfile, decision: BlockDecision) -> int:
-    """Bytes that outlive a block's forward, wherever they are."""
-    if decision.action is Action.RECOMPUTE:
-        return block.input_bytes
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
-        return block.input_bytes + block.attention_bytes
-    return block.saved_bytes
-
-
-def _parts(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int]]:
-    if decision.action is Action.SWAP:
-        return [(decision.saved_tier, block.saved_bytes)]
-    parts: list[tuple[Tier, int]] = []
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
-        parts.append((decision.saved_tier, block.attention_bytes))
-    if decision.input_tier is not Tier.DEVICE:
-        parts.append((decision.input_tier, block.input_bytes))
-    return parts
-
-
 def _from_slots(plan: Plan, index: int, profile: ModelProfile) -> bool:
     """Whether the block's bytes are still in its slot when backward begins: true of a ring's last blocks."""
     swap = plan.blocks[index].action is Action.SWAP
     later = [
         d.block
         for b, d in zip(profile.blocks, plan.blocks, strict=True)
-        if d.block > index and (d.action is Action.SWAP) is swap and _parts(b, d)
+        if d.block > index and (d.action is Action.SWAP) is swap and sent(b, d)
     ]
     return len(later) < (plan.staging.saved_slots if swap else plan.staging.input_slots)
 
@@ -148,43 +129,38 @@ def _block(
         events[f"backward {block.name}", "compute"],
     )
     first_use = backward
-    if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+    if again(decision):
         first_use = events[f"recompute {block.name}", "compute"]
-        stored = decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
-        least = block.forward_seconds - (block.attention_seconds if stored else 0.0)
+        least = least_seconds_again(block, decision)
+        least += joined(block, decision) * _copy_seconds_per_byte(machine)
         if len(first_use) != count:
             yield "DEPENDENCY", f"{block.name} is recomputed {len(first_use)} times in {count} micro-batches"
             return
-        for again, use in zip(first_use, backward, strict=False):
-            yield from _long_enough(again, least)
-            if again.end_seconds > use.start_seconds + ROUNDING_SECONDS:
+        for second, use in zip(first_use, backward, strict=False):
+            yield from _long_enough(second, least)
+            if second.end_seconds > use.start_seconds + ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"backward {block.name} starts before its recompute is over"
-    by_tier: dict[Tier, list[int]] = defaultdict(list)
-    for tier, size in _parts(block, decision):
-        by_tier[tier].append(size)
-    for tier, sizes in by_tier.items():
-        link, each = machine.link(tier), len(sizes)
+    for tier, size in sent(block, decision).items():
+        link = machine.link(tier)
         writes = events[f"write {block.name}", f"write:{tier.value}"]
         reads = events[f"read {block.name}", f"read:{tier.value}"]
-        wanted = 0 if _from_slots(plan, index, profile) else each * count
-        if (len(writes), len(reads)) != (each * count, wanted):
+        wanted = 0 if _from_slots(plan, index, profile) else count
+        if (len(writes), len(reads)) != (count, wanted):
             yield (
                 "DEPENDENCY",
                 f"{block.name}: {len(writes)} writes and {len(reads)} reads on {tier.value}, "
-                f"{each * count} and {wanted} are needed",
+                f"{count} and {wanted} are needed",
             )
             continue
-        for position, write in enumerate(writes):
-            micro_batch = position // each
-            yield from _long_enough(write, sizes[position % each] / link.write_bytes_per_second)
-            if write.start_seconds < forward[micro_batch].end_seconds - ROUNDING_SECONDS:
+        for done, write in zip(forward, writes, strict=False):
+            yield from _long_enough(write, size / link.write_bytes_per_second)
+            if write.start_seconds < done.end_seconds - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"write {block.name} starts before its forward is over"
-        for position, read in enumerate(reads):
-            micro_batch = position // each
-            yield from _long_enough(read, sizes[position % each] / link.read_bytes_per_second)
-            if read.start_seconds < writes[position].end_seconds - ROUNDING_SECONDS:
+        for write, read, use in zip(writes, reads, first_use, strict=False):
+            yield from _long_enough(read, size / link.read_bytes_per_second)
+            if read.start_seconds < write.end_seconds - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"read {block.name} starts before its write is over"
-            if first_use[micro_batch].start_seconds < read.end_seconds - ROUNDING_SECONDS:
+            if use.start_seconds < read.end_seconds - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"backward {block.name} starts before its read is over"
 
 
@@ -269,7 +245,7 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
 def _bytes_moved(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     moved = 0
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
-        once = sum(size for _, size in _parts(block, decision))
+        once = sum(sent(block, decision).values())
         ways = 1 if once and _from_slots(plan, index, profile) else 2
         moved += profile.micro_batches * ways * once
     for unit, state in zip(profile.units, plan.states, strict=True):

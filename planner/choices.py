@@ -17,11 +17,14 @@ from typing import Any, TypeAlias
 import pulp
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.bill import (
-    backward_transient_bytes,
-    forward_bytes,
+from memtrain.planner.bill import forward_bytes, slab_forward_bytes
+from memtrain.planner.block_parts import (
+    activation_extents,
+    backward_bytes,
+    input_slot_bytes,
     kept_bytes,
-    slab_forward_bytes,
+    kept_slot_bytes,
+    saved_slot_bytes,
 )
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
@@ -29,15 +32,9 @@ from memtrain.planner.decisions import (
     SLOT_COUNTS,
     PlannerOptions,
     Space,
-    activation_extents,
     gradient_extent_bytes,
     gradient_slab_bytes,
     gradient_slot_bytes,
-    input_slot_bytes,
-    kept_input_slot_bytes,
-    kept_slot_bytes,
-    recompute_traffic,
-    saved_slot_bytes,
     state_extent_bytes,
     streams_update,
     unit_elements,
@@ -169,7 +166,7 @@ class Choices:
 
     def moved(self, index: int) -> Expression:
         """1 if the block goes through the input ring."""
-        return self.block_sum(index, lambda b, d: float(bool(recompute_traffic(b, d))))
+        return self.block_sum(index, lambda b, d: float(bool(input_slot_bytes(b, d))))
 
     # -- bytes ----------------------------------------------------------------------------------------
 
@@ -194,36 +191,6 @@ class Choices:
                     self.add(total >= n * mine - n * max(sizes) * (1 - ring[n]))
         return pulp.LpAffineExpression(total)
 
-    def _slab_bytes(self, size: Callable[[BlockProfile, BlockDecision], int], name: str) -> Expression:
-        """Bytes of a slab with a slot for each block that has something in it, the largest block's size each.
-
-        Count times maximum, made linear by size classes: the slots are the smallest class, and as many steps
-        to the next class as there are slots, if any block of that class or above uses the slab.
-        """
-        rows = [
-            [(v, s) for v, d in zip(self.x[index], choices, strict=True) if (s := size(block, d))]
-            for index, (block, choices) in enumerate(zip(self.profile.blocks, self.space.blocks, strict=True))
-        ]
-        classes = sorted({s for row in rows for _, s in row})
-        if not classes:
-            return pulp.LpAffineExpression()
-        count = pulp.lpSum(v for row in rows for v, _ in row)
-        total = classes[0] * count
-        above: pulp.LpVariable | None = None
-        for position in reversed(range(1, len(classes))):
-            used = self.problem.add_variable(f"{name}_class_{position}", lowBound=0, upBound=1)
-            slots = self.problem.add_variable(f"{name}_slots_{position}", lowBound=0)
-            for row in rows:
-                if any(s == classes[position] for _, s in row):
-                    self.add(used >= pulp.lpSum(v for v, s in row if s >= classes[position]))
-            if above is not None:
-                self.add(used >= above)
-            self.add(slots >= count - len(rows) * (1 - used))
-            self.add(slots >= pulp.lpSum(v for row in rows for v, s in row if s >= classes[position]))
-            total += (classes[position] - classes[position - 1]) * slots
-            above = used
-        return total
-
     def _memory(self) -> None:
         profile = self.profile
         fixed = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
@@ -236,8 +203,7 @@ class Choices:
         self.rings = self._rings()
         always += self.rings if on_cpu else self._mirrors()
         if on_cpu:
-            always += self._slab_bytes(kept_slot_bytes, "kept")
-            always += self._slab_bytes(kept_input_slot_bytes, "kept_input")
+            always += self.kept_slabs()
             always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
@@ -270,7 +236,7 @@ class Choices:
             row(
                 kept,
                 gradients_from(index),
-                self.block_sum(index, backward_transient_bytes),
+                self.block_sum(index, backward_bytes),
                 profile.persistent_backward_bytes,
             )
         row(kept, gradients_from(len(self.x)), profile.epilogue_peak_bytes)
@@ -283,6 +249,10 @@ class Choices:
             if self.ahead and place >= 0:
                 held = kept if place == BEYOND else before[place]
             row(every, here, held)
+
+    def kept_slabs(self) -> Expression:
+        """Bytes of a CPU's slabs: each block has a place of its own size."""
+        return pulp.lpSum(self.block_sum(index, kept_slot_bytes) for index in range(len(self.x)))
 
     def _rings(self) -> Expression:
         """Bytes of all rings, wherever they lie."""
@@ -316,13 +286,6 @@ class Choices:
             in_tier = partial(_unit_extents, self.profile, tier)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
-
-
-def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
-    """(tier, bytes) of what leaves the device between a block's forward and its backward."""
-    if decision.action is Action.SWAP:
-        return ((decision.saved_tier, block.saved_bytes),)
-    return recompute_traffic(block, decision)
 
 
 def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:

@@ -9,19 +9,31 @@ Index letters: ``l`` block, ``u`` unit, ``t`` tier.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.block_choices import (
+    PREFIX_STEPS,
+    TOKEN_FIELDS,
+    WHOLE_FIELDS,
+    Wish,
+    block_choices,
+    matches,
+)
+from memtrain.planner.block_parts import (
+    PAGE_BYTES,
+    input_slot_bytes,
+    is_recomputed,
+    kept_slot_bytes,
+    saved_slot_bytes,
+    traffic,
+)
 from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import Plan, Staging
-from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
 
-PAGE_BYTES = 4096
-"""Direct I/O and the kernel's page: every slot and every extent is a multiple of it."""
-TENSOR_ALIGNMENT_BYTES = 64
-"""Each tensor in a slot starts on a cache line."""
 GRADIENT_SLOTS = 4
 GRADIENT_SLOT_BYTES = 4 * MiB
 """Four pieces of 4 MiB: pieces of 4 to 8 MiB reach a local disk's bandwidth (reference: fio, direct I/O)."""
@@ -74,10 +86,16 @@ class PlannerOptions:
     gap: float = 5e-3
     """Relative distance from the bound at which the search stops: about what a profile's seconds vary by."""
     allow: frozenset[Action] = frozenset(Action)
-    force: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    force: Mapping[str, Wish] = field(default_factory=dict)
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
     "state": {"optimizer_tier": "nvme"}, "state.prologue": {"gradient_tier": "device"}}``. An entry for one
-    block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision."""
+    block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision; a
+    number of tokens must be one of the profile's prefixes."""
+    exact_only: bool = False
+    """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows.
+    Otherwise prefixes that are equal within rounding are used too: they are what another, equally good
+    order of additions gives, as another machine or batch size would; the report says so. All else that a
+    plan does is bit-equal in any case."""
     safety_margin: float = 0.015
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
@@ -98,17 +116,21 @@ class PlannerOptions:
         if not self.allow:
             raise ValueError("allow is empty: name at least one action")
         for key, entry in self.force.items():
-            kind, _, which = key.partition(".")
-            known = {
-                "block": ("action", "saved_tier", "input_tier"),
-                "state": ("gradient_tier", "optimizer_tier"),
-            }
-            if kind not in known or (kind == "block" and which and not which.isdigit()):
-                raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
-            for name, value in entry.items():
-                if name not in known[kind]:
-                    raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
-                (Action if name == "action" else Tier)(value)
+            _check_force(key, entry)
+
+
+def _check_force(key: str, entry: Wish) -> None:
+    kind, _, which = key.partition(".")
+    known = {"block": (*WHOLE_FIELDS, *TOKEN_FIELDS), "state": ("gradient_tier", "optimizer_tier")}
+    if kind not in known or (kind == "block" and which and not which.isdigit()):
+        raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
+    for name, value in entry.items():
+        if name not in known[kind]:
+            raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
+        if name not in TOKEN_FIELDS:
+            WHOLE_FIELDS.get(name, Tier)(value)
+        elif not isinstance(value, int):
+            raise ValueError(f"force[{key!r}] has {name} {value!r}; it must be a number of tokens")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,7 +171,18 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             profile lacks the bytes per element that sharding needs. The message names value and remedy.
     """
     tiers = usable_tiers(machine, budget)
-    blocks = tuple(_block_choices(index, block, tiers, options) for index, block in enumerate(profile.blocks))
+    copy_seconds_per_byte = machine.on_cpu / machine.dram_copy_bytes_per_second
+    blocks = tuple(
+        block_choices(
+            index,
+            block,
+            tiers,
+            options,
+            copy_seconds_per_byte=copy_seconds_per_byte,
+            mixes=len(profile.blocks) > PREFIX_STEPS,
+        )
+        for index, block in enumerate(profile.blocks)
+    )
     states = tuple(_state_choices(unit, tiers, options) for unit in profile.units)
     for key in options.force:
         kind, _, which = key.partition(".")
@@ -203,37 +236,6 @@ def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
     return tuple(tiers)
 
 
-def _block_choices(
-    index: int, block: BlockProfile, tiers: tuple[Tier, ...], options: PlannerOptions
-) -> tuple[BlockDecision, ...]:
-    places = (Tier.DEVICE, *tiers)
-    choices = [BlockDecision(block=index, action=Action.KEEP)]
-    choices += [BlockDecision(block=index, action=Action.SWAP, saved_tier=t) for t in tiers]
-    if block.recomputable:
-        choices += [BlockDecision(block=index, action=Action.RECOMPUTE, input_tier=t) for t in places]
-        if block.attention_bytes > 0:
-            choices += [
-                BlockDecision(
-                    block=index, action=Action.RECOMPUTE_EXCEPT_ATTENTION, saved_tier=s, input_tier=i
-                )
-                for s, i in itertools.product(places, places)
-            ]
-    wanted = options.force.get(f"block.{index}", options.force.get("block", {}))
-    open_choices = tuple(
-        c for c in choices if (c.action in options.allow or "action" in wanted) and _matches(c, wanted)
-    )
-    if not open_choices:
-        reason = (
-            "" if block.recomputable else f"; it may not be recomputed: {block.reason or 'profile says so'}"
-        )
-        raise ValueError(
-            f"block {index} ({block.name}): no action is left by "
-            f"allow={sorted(a.value for a in options.allow)}, force={dict(wanted)} "
-            f"and tiers {[t.value for t in places]}{reason}"
-        )
-    return open_choices
-
-
 def _state_choices(
     unit: UnitProfile, tiers: tuple[Tier, ...], options: PlannerOptions
 ) -> tuple[StateDecision, ...]:
@@ -248,7 +250,7 @@ def _state_choices(
     choices = tuple(
         decision
         for g, o in itertools.product(gradient_places, state_places)
-        if _matches(decision := StateDecision(unit=unit.name, gradient_tier=g, optimizer_tier=o), wanted)
+        if matches(decision := StateDecision(unit=unit.name, gradient_tier=g, optimizer_tier=o), wanted)
     )
     if not choices:
         raise ValueError(
@@ -256,14 +258,6 @@ def _state_choices(
             f"{[t.value for t in (Tier.DEVICE, *tiers)]}"
         )
     return choices
-
-
-def _matches(decision: BlockDecision | StateDecision, wanted: Mapping[str, str]) -> bool:
-    return all(getattr(decision, name).value == value for name, value in _plain(wanted))
-
-
-def _plain(wanted: Mapping[str, str]) -> Iterable[tuple[str, str]]:
-    return ((name, (Action if name == "action" else Tier)(value).value) for name, value in wanted.items())
 
 
 def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
@@ -288,75 +282,6 @@ def _least_shard(profile: ModelProfile) -> int:
 def default_shard_elements(profile: ModelProfile) -> int:
     """The shard of a plan that moves no state."""
     return max(DEFAULT_SHARD_ELEMENTS, _least_shard(profile))
-
-
-def saved_slot_bytes(block: BlockProfile) -> int:
-    """A staging slot for all saved tensors of ``block``."""
-    return round_up(block.saved_bytes + TENSOR_ALIGNMENT_BYTES * block.saved_tensors, PAGE_BYTES)
-
-
-def input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """A staging slot for what leaves of a recomputed ``block``; 0 when nothing does."""
-    sizes = [size for _, size in recompute_traffic(block, decision)]
-    return round_up(sum(sizes) + TENSOR_ALIGNMENT_BYTES * len(sizes), PAGE_BYTES) if sizes else 0
-
-
-def activation_extents(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
-    """(tier, bytes) of each extent that ``block`` fills from its forward to its backward: what goes to one
-    tier together, each tensor on a cache line, in whole pages."""
-    if decision.action is Action.SWAP:
-        return ((decision.saved_tier, saved_slot_bytes(block)),)
-    sizes: dict[Tier, int] = {}
-    for tier, size in recompute_traffic(block, decision):
-        sizes[tier] = sizes.get(tier, 0) + size + TENSOR_ALIGNMENT_BYTES
-    return tuple((tier, round_up(size, PAGE_BYTES)) for tier, size in sizes.items())
-
-
-def recompute_traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
-    """(tier, bytes) of what leaves the device under the two recompute actions."""
-    parts = []
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is not Tier.DEVICE:
-        parts.append((decision.saved_tier, block.attention_bytes))
-    if decision.input_tier is not Tier.DEVICE:
-        parts.append((decision.input_tier, block.input_bytes))
-    return tuple(parts)
-
-
-def kept_parts(block: BlockProfile, decision: BlockDecision) -> tuple[int, ...]:
-    """Sizes of what a recomputed ``block`` leaves on the device from its forward to its backward."""
-    if decision.action not in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
-        return ()
-    parts = [block.input_bytes] if decision.input_tier is Tier.DEVICE else []
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION and decision.saved_tier is Tier.DEVICE:
-        parts.append(block.attention_bytes)
-    return tuple(parts)
-
-
-def kept_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """A slot of a CPU's slab for all that ``block`` saves, if it keeps it; else 0."""
-    return saved_slot_bytes(block) if decision.action is Action.KEEP else 0
-
-
-def kept_input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """A slot of a CPU's slab for what a recomputed ``block`` leaves on the device; 0 when that is nothing."""
-    parts = kept_parts(block, decision)
-    return round_up(sum(parts) + TENSOR_ALIGNMENT_BYTES * len(parts), PAGE_BYTES) if parts else 0
-
-
-def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    """What a CPU copies out of the heap in a block's forward, into a slab or a slot of a ring."""
-    if decision.action in (Action.KEEP, Action.SWAP):
-        return block.saved_bytes
-    return sum(size for _, size in recompute_traffic(block, decision)) + sum(kept_parts(block, decision))
-
-
-def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
-    """What a block's second forward takes; 0 when there is none."""
-    if decision.action is Action.RECOMPUTE:
-        return block.forward_seconds
-    if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
-        return max(0.0, block.forward_seconds - block.attention_seconds)
-    return 0.0
 
 
 def gradient_passes(*, stays: bool, first: bool) -> float:
@@ -448,8 +373,8 @@ def staging_for(
     decided = list(zip(profile.blocks, blocks, strict=True))
     saved = [saved_slot_bytes(b) for b, d in decided if d.action is Action.SWAP]
     moved = [size for b, d in decided if (size := input_slot_bytes(b, d))]
-    kept = [size for b, d in decided if on_cpu and (size := kept_slot_bytes(b, d))]
-    kept_inputs = [size for b, d in decided if on_cpu and (size := kept_input_slot_bytes(b, d))]
+    groups = max((len(traffic(b, d)) for b, d in decided if is_recomputed(d)), default=0)
+    kept = tuple(kept_slot_bytes(b, d) for b, d in decided) if on_cpu else ()
     resident = sum(gradient_slab_bytes(profile, u, d) for u, d in zip(profile.units, states, strict=True))
     gradients = [
         unit.gradient_bytes
@@ -460,17 +385,14 @@ def staging_for(
     return Staging(
         saved_slots=min(saved_slots, len(saved)),
         saved_slot_bytes=max(saved, default=0),
-        input_slots=min(input_slots, len(moved)),
+        input_slots=max(min(input_slots, len(moved)), groups),
         input_slot_bytes=max(moved, default=0),
         gradient_slots=GRADIENT_SLOTS if gradients else 0,
         gradient_slot_bytes=gradient_slot_bytes(profile) if gradients else 0,
         update_slots=update_slots(profile) if updates else 0,
         update_slot_bytes=update_slot_bytes(profile, shard_elements) if updates else 0,
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
-        kept_slots=len(kept),
-        kept_slot_bytes=max(kept, default=0),
-        kept_input_slots=len(kept_inputs),
-        kept_input_slot_bytes=max(kept_inputs, default=0),
+        kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=resident * on_cpu,
     )
 

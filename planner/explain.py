@@ -17,7 +17,7 @@ from memtrain.planner.ranges.formulate import Decisions, Formulated, formulate
 from memtrain.planner.ranges.model import DEVICE, Problem, TensorClass
 from memtrain.planner.ranges.plan import BlockPlan, RangePlan
 from memtrain.planner.ranges.schedule import COMPUTE
-from memtrain.planner.ranges.simulate import Event, Timeline, simulate, step_seconds
+from memtrain.planner.ranges.simulate import Timeline, simulate, step_seconds
 
 BINDING_SHARE = 0.999
 """Of a capacity, from where on a place binds: chunks do not fill the last thousandth."""
@@ -95,7 +95,7 @@ class Explanation:
     forward_seconds: float
     backward_seconds: float
     waits: tuple[tuple[str, float], ...]
-    """Seconds that the device stood idle before the block's forward and backward."""
+    """Seconds that the device stood idle before the block's forward and backward, by part of the step."""
     busy: tuple[tuple[str, float], ...]
     """Of the step, the share that each queue was busy."""
     binding: tuple[Binding, ...]
@@ -118,7 +118,7 @@ def explain(problem: Problem, plan: RangePlan, block: str) -> Explanation:
         block=chosen.name,
         forward_seconds=chosen.forward_seconds,
         backward_seconds=chosen.backward_seconds,
-        waits=_waits(timeline.events, chosen.name),
+        waits=_waits(timeline, chosen.name),
         busy=_busy(timeline),
         binding=tuple(_binding(timeline)),
         classes=tuple(
@@ -174,22 +174,25 @@ def _read_state(formulated: Formulated, index: int, block: BlockPlan, counts: di
         counts[places[held.state, held.update, held.place]] = held.pieces
 
 
-def _waits(events: tuple[Event, ...], block: str) -> tuple[tuple[str, float], ...]:
-    found, free = [], 0.0
-    for event in events:
+def _waits(timeline: Timeline, block: str) -> tuple[tuple[str, float], ...]:
+    found = []
+    free = [part.start_seconds for part in timeline.parts]
+    for event in timeline.events:
         if event.resource != COMPUTE:
             continue
         for way in ("forward", "backward"):
             if event.name == f"{way} {block}":
-                found.append((way, event.start_seconds - free))
-        free = event.end_seconds
+                label = way if len(timeline.parts) == 1 else f"{way} ({timeline.parts[event.part].name})"
+                found.append((label, event.start_seconds - free[event.part]))
+        free[event.part] = event.end_seconds
     return tuple(found)
 
 
 def _busy(timeline: Timeline) -> tuple[tuple[str, float], ...]:
     seconds: dict[str, float] = {}
     for event in timeline.events:
-        seconds[event.resource] = seconds.get(event.resource, 0.0) + event.end_seconds - event.start_seconds
+        took = (event.end_seconds - event.start_seconds) * timeline.parts[event.part].times
+        seconds[event.resource] = seconds.get(event.resource, 0.0) + took
     step = timeline.step_seconds or 1.0
     return tuple((resource, busy / step) for resource, busy in seconds.items())
 
@@ -291,9 +294,10 @@ def _cost(problem: Problem, tensor: TensorClass, action: Action) -> ActionCost:
     stored = stored_bytes(problem, tensor, action) * tensor.chunks
     transfers = []
     if action.place and action.place != DEVICE:
+        rates = problem.rates()
         for hop in problem.machine.place(action.place).hops:
-            transfers.append((f"write:{hop.link}", stored / hop.write_bytes_per_second))
-            transfers.append((f"read:{hop.link}", stored / hop.read_bytes_per_second))
+            for verb, rate in zip(("write", "read"), rates[hop], strict=True):
+                transfers.append((f"{verb}:{hop.link}", stored / rate + hop.latency_seconds))
     return ActionCost(
         action=action.label,
         arithmetic_seconds=arithmetic,

@@ -114,11 +114,12 @@ def overrun(plan: Plan, reached_bytes: int) -> Plan:
 
 def _allow_remedy(search: baselines.Search) -> str:
     """Actions that were not allowed, if allowing all of them makes a plan fit."""
-    missing = sorted(a.value for a in set(Action) - search.options.allow)
-    if not missing and not search.options.force:
-        return ""
     freed = dataclasses.replace(search.options, allow=frozenset(Action), force={})
     space = open_space(search.profile, search.machine, search.budget, freed)
+    offered = {choice.action for choices in space.blocks for choice in choices}
+    missing = sorted(a.value for a in offered - search.options.allow)
+    if not missing and not search.options.force:
+        return ""
     other = dataclasses.replace(search, options=freed, space=space, best=None)
     if other.excess(baselines.smallest(other)):
         return ""

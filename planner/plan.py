@@ -15,7 +15,7 @@ from typing import Any
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -34,7 +34,7 @@ class Staging:
     """Ring for swapped blocks: one slot holds all saved tensors of the largest of them."""
     input_slots: int = 0
     input_slot_bytes: int = 0
-    """Ring for recomputed blocks: input and attention outputs of the largest of them that leave."""
+    """Ring for recomputed blocks: what leaves of the largest of them, its input, stored outputs and rests."""
     gradient_slots: int = 0
     gradient_slot_bytes: int = 0
     """Ring of chunks through which gradients leave and come back."""
@@ -44,20 +44,18 @@ class Staging:
     update_shard_elements: int = 0
     """Elements of the flat index that one update slot holds; never 0, for the cut of the flat index needs it
     even when no state moves."""
-    kept_slots: int = 0
-    kept_slot_bytes: int = 0
-    """On a CPU, a slot per block that keeps its saved tensors: tensors that live as long as a step would
-    otherwise break up the heap that the short-lived ones share. 0 on a CUDA device, as are the next three."""
-    kept_input_slots: int = 0
-    kept_input_slot_bytes: int = 0
-    """The same for input and attention outputs of recomputed blocks, as far as they stay on the device."""
+    kept_bytes: tuple[int, ...] = ()
+    """On a CPU, per block its place in a slab for what it leaves on the device (saved tensors that it keeps,
+    input, stored outputs, rests); 0 where that is nothing, no entries where no block has any. Tensors that
+    live as long as a step would otherwise break up the heap that the short-lived ones share. On a CUDA
+    device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
 
     @property
     def kept_slab_bytes(self) -> int:
         """What holds activations that stay on a CPU: on the bill as activations, not as staging."""
-        return self.kept_slots * self.kept_slot_bytes + self.kept_input_slots * self.kept_input_slot_bytes
+        return sum(self.kept_bytes)
 
     @property
     def total_bytes(self) -> int:
@@ -182,7 +180,8 @@ class Plan:
                 )
                 for s in data["states"]
             )
-            data["staging"] = Staging(**data["staging"])
+            staging = data["staging"]
+            data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"])})
             data["update_schedule"] = UpdateSchedule(data["update_schedule"])
             data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
             for key in ("peaks", "capacities", "shortfall_bytes"):
@@ -199,12 +198,17 @@ class Plan:
 
 
 def describe(block: BlockDecision) -> str:
-    """``swap to nvme``, ``recompute (input to nvme)``: a decision in words."""
+    """``swap to nvme``, ``recompute 512 tokens, the others on device``: a decision in words."""
     if block.action is Action.KEEP:
         return "keep"
     if block.action is Action.SWAP:
         return f"swap to {block.saved_tier.value}"
-    where = "" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})"
-    if block.action is Action.RECOMPUTE:
-        return f"recompute{where}"
-    return f"recompute, attention outputs on {block.saved_tier.value}{where}"
+    words = "recompute" if block.recomputed_tokens is None else f"recompute {block.recomputed_tokens} tokens"
+    if block.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
+        after = f" after {block.attention_tokens} tokens" if block.attention_tokens else ""
+        words += f", attention outputs{after} on {block.saved_tier.value}"
+    elif block.action is Action.RECOMPUTE_NEARLY_FREE:
+        words += f" from outputs of products on {block.saved_tier.value}"
+    if block.recomputed_tokens is not None:
+        words += f", the others on {block.rest_tier.value}"
+    return words + ("" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})")

@@ -14,7 +14,64 @@ from typing import Any, TypeVar
 
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NearlyFree:
+    """A block that is computed again from the stored outputs of its matrix products and attention kernels."""
+
+    stored_bytes: int
+    """Those outputs, as far as anything that is computed again needs them; every storage once."""
+    stored_tensors: int
+    seconds: float
+    """The second forward, run alone."""
+    backward_bytes: int
+    """Peak while the block is computed again and its backward runs, without input and stored outputs, which
+    lie in staging or are kept."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prefixes:
+    """A block of which the first tokens of each row may be computed again, and the others' tensors stored."""
+
+    tokens: int
+    """Of a row: as many equal parts have input, attention outputs, and saved tensors with a token axis."""
+    lengths: tuple[int, ...]
+    """Prefixes that may be computed again, each longer than the one before: those that were tried."""
+    differences: tuple[float, ...]
+    """For each of them the largest difference between what it gives and the first rows of the whole forward's
+    tensors, in parts of the largest entry of its tensor; 0 where they are the same bit for bit."""
+    overhead_seconds: float
+    """What computing a prefix again takes beyond its share of the forward."""
+    cut_bytes: int
+    """Of the saved bytes those with a token axis: the rows behind a prefix are stored."""
+    whole_bytes: int
+    """Those without one that depend on all tokens: stored whole. What is left a prefix computes alike."""
+    largest_bytes: int
+    """Of the saved storages the largest: while it is joined its computed rows are there twice."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        if list(self.lengths) != sorted({n for n in self.lengths if 0 < n < self.tokens}):
+            raise ValueError(
+                f"lengths must ascend between 1 and {self.tokens - 1} tokens, got {self.lengths}"
+            )
+        if len(self.differences) != len(self.lengths):
+            raise ValueError(f"{len(self.lengths)} prefixes have {len(self.differences)} differences")
+
+    @property
+    def exact(self) -> tuple[int, ...]:
+        """The prefixes whose tensors are the first rows of the whole forward's, bit for bit."""
+        pairs = zip(self.lengths, self.differences, strict=True)
+        return tuple(length for length, difference in pairs if difference == 0.0)
+
+    def difference(self, length: int) -> float:
+        """Of one prefix. Raises ValueError for one that was not tried."""
+        return self.differences[self.lengths.index(length)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +103,37 @@ class BlockProfile:
     recomputable: bool = True
     reason: str = ""
     """Why the block may not be recomputed, when it may not."""
+    nearly_free: NearlyFree | None = None
+    """None: it was not measured, or the block may not be recomputed."""
+    prefixes: Prefixes | None = None
+    """None: all tokens are computed again or none."""
+    prefix_reason: str = ""
+    """Why no prefix may be computed again, where that was looked into."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
         if self.attention_bytes > self.saved_bytes:
             raise ValueError(
                 f"{self.name}: attention_bytes {self.attention_bytes} exceeds saved_bytes {self.saved_bytes}"
+            )
+        if self.prefixes is not None:
+            self._check_rows(self.prefixes)
+
+    def _check_rows(self, prefixes: Prefixes) -> None:
+        for name, size in (
+            ("input_bytes", self.input_bytes),
+            ("attention_bytes", self.attention_bytes),
+            ("prefixes.cut_bytes", prefixes.cut_bytes),
+        ):
+            if size % prefixes.tokens:
+                raise ValueError(
+                    f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet the block has "
+                    "prefixes; one whose tensors cannot be cut between tokens has none"
+                )
+        if prefixes.cut_bytes + prefixes.whole_bytes > self.saved_bytes:
+            raise ValueError(
+                f"{self.name}: prefixes.cut_bytes {prefixes.cut_bytes} and whole_bytes "
+                f"{prefixes.whole_bytes} exceed saved_bytes {self.saved_bytes}"
             )
 
 
@@ -80,7 +162,7 @@ class UnitProfile:
         _non_negative(self)
 
 
-_Record = TypeVar("_Record", BlockProfile, UnitProfile, "ModelProfile")
+_Record = TypeVar("_Record", NearlyFree, Prefixes, BlockProfile, UnitProfile, "ModelProfile")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +228,7 @@ class ModelProfile:
             return self
         return dataclasses.replace(
             _slowed(self, slowdown),
-            blocks=tuple(_slowed(block, slowdown) for block in self.blocks),
+            blocks=tuple(_slowed_block(block, slowdown) for block in self.blocks),
             units=tuple(_slowed(unit, slowdown) for unit in self.units),
         )
 
@@ -160,7 +242,7 @@ class ModelProfile:
         with reading("a profile"):
             data: dict[str, Any] = json.loads(text)
             check_version(data, PROFILE_VERSION, "profile")
-            data["blocks"] = tuple(BlockProfile(**block) for block in data["blocks"])
+            data["blocks"] = tuple(_read_block(block) for block in data["blocks"])
             data["units"] = tuple(
                 UnitProfile(**{**unit, "parameters": tuple(unit["parameters"])}) for unit in data["units"]
             )
@@ -172,9 +254,27 @@ class ModelProfile:
         return short_digest(plain(self))
 
 
+def _read_block(data: dict[str, Any]) -> BlockProfile:
+    nearly_free, prefixes = data.get("nearly_free"), data.get("prefixes")
+    if nearly_free is not None:
+        data = {**data, "nearly_free": NearlyFree(**nearly_free)}
+    if prefixes is not None:
+        lengths = {name: tuple(prefixes[name]) for name in ("lengths", "differences")}
+        data = {**data, "prefixes": Prefixes(**{**prefixes, **lengths})}
+    return BlockProfile(**data)
+
+
+def _slowed_block(block: BlockProfile, slowdown: float) -> BlockProfile:
+    return dataclasses.replace(
+        _slowed(block, slowdown),
+        nearly_free=block.nearly_free and _slowed(block.nearly_free, slowdown),
+        prefixes=block.prefixes and _slowed(block.prefixes, slowdown),
+    )
+
+
 def _slowed(record: _Record, slowdown: float) -> _Record:
     """``record`` with each of its own fields that is in seconds multiplied."""
-    names = [field.name for field in dataclasses.fields(record) if field.name.endswith("_seconds")]
+    names = [field.name for field in dataclasses.fields(record) if field.name.endswith("seconds")]
     return dataclasses.replace(record, **{name: slowdown * getattr(record, name) for name in names})
 
 

@@ -19,13 +19,12 @@ import pulp
 
 from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.answer import Answer
-from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place_of, traffic
+from memtrain.planner.block_parts import copied_bytes, joined_bytes, recompute_seconds, traffic
+from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place_of
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
-    copied_bytes,
     gradient_passes,
     gradient_slot_bytes,
-    recompute_seconds,
     unit_elements,
     update_slots,
 )
@@ -212,7 +211,9 @@ class Program(Choices):
         later: Expression | None = None
         for index in reversed(range(len(profile.blocks))):
             block = profile.blocks[index]
-            again = self.block_sum(index, recompute_seconds)
+            again = self.block_sum(
+                index, lambda b, d: recompute_seconds(b, d) + joined_bytes(b, d) * self.copy
+            )
             fetch = self.block_sum(index, lambda b, d: sum(s * self.cpu[w] for w, s in traffic(b, d)))
             over = self.time()
             self.add(over >= now + block.backward_seconds + again + fetch)

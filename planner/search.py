@@ -24,10 +24,6 @@ from memtrain.planner.ranges.program import build
 Fits = Callable[[int], bool]
 RESOLUTION = 1 / 32
 """Of the answer: where bisection stops, if the unit is finer. One more try, of some ten, would halve it."""
-MOST_TRIED = 24
-"""Sizes looked at, at most: doubling from 1 and five halvings reach a quarter of a million units."""
-
-
 RELAXATION_SECONDS = 10.0
 """For one relaxation without events; with 80 blocks and their state it takes some tenths."""
 _SHORT = 1e-6
@@ -98,7 +94,7 @@ def furthest(fits: Fits, *, unit: int, start: int, most: int) -> Reach:
     if top < 1:
         raise ValueError(f"the largest size {most} is below the unit {unit}: nothing can be tried")
     low, high = _bracket(ask, min(max(1, start // unit), top), top)
-    while high is not None and high - low > max(1, math.floor(low * RESOLUTION)) and len(tried) < MOST_TRIED:
+    while high is not None and high - low > max(1, math.floor(low * RESOLUTION)):
         middle = (low + high) // 2
         if ask(middle):
             low = middle

@@ -19,14 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.decisions import (
-    Decisions,
-    copied_bytes,
-    gradient_passes,
-    recompute_seconds,
-    recompute_traffic,
-    unit_elements,
-)
+from memtrain.planner.block_parts import copied_bytes, is_recomputed, joined_bytes, recompute_seconds, traffic
+from memtrain.planner.decisions import Decisions, gradient_passes, unit_elements
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -165,11 +159,8 @@ class _Schedule:
         passes = gradient_passes(stays=True, first=micro_batch == 0)
         return passes * sum(resident) * self._copy_seconds_per_byte
 
-    def _parts(self, index: int) -> tuple[tuple[Tier, int], ...]:
-        block, decision = self.profile.blocks[index], self.decisions.blocks[index]
-        if decision.action is Action.SWAP:
-            return ((decision.saved_tier, block.saved_bytes),)
-        return recompute_traffic(block, decision)
+    def _traffic(self, index: int) -> tuple[tuple[Tier, int], ...]:
+        return traffic(self.profile.blocks[index], self.decisions.blocks[index])
 
     def _forward(
         self,
@@ -183,7 +174,7 @@ class _Schedule:
         if update:
             for unit, state in self._of(index, block.name):
                 self._update(unit, state, ())
-        parts = self._parts(index)
+        parts = self._traffic(index)
         seconds = block.forward_seconds + copied_bytes(block, decision) * self._copy_seconds_per_byte
         seconds += sum(size * self._cpu[tier] for tier, size in parts)
         if not parts:
@@ -212,9 +203,10 @@ class _Schedule:
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         self._open_gradients(index, block.name, micro_batch)
         reads = present.get(index, ())
-        fetch = sum(self._cpu[tier] * size for tier, size in self._parts(index)) if reads else 0.0
-        if decision.action in (Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION):
+        fetch = sum(self._cpu[tier] * size for tier, size in self._traffic(index)) if reads else 0.0
+        if is_recomputed(decision):
             seconds = recompute_seconds(block, decision) + fetch
+            seconds += joined_bytes(block, decision) * self._copy_seconds_per_byte
             self._add(f"recompute {block.name}", COMPUTE, seconds, reads)
             reads, fetch = (), 0.0
         seconds = block.backward_seconds + self._gradient_copy(index, block.name, micro_batch) + fetch
@@ -244,7 +236,7 @@ class _Schedule:
         written = held[target][1]
         present[target] = tuple(
             self._add(f"read {name}", f"read:{tier.value}", size, (backward, *writes, *written))
-            for tier, size in self._parts(target)
+            for tier, size in self._traffic(target)
         )
 
     def _open_gradients(self, block: int | None, name: str, micro_batch: int) -> None:

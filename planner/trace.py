@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,45 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from memtrain.planner import resident
-from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.block_choices import prefix_lengths
+from memtrain.planner.profile import BlockProfile, ModelProfile, NearlyFree, Prefixes, UnitProfile
 
 SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
 _PAGE_BYTES = 4096
 _PROBE_ELEMENTS = 1 << 20
 """For measuring the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
+
+
+class Rehearsal(Protocol):
+    """Carries a block out as a plan might have it, alone: what does so in training says what that takes.
+
+    A forward is given with its arguments, the hidden state the first tensor of them, in training mode.
+    """
+
+    def nearly_free(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> NearlyFree:
+        """With outputs of products stored, and the rest computed again."""
+        ...
+
+    def prefixes(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        lengths: Callable[[int], tuple[int, ...]],
+        largest_bytes: int,
+    ) -> Prefixes | str:
+        """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not.
+        ``largest_bytes`` are those of the largest storage that the block saves."""
+        ...
 
 
 class BlocksNotFoundError(ValueError):
@@ -110,6 +142,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.attention: dict[int, int] = {}
         self.attention_seconds = 0.0
         self._born: dict[weakref.ref[Any], int] = {}
+
+    def forget(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` no longer: it stands for one that lies elsewhere."""
+        self.now_bytes -= self._born.pop(weakref.ref(tensor.untyped_storage()))
 
     def restart_peak(self) -> None:
         """Count the peak from what is alive now."""
@@ -184,9 +220,14 @@ class _Call:
             target.kwargs = {**self.kwargs, self.place: hidden}
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        call = self.given(hidden)
+        return _first(block(*call.args, **call.kwargs))
+
+    def given(self, hidden: Tensor) -> _Call:
+        """The call with a hidden state in its place."""
         call = _Call(self.args, self.kwargs, self.place)
         self._put(call, hidden)
-        return _first(block(*call.args, **call.kwargs))
+        return call
 
     def shared(self) -> list[Tensor]:
         return _tensors((self.args, self.kwargs))
@@ -223,6 +264,7 @@ def profile_model(
     master_weights: bool = False,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     block_names: Sequence[str] | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
@@ -240,6 +282,8 @@ def profile_model(
         master_weights: the optimizer updates fp32 copies of lower-precision weights.
         loss_fn: ``loss_fn(output, batch)``; None: ``output.loss``, or the sum of a tensor output.
         block_names: as ``names`` of ``find_blocks``.
+        rehearsal: what will carry the plan out; without it the profile allows no nearly free recompute and no
+            token prefixes.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.
@@ -251,7 +295,7 @@ def profile_model(
     with _left_as_found(model):
         trace = _capture(model, blocks, run)
         resident.trim()  # here and below: what one part has freed does not stand beside what the next needs
-        profiles, last = _measure_blocks(model, blocks, trace)
+        profiles, last = _measure_blocks(model, blocks, trace, rehearsal)
         resident.trim()
         around = _measure_around(blocks, trace, run, last)
         del last
@@ -424,7 +468,10 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
 
 
 def _measure_blocks(
-    model: nn.Module, blocks: list[tuple[str, nn.Module]], trace: _Trace
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    trace: _Trace,
+    rehearsal: Rehearsal | None,
 ) -> tuple[list[BlockProfile], Tensor]:
     """Each block alone on the output of the one before. Returns profiles and the last hidden state."""
     outside = {_storage(t) for t in (*model.parameters(), *model.buffers())}
@@ -435,11 +482,15 @@ def _measure_blocks(
     counted: dict[Any, dict[str, Any]] = {}
     seconds: dict[Any, list[tuple[float, float]]] = {}
     kinds = []
-    for (_, block), call in zip(blocks, trace.calls, strict=True):
+    for (name, block), call in zip(blocks, trace.calls, strict=True):
         kind = _kind(block, call, hidden, needs)
         if kind not in counted:
             excluded = outside | {_storage(t) for t in call.shared()}
             counted[kind] = _count(block, call, hidden, needs, excluded)
+            largest_bytes = counted[kind].pop("largest_bytes")
+            if rehearsal is not None and counted[kind]["recomputable"]:
+                given = call.given(_given(hidden, needs))
+                counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes)
         kinds.append(kind)
         forward, backward, hidden = _time(block, call, hidden, needs)
         seconds.setdefault(kind, []).append((forward, backward))
@@ -499,6 +550,7 @@ def _count(block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded:
         "input_bytes": hidden.nbytes,
         "saved_bytes": saved_bytes,
         "saved_tensors": len(saved),
+        "largest_bytes": max(saved.values(), default=0),
         "attention_bytes": attention,
         "attention_seconds": live.attention_seconds,
         "forward_transient_bytes": max(0, forward_transient),
@@ -528,6 +580,20 @@ def _not_recomputable(block: nn.Module, call: _Call, hidden: Tensor, needs: bool
     if not torch.equal(*outputs):
         return "two forwards from the same input and random state differ"
     return ""
+
+
+def _rehearse(
+    rehearsal: Rehearsal, name: str, block: nn.Module, call: _Call, largest_bytes: int
+) -> dict[str, Any]:
+    """What the block takes if only its costly part is stored, and if only a prefix is computed again."""
+    found = rehearsal.prefixes(
+        name, block.forward, call.args, call.kwargs, lengths=prefix_lengths, largest_bytes=largest_bytes
+    )
+    return {
+        "nearly_free": rehearsal.nearly_free(name, block.forward, call.args, call.kwargs),
+        "prefixes": found if isinstance(found, Prefixes) else None,
+        "prefix_reason": found if isinstance(found, str) else "",
+    }
 
 
 def _clock(device: torch.device) -> float:

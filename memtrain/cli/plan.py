@@ -64,7 +64,7 @@ def plan(
     allow_lossy: options.AllowLossy = None,
     error_budget: options.ErrorBudget = None,
     chunks: options.Chunks = 16,
-    seconds: options.Seconds = 4.0,
+    seconds: options.Seconds = 6.0,
     gap: options.Gap = 1e-3,
     what_fits: options.WhatFits = None,
     sweep: options.SweepText = None,

@@ -12,6 +12,7 @@ from memtrain.planner.explain import Explanation, explain
 from memtrain.planner.forecast import Forecast, make_forecast
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.ranges.baselines import baselines
+from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.solve import SolveOptions, Undecided
 from memtrain.planner.search import Reach, feasible, furthest, sequence_unit
@@ -134,13 +135,20 @@ def _forecast(jobs: Jobs, sequence: int, micro_batch: int) -> Forecast:
     job = jobs.job(sequence, micro_batch)
     search = jobs.request.search
     try:
-        return make_forecast(
+        forecast = make_forecast(
             job, SolveOptions(seconds=search.seconds, gap=search.gap, offered=jobs.offered())
         )
     except ValueError as error:
         raise PlanError(str(error)) from error
     except Undecided as error:
         raise PlanError(f"{error} (--seconds, now {search.seconds:g})") from error
+    faults = check(forecast.plan, forecast.problem)
+    if faults:
+        said = "; ".join(f"{fault.rule}: {fault.message}" for fault in faults[:3])
+        raise PlanError(
+            f"the plan breaks its own rules, which is a fault of memtrain's, please report it: {said}"
+        )
+    return forecast
 
 
 def _explanation(forecast: Forecast, block: str) -> Explanation:
@@ -164,16 +172,21 @@ def reach_of(jobs: Jobs, axis: Axis) -> Reach:
     """The longest sequence or the largest micro-batch for which a plan exists."""
     work = jobs.request.work
 
-    def sequence_fits(sequence: int) -> bool:
-        return feasible(problem_of(jobs.job(sequence, work.micro_batch)))
-
-    def batch_fits(micro_batch: int) -> bool:
-        return feasible(problem_of(jobs.job(work.sequence, micro_batch)))
+    def fits(sequence: int, micro_batch: int) -> bool:
+        try:
+            return feasible(problem_of(jobs.job(sequence, micro_batch)))
+        except ValueError as error:
+            raise PlanError(str(error)) from error
 
     if axis == "batch":
-        return furthest(batch_fits, unit=1, start=work.micro_batch, most=MOST_BATCH)
+        jobs.check(work.sequence)
+        return furthest(
+            lambda size: fits(work.sequence, size), unit=1, start=work.micro_batch, most=MOST_BATCH
+        )
     unit = sequence_unit(jobs.request.degrees, _FINEST_SEQUENCE)
-    return furthest(sequence_fits, unit=unit, start=work.sequence, most=MOST_TOKENS)
+    return furthest(
+        lambda size: fits(size, work.micro_batch), unit=unit, start=work.sequence, most=MOST_TOKENS
+    )
 
 
 def sweep_of(jobs: Jobs, sweep: Sweep, tell: Callable[[Point], None]) -> tuple[Point, ...]:

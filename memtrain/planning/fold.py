@@ -29,6 +29,16 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ClassShare:
+    """One class of saved tensors in all blocks."""
+
+    tensor: str
+    size_bytes: int
+    actions: tuple[tuple[str, int], ...]
+    """Bytes by action, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
     """What a plan uses, as shares of bytes between 0 and 1."""
 
@@ -158,6 +168,21 @@ def _runs(values: Iterable[int]) -> str:
         else:
             runs.append([value, value])
     return ", ".join(_span(run) for run in runs)
+
+
+def class_shares(plan: RangePlan, problem: Problem) -> tuple[ClassShare, ...]:
+    """Class by class, in the order of first mention."""
+    found: dict[str, dict[str, int]] = {}
+    for block, decided in zip(problem.blocks, plan.blocks, strict=True):
+        sizes = {tensor.name: tensor.chunk_bytes for tensor in block.classes}
+        for part in decided.ranges:
+            actions = found.setdefault(part.tensor, {})
+            words = _words(part.action)
+            actions[words] = actions.get(words, 0) + sizes[part.tensor] * (part.stop - part.start)
+    return tuple(
+        ClassShare(tensor=tensor, size_bytes=sum(actions.values()), actions=tuple(actions.items()))
+        for tensor, actions in found.items()
+    )
 
 
 def usage_of(plan: RangePlan, problem: Problem) -> Usage:

@@ -13,7 +13,7 @@ from typing import Any
 
 from memtrain.planner.forecast import Forecast
 from memtrain.planning.answer import AblationRow, Answer, Point
-from memtrain.planning.fold import Line, fold_activations, fold_states
+from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
 from memtrain.planning.terminal import relaxation_text, usage_text
 
 ANSWER_VERSION = 1
@@ -46,6 +46,7 @@ def answer_json(answer: Answer) -> str:
             "plan_hash": forecast.plan.digest,
             "problem_hash": forecast.plan.problem_digest,
         },
+        "classes": _plain(class_shares(forecast.plan, forecast.problem)),
         "saved_tensors": _folded(fold_activations(forecast.plan)),
         "state": _folded(fold_states(forecast.plan)),
         "blocks": _plain(forecast.plan.blocks),

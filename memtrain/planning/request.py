@@ -96,7 +96,7 @@ class Search:
     """How long to look, and among what."""
 
     chunks: int = 16
-    seconds: float = 4.0
+    seconds: float = 6.0
     gap: float = 1e-3
     allow_lossy: tuple[str, ...] = ()
     error_budget: float | None = None

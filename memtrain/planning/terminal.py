@@ -18,7 +18,7 @@ from memtrain.planner.ranges.plan import Relaxation
 from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import GiB, format_gib
 from memtrain.planning.answer import Answer, Point
-from memtrain.planning.fold import Line, Usage, fold_activations, fold_states
+from memtrain.planning.fold import Line, Usage, class_shares, fold_activations, fold_states
 from memtrain.planning.request import PlanRequest
 from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
 
@@ -28,7 +28,7 @@ _MOST_STRETCHES = 5
 _SOME = 0.005
 """A share below it would be printed as 0 %."""
 _ROLES = {Role.PARAMETER: "weights", Role.GRADIENT: "gradients", Role.OPTIMIZER: "optimizer"}
-_MOST_LINES = 12
+_MOST_LINES = 8
 """Of the folded table; more say less than the file of the plan."""
 
 
@@ -110,6 +110,9 @@ def _headline(answer: Answer, out: Console) -> None:
         out.print(f"DOES NOT FIT: what is below is the plan of the least device memory, {limit} is the limit")
         return
     out.print(f"FITS: {format_gib(device.margin_bytes, 2)} of {limit} left on each GPU")
+    if forecast.job.degrees.pipeline > 1:
+        stage = f"{forecast.job.stage + 1} of {forecast.job.degrees.pipeline}"
+        out.print(f"  below is pipeline stage {stage}: of the first and the last the one that decides")
     table = _grid()
     slower = share_text(forecast.slowdown - 1)
     unlimited = seconds_text(forecast.unlimited_seconds)
@@ -180,7 +183,18 @@ def _bill(forecast: Forecast, out: Console) -> None:
 
 
 def _actions(forecast: Forecast, out: Console) -> None:
-    _lines("what blocks save for backward", fold_activations(forecast.plan), out)
+    shares = class_shares(forecast.plan, forecast.problem)
+    if shares:
+        _section("what all blocks save for backward", out)
+        table = _table("  class", "GiB")
+        table.add_column("of it", no_wrap=True)
+        for one in shares:
+            acted = [(words, size / max(1, one.size_bytes)) for words, size in one.actions]
+            acted = sorted((one for one in acted if one[1] >= _SOME), key=lambda one: -one[1])
+            text = ", ".join(f"{words} {share:.0%}" for words, share in acted)
+            table.add_row(f"  {one.tensor}", gib_cell(one.size_bytes), text)
+        out.print(table)
+    _lines("block by block", fold_activations(forecast.plan), out)
     _lines("weights, gradients, optimizer state", fold_states(forecast.plan), out)
 
 
@@ -220,6 +234,7 @@ def certificate_text(forecast: Forecast) -> str:
 def _certificate(forecast: Forecast, out: Console) -> None:
     _section("certificate", out)
     out.print(f"  {certificate_text(forecast)}")
+    out.print("  bytes, queues and dependencies were checked by other code than the search's")
     out.print(f"  plan {forecast.plan.digest}, problem {forecast.plan.problem_digest}")
 
 

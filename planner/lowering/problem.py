@@ -18,7 +18,9 @@ from memtrain.planner.lowering.tensors import (
     Division,
     Fate,
     class_bytes,
+    held_bytes,
     shared_bytes,
+    tied_gradient_bytes,
     transient_bytes,
 )
 from memtrain.planner.ranges.model import (
@@ -77,7 +79,7 @@ def problem_of(job: Job) -> Problem:
         job=job,
         division=division,
         clock=clock,
-        machine=machine_of(job.setup),
+        machine=machine_of(job.setup, chunks=job.chunks),
         traffic=clock.traffic_of_block(),
     )
     blocks, buffers = [], 0
@@ -202,14 +204,21 @@ def _error_budget(job: Job) -> float:
 
 
 def _reserved(context: _Context, message_bytes: int) -> int:
-    """On the device whatever is decided: what the prologue saves, shared tables, messages' buffers, slack."""
+    """On the device whatever is decided: what the ends hold, shared tables, messages' buffers, slack.
+
+    What the model itself refers to in forward, and tied gradients in backward, are never there together.
+    """
     job = context.job
     first = sum(map(context.division.saved, job.estimate.prologue.saved)) if job.first else 0
     tables = shared_bytes(job.estimate.shared, context.division) + job.estimate.buffer_bytes
+    waiting = held_bytes(job.estimate, context.division) if job.first else 0
+    if job.first and job.last:
+        waiting = max(waiting, tied_gradient_bytes(job.estimate, job.degrees))
     stage = math.ceil(sum(t.buffer_bytes for t in context.clock.traffic_of_stage()))
     return (
         first * job.in_flight
         + tables
+        + waiting
         + message_bytes
         + stage
         + math.ceil(context.machine.device_capacity_bytes * SLACK.value)

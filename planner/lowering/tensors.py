@@ -137,12 +137,13 @@ def transient_bytes(
     """The most that lives in forward, and in backward, beside what the plan decides about.
 
     Left out: saved tensors unless ``saved_too``, the part's input unless ``input_too`` (it is a class of the
-    plan), and parameters' gradients, which are state. Backward is never less than forward: a tensor that
-    backward makes again dies in forward, and its bytes are counted in backward alone.
+    plan), and parameters' gradients, which are state or, where tied, wait elsewhere. Backward is never less
+    than forward: a tensor that backward makes again dies in forward, and its bytes are counted in backward
+    alone.
     """
     change: dict[int, int] = {}
     for life in part.lifetimes:
-        left_out = life.kind is LifetimeKind.GRADIENT
+        left_out = life.kind in (LifetimeKind.GRADIENT, LifetimeKind.TIED_GRADIENT)
         left_out |= life.kind is LifetimeKind.INPUT and not input_too
         left_out |= life.saved is not None and not saved_too
         if left_out:
@@ -157,6 +158,22 @@ def transient_bytes(
         peaks[backward] = max(peaks[backward], now)
     # What is alive when forward ends is there in backward's first operation.
     return peaks[0], max(peaks)
+
+
+def held_bytes(estimate: ModelEstimate, division: Division) -> int:
+    """What the prologue made and the model refers to until its blocks have run, saved or not: the embedding's
+    output, masks. Of what blocks share, ``shared_bytes`` counts that which they save."""
+    return sum(
+        division.lifetime(life, estimate.prologue)
+        for life in estimate.prologue.lifetimes
+        if life.epilogue_end is not None and life.saved is None and life.kind is not LifetimeKind.SHARED
+    )
+
+
+def tied_gradient_bytes(estimate: ModelEstimate, degrees: Degrees) -> int:
+    """Gradients of tied parameters, which wait from the epilogue's backward for the prologue's."""
+    waiting = (t.size_bytes for t in estimate.epilogue.lifetimes if t.kind is LifetimeKind.TIED_GRADIENT)
+    return math.ceil(sum(waiting) / degrees.tensor)
 
 
 def shared_bytes(tensors: Iterable[SavedTensor], division: Division) -> int:

@@ -175,7 +175,7 @@ class Bill:
         for index, block in enumerate(blocks):
             base = always + sum(self.kept[: index + 1])
             base += sum(waiting[index:] if self.problem.micro_batches == 1 else waiting)
-            again = self.restored[index] + self.summed(index, on_cpu=False)
+            again = self.beside_slot(index) + self.summed(index, on_cpu=False)
             for name, more in (
                 ("forward", block.forward_transient_bytes),
                 ("backward", block.backward_transient_bytes + again),
@@ -183,6 +183,11 @@ class Bill:
                 if base + more > best[1]:
                     best = (f"{name} {block.name}", base + more)
         return best
+
+    def beside_slot(self, index: int) -> int:
+        """Of what backward restores, what the block's slot has no room for; all are of the largest's size."""
+        free = max(self.slot) - self.slot[index]
+        return max(0, self.restored[index] - free)
 
     def _always(self) -> int:
         machine, every = self.machine, range(len(self.problem.blocks))

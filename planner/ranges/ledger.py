@@ -4,7 +4,8 @@ The device holds, all step long, what is reserved, state that lives there, and t
 tensors and as many for fetched parameters, two for gradients that leave, two for state that an update streams
 and the parameters that it makes. In forward and backward of block l it also holds what blocks up to l keep,
 l's transients, gradients that wait there for an update ahead of the next forward (of blocks from l on: the
-others are not made yet, or used up) and, in backward, what l restores.
+others are not made yet, or used up) and, in backward, what l restores, as far as l's slot, which is as large
+as the largest block needs, has no room for it beside what was sent.
 
 With several micro-batches gradients that wait do so all step long, and l's new ones lie beside the sums to
 which the device adds them. With several in flight, all that the others keep lies beside what blocks up to l
@@ -73,19 +74,27 @@ class Ledger:
             base = Linear().plus(always).plus(kept[index]).plus(waiting[index])
             forward = Linear(block.forward_transient_bytes).plus(base)
             backward = Linear(block.backward_transient_bytes).plus(base)
-            backward.plus(self.choices.restored_bytes(index)).plus(self._new_gradients(index))
+            backward.plus(self._beside_slot(index)).plus(self._new_gradients(index))
             for name, expression in (("forward", forward), ("backward", backward)):
                 self._add(f"{name} {block.name}", DEVICE, expression, self.machine.device_capacity_bytes)
 
     def _slots(self) -> Linear:
         """All slots of the device."""
-        form, states, choices, total = self.form, self.states, self.choices, Linear()
-        total.plus(form.maximum("slot", map(choices.slot_bytes, self.blocks)), self.machine.slots)
+        form, states, total = self.form, self.states, Linear()
+        self._slot = form.maximum("slot", map(self.choices.slot_bytes, self.blocks))
+        total.plus(self._slot, self.machine.slots)
         away = (all_bytes(states.parameters_away(i)) for i in self.blocks)
         total.plus(form.maximum("parameter_slot", away), self.machine.slots)
         total.plus(form.maximum("gradient_slot", map(self._leaving, self.blocks)), STATE_SLOTS)
         streamed = (all_bytes(states.away(i, lambda p: not p.update.on_cpu)) for i in self.blocks)
         return total.plus(form.maximum("update_slot", streamed), STATE_SLOTS)
+
+    def _beside_slot(self, index: int) -> Linear:
+        """What backward restores, less the room that the block leaves of its slot."""
+        restored, sent = self.choices.restored_bytes(index), self.choices.slot_bytes(index)
+        if not restored.terms or not self._slot.terms:
+            return restored
+        return self.form.maximum(f"restored_{index}", [restored.plus(sent).plus(self._slot, -1)])
 
     def _add(self, name: str, place: str, expression: Linear, capacity_bytes: int) -> None:
         self.form.positions.append(Position(name, place, expression, capacity_bytes))

@@ -29,7 +29,7 @@ SLOTS = "transfer slots"
 SAVED = "saved tensors"
 """From a block's forward to its backward, compressed or not."""
 RESTORED = "recomputed"
-"""What backward makes again, recomputed or decompressed."""
+"""What backward makes again, recomputed or decompressed, beside what a transfer slot has room for."""
 TRANSIENT = "transients"
 CATEGORIES = (RESERVED, WEIGHTS, OPTIMIZER, SLOTS, GRADIENTS, SAVED, RESTORED, TRANSIENT)
 """From what stays all step long to what comes and goes."""
@@ -84,7 +84,7 @@ def device_positions(plan: RangePlan, problem: Problem) -> dict[str, Sizes]:
             # New gradients lie beside the sums to which the device adds them.
             GRADIENTS: waiting + bill.summed(index, on_cpu=False),
             TRANSIENT: block.backward_transient_bytes,
-            RESTORED: bill.restored[index],
+            RESTORED: bill.beside_slot(index),
         }
         if problem.micro_batches == 1:
             waiting -= bill.held(index, "gradient", DEVICE)

@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_map_only
 from memtrain.planner.estimate import EstimatedBlock, LifetimeKind, ModelEstimate, TensorClass, TracedPart
 from memtrain.planner.trace import find_blocks
 from memtrain.planner.tracing import fake_model, walk
+from memtrain.planner.tracing.attention import GPU_KERNELS
 from memtrain.planner.tracing.capture import capture
-from memtrain.planner.tracing.grouped_products import GroupedProducts
+from memtrain.planner.tracing.kernel_shapes import KernelShapes
 from memtrain.planner.tracing.model_shape import expert_count
 from memtrain.planner.tracing.recorder import storage_key, tensors_in
 from memtrain.planner.tracing.records import attention_window, part_record, shared_record, unit_records
@@ -50,7 +51,8 @@ def estimate_config(
         sequence: tokens in a row.
         batch: rows.
         dtype: of parameters and activations.
-        attention: traced (``fake_model.TRACED_ATTENTION``) or by formula (``attention.FORMULA_KERNELS``).
+        attention: traced (``fake_model.TRACED_ATTENTION``) or by formula (``attention.FORMULA_KERNELS``). By
+            that of a GPU, dropout and layer norms too keep what they keep on one.
         forward: for another loss than the model's own, such as a chunked one.
 
     Raises:
@@ -125,7 +127,8 @@ def _estimate(
     block_names: Sequence[str] | None,
     assumptions: list[str],
 ) -> ModelEstimate:
-    with FakeTensorMode(), GroupedProducts(), fake_model.attention_kernel(attention), torch.enable_grad():
+    shapes = KernelShapes(on_gpu=attention in GPU_KERNELS)
+    with FakeTensorMode(), shapes, fake_model.attention_kernel(attention), torch.enable_grad():
         try:
             model, batch = factory().train(), make_batch()
             blocks = find_blocks(model, block_names)

@@ -71,7 +71,7 @@ def walk_block(given: Given, excluded: set[int], needs_gradient: bool) -> Walk:
     """One block's forward and backward, as in training: its input is no leaf."""
     walk = Walk(Recorder(excluded))
     leaf = given.hidden().detach().clone().requires_grad_(needs_gradient)
-    entered = [leaf.clone() if needs_gradient else leaf]
+    entered = [leaf.clone()]
     walk.enter(entered[0])
     with _taking_gradients(walk.recorder, given.block, leaf), _following(walk, given.block):
         with walk.recorder, walk.recorder.saving():
@@ -133,7 +133,7 @@ def walk_epilogue(
     """
     walk = Walk(Recorder(excluded))
     leaf = first_tensor(last).detach().clone().requires_grad_(needs_gradient)
-    entered = [leaf.clone() if needs_gradient else leaf]
+    entered = [leaf.clone()]
     walk.enter(entered[0])
 
     def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:

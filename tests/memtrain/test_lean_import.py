@@ -32,6 +32,7 @@ def test_the_budget_and_the_plan_need_no_torch() -> None:
         ["--help"],
         ["run", "--help"],
         ["profile", "--help"],
+        ["plan", "--help"],
         ["ls"],
         ["show", "recipes/tiny_llama_cpu.yaml"],
         ["validate", "recipes/tiny_llama_cpu.yaml"],

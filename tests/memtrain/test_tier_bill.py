@@ -30,11 +30,16 @@ PAGE = 4096
 MOVED = {"gradient_tier": "nvme", "optimizer_tier": "nvme"}
 SWAP = {"action": "swap", "saved_tier": "nvme"}
 ATTENTION = {"action": "recompute_except_attention", "saved_tier": "nvme"}
-PLANS: dict[str, dict[str, dict[str, str]]] = {
+NEARLY_FREE = {"action": "recompute_nearly_free", "saved_tier": "nvme"}
+PREFIX = {"action": "recompute", "recomputed_tokens": 5}
+PLANS: dict[str, dict[str, Any]] = {
     "swap": {"block": SWAP, "state": MOVED},
     "recompute": {"block": {"action": "recompute", "input_tier": "nvme"}, "state": MOVED},
     "attention and input": {"block": {**ATTENTION, "input_tier": "nvme"}, "state": MOVED},
     "attention": {"block": {**ATTENTION, "input_tier": "device"}, "state": MOVED},
+    "nearly free": {"block": {**NEARLY_FREE, "input_tier": "nvme"}, "state": MOVED},
+    "prefix": {"block": {**PREFIX, "rest_tier": "nvme", "input_tier": "nvme"}, "state": MOVED},
+    "attention of a prefix": {"block": {**ATTENTION, "attention_tokens": 4}, "state": MOVED},
     "mixed": {
         "block": SWAP,
         "block.1": {"action": "keep"},
@@ -58,7 +63,7 @@ def build(kind: str) -> tuple[Net, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-def train(kind: str, force: dict[str, dict[str, str]], nvme: str) -> tuple[memtrain.Session, int]:
+def train(kind: str, force: dict[str, Any], nvme: str) -> tuple[memtrain.Session, int]:
     """Three steps of two micro-batches; the session, closed, and what it took of the tier at its peak."""
     model, optimizer = build(kind)
     with memtrain.prepare(

@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from memtrain.offload.activations import ActivationExecutor
-from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import (
     OffloadError,
     PlanMismatchError,
@@ -20,72 +19,12 @@ from memtrain.offload.errors import (
     TierFullError,
 )
 from memtrain.offload.extents import FreeList
-from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
-from memtrain.planner.plan import Plan, Staging
+from memtrain.planner.actions import Action, BlockDecision, Tier
 from tests.offload.late_device import LateDevice
+from tests.offload.latest_store import LatestEngine, LatestStore, LatestTicket, make_plan
 
 WIDTH = 64
 DEPTH = 5
-
-
-class LatestTicket:
-    """Moves its bytes at the latest moment that the contract allows: when somebody waits."""
-
-    def __init__(self, move: Callable[[], None]) -> None:
-        self._move: Callable[[], None] | None = move
-
-    def done(self) -> bool:
-        return self._move is None
-
-    def wait(self) -> None:
-        move, self._move = self._move, None
-        if move is not None:
-            move()
-
-
-class LatestStore:
-    """A tier whose transfers happen as late as possible, so that reuse without a wait corrupts."""
-
-    tier = Tier.NVME
-
-    def __init__(self) -> None:
-        self.live: dict[int, dict[str, Any]] = {}
-        self.reads = 0
-        self.writes = 0
-
-    def allocate(self, name: str, nbytes: int) -> dict[str, Any]:
-        extent = {"name": name, "nbytes": nbytes, "bytes": None, "write": None}
-        self.live[id(extent)] = extent
-        return extent
-
-    def write(self, extent: dict[str, Any], buffer: torch.Tensor) -> LatestTicket:
-        assert buffer.numel() == extent["nbytes"]
-        self.writes += 1
-        extent["write"] = LatestTicket(lambda: extent.__setitem__("bytes", buffer.clone()))
-        return extent["write"]
-
-    def read(self, extent: dict[str, Any], buffer: torch.Tensor) -> LatestTicket:
-        self.reads += 1
-        buffer.fill_(0xA5)
-
-        def move() -> None:
-            extent["write"].wait()
-            buffer.copy_(extent["bytes"])
-
-        return LatestTicket(move)
-
-    def free(self, extent: dict[str, Any]) -> None:
-        del self.live[id(extent)]
-
-
-class LatestEngine:
-    def __init__(self) -> None:
-        self.device = CpuDevice()
-        self.nvme = LatestStore()
-
-    def store(self, tier: Tier) -> LatestStore:
-        assert tier is Tier.NVME
-        return self.nvme
 
 
 class Block(nn.Module):
@@ -123,19 +62,6 @@ class Net(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, scale=self.scale)
         return F.linear(hidden, self.embed.weight).logsumexp(-1).mean()
-
-
-def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 1 << 20) -> Plan:
-    return Plan(
-        status="heuristic", blocks=tuple(decisions), states=(), update_schedule=UpdateSchedule.SEQUENTIAL,
-        staging=Staging(
-            saved_slots=slots, saved_slot_bytes=slot_bytes, input_slots=slots, input_slot_bytes=slot_bytes,
-            kept_slots=DEPTH, kept_slot_bytes=slot_bytes, kept_input_slots=DEPTH,
-            kept_input_slot_bytes=slot_bytes,
-        ),
-        micro_batches=1, step_seconds=0.0, lower_bound_seconds=0.0, gap=0.0, solver="hand", bill=(), peaks=(),
-        capacities=(), bytes_moved_per_step=0,
-    )  # fmt: skip
 
 
 def every(action: Action, saved: Tier = Tier.DEVICE, entry: Tier = Tier.DEVICE) -> list[BlockDecision]:
@@ -305,7 +231,7 @@ def test_input_changed_after_the_block_raises() -> None:
 
     model = Careless(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()))
     executor = executor_for(model, DECISIONS["recompute"])
-    executor._kept_input = None  # as on a GPU: what stays is kept by reference
+    executor._kept = {}  # as on a GPU: what stays is kept by reference
     executor.install()
     with pytest.raises(SavedTensorModifiedError, match="changed in place"):
         model(batch()).backward()
@@ -491,19 +417,19 @@ def test_a_failed_write_is_reported_once(model: Net) -> None:
     assert not store.live
 
 
-@pytest.mark.parametrize("refused", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("refused", [1, 2, 3, 4])
 def test_staging_memory_that_is_refused_leaves_none_registered(model: Net, refused: int) -> None:
     engine, late = LatestEngine(), LateDevice(refuse_registration=refused)
     engine.device = late  # type: ignore[assignment]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
     plan = make_plan(DECISIONS["mixed"])
-    if refused <= 4:  # saved, input, kept and kept input
+    if refused <= 3:  # saved, input and kept
         with pytest.raises(OffloadError, match="the limit of locked memory"):
             ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
         assert late.ever_registered == refused - 1
     else:
         executor = ActivationExecutor(model, blocks, plan, engine)  # type: ignore[arg-type]
-        assert len(late.registered) == 4
+        assert len(late.registered) == 3
         executor.remove()  # somebody else failed before this was installed
         executor.remove()
     assert late.registered == {}

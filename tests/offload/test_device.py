@@ -8,8 +8,8 @@ import torch
 
 from memtrain.offload.device import CpuDevice, CudaDevice, make_device
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.recompute import _Surroundings
 from memtrain.offload.slab import Ring, Slab
+from memtrain.offload.surroundings import Surroundings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
@@ -249,7 +249,7 @@ def test_recompute_keeps_the_random_state_of_the_tensors_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or "now")
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: asked.append((state, device)))
     place = torch.device("cuda:1")
-    with _Surroundings(place).again():
+    with Surroundings(place).again():
         pass
     assert asked == [place, place, ("now", place), ("now", place)]
 

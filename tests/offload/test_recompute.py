@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtrain.offload.recompute import RecomputeFrame
+from memtrain.offload.results import ATTENTION, ResultTape
 from memtrain.offload.saved_group import unpack
+from memtrain.offload.unmoved import Unmoved
 
 
 class Block(nn.Module):
@@ -41,19 +43,19 @@ def test_a_compiled_part_beside_attention_that_is_kept() -> None:
         block.zero_grad()
         entry = hidden.clone().requires_grad_()
         if planned:
+            tape = ResultTape("block", ATTENTION, Unmoved.of, unpack)
             frame = RecomputeFrame(
                 "block",
                 block.forward,
                 (entry,),
                 {},
                 is_fixed=lambda tensor: tensor.data_ptr() in fixed,
-                store_attention=True,
+                tape=tape,
                 pack_input=None,
-                pack_attention=None,
                 unpack=unpack,
             )
             output = frame.forward()
-            assert len(frame._attention) == 1
+            assert len(tape) == 1
         else:
             output = block(entry)
         output.pow(2).sum().backward()

@@ -18,6 +18,10 @@ from memtrain.planner.actions import Action, BlockDecision, Tier
             {"block": 0, "action": Action.SWAP, "saved_tier": Tier.NVME, "input_tier": Tier.NVME},
             "input_tier nvme",
         ),
+        (
+            {"block": 0, "action": Action.RECOMPUTE_NEARLY_FREE, "recomputed_tokens": 8},
+            "recompute_nearly_free is for all tokens, yet recomputed_tokens is 8",
+        ),
     ],
 )
 def test_a_contradiction_is_refused(fields: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -89,8 +90,14 @@ def decided(plan: Plan, block: int, action: Action, tier: Tier = Tier.DEVICE) ->
     return replace(plan, blocks=tuple(blocks))
 
 
-def staged(plan: Plan, **changes: int) -> Plan:
+def staged(plan: Plan, **changes: Any) -> Plan:
     return replace(plan, staging=replace(plan.staging, **changes))
+
+
+def placed(plan: Plan, block: int, by: int) -> Plan:
+    """The place of what a block keeps made larger or smaller."""
+    places = [size + by * (index == block) for index, size in enumerate(plan.staging.kept_bytes)]
+    return staged(plan, kept_bytes=tuple(places))
 
 
 def billed(plan: Plan, category: str, by: int) -> Plan:
@@ -132,15 +139,12 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
         lambda p: staged(p, update_slot_bytes=p.staging.update_slot_bytes - 4096),
     ),
     ("no shard", Rule.STAGING, lambda p: staged(p, update_shard_elements=0)),
-    ("small kept slot", Rule.STAGING, lambda p: staged(p, kept_slot_bytes=p.staging.kept_slot_bytes - 4096)),
-    ("no kept slot", Rule.STAGING, lambda p: staged(p, kept_slots=0)),
-    ("unaligned kept slot", Rule.STAGING, lambda p: staged(p, kept_slot_bytes=p.staging.kept_slot_bytes + 1)),
-    (
-        "small kept input slot",
-        Rule.STAGING,
-        lambda p: staged(p, kept_input_slot_bytes=p.staging.kept_input_slot_bytes - 4096),
-    ),
-    ("no kept input slot", Rule.STAGING, lambda p: staged(p, kept_input_slots=0)),
+    ("small kept place", Rule.STAGING, lambda p: placed(p, 6, -4096)),
+    ("unaligned kept place", Rule.STAGING, lambda p: placed(p, 6, 1)),
+    ("no place for an input", Rule.STAGING, lambda p: placed(p, 2, -p.staging.kept_bytes[2])),
+    ("a place that nothing uses", Rule.STAGING, lambda p: placed(p, 0, 4096)),
+    ("no kept places", Rule.STAGING, lambda p: staged(p, kept_bytes=())),
+    ("one place too few", Rule.STAGING, lambda p: staged(p, kept_bytes=p.staging.kept_bytes[:-1])),
     (
         "small gradient slab",
         Rule.STAGING,
@@ -226,11 +230,8 @@ def test_slabs_on_a_cuda_device_are_named() -> None:
     cuda, options = make_machine(device="cuda:0"), PlannerOptions(allow=frozenset({Action.KEEP}))
     plan = make_plan(PROFILE, cuda, Budget(device="1GiB"), options=options)
     assert check(plan, PROFILE, cuda, BUDGET) == ()
-    for changes in (
-        {"kept_slots": 7, "kept_slot_bytes": 11 * MiB},
-        {"kept_input_slots": 1, "kept_input_slot_bytes": 4096},
-        {"gradient_slab_bytes": 8 * MiB},
-    ):
+    slabs: list[dict[str, Any]] = [{"kept_bytes": (0,) * 6 + (4096,)}, {"gradient_slab_bytes": 8 * MiB}]
+    for changes in slabs:
         found = {v.rule for v in check(staged(plan, **changes), PROFILE, cuda, BUDGET)}
         assert Rule.STAGING in found
 
@@ -260,8 +261,8 @@ def test_the_checker_shares_nothing_with_what_makes_plans() -> None:
     import importlib.util
     from pathlib import Path
 
-    allowed = {"actions", "check_timeline", "machine", "plan", "profile", "units"}
-    for name in ("check", "check_timeline"):
+    allowed = {"actions", "check_blocks", "check_timeline", "machine", "plan", "profile", "units"}
+    for name in ("check", "check_blocks", "check_timeline"):
         spec = importlib.util.find_spec(f"memtrain.planner.{name}")
         assert spec is not None
         assert spec.origin is not None

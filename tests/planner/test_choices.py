@@ -11,8 +11,6 @@ from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.choices import Choices, Request
 from memtrain.planner.decisions import (
     PlannerOptions,
-    kept_input_slot_bytes,
-    kept_slot_bytes,
     open_space,
     staging_for,
 )
@@ -23,7 +21,7 @@ from tests.planner.toys import make_block, make_machine, make_profile
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.data())
-def test_slabs_of_unequal_blocks_are_count_times_the_largest(data: st.DataObject) -> None:
+def test_slabs_of_unequal_blocks_are_the_sum_of_their_places(data: st.DataObject) -> None:
     blocks = tuple(
         make_block(
             index,
@@ -38,7 +36,7 @@ def test_slabs_of_unequal_blocks_are_count_times_the_largest(data: st.DataObject
     chosen = tuple(data.draw(st.sampled_from(choices)) for choices in space.blocks)
     request = Request(profile=profile, machine=machine, budget=budget, options=options, space=space)
     program = Choices(request, UpdateSchedule.SEQUENTIAL)
-    total = program._slab_bytes(kept_slot_bytes, "a") + program._slab_bytes(kept_input_slot_bytes, "b")
+    total = program.kept_slabs()
     for row, choices, wanted in zip(program.x, space.blocks, chosen, strict=True):
         for variable, choice in zip(row, choices, strict=True):
             program.add(variable == int(choice == wanted))

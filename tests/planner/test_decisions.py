@@ -8,12 +8,12 @@ import pytest
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.baselines import Search
+from memtrain.planner.block_parts import activation_extents
 from memtrain.planner.bounding import compute_seconds
 from memtrain.planner.choices import Request
 from memtrain.planner.decisions import (
     Decisions,
     PlannerOptions,
-    activation_extents,
     gradient_extent_bytes,
     gradient_passes,
     open_space,

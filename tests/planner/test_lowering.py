@@ -339,6 +339,29 @@ def test_what_the_prologue_saves_is_held_all_step_long_by_the_stage_that_has_it(
         assert reserved[1] - reserved[0] == held * RESIDUAL
 
 
+def test_what_the_model_holds_in_forward_and_tied_gradients_in_backward_have_room() -> None:
+    embedded = Lifetime(start=0, end=1, size_bytes=RESIDUAL, kind=LifetimeKind.OUTPUT, epilogue_end=1)
+    tables = Lifetime(start=0, end=1, size_bytes=5000, kind=LifetimeKind.SHARED, epilogue_end=1)
+    prologue = dataclasses.replace(EDGE, lifetimes=(*EDGE.lifetimes, embedded, tables))
+    gradient = life(1, 2, 100 * HIDDEN * 2, LifetimeKind.TIED_GRADIENT)
+    epilogue = dataclasses.replace(ESTIMATE.epilogue, lifetimes=(*ESTIMATE.epilogue.lifetimes, gradient))
+    holding = dataclasses.replace(ESTIMATE, prologue=prologue)
+    tied = dataclasses.replace(holding, epilogue=epilogue)
+    # Shared tables are counted with what is saved; the gradient waits when the embedding's output is dead.
+    for degrees, stage, of_holding, of_tied in (
+        (ALONE, 0, RESIDUAL, 100 * HIDDEN * 2),
+        (Degrees(tensor=2), 0, RESIDUAL // 2, 100 * HIDDEN),
+        (Degrees(pipeline=2), 0, RESIDUAL, RESIDUAL),
+        (Degrees(pipeline=2), 1, 0, 0),
+    ):
+        plain, held, waiting = (
+            problem_of(job(degrees, stage=stage, estimate=one)) for one in (ESTIMATE, holding, tied)
+        )
+        assert held.reserved_bytes - plain.reserved_bytes == of_holding
+        assert waiting.reserved_bytes - plain.reserved_bytes == of_tied
+        assert waiting.blocks[-1].backward_transient_bytes == plain.blocks[-1].backward_transient_bytes
+
+
 def test_a_tied_head_is_a_copy_on_the_last_stage() -> None:
     def weights(degrees: Degrees, estimate: ModelEstimate) -> int:
         last = problem_of(job(degrees, stage=degrees.pipeline - 1, estimate=estimate)).blocks[-1]
@@ -449,3 +472,14 @@ def test_micro_batches_repeat_the_step_and_a_pipelines_first_stage_holds_several
     # All micro-batches, and the pipeline's idle time: (p - 1) / m of it.
     forecast = make_forecast(job(Degrees(pipeline=2), micro_batches=3), SolveOptions(isolated=False))
     assert forecast.step_seconds == pytest.approx(forecast.plan.step_seconds * (1 + 1 / 3))
+
+
+def test_a_disk_does_one_thing_at_a_time_and_each_chunk_pays_its_share_of_a_latency() -> None:
+    machine = problem_of(job(setup=machine_for("rtx-4090", dram="64GiB", nvme="4TB@6GB/s,2GB/s"))).machine
+    bus, disk = machine.place("nvme").hops
+    # Both directions together at most what the faster moves alone, in the proportion of the two.
+    assert machine.shares(disk) == pytest.approx((1.5e9, 4.5e9))
+    assert machine.shares(bus) == (bus.write_bytes_per_second, bus.read_bytes_per_second)
+    preset = machine_for("rtx-4090", dram="64GiB").host_link.latency_seconds
+    assert preset is not None
+    assert bus.latency_seconds == preset.value / 16

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from memtrain.planner.profile import ModelProfile
+from memtrain.planner.profile import ModelProfile, NearlyFree, Prefixes
 from tests.planner.toys import make_block, make_profile
 
 
@@ -34,8 +34,8 @@ def test_in_a_step_every_part_takes_longer_and_nothing_else_changes() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    old = make_profile(1).to_json().replace('"version":3', '"version":2')
-    with pytest.raises(ValueError, match="profile version 2, this memtrain reads 3"):
+    old = make_profile(1).to_json().replace('"version":4', '"version":3')
+    with pytest.raises(ValueError, match="profile version 3, this memtrain reads 4"):
         ModelProfile.from_json(old)
 
 
@@ -49,8 +49,27 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version": 99}', '{"version": 3}', '{"version": 3, "blocks": [], "units": [], "x": 1}']
+    "text", ['{"version": 99}', '{"version": 4}', '{"version": 4, "blocks": [], "units": [], "x": 1}']
 )
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):
         ModelProfile.from_json(text)
+
+
+def test_a_slower_step_slows_what_is_computed_again_too() -> None:
+    nearly_free = NearlyFree(stored_bytes=1, stored_tensors=1, seconds=0.25, backward_bytes=1)
+    prefixes = Prefixes(
+        tokens=4,
+        lengths=(2,),
+        differences=(0.0,),
+        overhead_seconds=0.5,
+        cut_bytes=4,
+        whole_bytes=0,
+        largest_bytes=1,
+    )
+    one = make_profile(1, trainable=True)
+    block = dataclasses.replace(one.blocks[0], nearly_free=nearly_free, prefixes=prefixes)
+    profile = dataclasses.replace(one, blocks=(block,))
+    slow = profile.in_a_step(2.0).blocks[0]
+    assert slow.nearly_free == dataclasses.replace(nearly_free, seconds=0.5)
+    assert slow.prefixes == dataclasses.replace(prefixes, overhead_seconds=1.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import accumulate
 from typing import Any
 
@@ -20,7 +22,7 @@ from memtrain.planner.step_buffers import Step
 from memtrain.planner.traced_step import step_of
 from memtrain.planner.tracing import fake_model
 from memtrain.planner.tracing.estimator import estimate_config, estimate_module
-from memtrain.planner.tracing.grouped_products import GroupedProducts
+from memtrain.planner.tracing.kernel_shapes import KernelShapes
 from memtrain.planner.tracing.recorder import Recorder, storage_key
 from tests.planner.tracing_models import CONFIGS, ROWS, TOKENS
 
@@ -52,15 +54,19 @@ class Turn(torch.autograd.Function):
         return torch.empty_strided((), ())
 
 
-def run_at_once(config: dict[str, Any], dtype: torch.dtype) -> tuple[list[str], list[int]]:
+def run_at_once(make: Callable[[], nn.Module], *, for_real: bool = False) -> tuple[list[str], list[int]]:
     """Operators of the whole model's forward and backward, and the bytes alive during each."""
-    with FakeTensorMode(), GroupedProducts():
-        model = fake_model.build(fake_model.read_config(config), dtype, "default")
+    with ExitStack() as stack:
+        if not for_real:
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(KernelShapes(on_gpu=False))
+        model = make().train()
         batch = fake_model.token_batch(ROWS, TOKENS)
         outside = (*model.parameters(), *model.buffers(), *batch.values())
         recorder = Recorder({storage_key(t) for t in outside})
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         with fake_model.unpacked_rows():
             with recorder, recorder.saving():
                 loss = [model(**batch).loss]
@@ -75,12 +81,22 @@ def run_at_once(config: dict[str, Any], dtype: torch.dtype) -> tuple[list[str], 
     return [op.name for op in recorder.operations], list(accumulate(change[:-1]))
 
 
+def built(name: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    return fake_model.build(fake_model.read_config(CONFIGS[name]), dtype, "default")
+
+
+@pytest.mark.parametrize("name", ["grouped", "gpt2"])
+def test_fake_tensors_live_as_long_as_real_ones(name: str) -> None:
+    fake, real = (run_at_once(lambda: built(name), for_real=for_real) for for_real in (False, True))
+    assert fake == real
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_load_is_that_of_the_whole_model_run_at_once(name: str, dtype: torch.dtype) -> None:
     estimate = estimate_config(CONFIGS[name], sequence=TOKENS, batch=ROWS, dtype=dtype)
     step = step_of(estimate)
-    operators, alive = run_at_once(CONFIGS[name], dtype)
+    operators, alive = run_at_once(lambda: built(name, dtype))
     tied = sum(life.kind is LifetimeKind.TIED_GRADIENT for life in estimate.epilogue.lifetimes)
     assert at_once(step, traced_operators(estimate), tied) == operators
     found = at_once(step, load(step), tied)
@@ -92,6 +108,29 @@ def test_the_load_is_that_of_the_whole_model_run_at_once(name: str, dtype: torch
     late = [mine - theirs for mine, theirs in zip(found[first:last], alive[first:last], strict=True)]
     assert late == sorted(late)
     assert (late[0], late[-1]) == (0, shared)
+
+
+def half_frozen() -> nn.Module:
+    """Neither the embedding nor the first of two blocks is trained: backward ends in the second."""
+    model = built("grouped")
+    for module in (model.get_input_embeddings(), model.model.layers[0]):
+        module.requires_grad_(False)
+    return model
+
+
+def test_blocks_without_a_backward_are_joined_as_well() -> None:
+    with FakeTensorMode():
+        batch = fake_model.token_batch(ROWS, TOKENS)
+    estimate = estimate_module(half_frozen, batch)
+    step = step_of(estimate)
+    assert [block.backward_ops > 0 for block in step.blocks] == [False, False, True, True]
+    operators, alive = run_at_once(half_frozen)
+    assert at_once(step, traced_operators(estimate), 0) == operators
+    found = at_once(step, load(step), 0)
+    turn = step.forward_starts[-1]
+    assert found[:turn] == alive[:turn]
+    shared = sum(tensor.size_bytes for tensor in estimate.shared)
+    assert {mine - theirs for mine, theirs in zip(found, alive, strict=True)} <= {0, shared // 2, shared}
 
 
 def traced_operators(estimate: ModelEstimate) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Link, Machine
-from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.profile import BlockProfile, ModelProfile, NearlyFree, Prefixes, UnitProfile
 from memtrain.planner.units import MiB
 
 
@@ -24,6 +24,26 @@ def make_block(index: int = 0, **changes: Any) -> BlockProfile:
         "backward_transient_bytes": 4 * MiB,
     }
     return BlockProfile(**(fields | changes))
+
+
+def make_nearly_free(**changes: Any) -> NearlyFree:
+    """4 MiB of outputs of products in 8 tensors; 2 ms to compute the rest from them, 7 MiB in backward."""
+    fields = {"stored_bytes": 4 * MiB, "stored_tensors": 8, "seconds": 0.002, "backward_bytes": 7 * MiB}
+    return NearlyFree(**(fields | changes))
+
+
+def make_prefixes(**changes: Any) -> Prefixes:
+    """Rows of 8 tokens: prefixes of 2, 4 and 6, the last not exact; 1 ms more than their share."""
+    fields: dict[str, Any] = {
+        "tokens": 8,
+        "lengths": (2, 4, 6),
+        "differences": (0.0, 0.0, 1e-6),
+        "overhead_seconds": 0.001,
+        "cut_bytes": 10 * MiB,
+        "whole_bytes": 0,
+        "largest_bytes": 2 * MiB,
+    }
+    return Prefixes(**(fields | changes))
 
 
 def make_profile(blocks: int = 3, *, trainable: bool = False, **changes: Any) -> ModelProfile:

@@ -10,8 +10,9 @@ import yaml
 from memtrain.planner.compose import SWAP_PLACE
 from memtrain.planner.machine import Budget
 from memtrain.planner.optimizer_bytes import OptimizerRule
+from memtrain.planner.ranges.model import Role
 from memtrain.planner.units import GiB, MiB
-from memtrain.planning.targets.common import PLACEHOLDER_LR, Context, Target
+from memtrain.planning.targets.common import PLACEHOLDER_LR, SOME, Context, Target
 from memtrain.recipe import parse_recipe
 
 FILENAME = "recipe.yaml"
@@ -70,10 +71,16 @@ def _notes(context: Context) -> tuple[str, ...]:
     ]
     if "path" not in _model(context):
         found.append("no weights were found where the configuration is: the recipe trains from random ones")
+    weights = context.share(Role.PARAMETER)
+    if weights >= SOME:
+        found.append(
+            f"the plan has {weights:.0%} of the weights off the device; the executors keep them there so "
+            "far, and the run may be refused for it"
+        )
     if context.usage.codecs:
         found.append(
-            f"the plan compresses with {', '.join(context.usage.codecs)}, which the executors cannot run "
-            "yet: the run is exact, and slower than predicted"
+            f"the plan compresses with {', '.join(context.usage.codecs)}, which the executors cannot "
+            "run yet: the run is exact, and slower than predicted"
         )
     return tuple(found)
 

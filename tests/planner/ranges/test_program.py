@@ -11,9 +11,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.formulate import Decisions, Formulated, formulate
 from memtrain.planner.ranges.highs import Solver
 from memtrain.planner.ranges.model import Problem
+from memtrain.planner.ranges.plan import make_plan
 from memtrain.planner.ranges.program import TIE_BREAK, build, rounded
 from memtrain.planner.ranges.simulate import simulate, step_seconds
 from tests.planner.ranges.small import (
@@ -180,3 +182,22 @@ def test_codec_only_within_its_error_budget() -> None:
     one = problem(2, 16, blocks=blocks, codecs=(free,), error_budget=0.5)
     assert optimum(formulate(one)) == pytest.approx(24.0, abs=1e-3)
     assert optimum(formulate(dataclasses.replace(one, error_budget=0.49))) == math.inf
+
+
+def test_what_backward_makes_again_goes_into_the_room_that_its_block_leaves_of_a_slot() -> None:
+    # Blocks 0 and 1 send X (10 bytes) and make A and O (10 and 40) again; the last two stay in slots whole.
+    one = problem(4, 1000, place("host", 1000), slots=2)
+    formulated = formulate(one)
+    counts = {}
+    for index, chosen in enumerate(formulated.choices.counts):
+        wanted = ("slot",) * 3 if index >= 2 else ("swap:host", "recompute", "recompute")
+        for label, options in zip(wanted, chosen, strict=True):
+            counts[next(v for a, v in options.items() if a.label == label)] = 2
+    decisions = formulated.decisions(counts)
+    at = {name: size for name, where, size in simulate(formulated, decisions).positions if where == "device"}
+    # Two slots of 60 bytes; 50 bytes made again beside 10 that were sent.
+    assert set(at.values()) == {120}
+    plan = make_plan(
+        formulated, decisions, status="heuristic", lower_bound_seconds=0.0, gap=1.0, solver="by hand"
+    )
+    assert check(plan, one) == []

@@ -1,0 +1,204 @@
+"""Rehearses a block for the tracer: carried out alone by what will carry it out in training.
+
+What a block stores when only its costly results are kept, or only some tokens are computed again, is the
+executor's to say (``memtrain.offload``); what that means for bytes and seconds is measured here with the
+tracer's own instruments, and becomes part of the profile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from memtrain.offload.block_survey import BlockSurvey
+from memtrain.offload.errors import TokenRangeError
+from memtrain.offload.recompute import RecomputeFrame
+from memtrain.offload.result_survey import wanted_results
+from memtrain.offload.results import PRODUCTS_AND_ATTENTION, ResultTape
+from memtrain.offload.token_probe import probe_tokens
+from memtrain.offload.token_rows import token_count
+from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
+from memtrain.planner.actions import Action, BlockDecision
+from memtrain.planner.profile import NearlyFree, Prefixes
+from memtrain.planner.trace import LiveBytes
+
+_REPETITIONS = 3
+"""Of a second forward that is timed; the median counts."""
+
+
+class BlockRehearsal:
+    """Blocks of one model (``planner.trace.Rehearsal``).
+
+    Args:
+        model: for its parameters and buffers, which are never stored.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._fixed = FixedTensors(model)
+
+    def nearly_free(
+        self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> NearlyFree:
+        """With results of products and attention kernels stored, and the rest computed again."""
+        is_fixed = self._fixed.__contains__
+        wanted = wanted_results(PRODUCTS_AND_ATTENTION, forward, args, kwargs, is_fixed=is_fixed)
+
+        def run(results: _Elsewhere) -> tuple[RecomputeFrame, Any]:
+            tape = ResultTape(name, PRODUCTS_AND_ATTENTION, results.pack, _unpack, wanted=wanted)
+            entry = _Elsewhere(results.live)
+            frame = self._frame(name, forward, args, kwargs, pack_input=entry.pack, tape=tape)
+            return frame, _first(frame.forward())
+
+        with LiveBytes() as live:
+            results = _Elsewhere(live)
+            frame, output = run(results)
+            del frame
+            peak = 0
+            if output.requires_grad:
+                edge, gradient = torch.autograd.graph.get_gradient_edge(output), torch.randn_like(output)
+                del output
+                live.restart_peak()
+                torch.autograd.backward(edge, gradient)
+                peak = live.peak_bytes
+        frame, output = run(_Elsewhere(None))
+        return NearlyFree(
+            stored_bytes=results.size_bytes,
+            stored_tensors=results.tensors,
+            seconds=_seconds_again(frame, output),
+            backward_bytes=peak,
+        )
+
+    def prefixes(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        lengths: Callable[[int], tuple[int, ...]],
+        largest_bytes: int,
+    ) -> Prefixes | str:
+        """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not."""
+        tokens = token_count(args, kwargs)
+        tried = lengths(tokens) if tokens else ()
+        if not tried:
+            return f"it has {tokens} tokens, too few to be cut"
+        differences = []
+        try:
+            for length in tried:
+                probe = probe_tokens(
+                    name,
+                    forward,
+                    args,
+                    kwargs,
+                    is_fixed=self._fixed.__contains__,
+                    prefixes=[length],
+                    attention_prefixes=[length],
+                )
+                differences.append(probe.difference)
+        except TokenRangeError as error:
+            return str(error)
+        half = tried[len(tried) // 2]
+        part = self._seconds_of_prefix(name, forward, args, kwargs, half)
+        whole = self._seconds_of_prefix(name, forward, args, kwargs, None)
+        return Prefixes(
+            tokens=tokens,
+            lengths=tried,
+            differences=tuple(differences),
+            overhead_seconds=max(0.0, part - whole * half / tokens),
+            cut_bytes=probe.row_bytes * tokens,
+            whole_bytes=probe.whole_bytes,
+            largest_bytes=largest_bytes,
+        )
+
+    def _seconds_of_prefix(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        length: int | None,
+    ) -> float:
+        """Of the second forward on the first ``length`` tokens; None: on all."""
+        decision = BlockDecision(block=0, action=Action.RECOMPUTE, recomputed_tokens=length)
+        survey = BlockSurvey(name, nn.Module(), decision, self._fixed.__contains__)
+        cut = survey.parts(forward, args, kwargs).cut(None, shared_storages(args, kwargs))
+        frame = self._frame(name, forward, args, kwargs, cut=cut)
+        return _seconds_again(frame, frame.forward())
+
+    def _frame(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        **parts: Any,
+    ) -> RecomputeFrame:
+        given = {"pack_input": None} | parts
+        is_fixed = self._fixed.__contains__
+        return RecomputeFrame(name, forward, args, kwargs, is_fixed=is_fixed, unpack=_unpack, **given)
+
+
+class _Elsewhere:
+    """Stands for a slot: what is packed is copied, once per storage, and counts as live no longer."""
+
+    def __init__(self, live: LiveBytes | None) -> None:
+        self.live = live
+        self._copies: dict[tuple[int, int], tuple[Tensor, StorageWeakRef]] = {}
+        """Of every storage; the weak reference keeps its identity from being given to another one."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the copies."""
+        return sum(copy.nbytes for copy, _ in self._copies.values())
+
+    @property
+    def tensors(self) -> int:
+        """Copies."""
+        return len(self._copies)
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        """A view of the copy that is ``tensor`` again."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata, tensor._version
+        if key not in self._copies:
+            elements = storage.nbytes() // tensor.element_size()
+            copy = torch.as_strided(tensor.detach(), (elements,), (1,), 0).clone()
+            if self.live is not None:
+                self.live.forget(copy)
+            self._copies[key] = copy, StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        flat = self._copies[key][0].view(tensor.dtype)
+        return torch.as_strided(flat, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+
+
+def _unpack(saved: Tensor | Unmoved) -> Tensor:
+    return saved.get() if isinstance(saved, Unmoved) else saved
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden state that a block returns."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+def _seconds_again(frame: RecomputeFrame, output: Any) -> float:
+    """Of the second forward, run alone; ``output`` keeps the graph alive whose holes it fills."""
+    device = _first(output).device
+    seconds = []
+    for _ in range(_REPETITIONS):
+        started = _clock(device)
+        frame.compute_again()
+        seconds.append(_clock(device) - started)
+    return median(seconds)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
