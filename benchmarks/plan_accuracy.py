@@ -3,8 +3,8 @@
     python benchmarks/plan_accuracy.py            # about ten minutes on two idle cores
 
 SmolLM2-135M, sequence length 1024, accumulation 2. The least budget is the planner's own answer to one that
-cannot work (what it has, plus the shortfall it names). Each budget is run in a fresh process. Then every block
-is forced into each way of computing a part of it again, where memory is no limit.
+cannot work (what it has, plus the shortfall it names). Each budget is run in a fresh process. Then every
+block is forced into each way of computing a part of it again, where memory is no limit.
 
 - worst_peak_error: the greatest ``|predicted - measured| / measured`` of the training steps' VmHWM.
 - worst_time_error: the same for the median step.
@@ -30,22 +30,21 @@ IMPOSSIBLE_BYTES = 128 * MiB
 """Less than the libraries: no plan can fit, and the answer names the shortfall."""
 ATTEMPTS = 4
 HALF = SEQUENCE // 2
-FORCED: dict[str, dict[str, str | int]] = {
+FORCED: dict[str, dict[str, str | int | None]] = {
     "nearly free": {"action": "recompute_nearly_free", "saved_tier": "device", "input_tier": "device"},
     "half, others kept": {"action": "recompute", "recomputed_tokens": HALF, "rest_tier": "device"},
     "half, others swapped": {"action": "recompute", "recomputed_tokens": HALF, "rest_tier": "nvme"},
     "half of attention": {
         "action": "recompute_except_attention",
         "attention_tokens": HALF,
+        "recomputed_tokens": None,
         "saved_tier": "device",
     },
 }
 """What every block is forced into, where a plan would use it for some at most."""
 
 
-def run(
-    budget_bytes: int, swap: str, steps: int = STEPS, block: Mapping[str, str | int] | None = None
-) -> Any:
+def run(budget_bytes: int, swap: str, steps: int = STEPS, block: Mapping[str, Any] | None = None) -> Any:
     """Train in a fresh process under ``budget_bytes``, with every block forced into ``block``."""
     force = json.dumps({"block": dict(block)} if block else {})
     options = {"sequence": SEQUENCE, "micro_batches": MICRO_BATCHES, "steps": steps, "force": force}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WHOLE_FIELDS = {"action": Action, "saved_tier": Tier, "input_tier": Tier, "rest_tier": Tier}
 TOKEN_FIELDS = ("recomputed_tokens", "attention_tokens")
-Wish = Mapping[str, str | int]
+Wish = Mapping[str, str | int | None]
 """Fields of a BlockDecision or StateDecision that are forced, by name."""
 
 

@@ -90,7 +90,7 @@ class PlannerOptions:
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
     "state": {"optimizer_tier": "nvme"}, "state.prologue": {"gradient_tier": "device"}}``. An entry for one
     block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision; a
-    number of tokens must be one of the profile's prefixes."""
+    number of tokens must be one of the profile's prefixes, or None for ``recomputed_tokens``: all."""
     exact_only: bool = False
     """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows.
     Otherwise prefixes that are equal within rounding are used too: they are what another, equally good
@@ -129,7 +129,7 @@ def _check_force(key: str, entry: Wish) -> None:
             raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
         if name not in TOKEN_FIELDS:
             WHOLE_FIELDS.get(name, Tier)(value)
-        elif not isinstance(value, int):
+        elif not isinstance(value, int) and (name, value) != ("recomputed_tokens", None):
             raise ValueError(f"force[{key!r}] has {name} {value!r}; it must be a number of tokens")
 
 
