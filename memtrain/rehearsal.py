@@ -21,7 +21,8 @@ from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import PRODUCTS_AND_ATTENTION, ResultTape
-from memtrain.offload.token_probe import probe_tokens, token_count
+from memtrain.offload.token_probe import probe_tokens
+from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import NearlyFree, Prefixes
@@ -69,7 +70,7 @@ class BlockRehearsal:
         return NearlyFree(
             stored_bytes=results.size_bytes,
             stored_tensors=results.tensors,
-            seconds=_seconds_again(frame, output),
+            forward_seconds=_seconds_again(frame, output),
             backward_bytes=peak,
         )
 
