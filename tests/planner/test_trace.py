@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from memtrain.planner import trace
 from memtrain.planner.profile import NearlyFree, Prefixes
 from memtrain.planner.trace import BlocksNotFoundError, find_blocks, profile_model
+from memtrain.planner.tracing.live_bytes import LiveBytes
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,7 +204,7 @@ def test_why_tokens_cannot_be_cut_is_kept_and_what_may_not_be_recomputed_is_not_
 
 
 def test_a_storage_that_is_forgotten_counts_no_longer() -> None:
-    with trace.LiveBytes() as live:
+    with LiveBytes() as live:
         kept, elsewhere = torch.ones(100), torch.ones(1000)
         live.forget(elsewhere)
         assert live.now_bytes == 400
