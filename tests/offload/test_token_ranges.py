@@ -80,7 +80,7 @@ def assert_as_probed(
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("rest", "entry"), [(DEVICE, DEVICE), (NVME, DEVICE), (NVME, NVME), (CXL, HOST)])
+@pytest.mark.parametrize(("rest", "entry"), [(DEVICE, DEVICE), (NVME, NVME), (CXL, HOST)])
 @pytest.mark.parametrize("first", [1, 7, 16])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_bit_equal_where_rows_do_not_depend_on_their_number(
@@ -105,10 +105,12 @@ def test_real_models(make: Callable[[], nn.Module], first: int, autocast: bool) 
     for rows in (1, 2):
         found = compare(make, decisions, batches(rows, 33), autocast=autocast)
         assert_as_probed(*found, bound=0.1 if autocast else 1e-4)
+        # Nothing is stored whole: weights in autocast's precision are made again.
+        assert {probe.whole_bytes for probe in found[2].token_probes.values()} == {0}
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize(("first", "attention"), [(None, 8), (24, 8), (24, 23), (24, 0), (None, 32)])
+@pytest.mark.parametrize(("first", "attention"), [(None, 8), (24, 8), (24, 23), (24, 0)])
 @pytest.mark.parametrize(("saved", "rest"), [(DEVICE, DEVICE), (NVME, DEVICE), (HOST, NVME)])
 def test_attention_by_prefix(saved: Tier, rest: Tier, first: int | None, attention: int, late: bool) -> None:
     decisions = every(
