@@ -238,7 +238,7 @@ def train_memtrain(args: argparse.Namespace) -> dict[str, Any]:
             budget=budget,
             micro_batches=args.micro_batches,
             master_weights=True,
-            options=memtrain.PlannerOptions(force=json.loads(args.force)),
+            options=memtrain.PlannerOptions(force=json.loads(args.force), exact_only=args.exact_only),
         )
     except memtrain.InfeasibleError as error:
         shortfall = dict(error.plan.shortfall_bytes)
@@ -290,6 +290,7 @@ def main() -> None:
     parser.add_argument("--budget", default="1.2GiB", help="memtrain: device budget")
     parser.add_argument("--swap", default="/var/tmp", help="directory on a local disk")
     parser.add_argument("--swap-size", default="16GiB")
+    parser.add_argument("--exact-only", action=argparse.BooleanOptionalAction, default=True, help="memtrain")
     parser.add_argument("--force", default="{}", help="memtrain: JSON for PlannerOptions.force")
     overridable = ", ".join(DEEPSPEED_DEFAULTS)
     parser.add_argument("--deepspeed", default="{}", help=f"JSON that overrides {overridable}")

@@ -47,7 +47,13 @@ FORCED: dict[str, dict[str, str | int | None]] = {
 def run(budget_bytes: int, swap: str, steps: int = STEPS, block: Mapping[str, Any] | None = None) -> Any:
     """Train in a fresh process under ``budget_bytes``, with every block forced into ``block``."""
     force = json.dumps({"block": dict(block)} if block else {})
-    options = {"sequence": SEQUENCE, "micro_batches": MICRO_BATCHES, "steps": steps, "force": force}
+    options: dict[str, Any] = {
+        "sequence": SEQUENCE,
+        "micro_batches": MICRO_BATCHES,
+        "steps": steps,
+        "force": force,
+    }
+    options["no_exact_only"] = block is not None  # a prefix need not be bit-equal to be predicted
     command = train_command("memtrain", budget=budget_bytes, swap=swap, **options)
     return run_child(command, environment=child_environment("memtrain"))
 

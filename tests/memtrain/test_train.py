@@ -191,12 +191,12 @@ def test_the_loop_is_the_loop_that_one_would_write(tmp_path: Path, prepared: lis
     )
     assert keywords["batch"]["input_ids"].shape == (2, 16)
     assert keywords["budget"].device_bytes == 4 << 30
-    assert not keywords["options"].exact_only
+    assert keywords["options"].exact_only
 
 
-def test_the_planner_is_kept_to_what_is_exact(tmp_path: Path, prepared: list[Any]) -> None:
-    train_module.train(recipe_for(tmp_path, planner={"exact_only": True}))
-    assert prepared[0][1]["options"].exact_only
+def test_the_planner_need_not_keep_to_what_is_exact(tmp_path: Path, prepared: list[Any]) -> None:
+    train_module.train(recipe_for(tmp_path, planner={"exact_only": False}))
+    assert not prepared[0][1]["options"].exact_only
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path, prepared: list[Any]) -> None:

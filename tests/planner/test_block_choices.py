@@ -19,7 +19,12 @@ NVME = (Tier.NVME,)
 def cuts(options: PlannerOptions | None = None, *, mixes: bool = False, **block: Any) -> list[BlockDecision]:
     profile = make_block(**{"prefixes": make_prefixes(), **block})
     found = block_choices(
-        0, profile, NVME, options or PlannerOptions(), copy_seconds_per_byte=1e-11, mixes=mixes
+        0,
+        profile,
+        NVME,
+        options or PlannerOptions(exact_only=False),
+        copy_seconds_per_byte=1e-11,
+        mixes=mixes,
     )
     return [choice for choice in found if is_cut(choice)]
 
@@ -42,7 +47,7 @@ def test_every_prefix_of_a_block_that_cannot_mix() -> None:
 def test_only_exact_prefixes_where_nothing_else_will_do() -> None:
     found = cuts(PlannerOptions(exact_only=True))
     assert {choice.recomputed_tokens or choice.attention_tokens for choice in found} == {2, 4}
-    with pytest.raises(ValueError, match="its exact prefixes are of 2, 4 tokens"):
+    with pytest.raises(ValueError, match="exact prefixes are of 2, 4 tokens; exact_only=False allows others"):
         cuts(PlannerOptions(exact_only=True, force={"block": {"recomputed_tokens": 6}}))
 
 
@@ -58,13 +63,17 @@ def test_a_prefix_that_a_mixture_beats_is_closed() -> None:
 
 def test_what_is_asked_for_is_open_in_any_case() -> None:
     wish: dict[str, str | int] = {"recomputed_tokens": 6, "rest_tier": "nvme", "input_tier": "device"}
-    found = cuts(PlannerOptions(force={"block": wish | {"attention_tokens": 0}}), mixes=True)
+    found = cuts(
+        PlannerOptions(exact_only=False, force={"block": wish | {"attention_tokens": 0}}), mixes=True
+    )
     assert {(c.action, c.saved_tier) for c in found} == {
         (Action.RECOMPUTE, Tier.DEVICE),
         (Action.RECOMPUTE_EXCEPT_ATTENTION, Tier.DEVICE),
         (Action.RECOMPUTE_EXCEPT_ATTENTION, Tier.NVME),
     }
-    both = cuts(PlannerOptions(force={"block": wish | {"attention_tokens": 2}}), mixes=True)
+    whole = PlannerOptions(exact_only=False, force={"block": {"action": "recompute"}})
+    assert cuts(whole) == []  # nothing is said of tokens
+    both = cuts(PlannerOptions(exact_only=False, force={"block": wish | {"attention_tokens": 2}}), mixes=True)
     assert {c.action for c in both} == {Action.RECOMPUTE_EXCEPT_ATTENTION}
 
 

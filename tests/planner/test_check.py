@@ -252,14 +252,14 @@ def test_a_fault_in_what_is_partly_computed_again_is_named(
     monkeypatch: pytest.MonkeyPatch, rule: Rule, fault: Callable[[Plan], Plan]
 ) -> None:
     monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
-    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS))
+    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))
     assert check(plan, PARTLY, MACHINE, BUDGET) == ()
     assert rule in {violation.rule for violation in check(fault(plan), PARTLY, MACHINE, BUDGET)}
 
 
 def test_what_was_never_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
-    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS))
+    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))
     bare = make_profile(5)
     found = check(replace(plan, profile_digest=bare.digest), bare, MACHINE, BUDGET)
     assert {v.rule for v in found} == {Rule.RECOMPUTABLE}
