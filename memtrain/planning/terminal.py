@@ -246,7 +246,7 @@ def _certificate(forecast: Forecast, out: Console) -> None:
 
 
 def _ablation(answer: Answer, out: Console) -> None:
-    _section("the same job under other rules", out)
+    _section("the same job under other rules, which place the state of all blocks alike", out)
     step = answer.forecast.step_seconds
     table = _table("  rule", "step", "against this plan")
     for row in answer.ablation:

@@ -48,7 +48,7 @@ def test_sections_follow(tight: Answer) -> None:
         "block by block",
         "weights, gradients, optimizer state",
         "certificate",
-        "the same job under other rules",
+        "the same job under other rules, which place the state of all blocks alike",
         "why model.layers.3 is planned as it is",
         "to run it (--emit DIRECTORY writes the files)",
         "notes",
