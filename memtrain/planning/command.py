@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from memtrain.planning import machine_readable, terminal
+from memtrain.planning import machine_readable, sweep_table, terminal
 from memtrain.planning.answer import Answer, Point, answer, exit_code, sweep_of
 from memtrain.planning.jobs import Jobs
 from memtrain.planning.request import Outputs, PlanError, PlanRequest, Questions, Sweep
@@ -77,7 +77,7 @@ def _sweep(jobs: Jobs, sweep: Sweep, outputs: Outputs) -> int:
     elif outputs.csv:
         print(machine_readable.sweep_csv(points), end="")
     else:
-        terminal.show_sweep(points, terminal.console())
+        sweep_table.show_sweep(points, terminal.console())
     if outputs.html is not None:
         from memtrain.planning.frontier import sweep_html
 

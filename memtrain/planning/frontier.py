@@ -11,7 +11,8 @@ from memtrain.planner.forecast import Forecast
 from memtrain.planner.units import GiB
 from memtrain.planning.answer import Point
 from memtrain.planning.request import Axis, PlanRequest
-from memtrain.planning.terminal import point_cells, setting, sweep_heads
+from memtrain.planning.sweep_table import point_cells, sweep_heads
+from memtrain.planning.terminal import setting
 
 
 def sweep_html(request: PlanRequest, axis: Axis, points: Sequence[Point]) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.plan import Relaxation
-from memtrain.planning import machine_readable, terminal
+from memtrain.planning import machine_readable, sweep_table, terminal
 from memtrain.planning.answer import Answer, Point, reach_of, sweep_of
 from memtrain.planning.explained import show_explanation
 from memtrain.planning.frontier import sweep_html
@@ -174,7 +174,7 @@ def points(tight: Answer) -> tuple[Point, ...]:
 
 def test_a_sweep_says_yes_no_and_why(points: tuple[Point, ...]) -> None:
     stream = io.StringIO()
-    terminal.show_sweep(points, Console(file=stream, width=400, color_system=None))
+    sweep_table.show_sweep(points, Console(file=stream, width=400, color_system=None))
     head, *rows = stream.getvalue().splitlines()
     assert head.split()[:3] == ["tokens", "micro-batch", "fits"]
     assert rows[0].split()[:3] == ["256", "4", "yes"]
