@@ -223,6 +223,7 @@ def train_memtrain(args: argparse.Namespace) -> dict[str, Any]:
 
     import memtrain
     from memtrain.planner.actions import Tier
+    from memtrain.report import recompute_facts
 
     model = load_model(args.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -231,7 +232,13 @@ def train_memtrain(args: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         session = memtrain.prepare(
-            model, optimizer, sample, budget=budget, micro_batches=args.micro_batches, master_weights=True
+            model,
+            optimizer,
+            sample,
+            budget=budget,
+            micro_batches=args.micro_batches,
+            master_weights=True,
+            options=memtrain.PlannerOptions(force=json.loads(args.force), exact_only=args.exact_only),
         )
     except memtrain.InfeasibleError as error:
         shortfall = dict(error.plan.shortfall_bytes)
@@ -246,6 +253,7 @@ def train_memtrain(args: argparse.Namespace) -> dict[str, Any]:
         "predicted_step_seconds": plan.step_seconds,
         "prepare_seconds": prepare_seconds,
         "actions": plan.action_counts(),
+        "computed_again": recompute_facts(plan, session.profile),
         "update_schedule": plan.update_schedule.value,
     }
     print(json.dumps(predicted), flush=True)
@@ -282,6 +290,8 @@ def main() -> None:
     parser.add_argument("--budget", default="1.2GiB", help="memtrain: device budget")
     parser.add_argument("--swap", default="/var/tmp", help="directory on a local disk")
     parser.add_argument("--swap-size", default="16GiB")
+    parser.add_argument("--exact-only", action=argparse.BooleanOptionalAction, default=True, help="memtrain")
+    parser.add_argument("--force", default="{}", help="memtrain: JSON for PlannerOptions.force")
     overridable = ", ".join(DEEPSPEED_DEFAULTS)
     parser.add_argument("--deepspeed", default="{}", help=f"JSON that overrides {overridable}")
     parser.add_argument("--port", type=int, default=29511)

@@ -110,9 +110,9 @@ class BudgetSection(_Section):
 class PlannerSection(_Section):
     """What the planner may choose."""
 
-    exact_only: bool = False
-    """Compute the first tokens of a row again only where that is bit-equal on this machine; see
-    ``memtrain.PlannerOptions``. Whatever else a plan does is."""
+    exact_only: bool = True
+    """Compute the first tokens of a row again only where that is bit-equal on this machine, as whatever else
+    a plan does is; false also where it is equal within rounding."""
 
 
 class TrainingSection(_Section):

@@ -26,7 +26,7 @@ from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import NearlyFree, Prefixes
-from memtrain.planner.trace import LiveBytes
+from memtrain.planner.tracing.live_bytes import LiveBytes
 
 _REPETITIONS = 3
 """Of a second forward that is timed; the median counts."""
@@ -57,9 +57,9 @@ class BlockRehearsal:
 
         with LiveBytes() as live:
             results = _Elsewhere(live)
-            frame, output = run(results)
-            del frame
-            peak = 0
+            _, output = run(results)
+            stored, peak = (results.size_bytes, results.tensors), 0
+            del results
             if output.requires_grad:
                 edge, gradient = torch.autograd.graph.get_gradient_edge(output), torch.randn_like(output)
                 del output
@@ -68,9 +68,9 @@ class BlockRehearsal:
                 peak = live.peak_bytes
         frame, output = run(_Elsewhere(None))
         return NearlyFree(
-            stored_bytes=results.size_bytes,
-            stored_tensors=results.tensors,
-            seconds=_seconds_again(frame, output),
+            stored_bytes=stored[0],
+            stored_tensors=stored[1],
+            forward_seconds=_seconds_again(frame, output),
             backward_bytes=peak,
         )
 

@@ -161,7 +161,11 @@ class BlockRuns:
 
 
 class _KernelWatch(QuietMode):  # type: ignore[no-untyped-call]
-    """Notes the attention kernels that run."""
+    """Notes the attention kernels that run.
+
+    Its tensors are without history: with it they would hold the graph, whose hooks hold them, a cycle that
+    runs through C++ and that no collector sees.
+    """
 
     def __init__(self, kernels: list[Kernel]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -170,8 +174,9 @@ class _KernelWatch(QuietMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         if ATTENTION.operator(func):
+            given = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, (args, kwargs or {}))
             self._kernels.append(
-                Kernel(operator=func, args=args, kwargs=kwargs or {}, outputs=tensors_of(output))
+                Kernel(operator=func, args=given[0], kwargs=given[1], outputs=tensors_of(output))
             )
         return output
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WHOLE_FIELDS = {"action": Action, "saved_tier": Tier, "input_tier": Tier, "rest_tier": Tier}
 TOKEN_FIELDS = ("recomputed_tokens", "attention_tokens")
-Wish = Mapping[str, str | int]
+Wish = Mapping[str, str | int | None]
 """Fields of a BlockDecision or StateDecision that are forced, by name."""
 
 
@@ -103,8 +103,9 @@ def _cut(
     line_copy: float | None,
 ) -> Iterator[BlockDecision]:
     """A prefix computed again, of the tokens or of attention alone; where ``line_copy``, the seconds to copy
-    a byte, is given, only what beats a mixture."""
-    if block.prefixes is None:
+    a byte, is given, only what beats a mixture. A wish for an action is one for all tokens, unless it says
+    how many."""
+    if block.prefixes is None or ("action" in wanted and not any(name in wanted for name in TOKEN_FIELDS)):
         return
     lengths = block.prefixes.exact if options.exact_only else block.prefixes.lengths
     if any(name in wanted for name in TOKEN_FIELDS):
@@ -176,7 +177,8 @@ def _reason(block: BlockProfile, wanted: Wish, options: PlannerOptions) -> str:
         return f"; its tokens cannot be cut: {block.prefix_reason or 'the profile has no prefixes'}"
     lengths = block.prefixes.exact if options.exact_only else block.prefixes.lengths
     exact = " exact" if options.exact_only else ""
-    return f"; its{exact} prefixes are of {', '.join(map(str, lengths)) or 'no'} tokens"
+    others = "; exact_only=False allows others" if lengths != block.prefixes.lengths else ""
+    return f"; its{exact} prefixes are of {', '.join(map(str, lengths)) or 'no'} tokens{others}"
 
 
 def matches(decision: object, wanted: Wish) -> bool:

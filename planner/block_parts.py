@@ -150,7 +150,7 @@ def recompute_seconds(block: BlockProfile, decision: BlockDecision) -> float:
         return 0.0
     if decision.action is Action.RECOMPUTE_NEARLY_FREE:
         assert block.nearly_free is not None
-        return block.nearly_free.seconds
+        return block.nearly_free.forward_seconds
     tokens, again = _tokens(block, decision)
     attended = again if decision.action is Action.RECOMPUTE else decision.attention_tokens
     seconds = max(0.0, block.forward_seconds - block.attention_seconds) * again / tokens

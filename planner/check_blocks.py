@@ -110,7 +110,7 @@ def joined(block: BlockProfile, decision: BlockDecision) -> int:
 def least_seconds_again(block: BlockProfile, decision: BlockDecision) -> float:
     """What computing the block again takes at least. Attention of a prefix is a triangle within the whole."""
     if decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
-        return block.nearly_free.seconds
+        return block.nearly_free.forward_seconds
     rows = part = 1.0
     cut = block.prefixes is not None and bool(decision.recomputed_tokens or decision.attention_tokens)
     if block.prefixes is not None and decision.recomputed_tokens:

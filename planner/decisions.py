@@ -90,12 +90,12 @@ class PlannerOptions:
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
     "state": {"optimizer_tier": "nvme"}, "state.prologue": {"gradient_tier": "device"}}``. An entry for one
     block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision; a
-    number of tokens must be one of the profile's prefixes."""
-    exact_only: bool = False
-    """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows.
-    Otherwise prefixes that are equal within rounding are used too: they are what another, equally good
-    order of additions gives, as another machine or batch size would; the report says so. All else that a
-    plan does is bit-equal in any case."""
+    number of tokens must be one of the profile's prefixes, or None for ``recomputed_tokens``: all."""
+    exact_only: bool = True
+    """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows, as
+    all else that a plan does is in any case. So a budget decides how fast a model trains, not to which
+    weights. False allows prefixes that are equal within rounding, what another order of additions gives; the
+    report says which."""
     safety_margin: float = 0.015
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
@@ -129,7 +129,7 @@ def _check_force(key: str, entry: Wish) -> None:
             raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
         if name not in TOKEN_FIELDS:
             WHOLE_FIELDS.get(name, Tier)(value)
-        elif not isinstance(value, int):
+        elif not isinstance(value, int) and (name, value) != ("recomputed_tokens", None):
             raise ValueError(f"force[{key!r}] has {name} {value!r}; it must be a number of tokens")
 
 

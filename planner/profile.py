@@ -24,7 +24,7 @@ class NearlyFree:
     stored_bytes: int
     """Those outputs, as far as anything that is computed again needs them; every storage once."""
     stored_tensors: int
-    seconds: float
+    forward_seconds: float
     """The second forward, run alone."""
     backward_bytes: int
     """Peak while the block is computed again and its backward runs, without input and stored outputs, which

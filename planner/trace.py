@@ -19,13 +19,12 @@ import copy
 import gc
 import inspect
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,44 +34,15 @@ from torch.utils.hooks import RemovableHandle
 
 from memtrain.planner import resident
 from memtrain.planner.block_choices import prefix_lengths
-from memtrain.planner.profile import BlockProfile, ModelProfile, NearlyFree, Prefixes, UnitProfile
+from memtrain.planner.profile import BlockProfile, ModelProfile, Prefixes, UnitProfile
+from memtrain.planner.tracing.live_bytes import LiveBytes, storage_id, tensors_in
+from memtrain.planner.tracing.rehearsal import Rehearsal
 
 SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
 _PAGE_BYTES = 4096
 _PROBE_ELEMENTS = 1 << 20
 """For measuring the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
-
-
-class Rehearsal(Protocol):
-    """Carries a block out as a plan might have it, alone: what does so in training says what that takes.
-
-    A forward is given with its arguments, the hidden state the first tensor of them, in training mode.
-    """
-
-    def nearly_free(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> NearlyFree:
-        """With outputs of products stored, and the rest computed again."""
-        ...
-
-    def prefixes(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        lengths: Callable[[int], tuple[int, ...]],
-        largest_bytes: int,
-    ) -> Prefixes | str:
-        """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not.
-        ``largest_bytes`` are those of the largest storage that the block saves."""
-        ...
 
 
 class BlocksNotFoundError(ValueError):
@@ -118,58 +88,7 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _unique_bytes(tensors: Any) -> int:
-    return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages born while the mode was on and still alive, and their peak.
-
-    Also the outputs of attention kernels and the seconds spent in them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now_bytes = 0
-        self.peak_bytes = 0
-        self.attention: dict[int, int] = {}
-        self.attention_seconds = 0.0
-        self._born: dict[weakref.ref[Any], int] = {}
-
-    def forget(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor`` no longer: it stands for one that lies elsewhere."""
-        self.now_bytes -= self._born.pop(weakref.ref(tensor.untyped_storage()))
-
-    def restart_peak(self) -> None:
-        """Count the peak from what is alive now."""
-        self.peak_bytes = self.now_bytes
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        known = {_storage(t) for t in _tensors((args, kwargs))}
-        started = time.perf_counter()
-        out = func(*args, **kwargs)
-        fresh = {_storage(t): t for t in _tensors(out) if _storage(t) not in known}
-        for tensor in fresh.values():
-            storage = tensor.untyped_storage()
-            self._born[weakref.ref(storage, self._died)] = storage.nbytes()
-            self.now_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
-        name = func._schema.name
-        if "attention" in name and "backward" not in name:
-            self.attention_seconds += time.perf_counter() - started
-            self.attention.update((key, t.untyped_storage().nbytes()) for key, t in fresh.items())
-        return out
-
-    def _died(self, ref: weakref.ref[Any]) -> None:
-        self.now_bytes -= self._born.pop(ref)
+    return sum({storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
 
 
 class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -186,10 +105,10 @@ class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            self.first.setdefault(_storage(tensor), self.stage)
+            self.first.setdefault(storage_id(tensor), self.stage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.note(_tensors((args, kwargs)))
+        self.note(tensors_in((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
 
@@ -230,7 +149,7 @@ class _Call:
         return call
 
     def shared(self) -> list[Tensor]:
-        return _tensors((self.args, self.kwargs))
+        return tensors_in((self.args, self.kwargs))
 
 
 def _first(output: Any) -> Tensor:
@@ -307,7 +226,7 @@ def profile_model(
     trainable = [p for p in parameters if p.requires_grad]
     return ModelProfile(
         model=type(model).__name__,
-        batch=", ".join(f"{list(t.shape)} {str(t.dtype)[len('torch.') :]}" for t in _tensors(sample_batch)),
+        batch=", ".join(f"{list(t.shape)} {str(t.dtype)[len('torch.') :]}" for t in tensors_in(sample_batch)),
         blocks=tuple(profiles),
         units=tuple(units),
         micro_batches=micro_batches,
@@ -425,7 +344,7 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
         if index != len(trace.calls):
             raise BlocksNotFoundError(f"{name} does not run once, and after the blocks before it in the list")
         call, hidden = _Call.of(name, args, kwargs)
-        if trace.last_output is not None and _storage(hidden) != _storage(trace.last_output):
+        if trace.last_output is not None and storage_id(hidden) != storage_id(trace.last_output):
             raise BlocksNotFoundError(
                 f"the model changes the hidden state between {blocks[index - 1][0]} and {name}: name blocks "
                 "that include what stands between them"
@@ -462,7 +381,7 @@ def _capture(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callabl
     for parameter in model.parameters():
         ready = inside.get(id(parameter), len(blocks))
         unread = ready if id(parameter) in inside else -1
-        if reads.first.get(_storage(parameter), unread) < ready:
+        if reads.first.get(storage_id(parameter), unread) < ready:
             trace.early.add(id(parameter))
     return trace
 
@@ -474,7 +393,7 @@ def _measure_blocks(
     rehearsal: Rehearsal | None,
 ) -> tuple[list[BlockProfile], Tensor]:
     """Each block alone on the output of the one before. Returns profiles and the last hidden state."""
-    outside = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    outside = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
     inside = {id(p) for _, block in blocks for p in block.parameters()}
     needs = any(p.requires_grad for p in model.parameters() if id(p) in trace.early - inside)
     assert trace.first_input is not None
@@ -485,7 +404,7 @@ def _measure_blocks(
     for (name, block), call in zip(blocks, trace.calls, strict=True):
         kind = _kind(block, call, hidden, needs)
         if kind not in counted:
-            excluded = outside | {_storage(t) for t in call.shared()}
+            excluded = outside | {storage_id(t) for t in call.shared()}
             counted[kind] = _count(block, call, hidden, needs, excluded)
             largest_bytes = counted[kind].pop("largest_bytes")
             if rehearsal is not None and counted[kind]["recomputable"]:
@@ -525,11 +444,11 @@ def _given(hidden: Tensor, needs: bool) -> Tensor:
 def _count(block: nn.Module, call: _Call, hidden: Tensor, needs: bool, excluded: set[int]) -> dict[str, Any]:
     """Bytes of one forward and backward of ``block``, and whether its forward can be run again."""
     given, saved = _given(hidden, needs), {}
-    own = _storage(given)
+    own = storage_id(given)
 
     def pack(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in excluded:
-            saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        if storage_id(tensor) not in excluded:
+            saved[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     reason = _not_recomputable(block, call, hidden, needs)
@@ -786,7 +705,7 @@ def _measure_step(
     given = gradient.to(dtype)
     with LiveBytes() as live:
         _step(probe, given)
-    kept = [t for t in _tensors(list(probe.state.values())) if t.dim() > 0]
+    kept = [t for t in tensors_in(list(probe.state.values())) if t.dim() > 0]
     return _Step(
         state=sum(t.nbytes for t in kept) / elements + (4 if master_weights else 0),
         tensors=len(kept) + master_weights,
@@ -858,7 +777,7 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
     gc.collect()
     parameters = list(model.parameters())
     tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters)]
-    tensors += _tensors(list(optimizer.state.values()))
+    tensors += tensors_in(list(optimizer.state.values()))
     if parameters[0].is_cuda:
         device = parameters[0].device
         torch.cuda.empty_cache()  # what profiling left in the allocator's cache, training uses again

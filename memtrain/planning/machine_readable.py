@@ -50,8 +50,9 @@ def answer_json(answer: Answer) -> str:
         "saved_tensors": _folded(fold_activations(forecast.plan)),
         "state": _folded(fold_states(forecast.plan)),
         "blocks": _plain(forecast.plan.blocks),
+        "binding": _plain(forecast.plan.binding),
         "relaxations": [
-            {**_plain(one), "text": relaxation_text(one, answer.request.work.sequence)}
+            {**_plain(one), "text": relaxation_text(one, answer.request.work)}
             for one in forecast.plan.relaxations
         ],
         "run": [_plain(target) for target in answer.targets],

@@ -19,7 +19,7 @@ from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import GiB, format_gib
 from memtrain.planning.answer import Answer, Point
 from memtrain.planning.fold import Line, Usage, class_shares, fold_activations, fold_states
-from memtrain.planning.request import PlanRequest
+from memtrain.planning.request import PlanRequest, Work
 from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
 
 _PLAIN_WIDTH = 4096
@@ -61,7 +61,7 @@ def show(answer: Answer, out: Console, *, sources: bool) -> None:
     if answer.reach is not None:
         _reach(answer, out)
     if not answer.forecast.fits:
-        _shortage(answer.forecast, answer.request.work.sequence, out)
+        _shortage(answer.forecast, answer.request.work, out)
     _bill(answer.forecast, out)
     _actions(answer.forecast, out)
     _certificate(answer.forecast, out)
@@ -82,6 +82,14 @@ def show(answer: Answer, out: Console, *, sources: bool) -> None:
 
 def title(request: PlanRequest) -> str:
     """Model, size, GPUs, degrees."""
+    work = request.work
+    batch = f"{work.sequence} tokens x {work.micro_batch}"
+    batch += f" x {work.accumulate} micro-batches" if work.accumulate > 1 else ""
+    return f"{work.model}, {batch}, {setting(request)}"
+
+
+def setting(request: PlanRequest) -> str:
+    """Optimizer, dtype, GPUs, degrees: what a sweep leaves as it is."""
     work, hardware, degrees = request.work, request.hardware, request.degrees
     gpus = f"{request.gpus} x {hardware.gpu}" if request.gpus > 1 else hardware.gpu
     named = {
@@ -93,12 +101,8 @@ def title(request: PlanRequest) -> str:
     }
     split = [f"{name} {value}" for name, value in named.items() if value > 1]
     split += [f"ZeRO stage {degrees.zero_stage}"] if degrees.replicas > 1 else []
-    batch = f"{work.sequence} tokens x {work.micro_batch}" + (
-        f" x {work.accumulate} micro-batches" if work.accumulate > 1 else ""
-    )
-    return f"{work.model}, {batch}, {work.optimizer.value}, {work.dtype}, on {gpus}" + (
-        f" ({', '.join(split)})" if split else ""
-    )
+    divided = f" ({', '.join(split)})" if split else ""
+    return f"{work.optimizer.value}, {work.dtype}, on {gpus}{divided}"
 
 
 def _headline(answer: Answer, out: Console) -> None:
@@ -140,13 +144,16 @@ def _reach(answer: Answer, out: Console) -> None:
         )
 
 
-def _shortage(forecast: Forecast, sequence: int, out: Console) -> None:
+def _shortage(forecast: Forecast, work: Work, out: Console) -> None:
     for place in forecast.places:
         if place.margin_bytes < 0:
             out.print(
                 f"  {place.name}: {format_gib(-place.margin_bytes, 2)} ({-place.margin_bytes:,} bytes) short"
             )
-    lines = [relaxation_text(one, sequence) for one in forecast.plan.relaxations]
+    for one in forecast.plan.binding:
+        size, limit = format_gib(one.size_bytes, 2), format_gib(one.limit_bytes, 2)
+        out.print(f"  what binds: {one.limit}, {one.position}: {size} of {limit}")
+    lines = [relaxation_text(one, work) for one in forecast.plan.relaxations]
     out.print(
         "  each of these alone is enough:" if lines else "  no single change was found that makes it fit"
     )
@@ -156,14 +163,14 @@ def _shortage(forecast: Forecast, sequence: int, out: Console) -> None:
         out.print("  nothing can leave the device: describe memory beside it with --dram, --nvme or --cxl")
 
 
-def relaxation_text(one: Relaxation, sequence: int) -> str:
+def relaxation_text(one: Relaxation, work: Work) -> str:
     """``device: 1.80 GiB more``."""
     if one.missing_bytes:
         return f"{one.what}: {format_gib(one.missing_bytes, 2)} ({one.missing_bytes:,} bytes) more"
     if one.what == "sequence":
-        return f"a sequence of {int(one.share * sequence)} tokens"
+        return f"a sequence of {int(one.share * work.sequence)} tokens"
     if one.what == "batch":
-        return f"{100 * one.share:.0f} % of the sequences of a micro-batch"
+        return f"a micro-batch of {round(one.share * work.micro_batch)}"
     return f"{one.what}, which is lossy: --allow-lossy {one.what.removeprefix('codec ')}"
 
 

@@ -63,6 +63,7 @@ def test_yaml_scientific_notation_without_a_point_is_a_number() -> None:
         ("schedule.warmup_step", "warmup_steps"),
         ("evaluation.evry", "every"),
         ("budget.nmve", "nvme"),
+        ("planner.exactonly", "exact_only"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(path: str, nearest: str) -> None:

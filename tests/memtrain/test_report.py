@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memtrain import page
 from memtrain.charts import Chart, Series, round_ticks
+from memtrain.planner.actions import Action, BlockDecision
 from memtrain.report import (
     Summary,
     bill_rows,
@@ -15,10 +17,12 @@ from memtrain.report import (
     error_fraction,
     infeasible_text,
     plan_text,
+    recompute_facts,
     summary_text,
     table,
 )
 from tests.memtrain.plans import GIB, feasible_plan, infeasible_plan, summary
+from tests.planner.toys import make_block, make_nearly_free, make_prefixes, make_profile
 
 
 def test_columns_line_up() -> None:
@@ -49,6 +53,32 @@ def test_a_plan_in_words() -> None:
     assert "1 units with gradients on nvme, state on nvme; 1 units with gradients on device" in text
     assert "update ahead" in text
     assert "4.00 s a step (lower bound 3.80 s), 6.000 GiB moved a step" in text
+
+
+def test_what_is_computed_again_in_part_and_how_exactly() -> None:
+    block = make_block(nearly_free=make_nearly_free(), prefixes=make_prefixes())
+    profile = make_profile(block_profiles=(block,) * 6)
+    decisions = [
+        BlockDecision(block=0, action=Action.RECOMPUTE_NEARLY_FREE),
+        BlockDecision(block=1, action=Action.RECOMPUTE, recomputed_tokens=4),
+        BlockDecision(block=2, action=Action.RECOMPUTE, recomputed_tokens=6),
+        BlockDecision(block=3, action=Action.RECOMPUTE, recomputed_tokens=4),
+        BlockDecision(
+            block=4, action=Action.RECOMPUTE_EXCEPT_ATTENTION, recomputed_tokens=6, attention_tokens=2
+        ),
+        BlockDecision(block=5, action=Action.RECOMPUTE),
+    ]
+    plan = replace(feasible_plan(), blocks=tuple(decisions))
+    assert recompute_facts(plan, profile) == [
+        "1 block computed again from 4.0 MiB of outputs of products and attention (10.0 MiB saved); "
+        "bit-equal",
+        "first 4 of 8 tokens of 2 blocks computed again; bit-equal on this machine: yes",
+        "first 6 of 8 tokens of 1 block computed again; bit-equal on this machine: no, "
+        "largest difference 1e-06 of a tensor's largest entry",
+        "first 6 of 8 tokens and attention of the first 2 of 8 tokens of 1 block computed again; bit-equal "
+        "on this machine: no, largest difference 1e-06 of a tensor's largest entry",
+    ]
+    assert recompute_facts(feasible_plan(), make_profile(3)) == []
 
 
 def test_infeasible_says_what_is_short_and_what_helps() -> None:

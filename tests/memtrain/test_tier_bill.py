@@ -73,7 +73,11 @@ def train(kind: str, force: dict[str, Any], nvme: str) -> tuple[memtrain.Session
         budget=memtrain.Budget(device="3GiB", nvme=nvme),
         micro_batches=2,
         master_weights=kind == "master",
-        options=PlannerOptions(force=force, update_schedule="ahead" if MOVED in force.values() else "auto"),
+        options=PlannerOptions(
+            force=force,
+            update_schedule="ahead" if MOVED in force.values() else "auto",
+            exact_only=False,
+        ),
         machine=MACHINE,
     ) as session:
         for step in range(3):

@@ -39,6 +39,7 @@ from memtrain.report import Summary
 from memtrain.train import build_optimizer, learning_rate_factor, main
 from memtrain.weights import load_model
 from tests.memtrain.plans import feasible_plan, infeasible_plan
+from tests.planner.toys import make_profile
 
 CORPUS = Path(__file__).parents[1] / "data"
 TINY = Path("recipes/tiny_llama_cpu.yaml")
@@ -80,7 +81,8 @@ class PlainSession:
     """What the trainer uses of a session, over plain PyTorch."""
 
     def __init__(self, model: torch.nn.Module, optimizer: Any) -> None:
-        self.model, self.optimizer, self.plan = model, optimizer, feasible_plan()
+        self.model, self.optimizer = model, optimizer
+        self.plan, self.profile = feasible_plan(), make_profile(3)
         device = make_device("cpu")
         self.engine = Engine({}, device)
         self.device_peak_bytes, self.device_used_bytes = device.peak_bytes, device.used_bytes
@@ -189,6 +191,12 @@ def test_the_loop_is_the_loop_that_one_would_write(tmp_path: Path, prepared: lis
     )
     assert keywords["batch"]["input_ids"].shape == (2, 16)
     assert keywords["budget"].device_bytes == 4 << 30
+    assert keywords["options"].exact_only
+
+
+def test_the_planner_need_not_keep_to_what_is_exact(tmp_path: Path, prepared: list[Any]) -> None:
+    train_module.train(recipe_for(tmp_path, planner={"exact_only": False}))
+    assert not prepared[0][1]["options"].exact_only
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path, prepared: list[Any]) -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.errors import TokenRangeError
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.trace import LiveBytes
+from memtrain.planner.tracing.live_bytes import LiveBytes
 from tests.offload.late_device import LateDevice
 from tests.offload.latest_store import LatestEngine, make_plan
 from tests.offload.token_models import DEPTH, WIDTH, CausalBlock, CausalNet, batches, gpt2, llama, train

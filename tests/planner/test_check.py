@@ -15,7 +15,7 @@ from memtrain.planner.machine import Budget
 from memtrain.planner.plan import BillLine, Event, Plan
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
-from tests.planner.toys import make_block, make_machine, make_profile
+from tests.planner.toys import make_block, make_machine, make_nearly_free, make_prefixes, make_profile
 
 # Five blocks are swapped and a ring has four slots at most: the first block is always read back.
 BLOCKS = tuple(make_block(index, recomputable=index != 3) for index in range(7))
@@ -203,6 +203,67 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
 @pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
 def test_a_planted_fault_is_named(plan: Plan, rule: Rule, fault: Callable[[Plan], Plan]) -> None:
     assert rule in rules(fault(plan))
+
+
+PARTLY = make_profile(
+    block_profiles=tuple(
+        make_block(index, nearly_free=make_nearly_free(), prefixes=make_prefixes()) for index in range(5)
+    )
+)
+PARTS: dict[str, dict[str, str | int | None]] = {
+    "block": {"action": "recompute_nearly_free", "saved_tier": "nvme", "input_tier": "nvme"},
+    "block.0": {"action": "recompute", "recomputed_tokens": 4, "rest_tier": "nvme"},
+    "block.1": {"action": "recompute_except_attention", "attention_tokens": 2, "recomputed_tokens": None},
+    "block.2": {"action": "recompute_except_attention", "recomputed_tokens": 6, "attention_tokens": 2},
+}
+
+
+def changed(plan: Plan, block: int, **fields: Any) -> Plan:
+    """One block decided otherwise, nothing else changed."""
+    blocks = list(plan.blocks)
+    blocks[block] = replace(blocks[block], **fields)
+    return replace(plan, blocks=tuple(blocks))
+
+
+PARTLY_FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
+    ("a tier for rests", Rule.TIER_EXISTS, lambda p: changed(p, 0, rest_tier=Tier.CXL)),
+    ("a prefix not tried", Rule.RECOMPUTABLE, lambda p: changed(p, 0, recomputed_tokens=5)),
+    ("attention not tried", Rule.RECOMPUTABLE, lambda p: changed(p, 1, attention_tokens=3)),
+    # 1 MiB of input and 4 of outputs on lines of 64 bytes: the ring of 4 and 5 MiB has a page to spare.
+    ("small slot", Rule.STAGING, lambda p: staged(p, input_slot_bytes=p.staging.input_slot_bytes - 4096)),
+    ("small place", Rule.STAGING, lambda p: placed(p, 0, -4096)),
+    ("rests unplaced", Rule.STAGING, lambda p: placed(p, 2, -(2 << 20))),
+    ("other rows kept", Rule.STAGING, lambda p: changed(p, 2, recomputed_tokens=4)),
+    ("rests unbilled", Rule.TIER_PEAK, lambda p: peaked(p, Tier.NVME, -4096)),
+    ("other rows sent", Rule.TIER_PEAK, lambda p: changed(p, 0, recomputed_tokens=2)),
+    ("fewer bytes", Rule.BYTES_MOVED, lambda p: changed(p, 0, recomputed_tokens=6)),
+    # Nearly free takes 2 ms; the prefixes 5 and 5.25, 1 more for cutting, and 1 (or 0.1) to join.
+    ("fast nearly free", Rule.DURATION, lambda p: shorter(p, "recompute layers.4", 0.0001)),
+    ("prefix without joining", Rule.DURATION, lambda p: shorter(p, "recompute layers.0", 0.001)),
+    ("attention without joining", Rule.DURATION, lambda p: shorter(p, "recompute layers.1", 0.0001)),
+    ("rest without a copy", Rule.DURATION, lambda p: shorter(p, "forward layers.0", 0.0005)),
+    ("no recompute", Rule.DEPENDENCY, lambda p: without(p, "recompute layers.4")),
+    ("no write", Rule.DEPENDENCY, lambda p: without(p, "write layers.0")),
+]
+
+
+@pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in PARTLY_FAULTS], ids=[f[0] for f in PARTLY_FAULTS])
+def test_a_fault_in_what_is_partly_computed_again_is_named(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, fault: Callable[[Plan], Plan]
+) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))
+    assert check(plan, PARTLY, MACHINE, BUDGET) == ()
+    assert rule in {violation.rule for violation in check(fault(plan), PARTLY, MACHINE, BUDGET)}
+
+
+def test_what_was_never_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))
+    bare = make_profile(5)
+    found = check(replace(plan, profile_digest=bare.digest), bare, MACHINE, BUDGET)
+    assert {v.rule for v in found} == {Rule.RECOMPUTABLE}
+    assert len(found) == 6  # two blocks nearly free; two with one prefix, one with two
 
 
 def test_arithmetic_as_quick_in_a_step_as_alone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

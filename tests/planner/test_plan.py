@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.machine import Budget
-from memtrain.planner.plan import Plan
+from memtrain.planner.plan import Plan, describe
 from memtrain.planner.solve import make_plan
 from tests.planner.toys import make_machine, make_profile
 
 pytestmark = pytest.mark.usefixtures("solver_here")
 BUDGET = Budget(device="150MiB", nvme="/x:1GiB")
+INPUT_AWAY = {"input_tier": Tier.NVME}
 
 
 def a_plan() -> Plan:
@@ -37,6 +41,35 @@ def test_an_edited_plan_is_refused() -> None:
     document["plan"]["version"] = 12
     with pytest.raises(ValueError, match="plan version 12"):
         Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {
+                "action": Action.RECOMPUTE,
+                "recomputed_tokens": 4,
+                "rest_tier": Tier.NVME,
+                "input_tier": Tier.NVME,
+            },
+            "recompute 4 tokens, the others on nvme (input to nvme)",
+        ),
+        (
+            {"action": Action.RECOMPUTE_EXCEPT_ATTENTION, "attention_tokens": 2},
+            "recompute, attention outputs after 2 tokens on device",
+        ),
+        (
+            {"action": Action.RECOMPUTE_NEARLY_FREE, "saved_tier": Tier.NVME},
+            "recompute from outputs of products on nvme",
+        ),
+    ],
+)
+def test_what_is_computed_again_in_part_in_words_and_back(fields: dict[str, Any], words: str) -> None:
+    decision = BlockDecision(block=0, **fields)
+    assert describe(decision) == words
+    plan = replace(a_plan(), blocks=(decision,))
+    assert Plan.from_json(plan.to_json()).blocks == (decision,)
 
 
 def test_words_for_people() -> None:

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from memtrain.planner.profile import ModelProfile, NearlyFree, Prefixes
-from tests.planner.toys import make_block, make_profile
+from memtrain.planner.profile import ModelProfile
+from tests.planner.toys import make_block, make_nearly_free, make_prefixes, make_profile
 
 
 def test_round_trip_and_digest() -> None:
@@ -33,6 +34,32 @@ def test_in_a_step_every_part_takes_longer_and_nothing_else_changes() -> None:
     assert profile.in_a_step(1.0) is profile
 
 
+def test_parts_that_are_computed_again_read_back_and_take_longer_in_a_step() -> None:
+    block = make_block(nearly_free=make_nearly_free(), prefixes=make_prefixes())
+    profile = make_profile(block_profiles=(block,))
+    assert ModelProfile.from_json(profile.to_json()) == profile
+    slow = profile.in_a_step(2.0).blocks[0]
+    assert slow.nearly_free == make_nearly_free(forward_seconds=0.004)
+    assert slow.prefixes == make_prefixes(overhead_seconds=0.002)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lengths": (4, 2, 6)}, r"lengths must ascend between 1 and 7 tokens, got \(4, 2, 6\)"),
+        ({"lengths": (2, 4, 8)}, "between 1 and 7 tokens"),
+        ({"differences": (0.0,)}, "3 prefixes have 1 differences"),
+        ({"overhead_seconds": -1.0}, "Prefixes.overhead_seconds must be >= 0"),
+        ({"cut_bytes": 9}, "cut_bytes 9 has no 8 equal rows"),
+        ({"whole_bytes": 8}, "cut_bytes 10485760 and whole_bytes 8 exceed saved_bytes 10485760"),
+        ({"tokens": 7, "lengths": (2,), "differences": (0.0,)}, "input_bytes 1048576 has no 7 equal rows"),
+    ],
+)
+def test_prefixes_that_cannot_be_are_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_block(prefixes=make_prefixes(**changes))
+
+
 def test_another_version_is_refused() -> None:
     old = make_profile(1).to_json().replace('"version":4', '"version":3')
     with pytest.raises(ValueError, match="profile version 3, this memtrain reads 4"):
@@ -54,22 +81,3 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):
         ModelProfile.from_json(text)
-
-
-def test_a_slower_step_slows_what_is_computed_again_too() -> None:
-    nearly_free = NearlyFree(stored_bytes=1, stored_tensors=1, seconds=0.25, backward_bytes=1)
-    prefixes = Prefixes(
-        tokens=4,
-        lengths=(2,),
-        differences=(0.0,),
-        overhead_seconds=0.5,
-        cut_bytes=4,
-        whole_bytes=0,
-        largest_bytes=1,
-    )
-    one = make_profile(1, trainable=True)
-    block = dataclasses.replace(one.blocks[0], nearly_free=nearly_free, prefixes=prefixes)
-    profile = dataclasses.replace(one, blocks=(block,))
-    slow = profile.in_a_step(2.0).blocks[0]
-    assert slow.nearly_free == dataclasses.replace(nearly_free, seconds=0.5)
-    assert slow.prefixes == dataclasses.replace(prefixes, overhead_seconds=1.0)

@@ -24,7 +24,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
-from tests.planner.toys import make_block, make_machine, make_profile
+from tests.planner.toys import make_block, make_machine, make_nearly_free, make_prefixes, make_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = PlannerOptions(safety_margin=0.0)
@@ -75,6 +75,49 @@ def test_nothing_beats_the_plan_and_nothing_is_below_the_bound(
     assert plan.step_seconds <= best * (1 + options.gap)
     assert plan.lower_bound_seconds <= best + 1e-9
     assert check(plan, profile, machine, budget) == ()
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(
+    ("blocks", "device", "nvme", "actions"),
+    [
+        # Prefixes of one block, for it cannot mix with others; attention's square is most of its forward.
+        (1, 149, 100, {Action.KEEP, Action.RECOMPUTE}),
+        (1, 144, 4, {Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION}),
+        (2, 152, 100, {Action.KEEP, Action.SWAP, Action.RECOMPUTE_NEARLY_FREE}),
+        (3, 146, 6, {Action.KEEP, Action.RECOMPUTE, Action.RECOMPUTE_NEARLY_FREE}),
+    ],
+)
+def test_nothing_beats_a_plan_that_computes_parts_again(
+    blocks: int, device: int, nvme: int, actions: set[Action]
+) -> None:
+    parts = tuple(
+        make_block(index, nearly_free=make_nearly_free(), prefixes=make_prefixes(), attention_seconds=0.009)
+        for index in range(blocks)
+    )
+    profile = make_profile(block_profiles=parts, micro_batches=2)
+    machine = make_machine(**SLOW, mixed_bytes_per_second=300 * MiB, dram_copy_bytes_per_second=2e10)
+    budget, options = (
+        Budget(device=device * MiB, nvme=f"/x:{nvme}MiB"),
+        PlannerOptions(allow=frozenset(actions)),
+    )
+    best = brute_force(profile, machine, budget, options)
+    plan = make_plan(profile, machine, budget, options=options)
+    assert best < math.inf
+    assert plan.step_seconds <= best * (1 + options.gap)
+    assert 0 < plan.lower_bound_seconds <= best + 1e-9
+    assert check(plan, profile, machine, budget) == ()
+
+
+def test_the_least_memory_is_that_of_nearly_free() -> None:
+    # Without it 120 MiB fixed, 1 and a page of input kept, 10 saved again and 4 of backward. With it 7 MiB in
+    # backward, but 12 in forward; and 5 MiB and a page kept, or on nvme and in a slot.
+    block = make_block(nearly_free=make_nearly_free(), saved_bytes=10 * MiB, backward_transient_bytes=9 * MiB)
+    profile = make_profile(block_profiles=(block,))
+    plan = make_plan(profile, make_machine(), Budget(device=130 * MiB), options=EXACT)
+    assert plan.status == "infeasible"
+    assert plan.action_counts() == {"recompute from outputs of products on device": 1}
+    assert plan.shortfall_bytes == ((Tier.DEVICE, (120 + 5 + 12 - 130) * MiB + 4096),)
 
 
 @pytest.mark.usefixtures("solver_here")
@@ -289,6 +332,8 @@ def test_forced_actions_are_obeyed(force: dict[str, dict[str, str]], words: dict
         ({"force": {"block": {"action": "swap"}}}, "no action is left"),
         ({"force": {"block.7": {"action": "keep"}}}, "has 3 blocks"),
         ({"force": {"state.head": {"gradient_tier": "device"}}}, "names state.head"),
+        ({"force": {"block": {"recomputed_tokens": 4}}}, "cannot be cut: the profile has no prefixes"),
+        ({"force": {"block": {"action": "recompute_nearly_free"}}}, "products leave was not measured"),
     ],
 )
 def test_forcing_what_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -305,6 +350,7 @@ def test_forcing_what_cannot_be_is_refused(changes: dict[str, Any], message: str
         ({"update_schedule": "later"}, "got 'later'"),
         ({"force": {"layer": {}}}, "force key 'layer'"),
         ({"force": {"block": {"tier": "nvme"}}}, "has 'tier'"),
+        ({"force": {"block": {"attention_tokens": "4"}}}, "must be a number of tokens"),
     ],
 )
 def test_options_validate_themselves(fields: dict[str, Any], message: str) -> None:
@@ -354,19 +400,26 @@ def adversarial(draw: st.DrawFn) -> ModelProfile:
     """Sizes that no grid divides, zeros among them."""
     blocks = []
     for index in range(draw(st.integers(1, 4))):
+        tokens = draw(st.integers(2, 11))
         saved = draw(SIZES)
+        cut = saved // tokens * tokens
+        prefixes = make_prefixes(
+            tokens=tokens, lengths=(1,), differences=(0.0,), cut_bytes=cut, whole_bytes=saved - cut
+        )
         blocks.append(
             BlockProfile(
                 name=f"b{index}",
-                input_bytes=draw(SIZES),
+                input_bytes=draw(SIZES) * tokens,
                 saved_bytes=saved,
-                attention_bytes=draw(st.integers(0, saved)),
+                attention_bytes=draw(st.integers(0, saved)) // tokens * tokens,
                 forward_seconds=draw(st.floats(0, 0.01)),
                 backward_seconds=draw(st.floats(0, 0.01)),
                 attention_seconds=draw(st.floats(0, 0.01)),
                 forward_transient_bytes=draw(SIZES),
                 backward_transient_bytes=draw(SIZES),
                 recomputable=draw(st.booleans()),
+                nearly_free=draw(st.none() | st.builds(make_nearly_free, stored_bytes=SIZES)),
+                prefixes=draw(st.none() | st.just(prefixes)),
             )
         )
     elements = draw(st.integers(1, 10**6))

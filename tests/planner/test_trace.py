@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from memtrain.planner import trace
+from memtrain.planner.profile import NearlyFree, Prefixes
 from memtrain.planner.trace import BlocksNotFoundError, find_blocks, profile_model
+from memtrain.planner.tracing.live_bytes import LiveBytes
 
 transformers = pytest.importorskip("transformers")
 
@@ -148,6 +151,67 @@ def test_the_dtype_with_the_most_state_counts() -> None:
         elementwise=True,
     )
     assert profile.state_bytes_per_element == 8  # the fp64 parameter's momentum
+
+
+class Rehearsed:
+    """Says what it was asked, and answers with round numbers."""
+
+    def __init__(self, prefixes: Prefixes | str) -> None:
+        self.asked: list[tuple[str, str, int]] = []
+        self.answer = prefixes
+
+    def nearly_free(self, name: str, forward: Any, args: Any, kwargs: Any) -> NearlyFree:
+        hidden = forward(*args, **kwargs)
+        assert hidden.requires_grad
+        self.asked.append(("nearly free", name, hidden.shape[0]))
+        return NearlyFree(stored_bytes=1, stored_tensors=2, forward_seconds=3.0, backward_bytes=4)
+
+    def prefixes(
+        self, name: str, forward: Any, args: Any, kwargs: Any, *, lengths: Any, largest_bytes: int
+    ) -> Prefixes | str:
+        self.asked.append(("prefixes", name, largest_bytes))
+        assert lengths(16) == (2, 4, 6, 8, 10, 12, 14)
+        return self.answer
+
+
+def test_blocks_of_one_kind_are_rehearsed_once() -> None:
+    prefixes = Prefixes(
+        tokens=8,
+        lengths=(4,),
+        differences=(0.5,),
+        overhead_seconds=0.1,
+        cut_bytes=8,
+        whole_bytes=0,
+        largest_bytes=8,
+    )
+    rehearsal = Rehearsed(prefixes)
+    found = plain(rehearsal=rehearsal)
+    # The largest storage that a block saves is what relu leaves.
+    assert rehearsal.asked == [("prefixes", "blocks.0", ROWS * WIDE * F32), ("nearly free", "blocks.0", ROWS)]
+    for block in found.blocks:
+        assert (block.prefixes, block.prefix_reason) == (prefixes, "")
+        assert block.nearly_free == NearlyFree(
+            stored_bytes=1, stored_tensors=2, forward_seconds=3.0, backward_bytes=4
+        )
+
+
+def test_why_tokens_cannot_be_cut_is_kept_and_what_may_not_be_recomputed_is_not_rehearsed() -> None:
+    block = plain(rehearsal=Rehearsed("it looks ahead")).blocks[0]
+    assert (block.prefixes, block.prefix_reason) == (None, "it looks ahead")
+    rehearsal = Rehearsed("")
+    block = plain([InPlace(), InPlace()], rehearsal=rehearsal).blocks[0]
+    assert (block.nearly_free, block.prefixes, rehearsal.asked) == (None, None, [])
+
+
+def test_a_storage_that_is_forgotten_counts_no_longer() -> None:
+    with LiveBytes() as live:
+        kept, elsewhere = torch.ones(100), torch.ones(1000)
+        live.forget(elsewhere)
+        assert live.now_bytes == 400
+        del elsewhere
+        assert live.now_bytes == 400
+        del kept
+    assert live.now_bytes == 0
 
 
 class InPlace(Block):

@@ -18,11 +18,12 @@ pytest.importorskip("transformers")
 
 from memtrain.optim.autograd.chunked_loss import chunked_cross_entropy
 from memtrain.planner.estimate import LifetimeKind, ModelEstimate, TensorClass
-from memtrain.planner.trace import BlocksNotFoundError, LiveBytes
+from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.planner.tracing.attention import AttentionKernelError
 from memtrain.planner.tracing.chunked_loss import chunked
 from memtrain.planner.tracing.estimator import UntraceableError, estimate_config, estimate_module
 from memtrain.planner.tracing.fake_model import UnknownModelError
+from memtrain.planner.tracing.live_bytes import LiveBytes
 from tests.planner.tracing_models import CONFIGS, ROWS, TOKENS, real_model, really_saved
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -28,7 +28,12 @@ def make_block(index: int = 0, **changes: Any) -> BlockProfile:
 
 def make_nearly_free(**changes: Any) -> NearlyFree:
     """4 MiB of outputs of products in 8 tensors; 2 ms to compute the rest from them, 7 MiB in backward."""
-    fields = {"stored_bytes": 4 * MiB, "stored_tensors": 8, "seconds": 0.002, "backward_bytes": 7 * MiB}
+    fields = {
+        "stored_bytes": 4 * MiB,
+        "stored_tensors": 8,
+        "forward_seconds": 0.002,
+        "backward_bytes": 7 * MiB,
+    }
     return NearlyFree(**(fields | changes))
 
 

@@ -18,7 +18,7 @@ from memtrain.planning.explained import show_explanation
 from memtrain.planning.frontier import sweep_html
 from memtrain.planning.jobs import Jobs
 from memtrain.planning.page import answer_html
-from memtrain.planning.request import Sweep
+from memtrain.planning.request import Sweep, Work
 
 
 def text_of(answer: Answer, *, sources: bool = False) -> str:
@@ -87,19 +87,28 @@ def test_what_is_not_there_is_told_in_bytes(impossible: Answer) -> None:
     short = -impossible.forecast.places[0].margin_bytes
     assert f"({short:,} bytes) short" in text
     assert f"device: {short / 2**30:.2f} GiB ({short:,} bytes) more" in text
+    assert "what binds: device, " in text
     assert "describe memory beside it with --dram, --nvme or --cxl" in text
     assert "to run it" not in text
     assert "proved: no plan of this job fits" in text
 
 
 def test_relaxations_in_words() -> None:
-    assert terminal.relaxation_text(Relaxation(what="host", missing_bytes=3 << 29), 8192) == (
-        "host: 1.50 GiB (1,610,612,736 bytes) more"
-    )
-    assert terminal.relaxation_text(Relaxation(what="sequence", share=0.875), 8192) == (
-        "a sequence of 7168 tokens"
-    )
-    assert terminal.relaxation_text(Relaxation(what="codec int8"), 1).endswith("--allow-lossy int8")
+    work = Work(model="llama-7b", sequence=8192, micro_batch=8)
+    assert [
+        terminal.relaxation_text(one, work)
+        for one in (
+            Relaxation(what="host", missing_bytes=3 << 29),
+            Relaxation(what="sequence", share=0.875),
+            Relaxation(what="batch", share=0.75),
+            Relaxation(what="codec int8"),
+        )
+    ] == [
+        "host: 1.50 GiB (1,610,612,736 bytes) more",
+        "a sequence of 7168 tokens",
+        "a micro-batch of 6",
+        "codec int8, which is lossy: --allow-lossy int8",
+    ]
 
 
 def test_plain_output_has_no_colour_and_no_blanks_at_ends(

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from memtrain.planner.ranges import solve as solve_module
 from memtrain.planner.ranges.baselines import RULES, baselines
 from memtrain.planner.ranges.check import check
+from memtrain.planner.ranges.child import Child
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import Problem, TensorClass
 from memtrain.planner.ranges.plan import RangePlan
@@ -129,3 +132,24 @@ def test_options_are_validated() -> None:
         SolveOptions(gap=1.0)
     with pytest.raises(ValueError, match="seconds must be finite"):
         SolveOptions(seconds=math.inf)
+
+
+def test_a_large_problem_is_searched_beside_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is started early ends with the same plan, and none is left behind."""
+    one = problem(3, 100, place("host", 1000))
+    later = solve(one, SolveOptions(seconds=8.0))
+    monkeypatch.setattr(solve_module, "LARGE", 0)
+    early = solve(one, SolveOptions(seconds=8.0))
+    assert early.step_seconds == later.step_seconds
+    assert early.status == "optimal"
+    roomy = dataclasses.replace(one, machine=dataclasses.replace(one.machine, device_capacity_bytes=1000))
+    assert solve(roomy, SolveOptions(seconds=8.0)).solver == "keep all"
+    assert not [p for p in psutil.Process().children() if "ranges.child" in " ".join(p.cmdline())]
+
+
+def test_a_process_that_fails_says_why() -> None:
+    with (
+        Child(None, None, gap=0.0, seconds=20.0, whole=False) as child,  # type: ignore[arg-type]
+        pytest.raises(RuntimeError, match=r"(?s)the solver's process failed: .*AttributeError"),
+    ):
+        child.result()

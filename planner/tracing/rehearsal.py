@@ -1,0 +1,39 @@
+"""What the tracer asks of the one that will carry the plan out: to carry a block out alone, in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from memtrain.planner.profile import NearlyFree, Prefixes
+
+
+class Rehearsal(Protocol):
+    """Carries a block out as a plan might have it, alone: what does so in training says what that takes.
+
+    A forward is given with its arguments, the hidden state the first tensor of them, in training mode.
+    """
+
+    def nearly_free(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> NearlyFree:
+        """With outputs of products stored, and the rest computed again."""
+        ...
+
+    def prefixes(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        lengths: Callable[[int], tuple[int, ...]],
+        largest_bytes: int,
+    ) -> Prefixes | str:
+        """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not.
+        ``largest_bytes`` are those of the largest storage that the block saves."""
+        ...
