@@ -19,9 +19,6 @@ from memtrain.planner.ranges.plan import BlockPlan, RangePlan
 from memtrain.planner.ranges.schedule import COMPUTE
 from memtrain.planner.ranges.simulate import Timeline, simulate, step_seconds
 
-BINDING_SHARE = 0.999
-"""Of a capacity, from where on a place binds: chunks do not fill the last thousandth."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ActionCost:
@@ -79,7 +76,7 @@ class StateReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Binding:
-    """A place that is full, and when."""
+    """A place that is full, and when: less is left than the largest class of one block takes."""
 
     place: str
     position: str
@@ -120,7 +117,7 @@ def explain(problem: Problem, plan: RangePlan, block: str) -> Explanation:
         backward_seconds=chosen.backward_seconds,
         waits=_waits(timeline, chosen.name),
         busy=_busy(timeline),
-        binding=tuple(_binding(timeline)),
+        binding=tuple(_binding(problem, timeline)),
         classes=tuple(
             _class_report(formulated, decisions, timeline.step_seconds, index, k)
             for k in range(len(chosen.classes))
@@ -197,9 +194,10 @@ def _busy(timeline: Timeline) -> tuple[tuple[str, float], ...]:
     return tuple((resource, busy / step) for resource, busy in seconds.items())
 
 
-def _binding(timeline: Timeline) -> Iterator[Binding]:
+def _binding(problem: Problem, timeline: Timeline) -> Iterator[Binding]:
+    largest = max((tensor.total_bytes for block in problem.blocks for tensor in block.classes), default=0)
     for peak in timeline.peaks:
-        if peak.capacity_bytes and peak.size_bytes >= BINDING_SHARE * peak.capacity_bytes:
+        if peak.capacity_bytes - peak.size_bytes < largest:
             yield Binding(
                 place=peak.place,
                 position=peak.position,

@@ -10,14 +10,7 @@ from __future__ import annotations
 import typer
 
 from memtrain.cli import plan_options as options
-from memtrain.planning.request import (
-    Hardware,
-    Outputs,
-    PlanError,
-    PlanRequest,
-    Questions,
-    Search,
-    Work,
+from memtrain.planning.parsing import (
     parse_attention,
     parse_axis,
     parse_budget,
@@ -28,6 +21,7 @@ from memtrain.planning.request import (
     parse_overrides,
     parse_sweep,
 )
+from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest, Questions, Search, Work
 
 
 def plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from memtrain.planning import machine_readable, terminal
+from memtrain.planning import machine_readable, sweep_table, terminal
 from memtrain.planning.answer import Answer, Point, answer, exit_code, sweep_of
 from memtrain.planning.jobs import Jobs
 from memtrain.planning.request import Outputs, PlanError, PlanRequest, Questions, Sweep
@@ -77,11 +77,11 @@ def _sweep(jobs: Jobs, sweep: Sweep, outputs: Outputs) -> int:
     elif outputs.csv:
         print(machine_readable.sweep_csv(points), end="")
     else:
-        terminal.show_sweep(points, terminal.console())
+        sweep_table.show_sweep(points, terminal.console())
     if outputs.html is not None:
         from memtrain.planning.frontier import sweep_html
 
-        _write(outputs.html, sweep_html(jobs.request, points))
+        _write(outputs.html, sweep_html(jobs.request, sweep.axis, points))
     codes = [exit_code(point.forecast) for point in points if point.forecast is not None]
     if not codes:
         raise PlanError(f"no point of the sweep could be planned; the first: {points[0].problem}")

@@ -14,7 +14,8 @@ from typing import Any
 from memtrain.planner.forecast import Forecast
 from memtrain.planning.answer import AblationRow, Answer, Point
 from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
-from memtrain.planning.terminal import relaxation_text, usage_text
+from memtrain.planning.sweep_table import usage_text
+from memtrain.planning.terminal import relaxation_text
 
 ANSWER_VERSION = 1
 

@@ -13,21 +13,20 @@ from rich.console import Console
 from rich.table import Table
 
 from memtrain.planner.forecast import Forecast
-from memtrain.planner.ranges.model import DEVICE, Role
 from memtrain.planner.ranges.plan import Relaxation
 from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import GiB, format_gib
-from memtrain.planning.answer import Answer, Point
-from memtrain.planning.fold import Line, Usage, class_shares, fold_activations, fold_states
+from memtrain.planning.answer import Answer
+from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
 from memtrain.planning.request import PlanRequest, Work
 from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
 
 _PLAIN_WIDTH = 4096
 """Columns where nobody looks: no line is folded, so that tools can cut and grep it."""
-_MOST_STRETCHES = 5
-_SOME = 0.005
+SOME = 0.005
 """A share below it would be printed as 0 %."""
-_ROLES = {Role.PARAMETER: "weights", Role.GRADIENT: "gradients", Role.OPTIMIZER: "optimizer"}
+_MOST_STRETCHES = 5
+"""Of block numbers in a line of the folded table."""
 _MOST_LINES = 8
 """Of the folded table; more say less than the file of the plan."""
 
@@ -178,7 +177,7 @@ def _bill(forecast: Forecast, out: Console) -> None:
     _section("bytes, in GiB, of each place at its fullest", out)
     places = [place.name for place in forecast.places]
     sizes = {(line.category, line.place): line.size_bytes for line in forecast.bill}
-    table = _table("  category", *places)
+    table = new_table("  category", *places)
     for category in CATEGORIES:
         row = [sizes.get((category, place), 0) for place in places]
         if any(row):
@@ -193,11 +192,11 @@ def _actions(forecast: Forecast, out: Console) -> None:
     shares = class_shares(forecast.plan, forecast.problem)
     if shares:
         _section("what all blocks save for backward", out)
-        table = _table("  class", "GiB")
+        table = new_table("  class", "GiB")
         table.add_column("of it", no_wrap=True)
         for one in shares:
             acted = [(words, size / max(1, one.size_bytes)) for words, size in one.actions]
-            acted = sorted((one for one in acted if one[1] >= _SOME), key=lambda one: -one[1])
+            acted = sorted((one for one in acted if one[1] >= SOME), key=lambda one: -one[1])
             text = ", ".join(f"{words} {share:.0%}" for words, share in acted)
             table.add_row(f"  {one.tensor}", gib_cell(one.size_bytes), text)
         out.print(table)
@@ -246,9 +245,9 @@ def _certificate(forecast: Forecast, out: Console) -> None:
 
 
 def _ablation(answer: Answer, out: Console) -> None:
-    _section("the same job under other rules", out)
+    _section("the same job under other rules, which place the state of all blocks alike", out)
     step = answer.forecast.step_seconds
-    table = _table("  rule", "step", "against this plan")
+    table = new_table("  rule", "step", "against this plan")
     for row in answer.ablation:
         if row.step_seconds is None:
             table.add_row(f"  {row.name}", "does not fit", "")
@@ -278,64 +277,6 @@ def _sources(forecast: Forecast, out: Console) -> None:
         out.print(f"  {fact.name}:{value}: {fact.source}")
 
 
-def show_sweep(points: Sequence[Point], out: Console) -> None:
-    """One line a point."""
-    first, *others, last = sweep_heads()
-    table = _table(first, *others)
-    table.add_column(last, justify="left", no_wrap=True)
-    for point in points:
-        table.add_row(*point_cells(point))
-    out.print(table)
-
-
-def sweep_heads() -> tuple[str, ...]:
-    """Of the columns of ``point_cells``."""
-    return (
-        "tokens",
-        "micro-batch",
-        "fits",
-        "step",
-        "tokens/s",
-        "MFU",
-        "slowdown",
-        "left on the GPU",
-        "off the device, not kept",
-    )
-
-
-def point_cells(point: Point) -> tuple[str, ...]:
-    """A point as a row of text."""
-    size, forecast = (str(point.sequence), str(point.micro_batch)), point.forecast
-    if forecast is None:
-        return (*size, "-", "", "", "", "", "", point.problem)
-    margin = format_gib(forecast.places[0].margin_bytes, 2)
-    if not forecast.fits or point.usage is None:
-        return (*size, "no", "", "", "", "", margin, "")
-    return (
-        *size,
-        "yes",
-        seconds_text(forecast.step_seconds),
-        f"{forecast.tokens_per_second:,.0f}",
-        share_text(forecast.mfu),
-        share_text(forecast.slowdown - 1),
-        margin,
-        usage_text(point.usage),
-    )
-
-
-def usage_text(usage: Usage) -> str:
-    """``optimizer 62 % host; saved 40 % recompute, 20 % swap``."""
-    parts = []
-    for role, shares in usage.state.items():
-        away = [f"{s:.0%} {place}" for place, s in shares.items() if place != DEVICE and s >= _SOME]
-        if away:
-            parts.append(f"{_ROLES[role]} {', '.join(away)}")
-    acted = [f"{s:.0%} {kind}" for kind, s in usage.actions.items() if kind != "keep" and s >= _SOME]
-    if acted:
-        parts.append(f"saved tensors {', '.join(acted)}")
-    return "; ".join(parts) or "nothing"
-
-
 def _section(heading: str, out: Console) -> None:
     out.print()
     out.print(heading)
@@ -345,7 +286,7 @@ def _grid() -> Table:
     return Table.grid(padding=(0, 2))
 
 
-def _table(first: str, *others: str) -> Table:
+def new_table(first: str, *others: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True)
     for name in others:

@@ -41,7 +41,7 @@ def least_shortage(formulated: Formulated, growing: str | Sequence[str]) -> Shor
     """
     solver = Solver(build(formulated, shortage_of=growing))
     deadline = time.monotonic() + PROGRAM_SECONDS
-    if not solver.relaxed(PROGRAM_SECONDS).solved:
+    if not solver.relaxed(PROGRAM_SECONDS, anew=True).solved:
         return None
     names = solver.binding()
     found = solver.solve(deadline - time.monotonic(), SHORTAGE_GAP)

@@ -24,7 +24,7 @@ RULES_SHARE = 0.3
 LARGE = 1000
 """Integers from where on the search begins beside the rules: with 3,000 (80 blocks with state) these take
 1.8 s and the relaxation behind them 1.1; with a few hundred they take less than the start of a process."""
-EXPLAIN_SECONDS = 20.0
+EXPLAIN_SECONDS = 10.0
 """For the relaxations of a problem in which nothing fits."""
 
 

@@ -222,3 +222,49 @@ def test_the_planner_plans_for_a_machine_that_is_not_here() -> None:
     assert check(plan, profile, setup.machine, setup.budget) == ()
     assert {decision.action for decision in plan.blocks} <= {Action.KEEP, Action.SWAP}
     assert any(decision.saved_tier is Tier.HOST for decision in plan.blocks)
+
+
+def measured(*tiers: Tier) -> Machine:
+    """Links of 2 GB/s read, 1 GB/s write, 2.5 GB/s both at once, half a millisecond late."""
+    links = tuple(
+        Link(
+            tier=tier,
+            read_bytes_per_second=2e9,
+            write_bytes_per_second=1e9,
+            mixed_bytes_per_second=2.5e9,
+            latency_seconds=5e-4,
+            source="measured 2026-11-22",
+        )
+        for tier in tiers
+    )
+    return Machine(
+        name="here", device="cuda:0", cores=8, dram_copy_bytes_per_second=1e10, links=links, source="measured"
+    )
+
+
+def test_measured_links_stand_in_for_presets() -> None:
+    setup = machine_for("a100-80g", dram="1TiB", nvme="4TB", measured=measured(Tier.NVME))
+    disk = setup.tiers[Tier.NVME]
+    assert (disk.read.value, disk.write.value, disk.mixed.value) == (2e9, 1e9, 2.5e9)
+    assert disk.read.source == "measured 2026-11-22 on here"
+    assert setup.host_link.read.value == machine_for("a100-80g", dram="1TiB").host_link.read.value
+
+
+def test_a_measured_host_link_is_shared_like_any_other() -> None:
+    alone = machine_for("a100-80g", dram="1TiB", measured=measured(Tier.HOST))
+    assert alone.host_link.read.value == 2e9
+    eight = machine_for("a100-80g", gpus=8, dram="1TiB", measured=measured(Tier.HOST))
+    assert eight.host_link.read.value == 2e9 / eight.accelerator.gpus_per_uplink.value
+
+
+def test_rates_that_are_given_come_before_measured_ones() -> None:
+    setup = machine_for(
+        "a100-80g", dram="1TiB", nvme="4TB@6GB/s", host_link="20GB/s", measured=measured(Tier.NVME, Tier.HOST)
+    )
+    assert setup.tiers[Tier.NVME].read.value == 6e9
+    assert setup.host_link.read.value == 20e9
+
+
+def test_a_measured_machine_of_which_nothing_can_be_used() -> None:
+    with pytest.raises(ValueError, match=r"here has measured links to nvme, and none of them is used"):
+        machine_for("a100-80g", dram="1TiB", measured=measured(Tier.NVME))

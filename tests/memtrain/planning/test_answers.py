@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from html.parser import HTMLParser
@@ -10,9 +11,10 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.plan import Relaxation
-from memtrain.planning import machine_readable, terminal
+from memtrain.planning import machine_readable, sweep_table, terminal
 from memtrain.planning.answer import Answer, Point, reach_of, sweep_of
 from memtrain.planning.explained import show_explanation
 from memtrain.planning.frontier import sweep_html
@@ -48,7 +50,7 @@ def test_sections_follow(tight: Answer) -> None:
         "block by block",
         "weights, gradients, optimizer state",
         "certificate",
-        "the same job under other rules",
+        "the same job under other rules, which place the state of all blocks alike",
         "why model.layers.3 is planned as it is",
         "to run it (--emit DIRECTORY writes the files)",
         "notes",
@@ -78,6 +80,13 @@ def test_no_rule_is_faster_than_the_plan(tight: Answer) -> None:
 def test_the_plan_stands_up_to_the_checker(tight: Answer) -> None:
     assert check(tight.forecast.plan, tight.forecast.problem) == []
     assert tight.exit_code == 0
+
+
+def test_a_plan_of_which_nothing_is_proved_exits_with_3(tight: Answer) -> None:
+    plan = dataclasses.replace(tight.forecast.plan, status="heuristic")
+    guessed = dataclasses.replace(tight, forecast=dataclasses.replace(tight.forecast, plan=plan))
+    assert guessed.exit_code == 3
+    assert "not proved: the search ended after" in text_of(guessed)
 
 
 def test_what_is_not_there_is_told_in_bytes(impossible: Answer) -> None:
@@ -160,12 +169,8 @@ def test_csv_of_one_plan_and_of_an_ablation(tight: Answer, impossible: Answer) -
 @pytest.fixture(scope="module")
 def points(tight: Answer) -> tuple[Point, ...]:
     """256 tokens fit; 300 cannot be cut; 65536 do not fit."""
-    from dataclasses import replace
-
-    from memtrain.planner.parallel import Degrees
-
-    hardware = replace(tight.request.hardware, gpus=2, dram="64MiB")
-    request = replace(tight.request, hardware=hardware, degrees=Degrees(context=2, zero_stage=3))
+    hardware = dataclasses.replace(tight.request.hardware, gpus=2, dram="64MiB")
+    request = dataclasses.replace(tight.request, hardware=hardware, degrees=Degrees(context=2, zero_stage=3))
     told: list[Point] = []
     found = sweep_of(Jobs(request), Sweep(axis="seq", values=(256, 301, 16384)), told.append)
     assert tuple(told) == found
@@ -174,7 +179,7 @@ def points(tight: Answer) -> tuple[Point, ...]:
 
 def test_a_sweep_says_yes_no_and_why(points: tuple[Point, ...]) -> None:
     stream = io.StringIO()
-    terminal.show_sweep(points, Console(file=stream, width=400, color_system=None))
+    sweep_table.show_sweep(points, Console(file=stream, width=400, color_system=None))
     head, *rows = stream.getvalue().splitlines()
     assert head.split()[:3] == ["tokens", "micro-batch", "fits"]
     assert rows[0].split()[:3] == ["256", "4", "yes"]
@@ -201,7 +206,7 @@ class _Tags(HTMLParser):
 
 
 def test_pages_are_whole_documents(tight: Answer, points: tuple[Point, ...]) -> None:
-    for page in (answer_html(tight), sweep_html(tight.request, points)):
+    for page in (answer_html(tight), sweep_html(tight.request, "seq", points)):
         parser = _Tags()
         parser.feed(page)
         assert parser.tags[0] == "html"

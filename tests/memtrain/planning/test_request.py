@@ -6,13 +6,7 @@ import pytest
 
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
-from memtrain.planning.request import (
-    Outputs,
-    PlanError,
-    Questions,
-    Search,
-    Sweep,
-    Work,
+from memtrain.planning.parsing import (
     parse_attention,
     parse_axis,
     parse_budget,
@@ -23,6 +17,7 @@ from memtrain.planning.request import (
     parse_overrides,
     parse_sweep,
 )
+from memtrain.planning.request import Outputs, PlanError, Questions, Search, Sweep, Work
 
 NOTHING = {
     "data": None,
