@@ -73,8 +73,11 @@ class Place:
             raise ValueError(
                 f"place {self.name}: write_limit_bytes must be >= 0, got {self.write_limit_bytes}"
             )
-        if self.cpu_bytes_per_second < 0 or self.compute_seconds_per_byte < 0:
-            raise ValueError(f"place {self.name}: rates and costs must be >= 0")
+        for name in ("cpu_bytes_per_second", "compute_seconds_per_byte"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"place {self.name}: {name} must be finite and >= 0, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +102,8 @@ class Machine:
             raise ValueError(f"device_capacity_bytes must be >= 0, got {self.device_capacity_bytes}")
         if self.places and (self.slots < 1 or self.forwarding_slots < 1):
             raise ValueError(
-                "places can be reached through slots only: slots and forwarding_slots must be >= 1"
+                "places can be reached through slots only: slots and forwarding_slots must be >= 1, "
+                f"got {self.slots} and {self.forwarding_slots}"
             )
         if self.staging is not None and (
             self.staging not in names or len(self.place(self.staging).hops) != 1

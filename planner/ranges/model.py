@@ -53,8 +53,13 @@ class Codec:
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise ValueError(f"codec {self.name}: ratio must lie between 0 and 1, got {self.ratio}")
-        if min(self.compress_bytes_per_second, self.decompress_bytes_per_second) <= 0 or self.error < 0:
-            raise ValueError(f"codec {self.name}: rates must be > 0 and error >= 0")
+        for field in ("compress_bytes_per_second", "decompress_bytes_per_second"):
+            if not 0 < getattr(self, field) < math.inf:
+                raise ValueError(
+                    f"codec {self.name}: {field} must be finite and > 0, got {getattr(self, field)}"
+                )
+        if not 0 <= self.error < math.inf:
+            raise ValueError(f"codec {self.name}: error must be finite and >= 0, got {self.error}")
 
     def size(self, plain_bytes: int) -> int:
         """Compressed bytes of ``plain_bytes``, rounded up."""
@@ -120,7 +125,10 @@ class StateClass:
 
     def __post_init__(self) -> None:
         if self.piece_bytes < 0 or not self.places:
-            raise ValueError(f"state {self.name}: need piece_bytes >= 0 and at least one place")
+            raise ValueError(
+                f"state {self.name}: need piece_bytes >= 0 and at least one place, "
+                f"got {self.piece_bytes} and {self.places}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

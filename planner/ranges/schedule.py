@@ -70,7 +70,7 @@ class _MicroBatch:
         self._forward: dict[int, int] = {}
         self._backward: dict[int, int] = {}
         # By block: the jobs after which its slot in a ring is free. A block that puts nothing there leaves it
-        # to the next as it has found it.
+        # to the next as it has found it; where its forward or backward has waited for it, there is no need.
         self._sent: dict[int, Jobs] = {}
         self._sent_on: dict[int, Jobs] = {}
         self._fetched: dict[int, Jobs] = {}
@@ -140,9 +140,8 @@ class _MicroBatch:
         self._forward[index] = forward
         sent = self.choices.sent(index)
         staged = self._sent_on.get(index - self.machine.forwarding_slots, ())
-        out = self._copy(name, sent, 0, (forward, *staged), read=False)
-        self._sent[index] = out or self._sent.get(index - slots, ())
-        self._sent_on[index] = self._copy(name, sent, 1, out, read=False) or staged
+        self._sent[index] = self._copy(name, sent, 0, (forward, *staged), read=False)
+        self._sent_on[index] = self._copy(name, sent, 1, self._sent[index], read=False) or staged
 
     def _fetch_parameters(self, index: int, updated: Jobs, stored: Jobs) -> tuple[Jobs, Linear]:
         """Into the slot that forward of K blocks before has left; and the arithmetic that it costs."""
@@ -177,7 +176,7 @@ class _MicroBatch:
             used, _, _ = self._update(index, out, ahead=False)
         else:
             used = self._add_gradients(index, out)
-        self._gradient_left[index] = out or slot
+        self._gradient_left[index] = out
         self._gradient_over[index] = (out and (*on, *used)) or staged
 
     def _fetch(self, index: int) -> tuple[Jobs, Linear]:

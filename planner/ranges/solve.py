@@ -73,7 +73,10 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
         rules = baselines(formulated, deadline=began + RULES_SHARE * options.seconds)
         best = min(rules, key=lambda rule: rule.step_seconds)
         answer = _search(formulated, best, options, began, child)
-    bound = max(answer.bound_seconds, problem.compute_seconds)
+    bound = problem.compute_seconds
+    if math.isfinite(answer.bound_seconds):
+        # A solver that sees no solution where there is one, by its tolerances, has proved nothing.
+        bound = max(bound, answer.bound_seconds)
     provenance = {"phases": answer.phases, "seconds": round(time.monotonic() - began, 3)}
     if math.isinf(answer.step_seconds):
         if math.isinf(answer.bound_seconds):
@@ -88,7 +91,7 @@ def solve(problem: Problem, options: SolveOptions | None = None) -> RangePlan:
     return make_plan(
         formulated,
         answer.decisions,
-        status=proved if answer.bound_seconds > 0 or proved == "optimal" else "heuristic",
+        status=proved if 0 < answer.bound_seconds < math.inf or proved == "optimal" else "heuristic",
         lower_bound_seconds=round(min(bound, step), 9),
         gap=round(gap, 9),
         solver=found,

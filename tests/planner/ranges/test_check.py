@@ -67,6 +67,14 @@ def test_nothing_to_say_about_state(number: int, rate: float, seconds: float) ->
     assert check(heuristic(formulated, some_state(formulated, number)), one) == []
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(stateful_problems(), st.integers(0, 10**6), st.integers(1, 3))
+def test_nothing_to_say_about_state_in_flight(one: Problem, seed: int, in_flight: int) -> None:
+    pipeline = dataclasses.replace(one, micro_batches=3, in_flight=in_flight)
+    formulated = formulate(pipeline)
+    assert check(heuristic(formulated, some_decisions(formulated, seed)), pipeline) == []
+
+
 PCIE = hop("pcie")
 THREE = problem(
     3,

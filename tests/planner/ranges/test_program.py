@@ -27,14 +27,15 @@ from tests.planner.ranges.small import (
     place,
     problem,
     problems,
-    some_state,
+    some_decisions,
+    stateful_problems,
     states,
     update,
     with_state_anywhere,
 )
 
 SLOW = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -130,8 +131,16 @@ def test_events_of_the_program_are_those_of_the_simulator(one: Problem, number: 
 @settings(SLOW, max_examples=60)
 @given(st.integers(0, 10**6), st.sampled_from([1.0, 3.0, 10.0]), st.integers(1, 3))
 def test_events_of_updates_are_those_of_the_simulator(number: int, rate: float, batches: int) -> None:
-    formulated = formulate(with_state_anywhere(rate, micro_batches=batches))
-    check_events(formulated, some_state(formulated, number))
+    one = with_state_anywhere(rate, micro_batches=batches)
+    formulated = formulate(dataclasses.replace(one, in_flight=1 + number % batches))
+    check_events(formulated, some_decisions(formulated, number))
+
+
+@settings(SLOW, max_examples=40)
+@given(stateful_problems(), st.integers(0, 10**6))
+def test_events_of_any_state_are_those_of_the_simulator(one: Problem, seed: int) -> None:
+    formulated = formulate(one)
+    check_events(formulated, some_decisions(formulated, seed))
 
 
 @SLOW

@@ -17,6 +17,8 @@ from memtrain.planner.ranges.child import Child
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import Problem, TensorClass
 from memtrain.planner.ranges.plan import RangePlan
+from memtrain.planner.ranges.search import Answer
+from memtrain.planner.ranges.simulate import step_seconds
 from memtrain.planner.ranges.solve import SolveOptions, solve
 from tests.planner.ranges.small import best_of_all, block, hop, place, problem, problems
 
@@ -125,6 +127,20 @@ def test_ranges_are_contiguous_and_begin_with_what_is_recomputed() -> None:
             assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])]
             assert parts[-1].stop == 2
             assert all(p.action != "recompute" for p in parts[1:])
+
+
+def test_a_plan_that_the_solver_holds_impossible_has_no_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tolerances are not whole bytes: what fits by their count is a plan, and nothing is proved."""
+    one = problem(3, 100)
+    monkeypatch.setattr(
+        "memtrain.planner.ranges.solve.search",
+        lambda formulated, start, **_: Answer(
+            bound_seconds=math.inf, decisions=start, step_seconds=step_seconds(formulated, start)
+        ),
+    )
+    plan = solve(one, HERE)
+    assert (plan.status, plan.lower_bound_seconds) == ("heuristic", 36.0)
+    assert check(plan, one) == []
 
 
 def test_options_are_validated() -> None:
