@@ -125,7 +125,7 @@ def test_a_rehearsal_leaves_no_trace(model: Net) -> None:
 
 
 def test_nothing_outlives_a_rehearsal(model: Net) -> None:
-    """A graph whose hooks hold it is a cycle through C++ that no collector sees: a block's bytes each time."""
+    """A graph whose hooks hold it is a cycle through C++ that no collector sees."""
     hidden = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
     with LiveBytes() as live:
         found = BlockRehearsal(model).prefixes(
