@@ -68,6 +68,7 @@ def layer(name: str, tokens: int, chunks: int, *, window: bool, factor: float = 
                 recompute_seconds=again,
                 needs=("X",),
                 lossy=True,
+                attention=True,
             ),
             TensorClass(
                 name="O",

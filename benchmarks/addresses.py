@@ -3,17 +3,17 @@
 Zero-slack instances are made by cutting a rectangle recursively: the pieces fill it, so its height is the
 load and the optimum. On the fine grid (2**20 moments, 2**20 units) few cuts coincide; on the coarse one
 (about n/2.5 moments, 1,000 units) many do, which leaves more ways to go wrong. MiniMalloc's own instances
-A-K are read from a folder (``benchmarks/challenging`` of google/minimalloc), capacity 1,048,576. The step is
-an 80-layer Llama's, by formula. Beside each: the same buffers by greedy-by-size, first fit and best fit, and
-for the smallest ones the big-M program that MEMO uses, in PuLP with HiGHS and the same time limit. Every
-packing is checked.
+A-K are read from a folder (``benchmarks/challenging`` of google/minimalloc), capacity 1,048,576. Beside each:
+the same buffers by greedy-by-size, first fit and best fit, and for the smallest ones the big-M program that
+MEMO uses, in PuLP with HiGHS and the same time limit. The step is that of Llama 3 70B in bf16 on one row of
+4,096 tokens, every buffer of every operation, traced on fake tensors, everything kept, with two staging slots
+of one block's input. Every packing is checked.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,19 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from _harness import BenchmarkError, publish, table
+from _rectangles import cut_rectangle
 
 from memtrain.planner.addresses import pack
 from memtrain.planner.buffers import Buffer, read_csv
 from memtrain.planner.check_addresses import check_addresses
-from memtrain.planner.llama_step import LlamaShape, llama_step
+from memtrain.planner.model_presets import PRESETS
 from memtrain.planner.packing import greedy
 from memtrain.planner.packing.grid import components
 from memtrain.planner.step_addresses import pack_step
+from memtrain.planner.traced_step import step_of
+from memtrain.planner.tracing.estimator import estimate_config
 
 FINE = 1 << 20
 COARSE_HEIGHT = 1000
 MINIMALLOC_CAPACITY = 1 << 20
 LETTERS = "ABCDEFGHIJK"
+STEP_MODEL, STEP_TOKENS, STEP_SECONDS = "llama-3-70b", 4096, 5.0
+QUICK_MODEL = {**PRESETS["smollm2-135m"], "num_hidden_layers": 3}
+STAGING_SLOTS = 2
+ALIGNMENT = 512
+"""Of torch's CUDA allocator, and of ``pack_step``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,26 +66,6 @@ class Result:
     def solved(self) -> bool:
         """Whether it is within the capacity."""
         return self.height <= self.capacity
-
-
-def cut_rectangle(count: int, seed: int, width: int, height: int) -> list[Buffer]:
-    """``count`` pieces of a rectangle, cut in two again and again, large pieces more often."""
-    chance = random.Random(seed)
-    pieces = [(0, width, 0, height)]
-    while len(pieces) < count:
-        areas = [(right - left) * (top - low) for left, right, low, top in pieces]
-        left, right, low, top = pieces.pop(chance.choices(range(len(pieces)), areas)[0])
-        across = chance.random() < 0.5
-        if right - left > 1 and (across or top - low == 1):
-            middle = chance.randrange(left + 1, right)
-            pieces += [(left, middle, low, top), (middle, right, low, top)]
-        elif top - low > 1:
-            middle = chance.randrange(low + 1, top)
-            pieces += [(left, right, low, middle), (left, right, middle, top)]
-        else:
-            pieces.append((left, right, low, top))
-    chance.shuffle(pieces)
-    return [Buffer(f"b{i}", left, right, top - low) for i, (left, right, low, top) in enumerate(pieces)]
 
 
 def instances(args: argparse.Namespace) -> Iterator[tuple[str, str, list[Buffer], int]]:
@@ -170,24 +158,29 @@ def big_m(buffers: Sequence[Buffer], seconds: float) -> int | None:
     return None if check_addresses(buffers, found, capacity=top) else top
 
 
-def measure_step(blocks: int, seconds: float) -> dict[str, Any]:
-    """The whole step of a Llama of ``blocks`` layers."""
-    step = llama_step(LlamaShape(blocks=blocks))
+def measure_step(model: str | Mapping[str, Any], tokens: int, seconds: float) -> dict[str, Any]:
+    """A whole training step of ``model``, traced on fake tensors; only laying it out has a limit."""
     start = time.perf_counter()
+    estimate = estimate_config(model, sequence=tokens)
+    traced = time.perf_counter()
+    step = step_of(estimate, staging_slots=STAGING_SLOTS, staging_slot_bytes=estimate.classes[0].input_bytes)
     packing = pack_step(step, time_limit_seconds=seconds)
-    elapsed = time.perf_counter() - start
+    elapsed = time.perf_counter() - traced
     buffers = step.buffers()
-    faults = check_addresses(buffers, packing.offsets, capacity=packing.height, alignment=512)
+    faults = check_addresses(buffers, packing.offsets, capacity=packing.height, alignment=ALIGNMENT)
     if faults:
-        raise BenchmarkError(f"step of {blocks} blocks: {faults[0].detail} ({len(faults)} faults)")
+        raise BenchmarkError(f"step of {estimate.model}: {faults[0].detail} ({len(faults)} faults)")
     return {
-        "blocks": blocks,
+        "model": model if isinstance(model, str) else estimate.model,
+        "tokens": tokens,
+        "layers": len(estimate.blocks),
         "buffers": len(buffers),
         "load_bytes": packing.load,
         "height_bytes": packing.height,
         "two_level_height_bytes": packing.two_level_height,
         "fragmentation": packing.fragmentation,
         "seconds": round(elapsed, 3),
+        "trace_seconds": round(traced - start, 3),
     }
 
 
@@ -220,8 +213,9 @@ def report(results: Sequence[Result], step: dict[str, Any], args: argparse.Names
     two_level = step["two_level_height_bytes"] / step["load_bytes"] - 1
     header = ("instances", "solved", "median s", "worst s", "height/bound", "first fit", "best fit", "big-M")
     text = table(header, rows) + (
-        f"\nstep of {step['blocks']} layers, {step['buffers']} buffers: height/load - 1 = "
-        f"{step['fragmentation']:.4%} in {step['seconds']:.2f} s (two levels alone {two_level:.4%})"
+        f"\nstep of {step['model']}, {step['layers']} layers, {step['tokens']} tokens, "
+        f"{step['buffers']} buffers: height/load - 1 = {step['fragmentation']:.4%} in "
+        f"{step['seconds']:.2f} s (two levels alone {two_level:.4%}), traced in {step['trace_seconds']:.2f} s"
         f"\nheights are worst ratios to the capacity or load; big-M: those that reached it, worst ratio, and "
         f"median seconds of at most {args.seconds:g}"
     )
@@ -266,16 +260,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny instances: does the script work?")
     args = parser.parse_args(arguments)
-    args.counts, blocks, step_seconds = (50, 150, 450), 80, 5.0
+    args.counts = (50, 150, 450)
+    traced: tuple[str | Mapping[str, Any], int] = STEP_MODEL, STEP_TOKENS
     if args.quick:
         args.counts, args.seeds, args.seconds, args.big_m = (8, 12, 16), 2, 2.0, 1
-        blocks = 3
+        traced = QUICK_MODEL, 64
     results, programs = [], 0
     for family, name, buffers, capacity in instances(args):
         with_big_m = family == f"fine {min(args.counts)}" and programs < args.big_m
         programs += with_big_m
         results.append(measure(family, name, buffers, capacity, args.seconds, with_big_m))
-    report(results, measure_step(blocks, step_seconds), args)
+    report(results, measure_step(*traced, STEP_SECONDS), args)
 
 
 if __name__ == "__main__":

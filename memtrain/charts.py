@@ -7,13 +7,60 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_WIDTH, _HEIGHT = 860, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 24, 40
 _COLOURS = ("#1f6feb", "#bf3989", "#1a7f37", "#9a6700")
 _LIMIT_COLOURS = ("#cf222e", "#9a6700")
 _LIMIT_NAME_WIDTH = 200
 _MAX_POINTS = 1500
 """More than a chart has pixels to show; a bucket's largest value stands for it, so that peaks survive."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """The size of a picture and the margins around what it shows, in SVG units."""
+
+    width: int = 860
+    height: int = 280
+    left: int = 62
+    right: int = 12
+    top: int = 24
+    bottom: int = 40
+
+    def svg(self, parts: Sequence[str], label: str) -> str:
+        """The picture. Its text takes the colour of the page around it, so that it is read on light and dark.
+
+        Args:
+            parts: SVG elements.
+            label: what it shows, for who cannot see it.
+        """
+        body = "\n".join(parts)
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'aria-label="{html.escape(label)}" font-family="sans-serif" font-size="12" '
+            f'fill="currentColor">\n{body}\n</svg>'
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """From values to a place within a frame."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    frame: Frame = Frame()
+
+    def x(self, value: float) -> float:
+        """From the left."""
+        span = (self.x_high - self.x_low) or 1.0
+        inner = self.frame.width - self.frame.left - self.frame.right
+        return self.frame.left + (value - self.x_low) / span * inner
+
+    def y(self, value: float) -> float:
+        """From the top."""
+        span = (self.y_high - self.y_low) or 1.0
+        inner = self.frame.height - self.frame.top - self.frame.bottom
+        return self.frame.height - self.frame.bottom - (value - self.y_low) / span * inner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,10 +74,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chart:
-    """Lines over a common x axis, horizontal limits, and named stretches of the x axis.
-
-    Text takes the colour of the page around it (``currentColor``), so that it is read on light and dark.
-    """
+    """Lines over a common x axis, horizontal limits, and named stretches of the x axis."""
 
     x_label: str
     y_label: str
@@ -50,57 +94,48 @@ class Chart:
             return ""
         xs = [x for x, _ in finite] + [edge for _, start, end in self.spans for edge in (start, end)]
         ys = [y for _, y in finite] + [y for _, y in self.limits]
-        scale = _Scale(
+        scale = Scale(
             x_low=min(xs), x_high=max(xs), y_low=0.0 if self.from_zero else min(ys), y_high=max(ys) * 1.04
         )
         parts = [
             *[_span(scale, name, start, end, index) for index, (name, start, end) in enumerate(self.spans)],
-            *_axes(scale, self.ticks, self.x_label, self.y_label),
-            *[_limit(scale, name, y, index) for index, (name, y) in enumerate(self.limits)],
+            *axes(scale, self.ticks, self.x_label, self.y_label),
+            *[limit_line(scale, name, y, index) for index, (name, y) in enumerate(self.limits)],
             *[_line(scale, series, index) for index, series in enumerate(self.series)],
         ]
-        body = "\n".join(parts)
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-            f'font-family="sans-serif" font-size="12" fill="currentColor">\n{body}\n</svg>'
-        )
+        return scale.frame.svg(parts, f"{self.y_label} over {self.x_label}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Scale:
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        span = (self.x_high - self.x_low) or 1.0
-        return _LEFT + (value - self.x_low) / span * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        span = (self.y_high - self.y_low) or 1.0
-        return _HEIGHT - _BOTTOM - (value - self.y_low) / span * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(scale: _Scale, ticks: int, x_label: str, y_label: str) -> list[str]:
-    parts = []
+def axes(scale: Scale, ticks: int, x_label: str, y_label: str) -> list[str]:
+    """Both axes with about ``ticks`` round numbers each, and a line across for those of y."""
+    frame, parts = scale.frame, []
     for y in round_ticks(scale.y_low, scale.y_high, ticks):
+        height = scale.y(y)
         parts += [
-            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{scale.y(y):.1f}" y2="{scale.y(y):.1f}" '
+            f'<line x1="{frame.left}" x2="{frame.width - frame.right}" y1="{height:.1f}" y2="{height:.1f}" '
             'stroke="currentColor" stroke-opacity="0.2" stroke-width="0.6"/>',
-            f'<text x="{_LEFT - 6}" y="{scale.y(y) + 4:.1f}" text-anchor="end">{y:.6g}</text>',
+            f'<text x="{frame.left - 6}" y="{height + 4:.1f}" text-anchor="end">{y:.6g}</text>',
         ]
-    for x in round_ticks(scale.x_low, scale.x_high, ticks):
-        parts.append(
-            f'<text x="{scale.x(x):.1f}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:.6g}</text>'
-        )
-    centre, middle = (_LEFT + _WIDTH) / 2, (_TOP + _HEIGHT - _BOTTOM) / 2
-    x_label, y_label = html.escape(x_label), html.escape(y_label)
-    parts += [
-        f'<text x="{centre}" y="{_HEIGHT - 6}" text-anchor="middle">{x_label}</text>',
-        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">{y_label}</text>',
-    ]
+    parts += x_axis(scale, ticks, x_label)
+    middle = (frame.top + frame.height - frame.bottom) / 2
+    parts.append(
+        f'<text transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{html.escape(y_label)}</text>"
+    )
     return parts
+
+
+def x_axis(scale: Scale, ticks: int, x_label: str) -> list[str]:
+    """The axis below a picture."""
+    frame = scale.frame
+    below = frame.height - frame.bottom + 16
+    parts = [
+        f'<text x="{scale.x(x):.1f}" y="{below}" text-anchor="middle">{x:.6g}</text>'
+        for x in round_ticks(scale.x_low, scale.x_high, ticks)
+    ]
+    centre = (frame.left + frame.width) / 2
+    name = html.escape(x_label)
+    return [*parts, f'<text x="{centre}" y="{frame.height - 6}" text-anchor="middle">{name}</text>']
 
 
 def round_ticks(low: float, high: float, count: int) -> list[float]:
@@ -114,7 +149,7 @@ def round_ticks(low: float, high: float, count: int) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
-def _line(scale: _Scale, series: Series, index: int) -> str:
+def _line(scale: Scale, series: Series, index: int) -> str:
     colour = _COLOURS[index % len(_COLOURS)]
     points = " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in _thin(series))
     return (
@@ -131,22 +166,22 @@ def _thin(series: Series) -> list[tuple[float, float]]:
     return [max(points[i : i + bucket], key=lambda point: point[1]) for i in range(0, len(points), bucket)]
 
 
-def _limit(scale: _Scale, name: str, y: float, index: int) -> str:
+def limit_line(scale: Scale, name: str, y: float, index: int) -> str:
     """A dashed line; its name stands above the chart, where the names of two close lines do not collide."""
-    height, colour = scale.y(y), _LIMIT_COLOURS[index % len(_LIMIT_COLOURS)]
+    frame, height, colour = scale.frame, scale.y(y), _LIMIT_COLOURS[index % len(_LIMIT_COLOURS)]
     return (
-        f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{height:.1f}" y2="{height:.1f}" stroke="{colour}" '
-        'stroke-dasharray="6 4"/>'
-        f'<text x="{_LEFT + 6 + index * _LIMIT_NAME_WIDTH}" y="{_TOP - 8}" fill="{colour}">- - '
-        f"{html.escape(name)}</text>"
+        f'<line x1="{frame.left}" x2="{frame.width - frame.right}" y1="{height:.1f}" y2="{height:.1f}" '
+        f'stroke="{colour}" stroke-dasharray="6 4"/>'
+        f'<text x="{frame.left + 6 + index * _LIMIT_NAME_WIDTH}" y="{frame.top - 8}">'
+        f'<tspan fill="{colour}">- -</tspan> {html.escape(name)}</text>'
     )
 
 
-def _span(scale: _Scale, name: str, start: float, end: float, index: int) -> str:
+def _span(scale: Scale, name: str, start: float, end: float, index: int) -> str:
     opacity = 0.04 if index % 2 else 0.1
-    left, right = scale.x(start), scale.x(end)
+    frame, left, right = scale.frame, scale.x(start), scale.x(end)
     return (
-        f'<rect x="{left:.1f}" y="{_TOP}" width="{max(0.0, right - left):.1f}" '
-        f'height="{_HEIGHT - _TOP - _BOTTOM}" fill-opacity="{opacity}">'
+        f'<rect x="{left:.1f}" y="{frame.top}" width="{max(0.0, right - left):.1f}" '
+        f'height="{frame.height - frame.top - frame.bottom}" fill-opacity="{opacity}">'
         f"<title>{html.escape(name)}</title></rect>"
     )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import html
 import importlib.util
 import json
 import sys
@@ -21,21 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from memtrain.charts import Chart, Series
+from memtrain.htmlpage import bullets, document, figure, paragraph, preformatted, sections, table
 from memtrain.planner.plan import Plan
 from memtrain.planner.units import GiB, format_gib
 from memtrain.report import Summary, bill_rows, comparison_rows, plan_facts
-
-_STYLE = """
-body { font: 15px/1.5 sans-serif; max-width: 900px; margin: 2em auto; padding: 0 1em; color: #1f2328; }
-li, p { overflow-wrap: anywhere; }
-table { border-collapse: collapse; margin: 0.6em 0; }
-td, th { padding: 0.2em 0.6em; border-bottom: 1px solid #8884; text-align: right; }
-td:first-child, th:first-child { text-align: left; }
-pre { background: #8881; padding: 0.8em; overflow-x: auto; font-size: 13px; }
-figure { margin: 0; overflow-x: auto; }
-svg { width: 100%; min-width: 640px; height: auto; display: block; }
-@media (prefers-color-scheme: dark) { body { color: #e6edf3; background: #0d1117; } }
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,43 +82,18 @@ def render(run: RunFiles) -> str:
         y_label="loss",
         series=(Series(name="training loss", x=[x for x, _ in losses], y=[y for _, y in losses]),),
     )
-    sections = [
-        ("Prediction and measurement", _table(*comparison_rows(summary)) + _facts(summary)),
-        ("Memory of the process", _figure(memory) + _legend(spans)),
-        ("Loss", _figure(loss)),
-        ("Plan", _table(*bill_rows(run.plan)) + _list(plan_facts(run.plan))),
-        ("Recipe", _pre(run.recipe_text)),
+    parts = [
+        ("Prediction and measurement", table(*comparison_rows(summary)) + _facts(summary)),
+        ("Memory of the process", figure(memory.svg()) + _legend(spans)),
+        ("Loss", figure(loss.svg())),
+        ("Plan", table(*bill_rows(run.plan)) + bullets(plan_facts(run.plan))),
+        ("Recipe", preformatted(run.recipe_text)),
     ]
-    body = "\n".join(f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections)
-    title = html.escape(summary.name)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n{body}\n</body></html>\n"
-    )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-    return "<table>" + "\n".join(lines) + "</table>"
-
-
-def _figure(chart: Chart) -> str:
-    return f"<figure>{chart.svg()}</figure>"
-
-
-def _list(items: Sequence[str]) -> str:
-    return "<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>"
-
-
-def _pre(text: str) -> str:
-    return f"<pre>{html.escape(text)}</pre>"
+    return document(summary.name, sections(parts))
 
 
 def _legend(spans: Sequence[tuple[str, float, float]]) -> str:
-    items = [f"{name} {start:.1f}-{end:.1f} s" for name, start, end in spans]
-    return f"<p>{html.escape('; '.join(items))}</p>"
+    return paragraph("; ".join(f"{name} {start:.1f}-{end:.1f} s" for name, start, end in spans))
 
 
 def _facts(summary: Summary) -> str:
@@ -141,7 +104,7 @@ def _facts(summary: Summary) -> str:
         f"{summary.steps} steps, {summary.tokens_per_second:.0f} tokens/s",
         f"checkpoint: {summary.checkpoint}",
     ]
-    return _list(facts)
+    return bullets(facts)
 
 
 def draw_png(run: RunFiles, path: Path) -> None:

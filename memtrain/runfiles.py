@@ -41,6 +41,17 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """The file ``path``, whole or not at all: half a plan would be a wrong one. Raises OSError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def make_folder(path: Path) -> None:
     """The folder ``path`` and those above it, where they are not there. Raises RunFileError."""
     with writing(path):

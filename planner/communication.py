@@ -2,9 +2,8 @@
 
 Bytes are what one GPU *sends* (it receives as many), for ring algorithms: an all-gather or reduce-scatter
 of B bytes over n ranks sends (n-1)/n B, an all-reduce twice that, an all-to-all of B local bytes (n-1)/n B
-(Thakur et al., IJHPCA 2005). They are to be divided by an ``Interconnect``'s collective rate, which is
-measured the same way. Letters and sources as in ``parallel.py``; each function names the paper of its
-formula.
+(Thakur et al., IJHPCA 2005). They are divided by an ``Interconnect``'s collective rate, which is measured the
+same way. Letters and sources as in ``parallel.py``; each function names the paper of its formula.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from memtrain.planner.hardware import Interconnect, slower
 from memtrain.planner.parallel import Degrees, Group, ModelShape
 
 
@@ -42,10 +42,19 @@ class Traffic:
     """Memory that exists only for them, at once."""
     overlaps: bool
     """Whether arithmetic that does not need the result can run meanwhile."""
+    to_neighbour: bool = False
+    """To one rank and from another; otherwise a collective of the whole group."""
 
-    def seconds(self, bytes_per_second: float) -> float:
-        """Time on the link, hidden or not."""
-        return self.sent_bytes / bytes_per_second
+    def seconds(self, link: Interconnect) -> float:
+        """Time on ``link``, hidden or not.
+
+        A neighbour is reached over one link where a collective uses all (MI300X), and never faster than a
+        collective, whose ranks send and receive at once as well.
+        """
+        rate = link.collective_bytes_per_second
+        if self.to_neighbour:
+            rate = slower(rate, link.peer_bytes_per_second)
+        return self.sent_bytes / rate.value
 
 
 def block_traffic(
@@ -72,16 +81,26 @@ def block_traffic(
         *_tensor(degrees, tokens * shape.hidden * value_bytes),
         *_context(degrees, shape, tokens, value_bytes),
         *_expert(degrees, shape, tokens, value_bytes),
-        *_zero_block(degrees, degrees.replicas, block_parameters, value_bytes, gradient_bytes),
-        *_zero_block(degrees, degrees.expert_replicas, expert_parameters, value_bytes, gradient_bytes),
+        *_zero(degrees, degrees.replicas, block_parameters, value_bytes, gradient_bytes, at_once=2),
+        *_zero(degrees, degrees.expert_replicas, expert_parameters, value_bytes, gradient_bytes, at_once=2),
     ]
+
+
+def end_traffic(
+    degrees: Degrees, *, parameters: float, value_bytes: int = 2, gradient_bytes: int = 2
+) -> list[Traffic]:
+    """What ZeRO sends for the embedding or the head, ``parameters`` on one tensor rank, in every micro-batch.
+
+    The buffers of the blocks (``block_traffic``) hold the neighbour's weights; here it is one unit's.
+    """
+    return _zero(degrees, degrees.replicas, parameters, value_bytes, gradient_bytes, at_once=1)
 
 
 def stage_traffic(
     degrees: Degrees, shape: ModelShape, *, batch: int, sequence: int, value_bytes: int = 2
 ) -> list[Traffic]:
-    """What a pipeline stage hands on for one micro-batch: b s h / c elements each way, cut by t under
-    sequence parallelism (2104.04473, section 4.1). The buffer is the neighbour's message."""
+    """What a pipeline stage hands on for one micro-batch: b s h / c elements each way (2104.04473, section
+    3.2), cut by t under sequence parallelism. The buffer is the neighbour's message."""
     if degrees.pipeline == 1:
         return []
     tokens = batch * sequence // degrees.context // degrees.sequence_cut
@@ -95,6 +114,7 @@ def stage_traffic(
             sent_bytes=message,
             buffer_bytes=message,
             overlaps=False,
+            to_neighbour=True,
         )
         for name, when in (
             ("activations to the next stage", When.STAGE_FORWARD),
@@ -186,6 +206,7 @@ def _ring(ranks: int, key_value_bytes: float) -> list[Traffic]:
             sent_bytes=(ranks - 1) * key_value_bytes,
             buffer_bytes=2 * key_value_bytes,
             overlaps=True,
+            to_neighbour=True,
         ),
         Traffic(
             name="keys, values and their gradients round the ring",
@@ -195,6 +216,7 @@ def _ring(ranks: int, key_value_bytes: float) -> list[Traffic]:
             sent_bytes=(ranks - 1) * key_value_bytes + ranks * key_value_bytes,
             buffer_bytes=4 * key_value_bytes,
             overlaps=True,
+            to_neighbour=True,
         ),
     ]
 
@@ -228,12 +250,12 @@ def _expert(degrees: Degrees, shape: ModelShape, tokens: int, value_bytes: int) 
     )
 
 
-def _zero_block(
-    degrees: Degrees, ranks: int, parameters: float, weight_bytes: int, gradient_bytes: int
+def _zero(
+    degrees: Degrees, ranks: int, parameters: float, weight_bytes: int, gradient_bytes: int, *, at_once: int
 ) -> list[Traffic]:
-    """ZeRO stages 2 and 3 (1910.02054, section 7.2): gradients are reduce-scattered as a block's backward
-    ends; stage 3 gathers the block's weights ahead of either pass. Two blocks' weights are whole at once,
-    the one at work and the next; and one block's gradients."""
+    """ZeRO stages 2 and 3 (1910.02054, section 7.2): gradients are reduce-scattered as a unit's backward
+    ends; stage 3 gathers its weights ahead of either pass. The weights of ``at_once`` units are whole, of
+    blocks the one at work and the next; and one unit's gradients."""
     stage = degrees.zero_stage
     if ranks == 1 or stage < 2 or parameters == 0:
         return []
@@ -245,7 +267,7 @@ def _zero_block(
     if stage == 2:
         return [reduce]
     gathers = [
-        _data("weights gathered", when, once * weights, overlaps=True, buffer_bytes=2 * weights)
+        _data("weights gathered", when, once * weights, overlaps=True, buffer_bytes=at_once * weights)
         for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
     ]
     return [*gathers, reduce]

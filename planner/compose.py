@@ -1,10 +1,11 @@
 """A machine that is not here, put together from presets and what the user says of it.
 
 ``machine_for("a800-80g", gpus=8, dram="1TiB", nvme="4TB@6GB/s")`` describes one of eight GPUs of a host: the
-host's memory and disks, and what they can move, are divided evenly; the bus to the host is the GPU's own.
-What comes out are the planner's ``Machine`` and ``Budget``, with every number's source. Nothing is measured:
-``Machine.source`` says ``preset``, and a plan made for it is a prediction. Latencies and processor time per
-byte are left at 0: whole slots move at once, and copies do not slow a GPU's arithmetic.
+host's memory and disks, and what they can move, are divided evenly, and so is the bus to the host where GPUs
+stand behind one switch (``Accelerator.gpus_per_uplink``). What comes out are the planner's ``Machine`` and
+``Budget``, with every number's source. Nothing is measured unless a measured machine's links are given:
+``Machine.source`` says ``preset``, and a plan made for it is a prediction. Processor time per byte is left at
+0: copies do not slow a GPU's arithmetic.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ class Setup:
     """Share of what DRAM sustains: for an optimizer on the CPU."""
     tiers: Mapping[Tier, Duplex]
     """The same links as ``machine.links``, each number with its own source."""
+    stores: Mapping[Tier, Duplex]
+    """CXL memory and disks by themselves, as the processor reaches them: no bus of a GPU limits these."""
 
     def facts(self) -> tuple[Fact, ...]:
         """Every number with unit and source."""
@@ -87,6 +90,11 @@ class Setup:
             for direction in ("read", "write", "mixed"):
                 rate: Quoted = getattr(link, direction)
                 found.append(_rate_fact(f"{tier.value}: {direction}", rate))
+            if link.latency_seconds is not None:
+                wait = link.latency_seconds
+                found.append(
+                    Fact(name=f"{tier.value}: latency", value=wait.value * 1e6, unit="us", source=wait.source)
+                )
         found.append(_rate_fact("DRAM, this GPU's share", self.dram_bytes_per_second))
         found.append(_rate_fact(f"{self.interconnect.name}: peer", self.interconnect.peer_bytes_per_second))
         ring = self.interconnect.collective_bytes_per_second
@@ -105,6 +113,7 @@ def machine_for(
     interconnect: str | None = None,
     budget: Mapping[str, str] | None = None,
     cores: int = 1,
+    measured: Machine | None = None,
 ) -> Setup:
     """Describe one of ``gpus`` equal GPUs of a host.
 
@@ -112,14 +121,18 @@ def machine_for(
         gpu: name of a preset, or an ``Accelerator`` (``accelerator(name).given({...})`` overrides numbers).
         gpus: how many of them share the host's memory, disks and DRAM bandwidth.
         dram, cxl, nvme: the whole host's, as ``flags`` reads them; a tier that is None does not exist.
-        host_link: a preset's name, or ``25GB/s`` or ``25GB/s,24GB/s,40GB/s`` (read, write, both at once).
+        host_link: a preset's name, or ``25GB/s`` or ``25GB/s,24GB/s,40GB/s`` (read, write, both at once),
+            of each GPU for itself; without it the GPU's own, shared with those behind the same switch.
         interconnect: a preset's name or a rate; without it the GPU's own, or the host link where it has none.
         budget: bytes that this GPU's job may use by tier, such as ``{"device": "70GiB"}``; all that is there
             by default (``DEVICE_RESERVE``, ``HOST_SHARE``).
         cores: processor cores for this GPU's process, only written down.
+        measured: whose links stand in for presets, where no rate is given: the host's as it is, those of cxl
+            and nvme as one device's. What it does not have is quoted.
 
     Raises:
-        ValueError: something cannot be read, or a budget is above what is there.
+        ValueError: something cannot be read, a budget is above what is there, or ``measured`` has no link
+            that could be used.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
@@ -130,13 +143,18 @@ def machine_for(
         if text is not None
     }
     memory = None if dram is None else parse_tier("dram", dram)
-    bus = _host_link(device, host_link)
+    links = _measured_links(measured, {Tier.HOST, *specs})
+    bus = _host_link(device, host_link, gpus, links.get(Tier.HOST))
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
     tiers = {Tier.HOST: bus} if memory is not None else {}
-    for tier, spec in specs.items():
-        store = _store(tier, spec, bus).scaled(spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,")
-        tiers[tier] = in_series(bus, store)
+    stores = {
+        tier: _store(tier, spec, _generation(device, bus), links.get(tier)).scaled(
+            spec.count / gpus, f"{spec.count}/{gpus}, devices a GPU,"
+        )
+        for tier, spec in specs.items()
+    }
+    tiers |= {tier: in_series(bus, store) for tier, store in stores.items()}
     capacities = {Tier.HOST: memory, **specs}
     return Setup(
         machine=_machine(device, tiers, dram_rate, gpus, cores),
@@ -147,34 +165,73 @@ def machine_for(
         interconnect=_interconnect(device, bus, interconnect),
         dram_bytes_per_second=dram_rate,
         tiers=tiers,
+        stores=stores,
     )
 
 
-def _host_link(device: Accelerator, text: str | None) -> Duplex:
-    if text is None:
-        return host_link(device.host_link)
-    return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
+def _measured_links(measured: Machine | None, wanted: set[Tier]) -> dict[Tier, Duplex]:
+    """The measured links of ``wanted`` tiers."""
+    if measured is None:
+        return {}
+    found = {link.tier: _measured(measured, link) for link in measured.links if link.tier in wanted}
+    if not found:
+        has = ", ".join(link.tier.value for link in measured.links) or "none"
+        raise ValueError(
+            f"machine {measured.name} has measured links to {has}, and none of them is used: describe the "
+            "tier (nvme, cxl), measure with a device of its own memory, or leave the machine out"
+        )
+    return found
+
+
+def _measured(machine: Machine, link: Link) -> Duplex:
+    source = f"{link.source} on {machine.name}"
+    return Duplex(
+        name=f"{link.tier.value} of {machine.name}",
+        read=Quoted(value=link.read_bytes_per_second, source=source),
+        write=Quoted(value=link.write_bytes_per_second, source=source),
+        mixed=Quoted(value=link.mixed_bytes_per_second, source=source),
+        latency_seconds=Quoted(value=link.latency_seconds, source=source) if link.latency_seconds else None,
+    )
+
+
+def _host_link(device: Accelerator, text: str | None, gpus: int, measured: Duplex | None) -> Duplex:
+    if text is not None:
+        return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
+    sharers = min(gpus, device.gpus_per_uplink.value)
+    why = f"1/{sharers:g}, GPUs behind one switch ({device.gpus_per_uplink.source})"
+    return (measured or host_link(device.host_link)).scaled(1 / sharers, why)
+
+
+def _generation(device: Accelerator, bus: Duplex) -> str:
+    """Of the host's PCI Express, by the bus if it is a preset, or else by the GPU's own."""
+    parts = [part for name in (bus.name, device.host_link) for part in name.split("-")]
+    return next(part for part in parts if part.startswith("gen"))
 
 
 def _dram_rate(memory: TierSpec | None, bus: Duplex, device: Accelerator, gpus: int) -> Quoted:
-    """This GPU's share: what the user says, or eight channels a socket and four GPUs a socket."""
+    """This GPU's share: what the user says, or two channels of a desktop, or eight a socket and four GPUs.
+
+    More than two consumer GPUs stand in a server's board: no desktop has the lanes.
+    """
     share = f"1/{gpus} for this GPU"
     if memory is not None and memory.rates is not None:
         return parse_channels(memory.rates).scaled(1 / gpus, share)
-    channel = DRAM_CHANNELS["ddr5-4800" if "gen5" in bus.name or device.laptop else "ddr4-3200"]
-    channels = 2 if device.laptop else 8 * math.ceil(gpus / 4)
+    desktop = device.consumer and gpus <= 2
+    channel = DRAM_CHANNELS["ddr5-4800" if desktop or _generation(device, bus) == "gen5" else "ddr4-3200"]
+    channels = 2 if desktop else 8 * math.ceil(gpus / 4)
     why = f"assumption: {channels} channels for {gpus} GPU{'s' if gpus > 1 else ''}"
     return channel.scaled(channels, why).scaled(1 / gpus, share)
 
 
-def _store(tier: Tier, spec: TierSpec, bus: Duplex) -> Duplex:
-    """One device of the tier; without rates a disk of the bus' generation, or the only CXL card known."""
+def _store(tier: Tier, spec: TierSpec, generation: str, measured: Duplex | None) -> Duplex:
+    """One device of the tier: as given, as measured, a disk of the host's generation, the CXL card known."""
     presets = CXL_DEVICES if tier is Tier.CXL else DISKS
     if spec.rates is not None:
         return parse_duplex(tier.value, spec.rates, presets)
+    if measured is not None:
+        return measured
     if tier is Tier.CXL:
         return CXL_DEVICES[0]
-    generation = next((name for name in ("gen3", "gen5") if name in bus.name), "gen4")
     return find("nvme preset", f"nvme-{generation}", DISKS)
 
 
@@ -201,6 +258,7 @@ def _machine(
             read_bytes_per_second=link.read.value,
             write_bytes_per_second=link.write.value,
             mixed_bytes_per_second=link.mixed.value,
+            latency_seconds=link.latency_seconds.value if link.latency_seconds else 0.0,
             source=_link_source(link),
         )
         for tier, link in tiers.items()
@@ -271,4 +329,6 @@ def _unit(field: str) -> str:
         return "FLOP/s"
     if field.endswith("bytes_per_second"):
         return "bytes/s"
+    if field == "gpus_per_uplink":
+        return "GPUs"
     return "bytes" if field.endswith("bytes") else "of the peak"

@@ -12,16 +12,16 @@ tensor by itself, with its class and its token axis, and the lifetime of every b
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec, StateBytes, state_bytes
 
-ESTIMATE_VERSION = 1
+ESTIMATE_VERSION = 2
 
 
 class TensorClass(str, Enum):
@@ -61,6 +61,11 @@ class LifetimeKind(str, Enum):
     TRANSIENT = "transient"
     GRADIENT = "gradient"
     """Of a parameter; taken away as soon as it is produced."""
+    SHARED = "shared"
+    """Made before the blocks, which save it."""
+    TIED_GRADIENT = "tied_gradient"
+    """Of a parameter that prologue and epilogue share: it waits from the epilogue's backward, where it is
+    produced, for the end of the prologue's, where it is added."""
     OUTPUT_GRADIENT = "output_gradient"
     INPUT_GRADIENT = "input_gradient"
 
@@ -108,6 +113,8 @@ class Lifetime:
     kind: LifetimeKind
     saved: int | None = None
     """Its index among the saved tensors."""
+    epilogue_end: int | None = None
+    """Made before the blocks and referred to while they run, until this operation of the epilogue."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end:
@@ -275,22 +282,19 @@ class ModelEstimate:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no white space."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical_json(plain(self))
 
     @property
     def digest(self) -> str:
         """Hash of the canonical form."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        return short_digest(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> ModelEstimate:
         """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
-        data: dict[str, Any] = json.loads(text)
-        if data.get("version") != ESTIMATE_VERSION:
-            raise ValueError(
-                f"estimate version {data.get('version')!r}, this memtrain reads {ESTIMATE_VERSION}"
-            )
-        try:
+        with reading("an estimate"):
+            data: dict[str, Any] = json.loads(text)
+            check_version(data, ESTIMATE_VERSION, "estimate")
             data["classes"] = tuple(_part(part) for part in data["classes"])
             data["prologue"], data["epilogue"] = _part(data["prologue"]), _part(data["epilogue"])
             data["blocks"] = tuple(EstimatedBlock(**block) for block in data["blocks"])
@@ -298,8 +302,6 @@ class ModelEstimate:
             data["units"] = tuple(_unit(unit) for unit in data["units"])
             data["assumptions"] = tuple(data["assumptions"])
             return cls(**data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an estimate: {error}") from error
 
 
 def _part(data: dict[str, Any]) -> TracedPart:

@@ -81,6 +81,8 @@ def parse_duplex(
 ) -> Duplex:
     """Read ``read[,write[,mixed]]`` or a preset's name; without a third rate ``mixed_of`` gives it.
 
+    Given rates keep the latency of the presets' kind.
+
     Raises:
         ValueError: naming the value and what may be written.
     """
@@ -93,7 +95,8 @@ def parse_duplex(
         )
     read, write = rates[0], rates[min(1, len(rates) - 1)]
     mixed = rates[2] if len(rates) == 3 else mixed_of(read, write)
-    return Duplex(name=GIVEN, read=read, write=write, mixed=mixed)
+    latency = presets[0].latency_seconds
+    return Duplex(name=GIVEN, read=read, write=write, mixed=mixed, latency_seconds=latency)
 
 
 def parse_channels(text: str) -> Quoted:

@@ -18,7 +18,7 @@ _A800 = (
     "https://tweakers.net/nieuws/203182/nvidia-introduceert-a800-gpu-voor-china-die-niet-onder-exportrestricties-"
     f"vs-valt.html (the numbers of the A100 but for NVLink), {_A100}"
 )
-_H100 = "https://www.nvidia.com/en-us/data-center/h100/ (printed with sparsity: halved)"
+_H100 = "https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html (printed with sparsity: halved)"
 _H200 = "https://www.nvidia.com/en-us/data-center/h200/ (printed with sparsity: halved)"
 _L40S = "https://www.nvidia.com/en-us/data-center/l40s/"
 _ADA = (
@@ -27,16 +27,26 @@ _ADA = (
 )
 _MI300X = "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html"
 _LAPTOPS = "https://hmc-tech.com/gpu/nvidia-geforce-rtx-{} (its highest power; tensor, fp32 accumulation)"
+_TIMED = "https://github.com/zzc0721/torch-performance-test-data/issues/{} (bf16, 10240^3: {} TFLOP/s)"
 _MAMF = (
     "https://github.com/stas00/ml-engineering/blob/master/compute/accelerator/README.md (largest bf16 matrix "
     "product found, 2026-08)"
 )
-_FLASH_2 = "https://arxiv.org/abs/2307.08691 (FlashAttention-2 on A100, best case)"
-_FLASH_3 = "https://arxiv.org/abs/2407.08608 (FlashAttention-3 on H100, best case: forward 740 TFLOP/s)"
+_FLASH_2 = (
+    "https://arxiv.org/abs/2307.08691, section 1 (FlashAttention-2 on A100 80GB SXM4, the most reached)"
+)
+_FLASH_3 = (
+    "https://arxiv.org/abs/2407.08608, abstract (FlashAttention-3 on H100, the most reached: 740 TFLOP/s)"
+)
 
 
 def _q(value: float, source: str) -> Quoted:
     return Quoted(value=value, source=source)
+
+
+def _said_of(device: str, name: str, value: float, source: str) -> Quoted:
+    """A number that was found for ``device`` alone; for its kin an assumption."""
+    return _q(value, source if name == device else f"assumption: as {device}, {source}")
 
 
 def _box(gigabytes: int, url: str) -> Quoted:
@@ -49,34 +59,48 @@ def _box(gigabytes: int, url: str) -> Quoted:
 _H100_SEEN = (79.11 * GiB) / (81559 * MiB)
 _SEEN = "derived: 0.993 (an H100's programs see 79.11 GiB of 81559 MiB) of nvidia-smi's total, {} MiB"
 
+_OWN_UPLINK = _q(1, "assumption: every GPU has a slot of its own")
+# A host of eight has four PCIe switches, and `nvidia-smi topo -m` shows pairs of GPUs behind one (PXB).
+_PAIRED_UPLINK = _q(
+    2,
+    "https://github.com/NVIDIA/nvbandwidth/issues/53 (8 A100-SXM4-80GB); of an A800 as well: https://www.besthub."
+    "dev/articles/inside-the-high-performance-gpu-server-a-deep-dive-into-a100-a800-h100-topologies-512d39aeaa2c",
+)
+_H800_UPLINK = _q(
+    1,
+    "https://github.com/liguodongiot/llm-action/blob/main/ai-infra/%E7%BD%91%E7%BB%9C/nvbandwidth.md (8 H800 "
+    "that all copy: 55.1 GB/s to each, 44.8 from each)",
+)
+
 # Attention kernels per matrix product on an A100: 0.73 and 0.63 of the peak against 0.869.
 _ATTENTION_FORWARD, _ATTENTION_BACKWARD = 0.73 / 0.869, 0.63 / 0.869
 
 _AS_FLASH_2 = "assumption: as much below the matrix products as FlashAttention-2 on A100 (arXiv 2307.08691)"
 _MATMUL = _q(0.8, "assumption: as an H100's, 0.803, rounded")
 _COPY = _q(0.75, "assumption: as an A100's and an H100's device-to-device copies (0.74, 0.77)")
-_A100_COPY = _q(
-    1157.5 / 1555,
-    "https://github.com/router-gao/cuda-demo, cuda-samples/02-cuda-bandwidth.md (1157.5 of 1555 GB/s)",
+_A100_COPY = (
+    "https://github.com/router-gao/cuda-demo, cuda-samples/02-cuda-bandwidth.md (1157.5 of 1555 GB/s)"
 )
-_H100_COPY = _q(2573 / 3350, "https://github.com/NVIDIA/nccl/issues/1264 (2573 of 3350 GB/s)")
+_H100_COPY = "https://github.com/NVIDIA/nccl/issues/1264 (2573 of 3350 GB/s)"
 
 
 def _a100(
     name: str, memory: Quoted, rate: float, matmul: float, interconnect: str | None = None
 ) -> Accelerator:
     url = _A800 if "a800" in name else _A100
+    form = "a100-80gb-pcie" if "pcie" in name else "a100-80gb-sxm"
     return Accelerator(
         name=name,
         memory_bytes=memory,
         memory_bytes_per_second=_q(rate, url),
         half_flops_per_second=_q(312e12, url),
         single_flops_per_second=_q(156e12, f"{url} (TF32)"),
-        matmul_efficiency=_q(matmul, _MAMF),
-        attention_forward_efficiency=_q(0.73, _FLASH_2),
-        attention_backward_efficiency=_q(0.63, _FLASH_2),
-        memory_efficiency=_A100_COPY,
+        matmul_efficiency=_said_of(form, name, matmul, _MAMF),
+        attention_forward_efficiency=_said_of("a100-80gb-sxm", name, 0.73, _FLASH_2),
+        attention_backward_efficiency=_said_of("a100-80gb-sxm", name, 0.63, _FLASH_2),
+        memory_efficiency=_said_of("a100-40gb-sxm", name, 1157.5 / 1555, _A100_COPY),
         host_link="pcie-gen4-x16",
+        gpus_per_uplink=_OWN_UPLINK if "pcie" in name else _PAIRED_UPLINK,
         interconnect=interconnect,
     )
 
@@ -84,20 +108,21 @@ def _a100(
 def _hopper(
     name: str, memory: Quoted, rate: float, half: float, single: float, url: str, interconnect: str | None
 ) -> Accelerator:
-    measured = _MAMF if "sxm" in name else f"assumption: as the SXM form in {_MAMF}"
+    sxm = "h100-80gb-sxm"
     return Accelerator(
         name=name,
         memory_bytes=memory,
         memory_bytes_per_second=_q(rate, url),
         half_flops_per_second=_q(half, url),
         single_flops_per_second=_q(single, f"{url} (TF32)"),
-        matmul_efficiency=_q(0.803, measured),
-        attention_forward_efficiency=_q(0.75, _FLASH_3),
+        matmul_efficiency=_said_of(sxm, name, 0.803, _MAMF),
+        attention_forward_efficiency=_said_of(sxm, name, 0.75, _FLASH_3),
         attention_backward_efficiency=_q(
             0.647, "assumption: as far below forward's 0.75 as FlashAttention-2's 0.63 is below 0.73"
         ),
-        memory_efficiency=_H100_COPY,
+        memory_efficiency=_said_of(sxm, name, 2573 / 3350, _H100_COPY),
         host_link="pcie-gen5-x16",
+        gpus_per_uplink=_OWN_UPLINK if "pcie" in name else _H800_UPLINK,
         interconnect=interconnect,
     )
 
@@ -125,8 +150,9 @@ def _other(
         attention_backward_efficiency=_q(matmul.value * _ATTENTION_BACKWARD, _AS_FLASH_2),
         memory_efficiency=_COPY,
         host_link=host_link,
+        gpus_per_uplink=_OWN_UPLINK,
         interconnect=interconnect,
-        laptop="laptop" in name,
+        consumer=name.startswith("rtx-"),
     )
 
 
@@ -135,7 +161,7 @@ _A100_80 = _q(79.25 * GiB, "https://github.com/levihsu/OOTDiffusion/issues/235 (
 _A800_80 = _q(79.33 * GiB, "https://github.com/hahnyuan/PB-LLM/issues/3 (PyTorch's total)")
 _H100_80 = _q(79.11 * GiB, "https://github.com/vllm-project/vllm/issues/27508 (PyTorch's total)")
 _4090_LAPTOP = _LAPTOPS.format("4090-laptop-150w")
-_5090_LAPTOP = _LAPTOPS.format("5090-laptop-150w")
+_5090_LAPTOP = _LAPTOPS.format("5090-laptop-150w-vs-nvidia-rtx-5000-max-q")
 _4060_LAPTOP = "https://fpsbench.com/compare/gpu/nvidia-geforce-rtx-4060-mobile-vs-nvidia-t400"
 
 ACCELERATORS: tuple[Accelerator, ...] = (
@@ -161,10 +187,7 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         _q(1008e9, _ADA),
         _q(165.2e12, _ADA),
         _q(82.6e12, f"{_ADA} (TF32)"),
-        matmul=_q(
-            158.54 / 165.2,
-            "https://github.com/zzc0721/torch-performance-test-data/issues/78 (bf16, 10240^3: 158.54)",
-        ),
+        matmul=_q(158.54 / 165.2, _TIMED.format(78, 158.54)),
     ),
     _other(
         "l40s",
@@ -190,9 +213,10 @@ ACCELERATORS: tuple[Accelerator, ...] = (
         "rtx-5090-laptop",
         _box(24, _5090_LAPTOP),
         _q(896e9, _5090_LAPTOP),
-        _q(911.89e12 / 8, f"derived: an eighth of FP4's 911.89 TFLOP/s dense, {_5090_LAPTOP}"),
-        _q(911.89e12 / 16, f"derived: a sixteenth of FP4's 911.89 TFLOP/s dense (TF32), {_5090_LAPTOP}"),
+        _q(113.99e12, _5090_LAPTOP),
+        _q(56.99e12, f"{_5090_LAPTOP} (TF32)"),
         host_link="pcie-gen5-x8",  # the lesser of what laptops wire
+        matmul=_q(78.00 / 113.99, _TIMED.format(116, 78.00)),
     ),
     _other(
         "rtx-4090-laptop",

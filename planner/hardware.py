@@ -2,7 +2,7 @@
 
 Nothing here was measured by memtrain. A number comes from a data sheet, from somebody's published
 measurement, or is an assumption that says so; one that the user gives replaces it and is marked ``given``.
-The numbers stand in ``presets.py``; ``compose.py`` makes a ``Machine`` of them.
+The numbers stand in ``gpus.py`` and ``links.py``; ``compose.py`` makes a ``Machine`` of them.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ class Duplex:
     """Bytes per second from the device, nothing else moving."""
     mixed: Quoted
     """Sum of both directions, in bytes per second, while both are busy."""
+    latency_seconds: Quoted | None = None
+    """What one copy costs beside its bytes; None where nothing is known of it."""
 
     def __post_init__(self) -> None:
         most = self.read.value + self.write.value
@@ -78,7 +80,7 @@ class Duplex:
             )
 
     def scaled(self, factor: float, why: str) -> Duplex:
-        """All three rates times ``factor``."""
+        """All three rates times ``factor``; a copy's latency stays."""
         return dataclasses.replace(
             self,
             read=self.read.scaled(factor, why),
@@ -88,10 +90,25 @@ class Duplex:
 
 
 def in_series(near: Duplex, far: Duplex) -> Duplex:
-    """``far`` behind ``near``: in each direction the slower counts, and both at once at most their sum."""
+    """``far`` behind ``near``: in each direction the slower counts, both at once at most their sum, and a
+    copy waits for the latency of each."""
     read, write = slower(far.read, near.read), slower(far.write, near.write)
     both = Quoted(value=read.value + write.value, source="derived: the sum of both directions alone")
-    return Duplex(name=far.name, read=read, write=write, mixed=slower(far.mixed, near.mixed, both))
+    return Duplex(
+        name=far.name,
+        read=read,
+        write=write,
+        mixed=slower(far.mixed, near.mixed, both),
+        latency_seconds=_one_after_the_other(near.latency_seconds, far.latency_seconds),
+    )
+
+
+def _one_after_the_other(near: Quoted | None, far: Quoted | None) -> Quoted | None:
+    if near is None or far is None:
+        return near or far
+    return Quoted(
+        value=near.value + far.value, source=f"derived: the sum of [{near.source}] and [{far.source}]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,9 +140,12 @@ class Accelerator:
     memory_efficiency: Quoted
     host_link: str
     """Name of a host link in the presets."""
+    gpus_per_uplink: Quoted
+    """GPUs behind one such link to the host, each of which has its share while all of them copy."""
     interconnect: str | None = None
     """Name of an interconnect in the presets; None where GPUs meet over the host link."""
-    laptop: bool = False
+    consumer: bool = False
+    """Made for desktops and laptops, whose processors have two channels of DRAM."""
 
     def given(self, changes: Mapping[str, float]) -> Accelerator:
         """The same GPU with some of its numbers replaced by the user's.

@@ -1,7 +1,8 @@
 """What lies between GPUs, memory and disks: buses, interconnects, DRAM, CXL cards, NVMe, each with a source.
 
-A bus is quoted as somebody measured it, not as its specification has it. GB are 1e9 bytes. Where no
-measurement was found the source begins with ``assumption:`` or ``derived:``.
+A bus is quoted as somebody measured it, not as its specification has it, and for one GPU that copies alone
+(``Accelerator.gpus_per_uplink``). GB are 1e9 bytes. Where no measurement was found the source begins with
+``assumption:`` or ``derived:``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _GEN4_MIXED = 2 * 18.56e9
 _MIXED_SHARE = _GEN4_MIXED / 51e9
 _GEN3 = "https://github.com/mpicbg-scicomp/gearshifft/pull/82 (P100, pinned, near socket)"
 _GEN5 = f"{_NETWORK}, nvbandwidth on H200"
+_GEN5_MIXED = (
+    "derived: the sum of what each direction moved against the other, 52.75 and 34.47 GB/s, https://github.com/"
+    "liguodongiot/llm-action/blob/main/ai-infra/%E7%BD%91%E7%BB%9C/nvbandwidth.md (H800)"
+)
+# The upper end of what was found: a prediction should not be too good.
+_COPY_CALL = _q(7e-6, "https://arxiv.org/abs/2602.21548, section 5.2 (5 to 7 us a cudaMemcpyAsync)")
 
 
 def bus_mixed(read: Quoted, write: Quoted) -> Quoted:
@@ -37,18 +44,19 @@ def bus_mixed(read: Quoted, write: Quoted) -> Quoted:
     )
 
 
-def _bus(name: str, read: Quoted, write: Quoted) -> Duplex:
-    return Duplex(name=name, read=read, write=write, mixed=bus_mixed(read, write))
+def _bus(name: str, read: Quoted, write: Quoted, mixed: Quoted | None = None) -> Duplex:
+    both = mixed or bus_mixed(read, write)
+    return Duplex(name=name, read=read, write=write, mixed=both, latency_seconds=_COPY_CALL)
 
 
 PCIE_GEN3 = _bus("pcie-gen3-x16", _q(12.15e9, _GEN3), _q(12.89e9, _GEN3))
-PCIE_GEN4 = Duplex(
-    name="pcie-gen4-x16",
-    read=_q(26.0e9, _NVBANDWIDTH),
-    write=_q(25.0e9, "https://github.com/NVIDIA/nvbandwidth/issues/53 (A100)"),
-    mixed=_q(_GEN4_MIXED, f"derived: twice the measured direction, 18.56 GB/s, of {_NVBANDWIDTH}"),
+PCIE_GEN4 = _bus(
+    "pcie-gen4-x16",
+    _q(26.0e9, _NVBANDWIDTH),
+    _q(25.0e9, "https://github.com/NVIDIA/nvbandwidth/issues/53 (A100)"),
+    _q(_GEN4_MIXED, f"derived: twice the measured direction, 18.56 GB/s, of {_NVBANDWIDTH}"),
 )
-PCIE_GEN5 = _bus("pcie-gen5-x16", _q(55.43e9, _GEN5), _q(55.06e9, _GEN5))
+PCIE_GEN5 = _bus("pcie-gen5-x16", _q(55.43e9, _GEN5), _q(55.06e9, _GEN5), _q(52.75e9 + 34.47e9, _GEN5_MIXED))
 
 
 def _eight_lanes(link: Duplex) -> Duplex:
@@ -120,13 +128,26 @@ CXL_DEVICES: tuple[Duplex, ...] = (
         read=PCIE_GEN5.read.scaled(0.5, "half (x8; a CXL 2.0 card runs over PCIe 5.0)"),
         write=PCIE_GEN5.write.scaled(0.5, "half (x8; a CXL 2.0 card runs over PCIe 5.0)"),
         mixed=_q(36e9, _CXL),
+        latency_seconds=_q(
+            0.5e-6,
+            "assumption: five times DRAM's 0.1 us; three cards were measured to take 2 to 5 times as long "
+            "(https://arxiv.org/abs/2405.14209)",
+        ),
     ),
+)
+
+
+_DISK_READ = _q(
+    150e-6,
+    "assumption: as a Micron 9200, whose data sheet has 92 to 150 us for reads at queue depth 1 "
+    "(https://vdocument.in/9200-nvme-ssds-2-steady-state-as-defined-by-snia-solid-state-storage-performance.html)",
 )
 
 
 def _disk(name: str, read: float, write: float, source: str) -> Duplex:
     reads, writes = _q(read, source), _q(write, source)
-    return Duplex(name=name, read=reads, write=writes, mixed=time_shared(reads, writes))
+    both = time_shared(reads, writes)
+    return Duplex(name=name, read=reads, write=writes, mixed=both, latency_seconds=_DISK_READ)
 
 
 DISKS: tuple[Duplex, ...] = (
@@ -140,7 +161,7 @@ DISKS: tuple[Duplex, ...] = (
         "nvme-gen4",
         6.5e9,
         3.5e9,
-        "https://blocksandfiles.com/2020/05/13/samsung-pm9a3-e1s-ssd-launch/ (PM9A3, U.2, sequential)",
+        "https://heise.de/-4720224 (Samsung PM9A3, U.2, sequential)",
     ),
     _disk(
         "nvme-gen5",

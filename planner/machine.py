@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from memtrain.planner.actions import Tier
+from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 from memtrain.planner.units import parse_bytes
 
 MACHINE_VERSION = 2
@@ -80,25 +79,21 @@ class Machine:
 
     def to_json(self) -> str:
         """Canonical JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical_json(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> Machine:
         """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
-        data: dict[str, Any] = json.loads(text)
-        if data.get("version") != MACHINE_VERSION:
-            found = data.get("version")
-            raise ValueError(f"machine version {found!r}, this memtrain reads {MACHINE_VERSION}")
-        try:
+        with reading("a machine"):
+            data: dict[str, Any] = json.loads(text)
+            check_version(data, MACHINE_VERSION, "machine")
             data["links"] = tuple(Link(**{**link, "tier": Tier(link["tier"])}) for link in data["links"])
             return cls(**data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a machine: {error}") from error
 
     @property
     def digest(self) -> str:
         """Hash of the canonical form."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        return short_digest(plain(self))
 
 
 class BudgetError(ValueError):

@@ -11,6 +11,7 @@ parallelism divides (Korthikanti et al., 2205.05198); ZeRO (1910.02054); Ulysses
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -54,7 +55,7 @@ class ActivationClass(Enum):
     INTERMEDIATE = "intermediate"
     """Inside the MLP or the experts: cut by columns."""
     LOGITS = "logits"
-    """Cut by vocabulary (2104.04473, section 4.1)."""
+    """Cut by vocabulary (1909.08053, section 3)."""
 
 
 class Group(Enum):
@@ -144,7 +145,7 @@ class Degrees:
     def _check_context(self, shape: ModelShape, sequence: int) -> None:
         # Under a causal mask a ring gives each rank one early and one late piece, 2c in all.
         pieces = 2 * self.context if self.context > 1 and self.context_method == "ring" else self.context
-        cut = pieces * self.sequence_cut
+        cut = math.lcm(pieces, self.context * self.sequence_cut)
         if sequence % cut:
             raise ValueError(
                 f"a sequence of {sequence} tokens cannot be cut {cut} ways (context {self.context}, "

@@ -7,15 +7,17 @@ took) is provenance: written beside the plan, never hashed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading
 
 PLAN_VERSION = 3
+_DIGITS = 9
+"""Of seconds in a plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,16 +140,16 @@ class Plan:
 
     def _hashed(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "provenance"}
-        return {key: _plain(value) for key, value in data.items()}
+        return {key: plain(value, digits=_DIGITS) for key, value in data.items()}
 
     @property
     def digest(self) -> str:
         """Hash of everything but the provenance."""
-        return hashlib.sha256(_canonical(self._hashed()).encode()).hexdigest()
+        return digest(self._hashed())
 
     def to_json(self) -> str:
         """Canonical JSON of the plan, its hash, and its provenance."""
-        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -156,11 +158,10 @@ class Plan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        try:
+        with reading("a plan"):
             document = json.loads(text)
             data = dict(document["plan"])
-            if data["version"] != PLAN_VERSION:
-                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            check_version(data, PLAN_VERSION, "plan")
             data["blocks"] = tuple(
                 BlockDecision(
                     **{
@@ -188,8 +189,6 @@ class Plan:
             data["timeline"] = tuple(Event(**event) for event in data["timeline"])
             data["remedies"] = tuple(data["remedies"])
             plan = cls(**data, provenance=dict(document.get("provenance", {})))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
         if document.get("hash") != plan.digest:
             raise ValueError(
                 f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: "
@@ -213,19 +212,3 @@ def describe(block: BlockDecision) -> str:
     if block.recomputed_tokens is not None:
         words += f", the others on {block.rest_tier.value}"
     return words + ("" if block.input_tier is Tier.DEVICE else f" (input to {block.input_tier.value})")
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, (Tier, Action, UpdateSchedule)):
-        return value.value
-    if isinstance(value, float):
-        return round(value, 9)
-    return value
-
-
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)

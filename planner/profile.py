@@ -8,10 +8,11 @@ takes when it runs alone (``ModelProfile.in_a_step`` gives what it takes among t
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
 PROFILE_VERSION = 4
 
@@ -233,28 +234,24 @@ class ModelProfile:
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no white space."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        return canonical_json(plain(self))
 
     @classmethod
     def from_json(cls, text: str) -> ModelProfile:
         """Read what ``to_json`` wrote. Raises ValueError on another version or unknown keys."""
-        data: dict[str, Any] = json.loads(text)
-        if data.get("version") != PROFILE_VERSION:
-            found = data.get("version")
-            raise ValueError(f"profile version {found!r}, this memtrain reads {PROFILE_VERSION}")
-        try:
+        with reading("a profile"):
+            data: dict[str, Any] = json.loads(text)
+            check_version(data, PROFILE_VERSION, "profile")
             data["blocks"] = tuple(_read_block(block) for block in data["blocks"])
             data["units"] = tuple(
                 UnitProfile(**{**unit, "parameters": tuple(unit["parameters"])}) for unit in data["units"]
             )
             return cls(**data)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not a profile: {error}") from error
 
     @property
     def digest(self) -> str:
         """Hash of the canonical form."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+        return short_digest(plain(self))
 
 
 def _read_block(data: dict[str, Any]) -> BlockProfile:
@@ -277,7 +274,7 @@ def _slowed_block(block: BlockProfile, slowdown: float) -> BlockProfile:
 
 def _slowed(record: _Record, slowdown: float) -> _Record:
     """``record`` with each of its own fields that is in seconds multiplied."""
-    names = [field.name for field in dataclasses.fields(record) if field.name.endswith("_seconds")]
+    names = [field.name for field in dataclasses.fields(record) if field.name.endswith("seconds")]
     return dataclasses.replace(record, **{name: slowdown * getattr(record, name) for name in names})
 
 

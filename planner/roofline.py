@@ -96,8 +96,9 @@ def update_bytes(
 def cpu_update_seconds(moved_bytes: float, bytes_per_second: float) -> float:
     """An optimizer step on the processor over state in DRAM (or in CXL memory): bytes over its bandwidth.
 
-    A vectorised Adam with all cores is bound by memory (ZeRO-Offload, arXiv 2101.06840, section 5.1); give
-    ``Setup.dram_bytes_per_second.value``, or a CXL link's ``mixed`` rate for state that lies there.
+    Assumption: a vectorised Adam on all cores is bound by memory, which is what ZeRO-Offload's is tuned for
+    (arXiv 2101.06840, section 5.1: vector instructions, unrolling, threads). Give
+    ``Setup.dram_bytes_per_second.value``, or the ``mixed`` rate of ``Setup.stores`` for state in CXL memory.
 
     Raises:
         ValueError: the bandwidth is not above 0.

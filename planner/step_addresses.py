@@ -3,8 +3,9 @@
 After MEMO (arXiv 2407.12117): first the transients of one block's forward and of its backward are packed,
 then each pass of a block counts as one buffer of that height. Departures: what a block keeps for its
 backward is born in the order of the blocks and dies in the reverse one, so it is a stack, which loses
-nothing; gradients handed from block to block and staging slots are rings at fixed places; so level 2 needs
-no solver. Its height is the rings + the most over blocks of (kept up to it + the higher of its two passes).
+nothing; what is handed from block to block and staging slots are rings at fixed places, and so is what
+spans blocks; so level 2 needs no solver. Its height is these + the most over blocks of (kept up to it + the
+higher of its two passes).
 Where that is above the load of the step, all buffers are packed flat in the time left, and the lower result
 is taken.
 """
@@ -22,8 +23,9 @@ from memtrain.planner.buffers import Buffer
 from memtrain.planner.step_buffers import Step
 from memtrain.planner.units import round_up
 
-GRADIENT_SLOTS = 2
-"""A block reads the gradient of its output while it writes that of its input."""
+RING_SLOTS = 2
+"""A forward reads its input while it writes its output, a backward the gradient of its output while it writes
+that of its input. One ring serves both: all of the first are dead before the first of the second is born."""
 FLAT_SHARE = 0.5
 """Of the time left for level 1, which rarely needs a hundredth of it."""
 
@@ -111,22 +113,41 @@ class _LevelOne:
 
 def _level_two(step: Step, level_one: _LevelOne, alignment: int) -> tuple[dict[str, int], int]:
     """Rings at the bottom, kept buffers stacked on them, each pass on what is kept up to its block."""
-    offsets: dict[str, int] = {}
-    slot = round_up(step.staging_slot_bytes, alignment)
-    if slot:
-        offsets |= {f"staging.{number}": number * slot for number in range(step.staging_slots)}
-    gradients = slot * step.staging_slots
-    gradient = round_up(max(block.input_gradient_bytes for block in step.blocks), alignment)
-    top = gradients + GRADIENT_SLOTS * gradient
+    offsets, top = _whole_step(step, alignment)
+    ring, slot = top, _ring_slot_bytes(step, alignment)
+    top += RING_SLOTS * slot
     height = top
     for number, block in enumerate(step.blocks):
-        if block.input_gradient_bytes:
-            offsets[f"{number}.gradient.input"] = gradients + number % GRADIENT_SLOTS * gradient
+        if block.input_gradient:
+            offsets[f"{number}.input_gradient"] = ring + number % RING_SLOTS * slot
         for k in block.kept:
             offsets[f"{number}.kept.{k.name}"] = top
             top += round_up(k.size, alignment)
+        if block.output and step.output_is_kept(number):
+            offsets[f"{number}.output"] = top
+            top += round_up(block.output.size, alignment)
+        elif block.output:
+            offsets[f"{number}.output"] = ring + number % RING_SLOTS * slot
         for name, buffers in (("forward", block.forward), ("backward", block.backward)):
             inside, pass_height = level_one.of(buffers)
             offsets |= {f"{number}.{name}.{inner}": top + offset for inner, offset in inside.items()}
             height = max(height, top + pass_height)
     return offsets, max(height, top)
+
+
+def _whole_step(step: Step, alignment: int) -> tuple[dict[str, int], int]:
+    """Staging slots and what spans blocks, one above the other, and where they end."""
+    sizes = [(f"staging.{slot}", step.staging_slot_bytes) for slot in range(step.staging_slots)]
+    sizes += [(f"spanning.{b.name}", b.size) for b in step.spanning]
+    offsets, top = {}, 0
+    for name, size in sizes:
+        if size:
+            offsets[name] = top
+            top += round_up(size, alignment)
+    return offsets, top
+
+
+def _ring_slot_bytes(step: Step, alignment: int) -> int:
+    handed = [block.input_gradient for block in step.blocks]
+    handed += [block.output for i, block in enumerate(step.blocks) if not step.output_is_kept(i)]
+    return round_up(max((h.size for h in handed if h), default=0), alignment)

@@ -1,4 +1,8 @@
-"""The commands, as typer declares them. Exit codes: 0 done, 1 a mistake or a failure, 2 no plan fits."""
+"""The commands, as typer declares them.
+
+Exit codes: 0 done, 1 a mistake or a failure, 2 no plan fits, 3 (``plan`` alone) a plan of which nothing is
+proved.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from memtrain.cli.launch import launch, split_arguments
+from memtrain.cli.plan import plan
 from memtrain.cli.validate import validate_file
+from memtrain.planning.request import PlanError
 from memtrain.recipe import RecipeError, load_recipe
 
 app = typer.Typer(
@@ -98,6 +104,11 @@ def profile(
     raise typer.Exit(measure(swap, device=device, cxl_node=cxl_node, output=output, json=json))
 
 
+app.command(
+    epilog="memtrain plan llama-3-70b --seq 8k --gpu a800-80g --gpus 8 --cp 8 --dram 1TiB --nvme 4TB@6GB/s"
+)(plan)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The entry point of ``memtrain``; always ends with SystemExit."""
     given = sys.argv[1:] if arguments is None else arguments
@@ -109,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # Usage errors of the command line exit with 1: 2 is for a budget that cannot work.
         code = app(args=own, obj=overrides, prog_name="memtrain", standalone_mode=False)
-    except RecipeError as error:
+    except (RecipeError, PlanError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except typer.Abort:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from memtrain.planner.machine import Machine
 from memtrain.recipe import RecipeError
+from memtrain.runfiles import replace_text
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
@@ -44,13 +44,9 @@ def profile(swap: Path | None, *, device: str, cxl_node: int | None, output: Pat
 
 
 def _write(output: Path, machine: Machine) -> None:
-    """The file appears whole: a plan made from half a machine would be a wrong one."""
-    temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(machine.to_json() + "\n")
-        os.replace(temporary, output)
+        replace_text(output, machine.to_json() + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RecipeError(f"-o {output}: {error.strerror}; choose a file that can be written") from error
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
+from memtrain.planner.ranges.plan import RangePlan
 from memtrain.recipe import RecipeError, load_recipe
 
 
@@ -20,7 +21,10 @@ def validate_file(path: Path) -> str:
 
 def _validate_plan(path: Path) -> str:
     try:
-        plan = Plan.from_json(path.read_text())
+        text = path.read_text()
+        if '"problem_digest"' in text:
+            return _range_plan(path, text)
+        plan = Plan.from_json(text)
         profile = ModelProfile.from_json((path.parent / "profile.json").read_text())
         machine = Machine.from_json((path.parent / "machine.json").read_text())
     except FileNotFoundError as error:
@@ -37,3 +41,10 @@ def _validate_plan(path: Path) -> str:
     if violations:
         raise RecipeError("\n  ".join([f"{path} breaks its own constraints:", *map(str, violations)]))
     return f"{path} is a valid plan: {plan.status}, {plan.step_seconds:.2f} s a step, hash {plan.digest}"
+
+
+def _range_plan(path: Path, text: str) -> str:
+    """Of ``memtrain plan -o``: whole and unchanged; its bytes and times were checked when it was written."""
+    plan = RangePlan.from_json(text)
+    proved = "" if plan.status == "infeasible" else f", {plan.step_seconds:.3g} s"
+    return f"{path} is a plan of `memtrain plan`, unchanged: {plan.status}{proved}, hash {plan.digest}"

@@ -13,7 +13,8 @@
   whole (``rotor``).
 
 Recompute all, sqrt(n), selective and rotor are also tried with the blocks' inputs sent to the places.
-Each gives decisions that fit, or nothing. State is placed uniformly (``uniform_states``).
+Each gives decisions that fit, or nothing. State is placed uniformly (``uniform_states``), and rules see the
+machine without what it takes.
 """
 
 from __future__ import annotations
@@ -38,16 +39,14 @@ from memtrain.planner.ranges.greedy import Greedy, Plan
 from memtrain.planner.ranges.model import Problem, TensorClass
 from memtrain.planner.ranges.rotor import least_recompute
 from memtrain.planner.ranges.simulate import step_seconds
-from memtrain.planner.ranges.states import open_places
+from memtrain.planner.ranges.uniform_states import MAX_STATE_PLACEMENTS, beside, uniform_states
 
+BEST_STATE_PLACEMENTS = 4
+"""Of the uniform placements of state, what every rule is tried with."""
 MAX_ALPHAS = 16
 """Values of alpha above 0 that are tried."""
 SLOT_SHARES = (0.25, 0.5, 0.75, 1.0)
 """Of a block's bytes, the most that greedy sends through a slot: each share is tried."""
-MAX_STATE_PLACEMENTS = 64
-"""Uniform placements of state that are looked at; one takes about 10 ms with 80 blocks."""
-BEST_STATE_PLACEMENTS = 4
-"""Of these, what every rule is tried with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,12 +62,12 @@ class Baseline:
 
 def baselines(formulated: Formulated, *, deadline: float = math.inf) -> tuple[Baseline, ...]:
     """Every rule, through the same simulator and the same rows; ``deadline`` (monotonic) cuts them short."""
-    placements = _placements(formulated)
+    placements = [(placement, beside(formulated, placement)) for placement in _placements(formulated)]
     rows = []
     for name, rule in RULES.items():
         best, decided = math.inf, Decisions()
-        for plan in rule(formulated.problem):
-            for placement in placements:
+        for placement, rest in placements:
+            for plan in rule(rest):
                 if time.monotonic() > deadline:
                     break
                 decisions, seconds = _judge(formulated, plan, placement)
@@ -95,39 +94,6 @@ def _placements(formulated: Formulated) -> list[dict[int, int]]:
     return sorted(found, key=lambda placement: _judge(formulated, light, placement)[1])[
         :BEST_STATE_PLACEMENTS
     ]
-
-
-def uniform_states(formulated: Formulated) -> Iterator[dict[int, int]]:
-    """The same update and the same place per class for all blocks; one empty choice without state."""
-    problem, states = formulated.problem, formulated.states
-    names = list(dict.fromkeys(s.name for b in problem.blocks for s in b.states))
-    if not names:
-        yield {}
-        return
-    for update in problem.updates:
-        where = {
-            name: list(
-                dict.fromkeys(
-                    p
-                    for b in problem.blocks
-                    for s in b.states
-                    if s.name == name
-                    for p in open_places(problem, s, update)
-                )
-            )
-            or [""]
-            for name in names
-        }
-        for places in itertools.product(*where.values()):
-            wanted = dict(zip(names, places, strict=True))
-            counts: dict[int, int] = {}
-            for block, updated, placed in zip(problem.blocks, states.updated, states.placed, strict=True):
-                if update in updated:
-                    counts[updated[update]] = block.pieces
-                for placement, variable in placed.items():
-                    if placement.update == update and wanted[placement.state.name] == placement.place:
-                        counts[variable] = block.pieces
-            yield counts
 
 
 def _counts(formulated: Formulated, plan: Plan) -> dict[int, int]:
@@ -168,7 +134,9 @@ def _sqrt(problem: Problem) -> Iterator[Plan]:
 
 
 def _selective(problem: Problem) -> Iterator[Plan]:
-    plan = _each(problem, lambda index, tensor: RECOMPUTE if _is_attention(tensor) else KEEP)
+    plan = _each(
+        problem, lambda index, tensor: RECOMPUTE if tensor.attention and tensor.recompute_seconds else KEEP
+    )
     yield from _with_inputs_out(problem, plan)
 
 
@@ -177,20 +145,31 @@ def _with_inputs_out(problem: Problem, plan: Plan) -> Iterator[Plan]:
     yield plan
     if not problem.machine.places:
         return
-    free = {place.name: place.capacity_bytes for place in problem.machine.places}
-    moved: Plan = []
-    for index, (block, chosen) in enumerate(zip(problem.blocks, plan, strict=True)):
-        row = []
-        for tensor, counts in zip(block.classes, chosen, strict=True):
-            if tensor.recompute_seconds:
-                row.append(counts)
-            elif in_slots(problem, index):
-                row.append({SLOT: tensor.chunks})
-            else:
-                spread, left = _spread(tensor, tensor.chunks, free)
-                row.append(spread | ({KEEP: left} if left else {}))
-        moved.append(row)
-    yield moved
+    inputs = [sum(t.total_bytes for t in b.classes if not t.recompute_seconds) for b in problem.blocks]
+    for free in _rooms(problem, max(inputs)):
+        moved: Plan = []
+        for index, (block, chosen) in enumerate(zip(problem.blocks, plan, strict=True)):
+            row = []
+            for tensor, counts in zip(block.classes, chosen, strict=True):
+                if tensor.recompute_seconds:
+                    row.append(counts)
+                elif in_slots(problem, index):
+                    row.append({SLOT: tensor.chunks})
+                else:
+                    spread, left = _spread(tensor, tensor.chunks, free)
+                    row.append(spread | ({KEEP: left} if left else {}))
+            moved.append(row)
+        yield moved
+
+
+def _rooms(problem: Problem, slot_bytes: int) -> Iterator[dict[str, int]]:
+    """Free bytes by place: without those two hops away, and with them and slots for the way there."""
+    machine = problem.machine
+    yield {p.name: p.capacity_bytes for p in machine.places if len(p.hops) == 1}
+    if machine.staging is not None and any(len(p.hops) == 2 for p in machine.places):
+        room = {p.name: p.capacity_bytes for p in machine.places}
+        room[machine.staging] = max(0, room[machine.staging] - machine.forwarding_slots * slot_bytes)
+        yield room
 
 
 def _spread(tensor: TensorClass, chunks: int, free: dict[str, int]) -> tuple[dict[Action, int], int]:
@@ -205,24 +184,20 @@ def _spread(tensor: TensorClass, chunks: int, free: dict[str, int]) -> tuple[dic
     return counts, chunks
 
 
-def _is_attention(tensor: TensorClass) -> bool:
-    """The recomputable class that needs the input alone: attention's output, in the words of the model."""
-    return bool(tensor.recompute_seconds) and len(tensor.needs) == 1
-
-
 def _uniform_alpha(problem: Problem) -> Iterator[Plan]:
     """Alphas in steps of a chunk, or of a 16th where chunks are finer, the largest first."""
     if not problem.machine.places:
         return
     most = min(MAX_ALPHAS, max((t.chunks for b in problem.blocks for t in b.classes), default=1))
+    heaviest = max(sum(t.total_bytes for t in b.classes) for b in problem.blocks)
     for share in range(most, -1, -1):
-        plan = _with_alpha(problem, share / most)
-        if plan:
-            yield plan
+        for free in _rooms(problem, heaviest):
+            plan = _with_alpha(problem, share / most, free)
+            if plan:
+                yield plan
 
 
-def _with_alpha(problem: Problem, alpha: float) -> Plan:
-    free = {place.name: place.capacity_bytes for place in problem.machine.places}
+def _with_alpha(problem: Problem, alpha: float, free: dict[str, int]) -> Plan:
     plan: Plan = []
     for index, block in enumerate(problem.blocks):
         if in_slots(problem, index):
@@ -230,7 +205,7 @@ def _with_alpha(problem: Problem, alpha: float) -> Plan:
             continue
         row = []
         for tensor in block.classes:
-            always = not tensor.recompute_seconds or _is_attention(tensor)
+            always = not tensor.recompute_seconds or tensor.attention
             leaves = tensor.chunks if always else math.floor(alpha * tensor.chunks + 1e-9)
             again: dict[Action, int] = {RECOMPUTE: tensor.chunks - leaves} if leaves < tensor.chunks else {}
             counts, left = _spread(tensor, leaves, free)
@@ -242,10 +217,12 @@ def _with_alpha(problem: Problem, alpha: float) -> Plan:
 
 
 def _greedy(problem: Problem) -> Iterator[Plan]:
+    heaviest = max(sum(t.total_bytes for t in b.classes) for b in problem.blocks)
     for share in SLOT_SHARES:
-        plan = Greedy(problem, share).run()
-        if plan:
-            yield plan
+        for room in _rooms(problem, math.ceil(share * heaviest)):
+            plan = Greedy(problem, share * heaviest, room).run()
+            if plan:
+                yield plan
 
 
 def _rotor(problem: Problem) -> Iterator[Plan]:

@@ -3,13 +3,19 @@
 Shares no code with what made the plan: it reads ranges, pieces and events, knows what must come before what
 and how fast a link is at most, and nothing of formulations or queues' order. Every fault names its rule:
 
+- ``PROBLEM``: a plan of another problem; ``CERTIFICATE``: a bound above the step, a gap or a status that does
+  not follow from them, a step shorter than its arithmetic.
 - ``CHUNKS``: a chunk without an action, or with two; pieces that do not add up.
 - ``ACTION``: an action that the class, the codec or the place does not allow; a recomputed range that is no
   prefix.
 - ``ERROR_BUDGET``, ``CAPACITY``, ``WRITE_LIMIT``: a limit exceeded; ``PEAK``: a peak that does not match.
+- ``PARTS``: parts of the step that are not those of its micro-batches, or events outside of theirs.
 - ``OVERLAP``: two transfers at once in one queue, or two things at once on one processor.
+- ``ORDER``: a queue's copies of a kind that do not go through the blocks in their order.
+- ``BANDWIDTH``: more over a link at once than both its directions can move.
 - ``DURATION``: faster than the link, or than the arithmetic.
-- ``DEPENDENCY``: an event missing, or before what it needs (a late prefetch is one).
+- ``DEPENDENCY``: an event missing, or before what it needs (a late prefetch is one), or before its slot is
+  free: of saved tensors, parameters, gradients and updates, on the device and in the staging place.
 - ``BYTES_MOVED``, ``STEP_SECONDS``: totals that do not match.
 """
 
@@ -22,11 +28,11 @@ from dataclasses import dataclass
 
 from memtrain.planner.ranges.bytes_check import Bill
 from memtrain.planner.ranges.model import DEVICE, Block, Problem, TensorClass
-from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan
+from memtrain.planner.ranges.plan import BlockPlan, Range, RangePlan, problem_digest
 from memtrain.planner.ranges.timeline_check import timeline_faults
 
 ROUNDING = 1e-9
-"""Of an error budget: a sum of fractions."""
+"""Of an error budget, which is a sum of fractions, and of seconds and gaps, which have nine digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +49,7 @@ def check(plan: RangePlan, problem: Problem) -> list[Fault]:
     if faults:
         # Bytes and times of broken decisions mean nothing.
         return [Fault(rule=rule, message=message) for rule, message in faults]
+    faults += _certificate(plan, problem)
     bill = Bill(plan, problem)
     faults += _bytes(plan, problem, bill)
     if plan.status != "infeasible":
@@ -50,12 +57,30 @@ def check(plan: RangePlan, problem: Problem) -> list[Fault]:
     return [Fault(rule=rule, message=message) for rule, message in faults]
 
 
+def _certificate(plan: RangePlan, problem: Problem) -> Iterator[tuple[str, str]]:
+    """What the plan says about itself."""
+    if plan.problem_digest != problem_digest(problem):
+        yield "PROBLEM", f"the plan is of {plan.problem_digest}, the problem is {problem_digest(problem)}"
+    if plan.status == "infeasible":
+        return
+    if plan.status not in ("optimal", "gap", "heuristic"):
+        yield "CERTIFICATE", f"{plan.status!r} is no status"
+    step, bound = plan.step_seconds, plan.lower_bound_seconds
+    if bound > step + ROUNDING or step < problem.compute_seconds - ROUNDING * (1 + step):
+        least = problem.compute_seconds
+        yield "CERTIFICATE", f"the step takes {step} s, its bound is {bound}, its arithmetic {least}"
+    gap = (step - bound) / step if step > 0 else 0.0
+    if abs(gap - plan.gap) > 2 * ROUNDING * (1 + 1 / max(step, ROUNDING)):
+        yield "CERTIFICATE", f"step and bound leave a gap of {gap:.9f}, the plan says {plan.gap}"
+
+
 def _decisions(plan: RangePlan, problem: Problem) -> Iterator[tuple[str, str]]:
     names = [b.name for b in plan.blocks]
     if names != [b.name for b in problem.blocks]:
         yield "CHUNKS", f"the plan's blocks are {names}"
         return
-    last = len(problem.blocks) - problem.machine.slots
+    # With several micro-batches in flight every slot is taken over.
+    last = len(problem.blocks) - (problem.machine.slots if problem.in_flight == 1 else 0)
     for index, (block, decided) in enumerate(zip(problem.blocks, plan.blocks, strict=True)):
         by_class: dict[str, list[Range]] = defaultdict(list)
         for part in decided.ranges:

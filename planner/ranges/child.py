@@ -11,6 +11,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +23,59 @@ RESERVE_SECONDS = 0.5
 """The search is asked to stop this much before it is killed."""
 
 
+class Child:
+    """A search under way in a process of its own, to be used as a context, whose end is the process's."""
+
+    def __init__(
+        self, problem: Problem, start: Decisions | None, *, gap: float, seconds: float, whole: bool
+    ) -> None:
+        self._deadline = time.monotonic() + seconds
+        # Files, not pipes: nobody reads along while the rules are tried.
+        self._request, self._answers, self._errors = (tempfile.TemporaryFile() for _ in range(3))  # noqa: SIM115
+        pickle.dump((problem, start, gap, time.time() + seconds - RESERVE_SECONDS, whole), self._request)
+        self._request.seek(0)
+        path = os.pathsep.join([str(Path(__file__).absolute().parents[3]), os.environ.get("PYTHONPATH", "")])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "memtrain.planner.ranges.child"],
+            stdin=self._request,
+            stdout=self._answers,
+            stderr=self._errors,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+
+    def result(self) -> Answer | None:
+        """What was found when its seconds are over, or before; None when there was no time for any answer.
+
+        Raises:
+            RuntimeError: the process failed; with the end of what it said.
+        """
+        try:
+            code = self._process.wait(max(0.0, self._deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            code = 0
+        finally:
+            self._kill()
+        self._answers.seek(0)
+        self._errors.seek(0)
+        answer, said = _last(self._answers.read()), self._errors.read()
+        if code != 0:
+            raise RuntimeError(f"the solver's process failed: {said.decode(errors='replace')[-2000:]}")
+        return answer
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._kill()
+        for file in (self._request, self._answers, self._errors):
+            file.close()
+
+    def _kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
 def search_in_child(
     problem: Problem, start: Decisions | None, *, gap: float, seconds: float, whole: bool
 ) -> Answer | None:
@@ -30,26 +84,12 @@ def search_in_child(
     Returns None when there was no time for any answer.
 
     Raises:
-        RuntimeError: the child failed; with the end of what it said.
+        RuntimeError: as ``Child.result``.
     """
     if seconds <= RESERVE_SECONDS:
         return None
-    request = pickle.dumps((problem, start, gap, time.time() + seconds - RESERVE_SECONDS, whole))
-    path = os.pathsep.join([str(Path(__file__).absolute().parents[3]), os.environ.get("PYTHONPATH", "")])
-    try:
-        child = subprocess.run(
-            [sys.executable, "-m", "memtrain.planner.ranges.child"],
-            input=request,
-            capture_output=True,
-            timeout=seconds,
-            env=os.environ | {"PYTHONPATH": path},
-            check=False,
-        )
-    except subprocess.TimeoutExpired as stopped:
-        return _last(stopped.stdout or b"")
-    if child.returncode != 0:
-        raise RuntimeError(f"the solver's process failed: {child.stderr.decode(errors='replace')[-2000:]}")
-    return _last(child.stdout)
+    with Child(problem, start, gap=gap, seconds=seconds, whole=whole) as child:
+        return child.result()
 
 
 def _last(text: bytes) -> Answer | None:

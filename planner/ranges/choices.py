@@ -10,13 +10,12 @@ Index letters: ``k`` tensor class, ``a`` action.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
 from memtrain.planner.ranges.model import Codec, Problem, TensorClass
-from memtrain.planner.ranges.terms import Formulation, Linear, Prefix, Row, Unit
+from memtrain.planner.ranges.terms import Formulation, Linear, Load, Loads, Prefix, Row, Unit
 
 
 class Kind(str, Enum):
@@ -52,8 +51,11 @@ RECOMPUTE = Action(kind=Kind.RECOMPUTE)
 
 
 def in_slots(problem: Problem, block: int) -> bool:
-    """Whether the slot of ``block`` is taken over by no later one: what it holds need not leave."""
-    return block >= len(problem.blocks) - problem.machine.slots
+    """Whether the slot of ``block`` is taken over by nothing: what it holds need not leave.
+
+    So for the last blocks, unless another micro-batch's forward comes before their backward.
+    """
+    return problem.in_flight == 1 and block >= len(problem.blocks) - problem.machine.slots
 
 
 def actions(problem: Problem, block: int, tensor: TensorClass) -> tuple[Action, ...]:
@@ -151,13 +153,14 @@ class Choices:
                 total.add(variable, tensor.chunk_bytes)
         return total
 
-    def sent_bytes(self, index: int) -> dict[str, Linear]:
+    def sent(self, index: int) -> Loads:
         """What leaves for each place."""
-        sent: dict[str, Linear] = defaultdict(Linear)
+        found: Loads = {}
         for tensor, action, variable in self._each(index):
             if action.place:
-                sent[action.place].add(variable, stored_bytes(self.problem, tensor, action))
-        return dict(sent)
+                load = found.setdefault(action.place, Load())
+                load.add(variable, stored_bytes(self.problem, tensor, action))
+        return found
 
     def _bytes(self, index: int, kinds: set[Kind]) -> Linear:
         total = Linear()
@@ -193,6 +196,6 @@ class Choices:
 
     def _moving_seconds(self, index: int) -> Linear:
         total = Linear()
-        for place, sent in self.sent_bytes(index).items():
-            total.plus(sent, self.problem.machine.place(place).compute_seconds_per_byte)
+        for place, load in self.sent(index).items():
+            total.plus(load.size, self.problem.machine.place(place).compute_seconds_per_byte)
         return total

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from memtrain.planner.ranges.choices import Choices
 from memtrain.planner.ranges.ledger import Ledger
 from memtrain.planner.ranges.model import Problem
-from memtrain.planner.ranges.schedule import Schedule
+from memtrain.planner.ranges.schedule import schedule
 from memtrain.planner.ranges.states import States
 from memtrain.planner.ranges.terms import Formulation, Unit
 
@@ -54,8 +54,9 @@ def formulate(problem: Problem) -> Formulated:
         if block.states and not updated:
             raise ValueError(
                 f"block {block.name}: none of the updates {[u.label for u in problem.updates]} can be done "
-                "with the places that its state may have; allow another update or place"
+                f"in {problem.micro_batches} micro-batches with the places that its state may have; allow "
+                "another update (several micro-batches need one ahead) or another place"
             )
-    Schedule(form, choices, states)
+    schedule(form, choices, states)
     Ledger(form, choices, states)
     return Formulated(problem, form, choices, states)

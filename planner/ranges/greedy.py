@@ -17,15 +17,14 @@ STEPS = 16
 class Greedy:
     """Chunks leave their place on the device one by one, the cheapest per byte first."""
 
-    def __init__(self, problem: Problem, slot_share: float) -> None:
-        self.problem = problem
-        self.limit = slot_share * max(sum(t.total_bytes for t in b.classes) for b in problem.blocks)
+    def __init__(self, problem: Problem, slot_bytes: float, room: dict[str, int]) -> None:
+        """``slot_bytes`` may leave a block at most; ``room`` has the free bytes of the places to use."""
+        self.problem, self.limit, self.free = problem, slot_bytes, dict(room)
         self.plan: Plan = [[{KEEP: t.chunks} for t in b.classes] for b in problem.blocks]
         self.kept = [sum(t.total_bytes for t in b.classes) for b in problem.blocks]
         self.restored = [0] * len(self.kept)
         self.slot = [0] * len(self.kept)
         self.queue: list[float] = [0.0] * len(self.kept)
-        self.free = {p.name: p.capacity_bytes for p in problem.machine.places}
 
     def run(self) -> Plan:
         """The plan as soon as the device suffices; empty when nothing is left to move."""
@@ -63,7 +62,7 @@ class Greedy:
     def _overfull(self) -> int | None:
         """The first block at whose forward or backward the device is too small."""
         problem, total = self.problem, self.problem.reserved_bytes
-        total += problem.machine.slots * max(self.slot)
+        total += problem.machine.slots * max(self.slot) + (problem.in_flight - 1) * sum(self.kept)
         for index, block in enumerate(problem.blocks):
             total += self.kept[index]
             transient = max(
@@ -77,7 +76,7 @@ class Greedy:
         if action.kind is Kind.RECOMPUTE:
             return True
         slot = self.slot[index] + tensor.chunk_bytes <= self.limit
-        return slot and (not action.place or self.free[action.place] >= tensor.chunk_bytes)
+        return slot and (not action.place or self.free.get(action.place, 0) >= tensor.chunk_bytes)
 
     def _cost(self, index: int, tensor: TensorClass, action: Action) -> float:
         """Seconds per byte of the next chunk."""

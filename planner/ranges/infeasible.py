@@ -1,45 +1,85 @@
-"""When nothing fits: the smallest device memory that would, and every single change that would help."""
+"""When nothing fits: the smallest plan, the limits that hold it back, and what single changes would help."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from memtrain.planner.ranges.formulate import Decisions, Formulated, formulate
 from memtrain.planner.ranges.highs import Solver
-from memtrain.planner.ranges.model import DEVICE, Block, Codec, Problem, TensorClass
-from memtrain.planner.ranges.plan import Relaxation
-from memtrain.planner.ranges.program import build, rounded
-from memtrain.planner.ranges.simulate import simulate
+from memtrain.planner.ranges.model import DEVICE, Codec, Problem
+from memtrain.planner.ranges.plan import Binding, Relaxation
+from memtrain.planner.ranges.program import build, limit_of, rounded
+from memtrain.planner.ranges.smaller import fewer_sequences, shortened
+from memtrain.planner.ranges.terms import Row, Unit
 
 PROGRAM_SECONDS = 5.0
 """For one program of least shortage; 80 blocks of 16 chunks take 0.1 to 0.5 s."""
 SHORTAGE_GAP = 1e-4
 
 
-def least_shortage(formulated: Formulated, place: str) -> tuple[int, Decisions] | None:
-    """The least bytes by which the capacity of ``place`` alone must grow, and decisions that then fit.
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """The least by which some limits must grow together, and the plan that then fits."""
 
-    None when no growth of ``place`` helps, or none was found in ``PROGRAM_SECONDS``.
+    missing: dict[str, int]
+    """Bytes by limit."""
+    decisions: Decisions
+    binding: tuple[Binding, ...]
+
+
+def limits(formulated: Formulated) -> tuple[str, ...]:
+    """What can be too small: the device, the places, and what may be written to them."""
+    return tuple(dict.fromkeys(limit_of(row.name) for row in _byte_rows(formulated)))
+
+
+def least_shortage(formulated: Formulated, growing: str | Sequence[str]) -> Shortage | None:
+    """The least bytes by which the limit ``growing`` alone, or these together, must grow.
+
+    None when no growth helps, or none was found in ``PROGRAM_SECONDS``.
     """
-    found = Solver(build(formulated, shortage_of=place)).solve(PROGRAM_SECONDS, SHORTAGE_GAP)
+    solver = Solver(build(formulated, shortage_of=growing))
+    deadline = time.monotonic() + PROGRAM_SECONDS
+    if not solver.relaxed(PROGRAM_SECONDS).solved:
+        return None
+    names = solver.binding()
+    found = solver.solve(deadline - time.monotonic(), SHORTAGE_GAP)
     if not found.solved:
         return None
     decisions = rounded(formulated, found.values)
-    missing = 0
-    for peak in simulate(formulated, decisions).peaks:
-        if peak.place == place:
-            missing = max(0, peak.size_bytes - peak.capacity_bytes)
-    allowed = {f"{p.name} on {p.place}" for p in formulated.form.positions if p.place == place}
-    if set(formulated.excess(decisions)) - allowed:
-        return None
-    return missing, decisions
+    missing = dict.fromkeys((growing,) if isinstance(growing, str) else growing, 0)
+    rows = {row.name: row for row in _byte_rows(formulated)}
+    for name, over in formulated.excess(decisions).items():
+        limit = limit_of(name)
+        if name not in rows or limit not in missing:
+            return None
+        missing[limit] = max(missing[limit], int(over))
+    x = formulated.form.complete(decisions)
+    return Shortage(missing, decisions, tuple(_binding(rows[name], x) for name in names))
+
+
+def _byte_rows(formulated: Formulated) -> Iterator[Row]:
+    return (row for row in formulated.form.rows if row.unit is Unit.BYTES)
+
+
+def _binding(row: Row, x: Sequence[float]) -> Binding:
+    position, _, place = row.name.rpartition(" on ")
+    return Binding(
+        limit=place,
+        position=position or "step",
+        size_bytes=int(row.expression.value(x)),
+        limit_bytes=int(row.limit),
+    )
+
+
+def smallest(formulated: Formulated) -> Shortage | None:
+    """The plan that needs the least more of the device or, where none does, the least more of all limits."""
+    return least_shortage(formulated, DEVICE) or least_shortage(formulated, limits(formulated))
 
 
 def relaxations(problem: Problem, offered: tuple[Codec, ...], deadline: float) -> Iterator[Relaxation]:
-    """Single changes that make ``problem`` possible: bytes first, the fewest first; then codecs, then tokens.
+    """Single changes that make ``problem`` possible: bytes, the fewest first; codecs; sequences; tokens.
 
     Args:
         problem: in which nothing fits.
@@ -48,67 +88,44 @@ def relaxations(problem: Problem, offered: tuple[Codec, ...], deadline: float) -
     """
     formulated = formulate(problem)
     short = []
-    for name in (DEVICE, *(p.name for p in problem.machine.places)):
+    for name in limits(formulated):
         answer = least_shortage(formulated, name) if time.monotonic() < deadline else None
         if answer is not None:
-            short.append(Relaxation(what=name, missing_bytes=answer[0]))
+            short.append(Relaxation(what=name, missing_bytes=answer.missing[name]))
     yield from sorted(short, key=lambda r: r.missing_bytes)
     for codec in offered:
-        if time.monotonic() < deadline:
-            known = {p.name for p in problem.machine.places}
-            allowed = dataclasses.replace(codec, places=tuple(p for p in codec.places if p in known))
-            lossy = dataclasses.replace(
-                problem,
-                codecs=(*problem.codecs, allowed),
-                error_budget=max(codec.error, problem.error_budget),
-            )
-            if fits(lossy):
-                yield Relaxation(what=f"codec {codec.name}")
-    share = longest_share(problem, deadline)
-    if share > 0:
-        yield Relaxation(what="sequence", share=share)
+        if time.monotonic() < deadline and fits(_with_codec(problem, codec)):
+            yield Relaxation(what=f"codec {codec.name}")
+    batch = _largest(problem.sequences, lambda n: fewer_sequences(problem, n), deadline)
+    if batch:
+        yield Relaxation(what="batch", share=batch / problem.sequences)
+    chunks = max((t.chunks for b in problem.blocks for t in b.classes), default=1)
+    left = _largest(chunks, lambda n: shortened(problem, n, chunks), deadline)
+    if left:
+        yield Relaxation(what="sequence", share=left / chunks)
+
+
+def _with_codec(problem: Problem, codec: Codec) -> Problem:
+    """Allowed for everything that may be compressed."""
+    known = {p.name for p in problem.machine.places}
+    allowed = replace(codec, places=tuple(p for p in codec.places if p in known))
+    budget = max(codec.error, problem.error_budget)
+    return replace(problem, codecs=(*problem.codecs, allowed), error_budget=budget)
 
 
 def fits(problem: Problem) -> bool:
     """Whether any decisions were found that fit."""
     answer = least_shortage(formulate(problem), DEVICE)
-    return answer is not None and answer[0] == 0
+    return answer is not None and answer.missing[DEVICE] == 0
 
 
-def longest_share(problem: Problem, deadline: float) -> float:
-    """The largest number of chunks that fits, over all chunks; 0 when not even one does."""
-    most = max((t.chunks for b in problem.blocks for t in b.classes), default=1)
+def _largest(most: int, smaller: Callable[[int], Problem], deadline: float) -> int:
+    """The largest number below ``most`` whose problem fits; 0 when not even that of 1 does."""
     low, high = 0, most
     while high - low > 1 and time.monotonic() < deadline:
         middle = (low + high) // 2
-        if fits(shortened(problem, middle, most)):
+        if fits(smaller(middle)):
             low = middle
         else:
             high = middle
-    return low / most
-
-
-def shortened(problem: Problem, chunks: int, of: int) -> Problem:
-    """The step with the first ``chunks`` of ``of`` chunks of its sequence; times are left as they are.
-
-    What is not cut into chunks is scaled, and rounded up.
-    """
-
-    def scaled(size: int) -> int:
-        return -(-size * chunks // of)
-
-    def tensor(one: TensorClass) -> TensorClass:
-        if one.chunks == 1:
-            return dataclasses.replace(one, chunk_bytes=scaled(one.chunk_bytes))
-        left = max(1, math.ceil(one.chunks * chunks / of))
-        return dataclasses.replace(one, chunks=left, recompute_seconds=one.recompute_seconds[:left])
-
-    def block(one: Block) -> Block:
-        return dataclasses.replace(
-            one,
-            forward_transient_bytes=scaled(one.forward_transient_bytes),
-            backward_transient_bytes=scaled(one.backward_transient_bytes),
-            classes=tuple(tensor(t) for t in one.classes),
-        )
-
-    return dataclasses.replace(problem, blocks=tuple(block(b) for b in problem.blocks))
+    return low

@@ -2,8 +2,8 @@
 
 A ``Problem`` is a chain of blocks, each with the tensors it saves for its backward (``TensorClass``), cut
 into chunks of tokens, and the state it trains with (``StateClass``), cut into pieces. What stands before or
-after the repeated blocks (embedding, head and loss) is a block without tensor classes. The machine is a
-device, the places beside it, and the links that lead there, each a first-in-first-out queue per direction.
+after the repeated blocks (embedding, head and loss) is a block without tensor classes. The words of the
+machine are in ``machine`` and may be imported from here.
 
 Index letters of the subpackage: ``l`` block, ``k`` tensor class, ``c`` chunk, ``a`` action, ``p`` place.
 """
@@ -15,58 +15,24 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-DEVICE = "device"
-"""The name of the device among the places of state."""
+from memtrain.planner.ranges.machine import DEVICE, Hop, Machine, Place
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Hop:
-    """One copy over one link; every link has a queue for each direction."""
-
-    link: str
-    write_bytes_per_second: float
-    """Away from the device."""
-    read_bytes_per_second: float
-    """Towards the device."""
-
-    def __post_init__(self) -> None:
-        for name in ("write_bytes_per_second", "read_bytes_per_second"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"link {self.link}: {name} must be finite and > 0, got {getattr(self, name)}"
-                )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """A store of bytes beside the device: host memory, one CXL device, one NVMe directory."""
-
-    name: str
-    capacity_bytes: int
-    hops: tuple[Hop, ...]
-    """The way there. One hop is direct; two store and forward through slots of ``Machine.staging``."""
-    cpu_bytes_per_second: float = 0.0
-    """Bytes that the CPU's optimizer reads and writes here in a second; 0 where it cannot address them."""
-    write_limit_bytes: int | None = None
-    """Bytes that may be written here in one step (endurance of flash); None is no limit."""
-    compute_seconds_per_byte: float = 0.0
-    """Arithmetic that a byte written or read costs, where device and processor are the same."""
-
-    def __post_init__(self) -> None:
-        if self.name == DEVICE or not self.name:
-            raise ValueError(f"a place needs a name other than {DEVICE!r}, got {self.name!r}")
-        if self.capacity_bytes < 0:
-            raise ValueError(f"place {self.name}: capacity_bytes must be >= 0, got {self.capacity_bytes}")
-        if len(self.hops) not in (1, 2):
-            raise ValueError(f"place {self.name}: one hop or two lead to a place, got {len(self.hops)}")
-        if len({hop.link for hop in self.hops}) != len(self.hops):
-            raise ValueError(f"place {self.name}: both hops use link {self.hops[0].link}; give each its own")
-        if self.write_limit_bytes is not None and self.write_limit_bytes < 0:
-            raise ValueError(
-                f"place {self.name}: write_limit_bytes must be >= 0, got {self.write_limit_bytes}"
-            )
-        if self.cpu_bytes_per_second < 0 or self.compute_seconds_per_byte < 0:
-            raise ValueError(f"place {self.name}: rates and costs must be >= 0")
+__all__ = [
+    "ALL_UPDATES",
+    "DEVICE",
+    "Block",
+    "Codec",
+    "Hop",
+    "Machine",
+    "Place",
+    "Problem",
+    "Role",
+    "StateClass",
+    "TensorClass",
+    "Update",
+    "causal_attention_seconds",
+    "even_seconds",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +76,8 @@ class TensorClass:
     """Classes of the block that a recompute reads; backward has restored them all before it begins."""
     lossy: bool = False
     """Whether the allowed codecs may be applied."""
+    attention: bool = False
+    """The attention kernel's output, which rules of other systems treat apart."""
 
     def __post_init__(self) -> None:
         if self.chunks < 1 or self.chunk_bytes < 0:
@@ -161,7 +129,7 @@ class Update:
 
     on_cpu: bool
     ahead: bool
-    """False: as soon as backward has made the gradient (no clipping by a global norm, no accumulation).
+    """False: as soon as backward has made the gradient (no clipping by a global norm, one micro-batch).
     True: just before the next forward needs the block; the gradient waits until then."""
 
     @property
@@ -181,9 +149,11 @@ class Block:
     forward_seconds: float
     backward_seconds: float
     forward_transient_bytes: int = 0
-    """The most that lives during its forward beside what is kept of it."""
+    """The most that lives during its forward beside what stays of it, whatever is decided: tensors that are
+    dropped, or compressed, live here until then."""
     backward_transient_bytes: int = 0
-    """The most that lives during its backward beside saved tensors and, with state classes, gradients."""
+    """The most that lives during its backward beside saved and restored tensors and, with state classes,
+    gradients."""
     classes: tuple[TensorClass, ...] = ()
     states: tuple[StateClass, ...] = ()
     pieces: int = 1
@@ -191,14 +161,19 @@ class Block:
     """The optimizer's arithmetic for the whole block on the device."""
 
     def __post_init__(self) -> None:
-        names = [c.name for c in self.classes]
-        if len(set(names)) != len(names):
-            raise ValueError(f"block {self.name}: two classes share a name: {names}")
-        if (
-            min(self.forward_seconds, self.backward_seconds, self.device_update_seconds) < 0
-            or self.pieces < 1
-        ):
-            raise ValueError(f"block {self.name}: seconds must be >= 0 and pieces >= 1")
+        for names in ([c.name for c in self.classes], [s.name for s in self.states]):
+            if len(set(names)) != len(names):
+                raise ValueError(f"block {self.name}: two classes share a name: {names}")
+        for field in ("forward_seconds", "backward_seconds", "device_update_seconds"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(
+                    f"block {self.name}: {field} must be finite and >= 0, got {getattr(self, field)}"
+                )
+        for field in ("forward_transient_bytes", "backward_transient_bytes"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"block {self.name}: {field} must be >= 0, got {getattr(self, field)}")
+        if self.pieces < 1:
+            raise ValueError(f"block {self.name}: pieces must be >= 1, got {self.pieces}")
         seen: set[str] = set()
         for tensor in self.classes:
             missing = [name for name in tensor.needs if name not in seen]
@@ -208,48 +183,6 @@ class Block:
                     "list classes in the order in which backward can restore them"
                 )
             seen.add(tensor.name)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Machine:
-    """The device, what stands beside it, and the staging between them."""
-
-    device_capacity_bytes: int
-    places: tuple[Place, ...] = ()
-    """From fast to slow: ranges are laid out in this order."""
-    slots: int = 2
-    """Staging slots of the device; each holds what one block swaps. Two are MEMO's rounding buffers."""
-    staging: str | None = None
-    """The place whose slots bytes pass through on a way of two hops, and where the CPU's optimizer works."""
-    forwarding_slots: int = 4
-    """Such slots; each holds what one block sends further."""
-
-    def __post_init__(self) -> None:
-        names = [p.name for p in self.places]
-        if len(set(names)) != len(names):
-            raise ValueError(f"two places share a name: {names}")
-        if self.places and (self.slots < 1 or self.forwarding_slots < 1):
-            raise ValueError(
-                "places can be reached through slots only: slots and forwarding_slots must be >= 1"
-            )
-        if self.staging is not None and (
-            self.staging not in names or len(self.place(self.staging).hops) != 1
-        ):
-            raise ValueError(f"staging must name a place one hop away, got {self.staging!r} of {names}")
-        if self.staging is None and any(len(p.hops) > 1 for p in self.places):
-            raise ValueError("a way of two hops needs a staging place")
-
-    def place(self, name: str) -> Place:
-        """The place called ``name``. Raises KeyError with the names that exist."""
-        for place in self.places:
-            if place.name == name:
-                return place
-        raise KeyError(f"no place {name!r}; there are {[p.name for p in self.places]}")
-
-    @property
-    def links(self) -> tuple[str, ...]:
-        """Names of all links, in the order of their first mention."""
-        return tuple(dict.fromkeys(hop.link for place in self.places for hop in place.hops))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,11 +197,38 @@ class Problem:
     reserved_bytes: int = 0
     """On the device whatever is decided: libraries, state without a class, the allocator's slack."""
     updates: tuple[Update, ...] = ALL_UPDATES
-    """Allowed ways to update; clipping and accumulation exclude those in backward."""
+    """Allowed ways to update. Clipping by a global norm excludes those in backward, and the caller leaves
+    them out; several micro-batches exclude them by themselves."""
+    micro_batches: int = 1
+    """Forward and backward passes of one step. ``blocks`` describe one micro-batch, and all are planned
+    alike; their gradients are added up where they lie, by whoever updates them (see ``schedule``)."""
+    in_flight: int = 1
+    """Micro-batches whose saved tensors are held at once: a stage of a 1F1B pipeline holds as many as there
+    are stages from it to the last. What a pipeline waits for is not in the step."""
+    sequences: int = 1
+    """In a micro-batch: where nothing fits, fewer are looked at."""
 
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("a step needs at least one block")
+        names = [b.name for b in self.blocks]
+        if len(set(names)) != len(names):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            raise ValueError(f"blocks need names of their own, {twice} stand there twice")
+        if self.micro_batches < 1:
+            raise ValueError(f"micro_batches must be >= 1, got {self.micro_batches}")
+        if self.sequences < 1:
+            raise ValueError(f"sequences must be >= 1, got {self.sequences}")
+        if not 1 <= self.in_flight <= self.micro_batches:
+            raise ValueError(
+                f"in_flight must lie between 1 and the {self.micro_batches} micro_batches of the step, "
+                f"got {self.in_flight}; a pipeline holds no more micro-batches than it is given"
+            )
+        if self.reserved_bytes < 0 or not 0 <= self.error_budget < math.inf:
+            raise ValueError(
+                "reserved_bytes and error_budget must be >= 0, "
+                f"got {self.reserved_bytes} and {self.error_budget}"
+            )
         known = {DEVICE, *(p.name for p in self.machine.places)}
         for block in self.blocks:
             for state in block.states:
@@ -282,13 +242,37 @@ class Problem:
 
     @property
     def saved_bytes(self) -> int:
-        """What all blocks save for backward."""
+        """What all blocks save for the backward of one micro-batch."""
         return sum(c.total_bytes for b in self.blocks for c in b.classes)
 
     @property
     def compute_seconds(self) -> float:
-        """Forward and backward with nothing waited for: no plan takes less."""
-        return math.fsum(b.forward_seconds + b.backward_seconds for b in self.blocks)
+        """All forwards and backwards with nothing waited for: no plan takes less."""
+        return self.micro_batches * math.fsum(b.forward_seconds + b.backward_seconds for b in self.blocks)
+
+    @property
+    def two_way_links(self) -> frozenset[str]:
+        """Links over which state may travel, and copies both ways at once.
+
+        Saved tensors alone never do, unless a link is the first hop to one place and the second to another:
+        the first fetch of a backward waits until all that forward has sent has gone over its link, and the
+        next forward until the queues are empty.
+        """
+        first = {place.hops[0].link for place in self.machine.places}
+        second = {place.hops[1].link for place in self.machine.places if len(place.hops) == 2}
+        names = {p for b in self.blocks for s in b.states for p in s.places} - {DEVICE}
+        if self.machine.staging is not None and any(b.states for b in self.blocks):
+            names.add(self.machine.staging)
+        state = {hop.link for name in names for hop in self.machine.place(name).hops}
+        return frozenset(state | (first & second))
+
+    def rates(self) -> dict[Hop, tuple[float, float]]:
+        """Bytes per second of every hop, written and read; on two-way links within their shares."""
+        two_way, found = self.two_way_links, dict[Hop, tuple[float, float]]()
+        for hop in (hop for place in self.machine.places for hop in place.hops):
+            alone = hop.write_bytes_per_second, hop.read_bytes_per_second
+            found[hop] = self.machine.shares(hop) if hop.link in two_way else alone
+        return found
 
 
 def causal_attention_seconds(attention_seconds: float, kv_seconds: float, chunks: int) -> tuple[float, ...]:

@@ -7,16 +7,16 @@ search took, and what its phases reached, is provenance: written beside the plan
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.model import Problem
-from memtrain.planner.ranges.simulate import Event, Peak, simulate
+from memtrain.planner.ranges.simulate import Event, PartTime, Peak, simulate
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 TIME_DIGITS = 9
 """Of seconds in the plan."""
 
@@ -56,15 +56,28 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Binding:
+    """A limit that holds the smallest plan back: were it a little wider, less would be missing."""
+
+    limit: str
+    """``device``, a place, or ``bytes written to`` a place."""
+    position: str
+    """``forward layers.3``, ``backward layers.3`` or ``step``."""
+    size_bytes: int
+    """What the smallest plan puts there."""
+    limit_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Relaxation:
     """One change that alone makes an impossible problem possible."""
 
     what: str
-    """``device``, a place, ``codec NAME`` or ``sequence``."""
+    """``device``, a place, ``bytes written to`` a place, ``codec NAME``, ``batch`` or ``sequence``."""
     missing_bytes: int = 0
-    """More of a place: how many bytes."""
+    """More of a limit: how many bytes."""
     share: float = 1.0
-    """Of the sequence, the longest that fits."""
+    """Of the batch or the sequence, the largest that fits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +86,8 @@ class RangePlan:
 
     status: str
     """``optimal`` (within the wanted gap), ``gap`` (proved, but above it), ``heuristic`` (nothing proved) or
-    ``infeasible`` (the plan is that of the smallest device memory)."""
+    ``infeasible`` (the plan is that of the smallest device memory or, where no device is large enough, that
+    which exceeds all limits together by the least)."""
     step_seconds: float
     lower_bound_seconds: float
     gap: float
@@ -81,10 +95,15 @@ class RangePlan:
     solver: str
     blocks: tuple[BlockPlan, ...]
     events: tuple[Event, ...]
+    """Of every part once."""
+    parts: tuple[PartTime, ...]
+    """Their sum, each as often as it takes place, is the step."""
     peaks: tuple[Peak, ...]
     moved_bytes: int
     relaxations: tuple[Relaxation, ...] = ()
-    """Infeasible only, the cheapest first; ``peaks`` says what binds."""
+    """Infeasible only, the cheapest first."""
+    binding: tuple[Binding, ...] = ()
+    """Infeasible only: the limits that conflict, in the plan that needs the least more."""
     problem_digest: str = ""
     version: int = PLAN_VERSION
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
@@ -93,11 +112,11 @@ class RangePlan:
     @property
     def digest(self) -> str:
         """Hash of all but the provenance."""
-        return _digest(self._hashed())
+        return short_digest(self._hashed())
 
     def to_json(self) -> str:
         """The canonical document."""
-        return _canonical({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
 
     @classmethod
     def from_json(cls, text: str) -> RangePlan:
@@ -106,11 +125,10 @@ class RangePlan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        try:
+        with reading("a plan"):
             document = json.loads(text)
             data = dict(document["plan"])
-            if data["version"] != PLAN_VERSION:
-                raise ValueError(f"plan version {data['version']!r}, this memtrain reads {PLAN_VERSION}")
+            check_version(data, PLAN_VERSION, "plan")
             data["blocks"] = tuple(
                 BlockPlan(
                     name=one["name"],
@@ -120,25 +138,29 @@ class RangePlan:
                 )
                 for one in data["blocks"]
             )
-            for name, kind in (("events", Event), ("peaks", Peak), ("relaxations", Relaxation)):
+            for name, kind in (
+                ("events", Event),
+                ("parts", PartTime),
+                ("peaks", Peak),
+                ("relaxations", Relaxation),
+                ("binding", Binding),
+            ):
                 data[name] = tuple(kind(**item) for item in data[name])
             plan = cls(**data, provenance=document["provenance"])
             said = document["hash"]
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
         if plan.digest != said:
             raise ValueError(f"the plan's hash is {plan.digest}, the document says {said}: it was changed")
         return plan
 
     def _hashed(self) -> dict[str, Any]:
         return {
-            f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
+            f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
         }
 
 
 def problem_digest(problem: Problem) -> str:
     """Hash of the problem's canonical form."""
-    return _digest(_plain(problem))
+    return short_digest(plain(problem))
 
 
 def blocks_of(formulated: Formulated, decisions: Decisions) -> tuple[BlockPlan, ...]:
@@ -179,14 +201,8 @@ def make_plan(formulated: Formulated, decisions: Decisions, **fields: Any) -> Ra
     return RangePlan(
         step_seconds=round(timeline.step_seconds, TIME_DIGITS),
         blocks=blocks_of(formulated, decisions),
-        events=tuple(
-            dataclasses.replace(
-                e,
-                start_seconds=round(e.start_seconds, TIME_DIGITS),
-                end_seconds=round(e.end_seconds, TIME_DIGITS),
-            )
-            for e in timeline.events
-        ),
+        events=tuple(_rounded(event) for event in timeline.events),
+        parts=tuple(_rounded(part) for part in timeline.parts),
         peaks=timeline.peaks,
         moved_bytes=timeline.moved_bytes,
         problem_digest=problem_digest(formulated.problem),
@@ -194,17 +210,12 @@ def make_plan(formulated: Formulated, decisions: Decisions, **fields: Any) -> Ra
     )
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return value.value if hasattr(value, "value") else value
+Timed = TypeVar("Timed", Event, PartTime)
 
 
-def _canonical(data: Any) -> str:
-    return json.dumps(data, sort_keys=True, separators=(",", ":"))
-
-
-def _digest(data: Any) -> str:
-    return hashlib.sha256(_canonical(data).encode()).hexdigest()[:16]
+def _rounded(one: Timed) -> Timed:
+    return dataclasses.replace(
+        one,
+        start_seconds=round(one.start_seconds, TIME_DIGITS),
+        end_seconds=round(one.end_seconds, TIME_DIGITS),
+    )

@@ -1,8 +1,9 @@
 """The formulation as a mixed-integer program in PuLP: events as variables, queues as rows.
 
 With queues first in, first out, an event is the maximum of a few sums; the objective pushes events down, so
-that maxima need no binaries. Minimised is the step, then the bytes moved: together they weigh less than
-``TIE_BREAK`` of the arithmetic, so that they decide between equal steps only.
+that maxima need no binaries. A step of several parts is their sum. Minimised is the step, then the bytes
+moved: together they weigh less than ``TIE_BREAK`` of the arithmetic, so that they decide between equal steps
+only.
 
 Bytes are scaled for the solver's tolerances. What it returns is rounded to integers and judged in whole
 bytes by the simulator, never believed.
@@ -10,7 +11,7 @@ bytes by the simulator, never believed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pulp
@@ -39,13 +40,13 @@ class Program:
     """Rows of bytes by their name in the formulation."""
 
 
-def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
+def build(formulated: Formulated, *, shortage_of: str | Sequence[str] | None = None) -> Program:
     """The program of least step time.
 
     Args:
         formulated: what is decided.
-        shortage_of: instead, the program of the least bytes by which the capacity of this place must grow;
-            events are left out.
+        shortage_of: instead, the program of the least bytes by which this limit must grow (``limit_of``), or
+            these must together; ``step`` is those bytes, and events are left out.
     """
     form = formulated.form
     byte_scale = max(1.0, formulated.problem.machine.device_capacity_bytes / SCALED_CAPACITY)
@@ -56,19 +57,26 @@ def build(formulated: Formulated, *, shortage_of: str | None = None) -> Program:
     ]
     step = problem.add_variable("step", 0)
     program = Program(problem, variables, step, 0.0, byte_scale)
-    relaxed = {
-        f"{p.name} on {p.place}" for p in form.positions if shortage_of is not None and p.place == shortage_of
-    }
-    _rows(program, form, relaxed)
-    if shortage_of is None:
+    growing = (shortage_of,) if isinstance(shortage_of, str) else tuple(shortage_of or ())
+    alone = len(growing) == 1
+    more = {name: step if alone else problem.add_variable(f"more{i}", 0) for i, name in enumerate(growing)}
+    _rows(program, form, more)
+    if not growing:
         _events(program, form)
         most = _most(form, form.moved_bytes)
         weight = TIE_BREAK * formulated.problem.compute_seconds / most if most else 0.0
         program.tie_break_seconds = weight * most
         problem.setObjective(step + _expression(program, form, form.moved_bytes, weight))
     else:
+        if not alone:
+            problem.addConstraint(step - pulp.lpSum(more.values()) == 0)
         problem.setObjective(step + 0)
     return program
+
+
+def limit_of(row: str) -> str:
+    """What must grow where the row of this name is too full: a place, or ``bytes written to`` a place."""
+    return row.rpartition(" on ")[2]
 
 
 def _most(form: Formulation, expression: Linear) -> float:
@@ -90,14 +98,14 @@ def _expression(
     return pulp.LpAffineExpression(pairs, constant=expression.constant * times)
 
 
-def _rows(program: Program, form: Formulation, relaxed: set[str]) -> None:
+def _rows(program: Program, form: Formulation, more: Mapping[str, pulp.LpVariable]) -> None:
     scale = 1.0 / program.byte_scale
 
     def add(row: Row) -> None:
         factor = scale if row.unit is Unit.BYTES else 1.0
         left = _expression(program, form, row.expression, factor)
-        if row.name in relaxed:
-            left = left - program.step
+        if row.unit is Unit.BYTES and limit_of(row.name) in more:
+            left = left - more[limit_of(row.name)]
         limit = row.limit * factor
         constraint = left == limit if row.equal else left <= limit
         program.problem.addConstraint(constraint)
@@ -121,23 +129,32 @@ def _rows(program: Program, form: Formulation, relaxed: set[str]) -> None:
 
 
 def _events(program: Program, form: Formulation) -> None:
-    """One variable per job: its end."""
+    """One variable per job, its end since its part began; and one per part, where there are several."""
     ends: list[pulp.LpVariable] = []
-    last: dict[str, int] = {}
-    for index, job in enumerate(form.jobs):
-        end = program.problem.add_variable(f"e{index}", 0)
-        ends.append(end)
-        before = set(job.after)
-        if job.resource in last:
-            before.add(last[job.resource])
-        seconds = _expression(program, form, job.seconds, 1.0)
-        if not before:
-            program.problem.addConstraint(end - seconds >= 0)
-        for other in sorted(before):
-            program.problem.addConstraint(end - ends[other] - seconds >= 0)
-        last[job.resource] = index
-    for index in last.values():
-        program.problem.addConstraint(program.step - ends[index] >= 0)
+    step = pulp.LpAffineExpression()
+    several = len(form.parts) > 1
+    for number, (part, jobs) in enumerate(form.part_jobs()):
+        last: dict[str, int] = {}
+        for index in jobs:
+            job = form.jobs[index]
+            end = program.problem.add_variable(f"e{index}", 0)
+            ends.append(end)
+            before = set(job.after)
+            if job.resource in last:
+                before.add(last[job.resource])
+            seconds = _expression(program, form, job.seconds, 1.0)
+            if not before:
+                program.problem.addConstraint(end - seconds >= 0)
+            for other in sorted(before):
+                program.problem.addConstraint(end - ends[other] - seconds >= 0)
+            last[job.resource] = index
+        whole = program.problem.add_variable(f"p{number}", 0) if several else program.step * (1 / part.times)
+        for index in last.values():
+            program.problem.addConstraint(whole - ends[index] >= 0)
+        if several:
+            step += whole * part.times
+    if several:
+        program.problem.addConstraint(program.step - step >= 0)
 
 
 def rounded(formulated: Formulated, values: Sequence[float]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Rotor's dynamic program over a chain (Beaumont et al.): which blocks keep all, memory in slots.
 
-Rotor may also drop a block's input and restart from an earlier one; here every input is stored.
+Rotor may also drop a block's input and restart from an earlier one; here every input is stored. Where several
+micro-batches are in flight, what is kept counts for each.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def least_recompute(problem: Problem, *, inputs_stay: bool) -> tuple[bool, ...] 
         after: dict[int, tuple[float, tuple[bool, ...]]] = {}
         for slots, (seconds, chosen) in found.items():
             for keeps in (True, False):
-                total = slots - (-(light + heavy * keeps) // step)
+                total = slots - (-(problem.in_flight * (light + heavy * keeps)) // step)
                 restored = 0 if keeps else heavy
                 transient = max(block.forward_transient_bytes, block.backward_transient_bytes + restored)
                 if total * step + transient > capacity:

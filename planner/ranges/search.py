@@ -1,6 +1,7 @@
 """From a program to decisions and a bound: relaxation, dive, neighbourhood, and the whole if time is left.
 
-1. The linear relaxation gives the bound; its vertex has a few fractional counts per block.
+1. The linear relaxation gives the bound; its vertex has a few fractional counts per block. ``diffuse`` rounds
+   all of it at once, a good plan after milliseconds.
 2. The dive rounds block after block and solves the relaxation again after each, so that later blocks make up
    for what rounding cost earlier ones (relax-and-fix). In a block coarse chunks come first and fine ones make
    up for them; of three roundings the cheapest is held. That took the gap of the hardest family of
@@ -20,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from memtrain.planner.ranges.diffuse import fitting
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.highs import Found, Solver
 from memtrain.planner.ranges.program import build, rounded
@@ -147,11 +149,15 @@ def search(
         report: called with the answer so far after every phase.
     """
     state = Search(formulated, start, gap, time.monotonic() + seconds, report)
-    vertex = state.solver.relaxed(state.left())
+    vertex = state.solver.relaxed(state.left(), anew=True)
     state.prove(vertex.bound)
     state.note("relaxation")
     if not vertex.solved or state.done():
         return state.answer
+    rounded_whole = fitting(formulated, state.solver, vertex, state.deadline)
+    if rounded_whole is not None:
+        state.offer(rounded_whole)
+    state.note("diffusion")
     for back in (False, True):
         if not state.done():
             _dive(state, vertex, back=back)

@@ -7,22 +7,19 @@ state a place. What follows from it:
 - An update on the device streams optimizer state in and out through slots. One on the CPU works where the
   state lies if the CPU can address it, in staging slots otherwise; it gets gradients through the link, and
   new parameters reach the device before the next forward of the block.
-- Gradients of an update in backward live in slots only; those of one ahead of the next forward have a place.
+- Gradients of an update in backward live in slots only; those of one ahead of the next forward have a place,
+  where those of further micro-batches are added to them, by the device or the CPU as the update is.
 
 Index letters: ``u`` way to update, ``s`` class of state, ``p`` place.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from memtrain.planner.ranges.model import DEVICE, Block, Problem, Role, StateClass, Update
-from memtrain.planner.ranges.terms import Formulation, Linear, Row, Unit
-
-Bytes = dict[str, Linear]
-"""By place."""
+from memtrain.planner.ranges.terms import Formulation, Linear, Load, Loads, Row, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +66,7 @@ def open_updates(problem: Problem, block: Block) -> tuple[Update, ...]:
         u
         for u in problem.updates
         if (has_cpu or not u.on_cpu)
+        and (u.ahead or problem.micro_batches == 1)
         and all(open_places(problem, s, u) or (s.role is Role.GRADIENT and not u.ahead) for s in block.states)
     )
 
@@ -105,21 +103,25 @@ class States:
                     form.rows.append(Row(f"{name} pieces", here.add(count, -1), 0, Unit.COUNT, equal=True))
         form.rows.append(Row(f"m_{index} pieces", every, block.pieces, Unit.COUNT, equal=True))
 
-    def bytes(self, index: int, wanted: Callable[[Placement], bool]) -> Bytes:
-        """Bytes of the placements that are ``wanted``, by place, the device among them."""
-        found: dict[str, Linear] = defaultdict(Linear)
+    def loads(self, index: int, wanted: Callable[[Placement], bool]) -> Loads:
+        """The placements that are ``wanted``, by place, the device among them."""
+        found: Loads = {}
         for placement, variable in self.placed[index].items():
             if wanted(placement):
-                found[placement.place].add(variable, placement.state.piece_bytes)
-        return dict(found)
+                found.setdefault(placement.place, Load()).add(variable, placement.state.piece_bytes)
+        return found
 
-    def away(self, index: int, wanted: Callable[[Placement], bool]) -> Bytes:
-        """As ``bytes``, without the device."""
-        return {p: e for p, e in self.bytes(index, wanted).items() if p != DEVICE}
+    def on_device(self, index: int, role: Role) -> Linear:
+        """Bytes of a role that lie on the device."""
+        return self.loads(index, lambda p: p.state.role is role).get(DEVICE, Load()).size
 
-    def fleeting_gradients(self, index: int, *, on_cpu: bool) -> Linear:
-        """Bytes of gradients that an update in backward consumes at once."""
-        total = Linear()
+    def away(self, index: int, wanted: Callable[[Placement], bool]) -> Loads:
+        """As ``loads``, without the device."""
+        return {p: load for p, load in self.loads(index, wanted).items() if p != DEVICE}
+
+    def fleeting_gradients(self, index: int, *, on_cpu: bool) -> Load:
+        """Gradients that an update in backward consumes at once."""
+        total = Load()
         for update, variable in self.updated[index].items():
             if not update.ahead and update.on_cpu is on_cpu:
                 for state in self._of_role(index, Role.GRADIENT):
@@ -142,9 +144,16 @@ class States:
                 passes = 2 if p.state.role is Role.OPTIMIZER else 1
                 total.add(variable, passes * p.state.piece_bytes / cpu_rate(self.problem, p.place))
         if not ahead:
-            arrived = self.fleeting_gradients(index, on_cpu=True)
+            arrived = self.fleeting_gradients(index, on_cpu=True).size
             if arrived.terms:
                 total.plus(arrived, 1 / cpu_rate(self.problem, DEVICE))
+        return total
+
+    def adding_seconds(self, index: int) -> Linear:
+        """The CPU adds gradients: it reads the new ones in staging, reads and writes the sum in its place."""
+        total = Linear()
+        for place, load in self.added_gradients(index, on_cpu=True).items():
+            total.plus(load.size, 1 / cpu_rate(self.problem, DEVICE) + 2 / cpu_rate(self.problem, place))
         return total
 
     def _of_role(self, index: int, role: Role) -> Iterator[StateClass]:
@@ -152,8 +161,8 @@ class States:
 
     # What travels, by place.
 
-    def parameters_for_forward(self, index: int) -> Bytes:
-        """Fetched before forward: what lies elsewhere, and through staging what the CPU has updated.
+    def parameters_for_forward(self, index: int) -> Loads:
+        """Fetched before the first forward of a step: what lies elsewhere, and what the CPU has updated.
 
         An update on the device just before leaves its parameters there.
         """
@@ -163,30 +172,42 @@ class States:
 
         found = self.away(index, fetched)
         new = self.updated_by_cpu(index)
-        if new.terms:
+        return self._through_staging(found, new)
+
+    def _through_staging(self, found: Loads, more: Load) -> Loads:
+        if more.size.terms:
             assert self.problem.machine.staging is not None
-            found.setdefault(self.problem.machine.staging, Linear()).plus(new)
+            found.setdefault(self.problem.machine.staging, Load()).plus(more)
         return found
 
-    def updated_by_cpu(self, index: int) -> Linear:
-        """Bytes of parameters that live on the device and come from the CPU: they wait in staging."""
-        resident = self.bytes(index, lambda p: p.state.role is Role.PARAMETER and p.update.on_cpu)
-        return resident.get(DEVICE, Linear())
+    def updated_by_cpu(self, index: int) -> Load:
+        """Parameters that live on the device and come from the CPU: they wait in staging."""
+        new = self.loads(index, lambda p: p.state.role is Role.PARAMETER and p.update.on_cpu)
+        return new.get(DEVICE, Load())
 
-    def parameters_away(self, index: int) -> Bytes:
-        """Fetched before backward, and what the parameter slots must hold."""
+    def parameters_away(self, index: int) -> Loads:
+        """Fetched before a backward or a further forward, and what the parameter slots must hold."""
         return self.away(index, lambda p: p.state.role is Role.PARAMETER)
 
-    def gradients_away(self, index: int) -> Bytes:
+    def gradients_away(self, index: int) -> Loads:
         """Written in backward: to their place, or through staging to the CPU that consumes them at once."""
         found = self.away(index, lambda p: p.state.role is Role.GRADIENT)
-        consumed = self.fleeting_gradients(index, on_cpu=True)
-        if consumed.terms:
-            assert self.problem.machine.staging is not None
-            found.setdefault(self.problem.machine.staging, Linear()).plus(consumed)
-        return found
+        return self._through_staging(found, self.fleeting_gradients(index, on_cpu=True))
 
-    def update_reads(self, index: int, *, ahead: bool, on_cpu: bool) -> Bytes:
+    def added_gradients(self, index: int, *, on_cpu: bool) -> Loads:
+        """Gradients elsewhere to which a further micro-batch's are added, by the CPU or the device."""
+        return self.away(index, lambda p: p.state.role is Role.GRADIENT and p.update.on_cpu is on_cpu)
+
+    def sent_gradients(self, index: int) -> Loads:
+        """Written by a further micro-batch: sums that the device has made, and through staging what the CPU
+        adds."""
+        found = self.added_gradients(index, on_cpu=False)
+        new = Load()
+        for load in self.added_gradients(index, on_cpu=True).values():
+            new.plus(load)
+        return self._through_staging(found, new)
+
+    def update_reads(self, index: int, *, ahead: bool, on_cpu: bool) -> Loads:
         """Read for the update: optimizer state, and gradients that waited."""
         return self.away(
             index,
@@ -195,7 +216,7 @@ class States:
             ),
         )
 
-    def update_writes(self, index: int, *, ahead: bool, on_cpu: bool) -> Bytes:
+    def update_writes(self, index: int, *, ahead: bool, on_cpu: bool) -> Loads:
         """Written by the update: optimizer state and parameters."""
         return self.away(
             index,

@@ -6,7 +6,7 @@ of bytes are ``int``, so that an evaluation in numbers is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -47,6 +47,49 @@ class Linear:
         for variable, coefficient in self.terms.items():
             total += coefficient * x[variable]
         return total
+
+
+@dataclass(slots=True)
+class Load:
+    """What lies in one place, or goes there: bytes, and the chunks or pieces that they are."""
+
+    size: Linear = field(default_factory=Linear)
+    copies: Linear = field(default_factory=Linear)
+    """Every chunk and every piece is copied by itself."""
+
+    def add(self, variable: int, each_bytes: int) -> Load:
+        """``variable`` chunks or pieces of ``each_bytes``, in place."""
+        if each_bytes:
+            self.size.add(variable, each_bytes)
+            self.copies.add(variable, 1)
+        return self
+
+    def plus(self, other: Load) -> Load:
+        """Add another load, in place."""
+        self.size.plus(other.size)
+        self.copies.plus(other.copies)
+        return self
+
+
+Loads = dict[str, Load]
+"""By place."""
+
+
+def together(*parts: Loads) -> Loads:
+    """All of them, place by place."""
+    total: Loads = {}
+    for part in parts:
+        for place, load in part.items():
+            total.setdefault(place, Load()).plus(load)
+    return total
+
+
+def all_bytes(loads: Loads) -> Linear:
+    """In all places together."""
+    total = Linear()
+    for load in loads.values():
+        total.plus(load.size)
+    return total
 
 
 @dataclass(slots=True)
@@ -103,7 +146,17 @@ class Job:
     resource: str
     seconds: Linear
     after: tuple[int, ...]
-    """Jobs, all listed earlier, that must be over before it starts."""
+    """Jobs of its part, all listed earlier, that must be over before it starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Jobs that begin when all queues are empty; the step goes through them ``times`` times."""
+
+    name: str
+    """``step``, or which forward or backward passes of its micro-batches."""
+    times: int
+    first_job: int
 
 
 @dataclass(slots=True)
@@ -119,13 +172,15 @@ class Position:
 
 @dataclass(slots=True)
 class Formulation:
-    """Variables, rows, jobs and positions of one problem."""
+    """Variables, rows, jobs, parts and positions of one problem."""
 
     variables: list[Variable] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     derived: list[Sum | Maximum | Prefix] = field(default_factory=list)
     """In an order in which each needs only what stands before it."""
     jobs: list[Job] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    """Of the step: at least one before the first job."""
     positions: list[Position] = field(default_factory=list)
     moved_bytes: Linear = field(default_factory=Linear)
 
@@ -140,6 +195,23 @@ class Formulation:
         """A new variable of at least 0; its number."""
         self.variables.append(Variable(name, 0, high, unit, integer))
         return len(self.variables) - 1
+
+    def begin(self, name: str, times: int) -> None:
+        """A part of the step, to which jobs belong from now on."""
+        self.parts.append(Part(name, times, len(self.jobs)))
+
+    def job(self, name: str, resource: str, seconds: Linear, after: Iterable[int] = ()) -> int:
+        """A new job of the last part; its number. What an earlier part did is over when a part begins."""
+        first = self.parts[-1].first_job
+        waited = tuple(dict.fromkeys(other for other in after if other >= first))
+        self.jobs.append(Job(name, resource, seconds, waited))
+        return len(self.jobs) - 1
+
+    def part_jobs(self) -> Iterator[tuple[Part, range]]:
+        """Every part with the numbers of its jobs."""
+        ends = [part.first_job for part in self.parts[1:]] + [len(self.jobs)]
+        for part, end in zip(self.parts, ends, strict=True):
+            yield part, range(part.first_job, end)
 
     def running_sum(self, name: str, expression: Linear) -> Linear:
         """A variable that equals ``expression`` (bytes), as an expression of its own."""

@@ -2,245 +2,263 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
-from memtrain.planner.ranges.bytes_check import Bill
-from memtrain.planner.ranges.model import DEVICE, Problem, Update
+from memtrain.planner.ranges.bytes_check import Bill, add
+from memtrain.planner.ranges.event_check import EventFinder, Events
+from memtrain.planner.ranges.model import Problem, Update
 from memtrain.planner.ranges.plan import RangePlan
-from memtrain.planner.ranges.simulate import Event
+from memtrain.planner.ranges.queue_check import Faults, Transfer, queue_faults
 
-ROUNDING_SECONDS = 1e-8
-"""Times are written with nine digits."""
-
-Faults = Iterator[tuple[str, str]]
-Events = list[Event]
 Sizes = Mapping[str, int]
 """Bytes by place."""
+STATE_SLOTS = 2
 
 
 def timeline_faults(plan: RangePlan, problem: Problem, bill: Bill) -> Faults:
     """Rules that the events break, with the numbers."""
-    yield from _one_at_a_time(plan)
-    yield from _Timeline(plan, problem, bill).faults()
-    end = max((e.end_seconds for e in plan.events), default=0.0)
-    if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
-        yield "STEP_SECONDS", f"the last event ends at {end}, the step takes {plan.step_seconds}"
+    transfers: list[Transfer] = []
+    wanted = list(_parts(problem))
+    found = [part.times for part in plan.parts]
+    if found != [times for times, _, _ in wanted]:
+        yield "PARTS", f"the step's parts take place {found} times, not {[times for times, _, _ in wanted]}"
+        return
+    for number, (_, first, passes) in enumerate(wanted):
+        part = _Part(plan, problem, bill, number, first=first, passes=passes, transfers=transfers)
+        yield from part.faults()
+    yield from queue_faults(plan, problem, transfers)
 
 
-def _one_at_a_time(plan: RangePlan) -> Faults:
-    by_resource: dict[str, Events] = defaultdict(list)
-    for event in plan.events:
-        by_resource[event.resource].append(event)
-    for resource, events in by_resource.items():
-        events.sort(key=lambda e: (e.start_seconds, e.end_seconds))
-        for before, after in itertools.pairwise(events):
-            if after.start_seconds < before.end_seconds - ROUNDING_SECONDS:
-                yield "OVERLAP", f"{resource}: {after.name} starts before {before.name} is over"
+def _parts(problem: Problem) -> Iterator[tuple[int, bool, tuple[str, ...]]]:
+    """What a step consists of: how often, whether it is the first micro-batch, and its passes."""
+    batches = problem.micro_batches
+    stateful = any(block.states for block in problem.blocks)
+    kinds = [(1, True), (batches - 1, False)] if stateful and batches > 1 else [(batches, True)]
+    both = ("forward", "backward")
+    for times, first in kinds:
+        for passes in [both] if problem.in_flight == 1 else [both[:1], both[1:]]:
+            yield times, first, passes
 
 
-class _Timeline:
-    """Walks the blocks and asks for every event that the decisions call for."""
+class _Part(EventFinder):
+    """Walks the blocks and asks for every event of one part that the decisions call for."""
 
-    def __init__(self, plan: RangePlan, problem: Problem, bill: Bill) -> None:
-        self.plan, self.problem, self.bill, self.machine = plan, problem, bill, problem.machine
-        self.names = [b.name for b in problem.blocks]
-        self.events: dict[tuple[str, str], Events] = defaultdict(list)
-        for event in plan.events:
-            self.events[event.name, event.resource].append(event)
+    def __init__(
+        self,
+        plan: RangePlan,
+        problem: Problem,
+        bill: Bill,
+        number: int,
+        *,
+        first: bool,
+        passes: tuple[str, ...],
+        transfers: list[Transfer],
+    ) -> None:
+        super().__init__(plan, problem, number, transfers)
+        self.plan, self.problem, self.bill = plan, problem, bill
+        self.first, self.passes = first, passes
+        self.far = {p.name for p in self.machine.places if len(p.hops) == 2}
+        self.left: dict[str, dict[int, Events]] = defaultdict(lambda: defaultdict(list))
+        """By ring of slots and block: what must be over before another block takes its slot."""
 
     def faults(self) -> Faults:
-        """Arithmetic in order and long enough; every byte's way out and back; updates."""
+        """Arithmetic in order and long enough; every byte's way out and back; updates; slots."""
         yield from self._arithmetic()
-        for index, block in enumerate(self.problem.blocks):
-            yield from self._activations(index)
-            if block.states:
-                yield from self._parameters(index)
-                yield from self._gradients(index)
-                for update in self.problem.updates:
-                    if dict(self.plan.blocks[index].updates).get(update.label):
-                        yield from self._update(index, update)
+        every = range(len(self.names))
+        if "forward" in self.passes:
+            for index in every:
+                yield from self._forward(index)
+        if "backward" in self.passes:
+            for index in reversed(every):
+                yield from self._backward(index)
 
-    def _need(
-        self, name: str, resource: str, least: float, after: Events, *, candidates: Events | None = None
-    ) -> Iterator[tuple[str, str] | Event]:
-        """Faults of the event of this name, and the event itself."""
-        found = self.events[name, resource] if candidates is None else candidates
-        if not found:
-            if least > 0:
-                yield "DEPENDENCY", f"{name} never happens on {resource}"
-            return
-        event = found[0]
-        took = event.end_seconds - event.start_seconds
-        if took < least - ROUNDING_SECONDS:
-            yield "DURATION", f"{name} takes {took:.9f} s on {resource}, at least {least:.9f} s are needed"
-        for other in after if least > 0 else ():
-            if event.start_seconds < other.end_seconds - ROUNDING_SECONDS:
-                yield "DEPENDENCY", f"{name} on {resource} starts before {other.name} is over"
-        yield event
+    def _forward(self, index: int) -> Faults:
+        if self.first:
+            yield from self._updates(index, ahead=True)
+        yield from self._parameters(index)
+        yield from self._send(index)
 
-    def _job(self, name: str, least: float, after: Events, made: Events) -> Faults:
-        """Arithmetic of the device; appended to ``made``."""
-        yield from _collect(self._need(name, "compute", least, after), made)
+    def _backward(self, index: int) -> Faults:
+        yield from self._fetch(index)
+        yield from self._gradients(index)
+        if self.first:
+            yield from self._updates(index, ahead=False)
 
-    def _copies(
-        self,
-        what: str,
-        sizes: Sizes,
-        hop: int,
-        way: str,
-        after: Sequence[Event],
-        made: Events,
-        *,
-        ahead: bool | None = None,
-    ) -> Faults:
-        """The ``hop``-th copies of ``sizes``, each after ``after``; appended to ``made``.
-
-        ``ahead`` tells updates apart, whose two phases share their names.
-        """
-        for resource, least in self._least(sizes, hop, way).items():
-            name, candidates = f"{way} {what}", None
-            if ahead is not None:
-                candidates = self._of_phase(name, resource, ahead=ahead)
-            yield from _collect(self._need(name, resource, least, list(after), candidates=candidates), made)
-
-    def _of_phase(self, name: str, resource: str, *, ahead: bool) -> Events:
-        """Of two events of a name, an update's ahead and in backward, the one that is meant."""
-        events = self.events[name, resource]
-        if len(events) == 2:
-            return [events[0 if ahead else 1]]
-        return events
-
-    def _least(self, sizes: Sizes, hop: int, way: str) -> dict[str, float]:
-        """Least seconds by queue for bytes to or from places over their ``hop``-th copy."""
-        least: dict[str, float] = defaultdict(float)
-        for place, size in sizes.items():
-            hops = self.machine.place(place).hops if place != DEVICE else ()
-            if hop < len(hops) and size:
-                rate = hops[hop].write_bytes_per_second if way == "write" else hops[hop].read_bytes_per_second
-                least[f"{way}:{hops[hop].link}"] += size / rate
-        return least
+    def _goes_far(self, places: Iterable[str]) -> bool:
+        return any(place in self.far for place in places)
 
     def _arithmetic(self) -> Faults:
         bill, before = self.bill, Events()
         blocks = list(enumerate(self.problem.blocks))
-        order = [
-            (f"forward {b.name}", b.forward_seconds + bill.compress_seconds[i] + self._moving(bill.sent[i]))
-            for i, b in blocks
-        ]
-        for i, b in reversed(blocks):
-            again = bill.recompute_seconds[i] + bill.decompress_seconds[i] + self._moving(bill.sent[i])
-            order.append((f"backward {b.name}", b.backward_seconds + again))
+        order = []
+        if "forward" in self.passes:
+            for i, b in blocks:
+                least = b.forward_seconds + bill.compress_seconds[i] + self._moving(bill.sent[i])
+                order.append((f"forward {b.name}", least))
+        if "backward" in self.passes:
+            for i, b in reversed(blocks):
+                again = bill.recompute_seconds[i] + bill.decompress_seconds[i] + self._moving(bill.sent[i])
+                order.append((f"backward {b.name}", b.backward_seconds + again))
         for name, least in order:
             made = Events()
-            yield from self._job(name, least, before, made)
+            yield from self.need(name, "compute", least, before, made)
             before = made or before
 
     def _moving(self, sizes: Sizes) -> float:
         """Arithmetic that transfers cost."""
         return sum(size * self.machine.place(p).compute_seconds_per_byte for p, size in sizes.items())
 
-    def _activations(self, index: int) -> Faults:
-        """Out after forward, hop after hop, before the slot is used again; back in time for backward."""
-        name, slots, sent = self.names[index], self.machine.slots, self.bill.sent[index]
-        out, on, far, near = Events(), Events(), Events(), Events()
-        yield from self._copies(name, sent, 0, "write", self.events[f"forward {name}", "compute"], out)
-        yield from self._copies(name, sent, 1, "write", out, on)
-        if index + slots >= len(self.names):
-            return
-        later = self.names[index + slots]
-        yield from self._before(out, f"forward {later}")
-        wanted = defaultdict(int, sent)
-        for held, state, size in self.bill.states(index):
-            if state.role.value == "parameter" and held.place != DEVICE:
-                wanted[held.place] += size
-        free = self.events[f"backward {later}", "compute"]
-        yield from self._copies(name, wanted, 1, "read", on, far)
-        yield from self._copies(name, wanted, 0, "read", [*out, *far, *free], near)
-        yield from self._before(near, f"backward {name}")
+    # Saved tensors.
 
-    def _before(self, events: Events, use: str) -> Faults:
-        for event, after in itertools.product(events, self.events[use, "compute"]):
-            if after.start_seconds < event.end_seconds - ROUNDING_SECONDS:
-                yield "DEPENDENCY", f"{use} starts before {event.name} on {event.resource} is over"
+    def _send(self, index: int) -> Faults:
+        """Out after forward, hop after hop, before the slot is used again."""
+        name, sent = self.names[index], self.bill.sent_loads(index)
+        out, on = Events(), Events()
+        ring, staging = self.left["saved"], self.left["forwarding"]
+        before = index - self.machine.slots
+        for other in (before,) if before in ring else ():
+            yield from self.before(ring[other], f"forward {name}")
+        waited = list(self.events[f"forward {name}", "compute"])
+        far = self._goes_far(sent)
+        if far:
+            waited += staging[index - self.machine.forwarding_slots]
+        yield from self.copies("", index, sent, 0, "write", waited, out)
+        yield from self.copies("", index, sent, 1, "write", out, on)
+        ring[index] = out or ring[before]
+        staging[index] = on or staging[index - self.machine.forwarding_slots]
+
+    def _fetch(self, index: int) -> Faults:
+        """Tensors and parameters back, never before they were written, in time for backward."""
+        if not self.bill.fetched(index):
+            return
+        name, wanted = self.names[index], self.bill.sent_loads(index)
+        for place, load in self.bill.loads(index, lambda u, role: role == "parameter").items():
+            add(wanted, place, load)
+        far, near = Events(), Events()
+        written_on, fetching = self.left["forwarding"][index], self.left["fetching"]
+        later = index + self.machine.forwarding_slots
+        yield from self.copies("", index, wanted, 1, "read", [*written_on, *fetching[later]], far)
+        waited = [*self.left["saved"][index], *far]
+        if index + self.machine.slots < len(self.names):
+            waited += self.events[f"backward {self.names[index + self.machine.slots]}", "compute"]
+        yield from self.copies("", index, wanted, 0, "read", waited, near)
+        fetching[index] = near if far else fetching[later]
+        yield from self.before(near, f"backward {name}")
+
+    # State.
 
     def _parameters(self, index: int) -> Faults:
-        """Fetched before forward; through the staging place where the CPU has updated them."""
-        name, wanted = self.names[index], defaultdict[str, int](int)
-        for held, state, size in self.bill.states(index):
-            update = self.bill.updates[held.update]
-            if state.role.value == "parameter" and held.place != DEVICE:
-                wanted[held.place] += size if update.on_cpu or not update.ahead else 0
-        wanted[self.machine.staging or DEVICE] += self.bill.new_parameters(index)
+        """Fetched before forward; through the staging place where the CPU has just updated them."""
+
+        def wanted(update: Update, role: str) -> bool:
+            return role == "parameter" and (not self.first or update.on_cpu or not update.ahead)
+
+        name, loads = self.names[index], self.bill.loads(index, wanted)
+        if self.first:
+            add(loads, self.machine.staging, self.bill.new_parameters(index))
         far, near = Events(), Events()
-        yield from self._copies(f"parameters {name}", wanted, 1, "read", (), far)
-        yield from self._copies(f"parameters {name}", wanted, 0, "read", far, near)
-        yield from self._before(near, f"forward {name}")
+        staged = self.left["staging"][index - STATE_SLOTS]
+        before = index - self.machine.slots
+        slot = self.events[f"forward {self.names[before]}", "compute"] if before >= 0 else []
+        made = [*slot, *self.left["made"][index]]
+        full = [*staged, *made, *self.left["stored"][index]]
+        yield from self.copies("parameters", index, loads, 1, "read", full, far)
+        yield from self.copies("parameters", index, loads, 0, "read", [*far, *made], near)
+        if far:
+            self.left["staging"][index] = [*self.left["staging"][index], *near]
+        yield from self.before(near, f"forward {name}")
 
     def _gradients(self, index: int) -> Faults:
-        """Written once backward has made them."""
-        name, sizes = f"gradient {self.names[index]}", defaultdict[str, int](int)
-        for held, state, size in self.bill.states(index):
-            if state.role.value == "gradient" and held.place != DEVICE:
-                sizes[held.place] += size
-        sizes[self.machine.staging or DEVICE] += self.bill.fleeting(index, on_cpu=True)
-        out = Events()
-        made = self.events[f"backward {self.names[index]}", "compute"]
-        yield from self._copies(name, sizes, 0, "write", made, out)
-        yield from self._copies(name, sizes, 1, "write", out, Events())
-
-    def _update(self, index: int, update: Update) -> Faults:
-        """State read and gradients made before it, results written and forward begun after it."""
-        block, ahead = self.problem.blocks[index], update.ahead
-        name = f"update {block.name}"
-        mine = [(h, s, n) for h, s, n in self.bill.states(index) if self.bill.updates[h.update] == update]
-        reads, writes = defaultdict[str, int](int), defaultdict[str, int](int)
-        for held, state, size in mine:
-            reads[held.place] += size * (state.role.value != "parameter")
-            writes[held.place] += size * (state.role.value != "gradient")
-        far, near, done, out = Events(), Events(), Events(), Events()
-        yield from self._copies(name, reads, 1, "read", (), far, ahead=ahead)
-        before = far
-        if not update.on_cpu:
-            yield from self._copies(name, reads, 0, "read", far, near, ahead=ahead)
-            before = near
-        if not ahead:
-            before = [*before, *self.events[f"backward {block.name}", "compute"]]
-        resource = "cpu" if update.on_cpu else "compute"
-        candidates = self._of_phase(name, resource, ahead=ahead)
-        everything = defaultdict[str, int](int)
-        for held, state, size in mine:
-            # An optimizer's state is read and written.
-            everything[held.place] += size * (2 if state.role.value == "optimizer" else 1)
-        seconds = self._update_seconds(index, update, everything)
-        yield from _collect(self._need(name, resource, seconds, before, candidates=candidates), done)
-        if update.on_cpu:
-            yield from self._copies(f"{name} by cpu", writes, 1, "write", done, out, ahead=ahead)
+        """Written once backward has made them; further micro-batches add to what is there."""
+        backward = self.events[f"backward {self.names[index]}", "compute"]
+        name, later = f"gradient {self.names[index]}", index + STATE_SLOTS
+        leaving, staged = self.left["gradient"], self.left["gradient staging"]
+        loads = self.bill.loads(index, lambda u, role: role == "gradient")
+        yield from self.before(leaving[later], f"backward {self.names[index]}")
+        added, out, on, used = Events(), Events(), Events(), Events()
+        if self.first:
+            handed = self.bill.fleeting(index, on_cpu=True)
         else:
-            yield from self._copies(name, writes, 0, "write", done, out, ahead=ahead)
-            yield from self._copies(name, writes, 1, "write", out, Events(), ahead=ahead)
+            sums = self.bill.loads(index, lambda u, role: role == "gradient" and u.on_cpu)
+            loads = self.bill.loads(index, lambda u, role: role == "gradient" and not u.on_cpu)
+            far, near = Events(), Events()
+            yield from self.copies("gradient", index, loads, 1, "read", staged[later], far)
+            yield from self.copies("gradient", index, loads, 0, "read", [*far, *leaving[later]], near)
+            yield from self.before(near, f"backward {self.names[index]}")
+            yield from self.copies("gradient", index, sums, 1, "read", staged[later], added, by_cpu=True)
+            handed = (sum(size for size, _ in sums.values()), sum(copies for _, copies in sums.values()))
+        through = self._goes_far(loads) or handed[0] > 0
+        add(loads, self.machine.staging, handed)
+        waited = [*backward, *(staged[later] if through else [])]
+        yield from self.copies("gradient", index, loads, 0, "write", waited, out)
+        yield from self.copies("gradient", index, loads, 1, "write", out, on)
+        if not self.first:
+            least = self.bill.adding_seconds(index)
+            yield from self.need(f"add {name}", "cpu", least, [*out, *added], used)
+            yield from self.copies("gradient", index, sums, 1, "write", list(used), used, by_cpu=True)
+        leaving[index] = out or leaving[later]
+        staged[index] = [*on, *used] or staged[later]
+        self.left["arrived"][index] = out
+
+    def _updates(self, index: int, *, ahead: bool) -> Faults:
+        """State read and gradients made before updates, results written and forward begun after them."""
+        shares = dict(self.plan.blocks[index].updates)
+        mine = [u for u in self.problem.updates if u.ahead is ahead and shares.get(u.label)]
+        reads = self.bill.loads(index, lambda u, role: u in mine and role != "parameter")
+        before, far = index + (-STATE_SLOTS if ahead else STATE_SLOTS), Events()
+        staging = self.left["staging"]
+        yield from self.copies("update", index, reads, 1, "read", staging[before], far, ahead=ahead)
+        through = Events()
+        for update in mine:
+            one_side = self._on_cpu if update.on_cpu else self._on_device
+            yield from one_side(index, update, before, far, through)
+        staging[index] = [*staging[index], *(through or staging[before])]
+
+    def _made(self, index: int, update: Update, waited: Events, done: Events) -> Faults:
+        """The update itself."""
+        block, seconds = self.problem.blocks[index], self.bill.update_seconds(index, update)
+        name, resource = f"update {block.name}", "cpu" if update.on_cpu else "compute"
+        if not update.ahead:
+            waited = [*waited, *self.events[f"backward {block.name}", "compute"]]
+        candidates = self.of_phase(name, resource, ahead=update.ahead)
+        yield from self.need(name, resource, seconds, waited, done, candidates=candidates)
+        if update.ahead:
+            yield from self.before(done, f"forward {block.name}")
+
+    def _on_cpu(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:
+        """By the CPU, in staging slots where it cannot address the place."""
+        reads = self.bill.loads(index, lambda u, role: u == update and role != "parameter")
+        writes = self.bill.loads(index, lambda u, role: u == update and role != "gradient")
+        staged = self.left["staging"][before] if self._goes_far([*reads, *writes]) else []
+        arrived = [] if update.ahead else self.left["arrived"][index]
+        done, stored = Events(), Events()
+        yield from self._made(index, update, [*far, *arrived, *staged], done)
+        yield from self.copies(
+            "update", index, writes, 1, "write", done, stored, ahead=update.ahead, by_cpu=True
+        )
+        self.left["made"][index], self.left["stored"][index] = done, stored
+        if arrived:
+            ring = self.left["gradient staging"]
+            ring[index] = [*ring[index], *done]
+        through += [*(done if self._goes_far(reads) else []), *stored]
+
+    def _on_device(self, index: int, update: Update, before: int, far: Events, through: Events) -> Faults:
+        """By the device, whose slots state passes through both ways."""
+        ahead, slot = update.ahead, self.left["update"][before]
+        reads = self.bill.loads(index, lambda u, role: u == update and role != "parameter")
+        writes = self.bill.loads(index, lambda u, role: u == update and role != "gradient")
+        near, done, out, on = Events(), Events(), Events(), Events()
+        yield from self.copies("update", index, reads, 0, "read", [*far, *slot], near, ahead=ahead)
+        yield from self._made(index, update, [*near, *(slot if reads or writes else [])], done)
+        full = self.left["staging"][before] if self._goes_far(writes) else []
+        waited = [*(done or near), *full]
         if ahead:
-            yield from self._before(done, f"forward {block.name}")
-
-    def _update_seconds(self, index: int, update: Update, sizes: Sizes) -> float:
-        """What an update that goes over ``sizes`` bytes takes, on the CPU at the speed of each place."""
-        block = self.problem.blocks[index]
-        if not update.on_cpu:
-            pieces = dict(self.plan.blocks[index].updates)[update.label]
-            return block.device_update_seconds * pieces / block.pieces
-        staged = self.machine.place(self.machine.staging or "").cpu_bytes_per_second
-        total = 0.0 if update.ahead else self.bill.fleeting(index, on_cpu=True) / staged
-        for place, size in sizes.items():
-            own = 0.0 if place == DEVICE else self.machine.place(place).cpu_bytes_per_second
-            total += size / (own or staged)
-        return total
-
-
-def _collect(found: Iterator[tuple[str, str] | Event], made: Events) -> Faults:
-    """Faults go on, the event is kept."""
-    for item in found:
-        if isinstance(item, Event):
-            made.append(item)
+            yield from self.before(near, f"forward {self.names[index]}")
         else:
-            yield item
+            waited += self.events[f"backward {self.names[index]}", "compute"]
+        yield from self.copies("update", index, writes, 0, "write", waited, out, ahead=ahead)
+        yield from self.copies("update", index, writes, 1, "write", out, on, ahead=ahead)
+        if reads or writes:
+            self.left["update"][index] = [*self.left["update"][index], *done, *out]
+        through += [*(near if self._goes_far(reads) else []), *on]

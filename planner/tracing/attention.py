@@ -13,8 +13,10 @@ whose outputs, saved tensors and backward buffers have the sizes of the kernel t
     =========  ========================================================  ==================  =======
 
 Sizes are those of torch 2.13's own shape functions for these operators, against which the tests compare; the
-``cpu`` row is here only to be compared with the kernel that really runs. Flash pads heads to a multiple of 8
-and works backward with an fp32 copy of the query's gradient, its tokens rounded up to 128.
+``cpu`` row is here only to be compared with the kernel that really runs. Flash pads heads to a multiple of 8.
+It works backward, as its sources in torch say, with an fp32 copy of the query's gradient, tokens rounded up
+to 128 and heads to 32 (above 128 to 64), and where keys have less heads with their gradients for every head
+of the queries, which are added up last.
 
 ``F.dropout`` differs as well: a CPU keeps the scaled mask in the input's dtype, a GPU keeps a mask of bytes.
 """
@@ -28,7 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-FORMULA_KERNELS = ("cpu", "flash", "efficient", "cudnn")
+from memtrain.planner.units import round_up
+
+GPU_KERNELS = ("flash", "efficient", "cudnn")
+FORMULA_KERNELS = ("cpu", *GPU_KERNELS)
 """By formula; ``sdpa``, ``math`` and ``eager`` are traced instead."""
 _RNG_DTYPE = {"flash": torch.uint64, "efficient": torch.int64, "cudnn": torch.int64}
 _EFFICIENT_TOKENS = 32
@@ -42,7 +47,7 @@ torch.library.define(
 torch.library.define(
     "memtrain::attention_backward",
     "(Tensor g, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, str kernel)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 
 
@@ -54,7 +59,7 @@ class AttentionKernelError(ValueError):
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) -> tuple[Tensor, ...]:
     batch, heads, tokens, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    rows = -(-tokens // _EFFICIENT_TOKENS) * _EFFICIENT_TOKENS if kernel == "efficient" else tokens
+    rows = round_up(tokens, _EFFICIENT_TOKENS) if kernel == "efficient" else tokens
     log_sum_exp = q.new_empty((batch, heads, rows), dtype=wide)
     if kernel == "efficient" or q.shape[-1] != v.shape[-1]:
         output = q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
@@ -69,20 +74,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str) 
 @torch.library.register_fake("memtrain::attention_backward")  # type: ignore[untyped-decorator]
 def _backward(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, kernel: str
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    dq, dk, dv = (torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype) for t in (q, k, v))
+    return dq, dk, dv, _backward_scratch(q, k, kernel)
+
+
+def _backward_scratch(q: Tensor, k: Tensor, kernel: str) -> list[Tensor]:
     batch, heads, tokens, width = q.shape
-    rounded = -(-tokens // _FLASH_TOKENS) * _FLASH_TOKENS
-    if kernel == "flash":
-        accumulator = q.new_empty((batch, heads, rounded, width), dtype=torch.float32)
-        row_sums = q.new_empty((batch, heads, rounded), dtype=torch.float32)
-    else:
-        accumulator = q.new_empty(0, dtype=torch.float32)
-        row_sums = q.new_empty((batch, heads, tokens) if kernel != "cpu" else 0, dtype=torch.float32)
-    return (
-        *(torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype) for t in (q, k, v)),
-        accumulator,
-        row_sums,
-    )
+    if kernel == "cpu":
+        return []
+    if kernel != "flash":
+        return [q.new_empty((batch, heads, tokens), dtype=torch.float32)]
+    tokens = round_up(tokens, _FLASH_TOKENS)
+    wide = (batch, heads, tokens, round_up(width, 32 if width <= 128 else 64))
+    scratch = [q.new_empty(shape, dtype=torch.float32) for shape in (wide, wide[:-1])]
+    if k.shape[1] != heads:
+        scratch += [k.new_empty((batch, heads, k.shape[2], width)) for _ in ("keys", "values")]
+    return scratch
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
@@ -96,7 +104,7 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
 def _differentiate(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     q, k, v, out, log_sum_exp = ctx.saved_tensors[:5]
     op = torch.ops.memtrain.attention_backward
-    dq, dk, dv, *_workspace = op(g, q, k, v, out, log_sum_exp, ctx.kernel)
+    dq, dk, dv, _scratch = op(g, q, k, v, out, log_sum_exp, ctx.kernel)
     return dq, dk, dv, None, None
 
 
@@ -111,9 +119,12 @@ class FormulaAttention(TorchFunctionMode):
             raise AttentionKernelError(f"kernel must be one of {', '.join(FORMULA_KERNELS)}, got {kernel!r}")
         super().__init__()
         self.kernel = kernel
+        self.used = False
+        """Whether anything asked for it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
+            self.used = True
             return _attend(self.kernel, *args, **(kwargs or {}))
         if func is F.dropout and self.kernel != "cpu":
             return _drop(*args, **(kwargs or {}))

@@ -25,6 +25,8 @@ Replacement = Callable[[int, Callable[..., Any]], Callable[..., Any]]
 _NUMBERING = {"layer_idx", "layer_id", "layer_number", "layer_index", "idx", "index", "forward"}
 """Attributes that number equal blocks, and the one replaced here. Another one that numbers blocks costs time
 (each is a class of its own), not correctness."""
+_BARE = vars(nn.Module()).keys() - {"training"}
+"""What every module has; parameters, buffers and modules inside are looked at by name."""
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Given:
             (path, key, _setting(value))
             for path, module in self.block.named_modules()
             for key, value in sorted(vars(module).items())
-            if not key.startswith("_") and key not in _NUMBERING
+            if key not in _BARE and key.removeprefix("_") not in _NUMBERING
         ]
         named = (*self.block.named_parameters(), *self.block.named_buffers())
         tensors = [(name, _setting(tensor)) for name, tensor in named]

@@ -16,19 +16,19 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_map_only
 
-from memtrain.planner.estimate import EstimatedBlock, ModelEstimate, TensorClass, TracedPart
+from memtrain.planner.estimate import EstimatedBlock, LifetimeKind, ModelEstimate, TensorClass, TracedPart
 from memtrain.planner.trace import find_blocks
 from memtrain.planner.tracing import fake_model, walk
+from memtrain.planner.tracing.attention import GPU_KERNELS
 from memtrain.planner.tracing.capture import capture
+from memtrain.planner.tracing.kernel_shapes import KernelShapes
+from memtrain.planner.tracing.model_shape import expert_count
 from memtrain.planner.tracing.recorder import storage_key, tensors_in
 from memtrain.planner.tracing.records import attention_window, part_record, shared_record, unit_records
 from memtrain.planner.tracing.walk import Walk
 
 Forward = Callable[[nn.Module, Any], Tensor]
 """``forward(model, batch)``: the loss of one micro-batch."""
-
-
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 class UntraceableError(ValueError):
@@ -51,13 +51,14 @@ def estimate_config(
         sequence: tokens in a row.
         batch: rows.
         dtype: of parameters and activations.
-        attention: traced (``fake_model.TRACED_ATTENTION``) or by formula (``attention.FORMULA_KERNELS``).
+        attention: traced (``fake_model.TRACED_ATTENTION``) or by formula (``attention.FORMULA_KERNELS``). By
+            that of a GPU, dropout and layer norms too keep what they keep on one.
         forward: for another loss than the model's own, such as a chunked one.
 
     Raises:
         UnknownModelError: no such configuration.
         ValueError: a size below 1, an unknown attention kernel, or one that the model cannot use.
-        UntraceableError: the model's operations depend on values, or it has experts and dtype is not bf16.
+        UntraceableError: the model's operations depend on values.
     """
     if sequence < 1 or batch < 1:
         raise ValueError(f"batch and sequence must be >= 1, got {batch} and {sequence}")
@@ -65,11 +66,7 @@ def estimate_config(
     assumptions = ["every row holds one sequence without padding"]
     if attention == "flash":
         assumptions.append("attention keeps to windows and caps scores inside its kernel, as flash-attn does")
-    experts = next((n for key in _EXPERTS if (n := getattr(config, key, None))), None)
-    if experts and dtype is not torch.bfloat16:
-        raise UntraceableError(
-            f"torch knows the shapes of experts' grouped products in bfloat16 only, and {dtype} was asked for"
-        )
+    experts = expert_count(config)
     if experts:
         assumptions.append(
             f"each token goes to its share of {experts} experts and none is dropped (no "
@@ -130,7 +127,8 @@ def _estimate(
     block_names: Sequence[str] | None,
     assumptions: list[str],
 ) -> ModelEstimate:
-    with FakeTensorMode(), fake_model.attention_kernel(attention), torch.enable_grad():
+    shapes = KernelShapes(on_gpu=attention in GPU_KERNELS)
+    with FakeTensorMode(), shapes, fake_model.attention_kernel(attention), torch.enable_grad():
         try:
             model, batch = factory().train(), make_batch()
             blocks = find_blocks(model, block_names)
@@ -138,7 +136,8 @@ def _estimate(
                 return _trace(model, batch, attention, forward, blocks, assumptions)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise UntraceableError(
-                f"the model's operations depend on the values of its tensors: {error}"
+                "the model's operations depend on the values of its tensors, as where experts are looped "
+                f"over (their grouped products can be traced): {error}"
             ) from error
 
 
@@ -156,7 +155,8 @@ def _trace(
         return forward(model, batch)
 
     given, last = capture(blocks, run)
-    before, needs_gradient = walk.walk_prologue(model, blocks, run, outside)
+    prologue = walk.walk_prologue(model, blocks, run, last, outside)
+    before, needs_gradient = prologue.walk, prologue.needs_gradient
     hidden = given[0].hidden()
     rows = (hidden.shape[0], hidden.shape[1]) if hidden.dim() > 2 else (1, hidden.shape[0])
     source = f"formula: {attention}"
@@ -166,7 +166,7 @@ def _trace(
     members: list[EstimatedBlock] = []
     shared: dict[int, Tensor] = {}
     chain = [before]
-    for (name, block), entry in zip(blocks, given, strict=True):
+    for (name, block), entry, made_before in zip(blocks, given, prologue.given, strict=True):
         own = {storage_key(t): t for t in entry.shared() if storage_key(t) not in outside}
         # What is frozen up to here saves less: such a block is of another class.
         kind = entry.fingerprint if needs_gradient else f"{entry.fingerprint}, input without gradient"
@@ -178,8 +178,11 @@ def _trace(
         members.append(EstimatedBlock(name=name, part=list(walks).index(kind)))
         saved = walks[kind].recorder.saved_excluded
         shared.update((key, tensor) for key, tensor in own.items() if key in saved)
+        for tensor, storage in zip(entry.shared(), made_before, strict=True):
+            if storage is not None and storage_key(tensor) in saved:
+                storage.kind = LifetimeKind.SHARED
         needs_gradient = needs_gradient or any(p.requires_grad for p in block.parameters())
-    after = walk.walk_epilogue(model, blocks, run, last, outside, needs_gradient)
+    after = walk.walk_epilogue(model, blocks, run, last, outside, needs_gradient, prologue.tied)
     chain.append(after)
     return ModelEstimate(
         model=type(model).__name__,

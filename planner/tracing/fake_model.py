@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memtrain.planner.model_presets import PRESETS
-from memtrain.planner.tracing.attention import FORMULA_KERNELS, FormulaAttention
+from memtrain.planner.tracing.attention import FORMULA_KERNELS, AttentionKernelError, FormulaAttention
 
 TRACED_ATTENTION = ("default", "sdpa", "math", "eager")
 """``default``: what transformers chooses for the model; ``sdpa``: the CPU's flash kernel where it can;
@@ -72,7 +72,7 @@ def _fields(source: str | Path) -> dict[str, Any]:
 def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
     """The causal language model of ``config``, in training mode, without a key-value cache.
 
-    Must be called under a fake tensor mode. Raises ValueError for an unknown ``attention``.
+    Must be called under a fake tensor mode. Raises AttentionKernelError: it cannot have this ``attention``.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -83,8 +83,15 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
         options["attn_implementation"] = _WINDOWED
     elif attention != "default":
         options["attn_implementation"] = "eager" if attention == "eager" else "sdpa"
-    with no_init_weights():
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    try:
+        with no_init_weights():
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    except KeyError as error:
+        if error.args != (_WINDOWED,):
+            raise
+        raise AttentionKernelError(
+            f"{config.model_type} has a list of attention classes of its own: choose default or another"
+        ) from error
     model.tie_weights()  # which goes together with initialisation
     model.config.use_cache = False
     trained: nn.Module = model.train()
@@ -99,17 +106,26 @@ def token_batch(batch: int, sequence: int) -> dict[str, Tensor]:
 
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-    """Scaled dot product attention as ``name`` says, while a model runs. Raises ValueError: unknown name."""
+    """Scaled dot product attention as ``name`` says, while a model runs.
+
+    Raises:
+        ValueError: unknown name.
+        AttentionKernelError: nothing has asked for the kernel.
+    """
     if name not in (*TRACED_ATTENTION, *FORMULA_KERNELS):
         raise ValueError(
             f"attention must be one of {', '.join((*TRACED_ATTENTION, *FORMULA_KERNELS))}, got {name!r}"
         )
     with ExitStack() as stack:
-        if name in FORMULA_KERNELS:
-            stack.enter_context(FormulaAttention(name))
-        elif name == "math":
+        formula = stack.enter_context(FormulaAttention(name)) if name in FORMULA_KERNELS else None
+        if name == "math":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
+    if formula and not formula.used:
+        raise AttentionKernelError(
+            f"the model never calls F.scaled_dot_product_attention, so {name} would change nothing: "
+            "choose default"
+        )
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class Storage:
     born: int
     kind: LifetimeKind = LifetimeKind.TRANSIENT
     died: int | None = None
+    died_behind: int | None = None
+    """Counted in the operations of ``Recorder.behind``."""
     writers: list[int] = field(default_factory=list)
     """The operations that wrote to it, the one that made it first."""
 
@@ -90,6 +92,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Keys of excluded storages that autograd packed."""
         self.read_excluded: set[int] = set()
         """Keys of excluded storages that an operator was given."""
+        self.behind: Recorder | None = None
+        """Of what runs after this part, while some of its storages still live."""
         self._alive: dict[int, tuple[Storage, weakref.ref[Any]]] = {}
 
     def adopt(self, tensor: Tensor, kind: LifetimeKind, operator: str = "") -> Storage:
@@ -111,6 +115,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         def died(_: weakref.ref[Any]) -> None:
             storage.died = len(self.operations)
+            if self.behind is not None:
+                storage.died_behind = len(self.behind.operations)
             if self._alive.get(key, (None,))[0] is storage:
                 del self._alive[key]
 

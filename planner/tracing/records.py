@@ -68,6 +68,7 @@ def _lifetimes(of: Walk) -> tuple[Lifetime, ...]:
             size_bytes=storage.size_bytes,
             kind=_SAVED_KINDS.get(storage.kind, storage.kind) if storage.serial in place else storage.kind,
             saved=place.get(storage.serial),
+            epilogue_end=storage.died_behind,
         )
         for storage in recorder.storages
         if storage.size_bytes

@@ -6,8 +6,8 @@ run that reaches for the part before or behind has its blocks replaced and costs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memtrain.planner.estimate import LifetimeKind
 from memtrain.planner.tracing.capture import Given, Run, block_call, blocks_replaced, first_tensor
-from memtrain.planner.tracing.recorder import Recorder, tensors_in
+from memtrain.planner.tracing.recorder import Recorder, Storage, storage_key, tensors_in
 
 
 @dataclass
@@ -54,43 +54,68 @@ class Walk:
         return self.output_serial in self.recorder.saved
 
 
+@dataclass
+class Prologue:
+    """What stands before the blocks."""
+
+    walk: Walk
+    tied: set[int]
+    """Keys of trained parameters that the epilogue reads as well."""
+    given: list[list[Storage | None]]
+    """For every block, what the prologue made of ``Given.shared``, in that order; None: it did not."""
+    needs_gradient: bool
+    """Of the first block's input."""
+
+
 def walk_block(given: Given, excluded: set[int], needs_gradient: bool) -> Walk:
     """One block's forward and backward, as in training: its input is no leaf."""
     walk = Walk(Recorder(excluded))
     leaf = given.hidden().detach().clone().requires_grad_(needs_gradient)
-    entered = [leaf.clone() if needs_gradient else leaf]
+    entered = [leaf.clone()]
     walk.enter(entered[0])
     with _taking_gradients(walk.recorder, given.block, leaf), _following(walk, given.block):
         with walk.recorder, walk.recorder.saving():
             output = [first_tensor(given.call(entered.pop()))]
-        _backward(walk, output)
+        _backward(walk, _turn(walk, output))
     return walk
 
 
 def walk_prologue(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], run: Run, excluded: set[int]
-) -> tuple[Walk, bool]:
-    """From the start to the first block, and back; and whether that block's input has a gradient."""
-    walk = Walk(Recorder(excluded))
-    reached: list[Tensor] = []
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], run: Run, last: Any, excluded: set[int]
+) -> Prologue:
+    """From the start to the first block, and back.
+
+    Behind it the run goes on to the loss, ``last`` standing in for what blocks return, so that it is seen
+    which of the prologue's tensors are given to blocks, and how long the model refers to them.
+    """
+    walk, behind = Walk(Recorder(excluded)), Recorder(excluded)
+    starts: list[Tensor] = []
+    given: list[list[Storage | None]] = []
 
     def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            reached.append(block_call("", blocks[index][1], args, kwargs).hidden())
-            raise _Reached
+            call = block_call(blocks[index][0], blocks[index][1], args, kwargs)
+            if index == 0:
+                walk.recorder.active = False
+                starts.extend(_turn(walk, [call.hidden()]))
+            given.append([walk.recorder.find(tensor) for tensor in call.shared()])
+            if index == len(blocks) - 1:
+                behind.active = True
+                walk.recorder.behind = behind
+            return last
 
         return forward
 
+    behind.active = False
     with _taking_gradients(walk.recorder, model, None), _following(walk, model):
-        with walk.recorder, walk.recorder.saving(), blocks_replaced(blocks, replacement), suppress(_Reached):
+        with behind, walk.recorder, walk.recorder.saving(), blocks_replaced(blocks, replacement):
             run()
-        needs_gradient = reached[0].requires_grad
-        _backward(walk, reached)
-    return walk, needs_gradient
-
-
-class _Reached(Exception):
-    """The first block is about to run."""
+        walk.recorder.active, walk.recorder.behind = True, None
+        both = walk.recorder.read_excluded & behind.read_excluded
+        tied = {storage_key(p): p for p in model.parameters() if p.requires_grad and storage_key(p) in both}
+        waiting = [_start(walk, parameter, LifetimeKind.TIED_GRADIENT) for parameter in tied.values()]
+        _backward(walk, [*starts, *waiting])
+    return Prologue(walk=walk, tied=set(tied), given=given, needs_gradient=bool(starts))
 
 
 def walk_epilogue(
@@ -100,11 +125,15 @@ def walk_epilogue(
     last: Any,
     excluded: set[int],
     needs_gradient: bool,
+    tied: Set[int],
 ) -> Walk:
-    """From ``last``, the last block's output as ``capture`` returned it, to the loss, and back."""
+    """From ``last``, the last block's output as ``capture`` returned it, to the loss, and back.
+
+    Gradients of parameters in ``tied`` are marked as such.
+    """
     walk = Walk(Recorder(excluded))
     leaf = first_tensor(last).detach().clone().requires_grad_(needs_gradient)
-    entered = [leaf.clone() if needs_gradient else leaf]
+    entered = [leaf.clone()]
     walk.enter(entered[0])
 
     def replacement(index: int, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,48 +147,62 @@ def walk_epilogue(
         return forward
 
     walk.recorder.active = False
-    with _taking_gradients(walk.recorder, model, leaf), _following(walk, model):
+    with _taking_gradients(walk.recorder, model, leaf, tied), _following(walk, model):
         with walk.recorder, walk.recorder.saving(), blocks_replaced(blocks, replacement):
             loss = [run()]
-        _backward(walk, loss)
+        _backward(walk, _turn(walk, loss))
     return walk
 
 
-def _backward(walk: Walk, held: list[Tensor]) -> None:
-    """Backward of what stands in ``held``, which lets go of it."""
-    recorder, output = walk.recorder, held.pop()
-    recorder.module = ""
-    walk.forward_operations = len(recorder.operations)
+def _turn(walk: Walk, held: list[Tensor]) -> list[Tensor]:
+    """End the forward with what stands in ``held``, which lets go of it: from where to go back, if at all."""
+    output = held.pop()
+    walk.forward_operations = len(walk.recorder.operations)
     walk.leave(output)
-    if output.requires_grad:
-        # The gradient is born inside backward, so that it dies as it does between two blocks: with its use.
-        start = _Start.apply(output, recorder)  # type: ignore[no-untyped-call]
-        nothing = torch.zeros_like(start)
-        del output
-        with recorder:
-            start.backward(nothing)
+    return [_start(walk, output, LifetimeKind.OUTPUT_GRADIENT)] if output.requires_grad else []
+
+
+def _start(walk: Walk, tensor: Tensor, kind: LifetimeKind) -> Tensor:
+    """A scalar whose backward hands ``tensor`` a gradient.
+
+    The gradient is born inside backward, so that it dies as it does between two parts: with its use.
+    """
+    start: Tensor = _Start.apply(tensor, walk.recorder, kind)  # type: ignore[no-untyped-call]
+    return start
+
+
+def _backward(walk: Walk, starts: list[Tensor]) -> None:
+    walk.recorder.module = ""
+    if starts:
+        nothing = [torch.zeros_like(start) for start in starts]
+        with walk.recorder:
+            torch.autograd.backward(starts, nothing)
 
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, output: Tensor, recorder: Recorder) -> Tensor:
-        ctx.recorder, ctx.layout, ctx.dtype = recorder, (output.shape, output.stride()), output.dtype
-        return output.new_zeros(())
+    def forward(ctx: Any, tensor: Tensor, recorder: Recorder, kind: LifetimeKind) -> Tensor:
+        ctx.recorder, ctx.kind = recorder, kind
+        ctx.layout, ctx.dtype = (tensor.shape, tensor.stride()), tensor.dtype
+        return tensor.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         gradient = torch.empty_strided(*ctx.layout, dtype=ctx.dtype)
-        ctx.recorder.mark(gradient, LifetimeKind.OUTPUT_GRADIENT)
-        return gradient, None
+        ctx.recorder.mark(gradient, ctx.kind)
+        return gradient, None, None
 
 
 @contextmanager
-def _taking_gradients(recorder: Recorder, module: nn.Module, leaf: Tensor | None) -> Iterator[None]:
+def _taking_gradients(
+    recorder: Recorder, module: nn.Module, leaf: Tensor | None, tied: Set[int] = frozenset()
+) -> Iterator[None]:
     """Gradients of parameters are taken away as they come; that of the input stays."""
 
     def take(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        recorder.mark(parameter.grad, LifetimeKind.GRADIENT)
+        is_tied = storage_key(parameter) in tied
+        recorder.mark(parameter.grad, LifetimeKind.TIED_GRADIENT if is_tied else LifetimeKind.GRADIENT)
         parameter.grad = None
 
     def keep(tensor: Tensor) -> None:

@@ -32,6 +32,7 @@ def test_the_budget_and_the_plan_need_no_torch() -> None:
         ["--help"],
         ["run", "--help"],
         ["profile", "--help"],
+        ["plan", "--help"],
         ["ls"],
         ["show", "recipes/tiny_llama_cpu.yaml"],
         ["validate", "recipes/tiny_llama_cpu.yaml"],
@@ -52,8 +53,9 @@ def test_training_loads_neither_tokenizers_nor_a_plotting_library() -> None:
     assert loaded_by("import memtrain.train") == {"torch"}
 
 
-def test_drawing_the_report_does_without_torch() -> None:
-    assert loaded_by("import memtrain.page") == set()
+@pytest.mark.parametrize("module", ["memtrain.page", "memtrain.planpage"])
+def test_drawing_a_report_does_without_torch(module: str) -> None:
+    assert loaded_by(f"import {module}") == set()
 
 
 def test_no_import_initialises_cuda() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 from hypothesis import strategies as st
@@ -47,21 +46,3 @@ def load(items: Sequence[Span]) -> int:
     """The most that lives at one moment, moment by moment."""
     moments = range(min(s for s, _, _ in items), max(e for _, e, _ in items))
     return max(sum(size for s, e, size in items if s <= moment < e) for moment in moments)
-
-
-def cut(count: int, seed: int, width: int, height: int) -> list[Buffer]:
-    """Pieces that fill ``width`` moments times ``height`` bytes: the optimum is ``height``."""
-    chance = random.Random(seed)
-    pieces = [(0, width, 0, height)]
-    while len(pieces) < count:
-        left, right, low, top = pieces.pop(chance.randrange(len(pieces)))
-        if chance.random() < 0.5 and right - left > 1:
-            middle = chance.randrange(left + 1, right)
-            pieces += [(left, middle, low, top), (middle, right, low, top)]
-        elif top - low > 1:
-            middle = chance.randrange(low + 1, top)
-            pieces += [(left, right, low, middle), (left, right, middle, top)]
-        else:
-            pieces.append((left, right, low, top))
-    chance.shuffle(pieces)
-    return named([(left, right, top - low) for left, right, low, top in pieces])

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks._rectangles import cut_rectangle
 from memtrain.planner.addresses import Packing, PackingStatus, pack
 from memtrain.planner.buffers import Buffer
 from memtrain.planner.check_addresses import check_addresses
-from tests.planner.packings import Span, cut, load, lowest, named, spans
+from tests.planner.packings import Span, load, lowest, named, spans
 
 CONFLICT = named(
     [(0, 2, 2), (3, 6, 2), (4, 6, 4), (1, 4, 3), (2, 4, 1), (2, 3, 1), (1, 3, 1), (0, 1, 2), (0, 1, 2)]
@@ -58,7 +59,7 @@ def test_a_capacity_below_the_load_needs_no_search() -> None:
 
 
 def test_without_time_there_is_still_a_packing() -> None:
-    buffers = cut(60, 3, 1 << 20, 1 << 20)
+    buffers = cut_rectangle(60, 3, 1 << 20, 1 << 20)
     packing = pack(buffers, time_limit_seconds=0)
     assert packing.status is PackingStatus.HEURISTIC
     assert packing.height > packing.load == 1 << 20
@@ -128,14 +129,14 @@ def test_never_an_overlap_never_below_the_load(items: list[Span], alignment: int
 
 def test_zero_slack_is_packed_to_the_bound() -> None:
     for seed in range(4):
-        buffers = cut(50, seed, 1 << 20, 1 << 20)
+        buffers = cut_rectangle(50, seed, 1 << 20, 1 << 20)
         packing = pack(buffers, time_limit_seconds=10)
         assert (packing.height, packing.status) == (1 << 20, PackingStatus.OPTIMAL)
         assert sound(buffers, packing)
 
 
 def test_same_arguments_same_addresses() -> None:
-    buffers = cut(50, 7, 25, 1000)
+    buffers = cut_rectangle(50, 7, 25, 1000)
     first = pack(buffers, 1000, time_limit_seconds=30, seed=3)
     assert first.height == 1000
     assert pack(buffers, 1000, time_limit_seconds=30, seed=3) == first

@@ -11,6 +11,7 @@ from memtrain.planner.communication import (
     stage_traffic,
     step_traffic,
 )
+from memtrain.planner.hardware import Interconnect, Quoted
 from memtrain.planner.parallel import Degrees, Group, ModelShape
 
 # h = 8192, 64 query heads and 8 key-value heads of 128: q 8192, k and v together 2048 elements a token.
@@ -24,6 +25,11 @@ MIXTURE = ModelShape(
     intermediate=14336,
     experts=8,
     experts_per_token=2,
+)
+LINK = Interconnect(
+    name="toy",
+    peer_bytes_per_second=Quoted(value=50e9, source="given"),
+    collective_bytes_per_second=Quoted(value=100e9, source="given"),
 )
 TOKENS = 2 * 4096
 RESIDUAL = TOKENS * 8192 * 2  # bytes of bf16
@@ -83,6 +89,17 @@ def test_a_ring_under_tensor_parallelism_sends_its_own_heads() -> None:
         found = of_block(Degrees(context=2, tensor=tensor))
         ring = next(item for item in found[When.BLOCK_FORWARD] if item.group is Group.CONTEXT)
         assert ring.sent_bytes == local / heads
+
+
+def test_rings_and_pipelines_talk_to_one_neighbour() -> None:
+    ring, ulysses = (
+        only(of_block(Degrees(context=8, context_method=method))[When.BLOCK_FORWARD])  # type: ignore[arg-type]
+        for method in ("ring", "ulysses")
+    )
+    stage, _ = stage_traffic(Degrees(pipeline=2), SHAPE, batch=2, sequence=4096)
+    assert ring.seconds(LINK) == ring.sent_bytes / 50e9
+    assert stage.seconds(LINK) == stage.sent_bytes / 50e9
+    assert ulysses.seconds(LINK) == ulysses.sent_bytes / 100e9
 
 
 def test_ulysses_changes_between_tokens_and_heads() -> None:
@@ -147,7 +164,7 @@ def test_gradients_hide_behind_backward_and_gathered_weights_do_not() -> None:
     reduce, gather = step_traffic(degrees, parameters=1e9, weight_bytes=2, gradient_bytes=4)
     assert (reduce.sent_bytes, reduce.overlaps) == (7 / 8 * 4e9, True)
     assert (gather.sent_bytes, gather.overlaps) == (7 / 8 * 2e9, False)
-    assert reduce.seconds(100e9) == pytest.approx(0.035)
+    assert reduce.seconds(LINK) == pytest.approx(0.035)
 
 
 def test_tokens_travel_to_experts_and_back() -> None:

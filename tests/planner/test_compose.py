@@ -9,6 +9,7 @@ from memtrain.planner.check import check
 from memtrain.planner.compose import SWAP_PLACE, machine_for
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.gpus import accelerator
+from memtrain.planner.hardware import Accelerator
 from memtrain.planner.machine import Link, Machine
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import GiB, TiB
@@ -40,12 +41,13 @@ def test_one_gpu_with_memory_and_a_disk_by_hand() -> None:
     assert Machine.from_json(machine.to_json()) == machine
 
 
-def test_eight_gpus_share_their_host_but_not_their_bus() -> None:
+def test_eight_gpus_share_their_host_and_pairs_of_them_a_bus() -> None:
     setup = machine_for("a800-80g", gpus=8, dram="1TiB", nvme="2x4TB@6GB/s", cxl="256GiB@20GB/s")
     assert setup.machine.name == "a800-80gb-sxm, one of 8"
     # Two sockets of eight channels, 0.8 of 25.6 GB/s each, for eight GPUs: 40.96 GB/s, above the bus.
     assert setup.dram_bytes_per_second.value == pytest.approx(16 * 0.8 * 25.6e9 / 8)
-    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((26, 25, 37.12))
+    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((13, 12.5, 18.56))
+    assert setup.host_link.read.source.startswith("derived: 1/2, GPUs behind one switch (https://github.com/")
     assert rates(setup.machine.link(Tier.NVME)) == pytest.approx((1.5, 1.5, 1.5))
     assert rates(setup.machine.link(Tier.CXL)) == pytest.approx((2.5, 2.5, 2.5))
     assert setup.budget.host_bytes == int(0.9 * TiB / 8)
@@ -54,9 +56,54 @@ def test_eight_gpus_share_their_host_but_not_their_bus() -> None:
     assert setup.interconnect.name == "nvlink-3-a800"
 
 
+@pytest.mark.parametrize(
+    ("gpu", "options", "expected"),
+    [
+        (accelerator("a800"), {"gpus": 1}, (26, 25, 37.12)),  # alone behind its switch
+        (accelerator("a800").given({"gpus_per_uplink": 1}), {"gpus": 8}, (26, 25, 37.12)),
+        (
+            accelerator("a800"),
+            {"gpus": 8, "host_link": "gen4"},
+            (26, 25, 37.12),
+        ),  # what is named is each GPU's
+        (accelerator("a100-80gb-pcie"), {"gpus": 8}, (26, 25, 37.12)),
+        (accelerator("h100"), {"gpus": 8, "dram": "1TiB@1000GB/s"}, (55.43, 55.06, 87.22)),
+    ],
+)
+def test_who_shares_a_bus(gpu: Accelerator, options: dict[str, Any], expected: tuple[float, ...]) -> None:
+    setup = machine_for(gpu, **({"dram": "1TiB"} | options))
+    assert rates(setup.machine.link(Tier.HOST)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "gpus", "gigabytes_per_second"),
+    [
+        ("rtx-4090", 1, 2 * 0.8 * 38.4),
+        ("rtx-4090", 2, 2 * 0.8 * 38.4 / 2),
+        ("rtx-4090", 4, 8 * 0.8 * 25.6 / 4),  # a server's board, of the GPU's generation
+        ("rtx-4060-laptop", 1, 2 * 0.8 * 38.4),
+        ("a100-80g", 8, 16 * 0.8 * 25.6 / 8),
+        ("h100", 8, 16 * 0.8 * 38.4 / 8),
+    ],
+)
+def test_dram_that_nobody_described(gpu: str, gpus: int, gigabytes_per_second: float) -> None:
+    rate = machine_for(gpu, gpus=gpus, dram="64GiB").dram_bytes_per_second
+    assert rate.value == pytest.approx(gigabytes_per_second * 1e9)
+    assert "assumption: " in rate.source
+
+
 def test_dram_that_is_slower_than_the_buses_limits_them() -> None:
-    setup = machine_for("a100-80g", gpus=8, dram="1TiB@8xddr4-3200")
+    setup = machine_for("h100", gpus=8, dram="1TiB@8xddr4-3200")
     assert rates(setup.machine.link(Tier.HOST)) == pytest.approx((20.48, 20.48, 20.48))
+
+
+def test_a_copy_waits_for_every_link_of_its_way() -> None:
+    setup = machine_for("h100", gpus=8, dram="1TiB", nvme="8x4TB", cxl="1TiB@20GB/s")
+    waits = {link.tier: link.latency_seconds for link in setup.machine.links}
+    assert waits == pytest.approx({Tier.HOST: 7e-6, Tier.CXL: 7.5e-6, Tier.NVME: 157e-6})
+    nvme = setup.tiers[Tier.NVME].latency_seconds
+    assert nvme is not None
+    assert nvme.source.startswith("derived: the sum of [https://arxiv.org/abs/2602.21548")
 
 
 def test_a_disk_faster_than_the_bus_is_limited_by_it() -> None:
@@ -66,10 +113,19 @@ def test_a_disk_faster_than_the_bus_is_limited_by_it() -> None:
     assert setup.budget.host_bytes == 0
 
 
+def test_the_processor_reaches_stores_without_the_bus() -> None:
+    setup = machine_for("rtx-4090", dram="64GiB", cxl="4x256GiB@20GB/s", nvme="8x4TB@7GB/s,1GB/s")
+    assert setup.tiers[Tier.CXL].read.value == pytest.approx(26e9)
+    assert setup.stores[Tier.CXL].read.value == setup.stores[Tier.CXL].mixed.value == pytest.approx(80e9)
+    assert setup.stores[Tier.NVME].read.value == pytest.approx(56e9)
+    assert Tier.HOST not in setup.stores
+
+
 def test_without_rates_a_disk_is_of_the_buss_generation() -> None:
     assert machine_for("h100", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen5"
     assert machine_for("l40s", nvme="4TB").tiers[Tier.NVME].name == "nvme-gen4"
     assert machine_for("h100", nvme="4TB", host_link="gen3").tiers[Tier.NVME].name == "nvme-gen3"
+    assert machine_for("h100", nvme="4TB", host_link="40GB/s").tiers[Tier.NVME].name == "nvme-gen5"
     assert machine_for("h100", cxl="0:256GiB").tiers[Tier.CXL].mixed.value == 36e9
 
 
@@ -104,7 +160,7 @@ def test_every_fact_has_a_unit_and_a_source() -> None:
         accelerator("h200").given({"matmul_efficiency": 0.6}), gpus=8, dram="2TiB", cxl="1TiB", nvme="8x4TB"
     )
     facts = setup.facts()
-    assert len(facts) == 8 + 3 * 3 + 1 + 2  # the GPU, three tiers, DRAM, the interconnect
+    assert len(facts) == 9 + 3 * 4 + 1 + 2  # the GPU, three tiers, DRAM, the interconnect
     assert all(fact.source and fact.unit and fact.value > 0 for fact in facts)
     given = [(fact.name, fact.value, fact.unit) for fact in facts if fact.source == "given"]
     assert given == [("h200-141gb-sxm: matmul_efficiency", 0.6, "of the peak")]
@@ -113,6 +169,8 @@ def test_every_fact_has_a_unit_and_a_source() -> None:
     assert units["h200-141gb-sxm: memory_bytes_per_second"] == "bytes/s"
     assert units["h200-141gb-sxm: half_flops_per_second"] == "FLOP/s"
     assert units["nvme: mixed"] == "GB/s"
+    assert units["nvme: latency"] == "us"
+    assert units["h200-141gb-sxm: gpus_per_uplink"] == "GPUs"
 
 
 def test_budgets_can_be_lowered() -> None:

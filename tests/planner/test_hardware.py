@@ -59,6 +59,7 @@ def test_in_series_the_slower_counts_and_keeps_its_source() -> None:
     assert behind.name == "disk"
     assert (behind.read, behind.write) == (quoted(26, "bus"), quoted(1, "disk"))
     assert behind.mixed == quoted(27, "derived: the sum of both directions alone")
+    assert behind.latency_seconds is None
     assert slower(quoted(3, "a"), quoted(2, "b")) == quoted(2, "b")
 
 
@@ -114,9 +115,10 @@ def test_a_name_that_fits_none_or_several_is_refused(text: str, message: str) ->
 
 def test_every_preset_number_says_where_it_is_from() -> None:
     numbers = [number for gpu in ACCELERATORS for number in gpu.numbers().values()]
-    assert len(numbers) == 8 * len(ACCELERATORS) == 8 * 14
+    assert len(numbers) == 9 * len(ACCELERATORS) == 9 * 14
     for link in (*HOST_LINKS, *CXL_DEVICES, *DISKS):
-        numbers += [link.read, link.write, link.mixed]
+        assert link.latency_seconds is not None
+        numbers += [link.read, link.write, link.mixed, link.latency_seconds]
     for tie in INTERCONNECTS:
         numbers += [tie.peer_bytes_per_second, tie.collective_bytes_per_second]
     for number in [*numbers, *DRAM_CHANNELS.values()]:
@@ -144,6 +146,7 @@ def test_every_gpu_names_links_that_exist_and_plausible_fractions() -> None:
         ("h100-80gb-pcie", 79.11, 2000, 756.5, 378),
         ("rtx-4090", 23.64, 1008, 165.2, 82.6),
         ("mi300x", 191.984375, 5300, 1307.4, 653.7),
+        ("rtx-5090-laptop", 24e9 / GiB, 896, 113.99, 56.99),
     ],
 )
 def test_dense_peaks_and_what_programs_see(
@@ -157,14 +160,32 @@ def test_dense_peaks_and_what_programs_see(
 
 
 def test_links_by_hand() -> None:
-    gen5 = host_link("pcie-gen5-x16")
     # Both at once as on PCIe 4.0, which moved 2 x 18.56 of 26 + 25 GB/s.
-    assert gen5.mixed.value == pytest.approx((55.43e9 + 55.06e9) * 37.12 / 51)
+    assert host_link("gen3").mixed.value == pytest.approx((12.15e9 + 12.89e9) * 37.12 / 51)
     assert host_link("pcie-gen5-x8").read.value == pytest.approx(55.43e9 / 2)
     assert interconnect("nvlink-3-a800").collective_bytes_per_second.value == pytest.approx(234.89e9 * 2 / 3)
     assert DRAM_CHANNELS["ddr4-3200"].value == pytest.approx(0.8 * 25.6e9)
     assert DRAM_CHANNELS["ddr5-4800"].value == pytest.approx(0.8 * 38.4e9)
     assert CXL_DEVICES[0].mixed.value == 36e9
+
+
+def test_what_was_found_for_one_form_is_an_assumption_for_the_others() -> None:
+    said = {gpu.name: gpu.attention_forward_efficiency.source for gpu in ACCELERATORS}
+    assert said["a100-80gb-sxm"].startswith("https://arxiv.org/abs/2307.08691")
+    assert said["a800-80gb-sxm"].startswith("assumption: as a100-80gb-sxm, https://arxiv.org/abs/2307.08691")
+    assert said["h200-141gb-sxm"].startswith("assumption: as h100-80gb-sxm, https://arxiv.org/abs/2407.08608")
+
+
+def test_latencies_add_up_and_are_not_scaled() -> None:
+    bus, disk = host_link("gen4"), DISKS[0]
+    behind = in_series(bus, disk).latency_seconds
+    assert behind is not None
+    assert behind.value == pytest.approx(157e-6)
+    assert (
+        bus.scaled(0.5, "half").latency_seconds
+        == bus.latency_seconds
+        == in_series(duplex(1, 1, 1), bus).latency_seconds
+    )
 
 
 def test_numbers_of_a_gpu_can_be_given() -> None:

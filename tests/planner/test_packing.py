@@ -8,11 +8,12 @@ import time
 import pytest
 from hypothesis import given, settings
 
+from benchmarks._rectangles import cut_rectangle
 from memtrain.planner.packing.exact import SEARCHED_CELLS, search
 from memtrain.planner.packing.greedy import height, order_by, passes, place
 from memtrain.planner.packing.grid import Grid, Interval, components
 from memtrain.planner.packing.skyline import Outcome, SkylineSearch
-from tests.planner.packings import Span, cut, load, lowest, spans
+from tests.planner.packings import Span, load, lowest, spans
 
 NEVER = math.inf
 # Rarer than one in 5,000 among dense random instances of this size.
@@ -146,7 +147,7 @@ def test_every_order_answers_alike_and_remembering_changes_nothing(items: list[S
 def test_zero_slack_is_packed_to_the_bound() -> None:
     for seed in range(5):
         for width, top in ((1 << 20, 1 << 20), (16, 200)):
-            for part in components([(b.start, b.end, b.size) for b in cut(40, seed, width, top)]):
+            for part in components([(b.start, b.end, b.size) for b in cut_rectangle(40, seed, width, top)]):
                 outcome, offsets = search(part.grid, top, seed=0, deadline=time.perf_counter() + 5)
                 assert outcome is Outcome.FOUND
                 assert not overlapping(part.grid, offsets)
@@ -154,7 +155,7 @@ def test_zero_slack_is_packed_to_the_bound() -> None:
 
 
 def test_the_search_stops_when_it_is_told() -> None:
-    (part,) = components([(b.start, b.end, b.size) for b in cut(60, 0, 1 << 20, 1 << 20)])
+    (part,) = components([(b.start, b.end, b.size) for b in cut_rectangle(60, 0, 1 << 20, 1 << 20)])
     searches = SkylineSearch(part.grid, 1 << 20)
     order = order_by(part.grid, "size")
     assert searches.run(order, learned=True, node_limit=10, deadline=NEVER) is Outcome.STOPPED

@@ -186,3 +186,10 @@ def test_groups_reach_over_adjacent_gpus() -> None:
         Group.PIPELINE: 25,  # the next stage's GPU is 24 away
     }
     assert group_span(Degrees(tensor=4), Group.PIPELINE) == 1
+
+
+def test_a_ring_and_sequence_parallelism_cut_one_after_the_other() -> None:
+    """8 tokens in 4 pieces of 2; a rank's two pieces are 4 tokens, one for each of 4 tensor ranks."""
+    Degrees(context=2, tensor=4).check(SHAPE, gpus=8, sequence=8)
+    with pytest.raises(ValueError, match=r"a sequence of 12 tokens cannot be cut 8 ways"):
+        Degrees(context=2, tensor=4).check(SHAPE, gpus=8, sequence=12)

@@ -99,6 +99,14 @@ def test_routing_and_dropout_are_never_nearly_free() -> None:
     assert [(t.dtype, t.size_bytes) for t in masks] == [("bool", 2 * 24 * 64)] * 2
 
 
+def test_layer_norms_of_a_gpu_keep_statistics_in_fp32() -> None:
+    for attention, dtype, size in (("default", "bfloat16", 2), ("flash", "float32", 4)):
+        (part,) = small("gpt2", attention=attention).classes
+        statistics = [t for t in part.saved if t.operator == "aten::native_layer_norm" and t.shape[-1] == 1]
+        # Mean and reciprocal deviation of each token, two norms.
+        assert [(t.dtype, t.size_bytes) for t in statistics] == [(dtype, ROWS * TOKENS * size)] * 4
+
+
 @pytest.mark.parametrize("name", ["dense", "grouped", "mixed-windows", "gpt2"])
 def test_flops_are_those_of_torchs_counter_over_the_real_run(name: str) -> None:
     attention = "eager"
@@ -123,14 +131,27 @@ def test_fused_attention_is_counted_apart() -> None:
     assert part.flops(backward=True, attention=True) == 5 * product
 
 
+def test_flash_attention_goes_backward_with_scratch() -> None:
+    (part,) = small("grouped", attention="flash").classes
+    (index,) = (i for i, op in enumerate(part.operations) if op.name == "memtrain::attention_backward")
+    scratch = [t.size_bytes for t in part.lifetimes if (t.start, t.end) == (index, index + 1)]
+    rows, heads, tokens, width = ROWS, 4, 128, 32  # 24 tokens and heads of 16, rounded up
+    wide, sums = 4 * rows * heads * tokens * width, 4 * rows * heads * tokens
+    # Two heads of keys: their gradients, and those of the values, for each of the four first.
+    expanded = 2 * rows * heads * TOKENS * 16
+    assert scratch == [wide, sums, expanded, expanded]
+
+
 def test_layers_of_one_kind_share_a_class() -> None:
     assert len(small("dense").classes) == 1
     mixed = small("mixed-windows")
     assert [block.part for block in mixed.blocks] == [0, 1]
     assert [part.attention_window for part in mixed.classes] == [8, None]
-    # Eager attention of Gemma 2 needs both masks, [1, 1, 24, 24] in bf16, for every layer of a kind once.
-    masks = [t for t in mixed.shared if t.tensor_class is TensorClass.MASK]
-    assert [t.size_bytes for t in masks] == []
+    # Eager attention adds its masks to the scores, and an addition saves neither: rotary tables are left.
+    assert [t.tensor_class for t in mixed.shared] == [TensorClass.OTHER] * 2
+    # Both masks, [2, 1, 24, 24] in bf16, are referred to until the final norm has run.
+    held = [t for t in mixed.prologue.lifetimes if t.epilogue_end and t.size_bytes == 2 * TOKENS * TOKENS * 2]
+    assert [t.epilogue_end for t in held] == [10, 10]
 
 
 def test_a_window_needs_no_mask_in_flash_attention() -> None:
@@ -248,6 +269,25 @@ def test_blocks_that_differ_in_a_function_are_two_classes() -> None:
     assert [block.part for block in found.blocks] == [0, 1, 0, 2]
     real = model()
     assert found.saved_bytes == really_saved(real, lambda: real(batch).sum(), [batch])
+
+
+def test_a_private_setting_makes_another_class() -> None:
+    found = estimate_module(lambda: Plain([Repeating(1), Repeating(3), Repeating(3)]), torch.randn(4, 8))
+    assert [block.part for block in found.blocks] == [0, 1, 1]
+    # A linear layer saves what it is given, [4, 32] in fp32.
+    assert [part.saved_bytes for part in found.classes] == [4 * 32 * 4, 3 * 4 * 32 * 4]
+
+
+class Repeating(nn.Module):
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32, bias=False)
+        self._times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(self._times):
+            x = self.inner(x)
+        return x
 
 
 class Frozen(Plain):
@@ -369,8 +409,12 @@ def test_errors_name_the_remedy() -> None:
         estimate_config("llama-7b", sequence=0)
     with pytest.raises(ValueError, match="'fast'"):
         estimate_config("llama-7b", sequence=8, attention="fast")
-    with pytest.raises(UntraceableError, match="bfloat16"):
-        small("experts", F32)
+    own_list = {"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8}
+    with pytest.raises(AttentionKernelError, match="gptj has a list of attention classes of its own"):
+        estimate_config(own_list, sequence=8, attention="flash")
+    unfused = {"model_type": "bloom", "n_head": 4, "hidden_size": 64, "n_layer": 2, "vocab_size": 97}
+    with pytest.raises(AttentionKernelError, match="so flash would change nothing: choose default"):
+        estimate_config(unfused, sequence=8, attention="flash")
     with pytest.raises(AttentionKernelError, match="no dropout"):
         small("gpt2", attention="cpu")
     with pytest.raises(BlocksNotFoundError):

@@ -29,7 +29,7 @@ def combinations() -> Iterator[tuple[str, torch.dtype, str]]:
         for attention in ("default", "math", "eager"):
             if name != "mixed-windows" or attention != "math":  # Gemma 2's soft cap is beyond SDPA
                 yield name, BF16, attention
-    yield from ((name, F32, "default") for name in ("grouped", "window", "gpt2"))
+    yield from ((name, F32, "default") for name in ("grouped", "window", "experts", "gpt2"))
 
 
 @pytest.mark.parametrize(("name", "dtype", "attention"), list(combinations()))

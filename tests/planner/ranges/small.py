@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.model import (
+    ALL_UPDATES,
     DEVICE,
     Block,
     Codec,
@@ -43,7 +46,13 @@ def tensors(
     return (
         TensorClass(name="X", chunk_bytes=x, chunks=chunks, lossy=True),
         TensorClass(
-            name="A", chunk_bytes=a, chunks=chunks, recompute_seconds=again[:chunks], needs=("X",), lossy=True
+            name="A",
+            chunk_bytes=a,
+            chunks=chunks,
+            recompute_seconds=again[:chunks],
+            needs=("X",),
+            lossy=True,
+            attention=True,
         ),
         TensorClass(
             name="O",
@@ -186,7 +195,9 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
     need = sum(t.total_bytes for b in blocks for t in b.classes) + max(
         b.backward_transient_bytes for b in blocks
     )
-    pcie = hop("pcie", draw(rate), draw(rate))
+    pcie = dataclasses.replace(
+        hop("pcie", draw(rate), draw(rate)), latency_seconds=draw(st.sampled_from([0.0, 0.0, 0.25]))
+    )
     capacity = st.integers(0, 60).map(lambda missing: 60 - missing)
     places = (
         place("host", draw(capacity), pcie),
@@ -200,9 +211,11 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
         ),
     )
     chosen = draw(st.sampled_from([places[:1], (places[0], places[2]), places[:2], places[1:2], ()]))
+    batches = draw(st.sampled_from([1, 1, 2, 3]))
+    in_flight = draw(st.integers(1, batches))
     return problem(
         len(blocks),
-        max(1, need - draw(st.integers(0, need // 4 + 1))),
+        max(1, in_flight * need - draw(st.integers(0, need // 4 + 1))),
         *chosen,
         blocks=blocks,
         slots=draw(st.sampled_from([1, 1, 1, 2])),
@@ -210,10 +223,79 @@ def problems(draw: st.DrawFn, *, most_blocks: int = 3) -> Problem:
         forwarding_slots=draw(st.sampled_from([1, 1, 1, 2])),
         codecs=draw(st.sampled_from([(), (INT8,)])) if "host" in {p.name for p in chosen} else (),
         error_budget=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        micro_batches=batches,
+        in_flight=in_flight,
     )
 
 
-def with_state_anywhere(rate: float = 3.0, seconds: float = 1.0) -> Problem:
+@st.composite
+def stateful_problems(draw: st.DrawFn, *, uniform: bool = False) -> Problem:
+    """Chains of up to seven blocks with state and saved tensors here and there; room for all of it.
+
+    Any class of state may lie anywhere; with ``uniform`` each in one place, and all updated in one way, so
+    that nothing else hides what a slot too few does.
+    """
+    rate = st.sampled_from([5.0, 0.2, 1.0, 100.0])
+    anywhere = (DEVICE, "host", "cxl", "nvme")
+    way = draw(st.sampled_from(ALL_UPDATES))
+    on_cpu = ("nvme", "host") if way.on_cpu else ("nvme", "host", DEVICE)
+    chosen = tuple((draw(st.sampled_from(["nvme", "host", DEVICE] if k == 0 else on_cpu)),) for k in range(3))
+    where = chosen if uniform else (anywhere,) * 3
+    held = states(*where, pieces=2, sizes=draw(st.tuples(*(st.sampled_from([2, 4, 10]) for _ in range(3)))))
+    sent = draw(st.booleans())
+
+    def some_block(index: int) -> Block:
+        return block(
+            index,
+            forward_seconds=draw(st.sampled_from([1.0, 0.1, 4.0])),
+            backward_seconds=draw(st.sampled_from([2.0, 0.1])),
+            classes=tensors(x=4, a=0, o=0)[:1] if sent and draw(st.integers(0, 3)) else (),
+            states=held if draw(st.integers(0, 3)) else (),
+            pieces=2,
+            device_update_seconds=draw(st.sampled_from([0.0, 0.5, 3.0])),
+        )
+
+    blocks = tuple(some_block(i) for i in range(8 - draw(st.integers(1, 6))))
+    pcie, cxl, nvme = (hop(name, draw(rate), draw(rate)) for name in ("pcie", "cxl", "nvme"))
+    return problem(
+        len(blocks),
+        10_000,
+        place("host", 10_000, pcie, cpu_bytes_per_second=draw(rate)),
+        place("cxl", 10_000, cxl, cpu_bytes_per_second=draw(st.sampled_from([0.0, 2.0]))),
+        place("nvme", 10_000, pcie, nvme),
+        blocks=blocks,
+        slots=draw(st.integers(1, 3)),
+        staging="host",
+        forwarding_slots=draw(st.integers(1, 3)),
+        micro_batches=draw(st.integers(1, 2)) if way.ahead or not uniform else 1,
+        updates=(way,) if uniform else ALL_UPDATES,
+    )
+
+
+def some_decisions(formulated: Formulated, seed: int) -> Decisions:
+    """Counts that add up, drawn at random; capacities ignored. An odd seed sends all tensors to NVMe."""
+    draw, counts = random.Random(seed), dict[int, int]()
+
+    def share(variables: list[int], total: int) -> None:
+        for _ in range(total):
+            variable = draw.choice(variables)
+            counts[variable] = counts.get(variable, 0) + 1
+
+    for index, one in enumerate(formulated.problem.blocks):
+        for tensor, chosen in zip(one.classes, formulated.choices.counts[index], strict=True):
+            far = [v for a, v in chosen.items() if seed % 2 and a.label in ("swap:nvme", "slot")]
+            share(far or list(chosen.values()), tensor.chunks)
+        if one.states:
+            share(list(formulated.states.updated[index].values()), one.pieces)
+        for way, variable in formulated.states.updated[index].items():
+            for state in one.states:
+                placed = formulated.states.placed[index].items()
+                group = [v for p, v in placed if p.update == way and p.state == state]
+                share(group, counts.get(variable, 0) if group else 0)
+    return formulated.decisions(counts)
+
+
+def with_state_anywhere(rate: float = 3.0, seconds: float = 1.0, micro_batches: int = 1) -> Problem:
     """Two blocks whose parameters, gradients and optimizer state may lie in any of four places."""
     anywhere = (DEVICE, "host", "cxl", "nvme")
     held = states(anywhere, anywhere, anywhere)
@@ -228,6 +310,7 @@ def with_state_anywhere(rate: float = 3.0, seconds: float = 1.0) -> Problem:
             block(i, states=held, classes=tensors()[:1], device_update_seconds=seconds) for i in range(2)
         ),
         staging="host",
+        micro_batches=micro_batches,
     )
 
 

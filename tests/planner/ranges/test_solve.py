@@ -6,17 +6,19 @@ import dataclasses
 import json
 import math
 
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from memtrain.planner.ranges import solve as solve_module
 from memtrain.planner.ranges.baselines import RULES, baselines
 from memtrain.planner.ranges.check import check
+from memtrain.planner.ranges.child import Child
 from memtrain.planner.ranges.formulate import formulate
-from memtrain.planner.ranges.infeasible import longest_share, shortened
 from memtrain.planner.ranges.model import Problem, TensorClass
-from memtrain.planner.ranges.plan import RangePlan, Relaxation
+from memtrain.planner.ranges.plan import RangePlan
 from memtrain.planner.ranges.solve import SolveOptions, solve
-from tests.planner.ranges.small import INT8, best_of_all, block, hop, place, problem, problems, tensors
+from tests.planner.ranges.small import best_of_all, block, hop, place, problem, problems
 
 HERE = SolveOptions(gap=1e-4, seconds=20.0, isolated=False)
 
@@ -105,8 +107,8 @@ def test_a_document_that_is_no_plan_is_refused_by_name() -> None:
     text = solve(problem(1, 100), HERE).to_json()
     with pytest.raises(ValueError, match="it was changed"):
         RangePlan.from_json(text.replace('"status":"optimal"', '"status":"gap"'))
-    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 1"):
-        RangePlan.from_json(text.replace('"version":1', '"version":7'))
+    with pytest.raises(ValueError, match="plan version 7, this memtrain reads 2"):
+        RangePlan.from_json(text.replace('"version":2', '"version":7'))
     with pytest.raises(ValueError, match="not a plan: KeyError"):
         RangePlan.from_json("{}")
     with pytest.raises(ValueError, match="not a plan: TypeError"):
@@ -125,54 +127,29 @@ def test_ranges_are_contiguous_and_begin_with_what_is_recomputed() -> None:
             assert all(p.action != "recompute" for p in parts[1:])
 
 
-def test_nothing_fits_and_what_would_help() -> None:
-    """Two blocks whose inputs of 10 bytes cannot be recomputed; A and O (50 bytes) come back in backward.
-
-    On the device alone the second block's backward needs both inputs and 50 bytes: 70, of which there are 60.
-    """
-    one = problem(2, 60)
-    plan = solve(one, dataclasses.replace(HERE, offered=(INT8,)))
-    assert plan.status == "infeasible"
-    assert plan.relaxations[0] == Relaxation(what="device", missing_bytes=10)
-    assert plan.peaks[0].size_bytes == 70
-    # Half of the sequence needs 35.
-    assert plan.relaxations[-1] == Relaxation(what="sequence", share=0.5)
-    # Compressed inputs of the first block: 6 bytes instead of 10 are not enough.
-    assert [r.what for r in plan.relaxations] == ["device", "sequence"]
-
-
-def test_more_of_one_place_is_named_where_it_is_enough() -> None:
-    """A host of 5 bytes takes one chunk of the first block's input; 10 would take both."""
-    one = problem(2, 60, place("host", 5), slots=1)
-    plan = solve(one, HERE)
-    assert plan.status == "infeasible"
-    found = {r.what: r.missing_bytes for r in plan.relaxations if r.missing_bytes}
-    roomier = {
-        "device": dataclasses.replace(one.machine, device_capacity_bytes=60 + found["device"]),
-        "host": dataclasses.replace(
-            one.machine,
-            places=tuple(
-                dataclasses.replace(p, capacity_bytes=5 + found.get("host", 0)) for p in one.machine.places
-            ),
-        ),
-    }
-    for what in found:
-        fits = dataclasses.replace(one, machine=roomier[what])
-        assert solve(fits, HERE).status == "optimal"
-
-
-def test_shortened_cuts_chunks_and_scales_the_rest() -> None:
-    classes = (*tensors(), TensorClass(name="W", chunk_bytes=7))
-    one = problem(1, 100, blocks=(block(0, classes=classes, forward_transient_bytes=9),))
-    half = shortened(one, 1, 2).blocks[0]
-    assert [t.total_bytes for t in half.classes] == [5, 5, 20, 4]
-    assert half.classes[1].recompute_seconds == (1.0,)
-    assert half.forward_transient_bytes == 5
-    assert longest_share(problem(1, 10), math.inf) == 0.0
-
-
 def test_options_are_validated() -> None:
     with pytest.raises(ValueError, match="gap must be at least 0 and below 1, got 1"):
         SolveOptions(gap=1.0)
     with pytest.raises(ValueError, match="seconds must be finite"):
         SolveOptions(seconds=math.inf)
+
+
+def test_a_large_problem_is_searched_beside_the_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that is started early ends with the same plan, and none is left behind."""
+    one = problem(3, 100, place("host", 1000))
+    later = solve(one, SolveOptions(seconds=8.0))
+    monkeypatch.setattr(solve_module, "LARGE", 0)
+    early = solve(one, SolveOptions(seconds=8.0))
+    assert early.step_seconds == later.step_seconds
+    assert early.status == "optimal"
+    roomy = dataclasses.replace(one, machine=dataclasses.replace(one.machine, device_capacity_bytes=1000))
+    assert solve(roomy, SolveOptions(seconds=8.0)).solver == "keep all"
+    assert not [p for p in psutil.Process().children() if "ranges.child" in " ".join(p.cmdline())]
+
+
+def test_a_process_that_fails_says_why() -> None:
+    with (
+        Child(None, None, gap=0.0, seconds=20.0, whole=False) as child,  # type: ignore[arg-type]
+        pytest.raises(RuntimeError, match=r"(?s)the solver's process failed: .*AttributeError"),
+    ):
+        child.result()

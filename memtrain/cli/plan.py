@@ -1,0 +1,143 @@
+"""``memtrain plan``: whether a job fits a machine, how long its step takes, what to offload; no GPU needed.
+
+    memtrain plan llama-3-70b --seq 8192 --gpu a800-80g --gpus 8 --cp 8 --dram 1TiB --nvme 4TB@6GB/s
+
+Exit codes: 0 it fits, 1 a mistake or a failure, 2 nothing fits, 3 it fits and nothing is proved of the plan.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from memtrain.cli import plan_options as options
+from memtrain.planning.request import (
+    Hardware,
+    Outputs,
+    PlanError,
+    PlanRequest,
+    Questions,
+    Search,
+    Work,
+    parse_attention,
+    parse_axis,
+    parse_budget,
+    parse_count,
+    parse_degrees,
+    parse_dtype,
+    parse_optimizer,
+    parse_overrides,
+    parse_sweep,
+)
+
+
+def plan(
+    model: options.Model,
+    gpu: options.Gpu,
+    seq: options.Seq = "8k",
+    micro_batch: options.MicroBatch = 1,
+    accumulate: options.Accumulate = 1,
+    optimizer: options.Optimizer = "adamw",
+    dtype: options.DtypeName = "bfloat16",
+    master_weights: options.MasterWeights = None,
+    clipping: options.Clipping = True,
+    chunked_loss: options.ChunkedLoss = True,
+    attention: options.AttentionName = "flash",
+    gpus: options.Gpus = 1,
+    nodes: options.Nodes = 1,
+    dram: options.Dram = None,
+    nvme: options.Nvme = None,
+    cxl: options.Cxl = None,
+    host_link: options.HostLink = None,
+    interconnect: options.Interconnect = None,
+    network: options.Network = None,
+    machine: options.MachineFile = None,
+    budget: options.Budgets = None,
+    override: options.Overrides = None,
+    dp: options.Dp = None,
+    zero: options.Zero = None,
+    tp: options.Tp = 1,
+    sequence_parallel: options.SequenceParallel = None,
+    cp: options.Cp = 1,
+    cp_method: options.CpMethod = None,
+    pp: options.Pp = 1,
+    ep: options.Ep = 1,
+    allow_lossy: options.AllowLossy = None,
+    error_budget: options.ErrorBudget = None,
+    chunks: options.Chunks = 16,
+    seconds: options.Seconds = 6.0,
+    gap: options.Gap = 1e-3,
+    what_fits: options.WhatFits = None,
+    sweep: options.SweepText = None,
+    ablation: options.Ablation = False,
+    explain: options.Explain = None,
+    sources: options.Sources = False,
+    json: options.Json = False,
+    csv: options.Csv = False,
+    html: options.Html = None,
+    emit: options.Emit = None,
+    output: options.Output = None,
+) -> None:
+    """Say whether MODEL can be trained on a machine, how fast, and what to offload. No GPU is needed."""
+    questions = Questions(
+        what_fits=None if what_fits is None else parse_axis(what_fits),
+        sweep=None if sweep is None else parse_sweep(sweep),
+        ablation=ablation,
+        explain=explain,
+        sources=sources,
+    )
+    outputs = Outputs(json=json, csv=csv, html=html, emit=emit, plan=output)
+    outputs.check(questions)
+    precision = parse_dtype(dtype)
+    if master_weights and precision == "float32":
+        raise PlanError(
+            "--master-weights copies weights of lower precision, and --dtype is float32: drop one"
+        )
+    request = PlanRequest(
+        work=Work(
+            model=model,
+            sequence=parse_count("--seq", seq),
+            micro_batch=micro_batch,
+            accumulate=accumulate,
+            optimizer=parse_optimizer(optimizer),
+            dtype=precision,
+            master_weights=precision == "bfloat16" if master_weights is None else master_weights,
+            clipping=clipping,
+            chunked_loss=chunked_loss,
+            attention=parse_attention(attention),
+        ),
+        hardware=Hardware(
+            gpu=gpu,
+            gpus=gpus,
+            nodes=nodes,
+            dram=dram,
+            cxl=cxl,
+            nvme=nvme,
+            host_link=host_link,
+            interconnect=interconnect,
+            network=network,
+            machine=machine,
+            budget=parse_budget(budget or []),
+            overrides=parse_overrides(override or []),
+        ),
+        degrees=parse_degrees(
+            gpus * nodes,
+            data=dp,
+            zero_stage=zero,
+            tensor=tp,
+            context=cp,
+            pipeline=pp,
+            expert=ep,
+            context_method=cp_method,
+            sequence_parallel=sequence_parallel,
+        ),
+        search=Search(
+            chunks=chunks,
+            seconds=seconds,
+            gap=gap,
+            allow_lossy=tuple(part.strip() for part in (allow_lossy or "").split(",") if part.strip()),
+            error_budget=error_budget,
+        ),
+    )
+    from memtrain.planning.command import run
+
+    raise typer.Exit(run(request, questions, outputs))

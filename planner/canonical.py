@@ -1,0 +1,62 @@
+"""Canonical JSON and its hash: the same content gives the same bytes, whenever and wherever it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+SHORT_DIGITS = 16
+"""Of a hash that tells documents apart which are not signed by it: 64 bits."""
+
+
+def plain(value: Any, *, digits: int | None = None) -> Any:
+    """``value`` in JSON's own types: dataclasses as objects, sequences as lists, enums as their values.
+
+    Args:
+        value: of dataclasses, sequences, enums, numbers and text.
+        digits: behind the point, to which floats are rounded; None leaves them.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name), digits=digits) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [plain(item, digits=digits) for item in value]
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, float) and digits is not None:
+        return round(value, digits)
+    return value
+
+
+def canonical_json(data: Any) -> str:
+    """Sorted keys and no white space. Raises ValueError for what is no number."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(data: Any) -> str:
+    """SHA-256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(data).encode()).hexdigest()
+
+
+def short_digest(data: Any) -> str:
+    """The first ``SHORT_DIGITS`` digits of ``digest``."""
+    return digest(data)[:SHORT_DIGITS]
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Missing and unknown keys and text that is no JSON become ``ValueError: not WHAT: ...``."""
+    try:
+        yield
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not {what}: {error!r}") from error
+
+
+def check_version(data: Mapping[str, Any], version: int, what: str) -> None:
+    """Raises ValueError where ``data`` was written by another version of the format."""
+    if data.get("version") != version:
+        raise ValueError(f"{what} version {data.get('version')!r}, this memtrain reads {version}")

@@ -1,0 +1,260 @@
+"""What operations, recomputes and messages of one block take on one GPU.
+
+Operations come from the trace and take what ``roofline`` says, each by itself, divided by the degrees: a
+matrix product and attention by tensor and context ranks, all else by the ways in which its bytes are cut.
+Messages that arithmetic waits for are added; those that overlap count for what sticks out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memtrain.planner.communication import (
+    Traffic,
+    When,
+    block_traffic,
+    end_traffic,
+    stage_traffic,
+    step_traffic,
+)
+from memtrain.planner.estimate import Operation, TracedPart
+from memtrain.planner.hardware import Interconnect
+from memtrain.planner.job import Job
+from memtrain.planner.lowering.tensors import Division, Fate, fate
+from memtrain.planner.optimizer_bytes import ParameterSpec
+from memtrain.planner.parallel import Group, group_span
+from memtrain.planner.ranges.model import causal_attention_seconds, even_seconds
+from memtrain.planner.roofline import attention_seconds, matmul_seconds, memory_seconds
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartSeconds:
+    """One part on one GPU, messages included."""
+
+    forward: float
+    backward: float
+    message_buffer_bytes: int
+    """For what it sends, at the most at once."""
+
+
+class Clock:
+    """Seconds of a job's operations and messages."""
+
+    def __init__(self, job: Job, division: Division) -> None:
+        self.job, self.division = job, division
+        self.device = job.setup.accelerator
+        self._ways = job.degrees.tensor * job.degrees.context
+
+    def operation(self, op: Operation, part: TracedPart, *, backward: bool) -> float:
+        """One operation.
+
+        Attention kernels skip what a mask hides; the products of attention without a kernel compute it all.
+        """
+        if op.flops and "attention" in op.name:
+            # Backward's FLOPs follow from forward's: kernels differ in what they compute again.
+            flops = sum(o.flops for o in self._forward(part) if o.attention)
+            if backward:
+                flops = flops * op.flops // max(1, part.flops(backward=True, attention=True))
+            else:
+                flops = op.flops
+            causal = flops * self.job.attention_share(part) / self._ways
+            return attention_seconds(self.device, causal, backward=backward)
+        moved = op.read_bytes + op.written_bytes
+        if op.flops:
+            share = op.flops / self._ways
+            return matmul_seconds(self.device, share, moved / self._ways, single=self.job.single)
+        return memory_seconds(self.device, moved / self.division.ways(op.written_bytes))
+
+    def part(self, part: TracedPart, traffic: Iterable[Traffic]) -> PartSeconds:
+        """A part's passes, with the messages of ``traffic`` that belong to a block's pass."""
+        found = list(traffic)
+        passes = []
+        for backward, when in ((False, When.BLOCK_FORWARD), (True, When.BLOCK_BACKWARD)):
+            ops = part.operations[part.forward_operations :] if backward else self._forward(part)
+            computed = math.fsum(self.operation(op, part, backward=backward) for op in ops)
+            sent = [t for t in found if t.when is when]
+            passes.append(self.with_messages(computed, sent))
+        buffers = [sum(t.buffer_bytes for t in found if t.when is w) for w in _BLOCK_PASSES]
+        return PartSeconds(
+            forward=passes[0], backward=passes[1], message_buffer_bytes=math.ceil(max(buffers, default=0))
+        )
+
+    def with_messages(self, computed: float, traffic: Iterable[Traffic]) -> float:
+        """Arithmetic, what it waits for, and what sticks out of the messages beside it."""
+        waits, beside = 0.0, 0.0
+        for message in traffic:
+            seconds = message.seconds(self.link(message.group))
+            if message.overlaps:
+                beside += seconds
+            else:
+                waits += seconds
+        return waits + max(computed, beside)
+
+    def link(self, group: Group) -> Interconnect:
+        """What the messages of ``group`` travel over."""
+        across = group_span(self.job.degrees, group) > self.job.setup.gpus
+        link = self.job.network if across else self.job.setup.interconnect
+        assert link is not None
+        return link
+
+    def recompute(self, part: TracedPart, kind: Fate, chunks: int) -> tuple[float, ...]:
+        """Seconds per chunk of computing a class again; empty where it cannot be.
+
+        What forward waited for of messages is waited for again (``_repeated``).
+        """
+        if kind in (Fate.INPUT, Fate.ROUTING):
+            return ()
+        if kind is Fate.ATTENTION:
+            ops = [op for op in self._forward(part) if op.attention]
+            seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
+            return self._by_prefix(part, seconds, chunks)
+        if kind is Fate.NEARLY_FREE:
+            return even_seconds(self._nearly_free(part), chunks)
+        first, last = self._span(part, kind)
+        ops = [op for op in self._forward(part)[first:last] if not op.attention]
+        seconds = math.fsum(self.operation(op, part, backward=False) for op in ops)
+        waits = (t for t in self.traffic_of_block() if t.when is When.BLOCK_FORWARD and not t.overlaps)
+        seconds += math.fsum(self._repeated(t, kind) * t.seconds(self.link(t.group)) for t in waits)
+        return even_seconds(seconds, chunks)
+
+    def _repeated(self, message: Traffic, kind: Fate) -> float:
+        """Of a message of forward, the share that a recompute sends again.
+
+        With sequence parallelism the input is gathered for ``qkv``; for ``products`` attention's output is
+        scattered and the MLP's input gathered; the last product's scattering belongs to the block's output.
+        Without, one of two all-reduces lies between ``qkv`` and the MLP. Ulysses exchanges q, k and v, then
+        the output, which is half of all or less; tokens go to experts and, counted but not needed, back.
+        """
+        qkv = kind is Fate.QKV
+        if message.group is Group.TENSOR:
+            gathered = 0.25 if self.job.degrees.sequence_parallel else 0.0
+            return gathered if qkv else 0.5
+        if message.group is Group.CONTEXT:
+            return 0.75 if qkv else 0.5
+        return 0.0 if qkv else 1.0
+
+    def _by_prefix(self, part: TracedPart, seconds: float, chunks: int) -> tuple[float, ...]:
+        """Attention's cost by chunk: rising under a causal mask, even under a window.
+
+        Context ranks hold an early and a late piece each (ring), or every rank's first tokens are spread over
+        the sequence (Ulysses): a share of a rank's tokens then costs at most that share, which is charged.
+        """
+        window = part.attention_window
+        windowed = window is not None and window < self.job.estimate.sequence
+        if windowed or self.job.degrees.context > 1:
+            return even_seconds(seconds, chunks)
+        return causal_attention_seconds(seconds, 0.0, chunks)
+
+    def _span(self, part: TracedPart, kind: Fate) -> tuple[int, int]:
+        """Operations of forward that lead to a class: from behind the class before it to its last tensor."""
+        ends = {k: 0 for k in Fate}
+        for life in part.lifetimes:
+            if life.saved is not None:
+                found = fate(part.saved[life.saved])
+                ends[found] = max(ends[found], life.start + 1)
+        if kind is Fate.QKV:
+            return 0, ends[Fate.QKV]
+        return max(ends[Fate.QKV], ends[Fate.ATTENTION]), ends[kind]
+
+    def _nearly_free(self, part: TracedPart) -> float:
+        moved = 0.0
+        for tensor in part.saved:
+            if fate(tensor) is Fate.NEARLY_FREE:
+                share = self.division.saved(tensor) / max(1, tensor.size_bytes)
+                moved += tensor.recompute_moved_bytes * share
+        return memory_seconds(self.device, moved)
+
+    def _forward(self, part: TracedPart) -> tuple[Operation, ...]:
+        return part.operations[: part.forward_operations]
+
+    def traffic_of_block(self) -> list[Traffic]:
+        """What one block sends for one micro-batch."""
+        job = self.job
+        dense, experts = block_parameters(job)
+        return block_traffic(
+            job.degrees,
+            job.shape,
+            batch=job.estimate.batch,
+            sequence=job.estimate.sequence,
+            block_parameters=dense / job.degrees.tensor,
+            expert_parameters=experts / job.degrees.tensor / job.degrees.expert,
+            value_bytes=4 if job.single else 2,
+            gradient_bytes=4 if job.single else 2,
+        )
+
+    def traffic_of_end(self, parameters: Iterable[ParameterSpec]) -> list[Traffic]:
+        """What the embedding or the head sends for one micro-batch."""
+        value_bytes = 4 if self.job.single else 2
+        return end_traffic(
+            self.job.degrees,
+            parameters=sum(p.elements for p in parameters) / self.job.degrees.tensor,
+            value_bytes=value_bytes,
+            gradient_bytes=value_bytes,
+        )
+
+    def traffic_of_stage(self) -> list[Traffic]:
+        """What the stage hands on for one micro-batch."""
+        job = self.job
+        return stage_traffic(
+            job.degrees,
+            job.shape,
+            batch=job.estimate.batch,
+            sequence=job.estimate.sequence,
+            value_bytes=4 if job.single else 2,
+        )
+
+    def stage_waits(self, index: int) -> tuple[float, float]:
+        """What block ``index`` waits for its neighbours: a stage's first in forward, its last in backward.
+
+        The first stage sends where others receive, and waits as long.
+        """
+        stage = {t.when: t.seconds(self.link(t.group)) for t in self.traffic_of_stage()}
+        forward = stage.get(When.STAGE_FORWARD, 0.0) if index == self.job.blocks[0] else 0.0
+        backward = stage.get(When.STAGE_BACKWARD, 0.0) if index == self.job.blocks[-1] else 0.0
+        return forward, backward
+
+
+def step_message_seconds(job: Job, backward_seconds: float) -> float:
+    """Once a step: gradients that the backward of ``backward_seconds`` does not hide, and updated weights."""
+    clock = Clock(job, Division(estimate=job.estimate, shape=job.shape, degrees=job.degrees))
+    names = {job.estimate.blocks[index].name for index in job.blocks}
+    names |= {"prologue"} if job.first else set()
+    names |= {"epilogue"} if job.last else set()
+    specs = [p for unit in job.estimate.units if unit.name in names for p in unit.parameters if p.trainable]
+    beside = waits = 0.0
+    for experts in (False, True):
+        cut = job.degrees.tensor * (job.degrees.expert if experts else 1)
+        held = sum(p.elements for p in specs if is_expert(p.name) is experts) / cut
+        value_bytes = 4 if job.single else 2
+        for message in step_traffic(
+            job.degrees,
+            parameters=held,
+            weight_bytes=value_bytes,
+            gradient_bytes=value_bytes,
+            experts=experts,
+        ):
+            seconds = message.seconds(clock.link(message.group))
+            beside += seconds if message.overlaps else 0.0
+            waits += 0.0 if message.overlaps else seconds
+    return waits + max(0.0, beside - backward_seconds)
+
+
+_BLOCK_PASSES = (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
+
+
+def block_parameters(job: Job) -> tuple[int, int]:
+    """Elements of the largest block, without its experts and in them, undivided."""
+    dense = experts = 0
+    for unit in job.estimate.units:
+        if unit.block is not None:
+            inside = sum(p.elements for p in unit.parameters if is_expert(p.name))
+            dense = max(dense, sum(p.elements for p in unit.parameters) - inside)
+            experts = max(experts, inside)
+    return dense, experts
+
+
+def is_expert(name: str) -> bool:
+    """Whether a parameter belongs to one of several experts, by the word that transformers uses."""
+    return ".experts." in name

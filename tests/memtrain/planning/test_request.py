@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memtrain.planner.optimizer_bytes import OptimizerRule
+from memtrain.planner.parallel import Degrees
+from memtrain.planning.request import (
+    Outputs,
+    PlanError,
+    Questions,
+    Search,
+    Sweep,
+    Work,
+    parse_attention,
+    parse_axis,
+    parse_budget,
+    parse_count,
+    parse_degrees,
+    parse_dtype,
+    parse_optimizer,
+    parse_overrides,
+    parse_sweep,
+)
+
+NOTHING = {
+    "data": None,
+    "zero_stage": None,
+    "tensor": 1,
+    "context": 1,
+    "pipeline": 1,
+    "expert": 1,
+    "context_method": None,
+    "sequence_parallel": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("8192", 8192), ("8k", 8192), ("1.5K", 1536), ("1M", 1 << 20), (" 512 ", 512)]
+)
+def test_counts(text: str, value: int) -> None:
+    assert parse_count("--seq", text) == value
+
+
+@pytest.mark.parametrize("text", ["", "0", "8x", "1.3", "-4", "1.0001k"])
+def test_no_counts(text: str) -> None:
+    with pytest.raises(PlanError, match=r"--seq: cannot read .* as a whole number above 0; write 8192"):
+        parse_count("--seq", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "sweep"),
+    [
+        ("seq=8k..64k", Sweep(axis="seq", values=(8192, 16384, 32768, 65536))),
+        ("seq=8k..20k", Sweep(axis="seq", values=(8192, 16384, 20480))),
+        ("seq=8k..8k", Sweep(axis="seq", values=(8192,))),
+        ("seq=4k,1k,4k", Sweep(axis="seq", values=(1024, 4096))),
+        ("batch=1..5", Sweep(axis="batch", values=(1, 2, 4, 5))),
+    ],
+)
+def test_sweeps(text: str, sweep: Sweep) -> None:
+    assert parse_sweep(text) == sweep
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tokens=8k", "write seq=8k..1M"),
+        ("seq", "names no values"),
+        ("seq=64k..8k", "ends at 8192 below its start 65536: swap them"),
+        ("seq=" + ",".join(map(str, range(1, 30))), "has 29 values, at most 24 are planned"),
+        ("seq=8k..x", "cannot read 'x'"),
+    ],
+)
+def test_no_sweeps(text: str, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_sweep(text)
+
+
+def test_budgets_and_overrides() -> None:
+    assert parse_budget(["device=70GiB", "host = 100GiB"]) == (("device", "70GiB"), ("host", "100GiB"))
+    assert parse_overrides(["matmul_efficiency=0.6"]) == (("matmul_efficiency", 0.6),)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["device"], "--budget 'device': write it as device=70GiB"),
+        (["device=1GiB", "device=2GiB"], "--budget device is given twice, 1GiB and 2GiB: drop one"),
+        (["device=much"], "--budget device=much: cannot read 'much' as a size"),
+        (["device=0"], "leaves no bytes"),
+    ],
+)
+def test_budgets_that_are_none(texts: list[str], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_budget(texts)
+
+
+def test_an_override_is_a_number() -> None:
+    with pytest.raises(PlanError, match="'fast' is not a number"):
+        parse_overrides(["matmul_efficiency=fast"])
+
+
+def test_names() -> None:
+    assert parse_optimizer("adam-8bit") is OptimizerRule.ADAM_8BIT
+    assert parse_dtype("float32") == "float32"
+    assert parse_attention("eager") == "eager"
+    assert parse_axis("batch") == "batch"
+    with pytest.raises(PlanError, match="--optimizer 'adam' is not known; did you mean adamw"):
+        parse_optimizer("adam")
+    with pytest.raises(PlanError, match="--dtype 'bf16' is not known"):
+        parse_dtype("bf16")
+    with pytest.raises(PlanError, match="--attention 'flash2' is not known; did you mean flash"):
+        parse_attention("flash2")
+    with pytest.raises(PlanError, match="--what-fits 'tokens' is not known: write seq or batch"):
+        parse_axis("tokens")
+
+
+def test_data_ranks_take_what_is_left_and_share_all_state() -> None:
+    assert parse_degrees(8, **NOTHING) == Degrees(data=8, zero_stage=3)
+    assert parse_degrees(8, **{**NOTHING, "context": 8}) == Degrees(context=8, zero_stage=3)
+    assert parse_degrees(8, **{**NOTHING, "tensor": 8}) == Degrees(tensor=8, zero_stage=0)
+    assert parse_degrees(8, **{**NOTHING, "tensor": 2, "zero_stage": 1}) == Degrees(
+        data=4, tensor=2, zero_stage=1
+    )
+    ulysses = parse_degrees(4, **{**NOTHING, "context": 4, "context_method": "ulysses"})
+    assert ulysses.context_method == "ulysses"
+    assert parse_degrees(4, **{**NOTHING, "tensor": 4, "sequence_parallel": False}).sequence_cut == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensor": 3}, "--tp 3 x --cp 1 x --pp 1 = 3 does not divide 8 GPUs: change one"),
+        ({"data": 4}, "--dp 4 x --tp 1 x --cp 1 x --pp 1 = 4, but --gpus x --nodes = 8"),
+        ({"zero_stage": 4}, "--zero must be 0, 1, 2 or 3, got 4"),
+        ({"context_method": "ring"}, "--cp-method ring says how --cp ranks exchange, and --cp is 1"),
+        ({"sequence_parallel": True}, "--sequence-parallel cuts what --tp leaves whole, and --tp is 1"),
+        ({"context": 2, "context_method": "star"}, "--cp-method must be ring or ulysses, got 'star'"),
+        ({"expert": 3}, "expert 3 does not divide data x context = 8"),
+        ({"pipeline": 0}, "must be at least 1"),
+    ],
+)
+def test_degrees_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_degrees(8, **{**NOTHING, **changes})  # type: ignore[arg-type]
+
+
+def test_the_search_checks_itself() -> None:
+    for fields, message in (
+        ({"chunks": 65}, "--chunks must lie between 1 and 64, got 65"),
+        ({"seconds": 0.0}, "--seconds must lie above 0"),
+        ({"gap": 1.0}, "--gap must be at least 0 and below 1, got 1.0"),
+        ({"error_budget": 0.1}, "name them with --allow-lossy"),
+        ({"error_budget": -0.1, "allow_lossy": ("int8",)}, "--error-budget must be at least 0"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Search(**fields)  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="--micro-batch must be at least 1, got 0"):
+        Work(model="llama-7b", sequence=8, micro_batch=0)
+
+
+def test_outputs_that_contradict_questions(tmp_path: Path) -> None:
+    sweep = Questions(sweep=Sweep(axis="seq", values=(8,)))
+    with pytest.raises(PlanError, match="--json and --csv both want standard output"):
+        Outputs(json=True, csv=True).check(Questions())
+    with pytest.raises(PlanError, match=r"--csv is one table without room for --explain"):
+        Outputs(csv=True).check(Questions(explain="3"))
+    with pytest.raises(PlanError, match="-o is about one plan and --sweep makes several"):
+        Outputs(plan=tmp_path / "plan.json").check(sweep)
+    with pytest.raises(PlanError, match=r"folder .*missing does not exist; create it first"):
+        Outputs(html=tmp_path / "missing" / "page.html").check(Questions())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PlanError, match="is a file; name a folder"):
+        Outputs(emit=tmp_path / "file").check(Questions())
+    Outputs(html=tmp_path / "page.html", csv=True).check(sweep)
