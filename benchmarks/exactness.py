@@ -1,6 +1,6 @@
 """Bit-equality: training under every forced action and tier against plain PyTorch in memory.
 
-    python benchmarks/exactness.py                        # five minutes on two cores
+    python benchmarks/exactness.py                        # twelve minutes on two cores
     python benchmarks/exactness.py --only gpt2 --plan "swap"
 
 Twenty steps with dropout, accumulation 2 and clipping, in fp32 and in bf16 with fp32 master weights. The

@@ -1,6 +1,6 @@
 """What a plan predicts against what is measured, at five budgets from the least feasible to unlimited.
 
-    python benchmarks/plan_accuracy.py            # about ten minutes on two idle cores
+    python benchmarks/plan_accuracy.py            # about twelve minutes on two idle cores
 
 SmolLM2-135M, sequence length 1024, accumulation 2. The least budget is the planner's own answer to one that
 cannot work (what it has, plus the shortfall it names). Each budget is run in a fresh process. Then every
