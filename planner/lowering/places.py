@@ -47,8 +47,7 @@ def machine_of(setup: Setup, *, chunks: int, write_limit_bytes: int | None = Non
         way: tuple[Hop, ...] = (bus,)
         if tier is Tier.NVME:
             disk = setup.stores[tier]
-            most = max(disk.mixed.value, disk.read.value, disk.write.value)
-            way = (bus, _hop(tier.value, disk, most, chunks))
+            way = (bus, _hop(tier.value, disk, disk.mixed.value, chunks))
         places.append(
             Place(
                 name=tier.value,
