@@ -185,6 +185,8 @@ class Jobs:
 
         self.check(sequence)
         work, search = self.request.work, self.request.search
+        # Every context rank has a chunk of its own, and all bytes of a part are divided by their number.
+        chunk_tokens = DEFAULT_CHUNK_TOKENS * self.request.degrees.context
         import torch
 
         try:
@@ -194,7 +196,7 @@ class Jobs:
                 batch=micro_batch,
                 dtype=getattr(torch, work.dtype),
                 attention=work.attention,
-                forward=chunked(DEFAULT_CHUNK_TOKENS) if work.chunked_loss else None,
+                forward=chunked(chunk_tokens) if work.chunked_loss else None,
             )
             return Job(
                 estimate=estimate,
