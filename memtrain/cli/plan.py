@@ -59,7 +59,7 @@ def plan(
     error_budget: options.ErrorBudget = None,
     chunks: options.Chunks = 16,
     seconds: options.Seconds = 6.0,
-    gap: options.Gap = 1e-3,
+    gap: options.Gap = 5e-3,
     what_fits: options.WhatFits = None,
     sweep: options.SweepText = None,
     ablation: options.Ablation = False,

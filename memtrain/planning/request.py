@@ -88,7 +88,8 @@ class Search:
 
     chunks: int = 16
     seconds: float = 6.0
-    gap: float = 1e-3
+    gap: float = 5e-3
+    """Far below what the rates are off by; a search that the clock ends can answer differently the next time."""
     allow_lossy: tuple[str, ...] = ()
     error_budget: float | None = None
     """None: as much as the allowed codecs lose when everything is compressed."""
