@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from memtrain.offload.compare import Mismatch
 from memtrain.offload.random_rows import ShapesDrawn
-from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode
+from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode, thrown_away
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import shared_storages
@@ -150,7 +150,7 @@ class BlockRuns:
         args, kwargs = pytree.tree_unflatten(given, self._spec)
         with ExitStack() as stack:
             stack.enter_context(self._surroundings.again())
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _never))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, thrown_away))
             for context in around:
                 stack.enter_context(context)
             self._function(*args, **kwargs)
@@ -179,7 +179,3 @@ class _KernelWatch(QuietMode):  # type: ignore[no-untyped-call]
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors of a nested value, without their history."""
     return [leaf.detach() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("the graph of such a run is thrown away")

@@ -272,6 +272,15 @@ def on_first_tokens(
     )
 
 
+def thrown_away(_: Any) -> torch.Tensor:
+    """For backward in a graph that was only built to look at a block. Raises OffloadError."""
+    raise OffloadError(
+        "backward reached a forward that was run only to look at a block: something kept what it computed, "
+        "such as keys in a cache (turn use_cache off) or router logits that a hook collects; turn that off, "
+        "or plan without recompute_nearly_free, recomputed_tokens and attention_tokens"
+    )
+
+
 def differs(name: str, how: str) -> OffloadError:
     """The error for a second forward that is not the first one again."""
     return OffloadError(

@@ -69,6 +69,12 @@ class TokenProbe:
     difference: float
     """Largest difference between rows of a prefix and of the whole, in parts of the largest entry of their
     tensor, over all saved tensors, attention's outputs and prefixes that were looked at."""
+    tolerance: float
+    """What of a difference may come from rounding alone."""
+    chooses: bool
+    """Whether whole numbers are saved for each token, as its experts: a prefix must be bit-equal then."""
+    witness: int | None
+    """The last saved tensor of real numbers that is cut. What goes wrong before it shows there."""
 
     @property
     def bit_equal(self) -> bool:
@@ -157,6 +163,9 @@ class _Probing:
             row_bytes=self._bytes(found, lambda kind: isinstance(kind, RowAxis)) // self._tokens,
             whole_bytes=self._bytes(found, lambda kind: kind is Kind.WHOLE),
             difference=self._difference,
+            tolerance=self._tolerance(),
+            chooses=self._chooses(found),
+            witness=self._witness(found),
         )
 
     def look_at(self, prefix: int) -> None:
@@ -188,17 +197,19 @@ class _Probing:
             with torch.no_grad():
                 output = kernel.operator(*args, **kwargs)
             axes = []
+            tolerance = _rounding(kernel.outputs)
             for whole, part in zip(kernel.outputs, tensors_of(output), strict=True):
                 try:
                     axis, apart = token_axis(whole, part, self._tokens, prefix)
                 except Mismatch as error:
                     raise self._refused(f"has attention that cannot be cut: {error}") from None
-                if apart > self._tolerance():
+                if axis is not None and apart > tolerance:
                     raise self._refused(
                         f"is not causal: attention kernel {number} gives other values for the first {prefix} "
                         f"tokens alone, by {apart:.1e} of the largest"
                     )
-                self._difference = max(self._difference, apart)
+                if axis is not None:  # otherwise all of it is stored
+                    self._difference = max(self._difference, apart)
                 axes.append(axis)
             self._attention[number] = tuple(axes)
 
@@ -299,8 +310,16 @@ class _Probing:
         """Whether whole numbers are saved for each token; masks of dropouts and comparisons are none."""
         return any(
             isinstance(kind, RowAxis) and not tensor.is_floating_point() and tensor.dtype != torch.bool
-            for kind, tensor in zip(found.kinds, self._runs.saved, strict=True)
+            for kind, tensor in zip(found.kinds, self._runs.saved, strict=False)
         )
+
+    def _witness(self, found: _Comparison) -> int | None:
+        cut = [
+            number
+            for number, (kind, tensor) in enumerate(zip(found.kinds, self._runs.saved, strict=False))
+            if isinstance(kind, RowAxis) and tensor.is_floating_point()
+        ]
+        return cut[-1] if cut else None
 
     def _bytes(self, found: _Comparison, counts: Callable[[RowAxis | Kind], bool]) -> int:
         """Of the unique storages of saved tensors of some kinds."""
@@ -312,9 +331,14 @@ class _Probing:
 
     def _tolerance(self) -> float:
         """The coarsest type among what is saved decides: what is computed from it is no finer."""
-        return max((_ROUNDING[t.dtype] for t in self._runs.saved if t.dtype in _ROUNDING), default=0.0)
+        return _rounding(self._runs.saved)
 
     def _refused(self, why: str) -> TokenRangeError:
         return TokenRangeError(
             f"{self._name}: {why}; plan without recomputed_tokens and attention_tokens for it"
         )
+
+
+def _rounding(tensors: Sequence[torch.Tensor]) -> float:
+    """What may come from rounding in tensors that are computed from each other."""
+    return max((_ROUNDING[tensor.dtype] for tensor in tensors if tensor.dtype in _ROUNDING), default=0.0)
