@@ -46,7 +46,7 @@ from memtrain.offload.saved_group import (
     unpack,
 )
 from memtrain.offload.staging import SlotCache, Ticket
-from memtrain.offload.token_probe import TokenProbe
+from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.unmoved import FixedTensors, shared_storages, unchanged
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan

@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from memtrain.offload.compare import Mismatch
 from memtrain.offload.random_rows import ShapesDrawn
-from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode, thrown_away
+from memtrain.offload.refusals import thrown_away
+from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import shared_storages

@@ -20,7 +20,8 @@ from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import ATTENTION, PRODUCTS_AND_ATTENTION, ResultRows, ResultTape
 from memtrain.offload.saved_group import SavedGroup, pack_alone_into, pack_into, unpack
 from memtrain.offload.token_cut import TokenCut
-from memtrain.offload.token_probe import TokenProbe, probe_tokens
+from memtrain.offload.token_kinds import TokenProbe
+from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import Unmoved, unchanged
 from memtrain.planner.actions import Action, BlockDecision
@@ -195,7 +196,11 @@ class Parts:
         if self._probe is None:
             return ResultTape(self._name, ATTENTION, whole, unpack)
         rows = ResultRows(
-            tokens=self._tokens, first=self._attention, stop=self._first, axes=self._probe.attention
+            tokens=self._tokens,
+            first=self._attention,
+            stop=self._first,
+            tolerance=self._probe.tolerance,
+            axes=self._probe.attention,
         )
         return ResultTape(self._name, ATTENTION, pack_alone_into(group), unpack, rows=rows)
 

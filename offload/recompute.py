@@ -22,7 +22,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from memtrain.offload.errors import OffloadError, TokenRangeError
-from memtrain.offload.results import Pack, ResultTape, differs
+from memtrain.offload.refusals import differs
+from memtrain.offload.results import Pack, ResultTape
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_cut import TokenCut
 from memtrain.offload.token_rows import SavedRows, Unpack

@@ -15,7 +15,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from memtrain.offload.results import AroundCalls, Chosen, QuietMode, dropout, thrown_away
+from memtrain.offload.refusals import thrown_away
+from memtrain.offload.results import AroundCalls, Chosen, QuietMode, dropout
 from memtrain.offload.surroundings import Surroundings
 
 

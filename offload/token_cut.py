@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from memtrain.offload.compare import difference
+from memtrain.offload.compare import beyond_rounding
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.random_rows import DrawnWhole
+from memtrain.offload.refusals import prefix_differs
 from memtrain.offload.results import Pack
-from memtrain.offload.token_probe import Kind, TokenProbe
+from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_rows import CutStorage, RowAxis, SavedRows, StorageRows, all_bytes
 from memtrain.offload.unmoved import Unmoved
 
@@ -125,13 +126,9 @@ class TokenCut:
         if number != self._probe.witness or self._witness is None or not isinstance(kind, RowAxis):
             return
         row = kind.rows(tensor.detach(), self._first, self._first - 1, self._first)
-        apart = difference(self._witness, row)
-        if apart > self._probe.tolerance and bool(self._witness.isfinite().all()):
-            raise self._refused(
-                f"gives other values for the first {self._first} of {self._tokens} tokens alone, unlike when "
-                f"its tokens were probed: saved tensor {number} differs by {apart:.1e} of its largest entry, "
-                "as under a mask that lets tokens look ahead, or where something depends on the length"
-            )
+        apart = beyond_rounding(self._witness, row, self._probe.tolerance)
+        if apart:
+            raise prefix_differs(self._name, f"saved tensor {number}", self._first, apart)
 
     def seal(self) -> None:
         """The forward is over. Raises TokenRangeError if it saved less than when its tokens were probed."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from memtrain.offload.compare import Mismatch, TwoTokenAxes, difference, token_a
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.random_rows import DrawnAsBefore
 from memtrain.offload.results import dropout, on_first_tokens
+from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_rows import RowAxis, token_count
 
 _MOST_ATTEMPTS = 256
@@ -31,55 +31,6 @@ _MOST_ATTEMPTS = 256
 _ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference, in parts of a tensor's largest entry, that may come from rounding alone. Blocks of
 SmolLM2's shapes and tiny ones of Llama and GPT-2 show up to 5e-7 in float32 and 8e-3 in bfloat16 on a CPU."""
-
-
-class Kind(Enum):
-    """Of a saved tensor that is not cut."""
-
-    AGAIN = "again"
-    """A prefix gives the same, such as a weight in the precision of autocast: it is computed again."""
-    WHOLE = "whole"
-    """All of it is stored: it depends on all tokens, or has them along two dimensions, such as a mask."""
-    GIVEN = "given"
-    """It lies in an argument other than the input, which is there in backward anyway."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenProbe:
-    """How the tokens lie in the tensors of one block, and how exact a prefix is."""
-
-    name: str
-    """Of the block."""
-    tokens: int
-    """In a row of the batch that was looked at."""
-    arguments: Cuts
-    """Of every tensor argument the dimensions to cut."""
-    saved: tuple[RowAxis | Kind, ...]
-    """Every tensor that is saved for backward, parameters and buffers left out."""
-    attention: tuple[tuple[RowAxis | None, ...], ...]
-    """The output tensors of every attention kernel."""
-    is_random: bool
-    """Whether the block draws random numbers."""
-    drawn: tuple[RowAxis | None, ...]
-    """What its dropouts draw."""
-    row_bytes: int
-    """Of the storages that are cut, a token's part."""
-    whole_bytes: int
-    """Of the storages that are stored whole."""
-    difference: float
-    """Largest difference between rows of a prefix and of the whole, in parts of the largest entry of their
-    tensor, over all saved tensors, attention's outputs and prefixes that were looked at."""
-    tolerance: float
-    """What of a difference may come from rounding alone."""
-    chooses: bool
-    """Whether whole numbers are saved for each token, as its experts: a prefix must be bit-equal then."""
-    witness: int | None
-    """The last saved tensor of real numbers that is cut. What goes wrong before it shows there."""
-
-    @property
-    def bit_equal(self) -> bool:
-        """Whether there was no difference at all."""
-        return self.difference == 0.0
 
 
 def probe_tokens(

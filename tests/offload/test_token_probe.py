@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtrain.offload.errors import TokenRangeError
-from memtrain.offload.token_probe import Kind, TokenProbe, probe_tokens
+from memtrain.offload.token_kinds import Kind, TokenProbe
+from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import RowAxis
 
 WIDTH = 16
