@@ -98,7 +98,7 @@ class BlockRuns:
             for dim in dims:
                 leaves[index] = leaves[index].narrow(dim, 0, prefix)
         first = self._tensors[0]
-        leaves[first] = leaves[first].contiguous()  # as it comes back from where it was stored
+        leaves[first] = leaves[first].clone()  # dense and in the same order: as it comes back in backward
         self._run(leaves, visit, *around)
 
     def with_other_tokens(self, prefix: int, visit: Callable[[int, torch.Tensor], None]) -> None:
@@ -112,8 +112,9 @@ class BlockRuns:
         size = float(behind.float().square().mean().sqrt()) or 1.0
         noise = torch.randn(behind.shape, generator=generator, device=behind.device).mul_(4.0 * size)
         leaves = list(self._leaves)
-        before = self._input.detach()[..., :prefix, :]
-        leaves[self._tensors[0]] = torch.cat([before, noise.to(behind.dtype)], dim=-2)
+        other = self._input.detach().clone()
+        other[..., prefix:, :] = noise
+        leaves[self._tensors[0]] = other
         self._run(leaves, visit)
 
     def ways_to_cut(self) -> Iterator[Cuts]:

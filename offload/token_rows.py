@@ -105,7 +105,8 @@ class CutStorage:
         rest = unpack(self._rest)
         flat = torch.empty(self._storage_bytes, dtype=torch.uint8, device=rest.device)
         whole = self._rows.view(flat)
-        whole[:, self._first :].copy_(rest.view(whole.shape[0], -1, self._rows.row_bytes))
+        stored = whole[:, self._first :]
+        stored.copy_(rest.view(stored.shape))
         for saved in (reference() for reference in self._tensors):
             if saved is not None and saved.first_rows is not None:
                 saved.complete(flat, self._rows.tokens, self._first)

@@ -1,4 +1,4 @@
-"""A block need not do later what it did when it was looked at, and a look must not change it: never silently."""
+"""A block may do otherwise than when it was looked at, and a look must not change it: never in silence."""
 
 from __future__ import annotations
 

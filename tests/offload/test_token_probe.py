@@ -95,6 +95,18 @@ def test_attention_kernels() -> None:
         assert found.difference < 1e-6
 
 
+def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:
+    """For so it does in backward, and products may round otherwise if it does not."""
+    tokens_first = []
+
+    def look(entry: Tensor) -> Tensor:
+        tokens_first.append(entry.stride(1) > entry.stride(0))
+        return entry.tanh()
+
+    probe(look, hidden().transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_())
+    assert tokens_first == [True, True, True]  # of all, of the prefix, and of other tokens
+
+
 def test_random_numbers_and_arguments_stay() -> None:
     entry = hidden()
     before, state = entry.detach().clone(), torch.get_rng_state()
