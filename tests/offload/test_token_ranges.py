@@ -196,11 +196,6 @@ def test_batches_of_other_sizes() -> None:
     assert {probe.tokens for probe in executor.token_probes.values()} == {21}  # one row: looked at anew
 
 
-def test_a_batch_without_rows() -> None:
-    plain, planned, _ = compare(CausalNet, every(8, NVME), [batches(2, 17, 1)[0], batches(0, 17, 1)[0]])
-    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, planned, strict=True))
-
-
 def test_the_bytes_are_those_of_the_contract() -> None:
     """docs/architecture.md: rows 0 to 8 of the input, and rows 8 to 17 of every saved storage."""
     torch.manual_seed(0)
