@@ -102,10 +102,10 @@ class BlockRehearsal:
                     attention_prefixes=[length],
                 )
                 differences.append(probe.difference)
+            half = tried[len(tried) // 2]
+            part = self._seconds_of_prefix(name, forward, args, kwargs, half)
         except TokenRangeError as error:
             return str(error)
-        half = tried[len(tried) // 2]
-        part = self._seconds_of_prefix(name, forward, args, kwargs, half)
         whole = self._seconds_of_prefix(name, forward, args, kwargs, None)
         return Prefixes(
             tokens=tokens,

@@ -46,8 +46,8 @@ from memtrain.offload.saved_group import (
     unpack,
 )
 from memtrain.offload.staging import SlotCache, Ticket
-from memtrain.offload.token_probe import TokenProbe
-from memtrain.offload.unmoved import FixedTensors, shared_storages
+from memtrain.offload.token_kinds import TokenProbe
+from memtrain.offload.unmoved import FixedTensors, shared_storages, unchanged
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.plan import Plan
 
@@ -198,7 +198,8 @@ class ActivationExecutor:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        parts = self._surveys[name].parts(forward, args, kwargs)
+        survey = self._surveys[name]
+        parts = survey.parts(forward, args, kwargs)
         tiers = {decision.input_tier}
         if decision.action is not Action.RECOMPUTE:
             tiers.add(decision.saved_tier)
@@ -223,7 +224,8 @@ class ActivationExecutor:
                 tape=parts.tape(groups.get(decision.saved_tier)),
                 cut=parts.cut(groups.get(decision.rest_tier), shared_storages(args, kwargs)),
             )
-            output = frame.forward()
+            with unchanged(name, survey.buffers()):
+                output = frame.forward()
         for group in opened:
             group.seal()
         return output

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from memtrain.offload.compare import Mismatch
 from memtrain.offload.random_rows import ShapesDrawn
+from memtrain.offload.refusals import thrown_away
 from memtrain.offload.results import ATTENTION, AroundCalls, QuietMode
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_rows import token_count
@@ -97,7 +98,7 @@ class BlockRuns:
             for dim in dims:
                 leaves[index] = leaves[index].narrow(dim, 0, prefix)
         first = self._tensors[0]
-        leaves[first] = leaves[first].contiguous()  # as it comes back from where it was stored
+        leaves[first] = leaves[first].clone()  # dense and in the same order: as it comes back in backward
         self._run(leaves, visit, *around)
 
     def with_other_tokens(self, prefix: int, visit: Callable[[int, torch.Tensor], None]) -> None:
@@ -111,8 +112,9 @@ class BlockRuns:
         size = float(behind.float().square().mean().sqrt()) or 1.0
         noise = torch.randn(behind.shape, generator=generator, device=behind.device).mul_(4.0 * size)
         leaves = list(self._leaves)
-        before = self._input.detach()[..., :prefix, :]
-        leaves[self._tensors[0]] = torch.cat([before, noise.to(behind.dtype)], dim=-2)
+        other = self._input.detach().clone()
+        other[..., prefix:, :] = noise
+        leaves[self._tensors[0]] = other
         self._run(leaves, visit)
 
     def ways_to_cut(self) -> Iterator[Cuts]:
@@ -150,7 +152,7 @@ class BlockRuns:
         args, kwargs = pytree.tree_unflatten(given, self._spec)
         with ExitStack() as stack:
             stack.enter_context(self._surroundings.again())
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, _never))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, thrown_away))
             for context in around:
                 stack.enter_context(context)
             self._function(*args, **kwargs)
@@ -184,7 +186,3 @@ class _KernelWatch(QuietMode):  # type: ignore[no-untyped-call]
 def tensors_of(value: Any) -> list[torch.Tensor]:
     """The tensors of a nested value, without their history."""
     return [leaf.detach() for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("the graph of such a run is thrown away")

@@ -2,7 +2,8 @@
 
 A block is looked at in its first forward: which products' results are worth storing (``result_survey.py``),
 and how its tokens lie (``token_probe.py``). The answers hold for batches of other sizes, whose shapes are
-checked where they are used; arguments of another kind, another precision or another mode are looked at anew.
+checked where they are used; longer rows, arguments of another kind, another precision or another mode are
+looked at anew.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import ATTENTION, PRODUCTS_AND_ATTENTION, ResultRows, ResultTape
 from memtrain.offload.saved_group import SavedGroup, pack_alone_into, pack_into, unpack
 from memtrain.offload.token_cut import TokenCut
-from memtrain.offload.token_probe import TokenProbe, probe_tokens
+from memtrain.offload.token_kinds import TokenProbe
+from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import token_count
-from memtrain.offload.unmoved import Unmoved
+from memtrain.offload.unmoved import Unmoved, unchanged
 from memtrain.planner.actions import Action, BlockDecision
 
 IsFixed = Callable[[torch.Tensor], bool]
@@ -42,13 +44,19 @@ class BlockSurvey:
         self.decision = decision
         self._module = module
         self._is_fixed = is_fixed
-        self._probes: dict[Any, TokenProbe] = {}
+        self._probes: dict[Any, tuple[TokenProbe, Any]] = {}
+        """With the shapes of the arguments that were looked at."""
         self._wanted: dict[Any, frozenset[int]] = {}
 
     @property
     def probe(self) -> TokenProbe | None:
-        """The last answer about tokens; None before the first forward, or where none was needed."""
-        return next(reversed(self._probes.values()), None)
+        """The least exact answer about tokens, of equals the last; None where none was needed so far."""
+        probes = [probe for probe, _ in reversed(self._probes.values())]
+        return max(probes, key=lambda probe: probe.difference, default=None)
+
+    def buffers(self) -> list[torch.Tensor]:
+        """Of the block."""
+        return list(self._module.buffers())
 
     def parts(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parts:
         """What one forward stores and what is computed again.
@@ -66,11 +74,29 @@ class BlockSurvey:
                 "recomputed_tokens and attention_tokens for it"
             )
         probe, wanted = None, None
-        if first < tokens or attention:
-            key = (first < tokens, attention < first, self._kind(args, kwargs))
-            if key not in self._probes:
-                with_attention = self.decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
-                self._probes[key] = probe_tokens(
+        if first < tokens or 0 < attention < first:
+            probe = self._probed(forward, args, kwargs, first, attention)
+        elif self.decision.action is Action.RECOMPUTE_NEARLY_FREE:
+            wanted = self._wanted_results(forward, args, kwargs)
+        return Parts(self, tokens, first, attention, probe, wanted)
+
+    def _probed(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        first: int,
+        attention: int,
+    ) -> TokenProbe:
+        tokens = token_count(args, kwargs)
+        tensors = _tensors(args, kwargs)
+        shapes = [tensor.shape for tensor in tensors]
+        key = (first < tokens, attention < first, self._kind(args, kwargs))
+        known = self._probes.get(key)
+        if known is None or not _holds(*known, tokens, shapes):
+            with_attention = self.decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
+            with unchanged(self.name, [*tensors, *self.buffers()]):
+                probe = probe_tokens(
                     self.name,
                     forward,
                     args,
@@ -79,15 +105,21 @@ class BlockSurvey:
                     prefixes=[first] if first < tokens else [],
                     attention_prefixes=[n for n in (attention, first) if with_attention and 0 < n < tokens],
                 )
-            probe = self._probes[key]
-        elif self.decision.action is Action.RECOMPUTE_NEARLY_FREE:
-            kind = self._kind(args, kwargs)
-            if kind not in self._wanted:
+            known = probe, shapes
+            self._probes.pop(key, None)
+            self._probes[key] = known
+        return known[0]
+
+    def _wanted_results(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> frozenset[int]:
+        kind = self._kind(args, kwargs)
+        if kind not in self._wanted:
+            with unchanged(self.name, [*_tensors(args, kwargs), *self.buffers()]):
                 self._wanted[kind] = wanted_results(
                     PRODUCTS_AND_ATTENTION, forward, args, kwargs, is_fixed=self._is_fixed
                 )
-            wanted = self._wanted[kind]
-        return Parts(self, tokens, first, attention, probe, wanted)
+        return self._wanted[kind]
 
     def _kind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the answers depend on: not on sizes, but with one row one cannot see how rows are folded."""
@@ -98,11 +130,26 @@ class BlockSurvey:
             if isinstance(leaf, torch.Tensor):
                 device = leaf.device.type
                 single = leaf.shape[:-2].numel() == 1
-                kinds.append((leaf.dim(), leaf.dtype, leaf.requires_grad, single))
+                kinds.append((leaf.dim(), leaf.dtype, leaf.requires_grad, leaf.is_contiguous(), single))
             else:
                 kinds.append(leaf if isinstance(leaf, (bool, str)) else type(leaf))
         autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        return str(spec), tuple(kinds), autocast, self._module.training
+        modes = tuple(module.training for module in self._module.modules())
+        frozen = tuple(parameter.requires_grad for parameter in self._module.parameters())
+        return str(spec), tuple(kinds), autocast, modes, frozen
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def _holds(probe: TokenProbe, shapes: Any, tokens: int, new_shapes: Any) -> bool:
+    """Whether an answer may be used for arguments of other shapes.
+
+    Not for longer rows, which a block may treat otherwise (positions that are scaled beyond some length). And
+    where it chooses, a prefix must be bit-equal, which depends on all sizes.
+    """
+    return tokens <= probe.tokens and (not probe.chooses or shapes == new_shapes)
 
 
 class Parts:
@@ -149,7 +196,11 @@ class Parts:
         if self._probe is None:
             return ResultTape(self._name, ATTENTION, whole, unpack)
         rows = ResultRows(
-            tokens=self._tokens, first=self._attention, stop=self._first, axes=self._probe.attention
+            tokens=self._tokens,
+            first=self._attention,
+            stop=self._first,
+            tolerance=self._probe.tolerance,
+            axes=self._probe.attention,
         )
         return ResultTape(self._name, ATTENTION, pack_alone_into(group), unpack, rows=rows)
 

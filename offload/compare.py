@@ -80,5 +80,12 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     return apart / largest if largest else math.inf
 
 
+def beyond_rounding(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> float:
+    """``difference`` where it is more than ``tolerance``, otherwise 0; and 0 where ``one`` is not finite: a
+    training that has diverged is not to be stopped by us."""
+    apart = difference(one, other)
+    return apart if apart > tolerance and bool(one.isfinite().all()) else 0.0
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)

@@ -22,7 +22,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from memtrain.offload.errors import OffloadError, TokenRangeError
-from memtrain.offload.results import Pack, ResultTape, differs
+from memtrain.offload.refusals import differs
+from memtrain.offload.results import Pack, ResultTape
 from memtrain.offload.surroundings import Surroundings
 from memtrain.offload.token_cut import TokenCut
 from memtrain.offload.token_rows import SavedRows, Unpack
@@ -36,30 +37,31 @@ class _Complete(Exception):
 class _Hole:
     """Stands for a saved tensor; carries it once it has been computed again."""
 
-    __slots__ = ("__weakref__", "_rows", "_tensor", "frame")
+    __slots__ = ("__weakref__", "_computed", "_rows", "frame")
 
     def __init__(self, frame: RecomputeFrame, rows: SavedRows | None) -> None:
         self.frame = frame
         self._rows = rows
-        self._tensor: torch.Tensor | None = None
+        self._computed: Unmoved | None = None
 
     @property
     def is_filled(self) -> bool:
-        return self._tensor is not None if self._rows is None else self._rows.is_there
+        return self._computed is not None if self._rows is None else self._rows.is_there
 
     def fill(self, tensor: torch.Tensor) -> None:
+        """With its version: what is changed in place after that is refused, as plain PyTorch does."""
         if self._rows is None:
-            self._tensor = tensor
+            self._computed = Unmoved.of(tensor)
         elif not self._rows.is_there:
-            self._rows.first_rows = tensor
+            self._rows.first_rows = Unmoved.of(tensor)
 
     def take(self, unpack: Unpack) -> torch.Tensor:
         """Taken out: a graph that is walked twice must not hold the memory of every block in between."""
         if self._rows is not None:
             return self._rows.take(unpack)
-        tensor, self._tensor = self._tensor, None
-        assert tensor is not None
-        return tensor
+        computed, self._computed = self._computed, None
+        assert computed is not None
+        return computed.get()
 
 
 class RecomputeFrame:
@@ -169,9 +171,11 @@ class RecomputeFrame:
                     f"saved tensor {filled} should be {tuple(shape or ())} {dtype} and is "
                     f"{tuple(tensor.shape)} {tensor.dtype}",
                 )
+            if self._cut is not None:
+                self._cut.check_again(filled, tensor)
             hole = self._holes[filled]()
             if hole is not None:
-                hole.fill(tensor.detach())
+                hole.fill(tensor)
             filled += 1
             if filled == len(self._holes):
                 raise _Complete

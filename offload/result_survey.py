@@ -15,6 +15,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
+from memtrain.offload.refusals import thrown_away
 from memtrain.offload.results import AroundCalls, Chosen, QuietMode, dropout
 from memtrain.offload.surroundings import Surroundings
 
@@ -53,7 +54,7 @@ def wanted_results(
     call_args, call_kwargs = pytree.tree_unflatten(given, spec)
     with (
         Surroundings(device).again(),
-        torch.autograd.graph.saved_tensors_hooks(pack, _never),
+        torch.autograd.graph.saved_tensors_hooks(pack, thrown_away),
         survey,
         AroundCalls(survey.counting, chosen.call),
     ):
@@ -112,7 +113,3 @@ def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]
             value = kwargs.get(declared.name, args[position] if position < len(args) else None)
             found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
     return found
-
-
-def _never(_: Any) -> torch.Tensor:
-    raise AssertionError("a survey's graph is thrown away")

@@ -21,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memtrain.offload.errors import OffloadError
+from memtrain.offload.compare import beyond_rounding
+from memtrain.offload.refusals import differs, prefix_differs
 from memtrain.offload.token_rows import RowAxis, Unpack, empty_in_order
 from memtrain.planner.operators import ATTENTION_OPERATORS, PRODUCT_OPERATORS
 
@@ -69,6 +70,8 @@ class ResultRows:
     tokens: int
     first: int
     stop: int
+    tolerance: float
+    """What of a difference between a kernel's prefix and the whole may come from rounding."""
     axes: tuple[tuple[RowAxis | None, ...], ...]
     """Of each kernel's output tensors; None where one has no tokens."""
 
@@ -134,7 +137,8 @@ class ResultTape:
         for index, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor):
                 axis = next(axes)
-                leaves[index] = _Stored(self._pack(self._part(leaf.detach(), axis)), axis)
+                leaf = leaf.detach()
+                leaves[index] = _Stored(self._pack(self._part(leaf, axis)), axis, self._witness(leaf, axis))
         self._results.append((leaves, spec))
 
     def hand_out(self, number: int, func: Any, args: Any, kwargs: Any) -> Any:
@@ -166,6 +170,12 @@ class ResultTape:
             return tensor
         return axis.rows(tensor, rows.tokens, rows.first, rows.stop)
 
+    def _witness(self, tensor: torch.Tensor, axis: RowAxis | None) -> torch.Tensor | None:
+        rows = self._rows
+        if rows is None or axis is None or rows.first == 0 or not tensor.is_floating_point():
+            return None
+        return axis.rows(tensor, rows.tokens, rows.first - 1, rows.first).clone()
+
     def _whole(self, leaf: Any, computed: Any) -> Any:
         if not isinstance(leaf, _Stored):
             return leaf
@@ -174,6 +184,11 @@ class ResultTape:
             # A new tensor each time: autograd makes it an output of the second graph, which must die with it.
             return stored.detach()
         stop, first = self._rows.stop, self._rows.first
+        if leaf.witness is not None:
+            row = leaf.axis.rows(computed, first, first - 1, first)
+            apart = beyond_rounding(leaf.witness, row, self._rows.tolerance)
+            if apart:
+                raise prefix_differs(self.name, "an attention kernel's result", first, apart)
         whole = empty_in_order(computed, leaf.axis.resized(computed.shape, first, stop))
         leaf.axis.rows(whole, stop, 0, first).copy_(computed)
         leaf.axis.rows(whole, stop, first, stop).copy_(stored)
@@ -186,6 +201,8 @@ class _Stored:
 
     packed: Any
     axis: RowAxis | None
+    witness: torch.Tensor | None
+    """The row before it, of those that are computed again: compared, for the probe has seen another batch."""
 
 
 class _Recording(QuietMode):  # type: ignore[no-untyped-call]
@@ -269,12 +286,4 @@ def on_first_tokens(
     return (
         [cut(name, value) for name, value in zip(names, args, strict=False)],
         {name: cut(name, value) for name, value in kwargs.items()},
-    )
-
-
-def differs(name: str, how: str) -> OffloadError:
-    """The error for a second forward that is not the first one again."""
-    return OffloadError(
-        f"{name}: computing the block again went another way than its forward ({how}); it depends on "
-        f"something beside its arguments and the random number generator: exclude recompute for it"
     )

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from memtrain.offload.compare import beyond_rounding
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.random_rows import DrawnWhole
+from memtrain.offload.refusals import prefix_differs
 from memtrain.offload.results import Pack
-from memtrain.offload.token_probe import Kind, TokenProbe
+from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_rows import CutStorage, RowAxis, SavedRows, StorageRows, all_bytes
 from memtrain.offload.unmoved import Unmoved
 
@@ -44,6 +46,10 @@ class TokenCut:
         self._shared = shared
         self._pack = pack
         self._storages: dict[tuple[int, ...], tuple[CutStorage, StorageWeakRef]] = {}
+        self._count = 0
+        """Of saved tensors so far."""
+        self._witness: torch.Tensor | None = None
+        """The last row that is computed again, of one saved tensor, as the first forward had it."""
 
     def argument(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
         """The argument of this number for the first tokens alone, a view."""
@@ -59,14 +65,18 @@ class TokenCut:
             all of it; or None where all of it is computed again.
         """
         kind = self._kind(number, tensor)
+        self._count = number + 1
         if tensor.untyped_storage().data_ptr() in self._shared or not _is_plain(tensor):
             return Unmoved.of(tensor)
-        assert kind is not Kind.GIVEN, "an argument that is none any more"
+        if kind is Kind.GIVEN:
+            raise self._refused(f"saved tensor {number} was an argument when its tokens were probed")
         if kind is Kind.AGAIN:
             return None
         if kind is Kind.WHOLE:
             return self._pack(tensor.detach())
         assert isinstance(kind, RowAxis)
+        if number == self._probe.witness:
+            self._witness = kind.rows(tensor.detach(), self._tokens, self._first - 1, self._first).clone()
         storage = tensor.untyped_storage()
         rows = None if _is_window(tensor) else StorageRows.of(tensor, kind, self._tokens)
         key: tuple[int, ...] = (storage._cdata, tensor._version)
@@ -103,9 +113,30 @@ class TokenCut:
             return kind.resized(shape, self._tokens, self._first)
         return shape if kind is Kind.AGAIN else None
 
+    def check_again(self, number: int, tensor: torch.Tensor) -> None:
+        """Look at what the second forward saves under this number.
+
+        The probe has seen another batch. Where its answer does not hold for this one, as under a mask that
+        lets the first tokens look ahead, the last row of the prefix is among those that differ.
+
+        Raises:
+            TokenRangeError: that row is not what it was in the first forward, not even within rounding.
+        """
+        kind = self._probe.saved[number]
+        if number != self._probe.witness or self._witness is None or not isinstance(kind, RowAxis):
+            return
+        row = kind.rows(tensor.detach(), self._first, self._first - 1, self._first)
+        apart = beyond_rounding(self._witness, row, self._probe.tolerance)
+        if apart:
+            raise prefix_differs(self._name, f"saved tensor {number}", self._first, apart)
+
     def seal(self) -> None:
-        """The forward is over."""
+        """The forward is over. Raises TokenRangeError if it saved less than when its tokens were probed."""
         self._storages.clear()
+        if self._count != len(self._probe.saved):
+            raise self._refused(
+                f"saves {self._count} tensors, and {len(self._probe.saved)} when its tokens were probed"
+            )
 
     def _cut(self, tensor: torch.Tensor, rows: StorageRows) -> CutStorage:
         window = rows.view(all_bytes(tensor))[:, self._first :]
@@ -113,18 +144,19 @@ class TokenCut:
 
     def _kind(self, number: int, tensor: torch.Tensor) -> RowAxis | Kind:
         if number >= len(self._probe.saved):
-            raise TokenRangeError(
-                f"{self._name}: saves more tensors than the {len(self._probe.saved)} that it saved when its "
-                "tokens were probed; plan without recomputed_tokens for it"
+            raise self._refused(
+                f"saves more tensors than the {len(self._probe.saved)} when its tokens were probed"
             )
         kind = self._probe.saved[number]
         if isinstance(kind, RowAxis) and not kind.fits(tensor.shape, self._tokens):
-            raise TokenRangeError(
-                f"{self._name}: saved tensor {number} of shape {tuple(tensor.shape)} does not have "
-                f"{self._tokens} tokens in dimension {kind.dim}, where the probe found them; plan without "
-                "recomputed_tokens for it"
+            raise self._refused(
+                f"saved tensor {number} of shape {tuple(tensor.shape)} does not have {self._tokens} tokens "
+                f"in dimension {kind.dim}, where the probe found them"
             )
         return kind
+
+    def _refused(self, why: str) -> TokenRangeError:
+        return TokenRangeError(f"{self._name}: {why}; plan without recomputed_tokens for it")
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

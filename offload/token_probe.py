@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from memtrain.offload.compare import Mismatch, TwoTokenAxes, difference, token_a
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.random_rows import DrawnAsBefore
 from memtrain.offload.results import dropout, on_first_tokens
+from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_rows import RowAxis, token_count
 
 _MOST_ATTEMPTS = 256
@@ -31,49 +31,6 @@ _MOST_ATTEMPTS = 256
 _ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference, in parts of a tensor's largest entry, that may come from rounding alone. Blocks of
 SmolLM2's shapes and tiny ones of Llama and GPT-2 show up to 5e-7 in float32 and 8e-3 in bfloat16 on a CPU."""
-
-
-class Kind(Enum):
-    """Of a saved tensor that is not cut."""
-
-    AGAIN = "again"
-    """A prefix gives the same, such as a weight in the precision of autocast: it is computed again."""
-    WHOLE = "whole"
-    """All of it is stored: it depends on all tokens, or has them along two dimensions, such as a mask."""
-    GIVEN = "given"
-    """It lies in an argument other than the input, which is there in backward anyway."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TokenProbe:
-    """How the tokens lie in the tensors of one block, and how exact a prefix is."""
-
-    name: str
-    """Of the block."""
-    tokens: int
-    """In a row of the batch that was looked at."""
-    arguments: Cuts
-    """Of every tensor argument the dimensions to cut."""
-    saved: tuple[RowAxis | Kind, ...]
-    """Every tensor that is saved for backward, parameters and buffers left out."""
-    attention: tuple[tuple[RowAxis | None, ...], ...]
-    """The output tensors of every attention kernel."""
-    is_random: bool
-    """Whether the block draws random numbers."""
-    drawn: tuple[RowAxis | None, ...]
-    """What its dropouts draw."""
-    row_bytes: int
-    """Of the storages that are cut, a token's part."""
-    whole_bytes: int
-    """Of the storages that are stored whole."""
-    difference: float
-    """Largest difference between rows of a prefix and of the whole, in parts of the largest entry of their
-    tensor, over all saved tensors, attention's outputs and prefixes that were looked at."""
-
-    @property
-    def bit_equal(self) -> bool:
-        """Whether there was no difference at all."""
-        return self.difference == 0.0
 
 
 def probe_tokens(
@@ -157,6 +114,9 @@ class _Probing:
             row_bytes=self._bytes(found, lambda kind: isinstance(kind, RowAxis)) // self._tokens,
             whole_bytes=self._bytes(found, lambda kind: kind is Kind.WHOLE),
             difference=self._difference,
+            tolerance=self._tolerance(),
+            chooses=self._chooses(found),
+            witness=self._witness(found),
         )
 
     def look_at(self, prefix: int) -> None:
@@ -188,17 +148,19 @@ class _Probing:
             with torch.no_grad():
                 output = kernel.operator(*args, **kwargs)
             axes = []
+            tolerance = _rounding(kernel.outputs)
             for whole, part in zip(kernel.outputs, tensors_of(output), strict=True):
                 try:
                     axis, apart = token_axis(whole, part, self._tokens, prefix)
                 except Mismatch as error:
                     raise self._refused(f"has attention that cannot be cut: {error}") from None
-                if apart > self._tolerance():
+                if axis is not None and apart > tolerance:
                     raise self._refused(
                         f"is not causal: attention kernel {number} gives other values for the first {prefix} "
                         f"tokens alone, by {apart:.1e} of the largest"
                     )
-                self._difference = max(self._difference, apart)
+                if axis is not None:  # otherwise all of it is stored
+                    self._difference = max(self._difference, apart)
                 axes.append(axis)
             self._attention[number] = tuple(axes)
 
@@ -299,8 +261,16 @@ class _Probing:
         """Whether whole numbers are saved for each token; masks of dropouts and comparisons are none."""
         return any(
             isinstance(kind, RowAxis) and not tensor.is_floating_point() and tensor.dtype != torch.bool
-            for kind, tensor in zip(found.kinds, self._runs.saved, strict=True)
+            for kind, tensor in zip(found.kinds, self._runs.saved, strict=False)
         )
+
+    def _witness(self, found: _Comparison) -> int | None:
+        cut = [
+            number
+            for number, (kind, tensor) in enumerate(zip(found.kinds, self._runs.saved, strict=False))
+            if isinstance(kind, RowAxis) and tensor.is_floating_point()
+        ]
+        return cut[-1] if cut else None
 
     def _bytes(self, found: _Comparison, counts: Callable[[RowAxis | Kind], bool]) -> int:
         """Of the unique storages of saved tensors of some kinds."""
@@ -312,9 +282,14 @@ class _Probing:
 
     def _tolerance(self) -> float:
         """The coarsest type among what is saved decides: what is computed from it is no finer."""
-        return max((_ROUNDING[t.dtype] for t in self._runs.saved if t.dtype in _ROUNDING), default=0.0)
+        return _rounding(self._runs.saved)
 
     def _refused(self, why: str) -> TokenRangeError:
         return TokenRangeError(
             f"{self._name}: {why}; plan without recomputed_tokens and attention_tokens for it"
         )
+
+
+def _rounding(tensors: Sequence[torch.Tensor]) -> float:
+    """What may come from rounding in tensors that are computed from each other."""
+    return max((_ROUNDING[tensor.dtype] for tensor in tensors if tensor.dtype in _ROUNDING), default=0.0)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from memtrain.offload.unmoved import Unmoved
+
 Unpack = Callable[[Any], torch.Tensor]
 
 
@@ -103,7 +105,8 @@ class CutStorage:
         rest = unpack(self._rest)
         flat = torch.empty(self._storage_bytes, dtype=torch.uint8, device=rest.device)
         whole = self._rows.view(flat)
-        whole[:, self._first :].copy_(rest.view(whole.shape[0], -1, self._rows.row_bytes))
+        stored = whole[:, self._first :]
+        stored.copy_(rest.view(stored.shape))
         for saved in (reference() for reference in self._tensors):
             if saved is not None and saved.first_rows is not None:
                 saved.complete(flat, self._rows.tokens, self._first)
@@ -131,7 +134,7 @@ class SavedRows:
         self._shape, self._stride = tensor.shape, tensor.stride()
         self._offset = int(tensor.storage_offset())
         self._whole: torch.Tensor | None = None
-        self.first_rows: torch.Tensor | None = None
+        self.first_rows: Unmoved | None = None
         """As the second forward saved them, until they are joined with the rest."""
 
     @property
@@ -143,8 +146,9 @@ class SavedRows:
         """Become a view of ``flat``, the bytes of the whole storage, and copy the first rows into it."""
         assert self.first_rows is not None
         whole = torch.as_strided(flat.view(self._dtype), self._shape, self._stride, self._offset)
-        computed, self.first_rows = self.first_rows, None
-        self._axis.rows(whole, tokens, 0, first).copy_(self._axis.rows(computed, first, 0, first))
+        computed, self.first_rows = self.first_rows.get(), None
+        target = self._axis.rows(_without_repeats(whole), tokens, 0, first)
+        target.copy_(self._axis.rows(_without_repeats(computed, whole.stride()), first, 0, first))
         self._whole = whole
 
     def take(self, unpack: Unpack) -> torch.Tensor:
@@ -154,6 +158,15 @@ class SavedRows:
         whole, self._whole = self._whole, None
         assert whole is not None
         return whole
+
+
+def _without_repeats(tensor: torch.Tensor, strides: Sequence[int] | None = None) -> torch.Tensor:
+    """One entry of every dimension that was expanded (stride 0 among ``strides``, by default its own): what
+    lies in one place cannot be written twice."""
+    for dim, stride in enumerate(tensor.stride() if strides is None else strides):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor
 
 
 def all_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ saved-tensor hooks: there the hooks must, or a training step goes on with the wr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from memtrain.offload.errors import SavedTensorModifiedError
+from memtrain.offload.errors import OffloadError, SavedTensorModifiedError
 
 
 class FixedTensors:
@@ -64,6 +66,21 @@ class Unmoved:
                 f"backward before the change, or avoid the in-place operation"
             )
         return self.tensor
+
+
+@contextlib.contextmanager
+def unchanged(name: str, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Raise OffloadError if block ``name`` changes one of ``tensors`` in place inside: its forward runs more
+    than once, and would change it each time."""
+    versions = [tensor._version for tensor in tensors]
+    yield
+    for tensor, version in zip(tensors, versions, strict=True):
+        if tensor._version != version:
+            raise OffloadError(
+                f"{name}: its forward changes a tensor of shape {tuple(tensor.shape)} in place, an argument "
+                "or a buffer such as BatchNorm's statistics, and would do so again in backward: keep or swap "
+                "this block"
+            )
 
 
 def shared_storages(args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[int]:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtrain.offload.errors import TokenRangeError
-from memtrain.offload.token_probe import Kind, TokenProbe, probe_tokens
+from memtrain.offload.token_kinds import Kind, TokenProbe
+from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import RowAxis
 
 WIDTH = 16
@@ -92,6 +93,18 @@ def test_attention_kernels() -> None:
         assert found.attention == ((RowAxis(dim=2), RowAxis(dim=2)),)
         assert found.arguments == ({0: (1,)} if given is None else {0: (1,), 1: (2, 3)})
         assert found.difference < 1e-6
+
+
+def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:
+    """For so it does in backward, and products may round otherwise if it does not."""
+    tokens_first = []
+
+    def look(entry: Tensor) -> Tensor:
+        tokens_first.append(entry.stride(1) > entry.stride(0))
+        return entry.tanh()
+
+    probe(look, hidden().transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_())
+    assert tokens_first == [True, True, True]  # of all, of the prefix, and of other tokens
 
 
 def test_random_numbers_and_arguments_stay() -> None:

@@ -16,6 +16,7 @@ from memtrain.offload.token_rows import (
     memory_order,
     token_count,
 )
+from memtrain.offload.unmoved import Unmoved
 
 
 def cut(whole: torch.Tensor, axis: RowAxis, tokens: int, first: int) -> torch.Tensor:
@@ -26,7 +27,8 @@ def cut(whole: torch.Tensor, axis: RowAxis, tokens: int, first: int) -> torch.Te
     storage = CutStorage(rows, first, whole.untyped_storage().nbytes(), rest)
     saved = storage.tensor(whole, axis)
     assert not saved.is_there
-    saved.first_rows = axis.rows(whole, tokens, 0, first).clone().flatten(*_folded(axis, whole, tokens))
+    part = axis.rows(whole, tokens, 0, first).clone().flatten(*_folded(axis, whole, tokens))
+    saved.first_rows = Unmoved.of(part)
     return saved.take(lambda packed: packed)
 
 
@@ -76,7 +78,7 @@ def test_views_share_one_storage_again() -> None:
     storage = CutStorage(rows, 2, qkv.nbytes, rows.view(all_bytes(qkv))[:, 2:].clone())
     saved = [storage.tensor(part, axis) for part in parts]
     for one, part in zip(saved, parts, strict=True):
-        one.first_rows = part[:, :2].clone()
+        one.first_rows = Unmoved.of(part[:, :2].clone())
     found = [one.take(lambda packed: packed) for one in saved]
     assert all(torch.equal(one, part) for one, part in zip(found, parts, strict=True))
     assert len({one.untyped_storage().data_ptr() for one in found}) == 1
