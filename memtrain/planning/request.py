@@ -89,7 +89,7 @@ class Search:
     chunks: int = 16
     seconds: float = 6.0
     gap: float = 5e-3
-    """Far below what the rates are off by; a search that the clock ends can answer differently the next time."""
+    """Far below what the rates are off by. A search that the clock ends may answer differently next time."""
     allow_lossy: tuple[str, ...] = ()
     error_budget: float | None = None
     """None: as much as the allowed codecs lose when everything is compressed."""
