@@ -42,6 +42,8 @@ class Job:
     """Lossy compressions that the user allows."""
     error_budget: float | None = None
     """As ``ranges.model.Problem``; None: the choice of codecs is all that bounds the error."""
+    nvme_write_limit_bytes: int | None = None
+    """That this GPU may write to NVMe in a step, for the flash's sake; None is no limit."""
     chunks: int = CHUNKS
     stage: int = 0
     """The pipeline stage that is planned, from 0."""

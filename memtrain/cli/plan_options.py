@@ -47,6 +47,9 @@ Gpus = Annotated[int, _option(_MACHINE, "GPUs of a host.")]
 Nodes = Annotated[int, _option(_MACHINE, "Hosts.")]
 Dram = Annotated[str | None, _option(_MACHINE, "1TiB, 1TiB@200GB/s, 1TiB@8xddr5-4800.")]
 Nvme = Annotated[str | None, _option(_MACHINE, "4TB, 4TB@6GB/s,5GB/s, 2x4TB@nvme-gen5, /mnt/fast:4TB.")]
+NvmeWrites = Annotated[
+    str | None, _option(_MACHINE, "What a step may write to NVMe, to spare it: 200GB.", "--nvme-writes")
+]
 Cxl = Annotated[str | None, _option(_MACHINE, "256GiB, 1:2x128GiB@20GB/s.")]
 HostLink = Annotated[
     str | None, _option(_MACHINE, "Of each GPU: pcie-gen5-x16, or read,write,both: 25GB/s,24GB/s.")

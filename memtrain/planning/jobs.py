@@ -20,6 +20,7 @@ from memtrain.planner.links import INTERCONNECTS, interconnect
 from memtrain.planner.machine import Machine
 from memtrain.planner.model_presets import PRESETS
 from memtrain.planner.ranges.model import Codec
+from memtrain.planner.units import parse_bytes
 from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
 
 if TYPE_CHECKING:
@@ -168,6 +169,16 @@ class Jobs:
         allowed = self.request.search.allow_lossy
         return self._codecs(q.name for q in QUANTISERS if q.name not in allowed)
 
+    def _write_limit(self) -> int | None:
+        """This GPU's share of what a step may write to the host's disks."""
+        text = self.request.hardware.nvme_writes
+        if text is None:
+            return None
+        try:
+            return parse_bytes(text) // self.setup.gpus
+        except ValueError as error:
+            raise PlanError(f"--nvme-writes: {error}") from error
+
     def _codecs(self, names: Iterable[str]) -> tuple[Codec, ...]:
         return codecs(
             names,
@@ -207,6 +218,7 @@ class Jobs:
                 master_weights=work.master_weights,
                 micro_batches=work.accumulate,
                 clipping=work.clipping,
+                nvme_write_limit_bytes=self._write_limit(),
                 codecs=self._codecs(search.allow_lossy),
                 error_budget=search.error_budget,
                 chunks=search.chunks,

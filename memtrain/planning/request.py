@@ -65,6 +65,8 @@ class Hardware:
     dram: str | None = None
     cxl: str | None = None
     nvme: str | None = None
+    nvme_writes: str | None = None
+    """Bytes that a step may write there."""
     host_link: str | None = None
     interconnect: str | None = None
     network: str | None = None
@@ -77,6 +79,8 @@ class Hardware:
     """Numbers of the GPU that the user knows better."""
 
     def __post_init__(self) -> None:
+        if self.nvme_writes is not None and self.nvme is None:
+            raise PlanError(f"--nvme-writes {self.nvme_writes} limits a disk that is not there: give --nvme")
         for option, value in (("--gpus", self.gpus), ("--nodes", self.nodes)):
             if value < 1:
                 raise PlanError(f"{option} must be at least 1, got {value}")

@@ -79,7 +79,7 @@ def problem_of(job: Job) -> Problem:
         job=job,
         division=division,
         clock=clock,
-        machine=machine_of(job.setup, chunks=job.chunks),
+        machine=machine_of(job.setup, chunks=job.chunks, write_limit_bytes=job.nvme_write_limit_bytes),
         traffic=clock.traffic_of_block(),
     )
     blocks, buffers = [], 0

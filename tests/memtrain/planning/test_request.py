@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from memtrain.planner.lowering import problem_of
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
+from memtrain.planning.jobs import Jobs
 from memtrain.planning.parsing import (
     parse_attention,
     parse_axis,
@@ -17,7 +20,8 @@ from memtrain.planning.parsing import (
     parse_overrides,
     parse_sweep,
 )
-from memtrain.planning.request import Outputs, PlanError, Questions, Search, Sweep, Work
+from memtrain.planning.request import Hardware, Outputs, PlanError, Questions, Search, Sweep, Work
+from tests.memtrain.planning.conftest import request_of
 
 NOTHING = {
     "data": None,
@@ -170,3 +174,16 @@ def test_outputs_that_contradict_questions(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="is a file; name a folder"):
         Outputs(emit=tmp_path / "file").check(Questions())
     Outputs(html=tmp_path / "page.html", csv=True).check(sweep)
+
+
+def test_a_limit_on_writes_needs_a_disk_and_is_shared_by_the_gpus_of_the_host(tiny: Path) -> None:
+    with pytest.raises(PlanError, match="--nvme-writes 1GB limits a disk that is not there: give --nvme"):
+        Hardware(gpu="a800-80g", nvme_writes="1GB")
+    limited = Hardware(gpu="a800-80g", gpus=2, dram="64GiB", nvme="1TB", nvme_writes="1GB")
+    request = request_of(tiny, hardware=limited, degrees=Degrees(data=2))
+    one = Jobs(request).job(256, 4)
+    assert one.nvme_write_limit_bytes == 500_000_000
+    assert problem_of(one).machine.place("nvme").write_limit_bytes == 500_000_000
+    wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes="many"))
+    with pytest.raises(PlanError, match=r"--nvme-writes: .*many"):
+        Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2))).job(256, 4)
