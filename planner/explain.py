@@ -135,7 +135,8 @@ def find_block(problem: Problem, text: str) -> int:
     if len(ends) == 1:
         return ends[0]
     what = "could be several blocks" if ends else "is no block"
-    raise ValueError(f"{text!r} {what} of this plan: its blocks are {names[0]}, {names[1:2]} ... {names[-1]}")
+    some = ", ".join(names if len(names) <= 4 else [*names[:2], "...", *names[-2:]])
+    raise ValueError(f"{text!r} {what} of this plan: its blocks are {some}")
 
 
 def decisions_of(formulated: Formulated, plan: RangePlan) -> Decisions:

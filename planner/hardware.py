@@ -151,12 +151,14 @@ class Accelerator:
         """The same GPU with some of its numbers replaced by the user's.
 
         Raises:
-            ValueError: there is no such number, or it is not above 0.
+            ValueError: there is no such number, it is not above 0, or it is an efficiency above 1.
         """
         names = list(self.numbers())
-        for name in changes:
+        for name, value in changes.items():
             if name not in names:
                 raise ValueError(f"{self.name} has no number {name!r}; {suggest(name, names)}")
+            if name.endswith("_efficiency") and value > 1:
+                raise ValueError(f"{name} is a fraction of the peak, at most 1, got {value:g}: 60 % is 0.6")
         numbers: dict[str, Any] = {n: Quoted(value=value, source=GIVEN) for n, value in changes.items()}
         return dataclasses.replace(self, **numbers)
 

@@ -14,6 +14,7 @@ from memtrain.planning.parsing import (
     parse_attention,
     parse_axis,
     parse_budget,
+    parse_codecs,
     parse_count,
     parse_degrees,
     parse_dtype,
@@ -130,7 +131,7 @@ def plan(
             chunks=chunks,
             seconds=seconds,
             gap=gap,
-            allow_lossy=tuple(part.strip() for part in (allow_lossy or "").split(",") if part.strip()),
+            allow_lossy=parse_codecs(allow_lossy),
             error_budget=error_budget,
         ),
     )

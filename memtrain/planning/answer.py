@@ -18,12 +18,9 @@ from memtrain.planner.ranges.solve import SolveOptions, Undecided
 from memtrain.planner.search import Reach, feasible, furthest, sequence_unit
 from memtrain.planning.fold import Usage, usage_of
 from memtrain.planning.jobs import Jobs
-from memtrain.planning.request import Axis, PlanError, PlanRequest, Sweep
+from memtrain.planning.request import MOST_BATCH, MOST_TOKENS, Axis, PlanError, PlanRequest, Sweep
 from memtrain.planning.targets import Context, Target, targets
 
-MOST_TOKENS = 1 << 26
-"""Where the search for the longest sequence ends."""
-MOST_BATCH = 1 << 14
 _FINEST_SEQUENCE = 128
 """Tokens: nobody needs an answer finer than this."""
 _ABLATION_SECONDS = 20.0

@@ -10,7 +10,7 @@ from memtrain.planner.hardware import suggest
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.units import parse_bytes
-from memtrain.planning.request import Attention, Axis, Dtype, PlanError, Sweep
+from memtrain.planning.request import MOST_TOKENS, Attention, Axis, Dtype, PlanError, Sweep
 
 MAX_SWEEP = 24
 """Points of a sweep: each is a plan of its own, of some seconds."""
@@ -23,6 +23,8 @@ def parse_count(option: str, text: str) -> int:
     """``8192``, ``8k`` (8192) or ``1M`` (1048576). Raises PlanError naming the value."""
     match = _COUNT.match(text.strip())
     value = float(match[1]) * _FACTORS[match[2].lower()] if match else 0.0
+    if value > MOST_TOKENS:
+        raise PlanError(f"{option} must be at most {MOST_TOKENS}, got {text}")
     if match is None or value != int(value) or value < 1:
         raise PlanError(
             f"{option}: cannot read {text!r} as a whole number above 0; write 8192, 8k (8 x 1024) or 1M"
@@ -99,6 +101,16 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
             raise PlanError(f"--override {name}={value}: {value!r} is not a number") from error
         found.append((name, number))
     return tuple(found)
+
+
+def parse_codecs(text: str | None) -> tuple[str, ...]:
+    """``int8,int4``; names are checked against the codecs later. Raises PlanError."""
+    if text is None:
+        return ()
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names):
+        raise PlanError(f"--allow-lossy {text!r} has an empty name: write int8, int4 or int8,int4")
+    return names
 
 
 def parse_axis(text: str) -> Axis:

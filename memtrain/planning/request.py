@@ -14,6 +14,10 @@ Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 
+MOST_TOKENS = 1 << 26
+"""Of a sequence; the search for the longest ends there. Not far above, sizes in bytes leave 64 bits."""
+MOST_BATCH = 1 << 14
+
 
 class PlanError(ValueError):
     """The command cannot be answered as it was given; one line that says what to change."""
@@ -25,6 +29,11 @@ class Sweep:
 
     axis: Axis
     values: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        most = MOST_TOKENS if self.axis == "seq" else MOST_BATCH
+        if max(self.values) > most:
+            raise PlanError(f"--sweep {self.axis} must be at most {most}, got {max(self.values)}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +61,12 @@ class Work:
         ):
             if getattr(self, name) < 1:
                 raise PlanError(f"{option} must be at least 1, got {getattr(self, name)}")
+        for value, option, most in (
+            (self.sequence, "--seq", MOST_TOKENS),
+            (self.micro_batch, "--micro-batch", MOST_BATCH),
+        ):
+            if value > most:
+                raise PlanError(f"{option} must be at most {most}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +99,11 @@ class Hardware:
         for option, value in (("--gpus", self.gpus), ("--nodes", self.nodes)):
             if value < 1:
                 raise PlanError(f"{option} must be at least 1, got {value}")
+        if self.interconnect is not None and self.gpus == 1:
+            raise PlanError(
+                f"--interconnect {self.interconnect} ties GPUs of a host together, and it has one: "
+                "give --gpus, or drop it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +127,8 @@ class Search:
             raise PlanError(f"--gap must be at least 0 and below 1, got {self.gap}")
         if self.error_budget is not None and not self.allow_lossy:
             raise PlanError("--error-budget says how much codecs may lose: name them with --allow-lossy")
-        if self.error_budget is not None and self.error_budget < 0:
+        # Written so that NaN, which is neither, is refused too.
+        if self.error_budget is not None and not self.error_budget >= 0:
             raise PlanError(f"--error-budget must be at least 0, got {self.error_budget}")
 
 
@@ -150,7 +171,7 @@ class Outputs:
     plan: Path | None = None
 
     def check(self, questions: Questions) -> None:
-        """Raises PlanError for what does not go together, and for folders that are not there."""
+        """Raises PlanError for what does not go together, and for paths that cannot be written."""
         if self.json and self.csv:
             raise PlanError("--json and --csv both want standard output: drop one")
         if self.csv and (questions.explain is not None or questions.sources):
@@ -166,10 +187,16 @@ class Outputs:
             }
             for option in (name for name, given in asked.items() if given):
                 raise PlanError(f"{option} is about one plan and --sweep makes several: drop one of the two")
-        for option, path in (("-o", self.plan), ("--html", self.html)):
+        for option, path in (("-o", self.plan), ("--html", self.html), ("--emit", self.emit)):
             if path is not None and not path.resolve().parent.is_dir():
                 raise PlanError(
                     f"{option} {path}: folder {path.resolve().parent} does not exist; create it first"
                 )
+        for option, path in (("-o", self.plan), ("--html", self.html)):
+            # Files are put in place by renaming, which would take the place of a device such as /dev/null.
+            if path is not None and path.exists() and not path.is_file():
+                raise PlanError(f"{option} {path} is there and no regular file; name another")
+        if self.plan is not None and self.html is not None and self.plan.resolve() == self.html.resolve():
+            raise PlanError(f"-o and --html both name {self.plan}: give one of them another file")
         if self.emit is not None and self.emit.exists() and not self.emit.is_dir():
             raise PlanError(f"--emit {self.emit} is a file; name a folder")

@@ -118,5 +118,5 @@ def test_waits_are_what_the_device_stands_idle() -> None:
 def test_blocks_by_name_number_and_end() -> None:
     one = problem(2, 100, blocks=(block(0, name="model.layers.0"), block(1, name="model.layers.1")))
     assert [find_block(one, text) for text in ("model.layers.1", "layers.1", "1")] == [1, 1, 1]
-    with pytest.raises(ValueError, match=r"'7' is no block of this plan: its blocks are model.layers.0"):
+    with pytest.raises(ValueError, match=r"'7' is no block of this plan: its blocks are \S+\.0, \S+\.1$"):
         find_block(one, "7")

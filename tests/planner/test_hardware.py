@@ -197,3 +197,5 @@ def test_numbers_of_a_gpu_can_be_given() -> None:
         gpu.given({"half_flops": 1})
     with pytest.raises(ValueError, match="must be finite and above 0"):
         gpu.given({"memory_bytes": 0})
+    with pytest.raises(ValueError, match="matmul_efficiency is a fraction of the peak, at most 1, got 60"):
+        gpu.given({"matmul_efficiency": 60})

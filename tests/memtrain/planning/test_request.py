@@ -13,6 +13,7 @@ from memtrain.planning.parsing import (
     parse_attention,
     parse_axis,
     parse_budget,
+    parse_codecs,
     parse_count,
     parse_degrees,
     parse_dtype,
@@ -187,3 +188,45 @@ def test_a_limit_on_writes_needs_a_disk_and_is_shared_by_the_gpus_of_the_host(ti
     wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes="many"))
     with pytest.raises(PlanError, match=r"--nvme-writes: .*many"):
         Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2))).job(256, 4)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "65M", "67108865"])
+def test_counts_beyond_what_can_be_sized_are_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="--seq must be at most 67108864, got"):
+        parse_count("--seq", text)
+
+
+def test_micro_batches_beyond_what_can_be_sized_are_refused() -> None:
+    with pytest.raises(PlanError, match="--micro-batch must be at most 16384, got 16385"):
+        Work(model="x", sequence=8, micro_batch=16385)
+    with pytest.raises(PlanError, match="--sweep batch must be at most 16384, got 16385"):
+        parse_sweep("batch=1,16385")
+
+
+def test_codecs_have_names() -> None:
+    assert parse_codecs(None) == ()
+    assert parse_codecs("int8, int4") == ("int8", "int4")
+    for text in ("", ",", "int8,"):
+        with pytest.raises(PlanError, match=r"--allow-lossy .* has an empty name"):
+            parse_codecs(text)
+
+
+def test_an_error_budget_that_is_no_number_is_refused() -> None:
+    with pytest.raises(PlanError, match="--error-budget must be at least 0, got nan"):
+        Search(allow_lossy=("int8",), error_budget=float("nan"))
+
+
+def test_interconnect_needs_several_gpus() -> None:
+    with pytest.raises(PlanError, match="--interconnect nvlink-4 ties GPUs of a host together"):
+        Hardware(gpu="h100", nodes=2, interconnect="nvlink-4")
+
+
+def test_outputs_that_would_destroy_each_other_or_a_device_are_refused(tmp_path: Path) -> None:
+    same = tmp_path / "plan"
+    with pytest.raises(PlanError, match="-o and --html both name"):
+        Outputs(plan=same, html=tmp_path / "." / "plan").check(Questions())
+    for path in (Path("/dev/null"), tmp_path):
+        with pytest.raises(PlanError, match="no regular file; name another"):
+            Outputs(plan=path).check(Questions())
+    with pytest.raises(PlanError, match=r"--emit .* does not exist; create it first"):
+        Outputs(emit=tmp_path / "absent" / "run").check(Questions())
