@@ -89,7 +89,7 @@ class BlockRehearsal:
         tried = lengths(tokens) if tokens else ()
         if not tried:
             return f"it has {tokens} tokens, too few to be cut"
-        differences = []
+        probes = []
         try:
             for length in tried:
                 probe = probe_tokens(
@@ -101,19 +101,24 @@ class BlockRehearsal:
                     prefixes=[length],
                     attention_prefixes=[length],
                 )
-                differences.append(probe.difference)
+                probes.append(probe)
             half = tried[len(tried) // 2]
             part = self._seconds_of_prefix(name, forward, args, kwargs, half)
         except TokenRangeError as error:
             return str(error)
+        rows = {probe.row_bytes for probe in probes}
+        if len(rows) > 1:
+            return (
+                f"which of its saved tensors have tokens depends on the prefix ({sorted(rows)} bytes a token)"
+            )
         whole = self._seconds_of_prefix(name, forward, args, kwargs, None)
         return Prefixes(
             tokens=tokens,
             lengths=tried,
-            differences=tuple(differences),
+            differences=tuple(probe.difference for probe in probes),
             overhead_seconds=max(0.0, part - whole * half / tokens),
-            cut_bytes=probe.row_bytes * tokens,
-            whole_bytes=probe.whole_bytes,
+            cut_bytes=rows.pop() * tokens,
+            whole_bytes=max(probe.whole_bytes for probe in probes),
             largest_bytes=largest_bytes,
         )
 

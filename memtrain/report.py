@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,13 +69,21 @@ def plan_facts(plan: Plan) -> list[str]:
     ]
 
 
-def recompute_facts(plan: Plan, profile: ModelProfile) -> list[str]:
-    """What is computed again of some tokens or nearly for free, a line for each kind, and how exactly."""
+def recompute_facts(plan: Plan, profile: ModelProfile, seen: Mapping[str, float] | None = None) -> list[str]:
+    """What is computed again of some tokens or nearly for free, a line for each kind, and how exactly.
+
+    Args:
+        plan, profile: one was made from the other.
+        seen: largest differences that the run itself found (``TokenProbe.difference``), by block. A profile
+            looks at one block of a kind and one batch; other weights and other rows may give others.
+    """
+    seen = seen or {}
     counts: Counter[str] = Counter()
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if is_cut(decision) and block.prefixes is not None:
             tokens = block.prefixes.tokens
-            counts[_prefix_text(decision, tokens, largest_difference(block, decision))] += 1
+            difference = max(largest_difference(block, decision), seen.get(block.name, 0.0))
+            counts[_prefix_text(decision, tokens, difference)] += 1
         elif decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
             stored, saved = block.nearly_free.stored_bytes, block.saved_bytes
             sizes = (

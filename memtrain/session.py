@@ -384,7 +384,8 @@ class Session:
             error = (predicted - measured) / measured
             lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
         lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
-        lines += recompute_facts(self.plan, self.profile)
+        seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
+        lines += recompute_facts(self.plan, self.profile, seen)
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         for tier, statistics_ in self.engine.statistics().items():

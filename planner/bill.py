@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
-from memtrain.planner.block_parts import activation_extents, backward_bytes, kept_bytes
+from memtrain.planner.block_parts import activation_extents, backward_bytes, gathered_bytes, kept_bytes
 from memtrain.planner.decisions import (
     Decisions,
     gradient_extent_bytes,
@@ -55,7 +55,7 @@ def forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
 
 def slab_forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """The same where what is kept is copied into slabs: the originals are there until the forward ends."""
-    return block.saved_bytes + block.forward_transient_bytes
+    return block.saved_bytes + block.forward_transient_bytes + gathered_bytes(block, decision)
 
 
 def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Position]:

@@ -176,6 +176,16 @@ def joined_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     return block.attention_bytes if decision.attention_tokens else 0
 
 
+def gathered_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """The most that one saved tensor's rows take on their way to where rests are stored: a copy in forward,
+    beside the tensor itself, where they do not lie together."""
+    if decision.recomputed_tokens is None:
+        return 0
+    assert block.prefixes is not None
+    tokens, again = _tokens(block, decision)
+    return -(-block.prefixes.largest_bytes * (tokens - again) // tokens)
+
+
 def backward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its backward, above what is stored of it and of earlier blocks."""
     if not is_recomputed(decision):

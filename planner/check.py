@@ -17,6 +17,7 @@ from memtrain.planner.check_blocks import (
     PAGE,
     again,
     during_backward,
+    gathered,
     impossible,
     left_behind,
     room,
@@ -223,7 +224,8 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
             left = left_behind(block, decision)
             stays = sum(size for tier, size, _ in left if tier is Tier.DEVICE)
         extra = 0 if decision.action is Action.KEEP else stays
-        peak = max(peak, held + kept + extra + block.saved_bytes + block.forward_transient_bytes)
+        during = block.saved_bytes + block.forward_transient_bytes + gathered(block, decision)
+        peak = max(peak, held + kept + extra + during)
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
         if not many and ahead:
             held -= gradient[index]

@@ -100,6 +100,14 @@ def during_backward(block: BlockProfile, decision: BlockDecision) -> int:
     return max(prefix, saved + twice + block.backward_transient_bytes)
 
 
+def gathered(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes of the rows of one tensor that forward puts together before they are stored."""
+    if block.prefixes is None or not decision.recomputed_tokens:
+        return 0
+    behind, row_count = block.prefixes.tokens - decision.recomputed_tokens, block.prefixes.tokens
+    return (behind * block.prefixes.largest_bytes + row_count - 1) // row_count
+
+
 def joined(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes copied together in backward, of rows that were stored and rows that were computed."""
     if decision.recomputed_tokens:

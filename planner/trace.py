@@ -409,7 +409,8 @@ def _measure_blocks(
             largest_bytes = counted[kind].pop("largest_bytes")
             if rehearsal is not None and counted[kind]["recomputable"]:
                 given = call.given(_given(hidden, needs))
-                counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes)
+                attention_bytes = counted[kind]["attention_bytes"]
+                counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes, attention_bytes)
         kinds.append(kind)
         forward, backward, hidden = _time(block, call, hidden, needs)
         seconds.setdefault(kind, []).append((forward, backward))
@@ -502,12 +503,22 @@ def _not_recomputable(block: nn.Module, call: _Call, hidden: Tensor, needs: bool
 
 
 def _rehearse(
-    rehearsal: Rehearsal, name: str, block: nn.Module, call: _Call, largest_bytes: int
+    rehearsal: Rehearsal,
+    name: str,
+    block: nn.Module,
+    call: _Call,
+    largest_bytes: int,
+    attention_bytes: int,
 ) -> dict[str, Any]:
     """What the block takes if only its costly part is stored, and if only a prefix is computed again."""
     found = rehearsal.prefixes(
         name, block.forward, call.args, call.kwargs, lengths=prefix_lengths, largest_bytes=largest_bytes
     )
+    if isinstance(found, Prefixes) and attention_bytes % found.tokens:  # such as a kernel's random state
+        found = (
+            f"its attention kernels leave {attention_bytes} bytes, which are no {found.tokens} equal rows: "
+            "something is beside what belongs to tokens"
+        )
     return {
         "nearly_free": rehearsal.nearly_free(name, block.forward, call.args, call.kwargs),
         "prefixes": found if isinstance(found, Prefixes) else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtrain.planner.profile import BlockProfile
+from memtrain import rehearsal
+from memtrain.offload.token_kinds import TokenProbe
+from memtrain.offload.token_probe import probe_tokens
+from memtrain.planner.profile import BlockProfile, Prefixes
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.live_bytes import LiveBytes
 from memtrain.rehearsal import BlockRehearsal
@@ -113,6 +117,32 @@ def test_rows_too_short_to_be_cut(model: Net) -> None:
         "layers.0", model.layers[0], (torch.randn(2, 1, WIDTH),), {}, lengths=lambda _: (), largest_bytes=0
     )
     assert found == "it has 1 tokens, too few to be cut"
+
+
+def prefixes_of_two(monkeypatch: pytest.MonkeyPatch, model: Net, **shorter: int) -> Prefixes | str:
+    """What a rehearsal makes of prefixes of 6 and 12 tokens if the probe of the shorter says ``shorter``."""
+
+    def probe(*args: Any, **kwargs: Any) -> TokenProbe:
+        found = probe_tokens(*args, **kwargs)
+        return replace(found, **shorter) if kwargs["prefixes"] == [6] else found
+
+    monkeypatch.setattr(rehearsal, "probe_tokens", probe)
+    hidden = torch.randn(2, TOKENS, WIDTH, requires_grad=True)
+    return BlockRehearsal(model).prefixes(
+        "layers.0", model.layers[0].forward, (hidden,), {}, lengths=lambda _: (6, 12), largest_bytes=0
+    )
+
+
+def test_what_is_stored_whole_under_any_prefix_counts(monkeypatch: pytest.MonkeyPatch, model: Net) -> None:
+    found = prefixes_of_two(monkeypatch, model, whole_bytes=40)
+    assert isinstance(found, Prefixes)
+    assert found.whole_bytes == 40  # the longer one has none
+
+
+def test_rows_that_depend_on_the_prefix_are_none(monkeypatch: pytest.MonkeyPatch, model: Net) -> None:
+    found = prefixes_of_two(monkeypatch, model, row_bytes=8)
+    assert isinstance(found, str)
+    assert "depends on the prefix ([8, " in found
 
 
 def test_a_rehearsal_leaves_no_trace(model: Net) -> None:

@@ -81,6 +81,17 @@ def test_what_is_computed_again_in_part_and_how_exactly() -> None:
     assert recompute_facts(feasible_plan(), make_profile(3)) == []
 
 
+def test_a_run_that_is_less_exact_than_its_profile_says_so() -> None:
+    block = make_block(prefixes=make_prefixes())
+    profile = make_profile(block_profiles=(block,))
+    decision = BlockDecision(block=0, action=Action.RECOMPUTE, recomputed_tokens=4)
+    plan = replace(feasible_plan(), blocks=(decision,))
+    (exact,) = recompute_facts(plan, profile, {block.name: 0.0})
+    assert exact.endswith("yes")
+    (line,) = recompute_facts(plan, profile, {profile.blocks[0].name: 2e-7})
+    assert line.endswith("no, largest difference 2e-07 of a tensor's largest entry")
+
+
 def test_infeasible_says_what_is_short_and_what_helps() -> None:
     assert infeasible_text(infeasible_plan()).splitlines() == [
         "the budget cannot work:",

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 
 from memtrain.planner import check_blocks
 from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.bill import slab_forward_bytes
 from memtrain.planner.block_choices import block_choices
 from memtrain.planner.block_parts import (
     Part,
     activation_extents,
     backward_bytes,
     copied_bytes,
+    gathered_bytes,
     input_slot_bytes,
     joined_bytes,
     kept_slot_bytes,
@@ -158,3 +160,13 @@ def test_the_checker_counts_the_same_by_its_own_arithmetic(block: BlockProfile) 
             assert check_blocks.least_seconds_again(block, decision) == pytest.approx(
                 recompute_seconds(block, decision)
             )
+
+
+@pytest.mark.parametrize(
+    ("decision", "size"), [(PREFIX, MiB // 2), (BOTH, MiB), (ATTENTION, 0), (NEARLY_FREE, 0)]
+)
+def test_forward_puts_the_rows_of_one_rest_together(decision: BlockDecision, size: int) -> None:
+    """Of the largest tensor, 2 MiB in 8 rows: those behind 6, and behind 4."""
+    assert check_blocks.gathered(BLOCK, decision) == gathered_bytes(BLOCK, decision) == size
+    transient = BLOCK.saved_bytes + BLOCK.forward_transient_bytes
+    assert slab_forward_bytes(BLOCK, decision) == transient + size

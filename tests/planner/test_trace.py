@@ -290,6 +290,25 @@ def test_bytes_of_a_llama_block() -> None:
     assert 0 < profile.blocks[0].attention_seconds <= profile.blocks[0].forward_seconds
 
 
+def test_attention_that_leaves_more_than_rows_is_not_cut() -> None:
+    """A GPU's kernels keep their random state beside what belongs to tokens: here 8704 bytes, 1024 tokens."""
+    prefixes = Prefixes(
+        tokens=1024,
+        lengths=(512,),
+        differences=(0.0,),
+        overhead_seconds=0.0,
+        cut_bytes=0,
+        whole_bytes=0,
+        largest_bytes=0,
+    )
+    model = llama()
+    profile = profile_model(
+        model, batch(32), optimizer=adamw(model), elementwise=True, rehearsal=Rehearsed(prefixes)
+    )
+    assert profile.blocks[0].prefixes is None
+    assert "8704 bytes, which are no 1024 equal rows" in profile.blocks[0].prefix_reason
+
+
 def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> None:
     model = llama()
     profile = profile_model(model, batch(), optimizer=adamw(model), elementwise=True)
