@@ -287,6 +287,7 @@ def _grid() -> Table:
 
 
 def new_table(first: str, *others: str) -> Table:
+    """A table without lines: ``first`` is the column of names, ``others`` are columns of numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first, no_wrap=True)
     for name in others:
