@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0+cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memtrain-setup
+OPTIM_STAMP := .venv-optim/.memtrain-setup
 MODEL := data/models/smollm2-135m
 CORPUS := data/corpora/torch-sources
 RECIPE := recipes/smollm2_135m_full_cpu.yaml
@@ -17,6 +18,10 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" VENV="$(VENV)" sh scripts/setup.sh
+	touch $@
+
+$(OPTIM_STAMP): $(STAMP) scripts/setup_optim.sh
+	BASE="$(VENV)" VENV=.venv-optim sh scripts/setup_optim.sh
 	touch $@
 
 data: $(MODEL)/config.json $(CORPUS)/meta.json
@@ -32,8 +37,10 @@ $(CORPUS)/meta.json: $(STAMP) $(MODEL)/config.json
 quickstart: data
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m memtrain.train $(RECIPE)
 
-test: setup
+# What needs Triton or a peer (marker venv_optim) runs in the environment that has them.
+test: setup $(OPTIM_STAMP)
 	$(BIN)/python -m pytest -q
+	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python -m pytest -q -m venv_optim tests/optim
 
 lint: setup
 	$(BIN)/ruff check .
