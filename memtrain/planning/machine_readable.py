@@ -13,9 +13,10 @@ from typing import Any
 
 from memtrain.planner.forecast import Forecast
 from memtrain.planning.answer import AblationRow, Answer, Point
-from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
 from memtrain.planning.sweep_table import usage_text
 from memtrain.planning.terminal import relaxation_text
+from memtrain.planning.usage import class_shares
+from memtrain.planpage.fold import Alike, fold_activations, fold_states
 
 ANSWER_VERSION = 1
 
@@ -137,7 +138,7 @@ def _reach(answer: Answer) -> dict[str, Any] | None:
     }
 
 
-def _folded(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def _folded(lines: Sequence[Alike]) -> list[dict[str, Any]]:
     return [{"blocks": line.blocks, "block_count": line.count, "text": line.text} for line in lines]
 
 

@@ -52,7 +52,7 @@ def exposed_seconds(computing: Iterable[float], sending: Iterable[float]) -> flo
 
 
 def _unit_seconds(clock: Clock, parameters: Iterable[ParameterSpec]) -> tuple[float, float]:
-    """Of one unit: its gradients, which are sent beside arithmetic, and its updated weights, which are not."""
+    """Of one unit: gradients, which are sent beside arithmetic, and updated weights, which are not."""
     job = clock.job
     value_bytes = 4 if job.single else 2
     trained = sorted((p for p in parameters if p.trainable), key=lambda p: is_expert(p.name))
