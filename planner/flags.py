@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from memtrain.planner.hardware import GIVEN, Duplex, Quoted, find, suggest, time_shared
 from memtrain.planner.links import DRAM_CHANNELS
-from memtrain.planner.units import parse_bytes
+from memtrain.planner.units import parse_size
 
 _PATTERN = re.compile(
     r"^(?:(?P<place>[^@]*):)?(?:(?P<count>\d+)\s*x\s*)?(?P<size>[^:@]+)(?:@(?P<rates>[^@]+))?$"
@@ -48,7 +48,7 @@ def parse_tier(flag: str, text: str) -> TierSpec:
     if match is None:
         raise ValueError(f"cannot read {flag} {text!r}: write it as {_EXAMPLES[flag]}")
     try:
-        size = parse_bytes(match["size"])
+        size = parse_size(match["size"])
     except ValueError as error:
         raise ValueError(f"{flag} {text!r}: {error}, as in {_EXAMPLES[flag]}") from error
     count = int(match["count"] or 1)
@@ -65,7 +65,7 @@ def parse_rate(flag: str, text: str) -> Quoted:
     if not slash or unit.strip() != "s":
         raise ValueError(f"{flag}: cannot read {text!r} as a rate: write a size and '/s', such as '6GB/s'")
     try:
-        value = parse_bytes(amount)
+        value = parse_size(amount, unit="GB/s")
     except ValueError as error:
         raise ValueError(f"{flag}: cannot read {text!r} as a rate: {error}") from error
     if value == 0:

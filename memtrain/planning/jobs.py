@@ -20,7 +20,8 @@ from memtrain.planner.links import INTERCONNECTS, interconnect
 from memtrain.planner.machine import Machine
 from memtrain.planner.model_presets import PRESETS
 from memtrain.planner.ranges.model import Codec
-from memtrain.planner.units import parse_bytes
+from memtrain.planner.units import parse_size
+from memtrain.planning.parsing import DEGREE_OPTIONS
 from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
 
 if TYPE_CHECKING:
@@ -160,7 +161,9 @@ class Jobs:
     def check(self, sequence: int) -> None:
         """Raises PlanError where the degrees divide neither model nor ``sequence``."""
         try:
-            self.request.degrees.check(self.shape, gpus=self.request.gpus, sequence=sequence)
+            self.request.degrees.check(
+                self.shape, gpus=self.request.gpus, sequence=sequence, names=DEGREE_OPTIONS
+            )
         except ValueError as error:
             raise PlanError(str(error)) from error
 
@@ -175,7 +178,7 @@ class Jobs:
         if text is None:
             return None
         try:
-            return parse_bytes(text) // self.setup.gpus
+            return parse_size(text) // self.setup.gpus
         except ValueError as error:
             raise PlanError(f"--nvme-writes: {error}") from error
 

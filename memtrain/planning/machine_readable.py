@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from memtrain.planner.forecast import Forecast
+from memtrain.planner.ranges.plan import TIME_DIGITS
 from memtrain.planning.answer import AblationRow, Answer, Point
 from memtrain.planning.sweep_table import usage_text
 from memtrain.planning.terminal import relaxation_text
@@ -147,8 +148,13 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A number that is not whole has as many digits as a plan's seconds, in every line of every column."""
+    return f"{value:.{TIME_DIGITS}f}" if isinstance(value, float) else value
 
 
 def _plain(value: Any) -> Any:

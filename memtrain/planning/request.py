@@ -54,6 +54,8 @@ class Work:
     attention: Attention = "flash"
 
     def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise PlanError("MODEL is empty: name a preset, a folder with a config.json, or such a file")
         for name, option in (
             ("sequence", "--seq"),
             ("micro_batch", "--micro-batch"),
