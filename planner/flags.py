@@ -39,23 +39,25 @@ class TierSpec:
 
 
 def parse_tier(flag: str, text: str) -> TierSpec:
-    """Read the value of ``--dram``, ``--cxl`` or ``--nvme``.
+    """Read the value of ``--dram``, ``--cxl`` or ``--nvme``; ``flag`` is its name without the dashes.
 
     Raises:
         ValueError: naming the value, what is wrong with it and how to write it.
     """
     match = _PATTERN.match(text.strip())
     if match is None:
-        raise ValueError(f"cannot read {flag} {text!r}: write it as {_EXAMPLES[flag]}")
+        raise ValueError(f"cannot read --{flag} {text!r}: write it as {_EXAMPLES[flag]}")
     try:
         size = parse_size(match["size"])
     except ValueError as error:
-        raise ValueError(f"{flag} {text!r}: {error}, as in {_EXAMPLES[flag]}") from error
+        raise ValueError(f"--{flag} {text!r}: {error}, as in {_EXAMPLES[flag]}") from error
     count = int(match["count"] or 1)
     if size * count == 0:
-        raise ValueError(f"{flag} {text!r} has no bytes: give a size above 0, or leave {flag} out")
+        raise ValueError(f"--{flag} {text!r} has no bytes: give a size above 0, or leave --{flag} out")
     if flag == "dram" and match["place"]:
-        raise ValueError(f"dram {text!r}: memory has no place {match['place']!r}; write {_EXAMPLES['dram']}")
+        raise ValueError(
+            f"--dram {text!r}: memory has no place {match['place']!r}; write {_EXAMPLES['dram']}"
+        )
     return TierSpec(place=match["place"] or None, count=count, size_bytes=size * count, rates=match["rates"])
 
 
@@ -106,11 +108,11 @@ def parse_channels(text: str) -> Quoted:
         ValueError: naming the value and the kinds that are known.
     """
     if "/" in text:
-        return parse_rate("dram", text)
+        return parse_rate("--dram", text)
     count, cross, kind = text.strip().lower().partition("x")
     if not cross or not count.isdigit() or int(count) == 0 or kind not in DRAM_CHANNELS:
         raise ValueError(
-            f"dram: cannot read {text!r} as bandwidth: write a rate such as '200GB/s' or channels such as "
+            f"--dram: cannot read {text!r} as bandwidth: write a rate such as '200GB/s' or channels such as "
             f"'8xddr5-4800'; {suggest(kind, list(DRAM_CHANNELS))}"
         )
     return DRAM_CHANNELS[kind].scaled(int(count), f"{count} channels")

@@ -139,6 +139,8 @@ def parse_codecs(text: str | None) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
         raise PlanError(f"--allow-lossy {text!r} has an empty name: write int8, int4 or int8,int4")
+    if len(set(names)) < len(names):
+        raise PlanError(f"--allow-lossy {text!r} names a codec twice: drop one")
     return names
 
 
@@ -205,8 +207,8 @@ def parse_degrees(
     if data is None:
         if gpus % others:
             raise PlanError(
-                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} does not divide {gpus} GPUs: "
-                "change one"
+                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} does not divide --gpus x "
+                f"--nodes = {gpus}: change one"
             )
         data = gpus // others
     if data * others != gpus:
