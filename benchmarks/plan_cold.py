@@ -1,6 +1,6 @@
 """How soon does `memtrain plan` answer for a model of 70 B parameters, started cold?
 
-    python benchmarks/plan_cold.py                    # three rounds, about two minutes
+    python benchmarks/plan_cold.py                    # three rounds, a minute and a half
     python benchmarks/plan_cold.py --drop-caches      # as root: each round once more with an empty page cache
     python benchmarks/plan_cold.py --quick            # a smoke test: one round of a small model
 
