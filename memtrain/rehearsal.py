@@ -98,7 +98,7 @@ class BlockRehearsal:
                     args,
                     kwargs,
                     is_fixed=self._fixed.__contains__,
-                    prefixes=[length],
+                    prefix=length,
                     attention_prefixes=[length],
                 )
                 probes.append(probe)

@@ -102,7 +102,7 @@ class BlockSurvey:
                     args,
                     kwargs,
                     is_fixed=self._is_fixed,
-                    prefixes=[first] if first < tokens else [],
+                    prefix=first if first < tokens else None,
                     attention_prefixes=[n for n in (attention, first) if with_attention and 0 < n < tokens],
                 )
             known = probe, shapes

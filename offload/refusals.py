@@ -26,6 +26,11 @@ def prefix_differs(name: str, what: str, first: int, apart: float) -> TokenRange
     )
 
 
+def cannot_be_cut(name: str, why: str) -> TokenRangeError:
+    """The error for a block of which tokens cannot be computed again without the others."""
+    return TokenRangeError(f"{name}: {why}; plan without recomputed_tokens and attention_tokens for it")
+
+
 def thrown_away(_: Any) -> torch.Tensor:
     """For backward in a graph that was only built to look at a block. Raises OffloadError."""
     raise OffloadError(

@@ -124,7 +124,7 @@ def prefixes_of_two(monkeypatch: pytest.MonkeyPatch, model: Net, **shorter: int)
 
     def probe(*args: Any, **kwargs: Any) -> TokenProbe:
         found = probe_tokens(*args, **kwargs)
-        return replace(found, **shorter) if kwargs["prefixes"] == [6] else found
+        return replace(found, **shorter) if kwargs["prefix"] == 6 else found
 
     monkeypatch.setattr(rehearsal, "probe_tokens", probe)
     hidden = torch.randn(2, TOKENS, WIDTH, requires_grad=True)

@@ -142,7 +142,7 @@ def test_a_block_that_chooses_is_looked_at_for_every_size() -> None:
         model(tokens)
         looks.append(Choosing.looks // DEPTH)
     executor.remove()
-    assert looks == [4, 1, 4, 4]
+    assert looks == [5, 1, 5, 5]  # four to look, and the forward itself
 
 
 @pytest.mark.parametrize("decisions", [every(5), every(5, Tier.NVME, input_tier=Tier.NVME)])

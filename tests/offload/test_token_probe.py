@@ -21,7 +21,7 @@ WIDTH = 16
 def probe(
     function: Callable[..., Any],
     *args: Any,
-    prefixes: tuple[int, ...] = (4,),
+    prefix: int | None = 4,
     attention: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> TokenProbe:
@@ -31,7 +31,7 @@ def probe(
         args,
         kwargs,
         is_fixed=lambda tensor: isinstance(tensor, nn.Parameter),
-        prefixes=prefixes,
+        prefix=prefix,
         attention_prefixes=attention,
     )
 
@@ -89,7 +89,7 @@ def test_sizes_that_happen_to_equal_the_tokens() -> None:
 def test_attention_kernels() -> None:
     mask = torch.zeros(1, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
     for given in (None, mask):
-        found = probe(attend, hidden(), mask=given, prefixes=(4,), attention=(4, 2))
+        found = probe(attend, hidden(), mask=given, attention=(4, 2))
         assert found.attention == ((RowAxis(dim=2), RowAxis(dim=2)),)
         assert found.arguments == ({0: (1,)} if given is None else {0: (1,), 1: (2, 3)})
         assert found.difference < 1e-6
@@ -104,13 +104,13 @@ def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:
         return entry.tanh()
 
     probe(look, hidden().transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_())
-    assert tokens_first == [True, True, True]  # of all, of the prefix, and of other tokens
+    assert tokens_first == [True] * 4  # of all, of the prefix, of all again, and of other tokens
 
 
 def test_random_numbers_and_arguments_stay() -> None:
     entry = hidden()
     before, state = entry.detach().clone(), torch.get_rng_state()
-    found = probe(lambda entry: F.dropout(entry, 0.5), entry, prefixes=(4, 8, 1))
+    found = probe(lambda entry: F.dropout(entry, 0.5), entry, prefix=8)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(entry, before)
     assert entry.grad is None
@@ -119,10 +119,12 @@ def test_random_numbers_and_arguments_stay() -> None:
     assert found.bit_equal
 
 
-@pytest.mark.parametrize("prefixes", [(0,), (9,), (4, 12)])
-def test_a_prefix_is_a_part(prefixes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("prefix", [0, 9, 12])
+def test_a_prefix_is_a_part(prefix: int) -> None:
     with pytest.raises(ValueError, match="between 1 and 8 tokens"):
-        probe(torch.tanh, hidden(), prefixes=prefixes)
+        probe(torch.tanh, hidden(), prefix=prefix)
+    with pytest.raises(ValueError, match="between 1 and 8 tokens"):
+        probe(torch.tanh, hidden(), attention=(4, prefix))
 
 
 def shut_gate(entry: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def test_what_cannot_be_cut_is_refused(function: Callable[..., Any], match: str)
 
 def test_attention_that_looks_ahead_is_refused() -> None:
     with pytest.raises(TokenRangeError, match="is not causal: attention kernel 0"):
-        probe(lambda entry: attend(entry, causal=False), hidden(), prefixes=(), attention=(4,))
+        probe(lambda entry: attend(entry, causal=False), hidden(), prefix=None, attention=(4,))
 
 
 def test_attention_to_other_tokens_is_refused() -> None:
@@ -192,4 +194,4 @@ def test_attention_to_other_tokens_is_refused() -> None:
         return F.scaled_dot_product_attention(entry.unflatten(-1, (2, -1)).transpose(1, 2), memory, memory)
 
     with pytest.raises(TokenRangeError, match="9 queries and 5 keys"):
-        probe(cross, hidden(), prefixes=(), attention=(4,))
+        probe(cross, hidden(), prefix=None, attention=(4,))
