@@ -13,8 +13,7 @@ from memtrain.offload.token_rows import RowAxis
 
 _LEAST = sys.float_info.min
 _PIECE_ELEMENTS = 1 << 16
-"""Half a MiB in double precision: copies of whole tensors would stand beside what a block saves. With as many,
-comparing 256 MiB of float32 took no longer than in pieces of four times the size."""
+"""Half a MiB in double precision: copies of whole tensors would stand beside what a block saves."""
 
 
 class Mismatch(Exception):

@@ -59,7 +59,8 @@ class TokenProbe:
     """Largest difference between rows of a prefix and of the whole, in parts of the largest entry of their
     tensor, over all saved tensors, attention's outputs and prefixes that were looked at."""
     tolerance: float
-    """What of a difference may come from rounding alone."""
+    """What is let pass of a difference: what may come from rounding alone, or nothing where the plan promises
+    that there is none."""
     chooses: bool
     """Whether whole numbers are saved for each token, as its experts: a prefix must be bit-equal then."""
     witness: int | None

@@ -119,7 +119,9 @@ class _Comparison:
     def chooses(self) -> bool:
         """Whether whole numbers are saved for each token; masks of dropouts and comparisons are none."""
         return any(
-            isinstance(saved.kind, RowAxis) and not saved.dtype.is_floating_point and saved.dtype != torch.bool
+            isinstance(saved.kind, RowAxis)
+            and not saved.dtype.is_floating_point
+            and saved.dtype != torch.bool
             for saved in self.saved
         )
 

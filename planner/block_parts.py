@@ -186,6 +186,23 @@ def gathered_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     return -(-block.prefixes.largest_bytes * (tokens - again) // tokens)
 
 
+def probe_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Peak, input included, while the block's tokens are looked at: in the first step, before it has kept
+    anything; 0 where tokens are not told apart."""
+    if not is_cut(decision):
+        return 0
+    assert block.prefixes is not None
+    return block.prefixes.probe_bytes
+
+
+def witness_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Rows kept in ordinary memory from forward to backward, outside slabs and slots, to be compared."""
+    if not is_cut(decision):
+        return 0
+    assert block.prefixes is not None
+    return block.prefixes.witness_bytes
+
+
 def backward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its backward, above what is stored of it and of earlier blocks."""
     if not is_recomputed(decision):

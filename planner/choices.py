@@ -17,14 +17,14 @@ from typing import Any, TypeAlias
 import pulp
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.bill import forward_bytes, slab_forward_bytes
+from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_parts import (
     activation_extents,
     backward_bytes,
     input_slot_bytes,
-    kept_bytes,
     kept_slot_bytes,
     saved_slot_bytes,
+    witness_bytes,
 )
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
@@ -206,6 +206,7 @@ class Choices:
             always += self.kept_slabs()
             always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
+        lasting = witness_bytes if on_cpu else lasting_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
 
         def row(*parts: Expression | float) -> None:
@@ -232,7 +233,7 @@ class Choices:
         for index in range(len(self.x)):
             before.append(kept.copy())
             row(kept, gradients_forward(index), self.block_sum(index, during_forward))
-            kept = kept + (0 if on_cpu else self.block_sum(index, kept_bytes))
+            kept = kept + self.block_sum(index, lasting)
             row(
                 kept,
                 gradients_from(index),

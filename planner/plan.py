@@ -15,7 +15,7 @@ from typing import Any
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -117,6 +117,9 @@ class Plan:
     """Infeasible only: by how many bytes each tier is short."""
     remedies: tuple[str, ...] = ()
     """Infeasible only: the cheapest relaxations, the cheapest first."""
+    exact_only: bool = False
+    """What is computed again has the bits that it had in the first forward, token prefixes too: a run that
+    finds otherwise ends with an error. False: a prefix may differ within rounding."""
     profile_digest: str = ""
     machine_digest: str = ""
     version: int = PLAN_VERSION

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,11 @@ class Prefixes:
     """Those without one that depend on all tokens: stored whole. What is left a prefix computes alike."""
     largest_bytes: int
     """Of the saved storages the largest: while it is joined its computed rows are there twice."""
+    probe_bytes: int
+    """Peak while a run looks at the block's tokens before the first forward, the block's input included: the
+    largest over all prefixes."""
+    witness_bytes: int
+    """Rows kept in ordinary memory from forward to backward, to be compared with what is computed again."""
 
     def __post_init__(self) -> None:
         _non_negative(self)

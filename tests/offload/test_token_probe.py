@@ -14,6 +14,7 @@ from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import RowAxis
+from memtrain.planner.tracing.live_bytes import LiveBytes
 
 WIDTH = 16
 
@@ -66,6 +67,30 @@ def test_every_kind_of_saved_tensor() -> None:
     assert found.tokens == 9
     assert found.bit_equal
     assert found.difference == 0.0
+
+
+def test_the_witness_is_one_row_of_each() -> None:
+    found = probe(attend, hidden(), attention=(4,))
+    # Query, key and value are views of the input: 16 numbers for each of 2 tokens; an output of attention as
+    # many, and the logarithm of a sum for each of 2 heads.
+    assert found.witness_bytes == 2 * 4 * (WIDTH + WIDTH + 2)
+    assert probe(attend, hidden(), prefix=None, attention=(4,)).witness_bytes == 2 * 4 * (WIDTH + 2)
+    assert probe(torch.tanh, hidden()).witness_bytes == 2 * 4 * WIDTH
+
+
+def test_a_look_takes_less_than_a_forward_that_saves() -> None:
+    """Eight tensors of one size are saved, and with half of the tokens eight halves. When the second of all
+    tokens is there, the first is, too, and seven halves are still to be compared."""
+
+    def block(entry: Tensor) -> Tensor:
+        for _ in range(8):
+            entry = entry.tanh()
+        return entry
+
+    entry = hidden(1, 10)
+    with LiveBytes() as live:
+        probe(block, entry, prefix=5)
+    assert live.peak_bytes == 5.5 * entry.nbytes
 
 
 def test_a_shared_storage_counts_once() -> None:

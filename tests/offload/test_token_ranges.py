@@ -28,13 +28,13 @@ def every(first: int | None, rest: Tier = DEVICE, **fields: Any) -> list[BlockDe
 
 
 def executor_for(
-    model: Any, decisions: list[BlockDecision], *, late: bool = False, **staging: int
+    model: Any, decisions: list[BlockDecision], *, late: bool = False, **plan: Any
 ) -> ActivationExecutor:
     engine = LatestEngine()
     if late:
         engine.device = LateDevice(eagerness=0.1)  # type: ignore[assignment]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-    return ActivationExecutor(model, blocks, make_plan(decisions, **staging), engine)  # type: ignore[arg-type]
+    return ActivationExecutor(model, blocks, make_plan(decisions, **plan), engine)  # type: ignore[arg-type]
 
 
 def compare(
@@ -44,14 +44,14 @@ def compare(
     *,
     late: bool = False,
     autocast: bool = False,
-    **staging: int,
+    **plan: Any,
 ) -> tuple[list[Tensor], list[Tensor], ActivationExecutor]:
     """What plain PyTorch and the executor find from the same start."""
     torch.manual_seed(0)
     model = make()
     twin = copy.deepcopy(model)
     plain = train(twin, data, autocast=autocast)
-    executor = executor_for(model, decisions, late=late, **staging)
+    executor = executor_for(model, decisions, late=late, **plan)
     executor.install()
     planned = train(model, data, autocast=autocast)
     engine: Any = executor._engine

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memtrain.planner import check_blocks
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.bill import slab_forward_bytes
+from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_choices import block_choices
 from memtrain.planner.block_parts import (
     Part,
@@ -20,10 +20,13 @@ from memtrain.planner.block_parts import (
     gathered_bytes,
     input_slot_bytes,
     joined_bytes,
+    kept_bytes,
     kept_slot_bytes,
+    probe_bytes,
     recompute_seconds,
     stored_parts,
     traffic,
+    witness_bytes,
 )
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.profile import BlockProfile
@@ -139,6 +142,8 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
             cut_bytes=cut,
             whole_bytes=whole,
             largest_bytes=draw(st.integers(0, cut)),
+            probe_bytes=draw(st.integers(0, 99999)),
+            witness_bytes=draw(st.integers(0, 99)),
         ),
     )
 
@@ -154,7 +159,9 @@ def test_the_checker_counts_the_same_by_its_own_arithmetic(block: BlockProfile) 
         assert check_blocks.sent(block, decision) == dict(traffic(block, decision))
         assert check_blocks.during_backward(block, decision) == backward_bytes(block, decision)
         assert check_blocks.joined(block, decision) == joined_bytes(block, decision)
-        assert not list(check_blocks.impossible(block, decision))
+        assert check_blocks.looking(block, decision) == probe_bytes(block, decision)
+        assert check_blocks.compared(block, decision) == witness_bytes(block, decision)
+        assert not list(check_blocks.impossible(block, decision, exact_only=False))
         if check_blocks.again(decision):
             assert check_blocks.room(left, *tiers) == input_slot_bytes(block, decision)
             assert check_blocks.least_seconds_again(block, decision) == pytest.approx(
@@ -170,3 +177,19 @@ def test_forward_puts_the_rows_of_one_rest_together(decision: BlockDecision, siz
     assert check_blocks.gathered(BLOCK, decision) == gathered_bytes(BLOCK, decision) == size
     transient = BLOCK.saved_bytes + BLOCK.forward_transient_bytes
     assert slab_forward_bytes(BLOCK, decision) == transient + size
+
+
+@pytest.mark.parametrize(("decision", "cut"), [(PREFIX, 1), (BOTH, 1), (ATTENTION, 1), (NEARLY_FREE, 0)])
+@pytest.mark.parametrize("looking", [MiB, 20 * MiB])
+def test_a_look_at_tokens_and_rows_that_stay_are_on_the_bill(
+    decision: BlockDecision, cut: int, looking: int
+) -> None:
+    """Forward saves 10 MiB and takes 2; the look, where there is one, is over before anything is kept."""
+    block = make_block(
+        nearly_free=make_nearly_free(), prefixes=make_prefixes(probe_bytes=looking, witness_bytes=4096)
+    )
+    running = 12 * MiB + gathered_bytes(block, decision) + 4096 * cut
+    kept = kept_bytes(block, decision)
+    assert slab_forward_bytes(block, decision) == max(running, looking * cut)
+    assert forward_bytes(block, decision) == max(kept + running, looking * cut)
+    assert lasting_bytes(block, decision) == kept + 4096 * cut
