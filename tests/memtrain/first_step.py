@@ -1,8 +1,8 @@
 """One training step in a process of its own, every block cut at half of its tokens: its peak as predicted and
 measured.
 
-Run as ``python -m tests.memtrain.first_step FOLDER``; prints one JSON line. It is the step in which the executor
-looks at the tokens of each block. Weights are small here, and what outlives a block's forward is on NVMe.
+Run as ``python -m tests.memtrain.first_step FOLDER``; prints one JSON line. It is the step in which the
+executor looks at the tokens of each block. Weights are small, and what outlives a block's forward is on NVMe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from memtrain.planner.bill import constant_bytes, device_positions, with_margin
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.machine import Link, Machine
 
-ROWS, TOKENS, WIDTH, DEPTH = 4, 1024, 256, 3
+ROWS, TOKENS, WIDTH, DEPTH = 4, 1024, 256, 2
 MACHINE = Machine(
     name="test",
     device="cpu",
@@ -39,8 +39,7 @@ CUT = {"action": "recompute", "recomputed_tokens": TOKENS // 2, "rest_tier": "nv
 
 
 class Gated(nn.Module):
-    """Norm, SwiGLU of four times the width, residual: 84 MiB are saved and as good as nothing comes beside them,
-    while a forward that saves nothing still has half of that at once."""
+    """Norm, SwiGLU of four times the width, residual: a forward of 84 MiB."""
 
     def __init__(self) -> None:
         super().__init__()

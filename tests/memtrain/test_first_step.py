@@ -1,4 +1,4 @@
-"""The first step of a plan that cuts blocks stays within its bill, though the executor looks at their tokens."""
+"""The first step of a plan that cuts blocks is within its bill, though in it the executor looks at tokens."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from memtrain.malloc import mimalloc_library, tuned_environment
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("allocator", ["glibc", "mimalloc"])
-def test_the_first_step_of_a_cut_model_stays_within_its_bill(tmp_path: Path, allocator: str) -> None:
+def test_the_first_step_of_a_cut_model_is_within_its_bill(tmp_path: Path) -> None:
+    """In a process of its own, with the allocator that training has."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if allocator == "mimalloc":
-        environment = tuned_environment(environment, mimalloc_library()) or environment
+    environment = tuned_environment(environment, mimalloc_library()) or environment
     command = [sys.executable, "-m", "tests.memtrain.first_step", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["cut"] == 3
+    assert found["cut"] == 2
     assert found["measured_bytes"] <= found["predicted_bytes"]
-    # When a look held all that is saved, and ran beside it, mimalloc's 639 MB stood against a bill of 576.
+    # When a look held all that is saved, and ran beside it, 639 MB stood against a bill of 576.
     assert found["measured_forward_bytes"] <= found["predicted_forward_bytes"]
     assert found["probe_bytes"] <= 1.05 * found["block_forward_bytes"]
