@@ -126,6 +126,11 @@ def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, i
     return tuple(sizes.items())
 
 
+def groups(block: BlockProfile, decision: BlockDecision) -> int:
+    """Slots that a block takes of its ring: one for each tier beside the device that gets something of it."""
+    return len(traffic(block, decision))
+
+
 def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """What a CPU copies out of the heap in a block's forward, into a slab or a slot of a ring."""
     return sum(part.size_bytes for part in stored_parts(block, decision))

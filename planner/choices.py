@@ -21,7 +21,9 @@ from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_byt
 from memtrain.planner.block_parts import (
     activation_extents,
     backward_bytes,
+    groups,
     input_slot_bytes,
+    is_recomputed,
     kept_slot_bytes,
     saved_slot_bytes,
     witness_bytes,
@@ -132,6 +134,8 @@ class Choices:
         for index in range(len(self.x)):
             self.add(self.swapped(index) <= 1 - self.saved_ring[0])
             self.add(self.moved(index) <= 1 - self.input_ring[0])
+            if len(self.space.tiers) > 1:  # otherwise the row before says so
+                self.add(self.groups(index) <= pulp.lpSum(n * v for n, v in self.input_ring.items()))
         for index in range(len(self.z)):
             self.add(self.unit_sum(index, lambda _, d: float(streams_update(d))) <= 1 - self.shard[0])
             self.add(
@@ -167,6 +171,10 @@ class Choices:
     def moved(self, index: int) -> Expression:
         """1 if the block goes through the input ring."""
         return self.block_sum(index, lambda b, d: float(bool(input_slot_bytes(b, d))))
+
+    def groups(self, index: int) -> Expression:
+        """Slots that the block takes of the input ring."""
+        return self.block_sum(index, lambda b, d: groups(b, d) if is_recomputed(d) else 0)
 
     # -- bytes ----------------------------------------------------------------------------------------
 
