@@ -7,7 +7,6 @@ tracer's own instruments, and becomes part of the profile.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -28,6 +27,7 @@ from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import NearlyFree, Prefixes
+from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
 _REPETITIONS = 3
@@ -35,7 +35,7 @@ _REPETITIONS = 3
 
 
 class BlockRehearsal:
-    """Blocks of one model (``planner.trace.Rehearsal``).
+    """Blocks of one model (``planner.tracing.rehearsal.Rehearsal``).
 
     Args:
         model: for its parameters and buffers, which are never stored.
@@ -215,13 +215,7 @@ def _seconds_again(frame: RecomputeFrame, output: Any) -> float:
     device = _first(output).device
     seconds = []
     for _ in range(_REPETITIONS):
-        started = _clock(device)
+        started = clock.now(device)
         frame.compute_again()
-        seconds.append(_clock(device) - started)
+        seconds.append(clock.now(device) - started)
     return median(seconds)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
