@@ -114,6 +114,7 @@ class BlockRehearsal:
             largest_bytes=largest_bytes,
             probe_bytes=live.peak_bytes + _input(args, kwargs).untyped_storage().nbytes(),
             witness_bytes=max(probe.witness_bytes for probe in probes),
+            attention_whole_bytes=max(probe.attention_whole_bytes for probe in probes),
         )
 
     def _look(

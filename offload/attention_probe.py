@@ -33,6 +33,7 @@ class AttentionProbe:
             where there was nothing to find out.
         difference: largest one between the rows of a prefix and of the whole (``TokenProbe.difference``).
         row_bytes: of the last row of a prefix, of all outputs of real numbers that have tokens.
+        whole_bytes: of the storages of outputs that have none, such as a kernel's random state.
     """
 
     def __init__(self, name: str, tokens: int, prefixes: Sequence[int]) -> None:
@@ -42,6 +43,7 @@ class AttentionProbe:
         self.axes: list[tuple[RowAxis | None, ...]] = []
         self.difference = 0.0
         self.row_bytes = 0
+        self.whole_bytes = 0
 
     def watching(self) -> AbstractContextManager[Any]:
         """Look at the kernels that run inside."""
@@ -60,11 +62,11 @@ class AttentionProbe:
                 self._check_that_it_can_be_cut(func, args)
                 axes = tuple(self._compare(prefix, func, args, kwargs, outputs))
         self.axes.append(axes)
-        self.row_bytes += sum(
-            whole.nbytes // self._tokens
-            for whole, axis in zip(outputs, axes, strict=True)
-            if axis is not None and whole.is_floating_point()
-        )
+        for whole, axis in zip(outputs, axes, strict=True):
+            if axis is None:
+                self.whole_bytes += whole.untyped_storage().nbytes()
+            elif whole.is_floating_point():
+                self.row_bytes += whole.nbytes // self._tokens
 
     def _compare(
         self, prefix: int, func: Any, args: Any, kwargs: Any, outputs: list[torch.Tensor]

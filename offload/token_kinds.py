@@ -47,6 +47,8 @@ class TokenProbe:
     """Every tensor that is saved for backward, parameters and buffers left out."""
     attention: tuple[tuple[RowAxis | None, ...], ...]
     """The output tensors of every attention kernel."""
+    attention_whole_bytes: int
+    """Of the storages of those without a token axis."""
     is_random: bool
     """Whether the block draws random numbers."""
     drawn: tuple[RowAxis | None, ...]

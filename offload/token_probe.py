@@ -76,6 +76,7 @@ def probe_tokens(
         arguments=found.cuts,
         saved=tuple(saved.kind for saved in found.saved),
         attention=tuple(attention.axes),
+        attention_whole_bytes=attention.whole_bytes,
         is_random=runs.is_random,
         drawn=found.drawn,
         row_bytes=found.storage_bytes(lambda kind: isinstance(kind, RowAxis)) // tokens,

@@ -49,7 +49,8 @@ def _outputs(block: BlockProfile, decision: BlockDecision) -> list[Part]:
         return [Part(decision.saved_tier, stored.stored_bytes, stored.stored_tensors)]
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         tokens, again = _tokens(block, decision)
-        size = block.attention_bytes * (again - decision.attention_tokens) // tokens
+        whole = block.prefixes.attention_whole_bytes if block.prefixes is not None else 0
+        size = whole + (block.attention_bytes - whole) * (again - decision.attention_tokens) // tokens
         return [Part(decision.saved_tier, size, ATTENTION_TENSORS)]
     return []
 

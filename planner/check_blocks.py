@@ -64,7 +64,9 @@ def left_behind(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier
     left = [(decision.input_tier, block.input_bytes // row_count * first, 1)]
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         rows = first - decision.attention_tokens
-        left.append((decision.saved_tier, block.attention_bytes // row_count * rows, 2))
+        whole = 0 if block.prefixes is None else block.prefixes.attention_whole_bytes
+        outputs = (block.attention_bytes - whole) // row_count * rows + whole
+        left.append((decision.saved_tier, outputs, 2))
     if block.prefixes is not None and first < row_count:
         behind = block.prefixes.cut_bytes // row_count * (row_count - first)
         rest = behind + block.prefixes.whole_bytes

@@ -58,6 +58,9 @@ class Prefixes:
     largest over all prefixes."""
     witness_bytes: int
     """Rows kept in ordinary memory from forward to backward, to be compared with what is computed again."""
+    attention_whole_bytes: int = 0
+    """Of the outputs of attention kernels those without a token axis, such as a GPU kernel's random state:
+    stored whole wherever outputs are stored."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -127,10 +130,10 @@ class BlockProfile:
     def _check_rows(self, prefixes: Prefixes) -> None:
         for name, size in (
             ("input_bytes", self.input_bytes),
-            ("attention_bytes", self.attention_bytes),
+            ("attention_bytes", self.attention_bytes - prefixes.attention_whole_bytes),
             ("prefixes.cut_bytes", prefixes.cut_bytes),
         ):
-            if size % prefixes.tokens:
+            if size < 0 or size % prefixes.tokens:
                 raise ValueError(
                     f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet the block has "
                     "prefixes; one whose tensors cannot be cut between tokens has none"

@@ -151,11 +151,13 @@ def _rehearse(
     found = rehearsal.prefixes(
         name, block.forward, call.args, call.kwargs, lengths=prefix_lengths, largest_bytes=largest_bytes
     )
-    if isinstance(found, Prefixes) and attention_bytes % found.tokens:  # such as a kernel's random state
-        found = (
-            f"its attention kernels leave {attention_bytes} bytes, which are no {found.tokens} equal rows: "
-            "something is beside what belongs to tokens"
-        )
+    if isinstance(found, Prefixes):
+        of_rows = attention_bytes - found.attention_whole_bytes
+        if of_rows < 0 or of_rows % found.tokens:  # such as rows that a kernel rounds up to whole tiles
+            found = (
+                f"its attention kernels leave {attention_bytes} bytes, {found.attention_whole_bytes} of them "
+                f"whole, and the others are no {found.tokens} equal rows: something is beside them"
+            )
     return {
         "nearly_free": rehearsal.nearly_free(name, block.forward, call.args, call.kwargs),
         "prefixes": found if isinstance(found, Prefixes) else None,

@@ -104,6 +104,7 @@ def test_prefixes_are_eighths_and_every_saved_byte_has_a_token(model: Net) -> No
     assert found is not None
     assert (found.tokens, found.lengths) == (TOKENS, (3, 6, 9, 12, 15, 18, 21))
     assert (found.cut_bytes, found.whole_bytes) == (block.saved_bytes, 0)
+    assert found.attention_whole_bytes == 0
     assert found.largest_bytes == 2 * TOKENS * INNER * 4
     assert all(0.0 <= difference < 1e-4 for difference in found.differences)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtrain.offload.attention_probe import AttentionProbe
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_probe import probe_tokens
@@ -118,6 +119,29 @@ def test_attention_kernels() -> None:
         assert found.attention == ((RowAxis(dim=2), RowAxis(dim=2)),)
         assert found.arguments == ({0: (1,)} if given is None else {0: (1,), 1: (2, 3)})
         assert found.difference < 1e-6
+
+
+class WithState:
+    """The CPU's flash kernel, as a GPU's: it gives the state of its random numbers, too."""
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.operator, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return *self.operator(*args, **kwargs), torch.tensor([7, 0])
+
+
+def test_a_kernel_that_gives_its_random_state() -> None:
+    probe, kernel = AttentionProbe("block", 9, (4, 2)), WithState()
+    heads = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    given = heads, heads, heads, 0.0, True
+    for _ in range(2):
+        probe.look_at(kernel, given, {}, kernel(*given))
+    assert probe.axes == [(RowAxis(dim=2), RowAxis(dim=2), None)] * 2
+    assert probe.whole_bytes == 2 * 2 * 8  # two numbers of 8 bytes, twice
+    assert probe.row_bytes == 2 * 2 * (2 * 8 + 2) * 4
 
 
 def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:

@@ -72,6 +72,17 @@ def test_a_tensor_without_tokens_is_stored_whole_or_computed_alike() -> None:
     assert Part(Tier.NVME, 3 * MiB, 64) in stored_parts(block, PREFIX)
 
 
+@pytest.mark.parametrize(
+    ("attended", "size"), [(0, MiB + 16), (2, 6 * MiB // 8 + 16)], ids=["outputs", "outputs of the others"]
+)
+def test_a_random_state_is_stored_whole(attended: int, size: int) -> None:
+    """16 bytes beside the outputs of 8 tokens, as a GPU's flash attention leaves."""
+    block = make_block(attention_bytes=MiB + 16, prefixes=make_prefixes(attention_whole_bytes=16))
+    decision = decide(Action.RECOMPUTE_EXCEPT_ATTENTION, attention_tokens=attended, input_tier=Tier.NVME)
+    assert Part(Tier.DEVICE, size, 2) in stored_parts(block, decision)
+    assert (Tier.DEVICE, size, 2) in check_blocks.left_behind(block, decision)
+
+
 def test_what_goes_to_one_tier_goes_together() -> None:
     together = decide(Action.RECOMPUTE_NEARLY_FREE, saved_tier=Tier.NVME, input_tier=Tier.NVME)
     assert traffic(BLOCK, together) == ((Tier.NVME, 5 * MiB),)
@@ -127,12 +138,13 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
     """Rows and sizes that no power of two divides."""
     tokens = draw(st.integers(2, 13))
     attention, cut = tokens * draw(st.integers(0, 999)), tokens * draw(st.integers(0, 9999))
+    attention, state = min(attention, cut), draw(st.integers(0, 16))
     whole, alike = draw(st.integers(0, 99)), draw(st.integers(0, 99))
     lengths = tuple(sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=3))))
     return make_block(
         input_bytes=tokens * draw(st.integers(0, 999)),
-        attention_bytes=min(attention, cut // tokens * tokens),
-        saved_bytes=cut + whole + alike,
+        attention_bytes=attention + state,
+        saved_bytes=cut + whole + alike + state,
         saved_tensors=draw(st.integers(0, 99)),
         nearly_free=make_nearly_free(stored_bytes=draw(st.integers(0, 99999))),
         prefixes=make_prefixes(
@@ -144,6 +156,7 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
             largest_bytes=draw(st.integers(0, cut)),
             probe_bytes=draw(st.integers(0, 99999)),
             witness_bytes=draw(st.integers(0, 99)),
+            attention_whole_bytes=state,
         ),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -294,7 +295,8 @@ def test_bytes_of_a_llama_block() -> None:
 
 
 def test_attention_that_leaves_more_than_rows_is_not_cut() -> None:
-    """A GPU's kernels keep their random state beside what belongs to tokens: here 8704 bytes, 1024 tokens."""
+    """Rows of tiles, for example: here 8704 bytes of 1024 tokens. Where what is beside rows is known to be
+    stored whole, as a GPU kernel's random state is, the rows are cut all the same."""
     prefixes = Prefixes(
         tokens=1024,
         lengths=(512,),
@@ -311,7 +313,12 @@ def test_attention_that_leaves_more_than_rows_is_not_cut() -> None:
         model, batch(32), optimizer=adamw(model), elementwise=True, rehearsal=Rehearsed(prefixes)
     )
     assert profile.blocks[0].prefixes is None
-    assert "8704 bytes, which are no 1024 equal rows" in profile.blocks[0].prefix_reason
+    assert "leave 8704 bytes, 0 of them whole, and the others are no 1024" in profile.blocks[0].prefix_reason
+    known = dataclasses.replace(prefixes, attention_whole_bytes=512)
+    profile = profile_model(
+        model, batch(32), optimizer=adamw(model), elementwise=True, rehearsal=Rehearsed(known)
+    )
+    assert profile.blocks[0].prefixes == known
 
 
 def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> None:
