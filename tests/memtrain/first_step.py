@@ -20,7 +20,7 @@ from memtrain.planner.bill import constant_bytes, device_positions, with_margin
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.machine import Link, Machine
 
-ROWS, TOKENS, WIDTH, DEPTH = 4, 1024, 256, 2
+ROWS, TOKENS, WIDTH, DEPTH = 2, 1024, 256, 2
 MACHINE = Machine(
     name="test",
     device="cpu",
@@ -39,7 +39,7 @@ CUT = {"action": "recompute", "recomputed_tokens": TOKENS // 2, "rest_tier": "nv
 
 
 class Gated(nn.Module):
-    """Norm, SwiGLU of four times the width, residual: a forward of 84 MiB."""
+    """Norm, SwiGLU of four times the width, residual: a forward of 42 MiB."""
 
     def __init__(self) -> None:
         super().__init__()
