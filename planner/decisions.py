@@ -94,8 +94,8 @@ class PlannerOptions:
     exact_only: bool = True
     """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows, as
     all else that a plan does is in any case. So a budget decides how fast a model trains, not to which
-    weights. The plan carries it, and a run that finds otherwise ends with an error. False allows prefixes that
-    are equal within rounding, what another order of additions gives; the report says which."""
+    weights. The plan carries it, and a run that finds otherwise ends with an error. False allows prefixes
+    that are equal within rounding, what another order of additions gives; the report says which."""
     safety_margin: float = 0.015
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
