@@ -222,7 +222,7 @@ class Jobs:
         )
 
     def _chunks(self, sequence: int) -> int:
-        """Of the tokens of ``sequence`` that one GPU has. Raises PlanError: there are fewer than asked for."""
+        """Of the tokens that one GPU has of ``sequence``. Raises PlanError: fewer than were asked for."""
         from memtrain.planner.job import CHUNKS
 
         asked, tokens = self.request.search.chunks, sequence // self.request.degrees.context
