@@ -10,7 +10,14 @@ from memtrain.planner.hardware import Quoted
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.places import machine_of
 from memtrain.planner.lowering.seconds import Clock, message_buffer_bytes
-from memtrain.planner.lowering.states import PIECES, share_of, stage_units, state_classes, update_seconds
+from memtrain.planner.lowering.states import (
+    PIECES,
+    share_of,
+    stage_units,
+    state_classes,
+    tied_head,
+    update_seconds,
+)
 from memtrain.planner.lowering.tensors import (
     Division,
     Fate,
@@ -137,7 +144,8 @@ def _end(context: _Context, unit: EstimatedUnit) -> tuple[Block, int]:
     """
     estimate, at_once = context.job.estimate, unit.name == "epilogue"
     part = estimate.epilogue if at_once else estimate.prologue
-    traffic = context.clock.traffic_of_end(unit.parameters)
+    borrowed = tied_head(context.job) if at_once and context.job.first else ()
+    traffic = context.clock.traffic_of_end(unit.parameters, borrowed)
     seconds = context.clock.part(part, traffic)
     block = _with_states(
         context,

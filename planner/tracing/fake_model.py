@@ -86,6 +86,13 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
     try:
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        raise AttentionKernelError(
+            f"{config.model_type} has no attention through F.scaled_dot_product_attention in transformers: "
+            "choose eager, or flash in bfloat16"
+        ) from error
     except KeyError as error:
         if error.args != (_WINDOWED,):
             raise

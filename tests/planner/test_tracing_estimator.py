@@ -415,6 +415,8 @@ def test_errors_name_the_remedy() -> None:
     unfused = {"model_type": "bloom", "n_head": 4, "hidden_size": 64, "n_layer": 2, "vocab_size": 97}
     with pytest.raises(AttentionKernelError, match="so flash would change nothing: choose default"):
         estimate_config(unfused, sequence=8, attention="flash")
+    with pytest.raises(AttentionKernelError, match=r"gemma2 has no attention through .*: choose eager"):
+        estimate_config("gemma-2-2b", sequence=8, attention="efficient")
     with pytest.raises(AttentionKernelError, match="no dropout"):
         small("gpt2", attention="cpu")
     with pytest.raises(BlocksNotFoundError):
