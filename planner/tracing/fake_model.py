@@ -97,7 +97,7 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
         if error.args != (_WINDOWED,):
             raise
         raise AttentionKernelError(
-            f"{config.model_type} has a list of attention classes of its own: choose default or another"
+            f"{config.model_type} has a list of attention classes of its own: choose eager"
         ) from error
     model.tie_weights()  # which goes together with initialisation
     model.config.use_cache = False
@@ -131,7 +131,7 @@ def attention_kernel(name: str) -> Iterator[None]:
     if formula and not formula.used:
         raise AttentionKernelError(
             f"the model never calls F.scaled_dot_product_attention, so {name} would change nothing: "
-            "choose default"
+            "choose eager, which is what it runs"
         )
 
 
