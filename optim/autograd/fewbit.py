@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from memtrain.optim.autograd.bitpack import pack, unpack
 from memtrain.optim.autograd.fewbit_tables import RANGE, Elementwise, FewBitTable, Histogram, optimal_table
+from memtrain.optim.autograd.lossy_backward import refuse_second_derivative
 
 DEFAULT_BITS = 3
 """The error of GELU's derivative is .0119 at 3 bits and .0406 at 2 (integral of its square); at 4, .0031."""
@@ -170,7 +170,7 @@ def fewbit(
     """``function(values)``, whose backward knows ``values`` by ``table``'s bins.
 
     ``borders`` and ``levels`` are the table's, in fp32 on the device of ``values``; made when not given.
-    A second derivative raises RuntimeError.
+    A second derivative raises LossyBackwardError.
     """
     if borders is None or levels is None:
         borders = torch.tensor(table.borders, device=values.device)
@@ -201,8 +201,8 @@ class _FewBit(torch.autograd.Function):
         return function(values)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a few-bit activation")
         packed, levels = ctx.saved_tensors
         flat = gradient.reshape(-1)
         codes = unpack(packed, ctx.bits, flat.numel())

@@ -32,14 +32,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from memtrain.optim.autograd.group_codec import Encoded, GroupCodec
+from memtrain.optim.autograd.lossy_backward import LossyBackwardError, refuse_second_derivative
 
 _STATISTICS_RATIO = 32
 """What has less than this part of the largest argument's elements is kept as it is. Row statistics have one
 element for a head of 64 or more features; what is as small as that is not worth a code either."""
-
-
-class LossyBackwardError(RuntimeError):
-    """Backward asks of lossy saved tensors what they cannot give."""
 
 
 class SavedTensorCompressor:
@@ -241,11 +238,8 @@ class _Packed:
         self._stored, self._shape, self._stride, self._offset = stored, shape, stride, offset
 
     def get(self) -> Tensor:
-        if torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1:
-            raise LossyBackwardError(
-                "a second derivative was asked for (create_graph=True) through activations saved in few bits: "
-                "it would be that of other activations; detach the compressor for this pass"
-            )
+        if torch._C._current_graph_task_id() != -1:  # not a look at a node from outside
+            refuse_second_derivative("a block whose saved tensors are encoded")
         return self._stored.values().as_strided(self._shape, self._stride, self._offset)
 
 
