@@ -1,9 +1,9 @@
 """Codes of 1 to 8 bits, really packed.
 
-A code of ``bits`` is cut into fields of 4, 2 and 1 bits (8 is one field; 3 = 2 + 1, 7 = 4 + 2 + 1), and every
-field is packed on its own: the sequence is cut into ``8 / width`` equal parts, and byte ``j`` holds the fields
-of the ``j``-th code of each part. All reads and writes are whole rows, which a CPU vectorises and a GPU
-coalesces; neighbours in one byte, the obvious layout, would be strided on both.
+A code of ``bits`` is cut into fields of 4, 2 and 1 bits (8 is one field; 3 = 2 + 1, 7 = 4 + 2 + 1), and
+every field is packed on its own: the sequence is cut into ``8 / width`` equal parts, and byte ``j`` holds
+the fields of the ``j``-th code of each part. All reads and writes are whole rows, which a CPU vectorises
+and a GPU coalesces; neighbours in one byte, the obvious layout, would be strided on both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         size = -(-numel * width // 8)
         target, mask = packed[start : start + size], (1 << width) - 1
         target.zero_()
-        for place, part in enumerate(codes.split(max(size, 1))):
+        for place, part in enumerate(torch.split(codes, max(size, 1))):
             target[: part.numel()] |= ((part >> shift) & mask) << (place * width)
         start, shift = start + size, shift + width
     return packed
@@ -39,7 +39,7 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     for width in _fields(bits):
         size = -(-numel * width // 8)
         source, mask = packed[start : start + size], (1 << width) - 1
-        for place, part in enumerate(codes.split(max(size, 1))):
+        for place, part in enumerate(torch.split(codes, max(size, 1))):
             part |= ((source[: part.numel()] >> (place * width)) & mask) << shift
         start, shift = start + size, shift + width
     return codes

@@ -1,9 +1,10 @@
 """CompAct: linear layers that save a random projection of their input and make a small gradient.
 
-For ``y = x W^T + b`` with ``x`` [tokens, n] forward keeps ``z = x P`` [tokens, r], where ``E[P P^T] = 1`` and ``P``
-follows from a seed. Backward gives ``R = g^T z`` [m, r]; ``R P^T`` is an unbiased estimate of the weight's
-gradient ``g^T x``. The gradients of ``x`` and of the bias are exact. Shamshoum et al., arXiv 2410.15352 (NAACL
-2025). Signs over sqrt(r) are the default: as unbiased as the paper's Gaussian, and cheap to make again.
+For ``y = x W^T + b`` with ``x`` [tokens, n] forward keeps ``z = x P`` [tokens, r], where ``E[P P^T] = 1``
+and ``P`` follows from a seed. Backward gives ``R = g^T z`` [m, r]; ``R P^T`` is an unbiased estimate of the
+weight's gradient ``g^T x``. The gradients of ``x`` and of the bias are exact. Shamshoum et al., arXiv
+2410.15352 (NAACL 2025). Signs over sqrt(r) are the default: as unbiased as the paper's Gaussian, and cheap
+to make again.
 
 Departures, each the answer to a fault of public implementations:
 
@@ -21,10 +22,10 @@ Where the gradient is (the contract for optimizers): after backward a treated we
     weight.compressed_stored       that projector's stored state: the words of the seed
 
 and ``weight.grad`` stays None. An optimizer that takes them says so by a class attribute
-``accepts_compressed_grad = True`` and deletes them after its step (``clear_compressed_grads``). For every other
-optimizer, and before clipping, ``GradScaler.unscale_`` and an all-reduce, ``densify_grads`` makes ``weight.grad``
-of them. What CompAct saves beside the gradient is modest on a Llama layer (14 % of eager's bytes at r = n/4),
-because attention and the gated product keep their own tensors.
+``accepts_compressed_grad = True`` and deletes them after its step (``clear_compressed_grads``). For every
+other optimizer, and before clipping, ``GradScaler.unscale_`` and an all-reduce, ``densify_grads`` makes
+``weight.grad`` of them. What CompAct saves beside the gradient is modest on a Llama layer (14 % of eager's
+bytes at r = n/4), because attention and the gated product keep their own tensors.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ from memtrain.optim.autograd.lossy_backward import (
     LossyBackwardError,
     PerInput,
     autocast_dtype,
+    eager_only,
     refuse_second_derivative,
     without_autocast,
 )
-from memtrain.optim.projection import Projection, Stored
+from memtrain.optim.projection import Projection, Projector, Stored
 from memtrain.optim.storage import RandomKey
 
 DEFAULT_DENSITY = 0.25
@@ -72,8 +74,8 @@ class CompActInput:
     def __init__(self, features: int, projection: Projection, *, number: int = 0, seed: int = 0) -> None:
         if projection.kind not in _KINDS or projection.side != "right":
             raise ValueError(
-                f"CompAct projects inputs by a seeded matrix from the right, with E[P P^T] = 1: projection must "
-                f"be one of {_KINDS} with side 'right', got {projection.kind!r} with side {projection.side!r}"
+                f"CompAct projects inputs from the right, E[P P^T] = 1: one of {_KINDS} with side 'right', "
+                f"got projection {projection.kind!r} with side {projection.side!r}"
             )
         self.projection = projection
         self._projector = projection.bind(torch.Size((1, features)))
@@ -113,7 +115,7 @@ class CompActLinear(nn.Linear):
         return compact_linear(x, self.weight, self.bias, self.compact_input)
 
 
-@torch.compiler.disable(reason="CompAct hands its gradient to weight.compressed_grad, outside of any graph")
+@eager_only("CompAct hands its gradient to weight.compressed_grad, outside of any graph")
 def compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shared: CompActInput) -> Tensor:
     """``x @ weight.T + bias``; the gradient of ``weight`` goes to ``weight.compressed_grad``.
 
@@ -183,12 +185,12 @@ def _receiver(weight: Tensor, shared: CompActInput) -> Tensor:
             return
         if not torch.equal(weight.compressed_stored["seed"], stored["seed"]):  # type: ignore[attr-defined]
             raise LossyBackwardError(
-                f"a weight of shape {tuple(weight.shape)} holds a compressed gradient in another basis: refresh "
-                "between optimizer steps, when compressed gradients have been used and cleared"
+                f"a weight of shape {tuple(weight.shape)} holds a compressed gradient in another basis: "
+                "refresh between optimizer steps, when compressed gradients have been used and cleared"
             )
         pending.add_(low)
 
-    leaf.register_post_accumulate_grad_hook(receive)
+    leaf.register_post_accumulate_grad_hook(receive)  # type: ignore[no-untyped-call]
     return leaf
 
 
@@ -198,8 +200,9 @@ def compressed_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 
 def dense_gradient(weight: Any) -> Tensor:
-    """``R P^T`` [m, n] in fp32, the unbiased estimate of the gradient that ``weight.compressed_grad`` stands for."""
-    projector = weight.compressed_projection.bind(weight.shape)
+    """``R P^T`` [m, n] in fp32, the unbiased estimate of the gradient that ``weight.compressed_grad``
+    stands for."""
+    projector: Projector = weight.compressed_projection.bind(weight.shape)
     return projector.up(projector.open(weight.compressed_stored, weight.device), weight.compressed_grad)
 
 
@@ -260,8 +263,8 @@ class CompActHandle:
         """
         if state.keys() != self._inputs.keys():
             raise ValueError(
-                f"the saved seeds are of other layers: {sorted(state.keys() ^ self._inputs.keys())[:4]} are on "
-                "one side only"
+                f"the saved seeds are of other layers: {sorted(state.keys() ^ self._inputs.keys())[:4]} are "
+                "on one side only"
             )
         for name, shared in self._inputs.items():
             shared.stored = {"seed": state[name].clone()}
@@ -313,6 +316,6 @@ def _refuse_unaware_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> N
     for group in optimizer.param_groups:
         if waiting := compressed_grads(group["params"]):
             raise LossyBackwardError(
-                f"{type(optimizer).__name__} does not take compressed gradients, and {len(waiting)} of its parameters "
-                "have one: call memtrain.optim.autograd.compact.densify_grads(parameters) before the step"
+                f"{type(optimizer).__name__} does not take compressed gradients, and {len(waiting)} of its "
+                "parameters have one: call memtrain.optim.autograd.compact.densify_grads first"
             )

@@ -6,13 +6,13 @@ levels minimise
 
     error = sum over bins of the integral of  w(x) (f'(x) - level)^2
 
-on cell borders of a grid; dynamic programming over (bins, cells) finds the minimum exactly. With w = 1 a bin's
-best level is ``(f(b) - f(a)) / (b - a)``, and what it costs follows from prefix sums.
+on cell borders of a grid; dynamic programming over (bins, cells) finds the minimum exactly. With w = 1 a
+bin's best level is ``(f(b) - f(a)) / (b - a)``, and what it costs follows from prefix sums.
 
 Departures: any number of bits, any ``(f, f')``, and a weight: from a histogram of the inputs that the model
-really has, the table is best for them. Where ``f'`` is even, the bins are of ``|x|`` (``parity``) and the sign's
-bit is spent on finer bins. The public ``fewbit`` tables are worse than these at 2 to 4 bits (3-bit SELU .0995
-against .0184).
+really has, the table is best for them. Where ``f'`` is even, the bins are of ``|x|`` (``parity``) and the
+sign's bit is spent on finer bins. The public ``fewbit`` tables are worse than these at 2 to 4 bits (3-bit
+SELU .0995 against .0184).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,13 +28,15 @@ from torch import Tensor
 Elementwise = Callable[[Tensor], Tensor]
 
 RANGE = 10.0
-"""Tables cover [-RANGE, RANGE] unless told: beyond, the derivatives of the usual activations are flat to 1e-4,
-and the outermost levels hold."""
+"""Tables cover [-RANGE, RANGE] unless told: beyond, the derivatives of the usual activations are flat to
+1e-4, and the outermost levels hold."""
 CELLS = 2000
 """Grid cells on the whole range. The errors printed by the paper come out to three digits from 1,000 on."""
-_UNSEEN = 1e-3
-"""Weight, over the mean of the histogram, of inputs that it has not seen: few bins are spent on them, but what
-bin they fall into has their derivative."""
+_UNSEEN = 1e-2
+"""Weight, over the mean of the histogram, of inputs that it has not seen. With it SiLU's last of 3-bit
+levels is 1.01 for inputs N(-.3, .4), with a tenth of it .83: later inputs that are larger would all be off
+by as much. The mean square error on the inputs themselves is .0012 and .0010 (.0049 without a
+histogram)."""
 _GAUSS_POINTS = (-math.sqrt(0.6), 0.0, math.sqrt(0.6))
 _GAUSS_WEIGHTS = (5 / 18, 8 / 18, 5 / 18)
 
@@ -63,7 +66,7 @@ class FewBitTable:
             raise ValueError(f"{len(self.levels)} levels do not fit in {self.bits} bits")
         if len(self.borders) != len(self.levels) - 1:
             raise ValueError(f"{len(self.levels)} levels need {len(self.levels) - 1} borders")
-        if any(a >= b for a, b in zip(self.borders, self.borders[1:], strict=False)):
+        if any(a >= b for a, b in pairwise(self.borders)):
             raise ValueError("borders must increase")
 
 
@@ -141,7 +144,7 @@ def optimal_table(
     weights = _cell_weights(grid, weight, folded=parity)
     cuts, error = _best_cuts(_bin_costs(grid, function, derivative, weights), 1 << bits)
     bounds = [0, *cuts, cells]
-    levels = [_level(grid, function, weights, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    levels = [_level(grid, function, weights, a, b) for a, b in pairwise(bounds)]
     return FewBitTable(
         bits=bits,
         borders=tuple(float(grid[cut]) for cut in cuts),
@@ -166,7 +169,7 @@ def _cell_weights(grid: Tensor, weight: Elementwise | None, *, folded: bool) -> 
         return torch.full_like(middles, 2.0 if folded else 1.0)
     weights = weight(middles) + weight(-middles) if folded else weight(middles)
     if bool((weights < 0).any()) or not bool((weights > 0).any()):
-        raise ValueError("the weight of a table must be nowhere negative, and positive somewhere in its range")
+        raise ValueError("the weight of a table must not be negative, and positive somewhere in its range")
     return weights
 
 

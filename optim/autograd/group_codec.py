@@ -1,13 +1,15 @@
 """Saved activations in 8 or 4 bits: groups of consecutive values that share a scale.
 
-Symmetric absolute-maximum quantisation: codes are ``-m ... m`` with ``m = 2**(bits - 1) - 1``, a group's scale
-is its largest magnitude over ``m``, so zeros stay zeros. The family is ActNN's (Chen et al., arXiv
+Symmetric absolute-maximum quantisation: codes are ``-m ... m`` with ``m = 2**(bits - 1) - 1``, a group's
+scale is its largest magnitude over ``m``, so zeros stay zeros. The family is ActNN's (Chen et al., arXiv
 2104.14129), which has 2 bits, a zero point, and fp32 convolutions only; measured on the gradient of a GELU
-MLP, int8 in groups of 64 loses .8 %, int4 11 % rounded to the nearest and 16 % rounded at random, 2 bits 87 %.
-Int4 therefore rounds at random by default: its error is larger, but it has no bias for many steps to add up.
+MLP, int8 in groups of 64 loses .8 %, int4 11 % rounded to the nearest and 16 % rounded at random, 2 bits
+87 %. Int4 therefore rounds at random by default: a larger error, but without a bias for many steps to add
+up.
 
 - Scales are bf16, rounded *up*. They have fp32's range, where fp16 scales lose every group below 1e-7; and
-  a scale that is never too small clips nothing, so that random rounding has no bias at a group's largest value.
+  a scale that is never too small clips nothing, so that random rounding has no bias at a group's largest
+  value.
 - The lowest code, which the symmetric range leaves free, stands for what is not finite and comes back as
   NaN: an overflow stays visible to a gradient scaler, and spoils no neighbour.
 - Random rounding draws from a hash of (seed, content of the tensor, position), not from a generator. The
@@ -123,7 +125,7 @@ class GroupCodec:
         return torch.int8 if self.bits == 8 else torch.uint8
 
     def _chunks(self, groups: int, like: Tensor) -> Iterator[slice]:
-        """Rows to work on at a time: all of them where passes are fused or the device has work for thousands."""
+        """Rows to work on at a time: all, where passes are fused or the device works on thousands at once."""
         whole = like.device.type != "cpu" or torch.compiler.is_compiling()
         step = max(groups, 1) if whole else _CPU_CHUNK // self.group
         for start in range(0, groups, step):

@@ -55,8 +55,8 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
     for name, module in chosen.items():
         if type(module.weight) is not nn.Parameter:
             raise UnsupportedLinearError(
-                f"the weight of {name} is a {type(module.weight).__name__}: treat the model before it is sharded, "
-                "and shard nothing that is treated"
+                f"the weight of {name} is a {type(module.weight).__name__}: treat the model before it is "
+                "sharded, and shard nothing that is treated"
             )
     for name, module in model.named_modules():
         for parameter in module._parameters.values():

@@ -5,15 +5,18 @@ Every one of them computes its forward pass exactly and its gradients from less 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -29,9 +32,28 @@ def refuse_second_derivative(name: str) -> None:
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise LossyBackwardError(
-            f"{name} has no second derivative: what it saved gives the first one alone, and that only nearly. "
+            f"{name} has no second derivative: what it saved gives the first one alone, and nearly. "
             "Call backward without create_graph=True, or take the treatment off for this pass"
         )
+
+
+def eager_only(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function that ``torch.compile`` leaves to eager, with a graph break that gives ``reason``; under
+    ``fullgraph=True`` that is the error. ``torch.compiler.disable`` would import the compiler at once, this
+    at the first call, as every optimizer does."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        outside: Callable[P, R] = torch._disable_dynamo(function)  # type: ignore[attr-defined]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                torch._dynamo.graph_break(msg=f"{function.__name__}: {reason}")
+            return outside(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -51,9 +73,9 @@ def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 class PerInput(Generic[T]):
     """One result for all modules that are given the same tensor: query, key and value; gate and up.
 
-    The same tensor means: the same view of the same version of the same storage. The storage is known by a weak
-    reference, for an address is reused; the result too is held weakly, and lives as long as the graphs that
-    use it.
+    The same tensor means: the same view of the same version of the same storage. The storage is known by a
+    weak reference, for an address is reused; the result too is held weakly, and lives as long as the graphs
+    that use it.
     """
 
     def __init__(self) -> None:

@@ -10,9 +10,9 @@ asks it to keep *every* tensor that a node needs, so most of this file is about 
 - indices and masks by dtype; row statistics (log-sum-exp, rstd) by size: errors in them touch whole rows.
 
 A storage is encoded once, however many views, nodes and blocks save it, and its views come back as views of
-one tensor while backward holds any of them. A storage is identified by a weak reference and its version, never
-by an address, which is reused. GACT (arXiv 2206.11357) and ActNN (arXiv 2104.14129) have the idea; the public
-code of GACT leaves bf16 alone without a word and encodes outputs and weights' copies.
+one tensor while backward holds any of them. A storage is identified by a weak reference and its version,
+never by an address, which is reused. GACT (arXiv 2206.11357) and ActNN (arXiv 2104.14129) have the idea;
+the public code of GACT leaves bf16 alone without a word and encodes outputs and weights' copies.
 
 The loss and the head stay outside: attach the compressor to blocks. An error in a log-probability is an error
 in every gradient. The gradients of the block's inputs and parameters are those of slightly different
@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
 from memtrain.optim.autograd.group_codec import Encoded, GroupCodec
-from memtrain.optim.autograd.lossy_backward import LossyBackwardError, refuse_second_derivative
+from memtrain.optim.autograd.lossy_backward import LossyBackwardError, eager_only, refuse_second_derivative
 
 _STATISTICS_RATIO = 32
 """What has less than this part of the largest argument's elements is kept as it is. Row statistics have one
@@ -42,8 +42,8 @@ element for a head of 64 or more features; what is as small as that is not worth
 class SavedTensorCompressor:
     """Encodes what blocks save, by ``codec``. One compressor may serve all blocks of a model.
 
-    Nothing happens while gradients are off, or in a block that a non-reentrant checkpoint runs: the checkpoint
-    keeps the block's input alone, and what its second run saves lives for one block's backward.
+    Nothing happens while gradients are off, or in a block that a non-reentrant checkpoint runs: the
+    checkpoint keeps the block's input alone, and what its second run saves lives for one block's backward.
     """
 
     def __init__(self, codec: GroupCodec | None = None) -> None:
@@ -64,7 +64,7 @@ class SavedTensorCompressor:
     def region(self, module: nn.Module, *arguments: Any) -> Iterator[Callable[[Any], Any]]:
         """Encode what is saved inside, where ``module`` runs on ``arguments``; for what is no module's call.
 
-        Yields a function to be given the region's result, which it returns: what is an output is kept as it is.
+        Yields a function to be given the result, which it returns: what is an output is kept as it is.
 
         Raises:
             RuntimeError: other saved-tensor hooks are on, which would see nothing while ours are.
@@ -79,7 +79,8 @@ class SavedTensorCompressor:
     def _open(self, module: nn.Module, arguments: Any) -> _Region | None:
         if not torch.is_grad_enabled() or _checkpoint_is_saving():
             return None
-        self._known = {key: known for key, known in self._known.items() if not known[0].expired()}
+        alive = {key: known for key, known in self._known.items() if known[1]() is not None}
+        self._known = alive
         return _Region(self, module, arguments)
 
     def _stored(self, key: tuple[Any, ...]) -> _Stored | None:
@@ -101,7 +102,7 @@ class Attachment:
         self._compressor = compressor
         self._open: list[_Region | None] = []
         self._hooks = [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             module.register_forward_hook(self._leave, always_call=True),
         ]
 
@@ -110,14 +111,15 @@ class Attachment:
         for hook in self._hooks:
             hook.remove()
 
-    @torch.compiler.disable(reason="saved-tensor hooks are entered and left around a block, not inside a graph")
+    @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._open.append(None)  # _leave is called even if this raises
         region = self._compressor._open(module, (args, kwargs))
         if region is not None:
             region.__enter__()
-        self._open.append(region)
+            self._open[-1] = region
 
-    @torch.compiler.disable(reason="saved-tensor hooks are entered and left around a block, not inside a graph")
+    @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         region = self._open.pop()
         if region is not None:
@@ -140,7 +142,8 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         # Addresses serve here: what they belong to lives as long as the region.
         self._fixed = {tensor.untyped_storage().data_ptr() for tensor in (*own, *shared)}
         self._smallest = max((tensor.numel() for tensor in inputs), default=0) // _STATISTICS_RATIO
-        self._weight_shapes = _weight_shapes(own) if torch.is_autocast_enabled(_device_type(tensors)) else set()
+        cast = torch.is_autocast_enabled(tensors[0].device.type if tensors else "cpu")
+        self._weight_shapes = _weight_shapes(own) if cast else set()
         self._encoded: list[tuple[StorageWeakRef, weakref.ref[_Stored]]] = []
 
     def keep_outputs(self, result: Any) -> Any:
@@ -159,7 +162,8 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         storage = tensor.untyped_storage()
         if not self._encodable(tensor, storage):
             return _Kept(tensor)
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
         values = tensor.detach()
         key: tuple[Any, ...] = (storage._cdata, tensor._version, tensor.dtype)
         if storage.nbytes() <= 2 * span * tensor.element_size():
@@ -225,8 +229,8 @@ class _Kept:
     def get(self) -> Tensor:
         if self._tensor._version != self._version:
             raise LossyBackwardError(
-                f"a tensor of shape {tuple(self._tensor.shape)} that backward needs was changed in place after "
-                f"forward had saved it (version {self._version}, now {self._tensor._version})"
+                f"a tensor of shape {tuple(self._tensor.shape)} that backward needs was changed in place "
+                f"after forward had saved it (version {self._version}, now {self._tensor._version})"
             )
         return self._tensor if self._original is None else self._original
 
@@ -256,8 +260,8 @@ def _checkpoint_is_saving() -> bool:
     if where == "torch.utils.checkpoint":
         return True
     raise RuntimeError(
-        f"saved-tensor hooks of {where} are on around a block whose saved tensors are to be encoded; only the "
-        "innermost hooks are asked, so one of the two would do nothing: use one of them for this block"
+        f"saved-tensor hooks of {where} are on around a block whose saved tensors are to be encoded; only "
+        "the innermost hooks are asked, so one of the two would do nothing: use one of them for this block"
     )
 
 
@@ -265,7 +269,3 @@ def _weight_shapes(own: Iterable[Tensor]) -> set[tuple[int, ...]]:
     """Shapes of matrices and of their transposes: autocast saves copies of them, in storages of their own."""
     shapes = {tuple(tensor.shape) for tensor in own if tensor.dim() >= 2}
     return shapes | {shape[::-1] for shape in shapes}
-
-
-def _device_type(tensors: list[Tensor]) -> str:
-    return tensors[0].device.type if tensors else "cpu"

@@ -1,14 +1,15 @@
 """WTA-CRS: linear layers that save a sample of their input's rows.
 
-For ``y = x W^T + b`` the weight's gradient is a sum over tokens, ``sum_i g_i x_i^T``. Forward keeps ``k`` of the rows
-``x_i``; backward adds up their terms with weights that make the sum's expectation the gradient (Liu et al., arXiv
-2305.15265). With probabilities ``p`` the ``c`` likeliest rows are taken for certain (the winners), and ``k - c`` are
-drawn from the others:
+For ``y = x W^T + b`` the weight's gradient is a sum over tokens, ``sum_i g_i x_i^T``. Forward keeps ``k``
+of the rows ``x_i``; backward adds up their terms with weights that make the sum's expectation the gradient
+(Liu et al., arXiv 2305.15265). With probabilities ``p`` the ``c`` likeliest rows are taken for certain (the
+winners), and ``k - c`` are drawn from the others:
 
     sum over winners of g_i x_i^T  +  (1 - P_C) / (k - c)  sum over draws of g_j x_j^T / p_j
 
-``c`` minimises ``(1 - P_C) / (k - c)``. The gradients of ``x`` and of the bias are exact, and ``weight.grad`` is an
-ordinary gradient: clipping, accumulation, GradScaler and every optimizer work on it unchanged.
+``c`` minimises ``(1 - P_C) / (k - c)``. The gradients of ``x`` and of the bias are exact, and
+``weight.grad`` is an ordinary gradient: clipping, accumulation, GradScaler and every optimizer work on it
+unchanged.
 
 Departures, each the answer to a fault of the public code:
 
@@ -16,8 +17,8 @@ Departures, each the answer to a fault of the public code:
   (there: none, a relative bias of .447 for the first epoch). No row that may matter has probability 0.
 - Layers that are given the same tensor share one sample; one per layer would save three times a third.
 - Norms are kept on the tokens' device and never copied to the host, and are optional.
-- The dtype of ``x`` stays. Draws come from torch's default generator, as dropout's do, so a checkpoint's second
-  run draws the same.
+- The dtype of ``x`` stays. Draws come from torch's default generator, as dropout's do, so a checkpoint's
+  second run draws the same.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from memtrain.optim.autograd.linears import Select, change_class, input_groups, 
 from memtrain.optim.autograd.lossy_backward import (
     PerInput,
     autocast_dtype,
+    eager_only,
     refuse_second_derivative,
     without_autocast,
 )
@@ -40,8 +42,8 @@ from memtrain.optim.autograd.lossy_backward import (
 DEFAULT_RATIO = 0.3
 """The paper's share of rows."""
 _FLOOR = 0.01
-"""Least gradient norm that is believed, over the mean: a row whose last gradient was 0 (padding, a masked label)
-may matter now, and what has probability 0 would be missing from the expectation."""
+"""Least gradient norm that is believed, over the mean: a row whose last gradient was 0 (padding, a masked
+label) may matter now, and what has probability 0 would be missing from the expectation."""
 
 
 class Sample(NamedTuple):
@@ -164,8 +166,8 @@ class WTAInput:
             tokens = norms.norms.shape[1]
             if len(self._ids) * tokens != len(weights):
                 raise ValueError(
-                    f"an input of {len(weights)} rows is not {len(self._ids)} samples of {tokens} tokens: call "
-                    "set_samples with the ids of this batch, or with None"
+                    f"an input of {len(weights)} rows is not {len(self._ids)} samples of {tokens} tokens: "
+                    "call set_samples with the ids of this batch, or with None"
                 )
             weights = weights * norms.of(self._ids)
         total = weights.sum()
@@ -186,13 +188,13 @@ class WTALinear(nn.Linear):
         return wta_linear(x, self.weight, self.bias, self.wta_input)
 
 
-@torch.compiler.disable(reason="WTA-CRS recognises an input that several layers share, outside of any graph")
+@eager_only("WTA-CRS recognises an input that several layers share, which a graph cannot")
 def wta_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shared: WTAInput) -> Tensor:
     """``x @ weight.T + bias``; the gradient of ``weight`` from a sample of the rows of ``x``.
 
-    Saved: ``round(ratio * rows)`` rows in the dtype of the product with an index and a factor each (12 bytes), once
-    for all layers given ``x``; the weight by reference. Without gradients, with a frozen weight, and for an ``x``
-    too short to be sampled, this is ``torch.nn.functional.linear``.
+    Saved: ``round(ratio * rows)`` rows in the dtype of the product with an index and a factor each (12
+    bytes), once for all layers given ``x``; the weight by reference. Without gradients, with a frozen weight,
+    and for an ``x`` too short to be sampled, this is ``torch.nn.functional.linear``.
 
     Args:
         x: ``[..., n]``.
