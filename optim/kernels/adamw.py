@@ -3,8 +3,8 @@
     m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
     w = (1 - lr weight_decay) w - lr mhat / (sqrt(vhat) + eps)
 
-with hats for the bias-corrected. A gradient that is not finite makes the moments and the weight of its element
-NaN, and of no other.
+with hats for the bias-corrected. A gradient that is not finite makes the moments and the weight of its
+element NaN, and of no other.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ _BLOCKS_PER_PROGRAM = 8
 
 @triton_kernel
 def _block_scale(values):
-    """The largest magnitude of each row; bit patterns of magnitudes are ordered as integers, NaN above all."""
+    """The largest magnitude of each row; bit patterns of magnitudes are ordered as integers, NaN above
+    all.
+    """
     largest = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
     scale = tl.where(largest < 0x00800000, 0, largest)
     return tl.where(largest >= 0x7F800000, 0x7FC00000, scale).to(tl.float32, bitcast=True)

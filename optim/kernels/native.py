@@ -33,11 +33,10 @@ from torch import Tensor
 from memtrain.optim.storage import RandomKey
 
 _SOURCES = Path(__file__).parent / "native"
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared " # Without these a root or a floor may set errno or
-    trap, and their loops are not vectorised. Infinities, NaN and # signed zeros keep their meaning: no
-    -ffast-math. "-fno-math-errno -fno-trapping-math"
-).split()
+_FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared".split()
+# Otherwise a root or a floor may set errno or trap, and their loops are not vectorised. Infinities, NaN and
+# signed zeros keep their meaning: no -ffast-math.
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
 _COMPILERS = ("g++", "c++", "clang++")
@@ -120,7 +119,8 @@ def count(tensor: Tensor) -> ctypes.c_int64:
 
 
 def _address(tensor: Tensor) -> int:
-    assert tensor.device.type == "cpu" and tensor.is_contiguous()
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
     return tensor.data_ptr()
 
 

@@ -1,8 +1,8 @@
 """What the point-wise kernels share: the step's numbers, checks, random keys, and the Triton parts.
 
-A point-wise step reads gradient, weight and moments once, computes in fp32 and writes weight and moments once.
-The weight is fp32, bf16 rounded at random (a key), or bf16 with an int8 correction (``split24``); which one it
-is, follows from its dtype and from ``master``, the dict that ``master_format(...).empty`` made.
+A point-wise step reads gradient, weight and moments once, computes in fp32 and writes weight and moments
+once. The weight is fp32, bf16 rounded at random (a key), or bf16 with an int8 correction (``split24``);
+which one it is, follows from its dtype and from ``master``, the dict that ``master_format(...).empty`` made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ FP32, RANDOM_BF16, SPLIT24 = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamStep:
-    """The numbers of one AdamW step: decay is decoupled and comes first, eps is added to the corrected root."""
+    """The numbers of one AdamW step: decay is decoupled and comes first, eps is added to the corrected
+    root.
+    """
 
     lr: float
     step: int
@@ -65,8 +67,8 @@ class AdamStep:
     def kernel_numbers(self) -> tuple[float, ...]:
         """``keep, rate, beta1, 1 - beta1, beta2, 1 - beta2, root, eps``, as the kernels take them:
 
-        w = w * keep - rate * m / (sqrt(v) * root + eps). Differences are formed here, in fp64: in fp32 1 - .999
-        is wrong by 5e-5.
+        w = w * keep - rate * m / (sqrt(v) * root + eps). Differences are formed here, in fp64: in fp32 1 -
+        .999 is wrong by 5e-5.
         """
         rate, root = self.lr / self.correction1, 1 / math.sqrt(self.correction2)
         gains = (self.beta1, 1 - self.beta1, self.beta2, 1 - self.beta2)

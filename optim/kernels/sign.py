@@ -197,8 +197,8 @@ def lion_(
     master: Stored | None = None,
     keys: Keys | None = None,
 ) -> None:
-    """One Lion step, in place. ``first``: what ``state_format("fp32" or "bf16").empty`` made; the rest and the
-    errors as for ``plain_``, with ``keys.first`` for a bf16 moment.
+    """One Lion step, in place. ``first``: what ``state_format("fp32" or "bf16").empty`` made; the rest and
+    the errors as for ``plain_``, with ``keys.first`` for a bf16 moment.
     """
     m = first["value"]
     check_shape("first", m, weight.shape)

@@ -155,8 +155,8 @@ def split_adamw_(
     """
     if weight.dim() != 2 or axis not in ("rows", "columns") or index.dim() != 1 or index.dtype != torch.int64:
         raise ValueError(
-            f"need a matrix, axis 'rows' or 'columns', and int64 [r] indices; got weight
-            {tuple(weight.shape)}, " f"{axis!r}, {index.dtype} {tuple(index.shape)}"
+            "need a matrix, axis 'rows' or 'columns', and int64 [r] indices; "
+            f"got weight {tuple(weight.shape)}, {axis!r}, {index.dtype} {tuple(index.shape)}"
         )
     size = weight.shape[0 if axis == "rows" else 1]
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
