@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _BLOCK = 1024
-_CPU_CHUNK_ELEMENTS = 1 << 16
+_CPU_CHUNK_ELEMENTS = 1 << 17
+"""R of 256 x 2048 on two idle cores: 0.54 ms; 0.68 with 2^16, 1.5 with 2^15."""
 
 
 def reference_direction(
@@ -50,10 +51,11 @@ def _lowrank_adam_kernel(
     exp_avg_sq_ptr,
     direction_ptr,
     count,
-    beta1,
+    gain1,
     beta2,
-    correction1,
-    correction2,
+    gain2,
+    rate,
+    root,
     eps,
     BLOCK: tl.constexpr,
 ):
@@ -62,11 +64,11 @@ def _lowrank_adam_kernel(
     low = tl.load(low_ptr + index, mask=inside, other=0.0)
     mean = tl.load(exp_avg_ptr + index, mask=inside, other=0.0)
     square = tl.load(exp_avg_sq_ptr + index, mask=inside, other=0.0)
-    mean += (low - mean) * (1.0 - beta1)
-    square = square * beta2 + low * low * (1.0 - beta2)
+    mean += (low - mean) * gain1
+    square = square * beta2 + low * low * gain2
     tl.store(exp_avg_ptr + index, mean, mask=inside)
     tl.store(exp_avg_sq_ptr + index, square, mask=inside)
-    direction = mean / correction1 / (tl.sqrt(square / correction2) + eps)
+    direction = mean * rate / (tl.sqrt(square) * root + eps)
     tl.store(direction_ptr + index, direction, mask=inside)
 
 
@@ -121,6 +123,7 @@ def lowrank_adam_step_(
     scale: float = 1.0,
     residual_scale: float = 0.0,
     key: RandomKey | None = None,
+    correction: Tensor | None = None,
 ) -> None:
     """One step in place: GaLore, or FRUGAL with the sign of the residual where ``residual_scale`` is not 0.
 
@@ -132,6 +135,7 @@ def lowrank_adam_step_(
         exp_avg, exp_avg_sq: fp32 ``[r, n]``, or ``[m, r]`` with ``right``.
         step: from 1, including this one.
         key: round a bf16 weight at random.
+        correction: int8, of a bf16 weight's ``split24`` master.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit.
@@ -148,6 +152,7 @@ def lowrank_adam_step_(
         decay=1 - lr * weight_decay,
         residual=(gradient, low, lr * residual_scale) if residual_scale else None,
         key=key,
+        correction=correction,
     )
 
 
@@ -162,9 +167,11 @@ def _triton_direction(
 ) -> None:
     if not low.numel():
         return
-    corrections = (1 - beta**step for beta in betas)
+    beta1, beta2 = betas
+    # In fp64: 1 - .999 formed in fp32 is wrong by 5e-5.
+    numbers = (1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps)
     _lowrank_adam_kernel[(-(-low.numel() // _BLOCK),)](
-        low, exp_avg, exp_avg_sq, direction, low.numel(), *betas, *corrections, eps, BLOCK=_BLOCK
+        low, exp_avg, exp_avg_sq, direction, low.numel(), *numbers, BLOCK=_BLOCK
     )
 
 
@@ -177,9 +184,17 @@ def _cpu_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
+    """The reference's arithmetic with both corrections in the root, so that it has one pass less."""
+    beta1, beta2 = betas
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     parts = (torch.split(t.view(-1), _CPU_CHUNK_ELEMENTS) for t in (low, exp_avg, exp_avg_sq, direction))
-    for low_part, mean, square, out in zip(*parts, strict=True):
-        out.copy_(reference_direction(low_part, mean, square, step=step, betas=betas, eps=eps))
+    root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS))
+    for gradient, mean, square, out in zip(*parts, strict=True):
+        mean.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        divisor = torch.sqrt(square, out=root[: len(square)])
+        divisor.mul_(correction1 / correction2**0.5).add_(eps * correction1)
+        out.copy_(torch.div(mean, divisor, out=divisor))
 
 
 SPECS = (
@@ -193,7 +208,7 @@ SPECS = (
                     **dict.fromkeys(("low_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"), "*fp32"),
                     "direction_ptr": f"*{dtype}",
                     "count": "i32:16",
-                    **dict.fromkeys(("beta1", "beta2", "correction1", "correction2", "eps"), "fp32"),
+                    **dict.fromkeys(("gain1", "beta2", "gain2", "rate", "root", "eps"), "fp32"),
                 },
                 constexprs={"BLOCK": _BLOCK},
                 moved_bytes=20 + size,

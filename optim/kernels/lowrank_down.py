@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 MAX_ELEMENTS = 1 << 31
 """Offsets inside a matrix are int32."""
-_CPU_CHUNK = 256
+_CPU_ROWS_LEFT, _CPU_ROWS_RIGHT = 1024, 512
+"""fp32 gradient 2048 x 2048, bf16 basis of rank 256, two idle cores: left 2.8 ms with 1,024 rows, 3.4 with
+512, 4.9 with 256, and 3.1 by chunks of 1,024 columns; right 3.1 ms with 512 rows, 3.5 with 256."""
 
 
 def reference(gradient: Tensor, basis: Tensor, *, right: bool) -> Tensor:
@@ -156,16 +158,20 @@ def _launch(rank: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
 
 
 def _cpu_down(low: Tensor, gradient: Tensor, basis: Tensor, right: bool, accumulate: bool) -> None:
-    """A gradient of another dtype is cast by chunks of the axis that stays: no copy of its size exists."""
+    """A gradient of another dtype is cast by chunks of rows, into one buffer."""
     if gradient.dtype == basis.dtype:
         _put_(low, gradient @ basis if right else basis.mT @ gradient, accumulate)
         return
-    for start in range(0, gradient.shape[0 if right else 1], _CPU_CHUNK):
-        part = slice(start, start + _CPU_CHUNK)
+    rows, columns = gradient.shape
+    chunk = _CPU_ROWS_RIGHT if right else _CPU_ROWS_LEFT
+    cast = torch.empty(min(chunk, rows), columns, dtype=basis.dtype)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        rounded = cast[: len(gradient[part])].copy_(gradient[part])
         if right:
-            _put_(low[part], gradient[part].to(basis.dtype) @ basis, accumulate)
+            _put_(low[part], rounded @ basis, accumulate)
         else:
-            _put_(low[:, part], basis.mT @ gradient[:, part].to(basis.dtype), accumulate)
+            _put_(low, basis[part].mT @ rounded, accumulate or start > 0)
 
 
 def _put_(low: Tensor, product: Tensor, accumulate: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.kernels import lowrank_adam, lowrank_down, lowrank_up
+from memtrain.optim.storage.masters import Split24Master
 from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
 from tests.optim.kernels.compare import close
 from tests.optim.kernels.traffic import count_traffic
@@ -79,8 +80,8 @@ def test_down(
 
 def run_up(path: str, weight: Tensor, basis: Tensor, direction: Tensor, **options: Any) -> None:
     if path == "triton":
-        options = {"decay": 1.0, "residual": None, "key": None, **options}
-        names = ("right", "factor", "decay", "residual", "key")
+        options = {"decay": 1.0, "residual": None, "key": None, "correction": None, **options}
+        names = ("right", "factor", "decay", "residual", "key", "correction")
         lowrank_up._triton_up(weight, basis, direction, *(options[name] for name in names))
     else:
         lowrank_up.project_up_(weight, basis, direction, **options)
@@ -145,11 +146,28 @@ def test_a_key_rounds_at_random_as_the_storage_does(path: str, right: bool) -> N
     assert (weight.float() != value.bfloat16().float()).any()
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("right", [False, True])
+def test_a_split_master_keeps_24_bits(path: str, right: bool) -> None:
+    weight, _, basis, direction = operands(70, 33, 5, right=right, basis_dtype=torch.bfloat16)
+    master = Split24Master()
+    half = weight.bfloat16()
+    stored = master.empty(half)
+    master.store_(half, stored, weight, key=KEY)
+    start = master.load(half, stored).clone()
+    expected = lowrank_up.reference(start, basis, direction, right=right, factor=2.0**-12)
+    run_up(path, half, basis, direction, right=right, factor=2.0**-12, correction=stored["correction"])
+    # 15 bits of mantissa: half a unit is 2^-16; the product on a CPU is rounded to bf16.
+    torch.testing.assert_close(master.load(half, stored), expected, rtol=2**-16, atol=2**-19)
+
+
 @pytest.mark.venv_optim
 def test_a_kernel_rounds_what_is_not_finite_as_the_storage_does() -> None:
     value = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 3e38]])
     weight = value.bfloat16()
-    lowrank_up._triton_up(weight, torch.zeros(1, 1).bfloat16(), torch.zeros(1, 6), False, 0.0, 1.0, None, KEY)
+    lowrank_up._triton_up(
+        weight, torch.zeros(1, 1).bfloat16(), torch.zeros(1, 6), False, 0.0, 1.0, None, KEY, None
+    )
     expected = stochastic_round(value.bfloat16().float(), random_bits(KEY, 6))
     torch.testing.assert_close(weight.float(), expected.view(1, 6).float(), rtol=0, atol=0, equal_nan=True)
 
@@ -227,9 +245,9 @@ def test_traffic_is_what_the_specs_say(right: bool) -> None:
         assert traffic.moved_bytes(cached=["basis"]) == pytest.approx(expected * m * n)
     for residual in (None, (gradient, low, 0.1)):
         with count_traffic(w=weight, g=gradient, basis=basis, direction=direction, low=low) as traffic:
-            lowrank_up._triton_up(weight, basis, direction, right, 0.1, 1.0, residual, KEY)
+            lowrank_up._triton_up(weight, basis, direction, right, 0.1, 1.0, residual, KEY, None)
         expected = lowrank_up._moved_bytes(
-            short, other, rank, weight_size=2, basis_size=2, residual=residual is not None
+            short, other, rank, weight_size=2, basis_size=2, residual=residual is not None, kind=1
         )
         assert traffic.moved_bytes(cached=["basis", "direction", "low"]) == pytest.approx(expected * m * n)
     with count_traffic(low=low) as traffic:
@@ -249,6 +267,10 @@ def test_what_does_not_fit_is_refused() -> None:
         lowrank_down.project_down_(low, gradient.mT.contiguous().mT, basis, right=False)
     with pytest.raises(ValueError, match="only bf16 weights are rounded at random"):
         lowrank_up.project_up_(weight, basis, direction, right=False, factor=0.1, key=KEY)
+    with pytest.raises(ValueError, match="a correction is int8"):
+        lowrank_up.project_up_(
+            weight, basis, direction, right=False, factor=0.1, correction=weight.to(torch.int8)
+        )
     with pytest.raises(ValueError, match="step counts from 1, got 0"):
         lowrank_adam.adam_direction(low, low.clone(), low.clone(), step=0)
     with pytest.raises(ValueError, match="exp_avg_sq must be fp32"):
