@@ -237,6 +237,12 @@ def _cpu_up(
     direction = direction.to(basis.dtype)
     low = None if residual is None else residual[1].to(basis.dtype)
     rows, columns = weight.shape
+    if weight.dtype == basis.dtype and residual is None and key is None and correction is None:
+        # The product's own epilogue, with one rounding.
+        first, second = (direction, basis.mT) if right else (basis, direction)
+        weight.addmm_(first, second, beta=decay, alpha=-factor)
+        return
+    rest = None if residual is None else torch.empty(min(rows, _CPU_CHUNK), columns)
     product = torch.empty(min(rows, _CPU_CHUNK), columns, dtype=basis.dtype)
 
     def up(part: slice, small: Tensor, out: Tensor) -> Tensor:
@@ -252,9 +258,9 @@ def _cpu_up(
             value.mul_(decay)
         buffer = product[: len(out)]
         value.add_(up(part, direction, buffer), alpha=-factor)
-        if residual is not None and low is not None:
-            rest = residual[0][part] - up(part, low, buffer)
-            value.add_(rest.sign_(), alpha=-residual[2])
+        if residual is not None and low is not None and rest is not None:
+            torch.sub(residual[0][part], up(part, low, buffer), out=rest[: len(out)])
+            value.add_(rest[: len(out)].sign_(), alpha=-residual[2])
         if key is not None:
             value = stochastic_round(value, random_bits(key.skip(start * columns), value.numel()))
         elif correction is not None:
