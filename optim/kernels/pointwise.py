@@ -236,6 +236,7 @@ def mix(x):
 @triton_kernel
 def random_word(key, offset):
     """The word of a packed key for int64 offsets; uint32."""
+    key = tl.cast(key, tl.int64)  # a launch takes a small number, such as no key, for an int32
     first = (key & 0xFFFFFFFF).to(tl.uint32)
     second = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     low = (offset & 0xFFFFFFFF).to(tl.uint32)
