@@ -179,11 +179,11 @@ def _cpu(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
 def _by_pieces(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
     for piece, part in o.pieces():
         blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
-        halves = (
+        m, v = (
             {"codes": stored["codes"].view(-1)[piece], "scales": stored["scales"][blocks]}
             for stored in (first, second)
         )
-        reference(part, *halves, step, "int8")
+        reference(part, m, v, step, "int8")
 
 
 def bytes_per_element(weight: int, gradient: torch.dtype) -> float:

@@ -113,6 +113,11 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(_address(tensor))
 
 
+def flag(value: bool) -> ctypes.c_bool:
+    """A truth."""
+    return ctypes.c_bool(value)
+
+
 def count(tensor: Tensor) -> ctypes.c_int64:
     """The number of elements."""
     return ctypes.c_int64(tensor.numel())

@@ -217,7 +217,7 @@ def _cpu(
         native.values(v, o.key("second")),
         native.pointer(where),
         native.count(index),
-        native.ctypes.c_bool(axis == "columns"),
+        native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),
         native.Adam(*step.kernel_numbers()),
         native_rest(rest),
