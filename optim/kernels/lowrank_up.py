@@ -10,11 +10,13 @@ to the nearest, or at random with a key, in the way of ``storage.stochastic_roun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import native
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import check, precision
@@ -33,6 +35,8 @@ from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_rou
 if TYPE_CHECKING:
     import triton.language as tl
 
+Residual = tuple[Tensor, Tensor, float]
+"""gradient, low, residual_factor"""
 _CPU_CHUNK = 256
 """Rows at a time. fp32 weight 2048 x 2048, bf16 basis of rank 256, two idle cores: 3.1 ms; 3.4 with 128,
 4.6 with 64. A copy of the product to fp32 before it is added gains nothing."""
@@ -46,7 +50,7 @@ def reference(
     right: bool,
     factor: float,
     decay: float = 1.0,
-    residual: tuple[Tensor, Tensor, float] | None = None,
+    residual: Residual | None = None,
 ) -> Tensor:
     """The new weight in fp32, plainly. ``residual`` is (gradient, low, residual_factor)."""
 
@@ -124,7 +128,7 @@ def project_up_(
     right: bool,
     factor: float,
     decay: float = 1.0,
-    residual: tuple[Tensor, Tensor, float] | None = None,
+    residual: Residual | None = None,
     key: RandomKey | None = None,
     correction: Tensor | None = None,
 ) -> None:
@@ -140,12 +144,12 @@ def project_up_(
         decay: ``1 - lr * weight_decay``.
         residual: FRUGAL's ``(gradient, low, residual_factor)``; the gradient in the weight's shape, ``low``
             what ``project_down_`` made of it.
-        key: round a bf16 weight at random.
-        correction: int8 in the weight's shape, of a bf16 weight's ``split24`` master; excludes ``key``.
+        key: round a bf16 weight at random; with a correction, what the two hold.
+        correction: int8 in the weight's shape, of a bf16 weight's ``split24`` master.
 
     Raises:
         ValueError: shapes, dtypes or strides that do not fit; a key or a correction and a weight that is not
-            bf16; both.
+            bf16.
     """
     check(direction, weight, basis, right=right)
     if residual is not None:
@@ -156,11 +160,10 @@ def project_up_(
         raise ValueError(f"only bf16 weights are rounded at random, this is {weight.dtype}: leave key out")
     if correction is not None:
         fits = correction.shape == weight.shape and correction.dtype == torch.int8
-        if key is not None or weight.dtype != torch.bfloat16 or not fits or not correction.is_contiguous():
+        if weight.dtype != torch.bfloat16 or not fits or not correction.is_contiguous():
             raise ValueError(
-                "a correction is int8, contiguous, beside a bf16 weight of its shape, and nothing is rounded "
-                f"at random: got {correction.dtype} {tuple(correction.shape)}, weight {weight.dtype} "
-                f"{tuple(weight.shape)}, {'a' if key else 'no'} key"
+                "a correction is int8 and contiguous, beside a bf16 weight of its shape: got "
+                f"{correction.dtype} {tuple(correction.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
             )
     run = _triton_up if weight.is_cuda else _cpu_up
     run(weight.detach(), basis, direction, right, factor, decay, residual, key, correction)
@@ -174,7 +177,7 @@ def _triton_up(
     right: bool,
     factor: float,
     decay: float,
-    residual: tuple[Tensor, Tensor, float] | None,
+    residual: Residual | None,
     key: RandomKey | None,
     correction: Tensor | None,
 ) -> None:
@@ -230,43 +233,93 @@ def _cpu_up(
     right: bool,
     factor: float,
     decay: float,
-    residual: tuple[Tensor, Tensor, float] | None,
+    residual: Residual | None,
     key: RandomKey | None,
     correction: Tensor | None,
 ) -> None:
+    """By chunks of rows, whose products are still in the cache when they meet the weight."""
     direction = direction.to(basis.dtype)
-    low = None if residual is None else residual[1].to(basis.dtype)
-    rows, columns = weight.shape
-    if weight.dtype == basis.dtype and residual is None and key is None and correction is None:
+    nearest = key is None and correction is None
+    if weight.dtype == basis.dtype and residual is None and nearest:
         # The product's own epilogue, with one rounding.
         first, second = (direction, basis.mT) if right else (basis, direction)
         weight.addmm_(first, second, beta=decay, alpha=-factor)
         return
-    rest = None if residual is None else torch.empty(min(rows, _CPU_CHUNK), columns)
-    product = torch.empty(min(rows, _CPU_CHUNK), columns, dtype=basis.dtype)
-
-    def up(part: slice, small: Tensor, out: Tensor) -> Tensor:
-        return torch.mm(small[part], basis.mT, out=out) if right else torch.mm(basis[part], small, out=out)
-
+    gradient, low, residual_factor = residual or (None, None, 0.0)
+    low = None if low is None else low.to(basis.dtype)
+    rows, columns = weight.shape
+    buffers = torch.empty(2 if residual else 1, min(rows, _CPU_CHUNK), columns, dtype=basis.dtype)
+    apply = _apply_native(weight, basis, gradient, nearest) or _apply_plain
     for start in range(0, rows, _CPU_CHUNK):
-        part = slice(start, start + _CPU_CHUNK)
-        out = weight[part]
-        value = out if out.dtype == torch.float32 else out.float()
-        if correction is not None:
-            value = join24(out, correction[part])
-        if decay != 1:
-            value.mul_(decay)
-        buffer = product[: len(out)]
-        value.add_(up(part, direction, buffer), alpha=-factor)
-        if residual is not None and low is not None and rest is not None:
-            torch.sub(residual[0][part], up(part, low, buffer), out=rest[: len(out)])
-            value.add_(rest[: len(out)].sign_(), alpha=-residual[2])
-        if key is not None:
-            value = stochastic_round(value, random_bits(key.skip(start * columns), value.numel()))
-        elif correction is not None:
-            value, correction[part] = split24(value)
-        if value is not out:
-            out.copy_(value)
+        part = slice(start, min(start + _CPU_CHUNK, rows))
+        products = [buffer[: part.stop - start] for buffer in buffers]
+        for product, small in zip(products, (direction, low), strict=False):
+            assert small is not None
+            torch.mm(*((small[part], basis.mT) if right else (basis[part], small)), out=product)
+        apply(
+            weight[part],
+            products,
+            None if gradient is None else gradient[part],
+            (decay, factor, residual_factor),
+            None if key is None else key.skip(start * columns),
+            None if correction is None else correction[part],
+        )
+
+
+Numbers = tuple[float, float, float]
+"""decay, factor, residual_factor"""
+Apply = Callable[[Tensor, list[Tensor], "Tensor | None", Numbers, "RandomKey | None", "Tensor | None"], None]
+
+
+def _apply_native(weight: Tensor, basis: Tensor, gradient: Tensor | None, nearest: bool) -> Apply | None:
+    """The compiled pass, for the dtypes that it has; None where there is none."""
+    known = {torch.float32, torch.bfloat16}
+    operands = {weight.dtype, basis.dtype} | ({gradient.dtype} if gradient is not None else set())
+    if not operands <= known or (nearest and weight.dtype != torch.float32):
+        return None
+    if (run := native.function("lowrank_up", "lowrank_up")) is None:
+        return None
+
+    def apply(
+        weight: Tensor,
+        products: list[Tensor],
+        gradient: Tensor | None,
+        numbers: Numbers,
+        key: RandomKey | None,
+        correction: Tensor | None,
+    ) -> None:
+        run(
+            native.values(weight, key, correction),
+            native.gradient(products[0]),
+            native.gradient(products[1]) if gradient is not None else native.Gradient(),
+            native.gradient(gradient) if gradient is not None else native.Gradient(),
+            native.count(weight),
+            native.Up(*numbers),
+        )
+
+    return apply
+
+
+def _apply_plain(
+    weight: Tensor,
+    products: list[Tensor],
+    gradient: Tensor | None,
+    numbers: Numbers,
+    key: RandomKey | None,
+    correction: Tensor | None,
+) -> None:
+    decay, factor, residual_factor = numbers
+    value = weight.float() if correction is None else join24(weight, correction)  # fp32: the weight itself
+    value.mul_(decay).add_(products[0], alpha=-factor)
+    if gradient is not None:
+        value.add_((gradient - products[1].float()).sign_(), alpha=-residual_factor)
+    bits = None if key is None else random_bits(key, value.numel())
+    if correction is not None:
+        high, low = split24(value, bits)
+        weight.copy_(high)
+        correction.copy_(low)
+    elif value is not weight:
+        weight.copy_(value if bits is None else stochastic_round(value, bits))
 
 
 def _moved_bytes(

@@ -17,6 +17,7 @@ from tests.optim.kernels.traffic import count_traffic
 SIZES = [(123, 37, 5), (70, 300, 17), (1, 3, 1), (257, 129, 64)]
 KEY = RandomKey(seed=3, parameter=1, step=5)
 PATHS = ["public", pytest.param("triton", marks=pytest.mark.venv_optim)]
+UP_PATHS = ["plain", *PATHS]
 
 
 @pytest.fixture(autouse=True)
@@ -79,15 +80,19 @@ def test_down(
 
 
 def run_up(path: str, weight: Tensor, basis: Tensor, direction: Tensor, **options: Any) -> None:
-    if path == "triton":
+    if path == "public":
+        lowrank_up.project_up_(weight, basis, direction, **options)
+    elif path == "plain":  # where nothing can be compiled
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lowrank_up.native, "function", lambda *_: None)
+            lowrank_up.project_up_(weight, basis, direction, **options)
+    else:
         options = {"decay": 1.0, "residual": None, "key": None, "correction": None, **options}
         names = ("right", "factor", "decay", "residual", "key", "correction")
         lowrank_up._triton_up(weight, basis, direction, *(options[name] for name in names))
-    else:
-        lowrank_up.project_up_(weight, basis, direction, **options)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", UP_PATHS)
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
@@ -112,7 +117,7 @@ def test_up(
     torch.testing.assert_close(weight.float(), expected, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", UP_PATHS)
 @pytest.mark.parametrize("right", [False, True])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_up_with_the_sign_of_the_residual(path: str, right: bool, weight_dtype: torch.dtype) -> None:
@@ -131,7 +136,7 @@ def test_up_with_the_sign_of_the_residual(path: str, right: bool, weight_dtype: 
     torch.testing.assert_close(weight.float()[clear], expected[clear], rtol=2**-7, atol=2**-7)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", UP_PATHS)
 @pytest.mark.parametrize("right", [False, True])
 def test_a_key_rounds_at_random_as_the_storage_does(path: str, right: bool) -> None:
     weight, _, _, _ = operands(300, 70, 8, right=right, basis_dtype=torch.bfloat16)
@@ -146,9 +151,10 @@ def test_a_key_rounds_at_random_as_the_storage_does(path: str, right: bool) -> N
     assert (weight.float() != value.bfloat16().float()).any()
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", UP_PATHS)
 @pytest.mark.parametrize("right", [False, True])
-def test_a_split_master_keeps_24_bits(path: str, right: bool) -> None:
+@pytest.mark.parametrize("key", [None, KEY])
+def test_a_split_master_keeps_24_bits(path: str, right: bool, key: RandomKey | None) -> None:
     weight, _, basis, direction = operands(70, 33, 5, right=right, basis_dtype=torch.bfloat16)
     master = Split24Master()
     half = weight.bfloat16()
@@ -156,9 +162,20 @@ def test_a_split_master_keeps_24_bits(path: str, right: bool) -> None:
     master.store_(half, stored, weight, key=KEY)
     start = master.load(half, stored).clone()
     expected = lowrank_up.reference(start, basis, direction, right=right, factor=2.0**-12)
-    run_up(path, half, basis, direction, right=right, factor=2.0**-12, correction=stored["correction"])
-    # 15 bits of mantissa: half a unit is 2^-16; the product on a CPU is rounded to bf16.
-    torch.testing.assert_close(master.load(half, stored), expected, rtol=2**-16, atol=2**-19)
+    run_up(
+        path, half, basis, direction, right=right, factor=2.0**-12, correction=stored["correction"], key=key
+    )
+    # 15 bits of mantissa: a unit is at most 2^-15; the product on a CPU is rounded to bf16.
+    rtol = 2**-16 if key is None else 2**-15
+    torch.testing.assert_close(master.load(half, stored), expected, rtol=rtol, atol=2**-19)
+
+
+def test_a_step_is_seen_by_autograd() -> None:
+    weight, _, basis, direction = operands(6, 4, 2, right=False, basis_dtype=torch.float32)
+    parameter = torch.nn.Parameter(weight.bfloat16())
+    version = parameter._version
+    lowrank_up.project_up_(parameter, basis, direction, right=False, factor=0.1, key=KEY)
+    assert parameter._version > version
 
 
 @pytest.mark.venv_optim
