@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
 from memtrain.optim.kernels import lowrank_adam, lowrank_down, lowrank_up
+from memtrain.optim.projection import Projection
+from memtrain.optim.residual import Residual
+from memtrain.optim.rules import Adam
 from memtrain.optim.storage.masters import Split24Master
 from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
 from tests.optim.kernels.compare import close
@@ -210,39 +213,40 @@ def test_adam_is_torchs(path: str, dtype: torch.dtype) -> None:
     close(square, state["exp_avg_sq"], rounds=4)
 
 
-@pytest.mark.parametrize("right", [False, True])
-@pytest.mark.parametrize("residual_scale", [0.0, 0.5])
-def test_a_whole_step_is_the_plain_formula(right: bool, residual_scale: float) -> None:
-    weight, gradient, basis, _ = operands(60, 40, 6, right=right, basis_dtype=torch.float32)
-    basis = torch.linalg.qr(basis).Q.contiguous()
-    low = gradient @ basis if right else basis.mT @ gradient
-    mean, square = torch.zeros_like(low), torch.zeros_like(low)
-
-    def up(small: Tensor) -> Tensor:
-        return small @ basis.mT if right else basis @ small
-
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["none", "sign"])
+def test_whole_steps_are_the_grids(side: Literal["left", "right"], kind: Literal["none", "sign"]) -> None:
+    weight, gradient, _, _ = operands(60, 40, 6, right=False, basis_dtype=torch.float32)
+    projector = Projection(kind="semi_orthogonal", rank=6, side=side).bind(weight.shape)
+    stored = projector.empty("cpu")
+    projector.refresh_(stored, None, key=KEY)
+    rule, residual = Adam(), Residual(kind=kind, scale=0.25, residual_scale=0.5)
+    plain, fused = (
+        {name: torch.zeros(projector.low_shape) for name in ("exp_avg", "exp_avg_sq")} for _ in range(2)
+    )
     expected = weight.clone()
-    plain_mean, plain_square = torch.zeros_like(low), torch.zeros_like(low)
-    for step in (1, 2):
+    for step in (1, 2, 3):
         lowrank_adam.lowrank_adam_step_(
             weight,
             gradient,
-            basis,
-            mean,
-            square,
-            right=right,
+            stored[side],
+            fused["exp_avg"],
+            fused["exp_avg_sq"],
+            right=side == "right",
             step=step,
             lr=0.1,
             weight_decay=0.5,
             scale=0.25,
-            residual_scale=residual_scale,
+            residual_scale=0.5 if kind == "sign" else 0.0,
         )
-        direction = lowrank_adam.reference_direction(
-            low, plain_mean, plain_square, step=step, betas=(0.9, 0.999), eps=1e-8
-        )
-        update = 0.25 * up(direction) + residual_scale * torch.sign(gradient - up(low))
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * update
+        low = projector.down(stored, gradient)
+        direction = rule.direction(plain, low, step)
+        update = residual.combine(gradient, low, direction, projector, stored, {})
+        expected.mul_(1 - 0.1 * 0.5).sub_(update, alpha=0.1)
+        gradient = gradient.roll(1, 0)
     torch.testing.assert_close(weight, expected, rtol=0, atol=1e-5)
+    for name in plain:
+        close(fused[name], plain[name], rounds=4)
 
 
 @pytest.mark.venv_optim
