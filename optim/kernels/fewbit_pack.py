@@ -22,7 +22,7 @@ from torch.nn import functional
 from memtrain.optim.autograd.bitpack import pack, packed_bytes, unpack
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
-from memtrain.optim.kernels.swiglu import _activation
+from memtrain.optim.kernels.swiglu import gate_activation
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -66,7 +66,7 @@ def _fewbit_forward_kernel(
     place = part * strip + byte[None, :]
     values = tl.load(values_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if ACTIVATION >= 0:
-        activated, _ = _activation(values, ACTIVATION)
+        activated, _ = gate_activation(values, ACTIVATION)
         tl.store(output_ptr + place, activated, mask=inside)
     if EVEN:
         values = tl.abs(values)

@@ -4,7 +4,7 @@ wants them.
 The format is ``autograd.group_codec``'s with 8 bits, rounded to the nearest: groups of consecutive values,
 codes -127..127, scales in bf16 rounded up, -128 for what is not finite. Alone, packing costs a pass; in the
 SwiGLU that reads gate and up anyway (``swiglu_forward_int8``) it costs only its output, and a product that
-unpacks as it loads (``int8_weight_gradient``) moves half the bytes of one that reads bf16.
+unpacks as it loads (``int8_product``) moves half the bytes of one that reads bf16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
-from memtrain.optim.kernels.swiglu import _activation
+from memtrain.optim.kernels.swiglu import gate_activation
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -112,7 +112,7 @@ def _swiglu_int8_kernel(
     inside, known = place < count, group < groups
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0)
     up = tl.load(up_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    activated, _ = _activation(gate.to(tl.float32), 0)
+    activated, _ = gate_activation(gate.to(tl.float32), 0)
     tl.store(product_ptr + place, activated.to(gate.dtype).to(tl.float32) * up, mask=inside)
     codes, scales = pack_groups(gate.to(tl.float32))
     tl.store(gate_codes_ptr + place, codes, mask=known[:, None])
@@ -120,41 +120,6 @@ def _swiglu_int8_kernel(
     codes, scales = pack_groups(up)
     tl.store(up_codes_ptr + place, codes, mask=known[:, None])
     tl.store(up_scales_ptr + group, scales, mask=known)
-
-
-@triton_kernel
-def _int8_weight_gradient_kernel(
-    dy_ptr,
-    codes_ptr,
-    scales_ptr,
-    gradient_ptr,
-    tokens,
-    outputs,
-    inputs,
-    GROUP: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-):
-    """One group of inputs a block, so that a token has one scale there."""
-    output = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    place = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    total = tl.zeros([BLOCK_OUT, GROUP], dtype=tl.float32)
-    for start in range(0, tokens, BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
-        real = token[:, None] < tokens
-        token = token.to(tl.int64)
-        dy = tl.load(
-            dy_ptr + token[:, None] * outputs + output[None, :],
-            mask=real & (output[None, :] < outputs),
-            other=0.0,
-        )
-        codes = tl.load(codes_ptr + token[:, None] * inputs + place[None, :], mask=real, other=0)
-        scale_place = token * (inputs // GROUP) + tl.program_id(1)
-        scales = tl.load(scales_ptr + scale_place, mask=token < tokens, other=0.0).to(tl.float32)
-        x = unpack_codes(codes, scales[:, None]).to(dy.dtype)
-        total = tl.dot(tl.trans(dy), x, total)
-    target = gradient_ptr + output[:, None] * inputs + place[None, :]
-    tl.store(target, total, mask=output[:, None] < outputs)
 
 
 def int8_pack(values: Tensor, *, group: int = GROUP) -> Packed:
@@ -180,25 +145,6 @@ def swiglu_forward_int8(gate: Tensor, up: Tensor, *, group: int = GROUP) -> tupl
         return _triton_swiglu(gate.contiguous(), up.contiguous(), group)
     product = torch.nn.functional.silu(gate).mul_(up)
     return product, int8_pack(gate, group=group), int8_pack(up, group=group)
-
-
-def int8_weight_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
-    """``dy^T x`` in the dtype of ``dy``, for a linear layer whose input ``x`` is packed.
-
-    Args:
-        dy: ``[tokens, outputs]``.
-        packed: ``x`` ``[tokens, inputs]``; ``inputs`` is a multiple of the group.
-
-    Raises:
-        ValueError: ``inputs`` is no multiple of the group, or the number of codes does not fit.
-    """
-    codes, _ = packed
-    if inputs % codes.shape[1] or codes.numel() != dy.shape[0] * inputs:
-        raise ValueError(
-            f"{codes.numel()} codes in groups of {codes.shape[1]} are not {dy.shape[0]} tokens of {inputs} "
-            "inputs in whole groups: unpack them and use the plain product"
-        )
-    return (_triton_gradient if dy.is_cuda else _cpu_gradient)(dy.contiguous(), packed, inputs)
 
 
 def _check_group(group: int) -> None:
@@ -246,27 +192,6 @@ def _triton_swiglu(gate: Tensor, up: Tensor, group: int) -> tuple[Tensor, Packed
     return product, gate_packed, up_packed
 
 
-def _triton_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
-    tokens, outputs = dy.shape
-    gradient = torch.zeros(outputs, inputs, dtype=dy.dtype, device=dy.device)
-    if gradient.numel() and tokens:
-        group = packed[0].shape[1]
-        grid = (-(-outputs // 128), inputs // group)
-        _int8_weight_gradient_kernel[grid](
-            dy,
-            *packed,
-            gradient,
-            tokens,
-            outputs,
-            inputs,
-            GROUP=group,
-            BLOCK_OUT=128,
-            BLOCK_TOKENS=32,
-            num_warps=8,
-        )
-    return gradient
-
-
 def _cpu_pack(values: Tensor, group: int) -> Packed:
     codes, scales = _empty(values, group)
     rows = max(1, _CPU_CHUNK_ELEMENTS // group)
@@ -289,45 +214,23 @@ def _cpu_unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> T
     return values
 
 
-def _cpu_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
-    """By chunks of inputs, each of which has its whole sum in one product."""
-    codes, scales = packed
-    group = codes.shape[1]
-    tokens, outputs = dy.shape
-    gradient = torch.empty(outputs, inputs, dtype=dy.dtype)
-    codes, scales = codes.view(tokens, -1, group), scales.view(tokens, -1)
-    for start in range(0, inputs // group, groups := max(1, 1024 // group)):
-        part = slice(start, start + groups)
-        chosen = (codes[:, part].reshape(-1, group), scales[:, part].reshape(-1))
-        x = _cpu_unpack(chosen, (tokens, chosen[0].numel() // max(tokens, 1)), dy.dtype)
-        gradient[:, start * group : (start + groups) * group] = dy.mT @ x
-    return gradient
-
-
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _SCALE_BYTES = 2 / GROUP
 
 
-def _pointwise_variants(
-    names: tuple[str, ...], whole: int, packed: int, *, pack: bool
-) -> list[KernelVariant]:
-    """``whole`` tensors in the dtype and ``packed`` ones, each moved once."""
+def _variants(whole: str, packed: str, numbers: str) -> list[KernelVariant]:
+    """Of the arguments ``whole``, tensors in the dtype, and ``packed``, prefixes of codes and scales, each
+    is moved once."""
     found = []
     for dtype, size in _SIZES.items():
-        moved = whole * size + packed * (1 + _SCALE_BYTES)
+        moved = len(whole.split()) * size + len(packed.split(",")) * (1 + _SCALE_BYTES)
+        signature = dict.fromkeys(whole.split(), f"*{dtype}") | dict.fromkeys(numbers.split(), "i32:16")
+        for prefix in packed.split(","):
+            signature |= {f"{prefix}codes_ptr": "*i8", f"{prefix}scales_ptr": "*bf16"}
         found.append(
             KernelVariant(
                 label=dtype,
-                signature={
-                    **dict.fromkeys(names, f"*{dtype}"),
-                    **({"count": "i32:16", "groups": "i32:16"} if pack else {"count": "i32:16"}),
-                    **(
-                        {f"{name}_codes_ptr": "*i8" for name in ("gate", "up")}
-                        | {f"{name}_scales_ptr": "*bf16" for name in ("gate", "up")}
-                        if packed == 2
-                        else {"codes_ptr": "*i8", "scales_ptr": "*bf16"}
-                    ),
-                },
+                signature=signature,
                 constexprs={"GROUP": GROUP, "ROWS": _TILE_ELEMENTS // GROUP},
                 moved_bytes=moved,
                 least_bytes=moved,
@@ -336,46 +239,14 @@ def _pointwise_variants(
     return found
 
 
-def _gradient_bytes(tokens: int, outputs: int, inputs: int, *, group: int, size: int) -> float:
-    """Per element of x: codes and scales, ``dy`` and the gradient, each once for all blocks."""
-    return 1 + 2 / group + size * (tokens * outputs + outputs * inputs) / (tokens * inputs)
-
-
-def _gradient_variant(dtype: str, size: int) -> KernelVariant:
-    moved = _gradient_bytes(8192, 4096, 4096, group=GROUP, size=size)
-    return KernelVariant(
-        label=dtype,
-        signature={
-            **dict.fromkeys(("dy_ptr", "gradient_ptr"), f"*{dtype}"),
-            **{"codes_ptr": "*i8", "scales_ptr": "*bf16"},
-            **dict.fromkeys(("tokens", "outputs", "inputs"), "i32:16"),
-        },
-        constexprs={"GROUP": GROUP, "BLOCK_OUT": 128, "BLOCK_TOKENS": 32},
-        moved_bytes=moved,
-        least_bytes=moved,
-        num_warps=8,
-    )
-
-
 SPECS = (
     KernelSpec(
-        kernel=_int8_pack_kernel,
-        element="value",
-        variants=_pointwise_variants(("values_ptr",), 1, 1, pack=True),
+        kernel=_int8_pack_kernel, element="value", variants=_variants("values_ptr", "", "count groups")
     ),
-    KernelSpec(
-        kernel=_int8_unpack_kernel,
-        element="value",
-        variants=_pointwise_variants(("values_ptr",), 1, 1, pack=False),
-    ),
+    KernelSpec(kernel=_int8_unpack_kernel, element="value", variants=_variants("values_ptr", "", "count")),
     KernelSpec(
         kernel=_swiglu_int8_kernel,
         element="element of gate",
-        variants=_pointwise_variants(("gate_ptr", "up_ptr", "product_ptr"), 3, 2, pack=True),
-    ),
-    KernelSpec(
-        kernel=_int8_weight_gradient_kernel,
-        element="element of x",
-        variants=[_gradient_variant("bf16", 2), _gradient_variant("fp16", 2)],
+        variants=_variants("gate_ptr up_ptr product_ptr", "gate_,up_", "count groups"),
     ),
 )

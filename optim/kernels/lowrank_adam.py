@@ -1,7 +1,8 @@
 """One step of GaLore or FRUGAL with Adam: down, a small Adam, and up into the weight.
 
-    R = P^T G      N = mhat / (sqrt(vhat) + eps)      W = (1 - lr wd) W - lr scale P N [- lr residual sign(G
-    - P R)]
+    R = P^T G
+    N = mhat / (sqrt(vhat) + eps)
+    W = (1 - lr wd) W - lr scale P N - lr residual_scale sign(G - P R)
 
 Three passes, of which only the first and the last see anything of the weight's size: G is read once (twice
 with a residual), W read and written once, and neither the update nor the projected-back gradient exists as

@@ -10,16 +10,15 @@ to the nearest, or at random with a key, in the way of ``storage.stochastic_roun
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from memtrain.optim.kernels import native
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import check, precision
+from memtrain.optim.kernels.lowrank_up_cpu import Residual, project_up_on_cpu_
 from memtrain.optim.kernels.pointwise import (
     FP32,
     RANDOM_BF16,
@@ -29,17 +28,10 @@ from memtrain.optim.kernels.pointwise import (
     load_values,
     store_values,
 )
-from memtrain.optim.storage.masters import join24, split24
-from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
+from memtrain.optim.storage.random import RandomKey
 
 if TYPE_CHECKING:
     import triton.language as tl
-
-Residual = tuple[Tensor, Tensor, float]
-"""gradient, low, residual_factor"""
-_CPU_CHUNK = 256
-"""Rows at a time. fp32 weight 2048 x 2048, bf16 basis of rank 256, two idle cores: 3.1 ms; 3.4 with 128,
-4.6 with 64. A copy of the product to fp32 before it is added gains nothing."""
 
 
 def reference(
@@ -165,7 +157,7 @@ def project_up_(
                 "a correction is int8 and contiguous, beside a bf16 weight of its shape: got "
                 f"{correction.dtype} {tuple(correction.shape)}, weight {weight.dtype} {tuple(weight.shape)}"
             )
-    run = _triton_up if weight.is_cuda else _cpu_up
+    run = _triton_up if weight.is_cuda else project_up_on_cpu_
     run(weight.detach(), basis, direction, right, factor, decay, residual, key, correction)
     torch.autograd.graph.increment_version(weight)
 
@@ -224,102 +216,6 @@ def _blocks(basis_dtype: torch.dtype, residual: bool) -> dict[str, int]:
         "BLOCK_OTHER": 64 if residual else 128,
         "BLOCK_RANK": 32 if residual else 64,
     }
-
-
-def _cpu_up(
-    weight: Tensor,
-    basis: Tensor,
-    direction: Tensor,
-    right: bool,
-    factor: float,
-    decay: float,
-    residual: Residual | None,
-    key: RandomKey | None,
-    correction: Tensor | None,
-) -> None:
-    """By chunks of rows, whose products are still in the cache when they meet the weight."""
-    direction = direction.to(basis.dtype)
-    nearest = key is None and correction is None
-    if weight.dtype == basis.dtype and residual is None and nearest:
-        # The product's own epilogue, with one rounding.
-        first, second = (direction, basis.mT) if right else (basis, direction)
-        weight.addmm_(first, second, beta=decay, alpha=-factor)
-        return
-    gradient, low, residual_factor = residual or (None, None, 0.0)
-    low = None if low is None else low.to(basis.dtype)
-    rows, columns = weight.shape
-    buffers = torch.empty(2 if residual else 1, min(rows, _CPU_CHUNK), columns, dtype=basis.dtype)
-    apply = _apply_native(weight, basis, gradient, nearest) or _apply_plain
-    for start in range(0, rows, _CPU_CHUNK):
-        part = slice(start, min(start + _CPU_CHUNK, rows))
-        products = [buffer[: part.stop - start] for buffer in buffers]
-        for product, small in zip(products, (direction, low), strict=False):
-            assert small is not None
-            torch.mm(*((small[part], basis.mT) if right else (basis[part], small)), out=product)
-        apply(
-            weight[part],
-            products,
-            None if gradient is None else gradient[part],
-            (decay, factor, residual_factor),
-            None if key is None else key.skip(start * columns),
-            None if correction is None else correction[part],
-        )
-
-
-Numbers = tuple[float, float, float]
-"""decay, factor, residual_factor"""
-Apply = Callable[[Tensor, list[Tensor], "Tensor | None", Numbers, "RandomKey | None", "Tensor | None"], None]
-
-
-def _apply_native(weight: Tensor, basis: Tensor, gradient: Tensor | None, nearest: bool) -> Apply | None:
-    """The compiled pass, for the dtypes that it has; None where there is none."""
-    known = {torch.float32, torch.bfloat16}
-    operands = {weight.dtype, basis.dtype} | ({gradient.dtype} if gradient is not None else set())
-    if not operands <= known or (nearest and weight.dtype != torch.float32):
-        return None
-    if (run := native.function("lowrank_up", "lowrank_up")) is None:
-        return None
-
-    def apply(
-        weight: Tensor,
-        products: list[Tensor],
-        gradient: Tensor | None,
-        numbers: Numbers,
-        key: RandomKey | None,
-        correction: Tensor | None,
-    ) -> None:
-        run(
-            native.values(weight, key, correction),
-            native.gradient(products[0]),
-            native.gradient(products[1]) if gradient is not None else native.Gradient(),
-            native.gradient(gradient) if gradient is not None else native.Gradient(),
-            native.count(weight),
-            native.Up(*numbers),
-        )
-
-    return apply
-
-
-def _apply_plain(
-    weight: Tensor,
-    products: list[Tensor],
-    gradient: Tensor | None,
-    numbers: Numbers,
-    key: RandomKey | None,
-    correction: Tensor | None,
-) -> None:
-    decay, factor, residual_factor = numbers
-    value = weight.float() if correction is None else join24(weight, correction)  # fp32: the weight itself
-    value.mul_(decay).add_(products[0], alpha=-factor)
-    if gradient is not None:
-        value.add_((gradient - products[1].float()).sign_(), alpha=-residual_factor)
-    bits = None if key is None else random_bits(key, value.numel())
-    if correction is not None:
-        high, low = split24(value, bits)
-        weight.copy_(high)
-        correction.copy_(low)
-    elif value is not weight:
-        weight.copy_(value if bits is None else stochastic_round(value, bits))
 
 
 def _moved_bytes(

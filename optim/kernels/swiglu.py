@@ -68,7 +68,7 @@ def _sigmoid(x):
 
 
 @triton_kernel
-def _activation(x, ACTIVATION: tl.constexpr):
+def gate_activation(x, ACTIVATION: tl.constexpr):
     """``(f(x), f'(x))`` in fp32: SiLU 0, GELU 1, its tanh approximation 2."""
     if ACTIVATION == 0:
         sigmoid = _sigmoid(x)
@@ -93,7 +93,7 @@ def _gated_forward_kernel(
     inside = index < count
     gate = tl.load(gate_ptr + index, mask=inside, other=0.0)
     up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    activated, _ = _activation(gate.to(tl.float32), ACTIVATION)
+    activated, _ = gate_activation(gate.to(tl.float32), ACTIVATION)
     tl.store(product_ptr + index, activated.to(gate.dtype).to(tl.float32) * up, mask=inside)
 
 
@@ -114,7 +114,7 @@ def _gated_backward_kernel(
     dproduct = tl.load(dproduct_ptr + index, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + index, mask=inside, other=0.0)
     up = tl.load(up_ptr + index, mask=inside, other=0.0).to(tl.float32)
-    activated, slope = _activation(gate.to(tl.float32), ACTIVATION)
+    activated, slope = gate_activation(gate.to(tl.float32), ACTIVATION)
     activated = activated.to(gate.dtype).to(tl.float32)
     dactivated = (dproduct * up).to(gate.dtype).to(tl.float32)
     tl.store(dgate_ptr + index, dactivated * slope, mask=inside)

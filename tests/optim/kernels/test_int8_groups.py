@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.autograd.group_codec import GroupCodec
-from memtrain.optim.kernels import int8_groups, swiglu
+from memtrain.optim.kernels import int8_groups, int8_product, swiglu
 from tests.optim.kernels.compare import close
 from tests.optim.kernels.traffic import count_traffic
 
@@ -87,9 +87,9 @@ def test_weight_gradient(
     expected = dy.float().mT @ int8_groups.int8_unpack(packed, tuple(x.shape), dtype).float()
     if path == "triton":
         request.getfixturevalue("bf16_products")
-        gradient = int8_groups._triton_gradient(dy, packed, inputs)
+        gradient = int8_product._triton_gradient(dy, packed, inputs)
     else:
-        gradient = int8_groups.int8_weight_gradient(dy, packed, inputs)
+        gradient = int8_product.int8_weight_gradient(dy, packed, inputs)
     close(gradient, expected.to(dtype), rounds=4)
 
 
@@ -109,15 +109,15 @@ def test_traffic_is_what_the_specs_say(bf16_products: None) -> None:
     dy = torch.randn(4, 300).bfloat16()
     codes, scales = packed
     with count_traffic(dy=dy, codes=codes, scales=scales) as traffic:
-        int8_groups._triton_gradient(dy, packed, 1024)
-    expected = int8_groups._gradient_bytes(4, 300, 1024, group=128, size=2)
+        int8_product._triton_gradient(dy, packed, 1024)
+    expected = int8_product._gradient_bytes(4, 300, 1024, group=128, size=2)
     assert traffic.moved_bytes(cached=["dy", "codes", "scales"]) == expected * values.numel()
 
 
 def test_what_does_not_fit_is_refused() -> None:
     packed = int8_groups.int8_pack(torch.ones(3, 100))
     with pytest.raises(ValueError, match="384 codes in groups of 128 are not 3 tokens of 100 inputs"):
-        int8_groups.int8_weight_gradient(torch.ones(3, 5), packed, 100)
+        int8_product.int8_weight_gradient(torch.ones(3, 5), packed, 100)
     with pytest.raises(ValueError, match=r"are not \(400,\) values"):
         int8_groups.int8_unpack(packed, (400,), torch.float32)
     with pytest.raises(ValueError, match="group must be a power of two of at least 16, got 100"):
