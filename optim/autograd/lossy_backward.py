@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -79,27 +79,20 @@ class PerInput(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._storage: StorageWeakRef | None = None
-        self._result: weakref.ref[Any] | None = None
+        self._made: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[Any]]] = {}
 
-    def get(self, tensor: Tensor, extra: Any, make: Callable[[], T]) -> T:
-        """The result made for ``tensor`` and ``extra`` (compared by ==), or a new one."""
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        key = (
-            extra,
-            tensor._version,
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.storage_offset(),
-        )
-        if self._result is not None and self._key == key and self._storage == storage:
-            result: T | None = self._result()
-            if result is not None:
-                return result
-        result = make()
-        self._key, self._storage, self._result = key, storage, weakref.ref(result)
+    def get(self, tensor: Tensor, extra: Hashable, make: Callable[[], T]) -> T:
+        """The result made for ``tensor`` and ``extra``, or a new one."""
+        storage = tensor.untyped_storage()
+        view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        key = (storage._cdata, tensor._version, *view, extra)
+        result: T | None = self._made[key][1]() if key in self._made else None
+        if result is None:
+            result = make()
+            # The weak reference to the storage keeps its identity from being given to another one.
+            known = StorageWeakRef(storage), weakref.ref(result)  # type: ignore[no-untyped-call]
+            self._made = {of: made for of, made in self._made.items() if made[1]() is not None}
+            self._made[key] = known
         return result
 
     def __getstate__(self) -> dict[str, Any]:

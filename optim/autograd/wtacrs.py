@@ -23,6 +23,7 @@ Departures, each the answer to a fault of the public code:
 
 from __future__ import annotations
 
+import math
 import weakref
 from typing import Any, NamedTuple
 
@@ -126,7 +127,7 @@ class _Taken:
         """Add one layer's gradient rows to the norms; the layers of an input share their sum's root."""
         if self._norms is None or self._ids is None:
             return
-        squares = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square()
+        squares = _row_norms(grad).square()
         self._squares = squares if self._squares is None else self._squares + squares
         self._norms.store(self._ids, self._squares.sqrt())
 
@@ -160,7 +161,7 @@ class WTAInput:
 
     def _sample(self, x: Tensor) -> _Taken:
         norms = None if self._ids is None else self.norms
-        weights = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=1, dtype=torch.float32)
+        weights = _row_norms(x.reshape(-1, x.shape[-1]))
         if norms is not None:
             assert self._ids is not None
             tokens = norms.norms.shape[1]
@@ -173,10 +174,17 @@ class WTAInput:
         total = weights.sum()
         uniform = torch.full_like(weights, 1 / len(weights))
         probabilities = torch.where((total > 0) & total.isfinite(), weights / total, uniform)
-        return _Taken(draw_rows(probabilities, self.rows_kept(len(weights))), norms, self._ids)
+        rows, factors = draw_rows(probabilities, self.rows_kept(len(weights)))
+        # A row that is not finite may not be among those drawn, and must be seen in the gradient all the same.
+        factors = torch.where(total.isfinite(), factors, math.nan)
+        return _Taken(Sample(rows, factors), norms, self._ids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ids": None}
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 class WTALinear(nn.Linear):
