@@ -175,7 +175,7 @@ class WTAInput:
         uniform = torch.full_like(weights, 1 / len(weights))
         probabilities = torch.where((total > 0) & total.isfinite(), weights / total, uniform)
         rows, factors = draw_rows(probabilities, self.rows_kept(len(weights)))
-        # A row that is not finite may not be among those drawn, and must be seen in the gradient all the same.
+        # A row that is not finite must be seen in the gradient, even if it is not among those drawn.
         factors = torch.where(total.isfinite(), factors, math.nan)
         return _Taken(Sample(rows, factors), norms, self._ids)
 
