@@ -194,7 +194,7 @@ def _sum_of_rows(scratch: Tensor, dy: Tensor) -> Tensor:
 
     Not if ``dy`` lies otherwise in memory: the order of the sum is that of the product, whose is that of ``dy``.
     """
-    in_place = scratch.dtype == dy.dtype and scratch.stride() == dy.stride()
+    in_place = scratch.dtype == dy.dtype and scratch.stride() == dy.stride() and dy.dim() > 1
     products = scratch.mul_(dy) if in_place else dy * scratch
     return products.sum_to_size(products.shape[-1:])
 

@@ -24,6 +24,9 @@ from memtrain.optim.autograd.tiled import tiled
 KEEP = "keep"
 """The treatment that is none: the module stays as it is."""
 KINDS = ("norm", "linear", "gated_mlp", "mlp", "layer")
+_ROUNDINGS = 4.0
+"""Units in the last place of the largest output that still count as the same function: NewGELU writes gelu_tanh
+in five operators, and tiles may multiply matrices in another order."""
 Forward = Callable[..., Any]
 """``forward(module, *args, **kwargs)``; a module-level function or a dataclass, so that a treated model can be
 copied and pickled."""
@@ -210,10 +213,10 @@ class _RecomputeProduct:
             _refuse_hooks(child, name)
         candidates = list(self._candidates(site.kind, children, site.input.shape[-1]))
         assert site.output is not None
-        for allowed in (0.0, 4.0):  # NewGELU writes gelu_tanh in five operators, which round otherwise
+        for allowed in (0.0, _ROUNDINGS):
             for forward in candidates:
                 distance = _ulps(forward(site.module, site.input), site.output)
-                if distance <= allowed and _same_when_training(site, forward, distance):
+                if distance <= allowed and _same_when_training(site, forward, allowed):
                     return self._measured(site, forward, distance)
         raise NotServedError(f"not a linear layer of {', '.join(ACTIVATIONS)} to the bit")
 
@@ -250,7 +253,7 @@ class _RecomputeProduct:
             forward=forward,
             plain_bytes=saved(site.module),
             saved_bytes=saved(lambda x: forward(site.module, x)),
-            equal="bit-equal" if distance == 0 else f"within {distance:.0f} roundings",
+            equal=_in_words(distance),
         )
 
 
@@ -262,7 +265,11 @@ def _ulps(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max()) / unit
 
 
-def _same_when_training(site: Site, forward: Forward, distance: float) -> bool:
+def _in_words(distance: float) -> str:
+    return "bit-equal" if distance == 0 else "equal within rounding"
+
+
+def _same_when_training(site: Site, forward: Forward, allowed: float) -> bool:
     """Whether a dropout sits where we think it does."""
     dropouts = [m for m in site.module.modules() if isinstance(m, nn.Dropout)]
     modes = [m.training for m in dropouts]
@@ -277,7 +284,7 @@ def _same_when_training(site: Site, forward: Forward, distance: float) -> bool:
     finally:
         for dropout, mode in zip(dropouts, modes, strict=True):
             dropout.training = mode
-    return _ulps(results[1], results[0]) <= distance
+    return _ulps(results[1], results[0]) <= allowed
 
 
 def _tiled_forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -306,13 +313,13 @@ class _TileTokens:
         got = _tiled_forward(site.module, x)
         assert site.output is not None
         distance = _ulps(got, site.output)
-        if not distance <= 4:
+        if not distance <= _ROUNDINGS:
             raise NotServedError("its rows depend on each other")
         return Offer(
             forward=_tiled_forward,
             plain_bytes=measured_bytes(lambda: site.module(_leaf(x)), fixed, site.tokens),
             saved_bytes=x.nbytes / site.tokens,
-            equal="bit-equal" if distance == 0 else f"within {distance:.0f} roundings",
+            equal=_in_words(distance),
         )
 
 
