@@ -52,8 +52,8 @@ def chunked_attention(
     """``dropout(softmax(scale * query @ key^T + bias)) @ value`` in O(sqrt(M)) memory beside its operands.
 
     Saved: query, key, value, output and fp32 (fp64 for fp64) ``[B, H, N]``; bias and mask by reference. A query
-    that may look at no key gets zeros. Scores, softmax and sums are in fp32 (fp64); products in the dtype of the
-    operands, or in autocast's.
+    that may look at no key gets zeros. Products of matrices are rounded to the dtype of the operands (or
+    autocast's), as eager attention rounds them; softmax and sums are in fp32 (fp64).
 
     Args:
         query: ``[B, H, N, D]``.
@@ -265,7 +265,7 @@ class _ChunkedAttention(torch.autograd.Function):
                     dprobabilities = (grad_rows @ value[..., chunk.keys, :].transpose(-1, -2)).to(accurate)
                     used = probabilities
                     if settings.dropout:
-                        kept = _kept(shape, chunk, ctx.seed, settings, query.device) / (1 - settings.dropout)
+                        kept = _kept(shape, chunk, ctx.seed, settings, probabilities)
                         dprobabilities *= kept
                         used = probabilities * kept
                     heads = used.to(grad.dtype).transpose(-1, -2) @ grad_rows
@@ -308,16 +308,18 @@ def _forward_rows(
         exponentials = scores.sub_(base).exp_()
         total = total * shrink + exponentials.sum(-1, keepdim=True)
         if settings.dropout:
-            exponentials *= _kept(shape, chunk, seed, settings, value.device) / (1 - settings.dropout)
+            exponentials *= _kept(shape, chunk, seed, settings, exponentials)
         weighted = weighted * shrink + exponentials.to(value.dtype) @ value[..., chunk.keys, :]
         largest = new_largest
     out = weighted / total.masked_fill(total == 0, 1.0)
     return out.to(value.dtype), (largest + total.log()).squeeze(-1)
 
 
-def _kept(shape: torch.Size, chunk: _Chunk, seed: int, settings: _Settings, device: torch.device) -> Tensor:
+def _kept(shape: torch.Size, chunk: _Chunk, seed: int, settings: _Settings, like: Tensor) -> Tensor:
+    """What dropout multiplies probabilities by."""
     queries, keys = (range(s.start, s.stop) for s in chunk)
-    return keep_mask(shape, queries, keys, seed=seed, dropout=settings.dropout, device=device)
+    mask = keep_mask(shape, queries, keys, seed=seed, dropout=settings.dropout, device=like.device)
+    return mask.to(like.dtype).mul_(1 / (1 - settings.dropout))
 
 
 def _add_to_part(dbias: Tensor, dscores: Tensor, chunk: _Chunk) -> None:

@@ -130,7 +130,10 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, module: nn.Module, tile_tokens: int, *parameters: Tensor) -> Tensor:
         ctx.surroundings = Surroundings(x.device)
         ctx.module, ctx.tile_tokens = module, tile_tokens
-        ctx.save_for_backward(x, *parameters)
+        # Not saved as tensors: hooks on those (checkpointing, offload) may give back copies, and the module
+        # that runs again reads the parameters themselves.
+        ctx.parameters = [(parameter, parameter._version) for parameter in parameters]
+        ctx.save_for_backward(x)
         draws = _WholeDraws(len(x))
         out = None
         for tile in _tiles(len(x), tile_tokens):
@@ -144,7 +147,8 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("tiled")
-        x, *parameters = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
+        parameters = _unchanged(ctx.parameters)
         needs_x = ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -165,6 +169,16 @@ class _Tiled(torch.autograd.Function):
                 _add(sums, gradients)
         rounded = (None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True))
         return (grad_x, None, None, *rounded)
+
+
+def _unchanged(noted: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    for parameter, version in noted:
+        if parameter._version != version:
+            raise RuntimeError(
+                f"tiled: a parameter of shape {tuple(parameter.shape)} was modified by an inplace operation "
+                "between forward and backward, which computes with it again"
+            )
+    return [parameter for parameter, _ in noted]
 
 
 def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
