@@ -155,50 +155,44 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
 
 
-def linear_gradients(
-    grad: Tensor, x: Tensor | None, weight: Tensor, *, bias: bool, transposed: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of weight (None without ``x``) and bias, as autograd computes them.
-
-    ``grad`` is ``[rows, out]``, ``x`` ``[rows, in]`` in the same dtype; gradients are in the dtype of ``weight``.
-    """
-    grad_weight = None
-    if x is not None:
-        grad_weight = (x.t() @ grad if transposed else grad.t() @ x).to(weight.dtype)
-    return grad_weight, grad.sum(0) if bias else None
-
-
 class _Linear(torch.autograd.Function):
+    """Written for few Python instructions: behind products that clear the caches each costs several times what
+    it does in a loop. Gradients may leave in autocast's dtype; the engine casts them to that of the input."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        ctx.dtype = autocast_dtype(x)
-        ctx.transposed = transposed
-        ctx.shape, ctx.input_dtype = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] or ctx.needs_input_grad[1] else None)
-        x, weight = cast(x, ctx.dtype), cast(weight, ctx.dtype)
-        bias = None if bias is None else cast(bias, ctx.dtype)
-        with without_autocast(x):
+        ctx.transposed, ctx.dtype = transposed, autocast_dtype(x)
+        ctx.save_for_backward(weight)
+        if ctx.dtype is None:
             return plain_linear(x, weight, bias, transposed=transposed)
+        with without_autocast(x):
+            bias = None if bias is None else bias.to(ctx.dtype)
+            return plain_linear(x.to(ctx.dtype), weight.to(ctx.dtype), bias, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("memtrain.optim.autograd.linear")
-        (weight,) = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        rows = grad.reshape(-1, grad.shape[-1])
         with without_autocast(grad):
-            grad_x = None
-            if needs_x:
-                used = cast(weight, ctx.dtype)
-                grad_x = rows @ (used.t() if ctx.transposed else used)
-                grad_x = grad_x.view(ctx.shape).to(ctx.input_dtype)
-            x = None
+            (weight,) = ctx.saved_tensors
+            needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+            rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+            grad_x = input_gradient(rows, weight, grad.shape[:-1], ctx) if needs_x else None
+            grad_weight = None
             if needs_weight:
-                x = cast(_output_again(ctx.next_functions[0][0]), ctx.dtype).reshape(-1, ctx.shape[-1])
-            grad_weight, grad_bias = linear_gradients(
-                rows, x, weight, bias=needs_bias, transposed=ctx.transposed
-            )
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None
+                x = cast(_output_again(ctx.next_functions[0][0]), ctx.dtype)
+                grad_weight = weight_gradient(rows, x, ctx)
+            return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+def input_gradient(rows: Tensor, weight: Tensor, shape: torch.Size, ctx: Any) -> Tensor:
+    """``grad @ weight`` as autograd computes it, ``[*shape, in]``; ``rows`` is ``grad`` with two dimensions."""
+    weight = cast(weight, ctx.dtype)
+    product = rows @ (weight.t() if ctx.transposed else weight)
+    return product if len(shape) == 1 else product.view(*shape, product.shape[1])
+
+
+def weight_gradient(rows: Tensor, x: Tensor, ctx: Any) -> Tensor:
+    """``grad.T @ x`` as autograd computes it."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x.t() @ rows if ctx.transposed else rows.t() @ x

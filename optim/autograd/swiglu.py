@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from memtrain.optim.autograd.recomputed import (
     autocast_dtype,
     cast,
-    linear_gradients,
+    input_gradient,
     plain_linear,
     refuse_double_backward,
+    weight_gradient,
     without_autocast,
 )
 
@@ -154,43 +155,38 @@ class _ActivatedLinear(torch.autograd.Function):
         activation: str,
         transposed: bool,
     ) -> Tensor:
-        ctx.activation, ctx.transposed = activation, transposed
-        ctx.dtype = autocast_dtype(gate)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        needs_gate, needs_up, needs_weight = ctx.needs_input_grad[:3]
-        activations_needed = needs_gate or needs_up or needs_weight
-        ctx.save_for_backward(
-            gate if activations_needed else None,
-            up if activations_needed else None,
-            weight if activations_needed else None,
-        )
-        product = ACTIVATIONS[activation].forward(gate) if up is None else swiglu_forward(gate, up, activation)
-        weight = cast(weight, ctx.dtype)
-        bias = None if bias is None else cast(bias, ctx.dtype)
+        ctx.activation, ctx.transposed, ctx.dtype = activation, transposed, autocast_dtype(gate)
+        if any(ctx.needs_input_grad[:3]):
+            ctx.save_for_backward(gate, up, weight)
+        product = _product(gate, up, activation)
+        if ctx.dtype is None:
+            return plain_linear(product, weight, bias, transposed=transposed)
         with without_autocast(gate):
-            return plain_linear(cast(product, ctx.dtype), weight, bias, transposed=transposed)
+            bias = None if bias is None else bias.to(ctx.dtype)
+            return plain_linear(product.to(ctx.dtype), weight.to(ctx.dtype), bias, transposed=transposed)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("gated_linear")
-        gate, up, weight = ctx.saved_tensors
         needs_gate, needs_up, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
         dgate = dup = dweight = product = None
         with without_autocast(grad):
+            dbias = rows.sum(0) if needs_bias else None
+            if not (needs_gate or needs_up or needs_weight):
+                return None, None, None, dbias, None, None
+            gate, up, weight = ctx.saved_tensors
             if needs_gate or needs_up:
-                used = cast(weight, ctx.dtype)
-                dproduct = rows @ (used.t() if ctx.transposed else used)
-                dproduct = dproduct.view(gate.shape).to(gate.dtype)
+                dproduct = input_gradient(rows, weight, grad.shape[:-1], ctx).to(gate.dtype)
                 if up is None:
                     dgate = ACTIVATIONS[ctx.activation].backward_(dproduct, gate)
                 else:
                     dgate, dup, product = swiglu_backward(dproduct, gate, up, ctx.activation)
             if needs_weight:
-                if product is None:
-                    product = ACTIVATIONS[ctx.activation].forward(gate)
-                    product = product if up is None else product.mul_(up)
-                product = cast(product, ctx.dtype).reshape(-1, gate.shape[-1])
-                dweight, _ = linear_gradients(rows, product, weight, bias=False, transposed=ctx.transposed)
-            dbias = rows.sum(0).to(ctx.bias_dtype) if needs_bias else None
+                product = _product(gate, up, ctx.activation) if product is None else product
+                dweight = weight_gradient(rows, cast(product, ctx.dtype), ctx)
         return (dgate if needs_gate else None, dup if needs_up else None, dweight, dbias, None, None)
+
+
+def _product(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    return ACTIVATIONS[activation].forward(gate) if up is None else swiglu_forward(gate, up, activation)
