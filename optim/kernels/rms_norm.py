@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 MAX_COLUMNS = 1 << 15
 """A row stays in the registers of one block; above this many columns it would spill."""
-_CPU_CHUNK_ELEMENTS = 1 << 16
+_CPU_CHUNK_ELEMENTS = 1 << 18
+"""Rows of [2048, 2048] on two idle cores, bf16: forward 3.5 ms against 15.5 ms in one piece, backward 9.8
+against 42; fp32: 3.6 against 4.3 and 7.7 against 25. Between 2^17 and 2^19 it is the same within 5 %."""
 
 
 def reference_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -176,11 +178,38 @@ def row_programs(device: torch.device) -> int:
 
 
 def _cpu_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return reference_forward(x, weight, eps)
+    """By chunks of rows, whose fp32 intermediates stay in the cache."""
+    y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
+    rstd = torch.empty(*x.shape[:-1], 1)
+    for x_part, y_part, rstd_part in _row_chunks(x, y, rstd):
+        wide = x_part.float()
+        torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=rstd_part)
+        rstd_part.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        torch.mul(weight, (wide * rstd_part).to(x.dtype), out=y_part)
+    return y, rstd
 
 
 def _cpu_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return reference_backward(dy, x, weight, rstd)
+    x = x.contiguous()
+    dx, dweight = torch.empty_like(x), torch.zeros(weight.shape)
+    for dy_part, x_part, rstd_part, dx_part in _row_chunks(dy, x, rstd, dx):
+        normalised = x_part.float() * rstd_part
+        gradient = dy_part.float()
+        rounded = normalised if x.dtype == torch.float32 else normalised.to(x.dtype)
+        dweight += (gradient * rounded).sum(0)
+        gradient = gradient * weight  # not in place: it may be dy itself
+        along = (gradient * normalised).mean(1, keepdim=True)
+        dx_part.copy_(gradient.addcmul_(normalised, along, value=-1).mul_(rstd_part))
+    return dx, dweight.to(weight.dtype)
+
+
+def _row_chunks(*tensors: Tensor) -> zip[tuple[Tensor, ...]]:
+    """Chunks of the rows of contiguous tensors that have one number of rows and at least one element a
+    row."""
+    columns = max(1, max(t.shape[-1] for t in tensors))
+    rows = max(1, _CPU_CHUNK_ELEMENTS // columns)
+    flat = (t.contiguous().view(-1, t.shape[-1]) if t.numel() else t.flatten(0, -2) for t in tensors)
+    return zip(*(torch.split(t, rows) for t in flat), strict=True)
 
 
 _ROWS, _PROGRAMS = 8192, 108  # the traffic is counted at: 8192 tokens, the multiprocessors of an A100

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.kernels import rms_norm
+from tests.optim.kernels.compare import close
 from tests.optim.kernels.traffic import count_traffic
 
 SHAPES = [(5, 123, 123), (1, 1), (3, 1), (7, 64), (2, 0, 8)]
@@ -32,15 +33,6 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def llama(x: Tensor, weight: Tensor) -> Tensor:
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-
-
-def close(actual: Tensor, expected: Tensor, *, rounds: float) -> None:
-    """Within ``rounds`` roundings of the dtype, relative to the largest."""
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    if expected.numel():
-        limit = rounds * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
-        torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=limit)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
