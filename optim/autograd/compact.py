@@ -43,11 +43,10 @@ from memtrain.optim.autograd.linears import Select, change_class, input_groups, 
 from memtrain.optim.autograd.lossy_backward import (
     LossyBackwardError,
     PerInput,
-    autocast_dtype,
     eager_only,
     refuse_second_derivative,
-    without_autocast,
 )
+from memtrain.optim.autograd.recomputed import autocast_dtype, without_autocast
 from memtrain.optim.projection import Projection, Projector, Stored
 from memtrain.optim.storage import RandomKey
 

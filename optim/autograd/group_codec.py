@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memtrain.optim.storage.random import MIX_FIRST, MIX_SECOND, signed32
+
 GROUP = 128
 """With bf16 scales 8.125 bits a value. 64 costs 1.5 % more bytes for an error that is 7 % smaller."""
 _GROUPS = (64, 128, 256)
@@ -165,9 +167,9 @@ def _round_up_to_bf16(positive: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """A bijective hash of int32 (Wellons' lowbias32); shifts are masked because int32's carry the sign."""
-    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
-    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * -2073254261  # 0x846CA68B
+    """The mixer of ``storage.random``, of a key that is a tensor: what was saved is known on the device alone."""
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * MIX_FIRST
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * signed32(MIX_SECOND)
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 

@@ -211,15 +211,18 @@ def _doubled(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return (a[0] == 2 * b[0] and a[1] == b[1]) or (a[1] == 2 * b[1] and a[0] == b[0])
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether few-bit backward is for modules of this class."""
+    kind = type(module)
+    of_hf = kind.__module__ == "transformers.activations" and kind.__name__ in _HF_ACTIVATIONS
+    return of_hf or isinstance(module, _TORCH_ACTIVATIONS)
+
+
 def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Name, parent, attribute and module of each; a module in two places comes twice."""
     for path, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent.named_children():
-            known = isinstance(child, _TORCH_ACTIVATIONS) or (
-                type(child).__module__ == "transformers.activations"
-                and type(child).__name__ in _HF_ACTIVATIONS
-            )
-            if known:
+            if is_activation(child):
                 yield f"{path}.{attribute}" if path else attribute, parent, attribute, child
 
 

@@ -1,4 +1,4 @@
-"""What functions with an inexact backward share: the error they raise, autocast, one result per input.
+"""What functions with an inexact backward share: the error they raise, compilers, one result per input.
 
 Every one of them computes its forward pass exactly and its gradients from less than autograd would save.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -54,20 +53,6 @@ def eager_only(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         return call
 
     return decorate
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What the present autocast computes matrix products of ``tensor`` in; None without one."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """For arithmetic whose casts are done."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class PerInput(Generic[T]):

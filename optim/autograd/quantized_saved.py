@@ -51,6 +51,12 @@ class SavedTensorCompressor:
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Stored]]] = {}
         self._live: weakref.WeakSet[_Stored] = weakref.WeakSet()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"codec": self.codec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of codes and scales that graphs hold now."""

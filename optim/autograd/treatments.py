@@ -41,9 +41,9 @@ class Offer:
     """What a treatment would do at one site."""
 
     forward: Forward
-    plain_bytes: float
-    """Saved per token by the plain module, as measured in the probe."""
-    saved_bytes: float
+    plain_bytes: float | None
+    """Saved per token by the plain module, as measured in the probe; None where that says nothing."""
+    saved_bytes: float | None
     """Saved per token in its place."""
     equal: str = "bit-equal"
     """How its result compares with the plain module's in the probe."""

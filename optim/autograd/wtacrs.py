@@ -34,11 +34,10 @@ from torch.nn import functional as F
 from memtrain.optim.autograd.linears import Select, change_class, input_groups, linears_of, restore_class
 from memtrain.optim.autograd.lossy_backward import (
     PerInput,
-    autocast_dtype,
     eager_only,
     refuse_second_derivative,
-    without_autocast,
 )
+from memtrain.optim.autograd.recomputed import autocast_dtype, without_autocast
 
 DEFAULT_RATIO = 0.3
 """The paper's share of rows."""
@@ -184,7 +183,9 @@ class WTAInput:
 
 
 def _row_norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return norms
 
 
 class WTALinear(nn.Linear):

@@ -22,7 +22,7 @@ not made faster by this; it is made larger.
 Layout, little endian: ``_HEADER`` (magic, count of weights, chunks), the coded bytes of each chunk as
 uint32, the coded chunks one after the other, then one byte of sign and mantissa for each weight. A chunk
 that does not shrink is stored as it is, so nothing ever takes more than ``bound_bytes``. There is no
-checksum: extents of a tier have theirs. """
+checksum: extents of a tier have theirs."""
 
 from __future__ import annotations
 
@@ -92,13 +92,20 @@ def encode(weights: Tensor) -> Tensor:
     coder = library.ZstdCompressor(compression_params=parameters)
     bits = weights.detach().reshape(-1).view(torch.int16)
     rest = torch.empty(bits.numel(), dtype=torch.uint8)
+    scratch = torch.empty(2, min(_CHUNK, bits.numel()), dtype=torch.int16)
+    exponents = torch.empty(scratch.shape[1], dtype=torch.uint8)
     coded: list[bytes] = []
     for part in _parts(bits.numel()):
-        exponents = (bits[part] >> 7).to(torch.uint8)
-        rest[part] = ((bits[part] >> 8) & 0x80 | bits[part] & 0x7F).to(torch.uint8)
-        plain = exponents.numpy().data
+        count = part.stop - part.start
+        shifted, signs = scratch[:, :count]
+        torch.bitwise_right_shift(bits[part], 7, out=shifted)
+        plain = exponents[:count].copy_(shifted).numpy().data
+        shifted >>= 1
+        shifted &= 0x80
+        torch.bitwise_and(bits[part], 0x7F, out=signs)
+        rest[part] = signs.bitwise_or_(shifted)
         small = coder.compress(plain)
-        coded.append(small if len(small) < len(plain) else bytes(plain))
+        coded.append(small if len(small) < count else bytes(plain))
     header = _HEADER.pack(_MAGIC, bits.numel(), len(coded)) + b"".join(_SIZE.pack(len(c)) for c in coded)
     packed = bytearray(b"".join((header, *coded)))
     return torch.cat([torch.frombuffer(packed, dtype=torch.uint8), rest])
@@ -114,17 +121,25 @@ def decode(packed: Tensor, shape: torch.Size) -> Tensor:
         DamagedWeightsError: the bytes are not such, or are of another number of weights.
         MissingZstandardError: see there.
     """
-    raw = memoryview(packed.contiguous().numpy())
+    raw = packed.contiguous().numpy().data
     sizes = _read_header(raw, shape.numel())
     start = _HEADER.size + len(sizes) * _SIZE.size
     rest = packed[start + sum(sizes) :]
     coder = _zstandard().ZstdDecompressor()
     bits = torch.empty(shape.numel(), dtype=torch.int16)
+    scratch = torch.empty(min(_CHUNK, len(bits)), dtype=torch.int16)
     for part, size in zip(_parts(len(bits)), sizes, strict=True):
         count = part.stop - part.start
-        exponents = _exponents(coder, raw[start : start + size], count)
-        signs = rest[part].to(torch.int16)
-        bits[part] = (exponents.to(torch.int16) << 7) | (signs & 0x7F) | ((signs & 0x80) << 8)
+        target, signs = bits[part], scratch[:count]
+        target.copy_(_exponents(coder, raw[start : start + size], count))
+        target <<= 7
+        signs.copy_(rest[part])
+        signs &= 0x7F
+        target |= signs
+        signs.copy_(rest[part])
+        signs &= 0x80
+        signs <<= 8
+        target |= signs
         start += size
     return bits.view(torch.bfloat16).view(shape)
 

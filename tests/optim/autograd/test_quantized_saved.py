@@ -315,6 +315,21 @@ def test_other_hooks_around_a_block_are_refused() -> None:
     block(x).sum().backward()  # nothing is left open
 
 
+def test_hooks_inside_a_block_count_instead() -> None:
+    class Offloads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                return x.sin()
+
+    block, x = Offloads(), inputs()
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+    y = block(x * 1.0)
+    assert compressor.stored_bytes == 0
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, x.cos())
+
+
 def test_an_error_in_a_block_leaves_no_hooks_behind() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
