@@ -109,8 +109,16 @@ class CompActLinear(nn.Linear):
     """An ``nn.Linear`` with CompAct's backward; made by ``apply_compact``."""
 
     compact_input: CompActInput
+    compact_weight: tuple[nn.Parameter]
+    """The weight that an optimizer was or will be given; in a tuple, for it is not a second parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not self.compact_weight[0]:
+            raise LossyBackwardError(
+                f"the weight of a CompAct layer ({self.in_features} to {self.out_features} features) was "
+                "replaced since (by sharding, functional_call, or a load with assign=True), and its gradient "
+                "would be put where no optimizer looks: undo, and apply CompAct again; it cannot be sharded"
+            )
         return compact_linear(x, self.weight, self.bias, self.compact_input)
 
 
@@ -272,7 +280,7 @@ class CompActHandle:
         """Make the layers ``nn.Linear`` again. Pending compressed gradients stay. Twice is harmless."""
         for layer in self._layers.values():
             if isinstance(layer, CompActLinear):
-                restore_class(layer, "compact_input")
+                restore_class(layer, "compact_input", "compact_weight")
         self._guard.remove()
 
 
@@ -305,7 +313,8 @@ def apply_compact(
         inputs[first] = CompActInput(layers[first].in_features, projection, number=number, seed=seed)
     for first, *others in groups:
         for name in (first, *others):
-            change_class(layers[name], CompActLinear, compact_input=inputs[first])
+            layer = layers[name]
+            change_class(layer, CompActLinear, compact_input=inputs[first], compact_weight=(layer.weight,))
     return CompActHandle(layers, inputs)
 
 

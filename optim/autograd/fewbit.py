@@ -17,6 +17,7 @@ per hidden feature (.5 and .375 for 3 bits), where the exact ``swiglu.activation
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +70,11 @@ class Activation:
                 f"the derivative of {self.name} grows without bound, so a table is good for inputs of known "
                 "spread alone: give their histogram (collect_histograms)"
             )
+        if inputs is None and ACTIVATIONS.get(self.name) is self:
+            return _table_called(self.name, bits)
+        return self._make_table(bits, inputs)
+
+    def _make_table(self, bits: int, inputs: Histogram | None) -> FewBitTable:
         bound = RANGE if inputs is None else max(RANGE, abs(inputs.low), abs(inputs.high))
         return optimal_table(
             self.function,
@@ -79,6 +85,11 @@ class Activation:
             parity=self.even,
             weight=None if inputs is None else inputs.density,
         )
+
+
+@functools.cache
+def _table_called(name: str, bits: int) -> FewBitTable:
+    return ACTIVATIONS[name]._make_table(bits, None)
 
 
 def derivative_of(function: Elementwise) -> Elementwise:

@@ -167,7 +167,7 @@ def _round_up_to_bf16(positive: Tensor) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The mixer of ``storage.random``, of a key that is a tensor: what was saved is known on the device alone."""
+    """The mixer of ``storage.random``, for a key that is a tensor: only the device knows what is saved."""
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * MIX_FIRST
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * signed32(MIX_SECOND)
     return bits ^ ((bits >> 16) & 0xFFFF)

@@ -381,6 +381,17 @@ def test_the_output_embedding_and_half_tied_weights() -> None:
     assert type(model.body) is nn.Linear
 
 
+def test_a_replaced_weight_is_refused() -> None:
+    model, x = Attention(), batch()
+    apply_compact(model)
+    model.load_state_dict(model.state_dict())  # copies into the same parameter
+    model.to("cpu", torch.float64)
+    model(x.detach().double()).sum().backward()
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(LossyBackwardError, match="was replaced"):
+        model(x.detach().double())
+
+
 def test_refuses_wrong_ranks_kinds_and_models() -> None:
     with pytest.raises(ProjectionError, match="rank 25 exceeds 24"):
         apply_compact(Attention(), density=None, rank=25)

@@ -241,6 +241,14 @@ def test_accumulation_and_walking_a_graph_twice() -> None:
     assert relative_errors([block.up.weight.grad], [once])[0] < 1e-6
 
 
+def test_a_scaled_loss_scales_the_gradient_exactly() -> None:
+    # T8, with a power of two as GradScaler has
+    block, x = MLP(), inputs()
+    SavedTensorCompressor(GroupCodec(bits=4)).attach(block)
+    plain, scaled = (torch.autograd.grad(block(x).sum() * c, block.up.weight)[0] for c in (1, 1024))
+    assert torch.equal(scaled, 1024 * plain)
+
+
 def test_second_derivatives_are_refused() -> None:
     block, x = MLP(), inputs()
     SavedTensorCompressor().attach(block)
