@@ -127,7 +127,7 @@ class Attachment:
 
     @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        region = self._open.pop()
+        region = self._open.pop() if self._open else None  # fullgraph=True refuses _enter, and comes here
         if region is not None:
             region.__exit__(None, None, None)
             region.keep_outputs(result)

@@ -406,3 +406,21 @@ def test_a_compiled_block() -> None:
     got = list(torch.autograd.grad(y, [*parameters, x], weights))
     errors = relative_errors(got, expected)
     assert 1e-4 < max(errors) < 0.012
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute:UserWarning")
+def test_hooks_inside_a_compiled_model_break_its_graph_or_are_refused() -> None:
+    block, x = MLP(), inputs()
+    parameters = [block.up.weight, block.down.weight]
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+    expected = gradients(block, parameters, x)
+    compiled = torch.compile(block, backend="aot_eager")
+    assert max(relative_errors(gradients(compiled, parameters, x), expected)) < 1e-5
+    y = compiled(x)
+    assert compressor.stored_bytes > 0
+    del y
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="saved-tensor hooks are entered and left"):
+        torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
