@@ -130,6 +130,7 @@ def apply_fewbit(
     *,
     inputs: Mapping[str, Histogram] | None = None,
     select: Callable[[str, nn.Module], bool] | None = None,
+    gated: bool = False,
 ) -> FewBitHandle:
     """Replace activations by ones with few-bit backward. The forward pass stays the module's own.
 
@@ -138,6 +139,8 @@ def apply_fewbit(
         inputs: histograms of the activations' inputs, by name (``collect_histograms``), for tables that are
             best for them; an activation without one gets the table for any input.
         select: ``(name, module) -> bool``; None: all.
+        gated: treat gated MLPs too. They then keep 6.4 bytes of bf16 per hidden feature (gate's bits, its
+            activation, up, product) of eager's 8, where the exact recompute keeps 4.
 
     Raises:
         UnsupportedActivationError: nothing to replace, or a chosen activation belongs to a gated MLP.
@@ -150,7 +153,7 @@ def apply_fewbit(
             "(GELU, SiLU, squared ReLU, Mish, Softplus, ELU, SELU as a module of its own)"
         )
     for name, parent, _, _ in chosen:
-        if is_gated(parent):
+        if is_gated(parent) and not gated:
             raise UnsupportedActivationError(
                 f"{name} belongs to a gated MLP ({type(parent).__name__}), where few-bit gives "
                 "nothing: the gate's product needs the activation's value, which follows from the saved "

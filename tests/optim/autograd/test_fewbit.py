@@ -201,6 +201,7 @@ def test_gated_mlps_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedActivationError, match=r"layers\.0\.mlp\.act_fn belongs to a gated MLP"):
         apply_fewbit(model)
     assert not any(isinstance(module, FewBitActivation) for module in model.modules())
+    assert apply_fewbit(model, gated=True).names == ["model.layers.0.mlp.act_fn"]  # asked for by name
 
 
 def test_gates_are_known_by_the_shapes_of_their_weights() -> None:
