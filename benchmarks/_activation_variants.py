@@ -6,6 +6,7 @@ A variant is a way to keep activations; ``treat`` puts it on a model. Lossy trea
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 import time
@@ -19,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXLayer, GPTNeoXRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from memtrain.optim.autograd.apply import apply_to
@@ -85,13 +87,17 @@ class Job:
         return kept / self.tokens
 
 
-def layer_job(dtype: torch.dtype, variant: str) -> Job:
-    """One Llama layer on 2 x 256 tokens."""
+def layer_job(dtype: torch.dtype, variant: str, *, gated: bool = True) -> Job:
+    """One layer on 2 x 256 tokens: of Llama, or with LayerNorm and a GELU MLP of four times its width."""
     torch.manual_seed(0)
-    config = _config(layers=1)
-    layer = LlamaDecoderLayer(config, 0).to(dtype)
+    if gated:
+        config = _config(layers=1)
+        layer, rotary = LlamaDecoderLayer(config, 0).to(dtype), LlamaRotaryEmbedding(config)
+    else:
+        config = _gelu_config()
+        layer, rotary = GPTNeoXLayer(config, 0).to(dtype), GPTNeoXRotaryEmbedding(config)
     leaf = torch.randn(BATCH, TOKENS, FEATURES).to(dtype).requires_grad_()
-    rotary, places = LlamaRotaryEmbedding(config), torch.arange(TOKENS)[None]
+    places = torch.arange(TOKENS)[None]
 
     def run(x: Tensor) -> Tensor:
         out: Tensor = layer(x, position_embeddings=rotary(x, places))
@@ -122,6 +128,7 @@ def model_job(dtype: torch.dtype, variant: str, *, batch: int, tokens: int, laye
         treat(variant, model, blocks=list(model.model.layers), example=None)
 
     def forward() -> Tensor:
+        torch.manual_seed(1)  # of draws, where a treatment draws
         loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
         return loss
 
@@ -140,14 +147,27 @@ def _config(*, layers: int) -> Any:
     return config
 
 
-def variants() -> list[str]:
-    """Those that this checkout has."""
+def _gelu_config() -> Any:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=FEATURES,
+        intermediate_size=4 * FEATURES,
+        num_attention_heads=HEADS,
+        num_hidden_layers=1,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def variants(*, gated: bool = True) -> list[str]:
+    """Those that this checkout has. Few-bit activations save nothing in a gated MLP, and refuse it."""
     found = ["eager", "exact", "checkpointing"]
-    try:
-        import memtrain.optim.autograd.lossy  # noqa: F401
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("memtrain.optim.autograd.lossy") is None:
         return found
-    return [*found, "int8", "exact + int8", "exact + int4", "few-bit", "CompAct", "WTA-CRS"]
+    lossy = ["int8", "exact + int8", "exact + int4", "CompAct", "WTA-CRS"]
+    return [*found, *lossy] if gated else [*found, "exact + int8", "few-bit"]
 
 
 def treat(
@@ -168,7 +188,7 @@ def treat(
     elif variant == "exact + int4":
         compress_blocks(module, GroupCodec(bits=4), blocks=blocks)
     elif variant == "few-bit":
-        apply_fewbit(module, gated=True)
+        apply_fewbit(module)
     elif variant == "CompAct":
         apply_compact(module, select=_inside_blocks)
     elif variant == "WTA-CRS":

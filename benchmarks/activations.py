@@ -1,4 +1,4 @@
-"""What a Llama layer saves for backward, what a step costs, and how far gradients move: each way to keep less.
+"""Ways to keep less for backward: bytes that a Llama layer saves, time of a step, error of its gradients.
 
     python benchmarks/activations.py                # about three minutes on two idle cores
 
@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=20, help="of the layer; of the model a quarter")
-    parser.add_argument("--child", choices=("layer", "model", "peak"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("layer", "gelu", "model", "peak"), help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=argparse.SUPPRESS)
     parser.add_argument("--variant", default="eager", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -45,6 +45,7 @@ def main() -> None:
     details: dict[str, Any] = {}
     for dtype in DTYPES:
         details[f"layer {dtype}"] = child("layer", dtype=dtype, rounds=args.rounds)
+    details["layer with a GELU MLP bfloat16"] = child("gelu", rounds=args.rounds)
     details["model bfloat16"] = child("model", rounds=max(3, args.rounds // 4))
     names = list(details["model bfloat16"])
     details["peak"] = {name: child("peak", variant=name) for name in names}
@@ -83,8 +84,10 @@ def _child(args: argparse.Namespace) -> dict[str, Any]:
         before = peak_bytes()
         job.step()
         return {"step_bytes": peak_bytes() - before, "peak_bytes": peak_bytes()}
-    if args.child == "layer":
-        return _compared({name: layer_job(dtype, name) for name in variants()}, args.rounds)
+    if args.child != "model":
+        gated = args.child == "layer"
+        names = variants(gated=gated)
+        return _compared({name: layer_job(dtype, name, gated=gated) for name in names}, args.rounds)
     return _compared({name: model_job(dtype, name, **sizes) for name in variants()}, args.rounds)
 
 
@@ -122,7 +125,9 @@ def _compared(jobs: dict[str, Any], rounds: int) -> dict[str, Any]:
 
 
 def _table(report: dict[str, Any]) -> str:
-    header = "variant,B/token,of eager,ms,of eager,(quartiles),of checkpointing,gradient error,forward".split(",")
+    header = "variant,B/token,of eager,ms,of eager,(quartiles),of checkpointing,gradient error,forward".split(
+        ","
+    )
     rows = [
         (
             name,

@@ -6,9 +6,9 @@
     revert(model)
 
 Only ``forward`` of single modules is replaced, on the instance: modules, parameters, hooks and the keys of
-``state_dict`` stay what they are, and the model can be copied and pickled. Which modules is found by structure
-and measured in one small forward (``sites.py``), not by the model's name; a module whose result a treatment
-would change is left alone, and the table says why.
+``state_dict`` stay what they are, and the model can be copied and pickled. Which modules is found by
+structure and measured in one small forward (``sites.py``), not by the model's name; a module whose result a
+treatment would change is left alone, and the table says why.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from memtrain.optim.autograd.exact_treatments import register_exact
 from memtrain.optim.autograd.sites import Site, find_sites, quietly
 from memtrain.optim.autograd.treatments import (
     KEEP,
@@ -31,6 +32,8 @@ from memtrain.optim.autograd.treatments import (
     Treatment,
     find_treatment,
 )
+
+register_exact()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +147,9 @@ class Applied:
         header = ("sites", "kind", "module", "treatment", "B/token", "becomes", "")
         lines = [header, *((str(count), *cells) for cells, count in alike.items())]
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-        text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        text = "\n".join(
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
         return f"{text}\nspared: {self.bytes_spared_per_token:.0f} B/token"
 
 
@@ -152,18 +157,20 @@ def _bytes(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def apply_to(model: nn.Module, policy: Policy = EXACT, *, example: Callable[[], Any] | None = None) -> Applied:
+def apply_to(
+    model: nn.Module, policy: Policy = EXACT, *, example: Callable[[], Any] | None = None
+) -> Applied:
     """Put the policy's treatments in place.
 
-    Runs the model once on eight tokens, in eval mode and without gradients, and the treated modules a few times
-    more; modes and random numbers are restored.
+    Runs the model once on eight tokens, in eval mode and without gradients, and the treated modules a few
+    times more; modes and random numbers are restored.
 
     Args:
         example: runs the model (or one layer) once; None: ``model(input_ids=...)`` of a Hugging Face model.
 
     Raises:
-        ValueError: the model has been treated already (``revert`` first); nothing fits the policy; ``example``
-            is needed.
+        ValueError: the model has been treated already (``revert`` first); nothing fits the policy;
+            ``example`` is needed.
     """
     treated = [name for name, module in model.named_modules() if _is_treated(module)]
     if treated:

@@ -1,15 +1,17 @@
 """Exact attention by chunks of queries and keys: dropout, bias and masks without a matrix of scores.
 
-For what ``torch.nn.functional.scaled_dot_product_attention`` computes with all scores in memory: on a CPU every
-call with dropout, everywhere a bias that needs a gradient, a soft-cap. Where SDPA has a fused kernel, use it.
+For what ``torch.nn.functional.scaled_dot_product_attention`` computes with all scores in memory: on a CPU
+every call with dropout, everywhere a bias that needs a gradient, a soft-cap. Where SDPA has a fused kernel,
+use it.
 
-Rabe and Staats (arXiv 2112.05682): a running maximum and sum over chunks of ``sqrt(keys)`` keys, so that beside
-inputs and output there are ``query_chunk * sqrt(keys)`` scores. Departure: instead of checkpointing each chunk,
-the log of the sum is saved for each query (fp32), and backward computes a chunk's probabilities from it in one
-step, as FlashAttention does. Dropout's mask is a hash of (seed, query, key): the same whatever the chunks, in
-forward, in backward and under checkpointing; the seed is drawn from torch's CPU generator.
+Rabe and Staats (arXiv 2112.05682): a running maximum and sum over chunks of ``sqrt(keys)`` keys, so that
+beside inputs and output there are ``query_chunk * sqrt(keys)`` scores. Departure: instead of checkpointing
+each chunk, the log of the sum is saved for each query (fp32), and backward computes a chunk's probabilities
+from it in one step, as FlashAttention does. Dropout's mask is a hash of (seed, query, key): the same whatever
+the chunks, in forward, in backward and under checkpointing; the seed is drawn from torch's CPU generator.
 
-Legend: B batch, H heads of queries, K heads of keys and values (H = K * G), N queries, M keys, D and E features.
+Legend: B batch, H heads of queries, K heads of keys and values (H = K * G), N queries, M keys, D and E
+features.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ def chunked_attention(
 ) -> Tensor:
     """``dropout(softmax(scale * query @ key^T + bias)) @ value`` in O(sqrt(M)) memory beside its operands.
 
-    Saved: query, key, value, output and fp32 (fp64 for fp64) ``[B, H, N]``; bias and mask by reference. A query
-    that may look at no key gets zeros. Products of matrices are rounded to the dtype of the operands (or
-    autocast's), as eager attention rounds them; softmax and sums are in fp32 (fp64).
+    Saved: query, key, value, output and fp32 (fp64 for fp64) ``[B, H, N]``; bias and mask by reference. A
+    query that may look at no key gets zeros. Products of matrices are rounded to the dtype of the operands
+    (or autocast's), as eager attention rounds them; softmax and sums are in fp32 (fp64).
 
     Args:
         query: ``[B, H, N, D]``.
@@ -80,7 +82,7 @@ def chunked_attention(
     _validate(query, key, value, bias, mask, settings)
     seed = int(torch.randint(1 << 31, ())) if dropout else 0
     groups = query.shape[1] // key.shape[1]
-    grouped = query.unflatten(1, (key.shape[1], groups))
+    grouped = query.reshape(query.shape[0], key.shape[1], groups, *query.shape[2:])
     bias, mask = (_grouped(t, query.shape, key.shape) for t in (bias, mask))
     out: Tensor = _ChunkedAttention.apply(  # type: ignore[no-untyped-call]
         grouped, key.unsqueeze(2), value.unsqueeze(2), bias, mask, seed, settings
@@ -95,7 +97,8 @@ def _grouped(extra: Tensor | None, query_shape: torch.Size, key_shape: torch.Siz
     extra = extra[(None,) * (4 - extra.dim())]
     if extra.shape[1] == 1:
         return extra.unsqueeze(2)
-    return extra.unflatten(1, (key_shape[1], query_shape[1] // key_shape[1]))
+    groups = query_shape[1] // key_shape[1]
+    return extra.reshape(extra.shape[0], key_shape[1], groups, *extra.shape[2:])
 
 
 def _validate(
@@ -152,7 +155,7 @@ def _xor_shifted_(x: Tensor, shift: int) -> Tensor:
 def keep_mask(
     shape: torch.Size, queries: range, keys: range, *, seed: int, dropout: float, device: torch.device
 ) -> Tensor:
-    """Which scores dropout keeps: bool ``[B, K, G, len(queries), len(keys)]`` of the whole ``[B, K, G, N, M]``.
+    """Which scores dropout keeps: bool ``[B, K, G, len(queries), len(keys)]`` of ``[B, K, G, N, M]``.
 
     Args:
         shape: of all scores; a row of it is numbered modulo 2^32.

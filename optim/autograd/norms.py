@@ -1,15 +1,14 @@
 """RMSNorm and LayerNorm that save their input and nothing else of its size.
 
 Hugging Face's RMSNorm keeps its input in fp32 and the normalised rows, and each linear layer behind it keeps
-the output once more: of a bf16 Llama layer's 45.8 bytes per feature and token, 16 (optim.md 3.9). Here the
+the output once more: of a bf16 Llama layer's 45.8 bytes per feature and token, 16. Here the
 input is saved in its own dtype with the reciprocal root mean square of each row (fp32); the output is a
 ``RecomputedOutput``, which the layers of ``recomputed.linear`` do not save.
 
 Three ways to write an RMSNorm are in use, and they round differently (``RMSNormForm``). Forward and every
 gradient follow the named form operator by operator, in the order in which autograd would run them, so that
-both are bit-equal to the plain module on a CPU. On CUDA the same operators run; a fused kernel with one call
-for ``rms_norm_forward`` and one for ``rms_norm_backward`` may take their place, and rounds once where they
-round twice.
+both are bit-equal to the plain module. On CUDA the form of Llama goes through the kernels of
+``memtrain.optim.kernels.rms_norm``, whose backward rounds once where autograd rounds twice.
 """
 
 from __future__ import annotations
@@ -28,6 +27,9 @@ from memtrain.optim.autograd.recomputed import (
     refuse_double_backward,
     taken,
 )
+from memtrain.optim.kernels import rms_norm as kernels
+
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class RMSNormForm(str, Enum):
@@ -65,7 +67,8 @@ def rms_norm(
         raise ValueError(f"weight must be [{x.shape[-1]}], the features of x, got {tuple(weight.shape)}")
     if torch.compiler.is_compiling():
         return rms_norm_forward(x, weight, eps, form)[0]
-    twice = x if x.dtype == _wide(x.dtype) else None
+    # The kernel hands over one gradient; autograd two, of which see _RMSNorm.
+    twice = x if x.dtype == _wide(x.dtype) and not _has_kernel(x, form) else None
     result: Tensor = _RMSNorm.apply(x, twice, weight, eps, form)  # type: ignore[no-untyped-call]
     return result
 
@@ -120,11 +123,20 @@ class NormLinear(nn.Module):
             y = rms_norm(x, norm.weight, eps, form=RMSNormForm.SCALE_THEN_ROUND)
         else:
             y = layer_norm(x, norm.weight, norm.bias, norm.eps)
-        return tuple(linear(y, layer.weight, layer.bias) for layer in self.linears)
+        return tuple(linear(y, layer.weight, layer.bias) for layer in self.linears)  # type: ignore[arg-type]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def _has_kernel(x: Tensor, form: RMSNormForm) -> bool:
+    return (
+        x.is_cuda
+        and form is RMSNormForm.ROUND_THEN_SCALE
+        and x.dtype in _KERNEL_DTYPES
+        and x.shape[-1] <= kernels.MAX_COLUMNS
+    )
 
 
 def rms_norm_forward(
@@ -161,10 +173,10 @@ def rms_norm_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``(dx, dx_through_rstd, dweight)`` in the dtypes of ``x`` and ``weight``; None for what is not needed.
 
-    With ``n = x * rstd`` and ``g`` the gradient of ``n`` the gradient of ``x`` has two terms, ``g * rstd`` and
-    ``-x * rstd^3 * sum(g * x) / features``, associated as autograd does it. They come summed in ``dx``, except
-    where ``x`` is in fp32 or fp64. ``normalised``, if somebody has already computed it for ROUND_THEN_SCALE, is
-    ``(x * rstd).to(x.dtype)``; it is overwritten.
+    With ``n = x * rstd`` and ``g`` the gradient of ``n`` the gradient of ``x`` has two terms, ``g * rstd``
+    and ``-x * rstd^3 * sum(g * x) / features``, associated as autograd does it. They come summed in ``dx``,
+    except where ``x`` is in fp32 or fp64. ``normalised``, if somebody has already computed it for
+    ROUND_THEN_SCALE, is ``(x * rstd).to(x.dtype)``; it is overwritten.
     """
     wide = x.to(_wide(x.dtype))
     scratch = torch.empty_like(wide)
@@ -192,7 +204,8 @@ def rms_norm_backward(
 def _sum_of_rows(scratch: Tensor, dy: Tensor) -> Tensor:
     """``dy * scratch`` summed over all dimensions but the last; ``scratch`` may be overwritten.
 
-    Not if ``dy`` lies otherwise in memory: the order of the sum is that of the product, whose is that of ``dy``.
+    Not if ``dy`` lies otherwise in memory: the order of the sum is that of the product, whose is that of
+    ``dy``.
     """
     in_place = scratch.dtype == dy.dtype and scratch.stride() == dy.stride() and dy.dim() > 1
     products = scratch.mul_(dy) if in_place else dy * scratch
@@ -200,14 +213,17 @@ def _sum_of_rows(scratch: Tensor, dy: Tensor) -> Tensor:
 
 
 class _RMSNorm(RecomputedOutput):
-    """In fp32 ``x`` comes twice, because the plain module reads it twice: autograd then adds the two terms of its
-    gradient to that of the residual one after the other, and their sum rounds otherwise."""
+    """In fp32 ``x`` comes twice, because the plain module reads it twice: autograd then adds the two terms of
+    its gradient to that of the residual one after the other, and their sum rounds otherwise."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, _: Tensor | None, weight: Tensor, eps: float, form: RMSNormForm
     ) -> Tensor:
-        y, rstd = rms_norm_forward(x, weight, eps, form)
+        if _has_kernel(x, form):
+            y, rstd = kernels.rms_norm_forward(x, weight, eps)
+        else:
+            y, rstd = rms_norm_forward(x, weight, eps, form)
         ctx.form = form
         ctx.held = Held()
         ctx.save_for_backward(x, weight, rstd)
@@ -227,6 +243,9 @@ class _RMSNorm(RecomputedOutput):
         normalised = ctx.held.kept
         x, weight, rstd = taken(ctx)
         needs_x, _, needs_weight = ctx.needs_input_grad[:3]
+        if _has_kernel(x, ctx.form):
+            dx, dweight = kernels.rms_norm_backward(dy, x, weight, rstd)
+            return dx, None, dweight, None, None
         gradients = rms_norm_backward(
             dy, x, weight, rstd, ctx.form, normalised, needs_x=needs_x, needs_weight=needs_weight
         )

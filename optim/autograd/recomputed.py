@@ -2,18 +2,18 @@
 
 Autograd saves a norm twice: the norm keeps its input, and every linear layer that eats its output keeps the
 output. Here the function that made a tensor is asked for it again in backward, so that nothing but its own
-saved tensors exists between the passes (optim.md 3.9; the idea for RMSNorm is in LowMemoryBP, arXiv 2406.16282,
-which folds the scale into the next weight; here weights stay as they are).
+saved tensors exists between the passes. (LowMemoryBP, arXiv 2406.16282, shares a norm's output with the next
+layer by folding the norm's scale into that layer's weight; here weights stay as they are.)
 
 How the two find each other: ``linear`` looks at its input's ``grad_fn``. A view, a copy or an in-place change
 has another ``grad_fn``, so a tensor that is not exactly what the function returned is saved as usual. Nothing
 is attached to tensors, and the graph is the ordinary one: hooks, gradient accumulation and the order of the
 engine are those of ``torch.nn.functional.linear``, and so, to the bit, are the gradients.
 
-In backward the first linear layer unpacks the producer's saved tensors and computes the output; the other ones
-and the producer itself use the same. Saved-tensor hooks therefore see each tensor packed once and unpacked once
-in a pass, which is what activation checkpointing asks for. What is held is dropped by the producer's own
-backward, or at the end of the pass where that does not run.
+In backward the first linear layer unpacks the producer's saved tensors and computes the output; the other
+ones and the producer itself use the same. Saved-tensor hooks therefore see each tensor packed once and
+unpacked once in a pass, which is what activation checkpointing asks for. What is held is dropped by the
+producer's own backward, or at the end of the pass where that does not run.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def unpacked(node: Any) -> tuple[Tensor, ...]:
             if (still := there()) is not None:
                 still.drop()
 
-        torch.autograd.Variable._execution_engine.queue_callback(drop)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(drop)
     return held.saved
 
 
@@ -96,9 +96,9 @@ def _output_again(node: Any) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """``x @ weight.T + bias`` that does not save an ``x`` which a ``RecomputedOutput`` made.
 
-    Any other ``x`` is given to ``torch.nn.functional.linear``, as everything is under ``torch.compile``, whose
-    partitioner decides for itself what is saved. The result, and every gradient, is bit-equal to that of
-    ``torch.nn.functional.linear``, under autocast as well (where the weight is cast again in backward, and
+    Any other ``x`` is given to ``torch.nn.functional.linear``, as everything is under ``torch.compile``,
+    whose partitioner decides for itself what is saved. The result, and every gradient, is bit-equal to that
+    of ``torch.nn.functional.linear``, under autocast as well (where the weight is cast again in backward, and
     the copy is not saved).
 
     Args:
@@ -156,8 +156,9 @@ def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Written for few Python instructions: behind products that clear the caches each costs several times what
-    it does in a loop. Gradients may leave in autocast's dtype; the engine casts them to that of the input."""
+    """Written for few Python instructions: behind products that clear the caches each costs several times
+    what it does in a loop. Gradients may leave in autocast's dtype; the engine casts them to that of the
+    input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -185,7 +186,7 @@ class _Linear(torch.autograd.Function):
 
 
 def input_gradient(rows: Tensor, weight: Tensor, shape: torch.Size, ctx: Any) -> Tensor:
-    """``grad @ weight`` as autograd computes it, ``[*shape, in]``; ``rows`` is ``grad`` with two dimensions."""
+    """``grad @ weight`` as autograd does it, ``[*shape, in]``; ``rows`` is ``grad`` in two dimensions."""
     weight = cast(weight, ctx.dtype)
     product = rows @ (weight.t() if ctx.transposed else weight)
     return product if len(shape) == 1 else product.view(*shape, product.shape[1])

@@ -1,9 +1,9 @@
-"""Places in a model where activations can be kept in a smaller way, found by structure and one probing forward.
+"""Places in a model where activations can be kept in less, found by structure and one forward.
 
-A kind of site is a shape of module, not a name: a norm is a module with a vector of weights and no children, a
-gated MLP three linear layers of which two widen and one narrows. What such a module computes is decided by the
-treatment that wants to replace it (``treatments.py``), which compares its own result with what the module gave
-in the probe, bit by bit.
+A kind of site is a shape of module, not a name: a norm is a module with a vector of weights and no children,
+a gated MLP three linear layers of which two widen and one narrows. What such a module computes is decided by
+the treatment that wants to replace it (``treatments.py``), which compares its own result with what the module
+gave in the probe, bit by bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Site:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is ``nn.Linear`` itself or GPT-2's Conv1D, whose weight is transposed; no subclass, which may
-    compute anything."""
+    """Whether it is ``nn.Linear`` itself or GPT-2's Conv1D, whose weight is transposed; no subclass, which
+    may compute anything."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
@@ -97,9 +97,7 @@ def find_sites(model: nn.Module, example: Callable[[], Any] | None) -> list[Site
     return list(_sites(model, kinds, calls))
 
 
-def _sites(
-    model: nn.Module, kinds: dict[str, str], calls: dict[str, tuple[Tensor, Any]]
-) -> Iterator[Site]:
+def _sites(model: nn.Module, kinds: dict[str, str], calls: dict[str, tuple[Tensor, Any]]) -> Iterator[Site]:
     norm_outputs = {id(output) for name, (_, output) in calls.items() if kinds[name] == "norm"}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     read: set[int] = set()
@@ -142,9 +140,7 @@ def _kind(module: nn.Module) -> str | None:
 
 def _widens_and_narrows(linears: list[tuple[int, int]]) -> bool:
     """Two of one shape, and one that leads back."""
-    return any(
-        linears[b] == linears[c] == linears[a][::-1] for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1))
-    )
+    return any(linears[b] == linears[c] == linears[a][::-1] for a, b, c in ((0, 1, 2), (1, 0, 2), (2, 0, 1)))
 
 
 @contextmanager

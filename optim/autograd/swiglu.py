@@ -6,7 +6,8 @@ alone are saved and backward computes the others again: of a bf16 Llama layer, 4
 feature and token. Without a gate (``linear(gelu(x))``, GPT-2) 2 of 4.
 
 Forward and every gradient run the operators that autograd runs, in its order: bit-equal to the plain
-expression in fp32, bf16 and under autocast.
+expression in fp32, bf16 and under autocast. On CUDA SwiGLU and GeGLU go through the kernels of
+``memtrain.optim.kernels.swiglu``, one pass each way, which round where these operators round.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from memtrain.optim.autograd.recomputed import (
     weight_gradient,
     without_autocast,
 )
+from memtrain.optim.kernels import swiglu as kernels
 
 _aten = torch.ops.aten
 
@@ -41,38 +43,54 @@ class Activation(NamedTuple):
 
 
 def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    return _aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    _aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    return grad
 
 
 def _gelu_backward_(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
-    return _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad)
+    _aten.gelu_backward.grad_input(grad, x, approximate=approximate, grad_input=grad)
+    return grad
 
 
 def _relu_backward_(grad: Tensor, x: Tensor) -> Tensor:
-    return _aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
+    _aten.threshold_backward.grad_input(grad, x, 0, grad_input=grad)
+    return grad
 
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": Activation(F.silu, _silu_backward_),
     "gelu": Activation(F.gelu, _gelu_backward_),
-    "gelu_tanh": Activation(partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh")),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"), partial(_gelu_backward_, approximate="tanh")
+    ),
     "relu": Activation(F.relu, _relu_backward_),
 }
 
 
+_GELU_KINDS: dict[str, kernels.Approximate] = {"gelu": "none", "gelu_tanh": "tanh"}
+
+
 def swiglu_forward(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """``activation(gate) * up``."""
+    if gate.is_cuda and activation == "silu":
+        return kernels.swiglu_forward(gate, up)
+    if gate.is_cuda and activation in _GELU_KINDS:
+        return kernels.geglu_forward(gate, up, approximate=_GELU_KINDS[activation])
     return ACTIVATIONS[activation].forward(gate).mul_(up)
 
 
 def swiglu_backward(
     dproduct: Tensor, gate: Tensor, up: Tensor, activation: str = "silu"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``(dgate, dup, product)``: the gradients, and what forward returned. ``dproduct`` is overwritten.
+    """``(dgate, dup, product)``: the gradients, and what forward returned. ``dproduct`` may be overwritten.
 
     Three tensors are alive, of which two become gradients of the caller: on a CPU pages that are touched for
     the first time cost more than the arithmetic.
     """
+    if gate.is_cuda and activation == "silu":
+        return kernels.swiglu_backward(dproduct, gate, up)
+    if gate.is_cuda and activation in _GELU_KINDS:
+        return kernels.geglu_backward(dproduct, gate, up, approximate=_GELU_KINDS[activation])
     function = ACTIVATIONS[activation]
     activated = function.forward(gate)
     product = activated * up
@@ -92,8 +110,8 @@ def gated_linear(
 ) -> Tensor:
     """``(activation(gate) * up) @ weight.T + bias``, saving gate and up alone.
 
-    Saved: ``gate.nbytes + up.nbytes``, nothing where neither they nor the weight need a gradient; the weight by
-    reference, and only if gate or up need a gradient.
+    Saved: ``gate.nbytes + up.nbytes``, nothing where neither they nor the weight need a gradient; the weight
+    by reference, and only if gate or up need a gradient.
 
     Args:
         gate, up: ``[..., in]``, the same shape and dtype.
@@ -135,9 +153,7 @@ def _activated_linear(
         raise ValueError(f"weight takes {features} features, the activation has {gate.shape[-1]}")
     if torch.compiler.is_compiling():
         activated = ACTIVATIONS[activation].forward(gate)
-        return plain_linear(
-            activated if up is None else activated * up, weight, bias, transposed=transposed
-        )
+        return plain_linear(activated if up is None else activated * up, weight, bias, transposed=transposed)
     result: Tensor = _ActivatedLinear.apply(  # type: ignore[no-untyped-call]
         gate, up, weight, bias, activation, transposed
     )

@@ -1,18 +1,19 @@
 """A module that works token by token, run by tiles of tokens; a linear layer stored by tiles of its weight.
 
-``tiled`` saves the module's input alone. Backward runs the module again for one tile after another, so that the
+``tiled`` saves the module's input alone. Backward runs the module again for one tile after another, so that
+the
 intermediates of one tile exist at a time: for an MLP of 4 times its input, 1/tiles of what one forward holds
 (ALST's TiledMLP, arXiv 2506.13996; here dropout, unequal tiles, unused and frozen parameters and the incoming
 gradient are as without tiles). Rows of the input's gradient are those of the untiled module wherever a matrix
 product does not depend on its number of rows; a parameter's gradient is a sum over tiles, accumulated in fp32
 and rounded once.
 
-Dropout inside a tile drops what the untiled module would drop: a generator gives numbers in the order in which
-they lie in a tensor, so the first tile draws for all tokens, and a mask of one byte an element is kept until the
-last tile has taken its rows. Any other random operator is refused by name.
+Dropout inside a tile drops what the untiled module would drop: a generator gives numbers in the order in
+which they lie in a tensor, so the first tile draws for all tokens, and a mask of one byte an element is kept
+until the last tile has taken its rows. Any other random operator is refused by name.
 
-``TiledLinear`` is ZeRO-Infinity's memory-centric tiling (arXiv 2104.07857, section 5.1.3): a weight too large to
-be moved, differentiated or updated at once becomes several parameters. Checkpoints keep the untiled name.
+``TiledLinear`` is ZeRO-Infinity's memory-centric tiling (arXiv 2104.07857, section 5.1.3): a weight too large
+to be moved, differentiated or updated at once becomes several parameters. Checkpoints keep the untiled name.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ def tiled(module: nn.Module, x: Tensor, *, tile_tokens: int | None = None) -> Te
         module: takes one tensor, gives one with as many rows; every tensor that it reads and that needs a
             gradient is a parameter of its own.
         x: ``[..., features]``.
-        tile_tokens: None: as many as ``x`` has features, so that what an MLP makes of a tile is about as large
-            as its weights (ALST's choice).
+        tile_tokens: None: as many as ``x`` has features, so that what an MLP makes of a tile is about as
+            large as its weights (ALST's choice).
 
     Raises:
-        ValueError: tile_tokens is not positive; the module returns other than one tensor with the tile's rows.
+        ValueError: tile_tokens is not positive; the module returns other than one tensor with the tile's
+        rows.
         RuntimeError: the module draws random numbers other than dropout's, or not one row for each token; or
             needs a gradient for a tensor that is not a parameter of its own; ``create_graph=True``.
     """
@@ -58,14 +60,14 @@ def tiled(module: nn.Module, x: Tensor, *, tile_tokens: int | None = None) -> Te
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
-class _WholeDraws(TorchDispatchMode):
+class _WholeDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws dropout's masks for all tokens and hands every tile its rows.
 
     Within one pass over the tiles, which run in order.
     """
 
     def __init__(self, tokens: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._tokens = tokens
         self._masks: list[Tensor] = []
         self._tile = range(0)
@@ -205,8 +207,8 @@ def _refuse_other_leaves(out: Tensor, leaves: Sequence[Tensor]) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             raise RuntimeError(
-                f"tiled: the module reads a tensor of shape {tuple(variable.shape)} that needs a gradient and "
-                "is not a parameter of its own; make it one, or detach it"
+                f"tiled: the module reads a tensor of shape {tuple(variable.shape)} that needs a gradient "
+                "and is not a parameter of its own; make it one, or detach it"
             )
         to_visit += [function for function, _ in node.next_functions]
 
@@ -215,8 +217,8 @@ class TiledLinear(nn.Module):
     """``nn.Linear`` whose weight is ``out_tiles`` x ``in_tiles`` parameters.
 
     Each is given its gradient, and may be moved and updated, by itself. ``state_dict`` holds ``weight`` and
-    ``bias`` as the untiled layer does, and reads them. With ``in_tiles`` = 1 the output is bit-equal to that of
-    the untiled layer wherever a matrix product does not depend on its number of columns; otherwise partial
+    ``bias`` as the untiled layer does, and reads them. With ``in_tiles`` = 1 the output is bit-equal to that
+    of the untiled layer wherever a matrix product does not depend on its number of columns; otherwise partial
     products are added in the dtype of the output.
 
     Args:
@@ -239,8 +241,8 @@ class TiledLinear(nn.Module):
             nn.Parameter(tile.detach().clone(), requires_grad=needs_grad) for tile in self._cut(linear.weight)
         )
         self.bias = linear.bias
-        self.register_state_dict_post_hook(_merge_tiles)
-        self.register_load_state_dict_pre_hook(_split_tiles)
+        self.register_state_dict_post_hook(_merge_tiles)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_split_tiles)  # type: ignore[no-untyped-call]
 
     def _cut(self, weight: Tensor) -> list[Tensor]:
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,7 +103,9 @@ def test_gpt2_tanh_of_five_operators_is_equal_within_rounding() -> None:
     mine = step(model)
     torch.testing.assert_close(mine[0], theirs[0], rtol=1e-6, atol=0)
     for name, gradient in theirs[1].items():
-        torch.testing.assert_close(mine[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+        torch.testing.assert_close(
+            mine[1][name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())
+        )
 
 
 def llama_layer(dtype: torch.dtype = torch.bfloat16) -> tuple[nn.Module, Callable[..., Tensor]]:
@@ -262,9 +264,8 @@ def test_refusals() -> None:
 
 
 @pytest.fixture
-def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(treatments, "_REGISTRY", dict(treatments._REGISTRY))
-    yield
 
 
 class Halved:

@@ -20,7 +20,9 @@ B, H, K, N, M, D, E = 2, 4, 2, 11, 13, 5, 3
 def operands(dtype: torch.dtype = torch.float64, *, queries: int = N, keys: int = M) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     sizes = [(B, H, queries, D), (B, K, keys, D), (B, K, keys, E)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes
+    ]
 
 
 def plain(
@@ -94,9 +96,7 @@ def test_equals_the_full_matrix_in_fp64(name: str, chunks: tuple[int, int | None
 def test_error_is_that_of_eager_attention(dtype: torch.dtype) -> None:
     """Relative to fp64. (SDPA's CPU kernel does not round scores to bf16; its error is 0.6 of both.)"""
     generator = torch.Generator().manual_seed(1)
-    inputs = [
-        torch.randn(1, 2, 96, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)
-    ]
+    inputs = [torch.randn(1, 2, 96, 16, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     truth = plain(*doubles, is_causal=True)
     mine = chunked_attention(*inputs, is_causal=True, query_chunk=32)
@@ -128,7 +128,8 @@ def test_dropout_is_that_of_its_mask_whatever_the_chunks(chunks: tuple[int, int]
 def test_dropout_keeps_its_share_without_correlation(dropout: float) -> None:
     shape, device = torch.Size((2, 2, 2, 256, 256)), torch.device("cpu")
     masks = [
-        keep_mask(shape, range(256), range(256), seed=s, dropout=dropout, device=device).float() for s in (1, 2)
+        keep_mask(shape, range(256), range(256), seed=s, dropout=dropout, device=device).float()
+        for s in (1, 2)
     ]
     count, deviation = masks[0].numel(), math.sqrt(dropout * (1 - dropout))
     for mask in masks:

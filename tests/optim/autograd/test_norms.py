@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm with the linear layers behind them: to the bit, to the byte, and where they refuse."""
+"""RMSNorm and LayerNorm with the linear layers behind them: to the bit, to the byte, and refusals."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from memtrain.optim.autograd import norms
 from memtrain.optim.autograd.norms import NormLinear, RMSNormForm, layer_norm, rms_norm
 from memtrain.optim.autograd.recomputed import linear
 from memtrain.optim.autograd.saved_bytes import SavedBytes
@@ -32,7 +33,9 @@ def leaves(shape: tuple[int, ...], dtype: torch.dtype, *outs: int) -> list[Tenso
     """x, weight of the norm, weights of linear layers."""
     generator = torch.Generator().manual_seed(1)
     sizes = [shape, shape[-1:], *((out, shape[-1]) for out in outs)]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
+    return [
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes
+    ]
 
 
 def gradients(outputs: list[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -68,7 +71,9 @@ def test_norm_residual_and_three_linears_are_bit_equal(
             form = RMSNormForm.ROUND_THEN_SCALE
             y = rms_norm(x, scale, EPS) if exact else plain_rms_norm(x, scale, form)
         else:
-            y = (layer_norm if exact else lambda v, w, b: F.layer_norm(v, v.shape[-1:], w, b))(x, scale, scale)
+            y = (layer_norm if exact else lambda v, w, b: F.layer_norm(v, v.shape[-1:], w, b))(
+                x, scale, scale
+            )
         return [(linear if exact else F.linear)(y, w) for w in weights] + [x * 3]
 
     inputs = x, scale, *weights = leaves(shape, dtype, 8, 8, 5)
@@ -280,6 +285,23 @@ def test_torch_compile_traces_it() -> None:
     mine, theirs = compiled(x), function(x)
     for a, b in zip(gradients([mine], inputs), gradients([theirs], inputs), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_calls_mean_the_same(dtype: torch.dtype) -> None:
+    """They take over on CUDA; here their CPU path answers."""
+    x, weight = (t.detach() for t in leaves((3, 5, 64), dtype))
+    dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    y, rstd = norms.rms_norm_forward(x, weight, EPS)
+    for mine, theirs in zip((y, rstd), norms.kernels.rms_norm_forward(x, weight, EPS), strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance)
+    dx, through_rstd, dweight = norms.rms_norm_backward(dy, x, weight, rstd)
+    dx = dx if through_rstd is None else dx + through_rstd
+    for mine, theirs in zip((dx, dweight), norms.kernels.rms_norm_backward(dy, x, weight, rstd), strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(mine.abs().max()))
 
 
 def test_nan_reaches_the_gradients() -> None:

@@ -176,7 +176,7 @@ def test_a_changed_parameter_is_noticed() -> None:
 
 def test_torch_compile_is_refused_by_name() -> None:
     module = MLP()
-    with pytest.raises(Exception, match="torch.compile does not trace"):
+    with pytest.raises(Exception, match=r"torch\.compile does not trace"):
         torch.compile(lambda v: tiled(module, v), backend="aot_eager", fullgraph=True)(torch.randn(4, 6))
 
 
