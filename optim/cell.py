@@ -57,16 +57,21 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
+        if settings.split not in (None, 1) and len(shape) >= 2:
+            shape = _split(shape, settings.split)
         self.shape = shape
+        """What is worked on: the parameter's own shape, or that of the stack it is split into."""
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape
+        self.rule = settings.rule_part
         if settings.projection is not None and len(shape) >= 2:
             projector = settings.projection_part.bind(shape)
             settings.residual_part.check(projector)
             self.projected = Projected(projector, settings.refresh_part, settings.residual_part)
             self.low_shape = projector.low_shape
-        self.moments = settings.rule_part.moments(self.low_shape)
+            self.rule = settings.projected_rule_part
+        self.moments = self.rule.moments(self.low_shape)
         self.formats: dict[str, StateFormat] = {
             name: state_format(
                 settings.state_dtype
@@ -82,6 +87,7 @@ class Cell:
     def empty_state(self, weight: Tensor) -> State:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
+        weight = weight.detach().view(self.shape)
         state: State = {STEP: torch.zeros(())}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
@@ -112,22 +118,18 @@ class Cell:
 
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
-        rule = self.settings.rule_part
+        weight, gradient = weight.detach().view(self.shape), gradient.reshape(self.shape)
+        if not self.refresh_if_due_(gradient, state, turn):
+            return False
+        state[STEP] += 1
+        moments = self._load(state)
         if self.projected is None:
-            state[STEP] += 1
-            moments = self._load(state)
-            update = rule.direction(moments, gradient.float(), int(state[STEP]))
+            update = self.rule.direction(moments, gradient.float(), int(state[STEP]))
         else:
-            projector, policy, residual = self.projected
-            if policy.is_due(_part(state, "refresh"), turn.step):
-                if projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
-                    return False
-                self._refresh_(self.projected, gradient, state, turn)
+            projector, _, residual = self.projected
             opened = projector.open(_part(state, "projector"), gradient.device)
             low = projector.down(opened, gradient)
-            state[STEP] += 1
-            moments = self._load(state)
-            direction = rule.direction(moments, low, int(state[STEP]))
+            direction = self.rule.direction(moments, low, int(state[STEP]))
             memory = _part(state, "residual")
             update = residual.combine(gradient, low, direction, projector, opened, memory)
         self._store_(state, moments, turn, _MOMENT_STREAM)
@@ -148,6 +150,16 @@ class Cell:
             value.mul_(1 - turn.lr * decay)
         self.master.store_(weight, stored, value, key=self._key(turn))
 
+    def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
+        """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
+        where the gradient, of this cell's shape, is needed for that and is not finite."""
+        if self.projected is None or not self.projected.refresh.is_due(_part(state, "refresh"), turn.step):
+            return True
+        if self.projected.projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
+            return False
+        self._refresh_(self.projected, gradient, state, turn)
+        return True
+
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
         stored = _part(state, "projector")
@@ -166,7 +178,7 @@ class Cell:
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
-            self.settings.rule_part.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
+            self.rule.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
             self._store_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
@@ -188,6 +200,15 @@ class Cell:
 
     def _key(self, turn: Turn) -> RandomKey:
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
+
+
+def _split(shape: torch.Size, parts: int) -> torch.Size:
+    if len(shape) != 2 or shape[0] % parts:
+        raise ValueError(
+            f"split={parts} is for matrices whose rows it divides, got shape {tuple(shape)}: put the parameter "
+            "into a group without split"
+        )
+    return torch.Size((parts, shape[0] // parts, shape[1]))
 
 
 def _put(state: State, part: str, stored: Stored) -> None:

@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, Turn
 from memtrain.optim.loading import Verbatim, check_state
-from memtrain.optim.settings import RULE_FIELDS, Settings
+from memtrain.optim.paths import Path, Work, path_of
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -37,11 +38,12 @@ class NonFiniteGradientWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How one group is updated; made anew when a scheduler or a loaded state changes its settings."""
 
     settings: Settings
     cells: list[Cell]
+    paths: list[Path | None]
     offsets: list[int]
 
 
@@ -66,7 +68,7 @@ class GridOptimizer(Optimizer):
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
         self._numbers: dict[Tensor, int] = {}
-        self._plans: list[_Plan] = []
+        self._plans: list[Plan] = []
         super().__init__(params, {"lr": lr, **known, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -75,7 +77,7 @@ class GridOptimizer(Optimizer):
         Raises:
             ValueError: see the class.
         """
-        super().add_param_group(param_group)
+        super().add_param_group(self._independent(dict(param_group)))
         group = self.param_groups[-1]
         group.setdefault(_STEP, 0)
         group.setdefault(_SKIPPED, 0)
@@ -90,7 +92,17 @@ class GridOptimizer(Optimizer):
         for parameter in group["params"]:
             self._numbers[parameter] = len(self._numbers)
 
-    def _plan(self, group: dict[str, Any]) -> _Plan:
+    def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group that names another rule, or no projection, does not inherit numbers that belong to the
+        constructor's."""
+        dropped: tuple[str, ...] = ()
+        if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
+            dropped += RULE_FIELDS
+        if "projection" in group and group["projection"] is None:
+            dropped += PROJECTED_FIELDS
+        return {**dict.fromkeys(dropped), **group}
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
         if not float(group["lr"]) >= 0:
             raise ValueError(f"lr must be >= 0, got {group['lr']}")
         settings = Settings.of_group(group)
@@ -110,7 +122,7 @@ class GridOptimizer(Optimizer):
             projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
             for turn, index in enumerate(projected):
                 offsets[index] = turn * settings.refresh_part.gap // len(projected)
-        return _Plan(settings, cells, offsets)
+        return Plan(settings, cells, [path_of(cell) for cell in cells], offsets)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -135,7 +147,8 @@ class GridOptimizer(Optimizer):
             group[_STEP] += 1
         return loss
 
-    def _step_group(self, group: dict[str, Any], plan: _Plan) -> None:
+    def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
+        works: dict[Path, list[Work]] = {}
         for index, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None or parameter.numel() == 0:
@@ -145,11 +158,13 @@ class GridOptimizer(Optimizer):
                     f"{_name(group, index)} has a gradient of layout {gradient.layout}: dense ones are "
                     "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
                 )
-            state, cell = self.state[parameter], plan.cells[index]
+            state, cell, path = self.state[parameter], plan.cells[index], plan.paths[index]
             if not state:
                 state.update(cell.empty_state(parameter))
             turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if not cell.update_(parameter, gradient, state, turn):
+            if path is not None and parameter.is_contiguous() and gradient.is_contiguous():
+                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
+            elif not cell.update_(parameter, gradient, state, turn):
                 group[_SKIPPED] += 1
                 warnings.warn(
                     f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
@@ -157,6 +172,8 @@ class GridOptimizer(Optimizer):
                     NonFiniteGradientWarning,
                     stacklevel=4,
                 )
+        for path, batch in works.items():
+            path.update_(batch)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
