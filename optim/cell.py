@@ -205,8 +205,8 @@ class Cell:
 def _split(shape: torch.Size, parts: int) -> torch.Size:
     if len(shape) != 2 or shape[0] % parts:
         raise ValueError(
-            f"split={parts} is for matrices whose rows it divides, got shape {tuple(shape)}: put the parameter "
-            "into a group without split"
+            f"split={parts} is for matrices whose rows it divides, got shape {tuple(shape)}: put the "
+            "parameter into a group without split"
         )
     return torch.Size((parts, shape[0] // parts, shape[1]))
 

@@ -6,8 +6,8 @@ Groups may carry the same names, and a group without ``rank`` (or ``density``) i
 
     GaLore([{"params": others}, {"params": matrices, "rank": 128}], lr=1e-2)
 
-Every other setting of the grid may be given too (:class:`memtrain.optim.settings.Settings`). What differs from
-the published code is what the grid does everywhere: weight decay before the update, eps on the corrected
+Every other setting of the grid may be given too (:class:`memtrain.optim.settings.Settings`). What differs
+from the published code is what the grid does everywhere: weight decay before the update, eps on the corrected
 root, moments rotated at a refresh, and for GaLore and its kin a power iteration in place of the SVD.
 ``GaLore(compat="galore-1.0")`` is the package galore-torch 1.0 step for step, for fp32 parameters.
 """

@@ -45,8 +45,7 @@ PROJECTED = frozenset({Role.ATTENTION, Role.MLP, Role.EXPERTS, Role.LINEAR})
 _HEADS = {"lm_head", "embed_out", "output_projection", "score", "classifier"}
 _ROUTERS = {"router", "gate"}
 _ATTENTION = re.compile(
-    r"attn|attention|^[qkvo]_proj$|^(query|key|value|out_proj|qkv|qkv_proj|c_attn|in_proj_weight)$",
-    re.IGNORECASE,
+    r"attn|attention|^[qkvo]_proj$|^(query|key|value|out_proj|qkv|qkv_proj|in_proj_weight)$", re.IGNORECASE
 )
 _MLP = re.compile(
     r"mlp|ffn|feed_?forward|^(gate|up|down|gate_up)_proj$|^fc\d$|^c_fc$|^w[123]$", re.IGNORECASE
@@ -94,7 +93,7 @@ def classify(
     patterns = {pattern: _role(role) for pattern, role in (overrides or {}).items()}
     modules = dict(model.named_modules())
     vocabulary = {module.num_embeddings for module in modules.values() if isinstance(module, nn.Embedding)}
-    names: dict[Tensor, list[str]] = {}
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
     for pattern in patterns:
@@ -108,9 +107,9 @@ def classify(
         role, reason = min(found, key=lambda each: each[0] in PROJECTED)
         if len(aliases) > 1:
             reason += f", tied to {', '.join(aliases[1:])}"
-        overruled = (p for p in patterns if any(fnmatchcase(alias, p) for alias in aliases))
-        if (pattern := next(overruled, None)) is not None:
-            role, reason = patterns[pattern], f"override {pattern!r}"
+        overruled = [p for p in patterns if any(fnmatchcase(alias, p) for alias in aliases)]
+        if overruled:
+            role, reason = patterns[overruled[0]], f"override {overruled[0]!r}"
         decision = ParameterRole(
             names=tuple(aliases),
             shape=tuple(parameter.shape),
@@ -243,7 +242,7 @@ def role_table(roles: Iterable[ParameterRole]) -> str:
         reason = re.sub(r"(?<=\.)\d+(?=\.)", "*", each.reason)
         row = (re.sub(r"(?<=\.)\d+(?=\.)", "*", each.names[0]), shape, each.role.value, update, reason)
         rows[row] = rows.get(row, 0) + 1
-    lines = [("parameter", "count", "shape", "role", "update", "because")]
+    lines: list[tuple[str, ...]] = [("parameter", "count", "shape", "role", "update", "because")]
     lines += [(row[0], str(count), *row[1:]) for row, count in rows.items()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(

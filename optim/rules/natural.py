@@ -61,7 +61,8 @@ class Natural:
         damped = gram + damping * torch.eye(len(history), device=gram.device)
         # lu rather than Cholesky: with nearly equal gradients rounding may cost the last pivot its sign.
         solved = torch.linalg.solve(damped, columns.mT @ g)
-        return ((g - columns @ solved) / damping).reshape(gradient.shape)
+        natural: Tensor = (g - columns @ solved) / damping
+        return natural.reshape(gradient.shape)
 
     def rotate_(self, moments: Moments, overlap: Overlap, shape: torch.Size, step: int) -> None:
         """See :class:`Rule`."""
