@@ -57,7 +57,7 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
-        if settings.split not in (None, 1) and len(shape) >= 2:
+        if settings.split is not None and settings.split > 1 and len(shape) >= 2:
             shape = _split(shape, settings.split)
         self.shape = shape
         """What is worked on: the parameter's own shape, or that of the stack it is split into."""
@@ -65,7 +65,7 @@ class Cell:
         self.projected: Projected | None = None
         self.low_shape = shape
         self.rule = settings.rule_part
-        if settings.projection is not None and len(shape) >= 2:
+        if settings.projection is not None and len(shape) >= 2 and shape.numel():
             projector = settings.projection_part.bind(shape)
             settings.residual_part.check(projector)
             self.projected = Projected(projector, settings.refresh_part, settings.residual_part)

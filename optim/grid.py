@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from memtrain.optim.cell import Cell, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.paths import Path, Work, path_of
-from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, Settings
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -67,9 +67,13 @@ class GridOptimizer(Optimizer):
         known = {field.name: field.default for field in fields(Settings)}
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
+        # Schedulers look for betas or momentum in the defaults: only numbers of this rule may be there.
+        general = {name: value for name, value in known.items() if name not in RULE_FIELDS}
+        rule = RULES.get(settings.get("rule", known["rule"]))
+        numbers = {field.name: field.default for field in fields(rule)} if rule else {}
         self._numbers: dict[Tensor, int] = {}
         self._plans: list[Plan] = []
-        super().__init__(params, {"lr": lr, **known, **settings})
+        super().__init__(params, {"lr": lr, **general, **numbers, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Also after training has begun; the group's own step counter starts at zero.
