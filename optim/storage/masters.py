@@ -38,8 +38,11 @@ class MasterFormat(Protocol):
     def load(self, weight: Tensor, stored: Stored) -> Tensor:
         """The fp32 value. May be the weight's or ``stored``'s own memory: change it only to store it back."""
 
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
-        """Write the fp32 ``value`` into ``weight`` and ``stored``; ``key`` where it is rounded at random."""
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
+        """Write the fp32 ``value`` into ``weight`` and ``stored``.
+
+        Raises ValueError if the weight is to be rounded at random and there is no ``key``.
+        """
 
     def size_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
         """Bytes stored beside a weight of ``shape`` and ``dtype``, exactly."""
@@ -57,8 +60,10 @@ class NoMaster:
     def load(self, weight: Tensor, stored: Stored) -> Tensor:
         return weight.detach().float()
 
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
         if weight.dtype == torch.bfloat16:
+            if key is None:
+                raise ValueError("a bfloat16 weight without a master is rounded at random: give a key")
             value = stochastic_round(value, random_bits(key, value.numel(), value.device))
         weight.detach().copy_(value)
 
@@ -81,7 +86,7 @@ class Split24Master:
     def load(self, weight: Tensor, stored: Stored) -> Tensor:
         return join24(weight.detach(), stored["correction"])
 
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
         high, low = split24(value)
         weight.detach().copy_(high)
         stored["correction"].copy_(low)
@@ -103,7 +108,7 @@ class Fp32Master:
     def load(self, weight: Tensor, stored: Stored) -> Tensor:
         return stored["master"]
 
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
         stored["master"].copy_(value)
         weight.detach().copy_(value)
 
