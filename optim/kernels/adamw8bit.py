@@ -127,7 +127,8 @@ def adamw8bit_(
         first, second: what ``state_format("int8").empty`` made, signed and unsigned.
         step: the numbers.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed for a bf16 weight without a master; of them ``weight`` alone is used.
+        keys: needed for a bf16 weight without a master, optional with ``split24``; of them ``weight`` alone
+            is used.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed.

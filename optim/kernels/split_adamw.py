@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 Axis = Literal["rows", "columns"]
-_BLOCK = 1024
+_BLOCK = 512
 
 
 def reference(
@@ -108,8 +108,8 @@ def _split_adamw_kernel(
         slot = tl.load(slot_ptr + column, mask=inside, other=-1)
         place = row * active + slot
     else:
-        slot = tl.load(slot_ptr + row) + tl.zeros([BLOCK], dtype=tl.int64)
-        place = slot * columns + column
+        slot = tl.load(slot_ptr + row) + tl.zeros([BLOCK], dtype=tl.int32)
+        place = slot.to(tl.int64) * columns + column
     chosen = inside & (slot >= 0)
     at = row * columns + column
     old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
@@ -147,7 +147,8 @@ def split_adamw_(
         step: the numbers for the active part.
         rest: the numbers and the rule for all else.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed where a bf16 weight or moments are rounded at random. All of offset 0.
+        keys: needed where a bf16 weight or moments are rounded at random; with ``split24`` optional. All of
+            offset 0.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed. That each index occurs once
@@ -187,7 +188,7 @@ def _triton(
             o.gradient,
             m,
             v,
-            _slots(index, rows if axis == "rows" else columns),
+            _slots(index, rows if axis == "rows" else columns).to(torch.int32),
             columns,
             len(index),
             *step.kernel_numbers(),
@@ -241,7 +242,7 @@ def _variants() -> Iterator[KernelVariant]:
                         **weight.signature,
                         "first_ptr": pointer,
                         "second_ptr": pointer,
-                        "slot_ptr": "*i64",
+                        "slot_ptr": "*i32",
                         "columns": "i32:16",
                         "active": "i32:16",
                         **ADAM_SIGNATURE,

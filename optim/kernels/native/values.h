@@ -38,10 +38,15 @@ static inline uint32_t mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-struct Key {  // RandomKey.words()
+struct Key {  // RandomKey.words(); both zero: none
     uint32_t first, second;
 
-    uint32_t bits(uint32_t low, uint32_t high) const {  // of the two halves of the element's offset
+    bool given() const { return first || second; }
+
+    uint32_t word(uint64_t place, int i) const {  // of the element at place + i
+        // In halves, 32 bits a lane. Where the low half wraps round within a run, the high half is one more.
+        const uint32_t low = uint32_t(place) + uint32_t(i);
+        const uint32_t high = uint32_t(place >> 32) + (low < uint32_t(place));
         return mix(mix(low + first) ^ (second + high * 0x9E3779B9u));
     }
 };
@@ -67,14 +72,10 @@ struct RandomBf16 {
     }
     void store(int64_t start, int count, const float* __restrict value) const {
         const uint64_t place = offset + uint64_t(start);
-        const uint32_t low = uint32_t(place), high = uint32_t(place >> 32);
         bf16* __restrict out = data + start;
         for (int i = 0; i < count; i++) {
-            // Where the low half wraps round within the run, the high half is one more.
-            uint32_t here = low + uint32_t(i);
             uint32_t bits = bits_of(value[i]);
-            uint32_t random = key.bits(here, high + (here < low)) & 0xFFFFu;
-            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + random) >> 16);
+            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + (key.word(place, i) & 0xFFFFu)) >> 16);
         }
     }
 };
@@ -82,6 +83,8 @@ struct RandomBf16 {
 struct Split24 {
     bf16* data;
     int8_t* correction;
+    Key key;
+    uint64_t offset;
 
     void load(int64_t start, int count, float* __restrict value) const {
         const bf16* __restrict in = data + start;
@@ -93,11 +96,19 @@ struct Split24 {
         }
     }
     void store(int64_t start, int count, const float* __restrict value) const {
+        if (key.given())
+            store_raised(start, count, value, [this](uint64_t place, int i) { return key.word(place, i) & 0xFFu; });
+        else
+            store_raised(start, count, value, [](uint64_t, int) { return 128u; });
+    }
+    template <class Raise>  // by what the bit pattern is raised before the last 8 bits are cut
+    void store_raised(int64_t start, int count, const float* __restrict value, Raise raise) const {
+        const uint64_t place = offset + uint64_t(start);
         bf16* __restrict out = data + start;
         int8_t* __restrict low = correction + start;
         for (int i = 0; i < count; i++) {
             uint32_t bits = bits_of(value[i]);
-            uint32_t top = ((bits >> 7) + 1) >> 1;
+            uint32_t top = (bits + raise(place, i)) >> 8;
             uint32_t high = is_nan(bits) ? 0x7FC0u : (top + 128) >> 8;
             out[i] = bf16(high);
             low[i] = (high & 0x7F80u) == 0x7F80u ? int8_t(0) : int8_t(top - (high << 8));
@@ -125,7 +136,7 @@ static inline void with_weight(const Values& weight, Step step) {
     if (weight.wide)
         step(Fp32{static_cast<float*>(weight.data)});
     else if (weight.correction)
-        step(Split24{static_cast<bf16*>(weight.data), weight.correction});
+        step(Split24{static_cast<bf16*>(weight.data), weight.correction, weight.key, weight.offset});
     else
         step(RandomBf16{static_cast<bf16*>(weight.data), weight.key, weight.offset});
 }
