@@ -24,7 +24,7 @@ from memtrain.optim.storage import RandomKey, StateFormat, master_format, state_
 State = dict[str, Tensor]
 
 STEP = "step"
-_MOMENT_STREAM, _ROTATED_STREAM = 16, 32
+MOMENT_STREAM, _ROTATED_STREAM = 16, 32
 """Streams of a step's key from which the moments are rounded; 0 is the weight's, 1 to 3 the projector's."""
 LEAST_QUANTISED_ELEMENTS = 4096
 """Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
@@ -127,17 +127,17 @@ class Cell:
             update = self.rule.direction(moments, gradient.float(), int(state[STEP]))
         else:
             projector, _, residual = self.projected
-            opened = projector.open(_part(state, "projector"), gradient.device)
+            opened = projector.open(part(state, "projector"), gradient.device)
             low = projector.down(opened, gradient)
             direction = self.rule.direction(moments, low, int(state[STEP]))
-            memory = _part(state, "residual")
+            memory = part(state, "residual")
             update = residual.combine(gradient, low, direction, projector, opened, memory)
-        self._store_(state, moments, turn, _MOMENT_STREAM)
+        self._store_(state, moments, turn, MOMENT_STREAM)
         self._apply_(weight, update, state, turn)
         return True
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
-        stored = _part(state, "master")
+        stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
         if decay and self.settings.decay_order == "before":
@@ -148,12 +148,12 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self._key(turn))
+        self.master.store_(weight, stored, value, key=self.key(turn))
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
         """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
         where the gradient, of this cell's shape, is needed for that and is not finite."""
-        if self.projected is None or not self.projected.refresh.is_due(_part(state, "refresh"), turn.step):
+        if self.projected is None or not self.projected.refresh.is_due(part(state, "refresh"), turn.step):
             return True
         if self.projected.projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
             return False
@@ -162,19 +162,19 @@ class Cell:
 
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
-        stored = _part(state, "projector")
+        stored = part(state, "projector")
         has_moments = int(state[STEP]) > 0
         old: Stored = {}
         if has_moments and (policy.lazy or policy.moments == "rotate"):
             # refresh_ writes in place, and the old basis is wanted once more.
             old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
-        projector.refresh_(stored, gradient, key=self._key(turn))
+        projector.refresh_(stored, gradient, key=self.key(turn))
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:
             side = next(iter(old))
             cosine = leading_cosine(old[side], new[side])
-        policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
+        policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
@@ -187,18 +187,19 @@ class Cell:
 
     def _load(self, state: State) -> Moments:
         return {
-            name: self.formats[name].load(_part(state, name), spec.shape, signed=spec.signed)
+            name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
     def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
-        key = self._key(turn)
+        key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
             self.formats[name].store_(
-                _part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
+                part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
             )
 
-    def _key(self, turn: Turn) -> RandomKey:
+    def key(self, turn: Turn) -> RandomKey:
+        """Of a parameter's step; its streams tell the uses apart."""
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
 
 
@@ -216,7 +217,7 @@ def _put(state: State, part: str, stored: Stored) -> None:
         state[f"{part}.{name}"] = tensor
 
 
-def _part(state: State, part: str) -> Stored:
+def part(state: State, part: str) -> Stored:
     """The tensors of one part; the same tensors, so that writing in place reaches the state."""
     prefix = part + "."
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

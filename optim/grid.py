@@ -166,7 +166,7 @@ class GridOptimizer(Optimizer):
             if not state:
                 state.update(cell.empty_state(parameter))
             turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if path is not None and parameter.is_contiguous() and gradient.is_contiguous():
+            if path is not None and path.takes(parameter, gradient):
                 works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
             elif not cell.update_(parameter, gradient, state, turn):
                 group[_SKIPPED] += 1
