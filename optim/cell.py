@@ -8,6 +8,7 @@ will keep are known before anything is allocated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -151,12 +152,16 @@ class Cell:
         self.master.store_(weight, stored, value, key=self.key(turn))
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
-        where the gradient, of this cell's shape, is needed for that and is not finite."""
+        """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
+        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
         if self.projected is None or not self.projected.refresh.is_due(part(state, "refresh"), turn.step):
             return True
-        if self.projected.projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
-            return False
+        if self.projected.projector.needs_gradient:
+            least, largest = map(float, gradient.aminmax())
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                return False
+            if least == largest == 0:
+                return True
         self._refresh_(self.projected, gradient, state, turn)
         return True
 

@@ -55,13 +55,13 @@ class SpectralProjector(MatrixProjector):
             u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
             vectors = {LEFT: u[..., : self.rank], RIGHT: vh[..., : self.rank, :].mT}
             for side in self.sides:
-                stored[side].copy_(vectors[side])
+                _replace_(stored[side], vectors[side], gradient)
             return
         for side in self.sides:
             oriented = gradient if side == LEFT else gradient.mT
             find = self._by_eigenvectors if self.kind == "eigh" else self._by_power_iteration
             draw = key.fold(LEFT_STREAM if side == LEFT else RIGHT_STREAM)
-            stored[side].copy_(find(oriented, stored[side], draw))
+            _replace_(stored[side], find(oriented, stored[side], draw), gradient)
 
     def _by_eigenvectors(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
         _, vectors = torch.linalg.eigh(gradient @ gradient.mT)
@@ -121,6 +121,15 @@ class SpectralProjector(MatrixProjector):
         """Decompositions go through a stack one matrix at a time."""
         tensor_bytes = elements * math.prod(self.batch) * torch.float32.itemsize
         return Workspace(tensor_bytes=tensor_bytes, library_bytes=library_bytes)
+
+
+def _replace_(basis: Tensor, new: Tensor, gradient: Tensor) -> None:
+    """Of experts that had no tokens, and so a gradient of zeros, the basis stays if there is one."""
+    if basis.dim() == 3:
+        silent = (gradient.amax((-2, -1)) == 0) & (gradient.amin((-2, -1)) == 0)
+        stays = silent & (basis != 0).any(-1).any(-1)
+        new = torch.where(stays[:, None, None], basis, new)
+    basis.copy_(new)
 
 
 def _normalised(columns: Tensor) -> Tensor:
