@@ -12,7 +12,7 @@ asks it to keep *every* tensor that a node needs, so most of this file is about 
 A storage is encoded once, however many views, nodes and blocks save it, and its views come back as views of
 one tensor while backward holds any of them. A storage is identified by a weak reference and its version,
 never by an address, which is reused. GACT (arXiv 2206.11357) and ActNN (arXiv 2104.14129) have the idea;
-the public code of GACT leaves bf16 alone without a word and encodes outputs and weights' copies.
+GACT's public code leaves bf16 alone without a word, and waits for the device at every tensor.
 
 The loss and the head stay outside: attach the compressor to blocks. An error in a log-probability is an error
 in every gradient. The gradients of the block's inputs and parameters are those of slightly different
