@@ -12,13 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim.autograd.lossy_backward import LossyBackwardError
-from memtrain.optim.autograd.wtacrs import (
-    GradientNorms,
-    WTAInput,
-    WTALinear,
-    apply_wta,
-    draw_rows,
-)
+from memtrain.optim.autograd.row_sampling import GradientNorms, draw_rows
+from memtrain.optim.autograd.wtacrs import WTAInput, WTALinear, apply_wta
 
 FEATURES, ROWS = 12, 40
 
