@@ -6,18 +6,19 @@ NeuZip (Hao et al., arXiv 2410.20650) and DFloat11 (arXiv 2504.11651), which do 
 used. Here it is a codec for a tier: bytes that wait on a disk, in host memory, or for a checkpoint.
 
 The coder is Zstandard's Huffman stage; weights have no repetitions to find, so its search for them is made as
-small as its parameters allow (``_SEARCH``). 10.6 M weights of SmolLM2, one core, per byte of bf16:
+small as its parameters allow (``_SEARCH``). 10.6 M weights of SmolLM2 on one of two cores that others used
+too; bytes are those of bf16:
 
     .                              ratio    encode       decode
     entropy of the exponents        .663
-    here                            .668    {ENCODE}     {DECODE}
+    here                            .667     .5 GB/s      1.0 GB/s
     zstandard level 1               .682
-    zlib, Huffman only              .666    slower than a disk
-    zipnn 0.5.4 (source only)       .666    .2 GB/s      1.0 GB/s
-    constriction 0.5 (ANS)          .663    .3 GB/s      .07 GB/s
+    zlib, Huffman only              .666     .3 GB/s       .4 GB/s  (of the coder alone)
+    zipnn 0.5.4 (source only)       .666     .2 GB/s      1.0 GB/s
+    constriction 0.5 (ANS)          .663     .3 GB/s       .07 GB/s (of the coder alone)
 
-Not considered: nvcomp and DFloat11, which need a GPU. A disk that reads more than the decode rate above is
-not made faster by this; it is made larger.
+Not considered: nvcomp and DFloat11, which need a GPU. A disk that reads more than the decode rate above (the
+one of the machine measured reads 2 GB/s) is not made faster by this; it is made larger.
 
 Layout, little endian: ``_HEADER`` (magic, count of weights, chunks), the coded bytes of each chunk as
 uint32, the coded chunks one after the other, then one byte of sign and mantissa for each weight. A chunk
@@ -47,7 +48,7 @@ _SEARCH = {
     "min_match": 7,
     "target_length": 0,
 }
-"""Of the smallest search: ratio of the exponents .337 where level 1 has .364 (it finds repetitions that
+"""The smallest search: ratio of the exponents .337 where level 1 has .364 (it finds repetitions that
 cost more than they spare), and 3 times as fast. The bound by entropy is .3265."""
 
 
