@@ -8,6 +8,7 @@ will keep are known before anything is allocated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from memtrain.optim.storage import RandomKey, StateFormat, master_format, state_
 State = dict[str, Tensor]
 
 STEP = "step"
-_MOMENT_STREAM, _ROTATED_STREAM = 16, 32
+MOMENT_STREAM, _ROTATED_STREAM = 16, 32
 """Streams of a step's key from which the moments are rounded; 0 is the weight's, 1 to 3 the projector's."""
 LEAST_QUANTISED_ELEMENTS = 4096
 """Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
@@ -57,16 +58,21 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
+        if settings.split is not None and settings.split > 1 and len(shape) >= 2:
+            shape = _split(shape, settings.split)
         self.shape = shape
+        """What is worked on: the parameter's own shape, or that of the stack it is split into."""
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape
-        if settings.projection is not None and len(shape) >= 2:
+        self.rule = settings.rule_part
+        if settings.projection is not None and len(shape) >= 2 and shape.numel():
             projector = settings.projection_part.bind(shape)
             settings.residual_part.check(projector)
             self.projected = Projected(projector, settings.refresh_part, settings.residual_part)
             self.low_shape = projector.low_shape
-        self.moments = settings.rule_part.moments(self.low_shape)
+            self.rule = settings.projected_rule_part
+        self.moments = self.rule.moments(self.low_shape)
         self.formats: dict[str, StateFormat] = {
             name: state_format(
                 settings.state_dtype
@@ -82,6 +88,7 @@ class Cell:
     def empty_state(self, weight: Tensor) -> State:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
+        weight = weight.detach().view(self.shape)
         state: State = {STEP: torch.zeros(())}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
@@ -112,30 +119,26 @@ class Cell:
 
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
-        rule = self.settings.rule_part
+        weight, gradient = weight.detach().view(self.shape), gradient.reshape(self.shape)
+        if not self.refresh_if_due_(gradient, state, turn):
+            return False
+        state[STEP] += 1
+        moments = self._load(state)
         if self.projected is None:
-            state[STEP] += 1
-            moments = self._load(state)
-            update = rule.direction(moments, gradient.float(), int(state[STEP]))
+            update = self.rule.direction(moments, gradient.float(), int(state[STEP]))
         else:
-            projector, policy, residual = self.projected
-            if policy.is_due(_part(state, "refresh"), turn.step):
-                if projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
-                    return False
-                self._refresh_(self.projected, gradient, state, turn)
-            opened = projector.open(_part(state, "projector"), gradient.device)
+            projector, _, residual = self.projected
+            opened = projector.open(part(state, "projector"), gradient.device)
             low = projector.down(opened, gradient)
-            state[STEP] += 1
-            moments = self._load(state)
-            direction = rule.direction(moments, low, int(state[STEP]))
-            memory = _part(state, "residual")
+            direction = self.rule.direction(moments, low, int(state[STEP]))
+            memory = part(state, "residual")
             update = residual.combine(gradient, low, direction, projector, opened, memory)
-        self._store_(state, moments, turn, _MOMENT_STREAM)
+        self._store_(state, moments, turn, MOMENT_STREAM)
         self._apply_(weight, update, state, turn)
         return True
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
-        stored = _part(state, "master")
+        stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
         if decay and self.settings.decay_order == "before":
@@ -146,27 +149,41 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self._key(turn))
+        self.master.store_(weight, stored, value, key=self.key(turn))
+
+    def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
+        """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
+        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
+        if self.projected is None or not self.projected.refresh.is_due(part(state, "refresh"), turn.step):
+            return True
+        if self.projected.projector.needs_gradient:
+            least, largest = map(float, gradient.aminmax())
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                return False
+            if least == largest == 0:
+                return True
+        self._refresh_(self.projected, gradient, state, turn)
+        return True
 
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
-        stored = _part(state, "projector")
+        stored = part(state, "projector")
         has_moments = int(state[STEP]) > 0
         old: Stored = {}
         if has_moments and (policy.lazy or policy.moments == "rotate"):
             # refresh_ writes in place, and the old basis is wanted once more.
             old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
-        projector.refresh_(stored, gradient, key=self._key(turn))
+        projector.refresh_(stored, gradient, key=self.key(turn))
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:
             side = next(iter(old))
             cosine = leading_cosine(old[side], new[side])
-        policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
+        policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
-            self.settings.rule_part.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
+            self.rule.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
             self._store_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
@@ -175,19 +192,29 @@ class Cell:
 
     def _load(self, state: State) -> Moments:
         return {
-            name: self.formats[name].load(_part(state, name), spec.shape, signed=spec.signed)
+            name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
     def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
-        key = self._key(turn)
+        key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
             self.formats[name].store_(
-                _part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
+                part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
             )
 
-    def _key(self, turn: Turn) -> RandomKey:
+    def key(self, turn: Turn) -> RandomKey:
+        """Of a parameter's step; its streams tell the uses apart."""
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
+
+
+def _split(shape: torch.Size, parts: int) -> torch.Size:
+    if len(shape) != 2 or shape[0] % parts:
+        raise ValueError(
+            f"split={parts} is for matrices whose rows it divides, got shape {tuple(shape)}: put the "
+            "parameter into a group without split"
+        )
+    return torch.Size((parts, shape[0] // parts, shape[1]))
 
 
 def _put(state: State, part: str, stored: Stored) -> None:
@@ -195,7 +222,7 @@ def _put(state: State, part: str, stored: Stored) -> None:
         state[f"{part}.{name}"] = tensor
 
 
-def _part(state: State, part: str) -> Stored:
+def part(state: State, part: str) -> Stored:
     """The tensors of one part; the same tensors, so that writing in place reaches the state."""
     prefix = part + "."
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

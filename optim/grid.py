@@ -15,6 +15,7 @@ a parameter that is unused for a while, or whose moments a refresh has reset, is
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -26,10 +27,12 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, Turn
 from memtrain.optim.loading import Verbatim, check_state
-from memtrain.optim.settings import RULE_FIELDS, Settings
+from memtrain.optim.paths import Path, Work, path_of
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
+_FOREIGN = ("params", "param_names", _STEP, _SKIPPED)
 
 
 class NonFiniteGradientWarning(UserWarning):
@@ -37,11 +40,12 @@ class NonFiniteGradientWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How one group is updated; made anew when a scheduler or a loaded state changes its settings."""
 
     settings: Settings
     cells: list[Cell]
+    paths: list[Path | None]
     offsets: list[int]
 
 
@@ -49,7 +53,8 @@ class GridOptimizer(Optimizer):
     """See the module.
 
     A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
-    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step.
+    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A gradient of zeros
+    says nothing about a basis either: the refresh waits for another one, and the step is taken.
 
     Args:
         params: parameters, named parameters, or dicts of groups with settings of their own.
@@ -65,9 +70,13 @@ class GridOptimizer(Optimizer):
         known = {field.name: field.default for field in fields(Settings)}
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
+        # Schedulers look for betas or momentum in the defaults: only numbers of this rule may be there.
+        general = {name: value for name, value in known.items() if name not in RULE_FIELDS}
+        rule = RULES.get(settings.get("rule", known["rule"]))
+        numbers = {field.name: field.default for field in fields(rule)} if rule else {}
         self._numbers: dict[Tensor, int] = {}
-        self._plans: list[_Plan] = []
-        super().__init__(params, {"lr": lr, **known, **settings})
+        self._plans: list[Plan] = []
+        super().__init__(params, {"lr": lr, **general, **numbers, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Also after training has begun; the group's own step counter starts at zero.
@@ -75,7 +84,7 @@ class GridOptimizer(Optimizer):
         Raises:
             ValueError: see the class.
         """
-        super().add_param_group(param_group)
+        super().add_param_group(self._independent(dict(param_group)))
         group = self.param_groups[-1]
         group.setdefault(_STEP, 0)
         group.setdefault(_SKIPPED, 0)
@@ -90,7 +99,23 @@ class GridOptimizer(Optimizer):
         for parameter in group["params"]:
             self._numbers[parameter] = len(self._numbers)
 
-    def _plan(self, group: dict[str, Any]) -> _Plan:
+    def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group that names another rule, or no projection, does not inherit numbers that belong to the
+        constructor's. Foreign keys may be in it, as in any torch optimizer, unless they look misspelt."""
+        for key in group.keys() - self.defaults.keys() - set(_FOREIGN):
+            if near := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.8):
+                raise TypeError(f"unknown setting {key!r} in a group: did you mean {near[0]!r}?")
+        dropped: tuple[str, ...] = ()
+        if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
+            dropped += RULE_FIELDS
+        if "projection" in group and group["projection"] is None:
+            dropped += PROJECTED_FIELDS
+        for size, other in (("rank", "density"), ("density", "rank")):
+            if group.get(size) is not None and other not in group:
+                dropped += (other,)
+        return {**dict.fromkeys(dropped), **group}
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
         if not float(group["lr"]) >= 0:
             raise ValueError(f"lr must be >= 0, got {group['lr']}")
         settings = Settings.of_group(group)
@@ -110,7 +135,7 @@ class GridOptimizer(Optimizer):
             projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
             for turn, index in enumerate(projected):
                 offsets[index] = turn * settings.refresh_part.gap // len(projected)
-        return _Plan(settings, cells, offsets)
+        return Plan(settings, cells, [path_of(cell) for cell in cells], offsets)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -135,7 +160,8 @@ class GridOptimizer(Optimizer):
             group[_STEP] += 1
         return loss
 
-    def _step_group(self, group: dict[str, Any], plan: _Plan) -> None:
+    def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
+        works: dict[Path, list[Work]] = {}
         for index, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None or parameter.numel() == 0:
@@ -145,11 +171,13 @@ class GridOptimizer(Optimizer):
                     f"{_name(group, index)} has a gradient of layout {gradient.layout}: dense ones are "
                     "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
                 )
-            state, cell = self.state[parameter], plan.cells[index]
+            state, cell, path = self.state[parameter], plan.cells[index], plan.paths[index]
             if not state:
                 state.update(cell.empty_state(parameter))
             turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if not cell.update_(parameter, gradient, state, turn):
+            if path is not None and path.takes(parameter, gradient):
+                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
+            elif not cell.update_(parameter, gradient, state, turn):
                 group[_SKIPPED] += 1
                 warnings.warn(
                     f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
@@ -157,6 +185,8 @@ class GridOptimizer(Optimizer):
                     NonFiniteGradientWarning,
                     stacklevel=4,
                 )
+        for path, batch in works.items():
+            path.update_(batch)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,

@@ -15,46 +15,55 @@ Departures, each the answer to a fault of public implementations:
 - A new seed while gradients of the old one are pending is refused, and so is a step of an optimizer that does
   not know ``R`` and would silently leave the weight where it is.
 
-Where the gradient is (the contract for optimizers): after backward a treated weight has
-
-    weight.compressed_grad         R, [m, r], fp32
-    weight.compressed_projection   its ``memtrain.optim.projection.Projection`` (side "right")
-    weight.compressed_stored       that projector's stored state: the words of the seed
-
-and ``weight.grad`` stays None. An optimizer that takes them says so by a class attribute
-``accepts_compressed_grad = True`` and deletes them after its step (``clear_compressed_grads``). For every
-other optimizer, and before clipping, ``GradScaler.unscale_`` and an all-reduce, ``densify_grads`` makes
-``weight.grad`` of them. What CompAct saves beside the gradient is modest on a Llama layer (14 % of eager's
-bytes at r = n/4), because attention and the gated product keep their own tensors.
+The gradient is in ``weight.compressed_grad``; ``compressed_grad.py`` says how optimizers take it, and makes
+an ordinary one of it for all others. What CompAct saves beside the gradient is modest on a Llama layer (14
+% of eager's bytes at r = n/4), because attention and the gated product keep their own tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memtrain.optim.autograd.linears import Select, change_class, input_groups, linears_of, restore_class
 from memtrain.optim.autograd.lossy_backward import (
     LossyBackwardError,
     PerInput,
-    autocast_dtype,
     eager_only,
     refuse_second_derivative,
-    without_autocast,
 )
-from memtrain.optim.projection import Projection, Projector, Stored
+from memtrain.optim.autograd.recomputed import autocast_dtype, without_autocast
+from memtrain.optim.compressed_grad import (
+    add_compressed_grad,
+    clear_compressed_grads,
+    compressed_grads,
+    dense_gradient,
+    densify_grads,
+    refuse_unaware_optimizer,
+)
+from memtrain.optim.projection import Projection, Stored
 from memtrain.optim.storage import RandomKey
+
+__all__ = [
+    "CompActHandle",
+    "CompActInput",
+    "CompActLinear",
+    "apply_compact",
+    "clear_compressed_grads",
+    "compact_linear",
+    "compressed_grads",
+    "dense_gradient",
+    "densify_grads",
+]
 
 DEFAULT_DENSITY = 0.25
 """The paper's for pretraining."""
 _KINDS = ("rademacher", "gaussian")
-_ATTRIBUTES = ("compressed_grad", "compressed_projection", "compressed_stored")
 
 
 class CompActInput:
@@ -110,8 +119,16 @@ class CompActLinear(nn.Linear):
     """An ``nn.Linear`` with CompAct's backward; made by ``apply_compact``."""
 
     compact_input: CompActInput
+    compact_weight: tuple[nn.Parameter]
+    """The weight that an optimizer was or will be given; in a tuple, for it is not a second parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weight is not self.compact_weight[0]:
+            raise LossyBackwardError(
+                f"the weight of a CompAct layer ({self.in_features} to {self.out_features} features) was "
+                "replaced since (by sharding, functional_call, or a load with assign=True), and its gradient "
+                "would be put where no optimizer looks: undo, and apply CompAct again; it cannot be sharded"
+            )
         return compact_linear(x, self.weight, self.bias, self.compact_input)
 
 
@@ -177,53 +194,10 @@ def _receiver(weight: Tensor, shared: CompActInput) -> Tensor:
     def receive(leaf: Tensor) -> None:
         low, leaf.grad = leaf.grad, None
         assert low is not None
-        pending = getattr(weight, "compressed_grad", None)
-        if pending is None:
-            weight.compressed_grad = low  # type: ignore[attr-defined]
-            weight.compressed_projection = projection  # type: ignore[attr-defined]
-            weight.compressed_stored = stored  # type: ignore[attr-defined]
-            return
-        if not torch.equal(weight.compressed_stored["seed"], stored["seed"]):  # type: ignore[attr-defined]
-            raise LossyBackwardError(
-                f"a weight of shape {tuple(weight.shape)} holds a compressed gradient in another basis: "
-                "refresh between optimizer steps, when compressed gradients have been used and cleared"
-            )
-        pending.add_(low)
+        add_compressed_grad(weight, low, projection, stored)
 
     leaf.register_post_accumulate_grad_hook(receive)  # type: ignore[no-untyped-call]
     return leaf
-
-
-def compressed_grads(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Those of ``parameters`` that hold a compressed gradient."""
-    return [p for p in parameters if getattr(p, "compressed_grad", None) is not None]
-
-
-def dense_gradient(weight: Any) -> Tensor:
-    """``R P^T`` [m, n] in fp32, the unbiased estimate of the gradient that ``weight.compressed_grad``
-    stands for."""
-    projector: Projector = weight.compressed_projection.bind(weight.shape)
-    return projector.up(projector.open(weight.compressed_stored, weight.device), weight.compressed_grad)
-
-
-@torch.no_grad()
-def densify_grads(parameters: Iterable[Tensor]) -> None:
-    """Turn compressed gradients into ordinary ``.grad`` in the weight's dtype, added to what is there.
-
-    Call it after backward and before anything that looks at ``.grad``: ``GradScaler.unscale_``, clipping, an
-    all-reduce, ``optimizer.step``. Give it one layer's parameters at a time where memory is short.
-    """
-    for weight in compressed_grads(parameters):
-        gradient = dense_gradient(weight).to(weight.dtype)
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
-        clear_compressed_grads([weight])
-
-
-def clear_compressed_grads(parameters: Iterable[Tensor]) -> None:
-    """What ``zero_grad`` is to ``.grad``."""
-    for weight in compressed_grads(parameters):
-        for name in _ATTRIBUTES:
-            delattr(weight, name)
 
 
 class CompActHandle:
@@ -231,7 +205,7 @@ class CompActHandle:
 
     def __init__(self, layers: dict[str, nn.Linear], inputs: dict[str, CompActInput]) -> None:
         self._layers, self._inputs = layers, inputs
-        self._guard = register_optimizer_step_pre_hook(_refuse_unaware_optimizer)
+        self._guard = register_optimizer_step_pre_hook(refuse_unaware_optimizer)
 
     @property
     def names(self) -> list[str]:
@@ -273,7 +247,7 @@ class CompActHandle:
         """Make the layers ``nn.Linear`` again. Pending compressed gradients stay. Twice is harmless."""
         for layer in self._layers.values():
             if isinstance(layer, CompActLinear):
-                restore_class(layer, "compact_input")
+                restore_class(layer, "compact_input", "compact_weight")
         self._guard.remove()
 
 
@@ -306,16 +280,6 @@ def apply_compact(
         inputs[first] = CompActInput(layers[first].in_features, projection, number=number, seed=seed)
     for first, *others in groups:
         for name in (first, *others):
-            change_class(layers[name], CompActLinear, compact_input=inputs[first])
+            layer = layers[name]
+            change_class(layer, CompActLinear, compact_input=inputs[first], compact_weight=(layer.weight,))
     return CompActHandle(layers, inputs)
-
-
-def _refuse_unaware_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if getattr(optimizer, "accepts_compressed_grad", False):
-        return
-    for group in optimizer.param_groups:
-        if waiting := compressed_grads(group["params"]):
-            raise LossyBackwardError(
-                f"{type(optimizer).__name__} does not take compressed gradients, and {len(waiting)} of its "
-                "parameters have one: call memtrain.optim.autograd.compact.densify_grads first"
-            )

@@ -130,6 +130,7 @@ def apply_fewbit(
     *,
     inputs: Mapping[str, Histogram] | None = None,
     select: Callable[[str, nn.Module], bool] | None = None,
+    gated: bool = False,
 ) -> FewBitHandle:
     """Replace activations by ones with few-bit backward. The forward pass stays the module's own.
 
@@ -138,6 +139,8 @@ def apply_fewbit(
         inputs: histograms of the activations' inputs, by name (``collect_histograms``), for tables that are
             best for them; an activation without one gets the table for any input.
         select: ``(name, module) -> bool``; None: all.
+        gated: treat gated MLPs too. They then keep 6.4 bytes of bf16 per hidden feature (gate's bits, its
+            activation, up, product) of eager's 8, where the exact recompute keeps 4.
 
     Raises:
         UnsupportedActivationError: nothing to replace, or a chosen activation belongs to a gated MLP.
@@ -150,7 +153,7 @@ def apply_fewbit(
             "(GELU, SiLU, squared ReLU, Mish, Softplus, ELU, SELU as a module of its own)"
         )
     for name, parent, _, _ in chosen:
-        if is_gated(parent):
+        if is_gated(parent) and not gated:
             raise UnsupportedActivationError(
                 f"{name} belongs to a gated MLP ({type(parent).__name__}), where few-bit gives "
                 "nothing: the gate's product needs the activation's value, which follows from the saved "
@@ -211,15 +214,18 @@ def _doubled(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return (a[0] == 2 * b[0] and a[1] == b[1]) or (a[1] == 2 * b[1] and a[0] == b[0])
 
 
+def is_activation(module: nn.Module) -> bool:
+    """Whether few-bit backward is for modules of this class."""
+    kind = type(module)
+    of_hf = kind.__module__ == "transformers.activations" and kind.__name__ in _HF_ACTIVATIONS
+    return of_hf or isinstance(module, _TORCH_ACTIVATIONS)
+
+
 def _activations(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module]]:
     """Name, parent, attribute and module of each; a module in two places comes twice."""
     for path, parent in model.named_modules(remove_duplicate=False):
         for attribute, child in parent.named_children():
-            known = isinstance(child, _TORCH_ACTIVATIONS) or (
-                type(child).__module__ == "transformers.activations"
-                and type(child).__name__ in _HF_ACTIVATIONS
-            )
-            if known:
+            if is_activation(child):
                 yield f"{path}.{attribute}" if path else attribute, parent, attribute, child
 
 

@@ -1,4 +1,4 @@
-"""What functions with an inexact backward share: the error they raise, autocast, one result per input.
+"""What functions with an inexact backward share: the error they raise, compilers, one result per input.
 
 Every one of them computes its forward pass exactly and its gradients from less than autograd would save.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -56,20 +55,6 @@ def eager_only(reason: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What the present autocast computes matrix products of ``tensor`` in; None without one."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """For arithmetic whose casts are done."""
-    kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
 class PerInput(Generic[T]):
     """One result for all modules that are given the same tensor: query, key and value; gate and up.
 
@@ -79,27 +64,20 @@ class PerInput(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._key: tuple[Any, ...] | None = None
-        self._storage: StorageWeakRef | None = None
-        self._result: weakref.ref[Any] | None = None
+        self._made: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[Any]]] = {}
 
-    def get(self, tensor: Tensor, extra: Any, make: Callable[[], T]) -> T:
-        """The result made for ``tensor`` and ``extra`` (compared by ==), or a new one."""
-        storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        key = (
-            extra,
-            tensor._version,
-            tensor.dtype,
-            tensor.shape,
-            tensor.stride(),
-            tensor.storage_offset(),
-        )
-        if self._result is not None and self._key == key and self._storage == storage:
-            result: T | None = self._result()
-            if result is not None:
-                return result
-        result = make()
-        self._key, self._storage, self._result = key, storage, weakref.ref(result)
+    def get(self, tensor: Tensor, extra: Hashable, make: Callable[[], T]) -> T:
+        """The result made for ``tensor`` and ``extra``, or a new one."""
+        storage = tensor.untyped_storage()
+        view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
+        key = (storage._cdata, tensor._version, *view, extra)
+        result: T | None = self._made[key][1]() if key in self._made else None
+        if result is None:
+            result = make()
+            # The weak reference to the storage keeps its identity from being given to another one.
+            known = StorageWeakRef(storage), weakref.ref(result)  # type: ignore[no-untyped-call]
+            self._made = {of: made for of, made in self._made.items() if made[1]() is not None}
+            self._made[key] = known
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ asks it to keep *every* tensor that a node needs, so most of this file is about 
 A storage is encoded once, however many views, nodes and blocks save it, and its views come back as views of
 one tensor while backward holds any of them. A storage is identified by a weak reference and its version,
 never by an address, which is reused. GACT (arXiv 2206.11357) and ActNN (arXiv 2104.14129) have the idea;
-the public code of GACT leaves bf16 alone without a word and encodes outputs and weights' copies.
+GACT's public code leaves bf16 alone without a word, and waits for the device at every tensor.
 
 The loss and the head stay outside: attach the compressor to blocks. An error in a log-probability is an error
 in every gradient. The gradients of the block's inputs and parameters are those of slightly different
@@ -50,6 +50,12 @@ class SavedTensorCompressor:
         self.codec = GroupCodec() if codec is None else codec
         self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Stored]]] = {}
         self._live: weakref.WeakSet[_Stored] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"codec": self.codec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     @property
     def stored_bytes(self) -> int:
@@ -121,7 +127,7 @@ class Attachment:
 
     @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        region = self._open.pop()
+        region = self._open.pop() if self._open else None  # fullgraph=True refuses _enter, and comes here
         if region is not None:
             region.__exit__(None, None, None)
             region.keep_outputs(result)

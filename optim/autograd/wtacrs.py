@@ -23,8 +23,9 @@ Departures, each the answer to a fault of the public code:
 
 from __future__ import annotations
 
+import math
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,77 +34,14 @@ from torch.nn import functional as F
 from memtrain.optim.autograd.linears import Select, change_class, input_groups, linears_of, restore_class
 from memtrain.optim.autograd.lossy_backward import (
     PerInput,
-    autocast_dtype,
     eager_only,
     refuse_second_derivative,
-    without_autocast,
 )
+from memtrain.optim.autograd.recomputed import autocast_dtype, without_autocast
+from memtrain.optim.autograd.row_sampling import GradientNorms, Sample, draw_rows
 
 DEFAULT_RATIO = 0.3
 """The paper's share of rows."""
-_FLOOR = 0.01
-"""Least gradient norm that is believed, over the mean: a row whose last gradient was 0 (padding, a masked
-label) may matter now, and what has probability 0 would be missing from the expectation."""
-
-
-class Sample(NamedTuple):
-    """Which rows, int64 ``[k]``, and the factor of each row's term, fp32 ``[k]``."""
-
-    rows: Tensor
-    factors: Tensor
-
-
-def draw_rows(probabilities: Tensor, count: int, *, winners: bool = True) -> Sample:
-    """``count`` rows such that the weighted sum of their terms has the expectation of the whole sum.
-
-    Computed on the device of ``probabilities`` without waiting for it.
-
-    Args:
-        probabilities: fp32 ``[tokens]``, summing to 1; rows with 0 are never drawn.
-        count: fewer than tokens, at least 1.
-        winners: False: draw all (plain column-row sampling, Drineas et al. 2006).
-    """
-    ordered, order = probabilities.sort(descending=True)
-    kept = ordered.double().cumsum(0)
-    slots = torch.arange(count, device=probabilities.device)
-    before = torch.cat([kept.new_zeros(1), kept[: count - 1]])  # P_C for c = 0 ... count - 1
-    certain = ((kept[-1] - before).clamp_min(0) / (count - slots)).argmin() if winners else slots[0]
-    rest = (kept[-1] - before[certain]).clamp_min(0)
-    is_drawn = slots >= certain
-    # Draws come from the ordered rows behind the winners, by the inverse of their distribution function.
-    points = before[certain] + rest * torch.rand(count, device=kept.device, dtype=kept.dtype)
-    drawn = torch.searchsorted(kept, points, right=True).clamp_max(len(kept) - 1)
-    drawn = torch.maximum(drawn, certain)
-    drawn_factors = rest / ((count - certain) * ordered[drawn].double().clamp_min(1e-300))
-    rows = order[torch.where(is_drawn, drawn, slots)]
-    return Sample(rows, torch.where(is_drawn, drawn_factors, 1.0).float())
-
-
-class GradientNorms:
-    """Norms of gradient rows, from the last time that each sample was seen.
-
-    Args:
-        samples: of the data set.
-        tokens: of a sample.
-        device: of the layer.
-    """
-
-    def __init__(self, samples: int, tokens: int, device: torch.device | str = "cpu") -> None:
-        self.norms = torch.full((samples, tokens), -1.0, dtype=torch.bfloat16, device=device)
-
-    def of(self, ids: Tensor) -> Tensor:
-        """fp32 ``[len(ids) * tokens]``: norms; the mean of the known ones where none is known; at least
-        ``_FLOOR`` of the mean. 1 where nothing is known."""
-        norms = self.norms[ids].float().view(-1)
-        known = norms >= 0
-        mean = torch.where(known, norms, 0.0).sum() / known.sum().clamp_min(1)
-        mean = torch.where(mean > 0, mean, 1.0)
-        return torch.where(known, norms, mean).maximum(_FLOOR * mean)
-
-    def store(self, ids: Tensor, norms: Tensor) -> None:
-        """What is not finite is not learnt: a step that a GradScaler skips leaves no trace."""
-        norms = norms.view(len(ids), -1)
-        self.norms[ids] = torch.where(norms.isfinite(), norms.to(self.norms.dtype), self.norms[ids])
 
 
 class _Taken:
@@ -126,7 +64,7 @@ class _Taken:
         """Add one layer's gradient rows to the norms; the layers of an input share their sum's root."""
         if self._norms is None or self._ids is None:
             return
-        squares = torch.linalg.vector_norm(grad, dim=1, dtype=torch.float32).square()
+        squares = _row_norms(grad).square()
         self._squares = squares if self._squares is None else self._squares + squares
         self._norms.store(self._ids, self._squares.sqrt())
 
@@ -160,7 +98,7 @@ class WTAInput:
 
     def _sample(self, x: Tensor) -> _Taken:
         norms = None if self._ids is None else self.norms
-        weights = torch.linalg.vector_norm(x.reshape(-1, x.shape[-1]), dim=1, dtype=torch.float32)
+        weights = _row_norms(x.reshape(-1, x.shape[-1]))
         if norms is not None:
             assert self._ids is not None
             tokens = norms.norms.shape[1]
@@ -173,10 +111,19 @@ class WTAInput:
         total = weights.sum()
         uniform = torch.full_like(weights, 1 / len(weights))
         probabilities = torch.where((total > 0) & total.isfinite(), weights / total, uniform)
-        return _Taken(draw_rows(probabilities, self.rows_kept(len(weights))), norms, self._ids)
+        rows, factors = draw_rows(probabilities, self.rows_kept(len(weights)))
+        # A row that is not finite must be seen in the gradient, even if it is not among those drawn.
+        factors = torch.where(total.isfinite(), factors, math.nan)
+        return _Taken(Sample(rows, factors), norms, self._ids)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ids": None}
+
+
+def _row_norms(rows: Tensor) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return norms
 
 
 class WTALinear(nn.Linear):

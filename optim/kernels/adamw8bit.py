@@ -4,8 +4,6 @@ The same update as ``adamw.py``; moments are decoded, used and encoded again whi
 that no fp32 moment is ever written. Of the new moments the update uses the full values, not what is stored.
 A gradient that is not finite makes both moments of its block of 128 NaN, and the weight of its own element;
 the next step makes the weights of the whole block NaN.
-
-2,048 x 2,048, two idle cores, medians of interleaved runs, ms: see benchmarks/optimizers.py.
 """
 
 from __future__ import annotations

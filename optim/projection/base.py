@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from memtrain.optim.projection.workspace import Workspace
 from memtrain.optim.storage import RandomKey
 
 Kind = Literal[
@@ -64,7 +65,8 @@ class Projector(Protocol):
         ...
 
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
-        """Write a new basis into ``stored``. ``gradient`` must be finite where it is needed."""
+        """Write a new basis into ``stored``. Where the gradient is needed it must be finite, and should not
+        be zero: then the basis is any."""
         ...
 
     def open(self, stored: Stored, device: torch.device) -> Stored:
@@ -87,11 +89,8 @@ class Projector(Protocol):
         """Bytes of what persists."""
         ...
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
-        """Bytes of all tensors that a refresh allocates and frees, counted as if alive together.
-
-        LAPACK's own workspaces, which torch asks for outside its allocator, are not in it.
-        """
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
+        """What a refresh takes for a while; ``first``: that before which there is no basis."""
         ...
 
 

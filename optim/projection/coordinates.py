@@ -20,6 +20,7 @@ from memtrain.optim.projection.base import CoordinateOverlap, Overlap, Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.permutation import permuted_indices
 from memtrain.optim.projection.random import KEY_WORDS, PERMUTATION_STREAM, SEED, read_key, write_key_
+from memtrain.optim.projection.workspace import Workspace
 from memtrain.optim.storage import RandomKey
 
 START, INDEX = "start", "index"
@@ -35,7 +36,7 @@ class CoordinateProjector:
     def __init__(self, projection: Projection, shape: torch.Size) -> None:
         self.kind = projection.kind
         self.shape = shape
-        self.axis = {"columns": -1, "rows": -2, "block": -2, "randk": 0}[self.kind]
+        self.axis = {"columns": -1, "rows": -2, "block": -2, "randk": -1}[self.kind]
         self.size = math.prod(shape) if self.kind == "randk" else shape[self.axis]
         self.active = projection.size_of(self.size, limit=self.size, shape=shape)
         low = [self.size] if self.kind == "randk" else list(shape)
@@ -66,7 +67,10 @@ class CoordinateProjector:
             start = int(stored[START])
             return {INDEX: torch.arange(start, start + self.active, device=device)}
         key = read_key(stored[SEED]).fold(PERMUTATION_STREAM)
-        return {INDEX: permuted_indices(key, self.active, self.size, device)}
+        index = permuted_indices(key, self.active, self.size, device)
+        # In order, so that neighbouring rows have neighbouring moments; a million entries of randk would
+        # take longer to sort than to update.
+        return {INDEX: index if self.kind == "randk" else index.sort().values}
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:
         """See :class:`Projector`."""
@@ -91,6 +95,6 @@ class CoordinateProjector:
         """See :class:`Projector`."""
         return (1 if self.kind == "block" else KEY_WORDS) * torch.int64.itemsize
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """A key."""
-        return 0 if self.kind == "block" else KEY_WORDS * torch.int64.itemsize
+        return Workspace(tensor_bytes=0 if self.kind == "block" else KEY_WORDS * torch.int64.itemsize)

@@ -241,6 +241,14 @@ def test_accumulation_and_walking_a_graph_twice() -> None:
     assert relative_errors([block.up.weight.grad], [once])[0] < 1e-6
 
 
+def test_a_scaled_loss_scales_the_gradient_exactly() -> None:
+    # T8, with a power of two as GradScaler has
+    block, x = MLP(), inputs()
+    SavedTensorCompressor(GroupCodec(bits=4)).attach(block)
+    plain, scaled = (torch.autograd.grad(block(x).sum() * c, block.up.weight)[0] for c in (1, 1024))
+    assert torch.equal(scaled, 1024 * plain)
+
+
 def test_second_derivatives_are_refused() -> None:
     block, x = MLP(), inputs()
     SavedTensorCompressor().attach(block)
@@ -315,6 +323,21 @@ def test_other_hooks_around_a_block_are_refused() -> None:
     block(x).sum().backward()  # nothing is left open
 
 
+def test_hooks_inside_a_block_count_instead() -> None:
+    class Offloads(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autograd.graph.save_on_cpu():
+                return x.sin()
+
+    block, x = Offloads(), inputs()
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+    y = block(x * 1.0)
+    assert compressor.stored_bytes == 0
+    (got,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(got, x.cos())
+
+
 def test_an_error_in_a_block_leaves_no_hooks_behind() -> None:
     class Fails(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -383,3 +406,21 @@ def test_a_compiled_block() -> None:
     got = list(torch.autograd.grad(y, [*parameters, x], weights))
     errors = relative_errors(got, expected)
     assert 1e-4 < max(errors) < 0.012
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute:UserWarning")
+def test_hooks_inside_a_compiled_model_break_its_graph_or_are_refused() -> None:
+    block, x = MLP(), inputs()
+    parameters = [block.up.weight, block.down.weight]
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+    expected = gradients(block, parameters, x)
+    compiled = torch.compile(block, backend="aot_eager")
+    assert max(relative_errors(gradients(compiled, parameters, x), expected)) < 1e-5
+    y = compiled(x)
+    assert compressor.stored_bytes > 0
+    del y
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="saved-tensor hooks are entered and left"):
+        torch.compile(block, backend="aot_eager", fullgraph=True)(x)
+    torch._dynamo.reset()
