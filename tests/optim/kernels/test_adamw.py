@@ -223,6 +223,17 @@ def test_operands_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         adamw8bit.adamw8bit_(case.weight, case.gradient.half(), case.first, case.second, STEP)
     with pytest.raises(ValueError, match="must have the shape of weight"):
         adamw8bit.adamw8bit_(case.weight, case.gradient[:1], case.first, case.second, STEP)
+    with pytest.raises(ValueError, match=r"master correction must be \(5, 123\), got \(1,\)"):
+        call(case, master={"correction": torch.zeros(1, dtype=torch.int8)})
+    with pytest.raises(TypeError, match=r"second must be torch\.float32, got torch\.bfloat16"):
+        adamw.adamw_(
+            case.weight,
+            case.gradient,
+            {"value": torch.zeros(5, 123)},
+            {"value": torch.zeros(5, 123).bfloat16()},
+            STEP,
+            keys=case.keys,
+        )
     assert_same(case, before)
     for numbers in ({"step": 0}, {"beta1": 1.0}, {"lr": -1.0}, {"lr": math.nan}):
         with pytest.raises(ValueError, match=next(iter(numbers))):
