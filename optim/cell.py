@@ -149,7 +149,9 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self.key(turn))
+        # Where the weight is its own master it has changed already, and a copy onto itself takes a pass.
+        if value.data_ptr() != weight.data_ptr():
+            self.master.store_(weight, stored, value, key=self.key(turn))
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
         """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
