@@ -2,7 +2,7 @@
 
     python benchmarks/activations.py                # about three minutes on two idle cores
 
-One layer (512 features, MLP 1376, 8 heads, 2 x 256 tokens) and a model of twelve. Variants run in turns and
+One layer (512 features, MLP 1376, 8 heads, 2 x 1024 tokens) and a model of twelve. Variants run in turns and
 ratios are taken inside a round, all with one allocator, the one that memtrain uses. Bytes are those of all
 storages that are alive between forward and backward. The peak of the twelve-layer step is a child's own
 (resident memory of the process), above what it held before the step.
