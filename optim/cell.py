@@ -1,0 +1,195 @@
+"""All parts that update one parameter, put together: the slow and right path, and the oracle of fast ones.
+
+    load states -> down -> rule -> up and residual -> weight decay -> master -> store states
+
+A cell holds no tensors and is made from settings, shape and dtype alone, so that the bytes of everything it
+will keep are known before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memtrain.optim.projection import Projector, Stored
+from memtrain.optim.refresh import RefreshPolicy, leading_cosine
+from memtrain.optim.residual import Residual
+from memtrain.optim.rules import Moments
+from memtrain.optim.settings import Settings
+from memtrain.optim.storage.formats import StateFormat, state_format
+from memtrain.optim.storage.masters import master_format
+from memtrain.optim.storage.random import RandomKey
+
+State = dict[str, Tensor]
+
+STEP = "step"
+LEAST_QUANTISED_ELEMENTS = 4096
+"""Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
+and norms, whose gradients differ most from the rest of a block."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one step means for one parameter beside its gradient."""
+
+    lr: float | Tensor
+    step: int
+    """Of the group, from zero."""
+    parameter: int
+    """The number of the parameter in the optimizer: part of every random key."""
+    offset: int
+    """Steps by which its refresh comes later."""
+
+
+class Projected(NamedTuple):
+    """What a cell has beside a rule where its gradient is projected."""
+
+    projector: Projector
+    refresh: RefreshPolicy
+    residual: Residual
+
+
+class Cell:
+    """The parts for parameters of one shape and dtype under one group's settings."""
+
+    def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
+        self.settings = settings
+        self.shape = shape
+        self.dtype = dtype
+        self.projected: Projected | None = None
+        self.low_shape = shape
+        if settings.projection is not None and len(shape) >= 2:
+            projector = settings.projection_part.bind(shape)
+            settings.residual_part.check(projector)
+            self.projected = Projected(projector, settings.refresh_part, settings.residual_part)
+            self.low_shape = projector.low_shape
+        self.moments = settings.rule_part.moments(self.low_shape)
+        self.formats: dict[str, StateFormat] = {
+            name: state_format(
+                settings.state_dtype
+                if settings.state_dtype in ("fp32", "bf16") or spec.shape.numel() >= LEAST_QUANTISED_ELEMENTS
+                else "fp32"
+            )
+            for name, spec in self.moments.items()
+        }
+        self.master = master_format(settings.master)
+
+    def empty_state(self, weight: Tensor) -> State:
+        """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
+        device = weight.device
+        state: State = {STEP: torch.zeros(())}
+        for name, spec in self.moments.items():
+            _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
+        _put(state, "master", self.master.empty(weight))
+        if self.projected is not None:
+            projector, policy, residual = self.projected
+            _put(state, "projector", projector.empty(device))
+            _put(state, "refresh", policy.empty())
+            _put(state, "residual", residual.empty(projector, device))
+        return state
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes that :meth:`empty_state` takes, by part; equal to the live tensors to the byte."""
+        counted = {
+            "moments": sum(
+                self.formats[name].size_bytes(spec.shape, signed=spec.signed)
+                for name, spec in self.moments.items()
+            ),
+            "master": self.master.size_bytes(self.shape, self.dtype),
+            "counters": torch.float32.itemsize,
+            "projector": 0,
+        }
+        if self.projected is not None:
+            projector, policy, residual = self.projected
+            counted["projector"] = projector.size_bytes()
+            counted["counters"] += policy.size_bytes() + residual.size_bytes(projector)
+        return counted
+
+    def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
+        """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
+        rule = self.settings.rule_part
+        if self.projected is None:
+            state[STEP] += 1
+            moments = self._load(state)
+            update = rule.direction(moments, gradient.float(), int(state[STEP]))
+        else:
+            projector, policy, residual = self.projected
+            if policy.is_due(_part(state, "refresh"), turn.step):
+                if projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
+                    return False
+                self._refresh_(self.projected, gradient, state, turn)
+            opened = projector.open(_part(state, "projector"), gradient.device)
+            low = projector.down(opened, gradient)
+            state[STEP] += 1
+            moments = self._load(state)
+            direction = rule.direction(moments, low, int(state[STEP]))
+            memory = _part(state, "residual")
+            update = residual.combine(gradient, low, direction, projector, opened, memory)
+        self._store_(state, moments)
+        self._apply_(weight, update, state, turn)
+        return True
+
+    def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
+        stored = _part(state, "master")
+        value = self.master.load(weight, stored)
+        decay = self.settings.weight_decay
+        if decay and self.settings.decay_order == "before":
+            value.mul_(1 - turn.lr * decay)
+        if isinstance(turn.lr, Tensor):
+            value.sub_(update.mul_(turn.lr))
+        else:
+            value.add_(update, alpha=-turn.lr)
+        if decay and self.settings.decay_order == "after":
+            value.mul_(1 - turn.lr * decay)
+        self.master.store_(weight, stored, value, key=self._key(turn))
+
+    def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
+        projector, policy, _ = projected
+        stored = _part(state, "projector")
+        has_moments = int(state[STEP]) > 0
+        old: Stored = {}
+        if has_moments and (policy.lazy or policy.moments == "rotate"):
+            # refresh_ writes in place, and the old basis is wanted once more.
+            old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
+        projector.refresh_(stored, gradient, key=self._key(turn))
+        new = projector.open(stored, gradient.device) if old else {}
+        cosine = None
+        if old and policy.lazy:
+            side = next(iter(old))
+            cosine = leading_cosine(old[side], new[side])
+        policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
+        if has_moments and policy.moments == "rotate":
+            moments = self._load(state)
+            overlap = projector.overlap(old, new)
+            self.settings.rule_part.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
+            self._store_(state, moments)
+        elif has_moments and policy.moments == "reset":
+            state[STEP].zero_()
+            self._store_(state, {k: torch.zeros_like(v) for k, v in self._load(state).items()})
+
+    def _load(self, state: State) -> Moments:
+        return {
+            name: self.formats[name].load(_part(state, name), spec.shape, signed=spec.signed)
+            for name, spec in self.moments.items()
+        }
+
+    def _store_(self, state: State, moments: Moments) -> None:
+        for name, spec in self.moments.items():
+            self.formats[name].store_(_part(state, name), moments[name], signed=spec.signed)
+
+    def _key(self, turn: Turn) -> RandomKey:
+        return RandomKey(self.settings.seed, turn.parameter, turn.step)
+
+
+def _put(state: State, part: str, stored: Stored) -> None:
+    for name, tensor in stored.items():
+        state[f"{part}.{name}"] = tensor
+
+
+def _part(state: State, part: str) -> Stored:
+    """The tensors of one part; the same tensors, so that writing in place reaches the state."""
+    prefix = part + "."
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,200 @@
+"""One optimizer: every combination of projection, rule, residual, refresh, state format and master weights.
+
+    optimizer = GridOptimizer(model.parameters(), lr=1e-2, projection="power", rank=128, update_gap=200)
+
+A ``torch.optim.Optimizer``: parameter groups may differ in any setting (:class:`~memtrain.optim.settings.
+Settings` lists them), schedulers change ``lr``, ``betas`` or ``momentum``, and ``state_dict`` holds plain
+tensors and numbers alone. In a group with a projection matrices ``[m, n]`` and stacks ``[E, m, n]`` are
+projected, vectors and scalars keep whole moments. Parameters may be fp32, bf16 or fp16; all arithmetic is
+fp32.
+
+Two counters: a group's ``step`` counts optimizer steps and decides about refreshes and random numbers; a
+parameter's ``step`` counts its updates since its moments were zero and decides about bias correction, so that
+a parameter that is unused for a while, or whose moments a refresh has reset, is corrected rightly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from memtrain.optim.cell import Cell, Turn
+from memtrain.optim.loading import Verbatim, check_state
+from memtrain.optim.settings import RULE_FIELDS, Settings
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_STEP, _SKIPPED = "step", "skipped_refreshes"
+
+
+class NonFiniteGradientWarning(UserWarning):
+    """A refresh was due and the gradient held an infinity or NaN: basis and parameter stay as they were."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one group is updated; made anew when a scheduler or a loaded state changes its settings."""
+
+    settings: Settings
+    cells: list[Cell]
+    offsets: list[int]
+
+
+class GridOptimizer(Optimizer):
+    """See the module.
+
+    A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
+    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step.
+
+    Args:
+        params: parameters, named parameters, or dicts of groups with settings of their own.
+        lr: a float, or a tensor of one element.
+        settings: fields of :class:`Settings`, for all groups that do not say otherwise.
+
+    Raises:
+        TypeError: an unknown setting.
+        ValueError: a setting cannot be honoured, or a parameter cannot be updated under it.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float | Tensor = 1e-3, **settings: Any) -> None:
+        known = {field.name: field.default for field in fields(Settings)}
+        if unknown := settings.keys() - known.keys():
+            raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
+        self._numbers: dict[Tensor, int] = {}
+        self._plans: list[_Plan] = []
+        super().__init__(params, {"lr": lr, **known, **settings})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Also after training has begun; the group's own step counter starts at zero.
+
+        Raises:
+            ValueError: see the class.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault(_STEP, 0)
+        group.setdefault(_SKIPPED, 0)
+        try:
+            self._plans.append(self._plan(group))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        rule = self._plans[-1].settings.rule_part
+        # Written out, so that schedulers of betas or momentum find what they are to change.
+        group.update({name: getattr(rule, name) for name in RULE_FIELDS if hasattr(rule, name)})
+        for parameter in group["params"]:
+            self._numbers[parameter] = len(self._numbers)
+
+    def _plan(self, group: dict[str, Any]) -> _Plan:
+        if not float(group["lr"]) >= 0:
+            raise ValueError(f"lr must be >= 0, got {group['lr']}")
+        settings = Settings.of_group(group)
+        cells: list[Cell] = []
+        for index, parameter in enumerate(group["params"]):
+            if parameter.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{_name(group, index)} is {parameter.dtype}: states and arithmetic are fp32, and "
+                    "parameters fp32, bf16 or fp16. Use torch.optim for others"
+                )
+            try:
+                cells.append(Cell(settings, parameter.shape, parameter.dtype))
+            except ValueError as error:
+                raise type(error)(f"{_name(group, index)}: {error}") from None
+        offsets = [0] * len(cells)
+        if settings.projection is not None and settings.refresh_part.spread:
+            projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
+            for turn, index in enumerate(projected):
+                offsets[index] = turn * settings.refresh_part.gap // len(projected)
+        return _Plan(settings, cells, offsets)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):
+            if Settings.of_group(group) != self._plans[index].settings:
+                self._plans[index] = self._plan(group)
+            self._step_group(group, self._plans[index])
+            group[_STEP] += 1
+        return loss
+
+    def _step_group(self, group: dict[str, Any], plan: _Plan) -> None:
+        for index, parameter in enumerate(group["params"]):
+            gradient = parameter.grad
+            if gradient is None or parameter.numel() == 0:
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"{_name(group, index)} has a gradient of layout {gradient.layout}: dense ones are "
+                    "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+                )
+            state, cell = self.state[parameter], plan.cells[index]
+            if not state:
+                state.update(cell.empty_state(parameter))
+            turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
+            if not cell.update_(parameter, gradient, state, turn):
+                group[_SKIPPED] += 1
+                warnings.warn(
+                    f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
+                    "parameter stay, and the refresh is tried again at the next step",
+                    NonFiniteGradientWarning,
+                    stacklevel=4,
+                )
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of state once every parameter has been updated, by part: moments, master, projector,
+        counters. Equal to the live tensors to the byte."""
+        total = dict.fromkeys(("moments", "master", "projector", "counters"), 0)
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            for parameter, cell in zip(group["params"], plan.cells, strict=True):
+                if parameter.requires_grad and parameter.numel():
+                    for part, count in cell.state_bytes().items():
+                        total[part] += count
+        return total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Exactly what was saved; torch would cast every floating state to the dtype of its parameter.
+
+        Tensors are copied. Settings of the groups are the saved ones, as with every torch optimizer.
+
+        Raises:
+            ValueError: groups or states do not fit the parameters.
+        """
+        wrapped = {number: Verbatim.wrap(state) for number, state in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": wrapped})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._numbers, self._plans = {}, []
+        for group in self.param_groups:
+            plan = self._plan(group)
+            self._plans.append(plan)
+            for index, parameter in enumerate(group["params"]):
+                self._numbers[parameter] = len(self._numbers)
+                if parameter in self.state:
+                    loaded = Verbatim.unwrap(self.state[parameter], parameter.device)
+                    check_state(_name(group, index), loaded, plan.cells[index], parameter)
+                    self.state[parameter] = loaded
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    shape = tuple(group["params"][index].shape)
+    return f"parameter {names[index]!r} {shape}" if names else f"parameter {index} of its group, {shape}"

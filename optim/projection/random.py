@@ -1,0 +1,105 @@
+"""Bases that follow from a seed alone: no gradient, no communication, and nothing stored but the key.
+
+``gaussian`` with entries N(0, 1/r) and ``rademacher`` with entries +-1/sqrt(r) satisfy ``E[P P^T] = I``: the
+way down and up is unbiased, but it is not a projection, and what it leaves over is not orthogonal to it.
+``semi_orthogonal`` is the Q of a Gaussian matrix; because making it again would be a QR decomposition a step,
+its basis is stored. The other two are made again from their key whenever they are used.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memtrain.optim.projection.base import Stored
+from memtrain.optim.projection.config import Projection
+from memtrain.optim.projection.matrix import LEFT, MatrixProjector
+from memtrain.optim.storage.random import RandomKey, random_bits
+
+SEED = "seed"
+KEY_WORDS = 3
+"""seed, parameter, step"""
+_BITS = 32
+
+
+class RandomProjector(MatrixProjector):
+    """``gaussian``, ``rademacher`` or ``semi_orthogonal``."""
+
+    needs_gradient = False
+
+    def __init__(self, projection: Projection, shape: torch.Size) -> None:
+        super().__init__(projection, shape)
+        self.orthonormal = self.kind == "semi_orthogonal"
+
+    def empty(self, device: torch.device | str) -> Stored:
+        """The words of a key on the CPU, or a zero basis."""
+        if not self.orthonormal:
+            return {SEED: torch.zeros(KEY_WORDS, dtype=torch.int64)}
+        return {
+            side: torch.zeros(self.basis_shape(side), dtype=self.basis_dtype, device=device)
+            for side in self.sides
+        }
+
+    def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
+        """See :class:`Projector`."""
+        if not self.orthonormal:
+            stored[SEED].copy_(torch.tensor([key.seed, key.parameter, key.step]))
+            return
+        for side in self.sides:
+            basis = stored[side]
+            normal = gaussian(_of_side(key, side), tuple(basis.shape), basis.device)
+            basis.copy_(torch.linalg.qr(normal).Q)
+
+    def open(self, stored: Stored, device: torch.device) -> Stored:
+        """The basis, made from its key where it is not stored."""
+        if self.orthonormal:
+            return stored
+        key = RandomKey(*stored[SEED].tolist())
+        draw = gaussian if self.kind == "gaussian" else rademacher
+        scale = 1 / math.sqrt(self.rank)
+        return {
+            side: (draw(_of_side(key, side), self.basis_shape(side), device) * scale).to(self.basis_dtype)
+            for side in self.sides
+        }
+
+    def size_bytes(self) -> int:
+        """See :class:`Projector`."""
+        return self.basis_bytes() if self.orthonormal else KEY_WORDS * torch.int64.itemsize
+
+    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
+        """See :class:`Projector`."""
+        if not self.orthonormal:
+            return KEY_WORDS * torch.int64.itemsize
+        elements = max(math.prod(self.basis_shape(side)) for side in self.sides)
+        # Two uniforms with their bits, the normal matrix, Q and R.
+        small = math.prod(self.batch) * self.rank**2
+        return (5 * elements + small) * torch.float32.itemsize
+
+
+def rademacher(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Signs, +1 or -1 in fp32, thirty-two from each word."""
+    count = math.prod(shape)
+    words = random_bits(key, -(-count // _BITS), device)
+    shifts = torch.arange(_BITS, dtype=torch.int32, device=device)
+    bits = (words.unsqueeze(1) >> shifts) & 1
+    return bits.reshape(-1)[:count].reshape(shape).float().mul_(2).sub_(1)
+
+
+def gaussian(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Standard normal numbers in fp32, by Box and Muller, two from each pair of words."""
+    count = math.prod(shape)
+    pairs = -(-count // 2)
+    radius, angle = random_bits(key, 2 * pairs, device).view(2, pairs)
+    # The upper 24 bits, so that every fp32 is exact; (0, 1] under the logarithm.
+    uniform = ((radius >> 8) & 0xFFFFFF).float().add_(1).mul_(2.0**-24)
+    radius_of = uniform.log_().mul_(-2).sqrt_()
+    turn = ((angle >> 8) & 0xFFFFFF).float().mul_(2 * math.pi * 2.0**-24)
+    normal = torch.cat((radius_of * turn.cos(), radius_of * turn.sin()))
+    return normal[:count].reshape(shape)
+
+
+def _of_side(key: RandomKey, side: str) -> RandomKey:
+    """A basis of its own for each side; steps count up from zero, so their complement is free."""
+    return key if side == LEFT else RandomKey(key.seed, key.parameter, ~key.step)
