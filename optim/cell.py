@@ -19,13 +19,13 @@ from memtrain.optim.refresh import RefreshPolicy, leading_cosine
 from memtrain.optim.residual import Residual
 from memtrain.optim.rules import Moments
 from memtrain.optim.settings import Settings
-from memtrain.optim.storage.formats import StateFormat, state_format
-from memtrain.optim.storage.masters import master_format
-from memtrain.optim.storage.random import RandomKey
+from memtrain.optim.storage import RandomKey, StateFormat, master_format, state_format
 
 State = dict[str, Tensor]
 
 STEP = "step"
+_MOMENT_STREAM, _ROTATED_STREAM = 16, 32
+"""Streams of a step's key from which the moments are rounded; 0 is the weight's, 1 to 3 the projector's."""
 LEAST_QUANTISED_ELEMENTS = 4096
 """Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
 and norms, whose gradients differ most from the rest of a block."""
@@ -76,6 +76,8 @@ class Cell:
             for name, spec in self.moments.items()
         }
         self.master = master_format(settings.master)
+        # Now, and not at the first step, is the time to learn that the master cannot serve the dtype.
+        self.master.size_bytes(shape, dtype)
 
     def empty_state(self, weight: Tensor) -> State:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
@@ -128,7 +130,7 @@ class Cell:
             direction = rule.direction(moments, low, int(state[STEP]))
             memory = _part(state, "residual")
             update = residual.combine(gradient, low, direction, projector, opened, memory)
-        self._store_(state, moments)
+        self._store_(state, moments, turn, _MOMENT_STREAM)
         self._apply_(weight, update, state, turn)
         return True
 
@@ -165,10 +167,11 @@ class Cell:
             moments = self._load(state)
             overlap = projector.overlap(old, new)
             self.settings.rule_part.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
-            self._store_(state, moments)
+            self._store_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
-            self._store_(state, {k: torch.zeros_like(v) for k, v in self._load(state).items()})
+            zeros = {k: torch.zeros_like(v) for k, v in self._load(state).items()}
+            self._store_(state, zeros, turn, _ROTATED_STREAM)
 
     def _load(self, state: State) -> Moments:
         return {
@@ -176,12 +179,15 @@ class Cell:
             for name, spec in self.moments.items()
         }
 
-    def _store_(self, state: State, moments: Moments) -> None:
-        for name, spec in self.moments.items():
-            self.formats[name].store_(_part(state, name), moments[name], signed=spec.signed)
+    def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
+        key = self._key(turn)
+        for number, (name, spec) in enumerate(self.moments.items()):
+            self.formats[name].store_(
+                _part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
+            )
 
     def _key(self, turn: Turn) -> RandomKey:
-        return RandomKey(self.settings.seed, turn.parameter, turn.step)
+        return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
 
 
 def _put(state: State, part: str, stored: Stored) -> None:

@@ -81,7 +81,7 @@ class GridOptimizer(Optimizer):
         group.setdefault(_SKIPPED, 0)
         try:
             self._plans.append(self._plan(group))
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         rule = self._plans[-1].settings.rule_part
@@ -103,7 +103,7 @@ class GridOptimizer(Optimizer):
                 )
             try:
                 cells.append(Cell(settings, parameter.shape, parameter.dtype))
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise type(error)(f"{_name(group, index)}: {error}") from None
         offsets = [0] * len(cells)
         if settings.projection is not None and settings.refresh_part.spread:

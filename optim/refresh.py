@@ -1,8 +1,8 @@
 """When a parameter's basis is renewed, and what becomes of its moments.
 
 ``keep`` leaves the moments as they are, in coordinates that no longer mean the same (GaLore); ``reset``
-starts them again, with their bias correction (FRUGAL); ``rotate`` carries them over into the new basis (LDAdam's
-rule, :mod:`memtrain.optim.rules.adam`).
+starts them again, with their bias correction (FRUGAL); ``rotate`` carries them over into the new basis
+(LDAdam's rule, :mod:`memtrain.optim.rules.adam`).
 
 The schedule is a step number per parameter at which its next refresh is due: a parameter that had no gradient
 then, or one that was not finite, catches up at the next step at which it has. With ``spread`` the parameters

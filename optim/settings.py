@@ -79,6 +79,8 @@ class Settings:
             raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
         if self.decay_order not in ("before", "after"):
             raise ValueError(f"decay_order must be before or after, got {self.decay_order!r}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         known = {field.name for field in fields(RULES[self.rule])}
         self._refuse([n for n in RULE_FIELDS if n not in known], f"rule {self.rule!r} has no such number")
         if self.projection is None:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.optim.storage.random import RandomKey
+from memtrain.optim.storage import RandomKey
 
 Kind = Literal[
     "svd", "eigh", "power", "gaussian", "rademacher", "semi_orthogonal", "columns", "rows", "randk", "block"

@@ -19,8 +19,8 @@ from torch import Tensor
 from memtrain.optim.projection.base import CoordinateOverlap, Overlap, Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.permutation import permuted_indices
-from memtrain.optim.projection.random import KEY_WORDS, SEED
-from memtrain.optim.storage.random import RandomKey
+from memtrain.optim.projection.random import KEY_WORDS, PERMUTATION_STREAM, SEED, read_key, write_key_
+from memtrain.optim.storage import RandomKey
 
 START, INDEX = "start", "index"
 _NEVER = -1
@@ -52,7 +52,7 @@ class CoordinateProjector:
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
         """See :class:`Projector`."""
         if self.kind != "block":
-            stored[SEED].copy_(torch.tensor([key.seed, key.parameter, key.step]))
+            write_key_(stored[SEED], key)
             return
         last = int(stored[START])
         end = last + self.active
@@ -65,7 +65,7 @@ class CoordinateProjector:
         if self.kind == "block":
             start = int(stored[START])
             return {INDEX: torch.arange(start, start + self.active, device=device)}
-        key = RandomKey(*stored[SEED].tolist())
+        key = read_key(stored[SEED]).fold(PERMUTATION_STREAM)
         return {INDEX: permuted_indices(key, self.active, self.size, device)}
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from memtrain.optim.storage.random import RandomKey, random_bits
+from memtrain.optim.storage import RandomKey, random_bits
 
 _ROUNDS = 4
 """Luby and Rackoff: four rounds of a random function cannot be told from a random permutation."""

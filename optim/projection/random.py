@@ -16,11 +16,13 @@ from torch import Tensor
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.matrix import LEFT, MatrixProjector
-from memtrain.optim.storage.random import RandomKey, random_bits
+from memtrain.optim.storage import RandomKey, random_bits
 
 SEED = "seed"
 KEY_WORDS = 3
 """seed, parameter, step"""
+LEFT_STREAM, RIGHT_STREAM, PERMUTATION_STREAM = 1, 2, 3
+"""Streams of the key that projections draw from; 0 rounds the weight, those from 16 round moments."""
 _BITS = 32
 
 
@@ -45,7 +47,7 @@ class RandomProjector(MatrixProjector):
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
         """See :class:`Projector`."""
         if not self.orthonormal:
-            stored[SEED].copy_(torch.tensor([key.seed, key.parameter, key.step]))
+            write_key_(stored[SEED], key)
             return
         for side in self.sides:
             basis = stored[side]
@@ -56,7 +58,7 @@ class RandomProjector(MatrixProjector):
         """The basis, made from its key where it is not stored."""
         if self.orthonormal:
             return stored
-        key = RandomKey(*stored[SEED].tolist())
+        key = read_key(stored[SEED])
         draw = gaussian if self.kind == "gaussian" else rademacher
         scale = 1 / math.sqrt(self.rank)
         return {
@@ -100,6 +102,16 @@ def gaussian(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Te
     return normal[:count].reshape(shape)
 
 
+def write_key_(words: Tensor, key: RandomKey) -> None:
+    """Into int64 ``[3]``; the stream is the projector's own affair."""
+    words.copy_(torch.tensor([key.seed, key.parameter, key.step]))
+
+
+def read_key(words: Tensor) -> RandomKey:
+    """What :func:`write_key_` wrote."""
+    seed, parameter, step = words.tolist()
+    return RandomKey(seed=seed, parameter=parameter, step=step)
+
+
 def _of_side(key: RandomKey, side: str) -> RandomKey:
-    """A basis of its own for each side; steps count up from zero, so their complement is free."""
-    return key if side == LEFT else RandomKey(key.seed, key.parameter, ~key.step)
+    return key.fold(LEFT_STREAM if side == LEFT else RIGHT_STREAM)

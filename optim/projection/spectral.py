@@ -19,8 +19,8 @@ from torch import Tensor
 
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.random import gaussian
-from memtrain.optim.storage.random import RandomKey
+from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, gaussian
+from memtrain.optim.storage import RandomKey
 
 _COLD_ITERATIONS = 2
 
@@ -52,7 +52,8 @@ class SpectralProjector(MatrixProjector):
         for side in self.sides:
             oriented = gradient if side == LEFT else gradient.mT
             find = self._by_eigenvectors if self.kind == "eigh" else self._by_power_iteration
-            stored[side].copy_(find(oriented, stored[side], key))
+            draw = key.fold(LEFT_STREAM if side == LEFT else RIGHT_STREAM)
+            stored[side].copy_(find(oriented, stored[side], draw))
 
     def _by_eigenvectors(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
         _, vectors = torch.linalg.eigh(gradient @ gradient.mT)
