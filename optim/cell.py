@@ -112,27 +112,60 @@ class Cell:
 
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
-        rule = self.settings.rule_part
-        if self.projected is None:
-            state[STEP] += 1
-            moments = self._load(state)
-            update = rule.direction(moments, gradient.float(), int(state[STEP]))
-        else:
-            projector, policy, residual = self.projected
-            if policy.is_due(_part(state, "refresh"), turn.step):
-                if projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
-                    return False
-                self._refresh_(self.projected, gradient, state, turn)
-            opened = projector.open(_part(state, "projector"), gradient.device)
-            low = projector.down(opened, gradient)
-            state[STEP] += 1
-            moments = self._load(state)
-            direction = rule.direction(moments, low, int(state[STEP]))
-            memory = _part(state, "residual")
-            update = residual.combine(gradient, low, direction, projector, opened, memory)
+        if not self.refresh_if_due_(gradient, state, turn):
+            return False
+        opened = self.open(state, gradient.device)
+        low = self.summed(self.down(opened, gradient))
+        self._move_(weight, low, gradient, opened, state, turn)
+        return True
+
+    def update_low_(self, weight: Tensor, low: Tensor, state: State, turn: Turn) -> None:
+        """One step from the gradient's projection on the basis that there is, summed; for residual none."""
+        self._move_(weight, low, None, self.open(state, weight.device), state, turn)
+
+    def is_due(self, state: State, turn: Turn) -> bool:
+        """Whether this step is to begin with a new basis."""
+        return self.projected is not None and self.projected.refresh.is_due(
+            _part(state, "refresh"), turn.step
+        )
+
+    def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
+        """False, and nothing changed, where a refresh was due and the gradient is not finite."""
+        if self.projected is None or not self.is_due(state, turn):
+            return True
+        if self.projected.projector.needs_gradient and not self.is_finite(gradient):
+            return False
+        self._refresh_(self.projected, gradient, state, turn)
+        return True
+
+    def is_finite(self, gradient: Tensor) -> bool:
+        """Whether a basis may be taken from it."""
+        return bool(torch.isfinite(gradient).all())
+
+    def open(self, state: State, device: torch.device) -> Stored:
+        """The basis, for :meth:`down`."""
+        return self.projected.projector.open(_part(state, "projector"), device) if self.projected else {}
+
+    def down(self, opened: Stored, gradient: Tensor) -> Tensor:
+        """R, fp32, or the gradient itself where there is no projection: linear, so that sums may be taken
+        before or after."""
+        return self.projected.projector.down(opened, gradient) if self.projected else gradient.float()
+
+    def summed(self, low: Tensor) -> Tensor:
+        """The sum over all processes, where each has a part of the parameter; here all of it."""
+        return low
+
+    def _move_(
+        self, weight: Tensor, low: Tensor, gradient: Tensor | None, opened: Stored, state: State, turn: Turn
+    ) -> None:
+        state[STEP] += 1
+        moments = self._load(state)
+        update = self.settings.rule_part.direction(moments, low, int(state[STEP]))
+        if self.projected is not None:
+            projector, _, residual = self.projected
+            update = residual.combine(gradient, low, update, projector, opened, _part(state, "residual"))
         self._store_(state, moments, turn, _MOMENT_STREAM)
         self._apply_(weight, update, state, turn)
-        return True
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
         stored = _part(state, "master")

@@ -18,13 +18,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memtrain.optim.cell import Cell, Turn
+from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.settings import RULE_FIELDS, Settings
 
@@ -43,6 +43,28 @@ class _Plan:
     settings: Settings
     cells: list[Cell]
     offsets: list[int]
+
+
+class _Slot(NamedTuple):
+    """Where a parameter is: its group, its place in it, and its number in the optimizer."""
+
+    group: int
+    place: int
+    number: int
+
+
+@dataclass
+class Pending:
+    """What has become of a parameter's gradient since the last step; kept by ``SmallGradients``."""
+
+    low: Tensor | None = None
+    """The sum of its projections, fp32; its gradient is None then."""
+    summed: bool = False
+    """Whether the sum goes over all processes already, where each has a part of the parameter."""
+    backwards: int = 0
+    """How many gradients have arrived."""
+    updated: bool = False
+    """Whether the parameter has had its update of this step."""
 
 
 class GridOptimizer(Optimizer):
@@ -65,8 +87,9 @@ class GridOptimizer(Optimizer):
         known = {field.name: field.default for field in fields(Settings)}
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
-        self._numbers: dict[Tensor, int] = {}
+        self._slots: dict[Tensor, _Slot] = {}
         self._plans: list[_Plan] = []
+        self.pending: dict[Tensor, Pending] = {}
         super().__init__(params, {"lr": lr, **known, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -87,8 +110,11 @@ class GridOptimizer(Optimizer):
         rule = self._plans[-1].settings.rule_part
         # Written out, so that schedulers of betas or momentum find what they are to change.
         group.update({name: getattr(rule, name) for name in RULE_FIELDS if hasattr(rule, name)})
-        for parameter in group["params"]:
-            self._numbers[parameter] = len(self._numbers)
+        self._number(len(self.param_groups) - 1)
+
+    def _number(self, group: int) -> None:
+        for index, parameter in enumerate(self.param_groups[group]["params"]):
+            self._slots[parameter] = _Slot(group, index, len(self._slots))
 
     def _plan(self, group: dict[str, Any]) -> _Plan:
         if not float(group["lr"]) >= 0:
@@ -102,7 +128,7 @@ class GridOptimizer(Optimizer):
                     "parameters fp32, bf16 or fp16. Use torch.optim for others"
                 )
             try:
-                cells.append(Cell(settings, parameter.shape, parameter.dtype))
+                cells.append(_cell(settings, parameter))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{_name(group, index)}: {error}") from None
         offsets = [0] * len(cells)
@@ -128,35 +154,88 @@ class GridOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._replan()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.update_(parameter)
+            group[_STEP] += 1
+        self.pending.clear()
+        return loss
+
+    def _replan(self) -> None:
         for index, group in enumerate(self.param_groups):
             if Settings.of_group(group) != self._plans[index].settings:
                 self._plans[index] = self._plan(group)
-            self._step_group(group, self._plans[index])
-            group[_STEP] += 1
-        return loss
 
-    def _step_group(self, group: dict[str, Any], plan: _Plan) -> None:
-        for index, parameter in enumerate(group["params"]):
-            gradient = parameter.grad
-            if gradient is None or parameter.numel() == 0:
-                continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f"{_name(group, index)} has a gradient of layout {gradient.layout}: dense ones are "
-                    "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
-                )
-            state, cell = self.state[parameter], plan.cells[index]
-            if not state:
-                state.update(cell.empty_state(parameter))
-            turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if not cell.update_(parameter, gradient, state, turn):
-                group[_SKIPPED] += 1
-                warnings.warn(
-                    f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
-                    "parameter stay, and the refresh is tried again at the next step",
-                    NonFiniteGradientWarning,
-                    stacklevel=4,
-                )
+    def pending_of(self, parameter: Tensor) -> Pending:
+        """What is known of its gradient since the last step; to be called as gradients arrive."""
+        if not self.pending:
+            self._replan()
+        return self.pending.setdefault(parameter, Pending())
+
+    def cell_of(self, parameter: Tensor) -> Cell:
+        """The parts that update it."""
+        slot = self._slots[parameter]
+        return self._plans[slot.group].cells[slot.place]
+
+    def situation(self, parameter: Tensor) -> tuple[Cell, State, Turn]:
+        """What an update of it needs; its state is made now if there is none."""
+        slot = self._slots[parameter]
+        group, plan = self.param_groups[slot.group], self._plans[slot.group]
+        state, cell = self.state[parameter], plan.cells[slot.place]
+        if not state:
+            state.update(cell.empty_state(parameter))
+        return cell, state, Turn(group["lr"], group[_STEP], slot.number, plan.offsets[slot.place])
+
+    @torch.no_grad()
+    def update_(self, parameter: Tensor) -> None:
+        """Update one parameter, if it has a gradient. :meth:`step` does this for all, and counts.
+
+        Raises:
+            ValueError: its gradient is sparse.
+        """
+        pending = self.pending.get(parameter)
+        if pending is not None and pending.low is not None:
+            cell, state, turn = self.situation(parameter)
+            low = pending.low if pending.summed else cell.summed(pending.low)
+            cell.update_low_(parameter, low, state, turn)
+            return
+        gradient = parameter.grad
+        if gradient is None or parameter.numel() == 0:
+            return
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
+                "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+            )
+        cell, state, turn = self.situation(parameter)
+        if not cell.update_(parameter, gradient, state, turn):
+            self.param_groups[self._slots[parameter].group][_SKIPPED] += 1
+            warnings.warn(
+                f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
+                "parameter stay, and the refresh is tried again at the next step",
+                NonFiniteGradientWarning,
+                stacklevel=4,
+            )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Also of what has been accumulated of gradients that were not kept whole.
+
+        Raises:
+            RuntimeError: gradients were applied in backward and :meth:`step` has not been called since.
+        """
+        if any(pending.updated for pending in self.pending.values()):
+            raise RuntimeError(
+                "zero_grad() between an update in backward and step(): the update cannot be taken back. Call "
+                "step() first; where steps are to be skipped, as with GradScaler, use update='step'"
+            )
+        self.pending.clear()
+        super().zero_grad(set_to_none)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """For messages: its name, if it has one, and its shape."""
+        slot = self._slots[parameter]
+        return _name(self.param_groups[slot.group], slot.place)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
@@ -182,16 +261,20 @@ class GridOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._numbers, self._plans = {}, []
-        for group in self.param_groups:
+        self._slots, self._plans, self.pending = {}, [], {}
+        for number, group in enumerate(self.param_groups):
             plan = self._plan(group)
             self._plans.append(plan)
+            self._number(number)
             for index, parameter in enumerate(group["params"]):
-                self._numbers[parameter] = len(self._numbers)
                 if parameter in self.state:
                     loaded = Verbatim.unwrap(self.state[parameter], parameter.device)
                     check_state(_name(group, index), loaded, plan.cells[index], parameter)
                     self.state[parameter] = loaded
+
+
+def _cell(settings: Settings, parameter: Tensor) -> Cell:
+    return Cell(settings, parameter.shape, parameter.dtype)
 
 
 def _name(group: dict[str, Any], index: int) -> str:

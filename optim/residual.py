@@ -88,7 +88,7 @@ class Residual:
 
     def combine(
         self,
-        gradient: Tensor,
+        gradient: Tensor | None,
         low: Tensor,
         direction: Tensor,
         projector: Projector,
@@ -98,16 +98,17 @@ class Residual:
         """The update U, fp32, in the shape of the parameter; the weight moves by ``-lr * U``.
 
         Args:
-            gradient: of the parameter, any dtype.
+            gradient: of the parameter, any dtype; may be None for kind ``none``, which does not look at it.
             low: R.
             direction: N, which may be overwritten.
             memory: what :meth:`empty` gave; updated in place.
         """
+        if self.kind == "none":
+            return projector.up(opened, direction).mul_(self.scale)
+        assert gradient is not None
         if self.kind == "scale_only":
             scaling = self._scaling(low, direction, projector) * self.scale**0.5
             return self._limit_(gradient.float() * scaling, memory)
-        if self.kind == "none":
-            return projector.up(opened, direction).mul_(self.scale)
         rest = gradient.float() - projector.up(opened, low)
         if self.kind == "sign":
             rest = rest.sign_()
