@@ -57,16 +57,21 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
+        if settings.split not in (None, 1) and len(shape) >= 2:
+            shape = _split(shape, settings.split)
         self.shape = shape
+        """What is worked on: the parameter's own shape, or that of the stack it is split into."""
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape
+        self.rule = settings.rule_part
         if settings.projection is not None and len(shape) >= 2:
             projector = settings.projection_part.bind(shape)
             settings.residual_part.check(projector)
             self.projected = Projected(projector, settings.refresh_part, settings.residual_part)
             self.low_shape = projector.low_shape
-        self.moments = settings.rule_part.moments(self.low_shape)
+            self.rule = settings.projected_rule_part
+        self.moments = self.rule.moments(self.low_shape)
         self.formats: dict[str, StateFormat] = {
             name: state_format(
                 settings.state_dtype
@@ -82,6 +87,7 @@ class Cell:
     def empty_state(self, weight: Tensor) -> State:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
+        weight = weight.detach().view(self.shape)
         state: State = {STEP: torch.zeros(())}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
@@ -112,47 +118,28 @@ class Cell:
 
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
+        gradient = gradient.reshape(self.shape)
         if not self.refresh_if_due_(gradient, state, turn):
             return False
         opened = self.open(state, gradient.device)
-        low = self.summed(self.down(opened, gradient))
-        self._move_(weight, low, gradient, opened, state, turn)
+        self._move_(weight, self.summed(self.down(opened, gradient)), gradient, opened, state, turn)
         return True
 
     def update_low_(self, weight: Tensor, low: Tensor, state: State, turn: Turn) -> None:
-        """One step from the gradient's projection on the basis that there is, summed; for residual none."""
+        """One step from what :meth:`summed` gave, in the basis that there is; for residual ``none``."""
         self._move_(weight, low, None, self.open(state, weight.device), state, turn)
-
-    def is_due(self, state: State, turn: Turn) -> bool:
-        """Whether this step is to begin with a new basis."""
-        return self.projected is not None and self.projected.refresh.is_due(
-            _part(state, "refresh"), turn.step
-        )
-
-    def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """False, and nothing changed, where a refresh was due and the gradient is not finite."""
-        if self.projected is None or not self.is_due(state, turn):
-            return True
-        if self.projected.projector.needs_gradient and not self.is_finite(gradient):
-            return False
-        self._refresh_(self.projected, gradient, state, turn)
-        return True
-
-    def is_finite(self, gradient: Tensor) -> bool:
-        """Whether a basis may be taken from it."""
-        return bool(torch.isfinite(gradient).all())
 
     def open(self, state: State, device: torch.device) -> Stored:
         """The basis, for :meth:`down`."""
         return self.projected.projector.open(_part(state, "projector"), device) if self.projected else {}
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:
-        """R, fp32, or the gradient itself where there is no projection: linear, so that sums may be taken
-        before or after."""
+        """R of a gradient of any shape, or the gradient in fp32: linear, so that R of a sum is the sum."""
+        gradient = gradient.reshape(self.shape)
         return self.projected.projector.down(opened, gradient) if self.projected else gradient.float()
 
     def summed(self, low: Tensor) -> Tensor:
-        """The sum over all processes, where each has a part of the parameter; here all of it."""
+        """R of the whole parameter from what :meth:`down` gave: the same, where it is all in this process."""
         return low
 
     def _move_(
@@ -160,12 +147,12 @@ class Cell:
     ) -> None:
         state[STEP] += 1
         moments = self._load(state)
-        update = self.settings.rule_part.direction(moments, low, int(state[STEP]))
+        update = self.rule.direction(moments, low, int(state[STEP]))
         if self.projected is not None:
             projector, _, residual = self.projected
             update = residual.combine(gradient, low, update, projector, opened, _part(state, "residual"))
         self._store_(state, moments, turn, _MOMENT_STREAM)
-        self._apply_(weight, update, state, turn)
+        self._apply_(weight.detach().view(self.shape), update, state, turn)
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
         stored = _part(state, "master")
@@ -180,6 +167,25 @@ class Cell:
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
         self.master.store_(weight, stored, value, key=self._key(turn))
+
+    def is_due(self, state: State, turn: Turn) -> bool:
+        """Whether this step is to begin with a new basis."""
+        refresh = self.projected.refresh if self.projected else None
+        return refresh is not None and refresh.is_due(_part(state, "refresh"), turn.step)
+
+    def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
+        """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
+        where the gradient, of this cell's shape, is needed for that and is not finite."""
+        if self.projected is None or not self.is_due(state, turn):
+            return True
+        if self.projected.projector.needs_gradient and not self.is_finite(gradient):
+            return False
+        self._refresh_(self.projected, gradient, state, turn)
+        return True
+
+    def is_finite(self, gradient: Tensor) -> bool:
+        """Whether a basis may be taken from it."""
+        return bool(torch.isfinite(gradient).all())
 
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
@@ -199,7 +205,7 @@ class Cell:
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
-            self.settings.rule_part.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
+            self.rule.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
             self._store_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
@@ -221,6 +227,15 @@ class Cell:
 
     def _key(self, turn: Turn) -> RandomKey:
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
+
+
+def _split(shape: torch.Size, parts: int) -> torch.Size:
+    if len(shape) != 2 or shape[0] % parts:
+        raise ValueError(
+            f"split={parts} is for matrices whose rows it divides, got shape {tuple(shape)}: put the "
+            "parameter into a group without split"
+        )
+    return torch.Size((parts, shape[0] // parts, shape[1]))
 
 
 def _put(state: State, part: str, stored: Stored) -> None:

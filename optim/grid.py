@@ -26,7 +26,8 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
-from memtrain.optim.settings import RULE_FIELDS, Settings
+from memtrain.optim.paths import Path, Work, path_of
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -37,11 +38,12 @@ class NonFiniteGradientWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How one group is updated; made anew when a scheduler or a loaded state changes its settings."""
 
     settings: Settings
     cells: list[Cell]
+    paths: list[Path | None]
     offsets: list[int]
 
 
@@ -58,9 +60,9 @@ class Pending:
     """What has become of a parameter's gradient since the last step; kept by ``SmallGradients``."""
 
     low: Tensor | None = None
-    """The sum of its projections, fp32; its gradient is None then."""
+    """The sum of its projections, fp32; the gradient itself is None then."""
     summed: bool = False
-    """Whether the sum goes over all processes already, where each has a part of the parameter."""
+    """Whether that went through :meth:`Cell.summed`."""
     backwards: int = 0
     """How many gradients have arrived."""
     updated: bool = False
@@ -88,7 +90,7 @@ class GridOptimizer(Optimizer):
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
         self._slots: dict[Tensor, _Slot] = {}
-        self._plans: list[_Plan] = []
+        self._plans: list[Plan] = []
         self.pending: dict[Tensor, Pending] = {}
         super().__init__(params, {"lr": lr, **known, **settings})
 
@@ -98,7 +100,7 @@ class GridOptimizer(Optimizer):
         Raises:
             ValueError: see the class.
         """
-        super().add_param_group(param_group)
+        super().add_param_group(self._independent(dict(param_group)))
         group = self.param_groups[-1]
         group.setdefault(_STEP, 0)
         group.setdefault(_SKIPPED, 0)
@@ -113,10 +115,20 @@ class GridOptimizer(Optimizer):
         self._number(len(self.param_groups) - 1)
 
     def _number(self, group: int) -> None:
-        for index, parameter in enumerate(self.param_groups[group]["params"]):
-            self._slots[parameter] = _Slot(group, index, len(self._slots))
+        for place, parameter in enumerate(self.param_groups[group]["params"]):
+            self._slots[parameter] = _Slot(group, place, len(self._slots))
 
-    def _plan(self, group: dict[str, Any]) -> _Plan:
+    def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
+        """A group that names another rule, or no projection, does not inherit numbers that belong to the
+        constructor's."""
+        dropped: tuple[str, ...] = ()
+        if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
+            dropped += RULE_FIELDS
+        if "projection" in group and group["projection"] is None:
+            dropped += PROJECTED_FIELDS
+        return {**dict.fromkeys(dropped), **group}
+
+    def _plan(self, group: dict[str, Any]) -> Plan:
         if not float(group["lr"]) >= 0:
             raise ValueError(f"lr must be >= 0, got {group['lr']}")
         settings = Settings.of_group(group)
@@ -128,7 +140,7 @@ class GridOptimizer(Optimizer):
                     "parameters fp32, bf16 or fp16. Use torch.optim for others"
                 )
             try:
-                cells.append(_cell(settings, parameter))
+                cells.append(Cell(settings, parameter.shape, parameter.dtype))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{_name(group, index)}: {error}") from None
         offsets = [0] * len(cells)
@@ -136,7 +148,7 @@ class GridOptimizer(Optimizer):
             projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
             for turn, index in enumerate(projected):
                 offsets[index] = turn * settings.refresh_part.gap // len(projected)
-        return _Plan(settings, cells, offsets)
+        return Plan(settings, cells, [path_of(cell) for cell in cells], offsets)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -154,24 +166,18 @@ class GridOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._replan()
+        self.replan()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                self.update_(parameter)
+            self.update_(group["params"])
             group[_STEP] += 1
         self.pending.clear()
         return loss
 
-    def _replan(self) -> None:
+    def replan(self) -> None:
+        """Take note of settings that a scheduler has changed."""
         for index, group in enumerate(self.param_groups):
             if Settings.of_group(group) != self._plans[index].settings:
                 self._plans[index] = self._plan(group)
-
-    def pending_of(self, parameter: Tensor) -> Pending:
-        """What is known of its gradient since the last step; to be called as gradients arrive."""
-        if not self.pending:
-            self._replan()
-        return self.pending.setdefault(parameter, Pending())
 
     def cell_of(self, parameter: Tensor) -> Cell:
         """The parts that update it."""
@@ -188,38 +194,45 @@ class GridOptimizer(Optimizer):
         return cell, state, Turn(group["lr"], group[_STEP], slot.number, plan.offsets[slot.place])
 
     @torch.no_grad()
-    def update_(self, parameter: Tensor) -> None:
-        """Update one parameter, if it has a gradient. :meth:`step` does this for all, and counts.
+    def update_(self, parameters: Iterable[Tensor]) -> None:
+        """Update those of one group that have a gradient; :meth:`step` does so with all, and counts.
 
         Raises:
-            ValueError: its gradient is sparse.
+            ValueError: a gradient is sparse.
         """
-        pending = self.pending.get(parameter)
-        if pending is not None and pending.low is not None:
+        works: dict[Path, list[Work]] = {}
+        for parameter in parameters:
+            pending, gradient = self.pending.get(parameter), parameter.grad
+            if pending is not None and pending.low is not None:
+                cell, state, turn = self.situation(parameter)
+                low = pending.low if pending.summed else cell.summed(pending.low)
+                cell.update_low_(parameter, low, state, turn)
+                continue
+            if gradient is None or parameter.numel() == 0:
+                continue
+            if gradient.layout != torch.strided:
+                raise ValueError(
+                    f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
+                    "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+                )
             cell, state, turn = self.situation(parameter)
-            low = pending.low if pending.summed else cell.summed(pending.low)
-            cell.update_low_(parameter, low, state, turn)
-            return
-        gradient = parameter.grad
-        if gradient is None or parameter.numel() == 0:
-            return
-        if gradient.layout != torch.strided:
-            raise ValueError(
-                f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
-                "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
-            )
-        cell, state, turn = self.situation(parameter)
-        if not cell.update_(parameter, gradient, state, turn):
-            self.param_groups[self._slots[parameter].group][_SKIPPED] += 1
-            warnings.warn(
-                f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
-                "parameter stay, and the refresh is tried again at the next step",
-                NonFiniteGradientWarning,
-                stacklevel=4,
-            )
+            slot = self._slots[parameter]
+            path = self._plans[slot.group].paths[slot.place]
+            if path is not None and parameter.is_contiguous() and gradient.is_contiguous():
+                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
+            elif not cell.update_(parameter, gradient, state, turn):
+                self.param_groups[slot.group][_SKIPPED] += 1
+                warnings.warn(
+                    f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
+                    "parameter stay, and the refresh is tried again at the next step",
+                    NonFiniteGradientWarning,
+                    stacklevel=4,
+                )
+        for path, batch in works.items():
+            path.update_(batch)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Also of what has been accumulated of gradients that were not kept whole.
+        """Also drops what has been accumulated of gradients that were not kept whole.
 
         Raises:
             RuntimeError: gradients were applied in backward and :meth:`step` has not been called since.
@@ -271,10 +284,6 @@ class GridOptimizer(Optimizer):
                     loaded = Verbatim.unwrap(self.state[parameter], parameter.device)
                     check_state(_name(group, index), loaded, plan.cells[index], parameter)
                     self.state[parameter] = loaded
-
-
-def _cell(settings: Settings, parameter: Tensor) -> Cell:
-    return Cell(settings, parameter.shape, parameter.dtype)
 
 
 def _name(group: dict[str, Any], index: int) -> str:

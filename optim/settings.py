@@ -14,7 +14,7 @@ from typing import Any, Literal
 from memtrain.optim.projection import SPECTRAL, Projection, ProjectionError
 from memtrain.optim.refresh import RefreshPolicy
 from memtrain.optim.residual import Residual
-from memtrain.optim.rules import Adafactor, Adam, AdamMini, Lion, Momentum, Rule
+from memtrain.optim.rules import Adafactor, Adam, AdamMini, Lion, Momentum, Natural, Rule
 
 RULES: dict[str, type[Any]] = {
     "adam": Adam,
@@ -24,9 +24,11 @@ RULES: dict[str, type[Any]] = {
     "momentum": Momentum,
 }
 RULE_FIELDS = ("betas", "eps", "eps_on", "momentum", "nesterov", "beta2_decay", "clip_threshold")
+_NATURAL_FIELDS = ("history", "damping")
 _PROJECTION_FIELDS = ("rank", "density", "side", "basis_dtype")
 _REFRESH_FIELDS = ("refresh", "update_gap", "spread", "lazy")
 _RESIDUAL_FIELDS = ("residual", "scale", "residual_scale", "granularity", "limiter")
+PROJECTED_FIELDS = (*_PROJECTION_FIELDS, *_REFRESH_FIELDS, *_RESIDUAL_FIELDS, *_NATURAL_FIELDS, "split")
 NO_LIMIT = 0.0
 """``limiter`` of a group that wants none; None means the default."""
 
@@ -56,6 +58,8 @@ class Settings:
     density: float | None = None
     side: str | None = None
     basis_dtype: str | None = None
+    split: int | None = None
+    """A fused matrix ``[split * m, n]``, as of q, k and v, is projected as ``split`` matrices ``[m, n]``."""
     refresh: str | None = None
     """None: rotate for spectral projections; reset for random and coordinate ones, whose new basis shares
     so little with the old one that rotated second moments would be far too small."""
@@ -68,9 +72,14 @@ class Settings:
     granularity: str | None = None
     limiter: float | None = None
     """0: none."""
+    history: int | None = None
+    """Low-dimensional gradients kept for the natural gradient (:mod:`memtrain.optim.rules.natural`)."""
+    damping: float | None = None
     state_dtype: str = "fp32"
     master: str = "none"
     seed: int = 0
+    path: Literal["auto", "reference"] = "auto"
+    """``reference``: never a fused path; for comparison."""
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -81,15 +90,18 @@ class Settings:
             raise ValueError(f"decay_order must be before or after, got {self.decay_order!r}")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
+        if self.path not in ("auto", "reference"):
+            raise ValueError(f"path must be auto or reference, got {self.path!r}")
+        if self.split is not None and self.split < 1:
+            raise ValueError(f"split must be at least 1, got {self.split}")
         known = {field.name for field in fields(RULES[self.rule])}
         self._refuse([n for n in RULE_FIELDS if n not in known], f"rule {self.rule!r} has no such number")
         if self.projection is None:
-            parts = (*_PROJECTION_FIELDS, *_REFRESH_FIELDS, *_RESIDUAL_FIELDS)
-            self._refuse(parts, "the group has no projection: name one, or leave it out")
+            self._refuse(PROJECTED_FIELDS, "the group has no projection: name one, or leave it out")
         # Each part checks itself; building them now makes a mistake fail at construction.
         _ = self.rule_part
         if self.projection is not None:
-            _ = self.projection_part, self.refresh_part, self.residual_part
+            _ = self.projection_part, self.refresh_part, self.residual_part, self.projected_rule_part
 
     def _refuse(self, names: Any, why: str) -> None:
         for name in names:
@@ -114,6 +126,20 @@ class Settings:
         return rule
 
     # The parts below are for groups that have a projection.
+
+    @cached_property
+    def projected_rule_part(self) -> Rule:
+        """The rule for projected gradients: with a natural gradient before it where one is asked for."""
+        given = self._given(_NATURAL_FIELDS)
+        if self.history is None:
+            self._refuse(("damping",), "it belongs to history, which is not given")
+            return self.rule_part
+        if self.refresh_part.moments == "keep":
+            raise ValueError(
+                f"refresh='keep' with history={self.history} would mix gradients of different bases in one "
+                "Fisher matrix: use refresh='rotate' or 'reset'"
+            )
+        return Natural(inner=self.rule_part, **given)
 
     @cached_property
     def projection_part(self) -> Projection:

@@ -146,7 +146,7 @@ class SmallGradients:
             self._hooks[parameter] = parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def _check(self, parameter: Tensor) -> None:
-        cell = self.optimizer.cell_of(parameter)[0]
+        cell = self.optimizer.cell_of(parameter)
         accumulates = self.update == "step" or self.micro_batches != 1
         if accumulates and self.whole == "refuse" and cell.projected is not None and not _compressible(cell):
             raise ValueError(
@@ -158,11 +158,13 @@ class SmallGradients:
 
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
-        pending = self.optimizer.pending_of(parameter)
+        if not self.optimizer.pending:
+            self.optimizer.replan()
+        pending = self.optimizer.pending.setdefault(parameter, Pending())
         if pending.updated:
             raise RuntimeError(
-                f"{self.optimizer.name_of(parameter)} got a gradient after its update in backward: step() was "
-                "not called, or there are more backward passes to a step than micro_batches="
+                f"{self.optimizer.name_of(parameter)} got a gradient after its update in backward: step() "
+                "was not called, or there are more backward passes to a step than micro_batches="
                 f"{self.micro_batches}, or a reentrant checkpoint uses the parameter twice (use_reentrant="
                 "False does not)"
             )
@@ -171,7 +173,7 @@ class SmallGradients:
         if not last or pending.low is not None:
             self._compress(parameter, pending)
         if last:
-            self.optimizer.update_(parameter)
+            self.optimizer.update_([parameter])
             parameter.grad, pending.low, pending.updated = None, None, True
 
     def _is_last(self, pending: Pending) -> bool:
@@ -181,7 +183,7 @@ class SmallGradients:
 
     def _compress(self, parameter: Tensor, pending: Pending) -> None:
         gradient = parameter.grad
-        cell, state, turn = self.optimizer.cell_of(parameter)
+        cell, state, turn = self.optimizer.situation(parameter)
         if gradient is None or not _compressible(cell) or not self._has_basis(cell, gradient, state, turn):
             return
         if pending.summed:
@@ -199,7 +201,7 @@ class SmallGradients:
         assert cell.projected is not None
         if cell.projected.projector.needs_gradient and self.refresh_from == "sum":
             return not cell.is_due(state, turn)
-        return cell.refresh_if_due_(gradient, state, turn)
+        return cell.refresh_if_due_(gradient.reshape(cell.shape), state, turn)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale what has been accumulated to a norm of at most ``max_norm``; the norm as it was.
@@ -213,11 +215,9 @@ class SmallGradients:
         self._refuse_in_backward("clip_grad_norm_()", "the norm is known after the last of them")
         kept = self._accumulated()
         norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in kept]
-        total = (
-            torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-            if norms
-            else torch.zeros(())
-        )
+        if not norms:
+            return torch.zeros(())
+        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
         factor = (max_norm / (total + _TINY)).clamp(max=1.0)
         for each in kept:
             each.mul_(factor.to(each.device))
@@ -228,7 +228,7 @@ class SmallGradients:
         for parameter, pending in self.optimizer.pending.items():
             if pending.low is not None:
                 if not pending.summed:
-                    pending.low = self.optimizer.cell_of(parameter)[0].summed(pending.low)
+                    pending.low = self.optimizer.cell_of(parameter).summed(pending.low)
                     pending.summed = True
                 lows.append(pending.low)
         whole = (p.grad for group in self.optimizer.param_groups for p in group["params"])
@@ -257,7 +257,7 @@ class SmallGradients:
                 self._compress(parameter, pending)
 
     def _after_step(self, *_: Any) -> None:
-        # Whole gradients go as projected ones did, or the next step would see a sum of some and not of others.
+        # Whole gradients go as projected ones did; else some would be summed over steps and others not.
         for parameter in self._hooks:
             parameter.grad = None
         self._attach()

@@ -35,7 +35,7 @@ class CoordinateProjector:
     def __init__(self, projection: Projection, shape: torch.Size) -> None:
         self.kind = projection.kind
         self.shape = shape
-        self.axis = {"columns": -1, "rows": -2, "block": -2, "randk": 0}[self.kind]
+        self.axis = {"columns": -1, "rows": -2, "block": -2, "randk": -1}[self.kind]
         self.size = math.prod(shape) if self.kind == "randk" else shape[self.axis]
         self.active = projection.size_of(self.size, limit=self.size, shape=shape)
         low = [self.size] if self.kind == "randk" else list(shape)

@@ -4,5 +4,6 @@ from memtrain.optim.rules.adafactor import Adafactor
 from memtrain.optim.rules.adam import Adam, AdamMini
 from memtrain.optim.rules.base import Moments, MomentSpec, Rule
 from memtrain.optim.rules.momentum import Lion, Momentum
+from memtrain.optim.rules.natural import Natural
 
-__all__ = ["Adafactor", "Adam", "AdamMini", "Lion", "MomentSpec", "Moments", "Momentum", "Rule"]
+__all__ = ["Adafactor", "Adam", "AdamMini", "Lion", "MomentSpec", "Moments", "Momentum", "Natural", "Rule"]
