@@ -28,6 +28,9 @@ all of them are due. ``refresh_from="first"`` takes the basis from the first mic
 gradient of a projected parameter is ever kept: another basis, as good as one micro-batch can tell, and the
 same one when there is one micro-batch. Seeded bases are renewed when the first gradient arrives.
 
+``optimizer.zero_grad()`` drops what has been accumulated; ``model.zero_grad()`` knows nothing of it. ``step``
+leaves no gradients behind, as if zero_grad() followed.
+
 Norms. ``|R|`` is the norm of the gradient's projection if the projection is orthonormal, which is not the
 gradient's norm but at most as large; for ``gaussian`` and ``rademacher`` it is an unbiased estimate of the
 latter, squared.
@@ -96,6 +99,8 @@ class SmallGradients:
         self.whole = whole
         self.refresh_from = refresh_from
         self._holds_back = False
+        if hasattr(optimizer, "_step_supports_amp_scaling"):
+            raise ValueError("the optimizer has its SmallGradients already: remove() the other one first")
         # Makes GradScaler.step leave its findings on the optimizer, where the hook before the step sees them.
         optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
         self._hooks: dict[Tensor, RemovableHandle] = {}
