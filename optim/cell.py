@@ -57,7 +57,7 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
-        if settings.split not in (None, 1) and len(shape) >= 2:
+        if settings.split is not None and settings.split > 1 and len(shape) >= 2:
             shape = _split(shape, settings.split)
         self.shape = shape
         """What is worked on: the parameter's own shape, or that of the stack it is split into."""
@@ -65,7 +65,7 @@ class Cell:
         self.projected: Projected | None = None
         self.low_shape = shape
         self.rule = settings.rule_part
-        if settings.projection is not None and len(shape) >= 2:
+        if settings.projection is not None and len(shape) >= 2 and shape.numel():
             projector = settings.projection_part.bind(shape)
             settings.residual_part.check(projector)
             self.projected = Projected(projector, settings.refresh_part, settings.residual_part)
@@ -115,6 +115,18 @@ class Cell:
             counted["projector"] = projector.size_bytes()
             counted["counters"] += policy.size_bytes() + residual.size_bytes(projector)
         return counted
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """What of the parameter, or of its gradient, this process updates; all other methods take that."""
+        return tensor
+
+    def exported(self, state: State) -> State:
+        """A state as a checkpoint has it; the memory is shared."""
+        return state
+
+    def imported(self, state: State) -> State:
+        """What :meth:`exported` gave, as it was."""
+        return state
 
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""

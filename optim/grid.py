@@ -15,6 +15,7 @@ a parameter that is unused for a while, or whose moments a refresh has reset, is
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
@@ -27,7 +28,7 @@ from torch.optim import Optimizer
 from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.paths import Path, Work, path_of
-from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, Settings
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -89,10 +90,14 @@ class GridOptimizer(Optimizer):
         known = {field.name: field.default for field in fields(Settings)}
         if unknown := settings.keys() - known.keys():
             raise TypeError(f"unknown settings {sorted(unknown)}: there are {', '.join(sorted(known))}")
+        # Schedulers look for betas or momentum in the defaults: only numbers of this rule may be there.
+        general = {name: value for name, value in known.items() if name not in RULE_FIELDS}
+        rule = RULES.get(settings.get("rule", known["rule"]))
+        numbers = {field.name: field.default for field in fields(rule)} if rule else {}
         self._slots: dict[Tensor, _Slot] = {}
         self._plans: list[Plan] = []
         self.pending: dict[Tensor, Pending] = {}
-        super().__init__(params, {"lr": lr, **known, **settings})
+        super().__init__(params, {"lr": lr, **general, **numbers, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Also after training has begun; the group's own step counter starts at zero.
@@ -140,7 +145,7 @@ class GridOptimizer(Optimizer):
                     "parameters fp32, bf16 or fp16. Use torch.optim for others"
                 )
             try:
-                cells.append(Cell(settings, parameter.shape, parameter.dtype))
+                cells.append(_cell(settings, parameter))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{_name(group, index)}: {error}") from None
         offsets = [0] * len(cells)
@@ -190,7 +195,7 @@ class GridOptimizer(Optimizer):
         group, plan = self.param_groups[slot.group], self._plans[slot.group]
         state, cell = self.state[parameter], plan.cells[slot.place]
         if not state:
-            state.update(cell.empty_state(parameter))
+            state.update(cell.empty_state(cell.own(parameter)))
         return cell, state, Turn(group["lr"], group[_STEP], slot.number, plan.offsets[slot.place])
 
     @torch.no_grad()
@@ -206,7 +211,7 @@ class GridOptimizer(Optimizer):
             if pending is not None and pending.low is not None:
                 cell, state, turn = self.situation(parameter)
                 low = pending.low if pending.summed else cell.summed(pending.low)
-                cell.update_low_(parameter, low, state, turn)
+                cell.update_low_(cell.own(parameter), low, state, turn)
                 continue
             if gradient is None or parameter.numel() == 0:
                 continue
@@ -216,11 +221,12 @@ class GridOptimizer(Optimizer):
                     "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
                 )
             cell, state, turn = self.situation(parameter)
+            weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
             path = self._plans[slot.group].paths[slot.place]
-            if path is not None and parameter.is_contiguous() and gradient.is_contiguous():
-                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
-            elif not cell.update_(parameter, gradient, state, turn):
+            if path is not None and weight.is_contiguous() and gradient.is_contiguous():
+                works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
+            elif not cell.update_(weight, gradient, state, turn):
                 self.param_groups[slot.group][_SKIPPED] += 1
                 warnings.warn(
                     f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
@@ -261,6 +267,14 @@ class GridOptimizer(Optimizer):
                         total[part] += count
         return total
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; of sharded parameters DTensors, which DCP writes and reads for any number
+        of processes."""
+        packed = super().state_dict()
+        cells = [cell for plan in self._plans for cell in plan.cells]
+        packed["state"] = {number: cells[number].exported(each) for number, each in packed["state"].items()}
+        return packed
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Exactly what was saved; torch would cast every floating state to the dtype of its parameter.
 
@@ -282,8 +296,20 @@ class GridOptimizer(Optimizer):
             for index, parameter in enumerate(group["params"]):
                 if parameter in self.state:
                     loaded = Verbatim.unwrap(self.state[parameter], parameter.device)
-                    check_state(_name(group, index), loaded, plan.cells[index], parameter)
+                    cell = plan.cells[index]
+                    loaded = cell.imported(loaded)
+                    check_state(_name(group, index), loaded, cell, cell.own(parameter))
                     self.state[parameter] = loaded
+
+
+def _cell(settings: Settings, parameter: Tensor) -> Cell:
+    # A DTensor exists only where its module is imported, which costs half a second.
+    if "torch.distributed.tensor" in sys.modules:
+        from memtrain.optim.distributed.cell import DTensor, ShardedCell
+
+        if isinstance(parameter, DTensor):
+            return ShardedCell(settings, parameter)
+    return Cell(settings, parameter.shape, parameter.dtype)
 
 
 def _name(group: dict[str, Any], index: int) -> str:

@@ -19,7 +19,7 @@ a part of the gradient is counted twice; here the residual is what the name says
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class Residual:
     """Largest growth of the norm from step to step; None: no limit."""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(ResidualKind):
+            raise ValueError(
+                f"residual must be one of {', '.join(get_args(ResidualKind))}, got {self.kind!r}"
+            )
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(f"granularity must be channel or tensor, got {self.granularity!r}")
         if self.limiter is not None and not self.limiter > 1:
             raise ValueError(f"limiter must be > 1 or None, got {self.limiter}: 1.01 is usual")
         for field, value in (("scale", self.scale), ("residual_scale", self.residual_scale)):

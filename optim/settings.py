@@ -15,6 +15,7 @@ from memtrain.optim.projection import SPECTRAL, Projection, ProjectionError
 from memtrain.optim.refresh import RefreshPolicy
 from memtrain.optim.residual import Residual
 from memtrain.optim.rules import Adafactor, Adam, AdamMini, Lion, Momentum, Natural, Rule
+from memtrain.optim.storage import master_format, state_format
 
 RULES: dict[str, type[Any]] = {
     "adam": Adam,
@@ -98,6 +99,8 @@ class Settings:
         self._refuse([n for n in RULE_FIELDS if n not in known], f"rule {self.rule!r} has no such number")
         if self.projection is None:
             self._refuse(PROJECTED_FIELDS, "the group has no projection: name one, or leave it out")
+        state_format(self.state_dtype)
+        master_format(self.master)
         # Each part checks itself; building them now makes a mistake fail at construction.
         _ = self.rule_part
         if self.projection is not None:

@@ -187,9 +187,11 @@ class SmallGradients:
         return not self._holds_back if self.micro_batches is None else pending.backwards == self.micro_batches
 
     def _compress(self, parameter: Tensor, pending: Pending) -> None:
-        gradient = parameter.grad
         cell, state, turn = self.optimizer.situation(parameter)
-        if gradient is None or not _compressible(cell) or not self._has_basis(cell, gradient, state, turn):
+        if parameter.grad is None or not _compressible(cell):
+            return
+        gradient = cell.own(parameter.grad)
+        if not self._has_basis(cell, gradient, state, turn):
             return
         if pending.summed:
             raise RuntimeError(

@@ -1,0 +1,358 @@
+"""GridOptimizer as a torch.optim.Optimizer, and the parameters that break optimizers."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
+from memtrain.optim.projection import ProjectionError
+
+GALORE = dict(projection="power", rank=2, update_gap=3)
+
+
+def weight_of(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+
+def give_gradient(weight, step=0):
+    generator = torch.Generator().manual_seed(100 + step)
+    weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+
+
+def run(optimizer, weights, steps, start=0):
+    for step in range(start, start + steps):
+        for weight in weights:
+            give_gradient(weight, step)
+        optimizer.step()
+
+
+def live_bytes(optimizer):
+    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values())
+
+
+def test_the_fused_path_is_torch_adamw_bit_for_bit():
+    ours, theirs = [[weight_of(5, 4), weight_of(7)] for _ in range(2)]
+    settings = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    run(GridOptimizer(ours, **settings), ours, 5)
+    run(torch.optim.AdamW(theirs, fused=True, **settings), theirs, 5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_the_reference_path_is_torch_adamw():
+    ours, theirs = [[weight_of(5, 4), weight_of(7)] for _ in range(2)]
+    settings = dict(lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    run(GridOptimizer(ours, path="reference", **settings), ours, 20)
+    run(torch.optim.AdamW(theirs, **settings), theirs, 20)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+@pytest.mark.parametrize("extra", [{}, GALORE])
+def test_lr_as_tensor_and_schedulers(extra, path):
+    """A tensor is read at every step, and a scheduler that halves it is followed."""
+    by_float, by_tensor = weight_of(6, 5), weight_of(6, 5)
+    first = GridOptimizer([by_float], lr=0.1, weight_decay=0.5, path=path, **extra)
+    second = GridOptimizer([by_tensor], lr=torch.tensor(0.1), weight_decay=0.5, path=path, **extra)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(each, 0.5) for each in (first, second)]
+    for step in range(5):
+        run(first, [by_float], 1, step)
+        run(second, [by_tensor], 1, step)
+        for scheduler in schedulers:
+            scheduler.step()
+    assert first.param_groups[0]["lr"] == pytest.approx(0.1 / 32)
+    torch.testing.assert_close(by_float, by_tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_one_cycle_moves_betas_or_momentum():
+    weight = weight_of(6, 5)
+    for settings, key in ((dict(), "betas"), (dict(rule="momentum"), "momentum")):
+        optimizer = GridOptimizer([weight], lr=0.1, **GALORE, **settings)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+        before = optimizer.param_groups[0][key]
+        for step in range(4):
+            run(optimizer, [weight], 1, step)
+            scheduler.step()
+        assert optimizer.param_groups[0][key] != before
+
+
+def test_closure_is_called_with_gradients_on():
+    weight = weight_of(4, 4)
+    optimizer = GridOptimizer([weight], lr=0.1, **GALORE)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss.detach()
+
+    losses = [float(optimizer.step(closure)) for _ in range(10)]
+    assert losses[-1] < losses[0]
+
+
+def test_groups_differ_and_join_later():
+    first, second, third = weight_of(6, 5), weight_of(6, 5), weight_of(6, 5)
+    optimizer = GridOptimizer(
+        [{"params": [first]}, {"params": [second], "projection": None, "rule": "lion"}],
+        lr=0.1,
+        betas=(0.8, 0.9),
+        **GALORE,
+    )
+    run(optimizer, [first, second], 2)
+    optimizer.add_param_group({"params": [third], "rank": 3, "lr": 0.0})
+    run(optimizer, [first, second, third], 1, 2)
+    assert optimizer.state[first]["exp_avg.value"].shape == (6, 2)
+    assert optimizer.state[second]["momentum.value"].shape == (6, 5)
+    assert optimizer.state[third]["exp_avg.value"].shape == (6, 3)
+    assert torch.equal(third, weight_of(6, 5))
+    assert [group["step"] for group in optimizer.param_groups] == [3, 3, 1]
+    # Lion's own betas, not those of the constructor's Adam.
+    assert [group["betas"] for group in optimizer.param_groups] == [(0.8, 0.9), (0.9, 0.99), (0.8, 0.9)]
+
+
+def test_a_group_that_is_refused_is_not_added():
+    optimizer = GridOptimizer([weight_of(6, 5)], **GALORE)
+    with pytest.raises(ProjectionError, match=r"parameter 0 of its group, \(3, 2\): rank 5 exceeds 2"):
+        optimizer.add_param_group({"params": [weight_of(3, 2)], "rank": 5})
+    assert len(optimizer.param_groups) == 1
+    run(optimizer, optimizer.param_groups[0]["params"], 1)
+
+
+def test_vectors_stacks_empty_frozen_and_unused_parameters():
+    named = {
+        "matrix": weight_of(6, 5),
+        "vector": weight_of(5),
+        "scalar": weight_of(),
+        "experts": weight_of(3, 6, 5),
+        "empty": weight_of(0, 5),
+        "frozen": weight_of(6, 5).requires_grad_(False),
+        "unused": weight_of(6, 5),
+    }
+    before = {name: weight.detach().clone() for name, weight in named.items()}
+    optimizer = GridOptimizer(named.items(), lr=0.1, weight_decay=0.1, **GALORE)
+    used = [named[name] for name in ("matrix", "vector", "scalar", "experts", "empty")]
+    run(optimizer, used, 4)
+    changed = {name for name, weight in named.items() if not torch.equal(weight, before[name])}
+    assert changed == {"matrix", "vector", "scalar", "experts"}
+    assert optimizer.state[named["experts"]]["exp_avg.value"].shape == (3, 6, 2)
+    assert optimizer.state[named["vector"]]["exp_avg.value"].shape == (5,)
+    assert set(optimizer.state) == {named[name] for name in changed}
+    # And the unused one, once it is used, starts with a bias correction of its own.
+    give_gradient(named["unused"])
+    optimizer.step()
+    assert float(optimizer.state[named["unused"]]["step"]) == 1
+    assert float(optimizer.state[named["matrix"]]["step"]) == 5
+
+
+def test_experts_are_updated_as_single_matrices():
+    stack, single = weight_of(3, 8, 6), None
+    singles = [nn.Parameter(stack.detach()[i].clone()) for i in range(3)]
+    settings = dict(lr=0.1, projection="svd", rank=2, update_gap=2, residual="scaled", rule="adafactor")
+    together = GridOptimizer([stack], **settings)
+    apart = GridOptimizer(singles, **settings)
+    for step in range(5):
+        give_gradient(stack, step)
+        for index, single in enumerate(singles):
+            single.grad = stack.grad[index].clone()
+        together.step()
+        apart.step()
+    for index, single in enumerate(singles):
+        torch.testing.assert_close(stack[index], single, rtol=1e-4, atol=1e-5)
+
+
+def test_split_projects_the_parts_of_a_fused_matrix_apart():
+    fused = weight_of(12, 5)
+    parts = [nn.Parameter(fused.detach()[4 * i : 4 * i + 4].clone()) for i in range(3)]
+    settings = dict(lr=0.1, projection="svd", rank=2, update_gap=2)
+    together, apart = GridOptimizer([fused], split=3, **settings), GridOptimizer(parts, **settings)
+    for step in range(4):
+        give_gradient(fused, step)
+        for index, part in enumerate(parts):
+            part.grad = fused.grad[4 * index : 4 * index + 4].clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(fused, torch.cat(parts), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"split=3 is for matrices whose rows it divides, got .*\(10, 5\)"):
+        GridOptimizer([weight_of(10, 5)], split=3, **settings)
+
+
+def test_weights_and_gradients_of_any_strides():
+    straight, turned = weight_of(6, 5), nn.Parameter(weight_of(6, 5).detach().T.contiguous().T)
+    assert not turned.is_contiguous()
+    for extra in ({}, GALORE):
+        first, second = GridOptimizer([straight], lr=0.1, **extra), GridOptimizer([turned], lr=0.1, **extra)
+        for step in range(4):
+            give_gradient(straight, step)
+            turned.grad = straight.grad.T.contiguous().T
+            first.step()
+            second.step()
+        torch.testing.assert_close(straight, turned, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients_are_refused_by_name():
+    embedding = nn.Embedding(6, 4, sparse=True)
+    optimizer = GridOptimizer(embedding.named_parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"parameter 'weight' \(6, 4\) has a gradient of layout"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_at_a_refresh(value):
+    """Basis and weight stay, it is said and counted, and the next finite gradient refreshes."""
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([("w", weight)], lr=0.1, **GALORE)
+    run(optimizer, [weight], 3)
+    basis = optimizer.state[weight]["projector.right"].clone()
+    before = weight.detach().clone()
+    weight.grad = torch.full((6, 5), value)
+    with pytest.warns(NonFiniteGradientWarning, match=r"parameter 'w' \(6, 5\) has a gradient that is not"):
+        optimizer.step()
+    assert torch.equal(optimizer.state[weight]["projector.right"], basis)
+    assert torch.equal(weight, before)
+    assert optimizer.param_groups[0]["skipped_refreshes"] == 1
+    run(optimizer, [weight], 1, 4)
+    assert not torch.equal(optimizer.state[weight]["projector.right"], basis)
+    assert bool(torch.isfinite(weight).all())
+
+
+@pytest.mark.parametrize("extra", [{}, GALORE, dict(projection="randk", density=0.5, residual="sign")])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [
+        (torch.float32, "none"),
+        (torch.float32, "fp32"),
+        (torch.bfloat16, "none"),
+        (torch.bfloat16, "split24"),
+        (torch.bfloat16, "fp32"),
+        (torch.float16, "fp32"),
+    ],
+)
+def test_predicted_bytes_are_the_live_bytes(extra, state_dtype, dtype, master):
+    weights = [weight_of(80, 60, dtype=dtype), weight_of(60, dtype=dtype), weight_of(2, 9, 7, dtype=dtype)]
+    optimizer = GridOptimizer(weights, state_dtype=state_dtype, master=master, **extra)
+    predicted = optimizer.state_bytes()
+    run(optimizer, weights, 4)
+    assert live_bytes(optimizer) == sum(predicted.values())
+    assert all(bool(torch.isfinite(weight).all()) for weight in weights)
+
+
+def saved_and_loaded(state_dict):
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_dict_is_plain_loads_exactly_and_is_not_shared(dtype):
+    weights = [weight_of(70, 64, dtype=dtype), weight_of(64, dtype=dtype)]
+    settings = dict(state_dtype="int8", lazy=True, residual="scaled", spread=True, **GALORE)
+    optimizer = GridOptimizer(weights, **settings)
+    run(optimizer, weights, 5)
+    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    other = GridOptimizer(copies, **settings)
+    loaded = saved_and_loaded(optimizer.state_dict())
+    other.load_state_dict(loaded)
+    for weight, copied in zip(weights, copies, strict=True):
+        ours, theirs = optimizer.state[weight], other.state[copied]
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name].dtype == theirs[name].dtype
+            assert torch.equal(ours[name], theirs[name])
+    run(optimizer, weights, 4, 5)
+    run(other, copies, 4, 5)
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+    # Loading copies: the loaded dict has not moved with the four steps.
+    assert float(loaded["state"][0]["step"]) == 5
+
+
+def test_a_copy_goes_on_alone():
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([weight], lr=0.1, **GALORE)
+    run(optimizer, [weight], 2)
+    twin = copy.deepcopy(optimizer)
+    (twin_weight,) = twin.param_groups[0]["params"]
+    run(optimizer, [weight], 3, 2)
+    run(twin, [twin_weight], 3, 2)
+    assert torch.equal(weight, twin_weight)
+
+
+def test_states_of_other_settings_or_models_are_refused():
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([("w", weight)], **GALORE)
+    run(optimizer, [weight], 1)
+    saved = optimizer.state_dict()
+    other = GridOptimizer([("w", weight_of(7, 5))], **GALORE)
+    with pytest.raises(ValueError, match=r"parameter 'w' \(7, 5\): state 'exp_avg.value' to load is"):
+        other.load_state_dict(saved)
+    saved["state"][0].pop("exp_avg_sq.value")
+    with pytest.raises(ValueError, match=r"differ in \['exp_avg_sq.value'\]"):
+        GridOptimizer([("w", weight_of(6, 5))], **GALORE).load_state_dict(saved)
+
+
+def test_zero_grad_and_repr_are_torch_s():
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([weight], **GALORE)
+    give_gradient(weight)
+    optimizer.zero_grad()
+    assert weight.grad is None
+    assert "projection: power" in repr(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (dict(rate=1), TypeError, r"unknown settings \['rate'\]: there are basis_dtype"),
+        (dict(lr=-1.0), ValueError, "lr must be >= 0, got -1.0"),
+        (dict(rule="adagrad"), ValueError, "rule 'adagrad' is unknown: one of adam"),
+        (dict(rule="momentum", betas=(0.9, 0.9)), ValueError, r"betas=.*rule 'momentum' has no such number"),
+        (dict(momentum=0.9), ValueError, "momentum=0.9: rule 'adam' has no such number"),
+        (dict(weight_decay=-1), ValueError, "weight_decay must be >= 0"),
+        (dict(rank=4), ValueError, "rank=4: the group has no projection"),
+        (dict(residual="sign"), ValueError, "residual='sign': the group has no projection"),
+        (dict(projection="power"), ValueError, "either rank or density"),
+        (dict(projection="columns", density=0.5, lazy=True), ValueError, "lazy=True asks whether"),
+        (dict(projection="svd", rank=2, damping=0.1), ValueError, "damping=0.1: it belongs to history"),
+        (dict(**GALORE, history=3, refresh="keep"), ValueError, "would mix gradients of different bases"),
+        (dict(projection="gaussian", rank=2, residual="sign"), ValueError, "residual 'sign' needs an orth"),
+        (dict(state_dtype="fp8"), ValueError, "fp8"),
+        (dict(master="bf16"), ValueError, "bf16"),
+        (dict(master="split24"), TypeError, "split24.*float32"),
+        (dict(seed=-1), ValueError, "seed must be in"),
+        (dict(path="fast"), ValueError, "path must be auto or reference"),
+        (dict(decay_order="during"), ValueError, "decay_order must be before or after"),
+        (dict(**GALORE, split=0), ValueError, "split must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_honoured(settings, error, message):
+    with pytest.raises(error, match=message):
+        GridOptimizer([weight_of(6, 5)], **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_dtypes_that_cannot_be_honoured(dtype):
+    with pytest.raises(ValueError, match=rf"is {dtype}: states and arithmetic are fp32"):
+        GridOptimizer([nn.Parameter(torch.zeros(3, dtype=dtype))])
+
+
+def test_matrices_of_four_dimensions_are_refused_in_a_projected_group():
+    with pytest.raises(ProjectionError, match=r"parameter 'conv.weight'.*matrices \[m, n\] or stacks"):
+        GridOptimizer([("conv.weight", weight_of(2, 2, 3, 3))], **GALORE)
+
+
+def test_importing_is_lean():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, memtrain.optim.named, memtrain.optim.roles, torch;"
+        "assert not {'triton', 'bitsandbytes', 'transformers'} & set(sys.modules);"
+        "assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
