@@ -9,7 +9,7 @@ will keep are known before anything is allocated.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -119,6 +119,11 @@ class Cell:
     def own(self, tensor: Tensor) -> Tensor:
         """What of the parameter, or of its gradient, this process updates; all other methods take that."""
         return tensor
+
+    def norm_group(self, *, low: bool) -> Any:
+        """The processes over which the square of a norm of R, or of the gradient, is summed; None: this one
+        has all of it."""
+        return None
 
     def exported(self, state: State) -> State:
         """A state as a checkpoint has it; the memory is shared."""

@@ -268,7 +268,7 @@ class GridOptimizer(Optimizer):
         return total
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers; of sharded parameters DTensors, which DCP writes and reads for any number
+        """Plain tensors and numbers; of sharded parameters DTensors, which DCP reads on any number
         of processes."""
         packed = super().state_dict()
         cells = [cell for plan in self._plans for cell in plan.cells]
@@ -305,7 +305,9 @@ class GridOptimizer(Optimizer):
 def _cell(settings: Settings, parameter: Tensor) -> Cell:
     # A DTensor exists only where its module is imported, which costs half a second.
     if "torch.distributed.tensor" in sys.modules:
-        from memtrain.optim.distributed.cell import DTensor, ShardedCell
+        from torch.distributed.tensor import DTensor
+
+        from memtrain.optim.distributed.cell import ShardedCell
 
         if isinstance(parameter, DTensor):
             return ShardedCell(settings, parameter)

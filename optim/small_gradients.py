@@ -221,32 +221,38 @@ class SmallGradients:
         """
         self._refuse_in_backward("clip_grad_norm_()", "the norm is known after the last of them")
         kept = self._accumulated()
-        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in kept]
-        if not norms:
-            return torch.zeros(())
-        total: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+        total = _norm(kept)
         factor = (max_norm / (total + _TINY)).clamp(max=1.0)
-        for each in kept:
+        for each, _ in kept:
             each.mul_(factor.to(each.device))
         return total
 
-    def _accumulated(self) -> list[Tensor]:
-        lows = []
-        for parameter, pending in self.optimizer.pending.items():
-            if pending.low is not None:
-                if not pending.summed:
-                    pending.low = self.optimizer.cell_of(parameter).summed(pending.low)
-                    pending.summed = True
-                lows.append(pending.low)
-        whole = (p.grad for group in self.optimizer.param_groups for p in group["params"])
-        return lows + [each for each in whole if each is not None]
+    def _accumulated(self) -> list[tuple[Tensor, Any]]:
+        """Each with the processes that have the rest of it."""
+        found: list[tuple[Tensor, Any]] = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                cell, pending = self.optimizer.cell_of(parameter), self.optimizer.pending.get(parameter)
+                if pending is not None and pending.low is not None:
+                    if not pending.summed:
+                        pending.low, pending.summed = cell.summed(pending.low), True
+                    found.append((pending.low, cell.norm_group(low=True)))
+                if parameter.grad is not None:
+                    found.append((cell.own(parameter.grad), cell.norm_group(low=False)))
+        return found
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """For ``torch.amp.GradScaler``, which is given this object in the optimizer's place: tensors whose
         ``grad`` is what has been accumulated."""
         self._refuse_in_backward("GradScaler", "whether to skip the step is known after the last of them")
-        return [{"params": [_carrier(each) for each in self._accumulated()]}]
+        kept = self._accumulated()
+        if any(group is not None for _, group in kept):
+            raise RuntimeError(
+                "GradScaler with sharded parameters: each process would decide about its part alone whether "
+                "to skip the step. bf16 needs no scaler"
+            )
+        return [{"params": [_carrier(each) for each, _ in kept]}]
 
     def step(self) -> None:
         """The optimizer's; for ``GradScaler.step``."""
@@ -286,6 +292,27 @@ class SmallGradients:
 
 def _compressible(cell: Cell) -> bool:
     return cell.projected is not None and cell.projected.residual.kind == "none"
+
+
+def _norm(parts: list[tuple[Tensor, Any]]) -> Tensor:
+    """Of all parts together, those of other processes included."""
+    norms: dict[Any, list[Tensor]] = {}
+    for part, group in parts:
+        norms.setdefault(group, []).append(torch.linalg.vector_norm(part, dtype=torch.float32))
+    joined = {group: _joined(each) for group, each in norms.items()}
+    for group in joined.keys() - {None}:
+        # In fp64, since squares of small norms underflow.
+        square = joined[group].double().square()
+        torch.distributed.all_reduce(square, group=group)
+        joined[group] = square.sqrt().float()
+    return _joined(list(joined.values()))
+
+
+def _joined(norms: list[Tensor]) -> Tensor:
+    if not norms:
+        return torch.zeros(())
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
+    return norm
 
 
 def _carrier(gradient: Tensor) -> Tensor:

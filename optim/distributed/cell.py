@@ -1,0 +1,187 @@
+"""What updates a sharded parameter: each process its rows, with the numbers that one process alone would get.
+
+States are plain local tensors while they are worked on. In a checkpoint those that are sharded as the
+parameter is are DTensors, which DCP writes once and reads on any number of processes; the others are whole in
+every process and are written as they are.
+
+Random rounding draws the bits that belong to an element's place in the whole parameter. Blocks of 8-bit and
+4-bit states must not straddle two processes, which holds if a row of R is a whole number of blocks, or all
+shards are equal and whole; else it is refused.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from memtrain.optim.cell import Cell, Projected, State
+from memtrain.optim.distributed.projectors import sharded_projector
+from memtrain.optim.distributed.rows import Rows
+from memtrain.optim.rules import Adam, AdamMini, Lion, Momentum
+from memtrain.optim.settings import Settings
+from memtrain.optim.storage import RandomKey, StateFormat, random_bits, stochastic_round
+from memtrain.optim.storage.blocks import BLOCK
+from memtrain.optim.storage.formats import Bf16Format
+from memtrain.optim.storage.masters import NoMaster, Stored
+
+_ENTRY_BY_ENTRY = (Adam, Lion, Momentum)
+
+
+class ShardedCell(Cell):
+    """See the module.
+
+    Raises:
+        ValueError: settings that need more of the parameter than this process has.
+    """
+
+    def __init__(self, settings: Settings, parameter: DTensor) -> None:
+        if settings.split not in (None, 1):
+            raise ValueError(f"split={settings.split} with a sharded parameter: leave it out for this group")
+        # Checks, and formats, which must not depend on how many processes there are.
+        super().__init__(settings, parameter.shape, parameter.dtype)
+        self.rows = rows = Rows.of(parameter)
+        self._mesh = parameter.device_mesh
+        self.shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
+        self.low_is_sharded = True
+        if self.projected is not None:
+            projector = sharded_projector(settings.projection_part, parameter.shape, rows)
+            self.projected = Projected(projector, self.projected.refresh, self.projected.residual)
+            self.low_shape, self.low_is_sharded = projector.low_shape, projector.low_is_sharded
+        self.moments = self.rule.moments(self.low_shape)
+        self._check_residual()
+        if self.low_is_sharded:
+            self._check_rule()
+            self._check_blocks()
+        if self.low_is_sharded:
+            offset = rows.start * prod(self.low_shape[1:])
+            self.formats = {name: _placed(each, offset) for name, each in self.formats.items()}
+        if isinstance(self.master, NoMaster):
+            self.master = _PlacedMaster(rows.start * prod(self.shape[1:]))
+
+    def _check_residual(self) -> None:
+        residual = self.projected.residual if self.projected else None
+        if residual is None or residual.kind not in ("scaled", "scale_only"):
+            return
+        if residual.limiter is not None or (residual.granularity == "tensor" and self.low_is_sharded):
+            raise ValueError(
+                f"residual {residual.kind!r} with limiter={residual.limiter}, granularity="
+                f"{residual.granularity!r} takes norms over the parameter, which is sharded by rows: use "
+                "limiter=0 and granularity='channel', whose norms are of rows and of columns of R"
+            )
+
+    def _check_rule(self) -> None:
+        mini_of_vector = isinstance(self.rule, AdamMini) and len(self.low_shape) == 1
+        if not isinstance(self.rule, _ENTRY_BY_ENTRY) or mini_of_vector:
+            raise ValueError(
+                f"rule {type(self.rule).__name__} takes means over R, which is sharded by rows as the "
+                "parameter is: use rule 'adam', 'lion' or 'momentum' for it, or side='left', by which R is "
+                "whole in every process"
+            )
+
+    def _check_blocks(self) -> None:
+        for name, spec in self.moments.items():
+            row, world = prod(spec.shape[1:]), self.rows.world
+            equal = self.rows.total % world == 0 and self.rows.chunk * row % BLOCK == 0
+            if self.formats[name].name in ("int8", "int4") and row % BLOCK and not equal:
+                raise ValueError(
+                    f"state_dtype {self.formats[name].name!r} scales blocks of {BLOCK} entries, and those of "
+                    f"R would straddle the {world} processes: {self.rows.total} rows of {row} entries, up to "
+                    f"{self.rows.chunk} rows to a process. Use state_dtype 'bf16', or a rank that is a "
+                    f"multiple of {BLOCK}"
+                )
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """See :class:`Cell`."""
+        if not isinstance(tensor, DTensor):
+            return tensor
+        local: Tensor = tensor.to_local()
+        return local.detach()
+
+    def summed(self, low: Tensor) -> Tensor:
+        """See :class:`Cell`."""
+        return low if self.low_is_sharded else self.rows.sum_(low)
+
+    def is_finite(self, gradient: Tensor) -> bool:
+        """See :class:`Cell`; the answer is the same in all processes."""
+        faults = (~torch.isfinite(gradient)).any().float().reshape(1)
+        return not bool(self.rows.largest_(faults))
+
+    def norm_group(self, *, low: bool) -> dist.ProcessGroup | None:
+        """See :class:`Cell`."""
+        return self.rows.group if self.low_is_sharded or not low else None
+
+    def exported(self, state: State) -> State:
+        """See :class:`Cell`."""
+        return {name: self._exported(name, tensor) for name, tensor in state.items()}
+
+    def imported(self, state: State) -> State:
+        """See :class:`Cell`."""
+        local = {name: self.own(tensor) for name, tensor in state.items()}
+        here = self.empty_state(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        for name in local.keys() & here.keys():
+            if self._is_sharded(name):
+                # Blocks come as rows of blocks.
+                local[name] = local[name].reshape(here[name].shape)
+        return local
+
+    def _is_sharded(self, name: str) -> bool:
+        part = name.partition(".")[0]
+        if part in self.moments:
+            return self.low_is_sharded
+        return part == "master" or name == "projector.left"
+
+    def _exported(self, name: str, tensor: Tensor) -> Tensor:
+        if not self._is_sharded(name):
+            return tensor
+        spec = self.moments.get(name.partition(".")[0])
+        if (
+            spec is not None
+            and tensor.dim() == 1
+            and len(spec.shape) > 1
+            and prod(spec.shape[1:]) % BLOCK == 0
+        ):
+            # Scales and 4-bit codes, flat, of whole blocks to a row.
+            tensor = tensor.view(self.rows.count, -1) if self.rows.count else tensor.view(0, 1)
+        of_rows = tensor.shape[0] == self.rows.count
+        total = self.rows.total if of_rows else tensor.shape[0] * self.rows.world
+        shape = torch.Size((total, *tensor.shape[1:]))
+        strides = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+        return DTensor.from_local(
+            tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=strides
+        )
+
+
+class _PlacedMaster(NoMaster):
+    """The weight alone, rounded with the bits of its place in the whole parameter."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset
+
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
+        weight.detach().copy_(_rounded(value, weight.dtype, key, self._offset))
+
+
+class _PlacedBf16(Bf16Format):
+    """bf16, rounded with the bits of its place in the whole R."""
+
+    def __init__(self, offset: int) -> None:
+        self._offset = offset
+
+    def store_(self, stored: Stored, value: Tensor, *, signed: bool, key: RandomKey | None = None) -> None:
+        if key is not None:
+            value = _rounded(value, torch.bfloat16, key, self._offset)
+        stored["value"].copy_(value)
+
+
+def _placed(fmt: StateFormat, offset: int) -> StateFormat:
+    return _PlacedBf16(offset) if isinstance(fmt, Bf16Format) else fmt
+
+
+def _rounded(value: Tensor, dtype: torch.dtype, key: RandomKey, offset: int) -> Tensor:
+    if dtype != torch.bfloat16:
+        return value
+    return stochastic_round(value, random_bits(key, value.numel(), value.device, offset=offset))

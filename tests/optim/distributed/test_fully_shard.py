@@ -1,0 +1,169 @@
+"""Parameters sharded by FSDP2 over two and three processes move as they do in one."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from memtrain.optim.grid import GridOptimizer
+from memtrain.optim.small_gradients import SmallGradients
+from tests.optim.distributed.worlds import run_world
+
+STEPS, MICRO, ROWS = 5, 2, 12
+
+POINTS: dict[str, dict[str, Any]] = {
+    "adamw": {"weight_decay": 0.1},
+    "power": {"projection": "power"},
+    "power left": {"projection": "power", "side": "left"},
+    "power right": {"projection": "power", "side": "right"},
+    "power full": {"projection": "power", "side": "full"},
+    "power lazy": {"projection": "power", "lazy": True, "spread": True},
+    "eigh right": {"projection": "eigh", "side": "right"},
+    "gaussian left": {"projection": "gaussian", "side": "left", "refresh": "rotate"},
+    "rademacher": {"projection": "rademacher"},
+    "semi-orthogonal": {"projection": "semi_orthogonal", "side": "full", "refresh": "rotate"},
+    "columns": {"projection": "columns", "refresh": "rotate"},
+    "rows": {"projection": "rows", "refresh": "rotate"},
+    "block": {"projection": "block"},
+    "randk": {"projection": "randk", "density": 0.25},
+    "sgd residual": {"projection": "power", "residual": "sgd", "whole": "keep"},
+    "fira": {"projection": "power", "residual": "scaled", "limiter": 0.0, "whole": "keep"},
+    "momentum": {"projection": "power", "rule": "momentum", "side": "full"},
+    "bf16 states": {"projection": "power", "state_dtype": "bf16"},
+    "int8 states": {
+        "projection": "columns",
+        "rank": 128,
+        "state_dtype": "int8",
+        "rule": "momentum",
+        "large": True,
+    },
+    "in backward": {"projection": "power", "update": "backward"},
+    "clipped": {"projection": "power", "clip": 0.05},
+    "without hooks": {"projection": "power", "hooks": False},
+}
+FOR_TWO = ["power", "power full", "gaussian left", "randk", "int8 states", "clipped"]
+
+
+class Net(nn.Module):
+    """Shards of 14, 14 and 12 rows, of 8, 8 and 8, and of 1, 1 and 0, on three processes."""
+
+    def __init__(self, large: bool = False) -> None:
+        super().__init__()
+        width, hidden = (200, 136) if large else (24, 40)
+        self.wide = nn.Linear(width, hidden, bias=False)
+        self.norm = nn.LayerNorm(hidden)
+        self.narrow = nn.Linear(hidden, width, bias=False)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.tanh(self.narrow(self.norm(self.wide(x))))
+        return self.head(x)
+
+
+def make_net(large: bool = False) -> Net:
+    torch.manual_seed(0)
+    net = Net(large)
+    if dist.is_initialized():
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(net.wide, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+    return net
+
+
+def make_optimizer(net: Net, **settings: Any) -> GridOptimizer:
+    projected = [("wide", net.wide.weight), ("narrow", net.narrow.weight)]
+    others = [(n, p) for n, p in net.named_parameters() if n.split(".")[0] in ("norm", "head")]
+    if "projection" in settings:
+        settings = {"update_gap": 2, "rank": None if "density" in settings else 5, **settings}
+    return GridOptimizer([{"params": projected, **settings}, {"params": others}], lr=1e-2)
+
+
+def train(net: Net, optimizer: GridOptimizer, start: int, steps: int, **options: Any) -> list[float]:
+    """Every process takes its share of each batch; norms where they are clipped."""
+    clip, hooks = options.pop("clip", None), options.pop("hooks", True)
+    gradients = SmallGradients(optimizer, **options) if hooks else None
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    norms = []
+    micro = 1 if options.get("update") == "backward" else MICRO
+    for step in range(start, start + steps):
+        generator = torch.Generator().manual_seed(step)
+        for _ in range(micro):
+            x = torch.randn(ROWS, net.wide.in_features, generator=generator).chunk(world)[rank]
+            (net(x).square().mean() / micro).backward()
+        if clip and gradients:
+            norms.append(float(gradients.clip_grad_norm_(clip)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+def whole(net: nn.Module) -> Tensor:
+    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
+    return torch.cat([part.detach().flatten() for part in parts])
+
+
+def results(names: Iterable[str] = POINTS) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name in names:
+        settings = dict(POINTS[name])
+        net = make_net(settings.pop("large", False))
+        options = {key: settings.pop(key) for key in ("whole", "update", "clip", "hooks") if key in settings}
+        start = whole(net)
+        optimizer = make_optimizer(net, **settings)
+        norms = train(net, optimizer, 0, STEPS, **options)
+        found[name] = {"start": start, "end": whole(net), "norms": norms}
+    return found
+
+
+def save_results(names: list[str], path: str) -> None:
+    found = results(names)
+    if dist.get_rank() == 0:
+        torch.save(found, path)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    return results()
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_points(3, list(POINTS), tmp_path_factory.mktemp("three"))
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_points(2, FOR_TWO, tmp_path_factory.mktemp("two"))
+
+
+def run_points(world: int, names: list[str], folder: Path) -> dict[str, Any]:
+    run_world(world, folder, save_results, names, str(folder / "results.pt"))
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_three_processes_do_as_one(name: str, alone: dict, of_three: dict) -> None:
+    check_equal(name, alone[name], of_three[name])
+
+
+@pytest.mark.parametrize("name", FOR_TWO)
+def test_two_processes_do_as_one(name: str, alone: dict, of_two: dict) -> None:
+    check_equal(name, alone[name], of_two[name])
+
+
+def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
+    assert torch.equal(one["start"], many["start"])
+    moved = (one["end"] - one["start"]).norm()
+    difference = float((one["end"] - many["end"]).norm() / moved)
+    print(name, difference)
+    # Gradients themselves differ in the order of their sums over samples; 8-bit codes and random rounding
+    # make whole steps of some of these differences.
+    assert difference <= (2e-3 if "states" in name else 1e-5)
+    torch.testing.assert_close(many["norms"], one["norms"], rtol=1e-5, atol=0)
