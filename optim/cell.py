@@ -216,8 +216,7 @@ class Cell:
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:
-            side = next(iter(old))
-            cosine = leading_cosine(old[side], new[side])
+            cosine = self.leading_cosine(old, new)
         policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
@@ -228,6 +227,11 @@ class Cell:
             state[STEP].zero_()
             zeros = {k: torch.zeros_like(v) for k, v in self._load(state).items()}
             self._store_(state, zeros, turn, _ROTATED_STREAM)
+
+    def leading_cosine(self, old: Stored, new: Stored) -> float:
+        """Between the leading vectors of two opened bases, of the left ones if there are two sides."""
+        side = next(iter(old))
+        return leading_cosine(old[side], new[side])
 
     def _load(self, state: State) -> Moments:
         return {

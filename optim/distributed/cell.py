@@ -11,7 +11,7 @@ shards are equal and whole; else it is refused.
 
 from __future__ import annotations
 
-from math import prod
+from math import prod, sqrt
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from memtrain.optim.cell import Cell, Projected, State
 from memtrain.optim.distributed.projectors import sharded_projector
 from memtrain.optim.distributed.rows import Rows
+from memtrain.optim.projection.matrix import LEFT
 from memtrain.optim.rules import Adam, AdamMini, Lion, Momentum
 from memtrain.optim.settings import Settings
 from memtrain.optim.storage import RandomKey, StateFormat, random_bits, stochastic_round
@@ -85,7 +86,7 @@ class ShardedCell(Cell):
     def _check_blocks(self) -> None:
         for name, spec in self.moments.items():
             row, world = prod(spec.shape[1:]), self.rows.world
-            equal = self.rows.total % world == 0 and self.rows.chunk * row % BLOCK == 0
+            equal = world == 1 or (self.rows.total % world == 0 and self.rows.chunk * row % BLOCK == 0)
             if self.formats[name].name in ("int8", "int4") and row % BLOCK and not equal:
                 raise ValueError(
                     f"state_dtype {self.formats[name].name!r} scales blocks of {BLOCK} entries, and those of "
@@ -109,6 +110,14 @@ class ShardedCell(Cell):
         """See :class:`Cell`; the answer is the same in all processes."""
         faults = (~torch.isfinite(gradient)).any().float().reshape(1)
         return not bool(self.rows.largest_(faults))
+
+    def leading_cosine(self, old: Stored, new: Stored) -> float:
+        """See :class:`Cell`; the answer is the same in all processes."""
+        if LEFT not in old:
+            return super().leading_cosine(old, new)
+        a, b = old[LEFT][:, 0].float(), new[LEFT][:, 0].float()
+        product, a_square, b_square = self.rows.sum_(torch.stack((a @ b, a @ a, b @ b))).tolist()
+        return abs(product) / sqrt(max(a_square * b_square, torch.finfo(torch.float32).tiny))
 
     def norm_group(self, *, low: bool) -> dist.ProcessGroup | None:
         """See :class:`Cell`."""

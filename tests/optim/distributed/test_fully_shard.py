@@ -1,6 +1,8 @@
 """Parameters sharded by FSDP2 over two and three processes move as they do in one."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.small_gradients import SmallGradients
 from tests.optim.distributed.worlds import run_world
 
-STEPS, MICRO, ROWS = 5, 2, 12
+STEPS, MICRO, ROWS = 4, 2, 12
 
 POINTS: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1},
@@ -47,7 +50,25 @@ POINTS: dict[str, dict[str, Any]] = {
     "clipped": {"projection": "power", "clip": 0.05},
     "without hooks": {"projection": "power", "hooks": False},
 }
-FOR_TWO = ["power", "power full", "gaussian left", "randk", "int8 states", "clipped"]
+FOR_TWO = ["power full", "randk", "int8 states", "clipped"]
+
+
+REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
+    "svd": (
+        False,
+        {"projection": "svd", "side": "right"},
+        "'wide'.*'svd', right side, needs the whole gradient.*use projection 'eigh' or 'power'",
+    ),
+    "eigh": (False, {"projection": "eigh", "side": "left"}, "'eigh', left side.*use projection 'power'"),
+    "rule": (False, {"projection": "columns", "rule": "adafactor"}, "Adafactor takes means.*side='left'"),
+    "limiter": (False, {"projection": "power", "residual": "scaled"}, "limiter=1.01.*use limiter=0"),
+    "split": (False, {"projection": "power", "split": 2}, "split=2 with a sharded parameter"),
+    "blocks": (
+        True,
+        {"projection": "columns", "rank": 100, "state_dtype": "int8"},
+        "'int8' scales blocks of 128.*136 rows of 100 entries, up to 46 rows.*'bf16', or a rank",
+    ),
+}
 
 
 class Net(nn.Module):
@@ -109,7 +130,7 @@ def whole(net: nn.Module) -> Tensor:
     return torch.cat([part.detach().flatten() for part in parts])
 
 
-def results(names: Iterable[str] = POINTS) -> dict[str, dict[str, Any]]:
+def results(names: Iterable[str] = POINTS, largest: list[int] | None = None) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
         settings = dict(POINTS[name])
@@ -117,15 +138,51 @@ def results(names: Iterable[str] = POINTS) -> dict[str, dict[str, Any]]:
         options = {key: settings.pop(key) for key in ("whole", "update", "clip", "hooks") if key in settings}
         start = whole(net)
         optimizer = make_optimizer(net, **settings)
+        if largest:
+            largest[0] = 0
         norms = train(net, optimizer, 0, STEPS, **options)
-        found[name] = {"start": start, "end": whole(net), "norms": norms}
+        found[name] = {"start": start, "end": whole(net), "norms": norms, "sent": (largest or [0])[0]}
     return found
 
 
 def save_results(names: list[str], path: str) -> None:
-    found = results(names)
+    with traffic() as largest:
+        found = results(names, largest)
+    found["refused"] = refusals()
     if dist.get_rank() == 0:
         torch.save(found, path)
+
+
+@contextmanager
+def traffic() -> Iterator[list[int]]:
+    """Elements of the largest tensor that the optimizer has sent."""
+    largest, methods = [0], {name: getattr(Rows, name) for name in ("sum_", "gather")}
+
+    def counting(method: Callable) -> Callable:
+        def call(rows: Rows, tensor: Tensor) -> Tensor:
+            largest[0] = max(largest[0], tensor.numel())
+            return method(rows, tensor)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in methods.items():
+            patch.setattr(Rows, name, counting(method))
+        yield largest
+
+
+def refusals() -> dict[str, str]:
+    """What is said about settings that cannot be honoured."""
+    found = {}
+    for name, (large, settings, _) in REFUSED.items():
+        with pytest.raises(ValueError, match=r"sharded|processes") as refused:
+            make_optimizer(make_net(large), **settings)
+        found[name] = str(refused.value)
+    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("copies", "shards"))
+    with pytest.raises(ValueError, match="placements") as refused:
+        make_optimizer(fully_shard(Net(), mesh=mesh))
+    found["two-dimensional"] = str(refused.value)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +224,16 @@ def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
     # make whole steps of some of these differences.
     assert difference <= (2e-3 if "states" in name else 1e-5)
     torch.testing.assert_close(many["norms"], one["norms"], rtol=1e-5, atol=0)
+    if "states" not in name:
+        # R, or a sketch of one side, but no gradient, of which there are 24 x 40.
+        assert many["sent"] <= {"eigh right": 40 * 40, "randk": 240}.get(name, 5 * 40)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_done_on_shards_is_refused(name: str, of_three: dict) -> None:
+    assert re.search(REFUSED[name][2], of_three["refused"][name])
+
+
+def test_other_layouts_are_refused(of_three: dict) -> None:
+    message = "placements \\(Replicate\\(\\), Shard\\(dim=0\\)\\) on a mesh of 2 dimensions"
+    assert re.search(message, of_three["refused"]["two-dimensional"])
