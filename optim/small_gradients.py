@@ -38,7 +38,7 @@ latter, squared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -98,6 +98,8 @@ class SmallGradients:
         self.micro_batches = micro_batches
         self.whole = whole
         self.refresh_from = refresh_from
+        self.reduced_later: Callable[[], bool] | None = None
+        """Whether what arrives now is one process's share, which somebody else projects and sums."""
         self._holds_back = False
         if hasattr(optimizer, "_step_supports_amp_scaling"):
             raise ValueError("the optimizer has its SmallGradients already: remove() the other one first")
@@ -161,12 +163,18 @@ class SmallGradients:
                 "alone"
             )
 
-    @torch.no_grad()
-    def _arrived(self, parameter: Tensor) -> None:
+    def _pending(self, parameter: Tensor) -> Pending:
         if not self.optimizer.pending:
             self.optimizer.replan()
-        pending = self.optimizer.pending.setdefault(parameter, Pending())
+        return self.optimizer.pending.setdefault(parameter, Pending())
+
+    @torch.no_grad()
+    def _arrived(self, parameter: Tensor) -> None:
+        if self.reduced_later is not None and self.reduced_later():
+            return
+        pending = self._pending(parameter)
         if pending.updated:
+            parameter.grad = None
             raise RuntimeError(
                 f"{self.optimizer.name_of(parameter)} got a gradient after its update in backward: step() "
                 "was not called, or there are more backward passes to a step than micro_batches="
@@ -175,8 +183,13 @@ class SmallGradients:
             )
         pending.backwards += 1
         last = self._is_last(pending)
-        if not last or pending.low is not None:
-            self._compress(parameter, pending)
+        gradient = parameter.grad
+        if (
+            gradient is not None
+            and (not last or pending.low is not None)
+            and self.project(parameter, gradient)
+        ):
+            parameter.grad = None
         if last:
             self.optimizer.update_([parameter])
             parameter.grad, pending.low, pending.updated = None, None, True
@@ -186,13 +199,13 @@ class SmallGradients:
             return False
         return not self._holds_back if self.micro_batches is None else pending.backwards == self.micro_batches
 
-    def _compress(self, parameter: Tensor, pending: Pending) -> None:
+    def project(self, parameter: Tensor, gradient: Tensor) -> bool:
+        """Add a gradient's projection to what is pending; False where the gradient must be kept whole."""
         cell, state, turn = self.optimizer.situation(parameter)
-        if parameter.grad is None or not _compressible(cell):
-            return
-        gradient = cell.own(parameter.grad)
-        if not self._has_basis(cell, gradient, state, turn):
-            return
+        gradient = cell.own(gradient)
+        if not _compressible(cell) or not self._has_basis(cell, gradient, state, turn):
+            return False
+        pending = self._pending(parameter)
         if pending.summed:
             raise RuntimeError(
                 f"{self.optimizer.name_of(parameter)} got a gradient between clip_grad_norm_() and step(): "
@@ -200,7 +213,7 @@ class SmallGradients:
             )
         low = cell.down(cell.open(state, gradient.device), gradient)
         pending.low = low if pending.low is None else pending.low.add_(low)
-        parameter.grad = None
+        return True
 
     def _has_basis(self, cell: Cell, gradient: Tensor, state: State, turn: Turn) -> bool:
         """Whether there is the basis of this step, made now if it may be. A gradient that is not finite makes
@@ -237,7 +250,7 @@ class SmallGradients:
                     if not pending.summed:
                         pending.low, pending.summed = cell.summed(pending.low), True
                     found.append((pending.low, cell.norm_group(low=True)))
-                if parameter.grad is not None:
+                elif parameter.grad is not None:
                     found.append((cell.own(parameter.grad), cell.norm_group(low=False)))
         return found
 
@@ -266,8 +279,26 @@ class SmallGradients:
                 "unscale_() the SmallGradients in the optimizer's place"
             )
         for parameter, pending in self.optimizer.pending.items():
-            if pending.low is not None and parameter.grad is not None:
-                self._compress(parameter, pending)
+            taken = pending.low is not None or pending.updated
+            if taken and parameter.grad is not None and self.reduced_later is None:
+                raise RuntimeError(
+                    f"{self.optimizer.name_of(parameter)} has a gradient that did not come through its hook, "
+                    "beside one that did: with DistributedDataParallel call share_projections(), and assign "
+                    "no gradients by hand"
+                )
+        self.drop_stale()
+
+    def drop_stale(self) -> None:
+        """Drop whole gradients whose projection is pending; where they came from has no use for them now."""
+        for parameter, pending in self.optimizer.pending.items():
+            if pending.low is not None:
+                parameter.grad = None
+
+    def low_of(self, parameter: Tensor) -> Tensor:
+        """The pending projection itself, for those who sum it over processes."""
+        low = self.optimizer.pending[parameter].low
+        assert low is not None
+        return low
 
     def _after_step(self, *_: Any) -> None:
         # Whole gradients go as projected ones did; else some would be summed over steps and others not.

@@ -11,7 +11,7 @@ shards are equal and whole; else it is refused.
 
 from __future__ import annotations
 
-from math import prod, sqrt
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -116,8 +116,8 @@ class ShardedCell(Cell):
         if LEFT not in old:
             return super().leading_cosine(old, new)
         a, b = old[LEFT][:, 0].float(), new[LEFT][:, 0].float()
-        product, a_square, b_square = self.rows.sum_(torch.stack((a @ b, a @ a, b @ b))).tolist()
-        return abs(product) / sqrt(max(a_square * b_square, torch.finfo(torch.float32).tiny))
+        product, a_square, b_square = self.rows.sum_(torch.stack((a @ b, a @ a, b @ b)))
+        return float(product.abs() / (a_square * b_square).sqrt().clamp_min(1e-8))
 
     def norm_group(self, *, low: bool) -> dist.ProcessGroup | None:
         """See :class:`Cell`."""
