@@ -92,7 +92,8 @@ def classify(
     wanted = {_role(each) for each in project}
     patterns = {pattern: _role(role) for pattern, role in (overrides or {}).items()}
     modules = dict(model.named_modules())
-    vocabulary = {module.num_embeddings for module in modules.values() if isinstance(module, nn.Embedding)}
+    embeddings = [module for module in modules.values() if isinstance(module, nn.Embedding)]
+    vocabulary = max((module.num_embeddings for module in embeddings), default=None)
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -130,7 +131,7 @@ def _role(name: Role | str) -> Role:
 
 
 def _role_of(
-    name: str, parameter: Tensor, modules: dict[str, nn.Module], vocabulary: set[int], output: Any
+    name: str, parameter: Tensor, modules: dict[str, nn.Module], vocabulary: int | None, output: Any
 ) -> tuple[Role, str]:
     owner, _, leaf = name.rpartition(".")
     module = modules[owner]
@@ -147,8 +148,8 @@ def _role_of(
         return Role.EMBEDDING, f"in {kind}"
     if module is output:
         return Role.HEAD, "the model's output embeddings"
-    if last in _HEADS or (isinstance(module, nn.Linear) and module.out_features in vocabulary):
-        return Role.HEAD, f"named {last}" if last in _HEADS else "as many rows as an embedding"
+    if last in _HEADS:
+        return Role.HEAD, f"named {last}"
     if "conv" in kind.lower() and parameter.dim() > 2:
         return Role.CONVOLUTION, f"in {kind}"
     if parameter.dim() == 3:
@@ -161,6 +162,8 @@ def _role_of(
             for role, pattern in ((Role.ATTENTION, _ATTENTION), (Role.MLP, _MLP)):
                 if pattern.search(part):
                     return role, f"named {part}" + (", transposed Conv1D" if kind == "Conv1D" else "")
+        if isinstance(module, nn.Linear) and module.out_features == vocabulary:
+            return Role.HEAD, "as many rows as the largest embedding"
         if isinstance(module, nn.Linear) or kind == "Conv1D":
             return Role.LINEAR, f"in {kind}"
     return Role.OTHER, f"{parameter.dim()}-dimensional in {kind}"

@@ -5,10 +5,12 @@ matrix ``F = lambda I + X X^T`` is inverted in s dimensions:
 
     F^-1 g = (g - X (lambda I + X^T X)^-1 X^T g) / lambda
 
-Departures. lambda is ``damping`` times the mean of the squared norms in X: an absolute lambda of 1e-3 does
-nothing to gradients of norm 1e-3 and cancels catastrophically for those of norm 1e3. The history costs s
-times the bytes of one moment: ten times what Adam keeps, with s = 20. At a refresh it is turned into the new
-basis or cleared, with the other moments; the published code leaves it in the old one.
+Departures. lambda is ``damping`` times t, the mean of the squared norms in X: an absolute lambda of 1e-3 does
+nothing to gradients of norm 1e-3 and cancels catastrophically for those of norm 1e3. The natural gradient is
+``t F^-1 g``, which has the size of g and its units, so that eps and lr mean what they mean elsewhere.
+
+The history costs s times the bytes of one moment: ten times what Adam keeps, with s = 20. At a refresh it is
+turned into the new basis or cleared, with the other moments; the published code leaves it in the old one.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Natural:
         damped = gram + damping * torch.eye(len(history), device=gram.device)
         # lu rather than Cholesky: with nearly equal gradients rounding may cost the last pivot its sign.
         solved = torch.linalg.solve(damped, columns.mT @ g)
-        natural: Tensor = (g - columns @ solved) / damping
+        natural: Tensor = (g - columns @ solved) / self.damping
         return natural.reshape(gradient.shape)
 
     def rotate_(self, moments: Moments, overlap: Overlap, shape: torch.Size, step: int) -> None:

@@ -39,9 +39,12 @@ class RandomKey:
     """The optimizer step, counted from any fixed origin."""
     stream: int = 0
     """Tells apart the uses of randomness within one parameter's step: weight, moments, projector."""
+    offset: int = 0
+    """Where the first word belongs: the place of a shard or a chunk within its parameter, which then gets the
+    words that the whole parameter would have got there."""
 
     def __post_init__(self) -> None:
-        for name in ("seed", "parameter", "step", "stream"):
+        for name in ("seed", "parameter", "step", "stream", "offset"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 0 <= value <= _MASK64:
                 raise ValueError(f"RandomKey.{name} must be an int in [0, 2**64), got {value!r}")
@@ -50,8 +53,12 @@ class RandomKey:
         """The same key for another use of randomness; independent of this one's words."""
         return replace(self, stream=stream)
 
+    def skip(self, count: int) -> RandomKey:
+        """The key of what comes ``count`` elements later."""
+        return replace(self, offset=self.offset + count)
+
     def words(self) -> tuple[int, int]:
-        """The two 32-bit key words, unsigned, that kernels take as arguments."""
+        """The two 32-bit key words, unsigned, that kernels take as arguments beside the offset."""
         state = 0
         for name in (self.seed, self.parameter, self.step, self.stream):
             state = _split_mix(state ^ name)
@@ -81,21 +88,19 @@ def _mix_(x: Tensor) -> Tensor:
     return x
 
 
-def random_bits(key: RandomKey, count: int, device: torch.device | str = "cpu", *, offset: int = 0) -> Tensor:
-    """The words of ``key`` for the elements ``offset .. offset + count - 1``.
-
-    A chunk or a shard that passes its own offset gets the same bits as the whole tensor would.
+def random_bits(key: RandomKey, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """The words of ``key`` for the elements ``key.offset .. key.offset + count - 1``.
 
     Returns:
         int32 ``[count]``, all 32 bits random: ``mix(mix(low + k0) ^ (k1 + high * golden))``, where low and
         high are the halves of the 64-bit offset and arithmetic is modulo 2**32.
     """
-    if count < 0 or offset < 0:
-        raise ValueError(f"random_bits: count and offset must not be negative, got {count} and {offset}")
+    if count < 0:
+        raise ValueError(f"random_bits: count must not be negative, got {count}")
     first, second = key.words()
-    index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
+    index = torch.arange(key.offset, key.offset + count, dtype=torch.int64, device=device)
     bits = _mix_(index.to(torch.int32).add_(signed32(first)))
-    if (offset + count) >> 32:
+    if (key.offset + count) >> 32:
         bits ^= ((index >> 32) * _GOLDEN32 + second).to(torch.int32)
     else:
         bits ^= signed32(second)

@@ -1,0 +1,198 @@
+"""The point-wise kernels on a CPU: C++ beside this file, compiled on this machine when first called.
+
+One g++ call a kernel, 1.5 to 5 s, once a machine: the library is kept in
+``$XDG_CACHE_HOME/memtrain/kernels`` (``~/.cache``) under a hash of its sources, flags, compiler and
+processor. It uses torch's own OpenMP threads, and as many as ``torch.get_num_threads()`` says. Where there
+is no compiler, or it fails, a NativeKernelWarning says so once and the kernels run their plain-torch
+reference by chunks.
+
+Why not torch.compile: see docs/log.md; it was slower here, takes 20 s and 200 MiB more in every process, and
+needs the same compiler.
+
+Every call gets raw addresses: operands must be contiguous, on the CPU, and alive until it returns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtrain.optim.storage import RandomKey
+
+_SOURCES = Path(__file__).parent / "native"
+_FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared".split()
+# Otherwise a root or a floor may set errno or trap, and their loops are not vectorised. Infinities, NaN and
+# signed zeros keep their meaning: no -ffast-math.
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
+if platform.machine() == "x86_64":
+    _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
+_COMPILERS = ("g++", "c++", "clang++")
+_TIMEOUT_SECONDS = 300.0
+
+
+class NativeKernelWarning(RuntimeWarning):
+    """A CPU kernel could not be compiled and runs as plain torch, several times slower."""
+
+
+class Values(ctypes.Structure):
+    """``struct Values``: numbers that a step reads and writes."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("correction", ctypes.c_void_p),
+        ("key_first", ctypes.c_uint32),
+        ("key_second", ctypes.c_uint32),
+        ("offset", ctypes.c_uint64),
+        ("wide", ctypes.c_int32),
+    )
+
+
+class Gradient(ctypes.Structure):
+    """``struct Gradient``: numbers that a step reads."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("wide", ctypes.c_int32))
+
+
+class Adam(ctypes.Structure):
+    """``struct Adam``: ``AdamStep.kernel_numbers()``."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in "keep rate beta1 gain1 beta2 gain2 root eps".split())
+
+
+class Averages(ctypes.Structure):
+    """``struct Averages``: Lion's."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in "beta1 gain1 beta2 gain2".split())
+
+
+class Rest(ctypes.Structure):
+    """``struct Rest``: an update without a second moment."""
+
+    _fields_ = (("keep", ctypes.c_float), ("lr", ctypes.c_float), ("sign", ctypes.c_int32))
+
+
+class Matrix(ctypes.Structure):
+    """``struct Matrix``."""
+
+    _fields_ = (("rows", ctypes.c_int64), ("columns", ctypes.c_int64))
+
+
+def values(tensor: Tensor, key: RandomKey | None = None, correction: Tensor | None = None) -> Values:
+    """A weight or a moment, fp32 or bf16; a bf16 one needs a key or a correction."""
+    first, second = key.words() if key else (0, 0)
+    return Values(
+        _address(tensor),
+        None if correction is None else _address(correction),
+        first,
+        second,
+        key.offset if key else 0,
+        tensor.dtype == torch.float32,
+    )
+
+
+def gradient(tensor: Tensor) -> Gradient:
+    """A gradient, fp32 or bf16."""
+    return Gradient(_address(tensor), tensor.dtype == torch.float32)
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """The address of a contiguous CPU tensor."""
+    return ctypes.c_void_p(_address(tensor))
+
+
+def count(tensor: Tensor) -> ctypes.c_int64:
+    """The number of elements."""
+    return ctypes.c_int64(tensor.numel())
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.device.type == "cpu"
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def function(source: str, name: str) -> Callable[..., None] | None:
+    """The C function ``name`` of ``native/<source>.cpp``, or None where it cannot be compiled.
+
+    Arguments are structures, ``pointer`` and ctypes numbers; the number of threads is appended.
+    """
+    library = _library(source)
+    if library is None:
+        return None
+    entry = getattr(library, name)
+    entry.restype = None
+
+    def call(*arguments: Any) -> None:
+        entry(*arguments, ctypes.c_int(torch.get_num_threads()))
+
+    return call
+
+
+@functools.cache
+def _library(source: str) -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        warnings.warn(
+            f"the CPU kernel {source} could not be compiled and runs as plain torch, several times slower; "
+            f"install g++ or set CXX. {str(said).strip()[-500:]}",
+            NativeKernelWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _compiled(source: str) -> Path:
+    """The shared library, compiled if this machine has not compiled these sources before."""
+    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *_COMPILERS)))), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler: looked for $CXX, {', '.join(_COMPILERS)}")
+    path = cache_directory() / f"{source}-{_digest(source, compiler)}.so"
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+            made = Path(directory) / path.name
+            command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+            made.replace(path)  # whole or not at all, also when several processes compile
+    return path
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "memtrain" / "kernels"
+
+
+def _digest(source: str, compiler: str) -> str:
+    """Of all that the binary depends on."""
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    parts = [*_FLAGS, compiler, version, _processor()]
+    for file in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{source}.cpp"):
+        parts.append(file.read_text())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """Instruction sets of the first core: a cache in a shared home serves machines of different age."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line for line in lines if line.lower().startswith(("flags", "features"))), platform.machine()
+    )
