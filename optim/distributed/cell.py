@@ -11,6 +11,7 @@ shards are equal and whole; else it is refused.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -21,13 +22,12 @@ from torch.distributed.tensor import DTensor, Shard
 from memtrain.optim.cell import Cell, Projected, State
 from memtrain.optim.distributed.projectors import sharded_projector
 from memtrain.optim.distributed.rows import Rows
+from memtrain.optim.projection import Stored
 from memtrain.optim.projection.matrix import LEFT
 from memtrain.optim.rules import Adam, AdamMini, Lion, Momentum
 from memtrain.optim.settings import Settings
-from memtrain.optim.storage import RandomKey, StateFormat, random_bits, stochastic_round
+from memtrain.optim.storage import MasterFormat, RandomKey, StateFormat
 from memtrain.optim.storage.blocks import BLOCK
-from memtrain.optim.storage.formats import Bf16Format
-from memtrain.optim.storage.masters import NoMaster, Stored
 
 _ENTRY_BY_ENTRY = (Adam, Lion, Momentum)
 
@@ -57,11 +57,10 @@ class ShardedCell(Cell):
         if self.low_is_sharded:
             self._check_rule()
             self._check_blocks()
-        if self.low_is_sharded:
-            offset = rows.start * prod(self.low_shape[1:])
-            self.formats = {name: _placed(each, offset) for name, each in self.formats.items()}
-        if isinstance(self.master, NoMaster):
-            self.master = _PlacedMaster(rows.start * prod(self.shape[1:]))
+            for name, spec in self.moments.items():
+                inner = self.formats[name]
+                self.formats[name] = _PlacedFormat(inner, inner.name, rows.start * prod(spec.shape[1:]))
+        self.master = _PlacedMaster(self.master, self.master.name, rows.start * prod(self.shape[1:]))
 
     def _check_residual(self) -> None:
         residual = self.projected.residual if self.projected else None
@@ -164,33 +163,43 @@ class ShardedCell(Cell):
         )
 
 
-class _PlacedMaster(NoMaster):
-    """The weight alone, rounded with the bits of its place in the whole parameter."""
+@dataclass
+class _PlacedFormat:
+    """A format that rounds with the words of its entries' place in the whole R."""
 
-    def __init__(self, offset: int) -> None:
-        self._offset = offset
+    inner: StateFormat
+    name: str
+    offset: int
 
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey) -> None:
-        weight.detach().copy_(_rounded(value, weight.dtype, key, self._offset))
+    def empty(self, shape: torch.Size, *, signed: bool, device: torch.device | str) -> Stored:
+        return self.inner.empty(shape, signed=signed, device=device)
 
-
-class _PlacedBf16(Bf16Format):
-    """bf16, rounded with the bits of its place in the whole R."""
-
-    def __init__(self, offset: int) -> None:
-        self._offset = offset
+    def load(self, stored: Stored, shape: torch.Size, *, signed: bool) -> Tensor:
+        return self.inner.load(stored, shape, signed=signed)
 
     def store_(self, stored: Stored, value: Tensor, *, signed: bool, key: RandomKey | None = None) -> None:
-        if key is not None:
-            value = _rounded(value, torch.bfloat16, key, self._offset)
-        stored["value"].copy_(value)
+        self.inner.store_(stored, value, signed=signed, key=key and key.skip(self.offset))
+
+    def size_bytes(self, shape: torch.Size, *, signed: bool) -> int:
+        return self.inner.size_bytes(shape, signed=signed)
 
 
-def _placed(fmt: StateFormat, offset: int) -> StateFormat:
-    return _PlacedBf16(offset) if isinstance(fmt, Bf16Format) else fmt
+@dataclass
+class _PlacedMaster:
+    """A master that rounds with the words of its entries' place in the whole parameter."""
 
+    inner: MasterFormat
+    name: str
+    offset: int
 
-def _rounded(value: Tensor, dtype: torch.dtype, key: RandomKey, offset: int) -> Tensor:
-    if dtype != torch.bfloat16:
-        return value
-    return stochastic_round(value, random_bits(key, value.numel(), value.device, offset=offset))
+    def empty(self, weight: Tensor) -> Stored:
+        return self.inner.empty(weight)
+
+    def load(self, weight: Tensor, stored: Stored) -> Tensor:
+        return self.inner.load(weight, stored)
+
+    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
+        self.inner.store_(weight, stored, value, key=key and key.skip(self.offset))
+
+    def size_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
+        return self.inner.size_bytes(shape, dtype)

@@ -31,6 +31,7 @@ from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
+from memtrain.optim.projection.workspace import Workspace, qr_library_bytes
 from memtrain.optim.storage import RandomKey
 
 _COLD_ITERATIONS = 2
@@ -174,13 +175,17 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
         q: Tensor = torch.linalg.qr(self.rows.gather(own)).Q
         return q[self.rows.slice]
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
-        """See :class:`Projector`; a left basis is gathered for its QR decomposition."""
-        here = super().refresh_workspace_bytes(gradient_dtype)
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
+        """See :class:`Projector`; a left basis is gathered, padded to equal shards, and decomposed whole."""
+        here = super().refresh_workspace(gradient_dtype, first=first)
         if LEFT not in self.sides:
             return here
-        gathered = (1 + self.rows.world) * self.rows.chunk + self.rows.total
-        return here + gathered * self.rank * torch.float32.itemsize
+        rows, r = self.rows, self.rank
+        gathered = ((1 + rows.world) * rows.chunk + rows.total) * r + r * r
+        return Workspace(
+            tensor_bytes=here.tensor_bytes + gathered * torch.float32.itemsize,
+            library_bytes=qr_library_bytes(rows.total, r),
+        )
 
 
 class ShardedCoordinates(CoordinateProjector):

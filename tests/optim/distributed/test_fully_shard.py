@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.grid import GridOptimizer
@@ -52,6 +53,23 @@ POINTS: dict[str, dict[str, Any]] = {
 }
 FOR_TWO = ["power full", "randk", "int8 states", "clipped"]
 
+
+EQUAL_BITS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "8-bit AdamW": {"state_dtype": "int8"},
+    "4-bit AdamW": {"state_dtype": "int4"},
+    "bf16 AdamW": {"state_dtype": "bf16", "master": "fp32"},
+    "split master": {"master": "split24", "weight_decay": 0.1},
+    "columns": {
+        "projection": "columns",
+        "rank": 9,
+        "state_dtype": "bf16",
+        "update_gap": 2,
+        "residual": "sign",
+    },
+    "gaussian": {"projection": "gaussian", "side": "right", "rank": 9, "update_gap": 2},
+}
+"""On equal gradients, where nothing is summed."""
 
 REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
     "svd": (
@@ -149,6 +167,7 @@ def save_results(names: list[str], path: str) -> None:
     with traffic() as largest:
         found = results(names, largest)
     found["refused"] = refusals()
+    found["bits"] = {name: moved_by_equal_gradients(settings) for name, settings in EQUAL_BITS.items()}
     if dist.get_rank() == 0:
         torch.save(found, path)
 
@@ -169,6 +188,24 @@ def traffic() -> Iterator[list[int]]:
         for name, method in methods.items():
             patch.setattr(Rows, name, counting(method))
         yield largest
+
+
+def moved_by_equal_gradients(settings: dict[str, Any]) -> Tensor:
+    """A bf16 weight of 50 rows after five steps: 17, 17 and 16 rows on three processes."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw() -> Tensor:
+        drawn = torch.randn(50, 128, generator=generator).bfloat16()
+        if not dist.is_initialized():
+            return drawn
+        return distribute_tensor(drawn, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+
+    weight = nn.Parameter(draw())
+    optimizer = GridOptimizer([weight], lr=1e-2, **settings)
+    for _ in range(5):
+        weight.grad = draw()
+        optimizer.step()
+    return whole(nn.ParameterList([weight]))
 
 
 def refusals() -> dict[str, str]:
@@ -227,6 +264,11 @@ def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
     if "states" not in name:
         # R, or a sketch of one side, but no gradient, of which there are 24 x 40.
         assert many["sent"] <= {"eigh right": 40 * 40, "randk": 240}.get(name, 5 * 40)
+
+
+@pytest.mark.parametrize("name", EQUAL_BITS)
+def test_equal_gradients_give_equal_bits(name: str, of_three: dict) -> None:
+    assert torch.equal(of_three["bits"][name], moved_by_equal_gradients(EQUAL_BITS[name]))
 
 
 @pytest.mark.parametrize("name", REFUSED)
