@@ -122,6 +122,16 @@ class Residual:
             rest = self._limit_(rest.mul_(self._scaling(low, direction, projector)), memory)
         return projector.up(opened, direction).mul_(self.scale).add_(rest, alpha=self.residual_scale)
 
+    def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Over axes of R, which are kept."""
+        norm: Tensor = torch.linalg.vector_norm(low, dim=axes, keepdim=True)
+        return norm
+
+    def norm_of_update(self, update: Tensor) -> Tensor:
+        """Of each matrix."""
+        norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1))
+        return norm
+
     def _scaling(self, low: Tensor, direction: Tensor, projector: Projector) -> Tensor:
         """|N| / |R|, broadcast to the parameter's shape."""
         if self.granularity == "channel":
@@ -130,8 +140,8 @@ class Residual:
             axes = (0,)
         else:
             axes = (-2, -1)
-        norm = torch.linalg.vector_norm(low, dim=axes, keepdim=True)
-        ratio = torch.linalg.vector_norm(direction, dim=axes, keepdim=True) / norm
+        norm = self.norm_of_low(low, axes)
+        ratio = self.norm_of_low(direction, axes) / norm
         return torch.where(norm > 0, ratio, 0)
 
     def _limit_(self, update: Tensor, memory: Stored) -> Tensor:
@@ -139,7 +149,7 @@ class Residual:
             return update
         assert self.limiter is not None
         last = memory[NORM]
-        norm = torch.linalg.vector_norm(update, dim=(-2, -1))
+        norm = self.norm_of_update(update)
         growth = torch.where(last > 0, norm / last, 0)
         factor = self.limiter / growth.clamp_min(self.limiter)
         last.copy_(norm * factor)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from memtrain.optim.cell import Cell, Projected, State
 from memtrain.optim.distributed.projectors import sharded_projector
+from memtrain.optim.distributed.residual import ShardedResidual
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection import Stored
 from memtrain.optim.projection.matrix import LEFT
@@ -50,10 +51,10 @@ class ShardedCell(Cell):
         self.low_is_sharded = True
         if self.projected is not None:
             projector = sharded_projector(settings.projection_part, parameter.shape, rows)
-            self.projected = Projected(projector, self.projected.refresh, self.projected.residual)
             self.low_shape, self.low_is_sharded = projector.low_shape, projector.low_is_sharded
+            residual = ShardedResidual.of(self.projected.residual, rows, low_is_sharded=self.low_is_sharded)
+            self.projected = Projected(projector, self.projected.refresh, residual)
         self.moments = self.rule.moments(self.low_shape)
-        self._check_residual()
         if self.low_is_sharded:
             self._check_rule()
             self._check_blocks()
@@ -61,17 +62,6 @@ class ShardedCell(Cell):
                 inner = self.formats[name]
                 self.formats[name] = _PlacedFormat(inner, inner.name, rows.start * prod(spec.shape[1:]))
         self.master = _PlacedMaster(self.master, self.master.name, rows.start * prod(self.shape[1:]))
-
-    def _check_residual(self) -> None:
-        residual = self.projected.residual if self.projected else None
-        if residual is None or residual.kind not in ("scaled", "scale_only"):
-            return
-        if residual.limiter is not None or (residual.granularity == "tensor" and self.low_is_sharded):
-            raise ValueError(
-                f"residual {residual.kind!r} with limiter={residual.limiter}, granularity="
-                f"{residual.granularity!r} takes norms over the parameter, which is sharded by rows: use "
-                "limiter=0 and granularity='channel', whose norms are of rows and of columns of R"
-            )
 
     def _check_rule(self) -> None:
         mini_of_vector = isinstance(self.rule, AdamMini) and len(self.low_shape) == 1

@@ -63,6 +63,10 @@ class Rows:
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
 
+    def norm_of_all(self, own: Tensor) -> Tensor:
+        """From the norms of what each process has; in fp64, since squares of small norms underflow."""
+        return self.sum_(own.double().square()).sqrt().to(own.dtype)
+
     def gather(self, own: Tensor) -> Tensor:
         """``[total, r]`` from the ``[count, r]`` of each process."""
         if self.world == 1:

@@ -37,7 +37,16 @@ POINTS: dict[str, dict[str, Any]] = {
     "block": {"projection": "block"},
     "randk": {"projection": "randk", "density": 0.25},
     "sgd residual": {"projection": "power", "residual": "sgd", "whole": "keep"},
-    "fira": {"projection": "power", "residual": "scaled", "limiter": 0.0, "whole": "keep"},
+    "fira": {"projection": "power", "residual": "scaled", "whole": "keep"},
+    "apollo": {"projection": "gaussian", "side": "left", "residual": "scale_only", "whole": "keep"},
+    "apollo mini": {
+        "projection": "gaussian",
+        "side": "right",
+        "rank": 1,
+        "residual": "scale_only",
+        "granularity": "tensor",
+        "whole": "keep",
+    },
     "momentum": {"projection": "power", "rule": "momentum", "side": "full"},
     "bf16 states": {"projection": "power", "state_dtype": "bf16"},
     "int8 states": {
@@ -79,7 +88,6 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
     ),
     "eigh": (False, {"projection": "eigh", "side": "left"}, "'eigh', left side.*use projection 'power'"),
     "rule": (False, {"projection": "columns", "rule": "adafactor"}, "Adafactor takes means.*side='left'"),
-    "limiter": (False, {"projection": "power", "residual": "scaled"}, "limiter=1.01.*use limiter=0"),
     "split": (False, {"projection": "power", "split": 2}, "split=2 with a sharded parameter"),
     "blocks": (
         True,
