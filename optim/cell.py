@@ -24,7 +24,7 @@ from memtrain.optim.storage import RandomKey, StateFormat, master_format, state_
 State = dict[str, Tensor]
 
 STEP = "step"
-_MOMENT_STREAM, _ROTATED_STREAM = 16, 32
+MOMENT_STREAM, _ROTATED_STREAM = 16, 32
 """Streams of a step's key from which the moments are rounded; 0 is the weight's, 1 to 3 the projector's."""
 LEAST_QUANTISED_ELEMENTS = 4096
 """Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
@@ -120,6 +120,14 @@ class Cell:
         """What of the parameter, or of its gradient, this process updates; all other methods take that."""
         return tensor
 
+    is_whole = True
+    """Whether this process has all of the parameter."""
+
+    def first_entry(self, moment: str | None) -> int:
+        """Where this process's part of a moment, or of the weight, begins in the whole one: random numbers
+        belong to places there."""
+        return 0
+
     def norm_group(self, *, low: bool) -> Any:
         """The processes over which the square of a norm of R, or of the gradient, is summed; None: this one
         has all of it."""
@@ -148,7 +156,7 @@ class Cell:
 
     def open(self, state: State, device: torch.device) -> Stored:
         """The basis, for :meth:`down`."""
-        return self.projected.projector.open(_part(state, "projector"), device) if self.projected else {}
+        return self.projected.projector.open(part(state, "projector"), device) if self.projected else {}
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:
         """R of a gradient of any shape, or the gradient in fp32: linear, so that R of a sum is the sum."""
@@ -167,12 +175,12 @@ class Cell:
         update = self.rule.direction(moments, low, int(state[STEP]))
         if self.projected is not None:
             projector, _, residual = self.projected
-            update = residual.combine(gradient, low, update, projector, opened, _part(state, "residual"))
-        self._store_(state, moments, turn, _MOMENT_STREAM)
+            update = residual.combine(gradient, low, update, projector, opened, part(state, "residual"))
+        self._store_(state, moments, turn, MOMENT_STREAM)
         self._apply_(weight.detach().view(self.shape), update, state, turn)
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
-        stored = _part(state, "master")
+        stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
         if decay and self.settings.decay_order == "before":
@@ -183,12 +191,12 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self._key(turn))
+        self.master.store_(weight, stored, value, key=self.key(turn).skip(self.first_entry(None)))
 
     def is_due(self, state: State, turn: Turn) -> bool:
         """Whether this step is to begin with a new basis."""
         refresh = self.projected.refresh if self.projected else None
-        return refresh is not None and refresh.is_due(_part(state, "refresh"), turn.step)
+        return refresh is not None and refresh.is_due(part(state, "refresh"), turn.step)
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
         """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
@@ -206,18 +214,18 @@ class Cell:
 
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
-        stored = _part(state, "projector")
+        stored = part(state, "projector")
         has_moments = int(state[STEP]) > 0
         old: Stored = {}
         if has_moments and (policy.lazy or policy.moments == "rotate"):
             # refresh_ writes in place, and the old basis is wanted once more.
             old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
-        projector.refresh_(stored, gradient, key=self._key(turn))
+        projector.refresh_(stored, gradient, key=self.key(turn))
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:
             cosine = self.leading_cosine(old, new)
-        policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
+        policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
@@ -235,18 +243,18 @@ class Cell:
 
     def _load(self, state: State) -> Moments:
         return {
-            name: self.formats[name].load(_part(state, name), spec.shape, signed=spec.signed)
+            name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
     def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
-        key = self._key(turn)
+        key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
-            self.formats[name].store_(
-                _part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
-            )
+            place = key.fold(stream + number).skip(self.first_entry(name))
+            self.formats[name].store_(part(state, name), moments[name], signed=spec.signed, key=place)
 
-    def _key(self, turn: Turn) -> RandomKey:
+    def key(self, turn: Turn) -> RandomKey:
+        """Of a parameter's step; its streams tell the uses apart."""
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
 
 
@@ -264,7 +272,7 @@ def _put(state: State, part: str, stored: Stored) -> None:
         state[f"{part}.{name}"] = tensor
 
 
-def _part(state: State, part: str) -> Stored:
+def part(state: State, part: str) -> Stored:
     """The tensors of one part; the same tensors, so that writing in place reaches the state."""
     prefix = part + "."
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -224,7 +224,7 @@ class GridOptimizer(Optimizer):
             weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
             path = self._plans[slot.group].paths[slot.place]
-            if path is not None and weight.is_contiguous() and gradient.is_contiguous():
+            if path is not None and path.takes(weight, gradient):
                 works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
             elif not cell.update_(weight, gradient, state, turn):
                 self.param_groups[slot.group][_SKIPPED] += 1

@@ -11,7 +11,6 @@ shards are equal and whole; else it is refused.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -27,7 +26,6 @@ from memtrain.optim.projection import Stored
 from memtrain.optim.projection.matrix import LEFT
 from memtrain.optim.rules import Adam, AdamMini, Lion, Momentum
 from memtrain.optim.settings import Settings
-from memtrain.optim.storage import MasterFormat, RandomKey, StateFormat
 from memtrain.optim.storage.blocks import BLOCK
 
 _ENTRY_BY_ENTRY = (Adam, Lion, Momentum)
@@ -39,6 +37,8 @@ class ShardedCell(Cell):
     Raises:
         ValueError: settings that need more of the parameter than this process has.
     """
+
+    is_whole = False
 
     def __init__(self, settings: Settings, parameter: DTensor) -> None:
         if settings.split not in (None, 1):
@@ -58,10 +58,12 @@ class ShardedCell(Cell):
         if self.low_is_sharded:
             self._check_rule()
             self._check_blocks()
-            for name, spec in self.moments.items():
-                inner = self.formats[name]
-                self.formats[name] = _PlacedFormat(inner, inner.name, rows.start * prod(spec.shape[1:]))
-        self.master = _PlacedMaster(self.master, self.master.name, rows.start * prod(self.shape[1:]))
+
+    def first_entry(self, moment: str | None) -> int:
+        """See :class:`Cell`."""
+        if moment is None:
+            return self.rows.start * prod(self.shape[1:])
+        return self.rows.start * prod(self.moments[moment].shape[1:]) if self.low_is_sharded else 0
 
     def _check_rule(self) -> None:
         mini_of_vector = isinstance(self.rule, AdamMini) and len(self.low_shape) == 1
@@ -151,45 +153,3 @@ class ShardedCell(Cell):
         return DTensor.from_local(
             tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=strides
         )
-
-
-@dataclass
-class _PlacedFormat:
-    """A format that rounds with the words of its entries' place in the whole R."""
-
-    inner: StateFormat
-    name: str
-    offset: int
-
-    def empty(self, shape: torch.Size, *, signed: bool, device: torch.device | str) -> Stored:
-        return self.inner.empty(shape, signed=signed, device=device)
-
-    def load(self, stored: Stored, shape: torch.Size, *, signed: bool) -> Tensor:
-        return self.inner.load(stored, shape, signed=signed)
-
-    def store_(self, stored: Stored, value: Tensor, *, signed: bool, key: RandomKey | None = None) -> None:
-        self.inner.store_(stored, value, signed=signed, key=key and key.skip(self.offset))
-
-    def size_bytes(self, shape: torch.Size, *, signed: bool) -> int:
-        return self.inner.size_bytes(shape, signed=signed)
-
-
-@dataclass
-class _PlacedMaster:
-    """A master that rounds with the words of its entries' place in the whole parameter."""
-
-    inner: MasterFormat
-    name: str
-    offset: int
-
-    def empty(self, weight: Tensor) -> Stored:
-        return self.inner.empty(weight)
-
-    def load(self, weight: Tensor, stored: Stored) -> Tensor:
-        return self.inner.load(weight, stored)
-
-    def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
-        self.inner.store_(weight, stored, value, key=key and key.skip(self.offset))
-
-    def size_bytes(self, shape: torch.Size, dtype: torch.dtype) -> int:
-        return self.inner.size_bytes(shape, dtype)
