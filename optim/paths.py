@@ -49,12 +49,9 @@ class Work:
 
     def keys(self) -> Keys:
         """From which the reference rounds, too."""
-        key = self.cell.key(self.turn)
-        first = self.cell.first_entry(None)
-        # Paths serve parts of parameters only where moments have the shape of the weight.
-        return Keys(
-            *(each.skip(first) for each in (key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1)))
-        )
+        # Where a path serves a part of a parameter, its moments have the shape of the weight.
+        key = self.cell.key(self.turn).skip(self.cell.first_entry(None))
+        return Keys(key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1))
 
 
 class Path(Protocol):
