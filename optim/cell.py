@@ -8,6 +8,7 @@ will keep are known before anything is allocated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -199,18 +200,23 @@ class Cell:
         return refresh is not None and refresh.is_due(part(state, "refresh"), turn.step)
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
-        where the gradient, of this cell's shape, is needed for that and is not finite."""
+        """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
+        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
         if self.projected is None or not self.is_due(state, turn):
             return True
-        if self.projected.projector.needs_gradient and not self.is_finite(gradient):
-            return False
+        if self.projected.projector.needs_gradient:
+            least, largest = self.extremes(gradient)
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                return False
+            if least == largest == 0:
+                return True
         self._refresh_(self.projected, gradient, state, turn)
         return True
 
-    def is_finite(self, gradient: Tensor) -> bool:
-        """Whether a basis may be taken from it."""
-        return bool(torch.isfinite(gradient).all())
+    def extremes(self, gradient: Tensor) -> tuple[float, float]:
+        """Least and largest entry; NaN if there is one."""
+        least, largest = gradient.aminmax()
+        return float(least), float(largest)
 
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected

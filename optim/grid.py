@@ -15,6 +15,7 @@ a parameter that is unused for a while, or whose moments a refresh has reset, is
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections.abc import Callable, Iterable
@@ -32,6 +33,7 @@ from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settin
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
+_FOREIGN = ("params", "param_names", _STEP, _SKIPPED)
 
 
 class NonFiniteGradientWarning(UserWarning):
@@ -74,7 +76,8 @@ class GridOptimizer(Optimizer):
     """See the module.
 
     A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
-    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step.
+    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A gradient of zeros
+    says nothing about a basis either: the refresh waits for another one, and the step is taken.
 
     Args:
         params: parameters, named parameters, or dicts of groups with settings of their own.
@@ -125,12 +128,18 @@ class GridOptimizer(Optimizer):
 
     def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group that names another rule, or no projection, does not inherit numbers that belong to the
-        constructor's."""
+        constructor's. Foreign keys may be in it, as in any torch optimizer, unless they look misspelt."""
+        for key in group.keys() - self.defaults.keys() - set(_FOREIGN):
+            if near := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.8):
+                raise TypeError(f"unknown setting {key!r} in a group: did you mean {near[0]!r}?")
         dropped: tuple[str, ...] = ()
         if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
             dropped += RULE_FIELDS
         if "projection" in group and group["projection"] is None:
             dropped += PROJECTED_FIELDS
+        for size, other in (("rank", "density"), ("density", "rank")):
+            if group.get(size) is not None and other not in group:
+                dropped += (other,)
         return {**dict.fromkeys(dropped), **group}
 
     def _plan(self, group: dict[str, Any]) -> Plan:

@@ -97,10 +97,15 @@ class ShardedCell(Cell):
         """See :class:`Cell`."""
         return low if self.low_is_sharded else self.rows.sum_(low)
 
-    def is_finite(self, gradient: Tensor) -> bool:
+    def extremes(self, gradient: Tensor) -> tuple[float, float]:
         """See :class:`Cell`; the answer is the same in all processes."""
-        faults = (~torch.isfinite(gradient)).any().float().reshape(1)
-        return not bool(self.rows.largest_(faults))
+        ends = torch.full((2,), -torch.inf, device=gradient.device)
+        if gradient.numel():
+            least, largest = gradient.float().aminmax()
+            ends = torch.stack((-least, largest))
+        # Not every backend carries NaN through a maximum.
+        ends = self.rows.largest_(torch.where(ends.isnan(), torch.inf, ends))
+        return -float(ends[0]), float(ends[1])
 
     def leading_cosine(self, old: Stored, new: Stored) -> float:
         """See :class:`Cell`; the answer is the same in all processes."""

@@ -210,7 +210,7 @@ ADAM_SIGNATURE = dict.fromkeys("keep rate beta1 gain1 beta2 gain2 root eps".spli
 KEY_SIGNATURE = {"weight_key": "i64", "first_key": "i64", "second_key": "i64", "offset": "i32:16"}
 
 
-def launch_keys(keys: Keys | None) -> tuple[int, int, int, int]:
+def launch_keys(keys: Keys | None) -> tuple[int, ...]:
     """Three keys, each with both words in one int64, and their offset, for a Triton kernel."""
     if keys is None:
         return 0, 0, 0, 0

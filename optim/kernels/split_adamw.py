@@ -160,7 +160,8 @@ def split_adamw_(
             f"got weight {tuple(weight.shape)}, {axis!r}, {index.dtype} {tuple(index.shape)}"
         )
     size = weight.shape[0 if axis == "rows" else 1]
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+    # On CUDA the look would wait for the device.
+    if not index.is_cuda and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
         raise ValueError(f"indices of {axis} must be in 0..{size - 1}, got {index.min()}..{index.max()}")
     m, v = first["value"], second["value"]
     low = [len(index), weight.shape[1]] if axis == "rows" else [weight.shape[0], len(index)]
@@ -217,7 +218,7 @@ def _cpu(
         native.values(v, o.key("second")),
         native.pointer(where),
         native.count(index),
-        native.ctypes.c_bool(axis == "columns"),
+        native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),
         native.Adam(*step.kernel_numbers()),
         native_rest(rest),

@@ -38,17 +38,21 @@ static inline uint32_t mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
+struct Words {  // of a key, from one element on
+    uint32_t first, second, low, high;
+
+    uint32_t operator[](int i) const {
+        // The offset in halves, 32 bits a lane. Where the low half wraps round, the high half is one more.
+        const uint32_t here = low + uint32_t(i);
+        return mix(mix(here + first) ^ (second + (high + (here < low)) * 0x9E3779B9u));
+    }
+};
+
 struct Key {  // RandomKey.words(); both zero: none
     uint32_t first, second;
 
     bool given() const { return first || second; }
-
-    uint32_t word(uint64_t place, int i) const {  // of the element at place + i
-        // In halves, 32 bits a lane. Where the low half wraps round within a run, the high half is one more.
-        const uint32_t low = uint32_t(place) + uint32_t(i);
-        const uint32_t high = uint32_t(place >> 32) + (low < uint32_t(place));
-        return mix(mix(low + first) ^ (second + high * 0x9E3779B9u));
-    }
+    Words from(uint64_t place) const { return {first, second, uint32_t(place), uint32_t(place >> 32)}; }
 };
 
 struct Fp32 {
@@ -71,11 +75,11 @@ struct RandomBf16 {
         for (int i = 0; i < count; i++) value[i] = widen(data[start + i]);
     }
     void store(int64_t start, int count, const float* __restrict value) const {
-        const uint64_t place = offset + uint64_t(start);
+        const Words random = key.from(offset + uint64_t(start));
         bf16* __restrict out = data + start;
         for (int i = 0; i < count; i++) {
             uint32_t bits = bits_of(value[i]);
-            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + (key.word(place, i) & 0xFFFFu)) >> 16);
+            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + (random[i] & 0xFFFFu)) >> 16);
         }
     }
 };
@@ -96,19 +100,19 @@ struct Split24 {
         }
     }
     void store(int64_t start, int count, const float* __restrict value) const {
+        const Words random = key.from(offset + uint64_t(start));
         if (key.given())
-            store_raised(start, count, value, [this](uint64_t place, int i) { return key.word(place, i) & 0xFFu; });
+            store_raised(start, count, value, [random](int i) { return random[i] & 0xFFu; });
         else
-            store_raised(start, count, value, [](uint64_t, int) { return 128u; });
+            store_raised(start, count, value, [](int) { return 128u; });
     }
     template <class Raise>  // by what the bit pattern is raised before the last 8 bits are cut
     void store_raised(int64_t start, int count, const float* __restrict value, Raise raise) const {
-        const uint64_t place = offset + uint64_t(start);
         bf16* __restrict out = data + start;
         int8_t* __restrict low = correction + start;
         for (int i = 0; i < count; i++) {
             uint32_t bits = bits_of(value[i]);
-            uint32_t top = (bits + raise(place, i)) >> 8;
+            uint32_t top = (bits + raise(i)) >> 8;
             uint32_t high = is_nan(bits) ? 0x7FC0u : (top + 128) >> 8;
             out[i] = bf16(high);
             low[i] = (high & 0x7F80u) == 0x7F80u ? int8_t(0) : int8_t(top - (high << 8));
