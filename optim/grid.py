@@ -188,7 +188,13 @@ class GridOptimizer(Optimizer):
         return loss
 
     def replan(self) -> None:
-        """Take note of settings that a scheduler has changed."""
+        """Take note of settings that a scheduler has changed, and of parameters that a wrapper has put in the
+        place of others, as accelerate does where it shards a model after its optimizer was made."""
+        if any(parameter not in self._slots for group in self.param_groups for parameter in group["params"]):
+            self._slots = {}
+            for index, group in enumerate(self.param_groups):
+                self._plans[index] = self._plan(group)
+                self._number(index)
         for index, group in enumerate(self.param_groups):
             if Settings.of_group(group) != self._plans[index].settings:
                 self._plans[index] = self._plan(group)

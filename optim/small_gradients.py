@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from memtrain.optim.cell import Cell, State, Turn
+from memtrain.optim.gradient_norm import norm_of
 from memtrain.optim.grid import GridOptimizer, Pending
 
 _TINY = 1e-6
@@ -147,6 +148,8 @@ class SmallGradients:
     def _attach(self) -> None:
         found = [p for group in self.optimizer.param_groups for p in group["params"]]
         new = [p for p in found if p not in self._hooks and p.requires_grad and p.numel()]
+        if new:
+            self.optimizer.replan()
         for parameter in new:
             self._check(parameter)
         for parameter in new:
@@ -234,7 +237,7 @@ class SmallGradients:
         """
         self._refuse_in_backward("clip_grad_norm_()", "the norm is known after the last of them")
         kept = self._accumulated()
-        total = _norm(kept)
+        total = norm_of(kept)
         factor = (max_norm / (total + _TINY)).clamp(max=1.0)
         for each, _ in kept:
             each.mul_(factor.to(each.device))
@@ -323,27 +326,6 @@ class SmallGradients:
 
 def _compressible(cell: Cell) -> bool:
     return cell.projected is not None and cell.projected.residual.kind == "none"
-
-
-def _norm(parts: list[tuple[Tensor, Any]]) -> Tensor:
-    """Of all parts together, those of other processes included."""
-    norms: dict[Any, list[Tensor]] = {}
-    for part, group in parts:
-        norms.setdefault(group, []).append(torch.linalg.vector_norm(part, dtype=torch.float32))
-    joined = {group: _joined(each) for group, each in norms.items()}
-    for group in joined.keys() - {None}:
-        # In fp64, since squares of small norms underflow.
-        square = joined[group].double().square()
-        torch.distributed.all_reduce(square, group=group)
-        joined[group] = square.sqrt().float()
-    return _joined(list(joined.values()))
-
-
-def _joined(norms: list[Tensor]) -> Tensor:
-    if not norms:
-        return torch.zeros(())
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
-    return norm
 
 
 def _carrier(gradient: Tensor) -> Tensor:

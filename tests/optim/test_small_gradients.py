@@ -1,9 +1,5 @@
 """Small gradients: the same steps as with whole ones, and no more than one whole gradient at a time."""
 
-import math
-import subprocess
-import sys
-from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,62 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
 from memtrain.optim.small_gradients import SmallGradients
-
-ORTHONORMAL = ("svd", "eigh", "power", "semi_orthogonal", "columns", "rows", "randk", "block")
-PROJECTIONS = (*ORTHONORMAL, "gaussian", "rademacher")
-GAP = 3
-
-
-class Net(nn.Module):
-    """Matrices of both orientations, a vector, and a matrix that is used twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Linear(24, 40, bias=False)
-        self.norm = nn.LayerNorm(40)
-        self.narrow = nn.Linear(40, 24, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = torch.tanh(self.narrow(self.norm(self.wide(x))))
-        return x
-
-
-def make(dtype: torch.dtype = torch.float32, **settings: object) -> tuple[Net, GridOptimizer]:
-    torch.manual_seed(0)
-    net = Net().to(dtype)
-    if settings.get("projection"):
-        size = {"density": 0.25} if settings["projection"] == "randk" else {"rank": 5}
-        settings = {"update_gap": GAP, **size, **settings}
-    return net, GridOptimizer(net.named_parameters(), **{"lr": 1e-2, **settings})
-
-
-def batches(steps: int, micro: int, dtype: torch.dtype = torch.float32) -> list[list[tuple[Tensor, Tensor]]]:
-    generator = torch.Generator().manual_seed(1)
-    draw = lambda: torch.randn(8, 24, generator=generator).to(dtype)  # noqa: E731
-    return [[(draw(), draw()) for _ in range(micro)] for _ in range(steps)]
-
-
-def backward(net: nn.Module, batch: tuple[Tensor, Tensor], of: int = 1) -> None:
-    (nn.functional.mse_loss(net(batch[0]), batch[1]) / of).backward()
-
-
-def run(net: nn.Module, optimizer: GridOptimizer, data: list[list[tuple[Tensor, Tensor]]]) -> None:
-    for step in data:
-        for batch in step:
-            backward(net, batch, len(step))
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def flat(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().float().reshape(-1) for p in net.parameters()])
-
-
-def relative(a: nn.Module, b: nn.Module) -> float:
-    """Difference of the two, over how far the second has come."""
-    start = flat(make(next(b.parameters()).dtype)[0])
-    return float((flat(a) - flat(b)).norm() / (flat(b) - start).norm())
+from tests.optim.small_nets import GAP, PROJECTIONS, backward, batches, flat, make, relative, run
 
 
 @pytest.mark.parametrize("projection", PROJECTIONS)
@@ -215,98 +156,6 @@ def test_schedulers_and_counters_see_one_step() -> None:
     assert relative(nets[1], nets[0]) <= 1e-6
 
 
-@pytest.mark.parametrize("projection", ORTHONORMAL)
-def test_clipping_is_by_the_norm_of_what_is_kept(projection: str) -> None:
-    net, optimizer = make(projection=projection, spread=True)
-    gradients = SmallGradients(optimizer, refresh_from="first")
-    ((first, second),) = batches(1, 2)
-    backward(net, first)
-    backward(net, second)
-    twin, _ = make()
-    backward(twin, first)
-    backward(twin, second)
-    squares = []
-    for name, parameter in net.named_parameters():
-        gradient = twin.get_parameter(name).grad
-        if parameter.dim() == 2:
-            assert parameter.grad is None
-            cell, state, _ = optimizer.situation(parameter)
-            opened = cell.open(state, gradient.device)
-            gradient = cell.projected.projector.up(opened, cell.down(opened, gradient))
-        squares.append(gradient.square().sum())
-    before = {p: pending.low for p, pending in optimizer.pending.items() if pending.low is not None}
-    before = {p: low.clone() for p, low in before.items()}
-    total = gradients.clip_grad_norm_(0.1)
-    assert math.isclose(total, math.sqrt(sum(squares)), rel_tol=1e-5)
-    assert math.isclose(gradients.clip_grad_norm_(1.0), 0.1, rel_tol=1e-5)
-    for parameter, low in before.items():
-        torch.testing.assert_close(optimizer.pending[parameter].low, low * (0.1 / total))
-    with pytest.raises(RuntimeError, match="between clip_grad_norm_\\(\\) and step"):
-        backward(net, first)
-
-
-def test_a_norm_below_the_limit_changes_nothing() -> None:
-    data = batches(4, 2)
-    free, clipped = make(projection="power"), make(projection="power")
-    SmallGradients(free[1])
-    run(*free, data)
-    gradients = SmallGradients(clipped[1])
-    clipped[1].register_step_pre_hook(lambda *_: gradients.clip_grad_norm_(1e6) and None)
-    run(*clipped, data)
-    assert torch.equal(flat(free[0]), flat(clipped[0]))
-
-
-def test_grad_scaler_unscales_and_skips() -> None:
-    data = batches(6, 2)
-    plain, scaled = make(projection="power"), make(projection="power")
-    SmallGradients(plain[1])
-    run(*plain, data)
-    net, optimizer = scaled
-    gradients, scaler = SmallGradients(optimizer), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    for number, step in enumerate(data):
-        if number == 4:
-            scaler.scale(net(step[0][0]).sum() * float("inf")).backward()
-            before = flat(net)
-            scaler.step(gradients)
-            scaler.update()
-            optimizer.zero_grad()
-            assert torch.equal(before, flat(net))
-            assert scaler.get_scale() == 512
-        for x, y in step:
-            scaler.scale(nn.functional.mse_loss(net(x), y) / 2).backward()
-        if number % 2:
-            scaler.unscale_(gradients)
-        scaler.step(gradients)
-        scaler.update()
-        optimizer.zero_grad()
-    # Powers of two, so that scaling rounds nothing.
-    assert torch.equal(flat(plain[0]), flat(net))
-
-
-def test_grad_scaler_is_told_where_it_cannot_serve() -> None:
-    net, optimizer = make(projection="columns")
-    SmallGradients(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(net(torch.ones(1, 24)).sum()).backward()
-    with pytest.raises(RuntimeError, match="give its step\\(\\) and unscale_\\(\\) the SmallGradients"):
-        scaler.step(optimizer)
-
-    net, optimizer = make(projection="columns")
-    gradients = SmallGradients(optimizer, update="backward")
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(net(torch.ones(1, 24)).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"GradScaler with update='backward'.* update='step'"):
-        scaler.step(gradients)
-    with pytest.raises(RuntimeError, match="GradScaler with update='backward'"):
-        scaler.step(optimizer)
-
-
-def test_clipping_is_refused_in_backward() -> None:
-    _, optimizer = make(projection="columns")
-    with pytest.raises(RuntimeError, match=r"clip_grad_norm_\(\) with update='backward'.*update='step'"):
-        SmallGradients(optimizer, update="backward").clip_grad_norm_(1.0)
-
-
 def test_a_gradient_after_the_update_is_an_error() -> None:
     net, optimizer = make(projection="columns")
     SmallGradients(optimizer, update="backward")
@@ -411,42 +260,23 @@ def test_no_more_than_one_whole_gradient_lives(options: dict, micro: int) -> Non
         assert max(peaks[1:]) == 2 * largest
 
 
-RESUME = """
-import sys, torch
-from tests.optim.test_small_gradients import resumed
-for number, (at, saved) in enumerate(torch.load(sys.argv[1], weights_only=True).items()):
-    torch.save(resumed(saved, at), f"{sys.argv[1]}.{number}")
-"""
-SETTINGS = {"projection": "power", "state_dtype": "bf16", "master": "split24"}
-
-
-def resumed(saved: dict, at: int) -> Tensor:
-    net, optimizer = make(torch.bfloat16, **SETTINGS)
-    SmallGradients(optimizer)
-    net.load_state_dict(saved["net"])
-    optimizer.load_state_dict(saved["optimizer"])
-    run(net, optimizer, batches(30, 2, torch.bfloat16)[at : at + 20])
-    return flat(net)
-
-
-def test_resume_is_bit_equal_in_a_new_process(tmp_path: Path) -> None:
+def test_resume_is_bit_equal(tmp_path: Path) -> None:
     """T9: saved before, at and after a refresh; bf16 weights and states; twenty more steps."""
-    data = batches(30, 2, torch.bfloat16)
-    net, optimizer = make(torch.bfloat16, **SETTINGS)
-    SmallGradients(optimizer)
-    saved, later = {}, []
-    for at in range(GAP + 22):
-        if at in (GAP - 1, GAP, GAP + 1):
-            saved[at] = deepcopy({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
-        run(net, optimizer, [data[at]])
-        if at - 19 in saved:
-            later.append(flat(net))
-    path = tmp_path / "states.pt"
-    torch.save(saved, path)
-    subprocess.run([sys.executable, "-c", RESUME, str(path)], check=True, cwd=Path(__file__).parents[2])
-    for number, expected in enumerate(later):
-        assert torch.equal(torch.load(f"{path}.{number}", weights_only=True), expected)
-    assert len(later) == 3
+    settings = {"projection": "power", "state_dtype": "bf16", "master": "split24"}
+    data = batches(GAP + 21, 2, torch.bfloat16)
+    for at in (GAP - 1, GAP, GAP + 1):
+        net, optimizer = make(torch.bfloat16, **settings)
+        SmallGradients(optimizer)
+        run(net, optimizer, data[:at])
+        torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+        run(net, optimizer, data[at : at + 20])
+        saved = torch.load(tmp_path / "state.pt", weights_only=True)
+        other, fresh = make(torch.bfloat16, **settings)
+        SmallGradients(fresh)
+        other.load_state_dict(saved["net"])
+        fresh.load_state_dict(saved["optimizer"])
+        run(other, fresh, data[at : at + 20])
+        assert torch.equal(flat(net), flat(other))
 
 
 def test_states_are_not_saved_or_loaded_in_the_middle_of_a_step() -> None:

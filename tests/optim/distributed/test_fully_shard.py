@@ -19,18 +19,16 @@ from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.small_gradients import SmallGradients
 from tests.optim.distributed.worlds import run_world
 
-STEPS, MICRO, ROWS = 4, 2, 12
+STEPS, MICRO, ROWS = 3, 2, 12
 
 POINTS: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1},
     "power": {"projection": "power"},
     "power left": {"projection": "power", "side": "left"},
-    "power right": {"projection": "power", "side": "right"},
     "power full": {"projection": "power", "side": "full"},
     "power lazy": {"projection": "power", "lazy": True, "spread": True},
     "eigh right": {"projection": "eigh", "side": "right"},
     "gaussian left": {"projection": "gaussian", "side": "left", "refresh": "rotate"},
-    "rademacher": {"projection": "rademacher"},
     "semi-orthogonal": {"projection": "semi_orthogonal", "side": "full", "refresh": "rotate"},
     "columns": {"projection": "columns", "refresh": "rotate"},
     "rows": {"projection": "rows", "refresh": "rotate"},
@@ -58,6 +56,7 @@ POINTS: dict[str, dict[str, Any]] = {
     },
     "in backward": {"projection": "power", "update": "backward"},
     "clipped": {"projection": "power", "clip": 0.05},
+    "sharded late": {"projection": "power", "late": True},
     "without hooks": {"projection": "power", "hooks": False},
 }
 FOR_TWO = ["power full", "randk", "int8 states", "clipped"]
@@ -117,11 +116,27 @@ class Net(nn.Module):
 def make_net(large: bool = False) -> Net:
     torch.manual_seed(0)
     net = Net(large)
+    shard(net)
+    return net
+
+
+def shard(net: Net) -> None:
     if dist.is_initialized():
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         fully_shard(net.wide, mesh=mesh)
         fully_shard(net, mesh=mesh)
-    return net
+
+
+def make_late(**settings: Any) -> tuple[Net, GridOptimizer]:
+    """The optimizer is made first and gets the shards in its parameters' places."""
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = make_optimizer(net, **settings)
+    names = {parameter: name for name, parameter in net.named_parameters()}
+    shard(net)
+    for group in optimizer.param_groups:
+        group["params"] = [net.get_parameter(names[parameter]) for parameter in group["params"]]
+    return net, optimizer
 
 
 def make_optimizer(net: Net, **settings: Any) -> GridOptimizer:
@@ -160,10 +175,14 @@ def results(names: Iterable[str] = POINTS, largest: list[int] | None = None) -> 
     found = {}
     for name in names:
         settings = dict(POINTS[name])
-        net = make_net(settings.pop("large", False))
         options = {key: settings.pop(key) for key in ("whole", "update", "clip", "hooks") if key in settings}
+        large, late = settings.pop("large", False), settings.pop("late", False)
+        if late:
+            net, optimizer = make_late(**settings)
+        else:
+            net = make_net(large)
+            optimizer = make_optimizer(net, **settings)
         start = whole(net)
-        optimizer = make_optimizer(net, **settings)
         if largest:
             largest[0] = 0
         norms = train(net, optimizer, 0, STEPS, **options)
