@@ -192,7 +192,10 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self.key(turn).skip(self.first_entry(None)))
+        # Where the weight is its own master it has changed already, and a copy onto itself takes a pass.
+        if value.data_ptr() != weight.data_ptr():
+            key = self.key(turn).skip(self.first_entry(None))
+            self.master.store_(weight, stored, value, key=key)
 
     def is_due(self, state: State, turn: Turn) -> bool:
         """Whether this step is to begin with a new basis."""

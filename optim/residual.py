@@ -110,17 +110,20 @@ class Residual:
             memory: what :meth:`empty` gave; updated in place.
         """
         if self.kind == "none":
-            return projector.up(opened, direction).mul_(self.scale)
+            return projector.up(opened, direction.mul_(self.scale))
         assert gradient is not None
         if self.kind == "scale_only":
-            scaling = self._scaling(low, direction, projector) * self.scale**0.5
-            return self._limit_(gradient.float() * scaling, memory)
-        rest = gradient.float() - projector.up(opened, low)
+            scaling = self._scaling(low, direction, projector).mul_(self.scale**0.5)
+            return self._limit_(gradient * scaling, memory)
+        scaling = self._scaling(low, direction, projector) if self.kind == "scaled" else None
+        rest = projector.up(opened, low)
+        torch.sub(gradient, rest, out=rest)
         if self.kind == "sign":
-            rest = rest.sign_()
-        elif self.kind == "scaled":
-            rest = self._limit_(rest.mul_(self._scaling(low, direction, projector)), memory)
-        return projector.up(opened, direction).mul_(self.scale).add_(rest, alpha=self.residual_scale)
+            rest.sign_()
+        elif scaling is not None:
+            rest = self._limit_(rest.mul_(scaling), memory)
+        # Whole tensors are what costs here: the scale is applied to the small direction.
+        return projector.up(opened, direction.mul_(self.scale)).add_(rest, alpha=self.residual_scale)
 
     def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
         """Over axes of R, which are kept."""

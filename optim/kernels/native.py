@@ -8,8 +8,8 @@ under a hash of its sources, flags, compiler and processor. It uses torch's own 
 as ``torch.get_num_threads()`` says. Where there is no compiler, or it fails, a NativeKernelWarning says so
 once and the kernels run their plain-torch reference by chunks.
 
-Why not torch.compile: see docs/log.md; it was slower here, takes 20 s and 200 MiB more in every process, and
-needs the same compiler.
+Why not torch.compile: an 8-bit AdamW step of 2,048 x 2,048 took 14.4 ms with it against 3.5 ms here (two idle
+cores, medians), its first call 10 s, each shape is compiled anew, and it needs the same compiler.
 
 Every call gets raw addresses: operands must be contiguous, on the CPU, and alive until it returns.
 """

@@ -171,11 +171,14 @@ static inline void with_gradient(const Gradient& gradient, Step step) {
         step(static_cast<const bf16*>(gradient.data));
 }
 
+// Below torch's own grain (at::internal::GRAIN_SIZE) waking a second thread costs more than it does.
+static inline int useful_threads(int64_t numel, int threads) { return numel < 32768 ? 1 : threads; }
+
 // Calls step(start, count) for the runs of numel elements, by all threads.
 template <class Step>
 static inline void for_runs(int64_t numel, int threads, Step step) {
     const int64_t full = numel / RUN;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(useful_threads(numel, threads)) schedule(static)
     for (int64_t run = 0; run < full; run++) step(run * RUN, RUN);  // a constant, for the compiler to unroll by
     if (numel % RUN) step(full * RUN, int(numel % RUN));
 }
