@@ -90,6 +90,9 @@ class ShardedCell(Cell):
         """See :class:`Cell`."""
         if not isinstance(tensor, DTensor):
             return tensor
+        if tuple(tensor.placements) != (Shard(0),):
+            # A gradient that autograd has left whole, or as summands.
+            tensor = tensor.redistribute(placements=[Shard(0)])
         local: Tensor = tensor.to_local()
         return local.detach()
 
@@ -142,15 +145,9 @@ class ShardedCell(Cell):
     def _exported(self, name: str, tensor: Tensor) -> Tensor:
         if not self._is_sharded(name):
             return tensor
-        spec = self.moments.get(name.partition(".")[0])
-        if (
-            spec is not None
-            and tensor.dim() == 1
-            and len(spec.shape) > 1
-            and prod(spec.shape[1:]) % BLOCK == 0
-        ):
-            # Scales and 4-bit codes, flat, of whole blocks to a row.
-            tensor = tensor.view(self.rows.count, -1) if self.rows.count else tensor.view(0, 1)
+        moment, _, piece = name.partition(".")
+        if moment in self.moments and tensor.dim() == 1 and len(self.moments[moment].shape) > 1:
+            tensor = self._rows_of_blocks(moment, piece, tensor)
         of_rows = tensor.shape[0] == self.rows.count
         total = self.rows.total if of_rows else tensor.shape[0] * self.rows.world
         shape = torch.Size((total, *tensor.shape[1:]))
@@ -158,3 +155,12 @@ class ShardedCell(Cell):
         return DTensor.from_local(
             tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=strides
         )
+
+    def _rows_of_blocks(self, moment: str, piece: str, flat: Tensor) -> Tensor:
+        """Scales and 4-bit codes, as many to each row where rows are whole blocks."""
+        spec = self.moments[moment]
+        row = torch.Size((1, *spec.shape[1:]))
+        if row.numel() % BLOCK:
+            return flat
+        of_row = self.formats[moment].empty(row, signed=spec.signed, device="meta")[piece]
+        return flat.view(self.rows.count, of_row.numel())

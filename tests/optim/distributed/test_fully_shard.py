@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.grid import GridOptimizer
@@ -78,6 +78,7 @@ EQUAL_BITS: dict[str, dict[str, Any]] = {
     "gaussian": {"projection": "gaussian", "side": "right", "rank": 9, "update_gap": 2},
 }
 """On equal gradients, where nothing is summed."""
+FOR_TWO_ROWS = ["8-bit AdamW", "4-bit AdamW", "split master"]
 
 REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
     "svd": (
@@ -195,6 +196,7 @@ def save_results(names: list[str], path: str) -> None:
         found = results(names, largest)
     found["refused"] = refusals()
     found["bits"] = {name: moved_by_equal_gradients(settings) for name, settings in EQUAL_BITS.items()}
+    found["two rows"] = {name: moved_by_equal_gradients(EQUAL_BITS[name], 2, 4096) for name in FOR_TWO_ROWS}
     if dist.get_rank() == 0:
         torch.save(found, path)
 
@@ -217,12 +219,14 @@ def traffic() -> Iterator[list[int]]:
         yield largest
 
 
-def moved_by_equal_gradients(settings: dict[str, Any]) -> Tensor:
-    """A bf16 weight of 50 rows after five steps: 17, 17 and 16 rows on three processes."""
+def moved_by_equal_gradients(
+    settings: dict[str, Any], rows: int = 50, columns: int = 128
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A bf16 weight and its states after five steps; of 50 rows three processes have 17, 17 and 16."""
     generator = torch.Generator().manual_seed(3)
 
     def draw() -> Tensor:
-        drawn = torch.randn(50, 128, generator=generator).bfloat16()
+        drawn = torch.randn(rows, columns, generator=generator).bfloat16()
         if not dist.is_initialized():
             return drawn
         return distribute_tensor(drawn, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
@@ -232,7 +236,9 @@ def moved_by_equal_gradients(settings: dict[str, Any]) -> Tensor:
     for _ in range(5):
         weight.grad = draw()
         optimizer.step()
-    return whole(nn.ParameterList([weight]))
+    states = optimizer.state_dict()["state"][0]
+    states = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in states.items()}
+    return whole(nn.ParameterList([weight])), states
 
 
 def refusals() -> dict[str, str]:
@@ -295,7 +301,20 @@ def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", EQUAL_BITS)
 def test_equal_gradients_give_equal_bits(name: str, of_three: dict) -> None:
-    assert torch.equal(of_three["bits"][name], moved_by_equal_gradients(EQUAL_BITS[name]))
+    check_bits(of_three["bits"][name], moved_by_equal_gradients(EQUAL_BITS[name]))
+
+
+@pytest.mark.parametrize("name", FOR_TWO_ROWS)
+def test_a_process_may_have_no_rows(name: str, of_three: dict) -> None:
+    check_bits(of_three["two rows"][name], moved_by_equal_gradients(EQUAL_BITS[name], 2, 4096))
+
+
+def check_bits(many: tuple[Tensor, dict], one: tuple[Tensor, dict]) -> None:
+    assert torch.equal(many[0], one[0])
+    assert many[1].keys() == one[1].keys()
+    for key, tensor in one[1].items():
+        # Blocks are saved row by row.
+        assert torch.equal(many[1][key].flatten(), tensor.flatten()), key
 
 
 @pytest.mark.parametrize("name", REFUSED)
