@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from memtrain.optim.grid import GridOptimizer
-from tests.optim.distributed.test_fully_shard import Net, make_net, make_optimizer, train, whole
+from tests.optim.distributed.sharded_nets import Net, make_net, make_optimizer, train, whole
 from tests.optim.distributed.worlds import run_world
 
 POINTS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memtrain.optim.distributed.data_parallel import share_projections
 from memtrain.optim.small_gradients import SmallGradients
-from tests.optim.distributed.test_fully_shard import Net, make_optimizer, whole
+from tests.optim.distributed.sharded_nets import Net, make_optimizer, whole
 from tests.optim.distributed.worlds import run_world
 
 STEPS, MICRO, ROWS = 5, 3, 8

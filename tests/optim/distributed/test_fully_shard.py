@@ -12,14 +12,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from memtrain.optim.distributed.rows import Rows
-from memtrain.optim.grid import GridOptimizer
-from memtrain.optim.small_gradients import SmallGradients
+from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
+from tests.optim.distributed.sharded_nets import Net, make_late, make_net, make_optimizer, train, whole
 from tests.optim.distributed.worlds import run_world
 
-STEPS, MICRO, ROWS = 3, 2, 12
+STEPS = 3
 
 POINTS: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1},
@@ -97,81 +97,6 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
 }
 
 
-class Net(nn.Module):
-    """Shards of 14, 14 and 12 rows, of 8, 8 and 8, and of 1, 1 and 0, on three processes."""
-
-    def __init__(self, large: bool = False) -> None:
-        super().__init__()
-        width, hidden = (200, 136) if large else (24, 40)
-        self.wide = nn.Linear(width, hidden, bias=False)
-        self.norm = nn.LayerNorm(hidden)
-        self.narrow = nn.Linear(hidden, width, bias=False)
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for _ in range(2):
-            x = torch.tanh(self.narrow(self.norm(self.wide(x))))
-        return self.head(x)
-
-
-def make_net(large: bool = False) -> Net:
-    torch.manual_seed(0)
-    net = Net(large)
-    shard(net)
-    return net
-
-
-def shard(net: Net) -> None:
-    if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        fully_shard(net.wide, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-
-
-def make_late(**settings: Any) -> tuple[Net, GridOptimizer]:
-    """The optimizer is made first and gets the shards in its parameters' places."""
-    torch.manual_seed(0)
-    net = Net()
-    optimizer = make_optimizer(net, **settings)
-    names = {parameter: name for name, parameter in net.named_parameters()}
-    shard(net)
-    for group in optimizer.param_groups:
-        group["params"] = [net.get_parameter(names[parameter]) for parameter in group["params"]]
-    return net, optimizer
-
-
-def make_optimizer(net: Net, **settings: Any) -> GridOptimizer:
-    projected = [("wide", net.wide.weight), ("narrow", net.narrow.weight)]
-    others = [(n, p) for n, p in net.named_parameters() if n.split(".")[0] in ("norm", "head")]
-    if "projection" in settings:
-        settings = {"update_gap": 2, "rank": None if "density" in settings else 5, **settings}
-    return GridOptimizer([{"params": projected, **settings}, {"params": others}], lr=1e-2)
-
-
-def train(net: Net, optimizer: GridOptimizer, start: int, steps: int, **options: Any) -> list[float]:
-    """Every process takes its share of each batch; norms where they are clipped."""
-    clip, hooks = options.pop("clip", None), options.pop("hooks", True)
-    gradients = SmallGradients(optimizer, **options) if hooks else None
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    norms = []
-    micro = 1 if options.get("update") == "backward" else MICRO
-    for step in range(start, start + steps):
-        generator = torch.Generator().manual_seed(step)
-        for _ in range(micro):
-            x = torch.randn(ROWS, net.wide.in_features, generator=generator).chunk(world)[rank]
-            (net(x).square().mean() / micro).backward()
-        if clip and gradients:
-            norms.append(float(gradients.clip_grad_norm_(clip)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms
-
-
-def whole(net: nn.Module) -> Tensor:
-    parts = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in net.parameters()]
-    return torch.cat([part.detach().flatten() for part in parts])
-
-
 def results(names: Iterable[str] = POINTS, largest: list[int] | None = None) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
@@ -195,6 +120,7 @@ def save_results(names: list[str], path: str) -> None:
     with traffic() as largest:
         found = results(names, largest)
     found["refused"] = refusals()
+    found["skipped"] = skipped_for_nan_in_one_process()
     found["bits"] = {name: moved_by_equal_gradients(settings) for name, settings in EQUAL_BITS.items()}
     found["two rows"] = {name: moved_by_equal_gradients(EQUAL_BITS[name], 2, 4096) for name in FOR_TWO_ROWS}
     if dist.get_rank() == 0:
@@ -225,20 +151,36 @@ def moved_by_equal_gradients(
     """A bf16 weight and its states after five steps; of 50 rows three processes have 17, 17 and 16."""
     generator = torch.Generator().manual_seed(3)
 
-    def draw() -> Tensor:
+    def draw(placement: Placement = Shard(0)) -> Tensor:  # noqa: B008
         drawn = torch.randn(rows, columns, generator=generator).bfloat16()
         if not dist.is_initialized():
             return drawn
-        return distribute_tensor(drawn, init_device_mesh("cpu", (dist.get_world_size(),)), [Shard(0)])
+        return distribute_tensor(drawn, init_device_mesh("cpu", (dist.get_world_size(),)), [placement])
 
     weight = nn.Parameter(draw())
     optimizer = GridOptimizer([weight], lr=1e-2, **settings)
-    for _ in range(5):
-        weight.grad = draw()
+    for step in range(5):
+        weight.grad = draw(Replicate() if step == 3 else Shard(0))
         optimizer.step()
     states = optimizer.state_dict()["state"][0]
     states = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in states.items()}
     return whole(nn.ParameterList([weight])), states
+
+
+def skipped_for_nan_in_one_process() -> list[int]:
+    """Refreshes that each process has skipped."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.ones(6, 8), mesh, [Shard(0)]))
+    optimizer = GridOptimizer([weight], projection="power", rank=2)
+    gradient = torch.ones(6, 8)
+    gradient[0, 0] = torch.nan
+    weight.grad = distribute_tensor(gradient, mesh, [Shard(0)])
+    with pytest.warns(NonFiniteGradientWarning):
+        optimizer.step()
+    assert torch.equal(whole(nn.ParameterList([weight])), torch.ones(48))
+    counts: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, optimizer.param_groups[0]["skipped_refreshes"])
+    return counts
 
 
 def refusals() -> dict[str, str]:
@@ -307,6 +249,10 @@ def test_equal_gradients_give_equal_bits(name: str, of_three: dict) -> None:
 @pytest.mark.parametrize("name", FOR_TWO_ROWS)
 def test_a_process_may_have_no_rows(name: str, of_three: dict) -> None:
     check_bits(of_three["two rows"][name], moved_by_equal_gradients(EQUAL_BITS[name], 2, 4096))
+
+
+def test_processes_agree_about_gradients_that_are_not_finite(of_three: dict) -> None:
+    assert of_three["skipped"] == [1, 1, 1]
 
 
 def check_bits(many: tuple[Tensor, dict], one: tuple[Tensor, dict]) -> None:
