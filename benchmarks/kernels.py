@@ -4,7 +4,7 @@
     .venv-optim/bin/python benchmarks/kernels.py --first    # one variant of each kernel, printed only
 
 No GPU is needed and no speed is claimed. "bytes" are moved per element by the code as the tests count it in
-Triton's interpreter, "least" what the task must move.
+Triton's interpreter (operands that all blocks share count once), "least" what the task must move.
 """
 
 from __future__ import annotations

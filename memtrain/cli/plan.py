@@ -15,12 +15,12 @@ from memtrain.planning.parsing import (
     parse_axis,
     parse_budget,
     parse_codecs,
-    parse_count,
     parse_degrees,
     parse_dtype,
     parse_optimizer,
     parse_overrides,
     parse_sweep,
+    parse_work_size,
 )
 from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest, Questions, Search, Work
 
@@ -28,15 +28,15 @@ from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest,
 def plan(
     model: options.Model,
     gpu: options.Gpu,
-    seq: options.Seq = "8k",
-    micro_batch: options.MicroBatch = 1,
+    seq: options.Seq = None,
+    micro_batch: options.MicroBatch = None,
     accumulate: options.Accumulate = 1,
     optimizer: options.Optimizer = "adamw",
     dtype: options.DtypeName = "bfloat16",
     master_weights: options.MasterWeights = None,
     clipping: options.Clipping = True,
     chunked_loss: options.ChunkedLoss = True,
-    attention: options.AttentionName = "flash",
+    attention: options.AttentionName = None,
     gpus: options.Gpus = 1,
     nodes: options.Nodes = 1,
     dram: options.Dram = None,
@@ -59,7 +59,7 @@ def plan(
     ep: options.Ep = 1,
     allow_lossy: options.AllowLossy = None,
     error_budget: options.ErrorBudget = None,
-    chunks: options.Chunks = 16,
+    chunks: options.Chunks = None,
     seconds: options.Seconds = 6.0,
     gap: options.Gap = 5e-3,
     what_fits: options.WhatFits = None,
@@ -83,6 +83,7 @@ def plan(
     )
     outputs = Outputs(json=json, csv=csv, html=html, emit=emit, plan=output)
     outputs.check(questions)
+    sequence, sequences = parse_work_size(seq, micro_batch, questions)
     precision = parse_dtype(dtype)
     if master_weights and precision == "float32":
         raise PlanError(
@@ -91,15 +92,15 @@ def plan(
     request = PlanRequest(
         work=Work(
             model=model,
-            sequence=parse_count("--seq", seq),
-            micro_batch=micro_batch,
+            sequence=sequence,
+            micro_batch=sequences,
             accumulate=accumulate,
             optimizer=parse_optimizer(optimizer),
             dtype=precision,
             master_weights=precision == "bfloat16" if master_weights is None else master_weights,
             clipping=clipping,
             chunked_loss=chunked_loss,
-            attention=parse_attention(attention),
+            attention=parse_attention(attention, precision),
         ),
         hardware=Hardware(
             gpu=gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +14,17 @@ Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+HALF_ATTENTION: tuple[Attention, ...] = ("flash", "cudnn")
+"""Kernels of fp16 and bf16 alone: torch's ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` takes them
+for no other dtype."""
 
+LEAST_TOKENS = 2
+"""Of a sequence: a token is predicted from the one before it."""
 MOST_TOKENS = 1 << 26
 """Of a sequence; the search for the longest ends there. Not far above, sizes in bytes leave 64 bits."""
 MOST_BATCH = 1 << 14
+MOST_ACCUMULATE = 1 << 20
+"""Of a step: among more passes than these an update's seconds are below the solver's tolerance of 1e-6."""
 
 
 class PlanError(ValueError):
@@ -31,7 +39,9 @@ class Sweep:
     values: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        most = MOST_TOKENS if self.axis == "seq" else MOST_BATCH
+        least, most = (LEAST_TOKENS, MOST_TOKENS) if self.axis == "seq" else (1, MOST_BATCH)
+        if min(self.values) < least:
+            raise PlanError(f"--sweep {self.axis} must be at least {least}, got {min(self.values)}")
         if max(self.values) > most:
             raise PlanError(f"--sweep {self.axis} must be at most {most}, got {max(self.values)}")
 
@@ -54,19 +64,22 @@ class Work:
     attention: Attention = "flash"
 
     def __post_init__(self) -> None:
-        for name, option in (
-            ("sequence", "--seq"),
-            ("micro_batch", "--micro-batch"),
-            ("accumulate", "--accumulate"),
+        if not self.model.strip():
+            raise PlanError("MODEL is empty: name a preset, a folder with a config.json, or such a file")
+        for value, option, least, most in (
+            (self.sequence, "--seq", LEAST_TOKENS, MOST_TOKENS),
+            (self.micro_batch, "--micro-batch", 1, MOST_BATCH),
+            (self.accumulate, "--accumulate", 1, MOST_ACCUMULATE),
         ):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{option} must be at least 1, got {getattr(self, name)}")
-        for value, option, most in (
-            (self.sequence, "--seq", MOST_TOKENS),
-            (self.micro_batch, "--micro-batch", MOST_BATCH),
-        ):
+            if value < least:
+                raise PlanError(f"{option} must be at least {least}, got {value}")
             if value > most:
                 raise PlanError(f"{option} must be at most {most}, got {value}")
+        if self.dtype == "float32" and self.attention in HALF_ATTENTION:
+            raise PlanError(
+                f"--attention {self.attention} has no kernel for --dtype float32: take efficient, or leave "
+                "--attention out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +123,8 @@ class Hardware:
 class Search:
     """How long to look, and among what."""
 
-    chunks: int = 16
+    chunks: int | None = None
+    """None: ``planner.job.CHUNKS``, or a chunk for each token where they are fewer."""
     seconds: float = 6.0
     gap: float = 5e-3
     """Far below what the rates are off by. A search that the clock ends may answer differently next time."""
@@ -119,7 +133,7 @@ class Search:
     """None: as much as the allowed codecs lose when everything is compressed."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunks <= 64:
+        if self.chunks is not None and not 1 <= self.chunks <= 64:
             raise PlanError(f"--chunks must lie between 1 and 64, got {self.chunks}")
         if not 0 < self.seconds <= 3600:
             raise PlanError(f"--seconds must lie above 0 and at most 3600, got {self.seconds}")
@@ -128,8 +142,8 @@ class Search:
         if self.error_budget is not None and not self.allow_lossy:
             raise PlanError("--error-budget says how much codecs may lose: name them with --allow-lossy")
         # Written so that NaN, which is neither, is refused too.
-        if self.error_budget is not None and not self.error_budget >= 0:
-            raise PlanError(f"--error-budget must be at least 0, got {self.error_budget}")
+        if self.error_budget is not None and not 0 <= self.error_budget < math.inf:
+            raise PlanError(f"--error-budget must be finite and at least 0, got {self.error_budget}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

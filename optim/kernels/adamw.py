@@ -28,7 +28,7 @@ from memtrain.optim.kernels.pointwise import (
     Keys,
     Operands,
     Stored,
-    check_shape,
+    check_state,
     launch_keys,
     load_values,
     moment_kind,
@@ -126,8 +126,9 @@ def adamw_(
         ValueError, TypeError: operands that do not fit; nothing has been changed.
     """
     m, v = first["value"], second["value"]
-    check_shape("first", m, weight.shape)
-    check_shape("second", v, weight.shape)
+    moment_kind(m)
+    check_state("first", m, weight.shape, m.dtype)
+    check_state("second", v, weight.shape, m.dtype)
     with operands(weight, gradient, master, keys, m, v) as o:
         (_triton if weight.is_cuda else _cpu)(o, m, v, step)
 

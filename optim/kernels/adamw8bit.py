@@ -25,7 +25,7 @@ from memtrain.optim.kernels.pointwise import (
     Keys,
     Operands,
     Stored,
-    check_shape,
+    check_state,
     launch_keys,
     load_values,
     operands,
@@ -132,10 +132,8 @@ def adamw8bit_(
         ValueError, TypeError: operands that do not fit; nothing has been changed.
     """
     for name, stored, dtype in (("first", first, torch.int8), ("second", second, torch.uint8)):
-        check_shape(f"{name} codes", stored["codes"], weight.shape)
-        check_shape(f"{name} scales", stored["scales"], [block_count(weight.numel())])
-        if stored["codes"].dtype != dtype:
-            raise TypeError(f"{name} codes must be {dtype}, got {stored['codes'].dtype}")
+        check_state(f"{name} codes", stored["codes"], weight.shape, dtype)
+        check_state(f"{name} scales", stored["scales"], [block_count(weight.numel())], torch.float32)
     with operands(weight, gradient, master, keys, *first.values(), *second.values()) as o:
         (_triton if weight.is_cuda else _cpu)(o, first, second, step)
 

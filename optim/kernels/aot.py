@@ -10,6 +10,10 @@ Traffic: ``KernelVariant.moved_bytes`` and ``least_bytes`` are per element (``Ke
 what). The tests count what the kernel's code moves in Triton's interpreter (tests/optim/kernels/traffic.py)
 and compare it with ``moved_bytes``.
 
+Loads and stores are counted as often as the code asks for them, with one exception: of a product's
+operands, and of small ones that every block reads (a norm's weight, a table), each byte counts once a
+launch. Further reads of it are taken from the L2 cache; whether they are is a question of speed.
+
 Speed is neither measured nor claimed here.
 """
 

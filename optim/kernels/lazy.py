@@ -80,6 +80,10 @@ class TritonKernel:
         """The launcher for ``grid``, as ``kernel[grid](...)``."""
         return self.jit[grid]
 
+    def __call__(self, *arguments: Any) -> Any:
+        """Only kernels call device functions, and Triton compiles that call. Raises TypeError."""
+        raise TypeError(f"{self.name} runs on a GPU: launch it as {self.name}[grid](...)")
+
 
 def triton_kernel(function: Callable[..., Any]) -> TritonKernel:
     """Decorator: a Triton kernel, or device function, of a module that does not import Triton."""

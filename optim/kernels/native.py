@@ -86,6 +86,12 @@ class Rest(ctypes.Structure):
     _fields_ = (("keep", ctypes.c_float), ("lr", ctypes.c_float), ("sign", ctypes.c_int32))
 
 
+class Up(ctypes.Structure):
+    """``struct Up``: of the low-rank optimizers' way up."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in ("keep", "factor", "residual_factor"))
+
+
 class Matrix(ctypes.Structure):
     """``struct Matrix``."""
 

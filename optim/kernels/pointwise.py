@@ -155,11 +155,15 @@ def _check(
             f"master {sorted(master)} of a {weight.dtype} weight: kernels serve 'none' and, for bfloat16, "
             "'split24'; run them on the fp32 master itself"
         )
+    for correction in master.values():
+        check_state("master correction", correction, weight.shape, torch.int8)
     at_random = weight.dtype == torch.bfloat16 and not master
     if keys is None and (at_random or any(state.dtype == torch.bfloat16 for state in states)):
         raise ValueError(
             "bfloat16 weights without a master, and bfloat16 moments, need keys to be rounded with"
         )
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"kernels run on a CPU or on CUDA, got {weight.device}")
     for tensor in (gradient, *master.values(), *states):
         if tensor.device != weight.device:
             raise ValueError(f"operands on {weight.device} and {tensor.device}")
@@ -175,10 +179,12 @@ def moment_kind(moment: Tensor) -> int:
     return FP32 if moment.dtype == torch.float32 else RANDOM_BF16
 
 
-def check_shape(name: str, state: Tensor, shape: Sequence[int]) -> None:
-    """Raises ValueError."""
+def check_state(name: str, state: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Kernels write to bare addresses: raises ValueError or TypeError for anything else than they expect."""
     if list(state.shape) != list(shape):
         raise ValueError(f"{name} must be {tuple(shape)}, got {tuple(state.shape)}")
+    if state.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {state.dtype}")
 
 
 def weight_bytes(kind: int) -> int:

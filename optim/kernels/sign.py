@@ -26,7 +26,7 @@ from memtrain.optim.kernels.pointwise import (
     Keys,
     Operands,
     Stored,
-    check_shape,
+    check_state,
     launch_keys,
     load_values,
     moment_kind,
@@ -202,8 +202,8 @@ def lion_(
     the errors as for ``plain_``, with ``keys.first`` for a bf16 moment.
     """
     m = first["value"]
-    check_shape("first", m, weight.shape)
     moment_kind(m)
+    check_state("first", m, weight.shape, m.dtype)
     with operands(weight, gradient, master, keys, m) as o:
         (_triton_lion if weight.is_cuda else _cpu_lion)(o, m, step)
 

@@ -31,7 +31,7 @@ from memtrain.optim.kernels.pointwise import (
     Keys,
     Operands,
     Stored,
-    check_shape,
+    check_state,
     launch_keys,
     load_values,
     moment_kind,
@@ -165,8 +165,9 @@ def split_adamw_(
         raise ValueError(f"indices of {axis} must be in 0..{size - 1}, got {index.min()}..{index.max()}")
     m, v = first["value"], second["value"]
     low = [len(index), weight.shape[1]] if axis == "rows" else [weight.shape[0], len(index)]
-    check_shape("first", m, low)
-    check_shape("second", v, low)
+    moment_kind(m)
+    check_state("first", m, low, m.dtype)
+    check_state("second", v, low, m.dtype)
     with operands(weight, gradient, master, keys, m, v) as o:
         (_triton if weight.is_cuda else _cpu)(o, m, v, index, axis, step, rest)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,7 @@ from memtrain.planning.parsing import (
     parse_optimizer,
     parse_overrides,
     parse_sweep,
+    parse_work_size,
 )
 from memtrain.planning.request import Hardware, Outputs, PlanError, Questions, Search, Sweep, Work
 from tests.memtrain.planning.conftest import request_of
@@ -90,6 +93,7 @@ def test_budgets_and_overrides() -> None:
         (["device=1GiB", "device=2GiB"], "--budget device is given twice, 1GiB and 2GiB: drop one"),
         (["device=much"], "--budget device=much: cannot read 'much' as a size"),
         (["device=0"], "leaves no bytes"),
+        (["device=12"], "--budget device=12: 12 has no unit; say 12GiB"),
     ],
 )
 def test_budgets_that_are_none(texts: list[str], message: str) -> None:
@@ -105,14 +109,16 @@ def test_an_override_is_a_number() -> None:
 def test_names() -> None:
     assert parse_optimizer("adam-8bit") is OptimizerRule.ADAM_8BIT
     assert parse_dtype("float32") == "float32"
-    assert parse_attention("eager") == "eager"
+    assert parse_attention("eager", "bfloat16") == "eager"
+    assert parse_attention(None, "bfloat16") == "flash"
+    assert parse_attention(None, "float32") == "efficient"
     assert parse_axis("batch") == "batch"
     with pytest.raises(PlanError, match="--optimizer 'adam' is not known; did you mean adamw"):
         parse_optimizer("adam")
     with pytest.raises(PlanError, match="--dtype 'bf16' is not known"):
         parse_dtype("bf16")
     with pytest.raises(PlanError, match="--attention 'flash2' is not known; did you mean flash"):
-        parse_attention("flash2")
+        parse_attention("flash2", "bfloat16")
     with pytest.raises(PlanError, match="--what-fits 'tokens' is not known: write seq or batch"):
         parse_axis("tokens")
 
@@ -132,14 +138,16 @@ def test_data_ranks_take_what_is_left_and_share_all_state() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor": 3}, "--tp 3 x --cp 1 x --pp 1 = 3 does not divide 8 GPUs: change one"),
+        ({"tensor": 3}, "--tp 3 x --cp 1 x --pp 1 = 3 does not divide --gpus x --nodes = 8: change one"),
         ({"data": 4}, "--dp 4 x --tp 1 x --cp 1 x --pp 1 = 4, but --gpus x --nodes = 8"),
         ({"zero_stage": 4}, "--zero must be 0, 1, 2 or 3, got 4"),
         ({"context_method": "ring"}, "--cp-method ring says how --cp ranks exchange, and --cp is 1"),
         ({"sequence_parallel": True}, "--sequence-parallel cuts what --tp leaves whole, and --tp is 1"),
         ({"context": 2, "context_method": "star"}, "--cp-method must be ring or ulysses, got 'star'"),
-        ({"expert": 3}, "expert 3 does not divide data x context = 8"),
-        ({"pipeline": 0}, "must be at least 1"),
+        ({"expert": 3}, "--ep 3 does not divide --dp 8 x --cp 1 = 8, out of which expert ranks are taken"),
+        ({"data": 0}, "--dp must be at least 1, got 0"),
+        ({"tensor": 8, "zero_stage": 3}, "--zero 3 divides state .* --dp 1 x --cp 1 leaves one"),
+        ({"pipeline": 0}, "--pp must be at least 1, got 0"),
     ],
 )
 def test_degrees_that_cannot_be(changes: dict[str, object], message: str) -> None:
@@ -153,12 +161,32 @@ def test_the_search_checks_itself() -> None:
         ({"seconds": 0.0}, "--seconds must lie above 0"),
         ({"gap": 1.0}, "--gap must be at least 0 and below 1, got 1.0"),
         ({"error_budget": 0.1}, "name them with --allow-lossy"),
-        ({"error_budget": -0.1, "allow_lossy": ("int8",)}, "--error-budget must be at least 0"),
+        ({"error_budget": -0.1, "allow_lossy": ("int8",)}, "--error-budget must be finite and at least 0"),
+        ({"error_budget": math.inf, "allow_lossy": ("int8",)}, "--error-budget must be finite"),
     ):
         with pytest.raises(PlanError, match=message):
             Search(**fields)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="--micro-batch must be at least 1, got 0"):
         Work(model="llama-7b", sequence=8, micro_batch=0)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_kernels_of_two_bytes_an_element_have_no_other(kernel: Any) -> None:
+    with pytest.raises(PlanError, match=f"--attention {kernel} has no kernel for --dtype float32"):
+        Work(model="llama-7b", sequence=8, dtype="float32", attention=kernel)
+
+
+def test_a_chunk_has_a_token_of_a_gpu(tiny: Path) -> None:
+    two: dict[str, Any] = {
+        "degrees": Degrees(context=2),
+        "hardware": Hardware(gpu="rtx-4060-laptop", gpus=2, dram="2GiB"),
+    }
+    asked = Jobs(request_of(tiny, **two, search=Search(chunks=8)))
+    with pytest.raises(PlanError, match=r"^--chunks 8 are more than the 4 tokens .* lower it to 4, or"):
+        asked.job(8, 1)
+    assert asked.job(16, 1).chunks == 8
+    left = Jobs(request_of(tiny, **two, search=Search()))
+    assert [left.job(sequence, 1).chunks for sequence in (8, 64)] == [4, 16]
 
 
 def test_outputs_that_contradict_questions(tmp_path: Path) -> None:
@@ -185,15 +213,84 @@ def test_a_limit_on_writes_needs_a_disk_and_is_shared_by_the_gpus_of_the_host(ti
     one = Jobs(request).job(256, 4)
     assert one.nvme_write_limit_bytes == 500_000_000
     assert problem_of(one).machine.place("nvme").write_limit_bytes == 500_000_000
-    wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes="many"))
-    with pytest.raises(PlanError, match=r"--nvme-writes: .*many"):
-        Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2))).job(256, 4)
+    for text, message in (
+        ("many", r"^--nvme-writes: .*many"),
+        ("5", "^--nvme-writes: 5 has no unit; say 5GiB"),
+    ):
+        wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes=text))
+        with pytest.raises(PlanError, match=message):
+            Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2)))
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "65M", "67108865"])
 def test_counts_beyond_what_can_be_sized_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match="--seq must be at most 67108864, got"):
         parse_count("--seq", text)
+
+
+def test_a_job_names_a_model_and_has_sizes_that_can_be_planned() -> None:
+    for fields, message in (
+        ({"model": " "}, "MODEL is empty: name a preset"),
+        ({"sequence": 1}, "--seq must be at least 2, got 1"),
+        ({"accumulate": 0}, "--accumulate must be at least 1, got 0"),
+        ({"accumulate": 1 << 20 | 1}, "--accumulate must be at most 1048576, got 1048577"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Work(**({"model": "llama-7b", "sequence": 8} | fields))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="--sweep seq must be at least 2, got 1"):
+        parse_sweep("seq=1,8")
+
+
+def test_one_size_beside_a_question_that_tries_its_own_is_refused() -> None:
+    nothing, sweep = Questions(), Questions(sweep=parse_sweep("seq=8k..1M"))
+    assert parse_work_size(None, None, nothing) == (8192, 1)
+    assert parse_work_size("4k", 3, nothing) == (4096, 3)
+    assert parse_work_size(None, 3, sweep) == (8192, 3)
+    for seq, batch, questions, message in (
+        (
+            "4k",
+            None,
+            sweep,
+            "--seq 4k is one size, and --sweep seq tries its own: drop --seq, or drop --sweep",
+        ),
+        (
+            None,
+            3,
+            Questions(sweep=parse_sweep("batch=1..4")),
+            "--micro-batch 3 .* --sweep batch tries its own",
+        ),
+        ("4k", None, Questions(what_fits="seq"), "--seq 4k is one size, and --what-fits seq tries its own"),
+        ("4k", 1, Questions(what_fits="batch"), "--micro-batch 1 is one size, and --what-fits batch"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            parse_work_size(seq, batch, questions)
+
+
+def test_codecs_are_named_once() -> None:
+    with pytest.raises(PlanError, match="'int8,int4,int8' names a codec twice: drop one"):
+        parse_codecs("int8,int4,int8")
+
+
+def test_links_that_nothing_would_use_are_refused(tiny: Path) -> None:
+    for hardware, degrees, message in (
+        (Hardware(gpu="h100", host_link="25GB/s"), Degrees(), "--host-link 25GB/s leads to memory beside"),
+        (
+            Hardware(gpu="h100", gpus=2, host_link="25GB/s"),
+            Degrees(data=2),
+            "--host-link 25GB/s leads to memory beside",
+        ),
+        (
+            Hardware(gpu="h100", gpus=2, nodes=2, interconnect="nvlink-4", network="20GB/s"),
+            Degrees(data=4),
+            "--interconnect nvlink-4 ties the 2 GPUs .* reach over several hosts",
+        ),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Jobs(request_of(tiny, hardware=hardware, degrees=degrees))
+    # A laptop's GPUs talk over the bus; tensor ranks stay inside their host.
+    Jobs(request_of(tiny, hardware=Hardware(gpu="rtx-4060-laptop", gpus=2, host_link="25GB/s")))
+    inside = Hardware(gpu="h100", gpus=2, nodes=2, interconnect="nvlink-4", network="20GB/s")
+    Jobs(request_of(tiny, hardware=inside, degrees=Degrees(data=2, tensor=2)))
 
 
 def test_micro_batches_beyond_what_can_be_sized_are_refused() -> None:
@@ -212,7 +309,7 @@ def test_codecs_have_names() -> None:
 
 
 def test_an_error_budget_that_is_no_number_is_refused() -> None:
-    with pytest.raises(PlanError, match="--error-budget must be at least 0, got nan"):
+    with pytest.raises(PlanError, match="--error-budget must be finite and at least 0, got nan"):
         Search(allow_lossy=("int8",), error_budget=float("nan"))
 
 

@@ -129,7 +129,7 @@ def test_a_parameter_with_any_strides_changes_in_place_and_autograd_knows(state:
 
 @pytest.mark.parametrize("state", FORMATS)
 def test_results_do_not_depend_on_threads_or_on_how_a_parameter_is_cut(state: str) -> None:
-    case = Case((256, 5), torch.bfloat16, "none", torch.bfloat16, state)
+    case = Case((256, 160), torch.bfloat16, "none", torch.bfloat16, state)  # enough for more than one thread
     whole = case.clone()
     call(whole)
     one = case.clone()
@@ -223,6 +223,17 @@ def test_operands_that_do_not_fit_are_refused_and_nothing_changes() -> None:
         adamw8bit.adamw8bit_(case.weight, case.gradient.half(), case.first, case.second, STEP)
     with pytest.raises(ValueError, match="must have the shape of weight"):
         adamw8bit.adamw8bit_(case.weight, case.gradient[:1], case.first, case.second, STEP)
+    with pytest.raises(ValueError, match=r"master correction must be \(5, 123\), got \(1,\)"):
+        call(case, master={"correction": torch.zeros(1, dtype=torch.int8)})
+    with pytest.raises(TypeError, match=r"second must be torch\.float32, got torch\.bfloat16"):
+        adamw.adamw_(
+            case.weight,
+            case.gradient,
+            {"value": torch.zeros(5, 123)},
+            {"value": torch.zeros(5, 123).bfloat16()},
+            STEP,
+            keys=case.keys,
+        )
     assert_same(case, before)
     for numbers in ({"step": 0}, {"beta1": 1.0}, {"lr": -1.0}, {"lr": math.nan}):
         with pytest.raises(ValueError, match=next(iter(numbers))):

@@ -1,0 +1,177 @@
+"""Lossy treatments as entries of a policy (``apply.py``), beside the exact ones.
+
+    import memtrain.optim.autograd.lossy_treatments  # registers them
+    apply_to(model, EXACT.followed_by(Rule(kind="layer", treatment="int8")))
+
+- ``layer``: ``int8``, ``int4``: what the whole layer saves, after the exact treatments inside it;
+- ``mlp``: ``fewbit2``, ``fewbit3``, ``fewbit4``: the activation of an MLP without a gate;
+- ``gated_mlp``: the same names, which answer why they give nothing there;
+- ``linear``: ``wta``, a sample of the rows of a norm's output.
+
+CompAct is no entry: its gradients want an optimizer that takes them and new bases now and then, so it is
+applied where there is a handle for both (``compact.apply_compact``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtrain.optim.autograd.fewbit import fewbit
+from memtrain.optim.autograd.fewbit_tables import FewBitTable
+from memtrain.optim.autograd.group_codec import GroupCodec
+from memtrain.optim.autograd.lossy import activation_of, is_activation
+from memtrain.optim.autograd.lossy_backward import eager_only
+from memtrain.optim.autograd.quantized_saved import SavedTensorCompressor
+from memtrain.optim.autograd.sites import Site, features, is_linear
+from memtrain.optim.autograd.treatments import NotServedError, Offer, measured_bytes, register_treatment
+from memtrain.optim.autograd.wtacrs import WTAInput, wta_linear
+
+
+@eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
+def _encoded(
+    compressor: SavedTensorCompressor, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    with compressor.region(module, args, kwargs) as result:
+        return result(type(module).forward(module, *args, **kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedForward:
+    compressor: SavedTensorCompressor
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _encoded(self.compressor, module, args, kwargs)
+
+
+class _Encode:
+    """``quantized_saved.py``. Bytes are not foretold: they depend on what is done inside the layer."""
+
+    exact = False
+
+    def __init__(self, codec: GroupCodec) -> None:
+        # One for all layers, so that what several of them save is encoded once.
+        self._compressor = SavedTensorCompressor(codec)
+
+    def offer(self, site: Site) -> Offer:
+        return Offer(
+            forward=_EncodedForward(self._compressor),
+            plain_bytes=None,
+            saved_bytes=None,
+            equal="forward exact; backward from encoded activations",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _FewBitForward:
+    first: str
+    activation: str
+    second: str
+    dropout: str | None
+    table: FewBitTable
+
+    def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        first, activation, second = (getattr(module, n) for n in (self.first, self.activation, self.second))
+        y: Tensor = second(fewbit(first(x), activation.forward, self.table))
+        result: Tensor = y if self.dropout is None else getattr(module, self.dropout)(y)
+        return result
+
+
+class _FewBitMLP:
+    """``fewbit.py``, with the table for inputs of any distribution."""
+
+    exact = False
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def offer(self, site: Site) -> Offer:
+        if site.kind == "gated_mlp":
+            raise NotServedError(
+                "few-bit backward gives nothing in a gated MLP: the product needs the activation's value, "
+                "which follows exactly from the saved gate (recompute)"
+            )
+        forward = self._forward(site)
+        with torch.no_grad():
+            if site.output is None or not torch.equal(forward(site.module, site.input), site.output):
+                raise NotServedError("not linear, activation, linear, dropout, one after the other")
+        fixed = (site.input, *site.module.parameters())
+
+        def saved(run: Any) -> float:
+            return measured_bytes(lambda: run(site.input.detach().requires_grad_()), iter(fixed), site.tokens)
+
+        return Offer(
+            forward=forward,
+            plain_bytes=saved(site.module),
+            saved_bytes=saved(lambda x: forward(site.module, x)),
+            equal=f"forward bit-equal; {self._bits}-bit derivative",
+        )
+
+    def _forward(self, site: Site) -> _FewBitForward:
+        children = dict(site.module.named_children())
+        linears = {name: child for name, child in children.items() if is_linear(child)}
+        activations = [name for name, child in children.items() if is_activation(child)]
+        dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+        others = len(children) - len(linears) - len(activations) - len(dropouts)
+        if len(activations) != 1 or len(dropouts) > 1 or others:
+            raise NotServedError("not two linear layers, one activation that few-bit knows, and a dropout")
+        width = site.input.shape[-1]
+        first = next((name for name, child in linears.items() if features(child)[0] == width), None)
+        second = next((name for name in linears if name != first), None)
+        if first is None or second is None:
+            raise NotServedError("no linear layer takes the input")
+        try:
+            table = activation_of(children[activations[0]]).table(self._bits)
+        except ValueError as error:
+            raise NotServedError(str(error)) from error
+        return _FewBitForward(
+            first=first,
+            activation=activations[0],
+            second=second,
+            dropout=dropouts[0] if dropouts else None,
+            table=table,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _WTAForward:
+    shared: WTAInput
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        return wta_linear(x, module.weight, module.bias, self.shared)
+
+
+class _SampleRows:
+    """``wtacrs.py`` without gradient norms."""
+
+    exact = False
+
+    def __init__(self) -> None:
+        # An input is recognised wherever it comes from, so one description serves all layers.
+        self._shared = WTAInput()
+
+    def offer(self, site: Site) -> Offer:
+        if type(site.module) is not nn.Linear:
+            raise NotServedError(f"{type(site.module).__name__} is not torch.nn.Linear")
+        if not site.module.weight.requires_grad:
+            raise NotServedError("its weight is frozen, so it saves nothing")
+        plain = site.input.nbytes / site.tokens if site.first_to_read else 0.0
+        index_bytes = torch.int64.itemsize + torch.float32.itemsize
+        saved = self._shared.ratio * (plain + index_bytes) if site.first_to_read else 0.0
+        return Offer(
+            forward=_WTAForward(self._shared),
+            plain_bytes=plain,
+            saved_bytes=saved,
+            equal="forward exact; weight's gradient from a sample of rows",
+        )
+
+
+register_treatment("layer", "int8", _Encode(GroupCodec(bits=8)))
+register_treatment("layer", "int4", _Encode(GroupCodec(bits=4)))
+register_treatment("linear", "wta", _SampleRows())
+for _kind, _bits in itertools.product(("mlp", "gated_mlp"), (2, 3, 4)):
+    register_treatment(_kind, f"fewbit{_bits}", _FewBitMLP(_bits))

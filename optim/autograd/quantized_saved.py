@@ -1,0 +1,277 @@
+"""What a block saves for its backward pass, in 8 or 4 bits, whatever the block is.
+
+A ``SavedTensorCompressor`` stands in the saved-tensor hooks of the blocks that it is attached to. Autograd
+asks it to keep *every* tensor that a node needs, so most of this file is about what must not be encoded:
+
+- parameters and buffers, and their views and transposes; under autocast their copies in the lower precision;
+- arguments of the block that carry no gradient: masks (minus infinity has no code), rotary tables that all
+  blocks share;
+- the block's outputs: whoever receives them keeps them alive anyway;
+- indices and masks by dtype; row statistics (log-sum-exp, rstd) by size: errors in them touch whole rows.
+
+A storage is encoded once, however many views, nodes and blocks save it, and its views come back as views of
+one tensor while backward holds any of them. A storage is identified by a weak reference and its version,
+never by an address, which is reused. GACT (arXiv 2206.11357) and ActNN (arXiv 2104.14129) have the idea;
+GACT's public code leaves bf16 alone without a word, and waits for the device at every tensor.
+
+The loss and the head stay outside: attach the compressor to blocks. An error in a log-probability is an error
+in every gradient. The gradients of the block's inputs and parameters are those of slightly different
+activations; the forward pass is exact.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+
+from memtrain.optim.autograd.group_codec import Encoded, GroupCodec
+from memtrain.optim.autograd.lossy_backward import LossyBackwardError, eager_only, refuse_second_derivative
+
+_STATISTICS_RATIO = 32
+"""What has less than this part of the largest argument's elements is kept as it is. Row statistics have one
+element for a head of 64 or more features; what is as small as that is not worth a code either."""
+
+
+class SavedTensorCompressor:
+    """Encodes what blocks save, by ``codec``. One compressor may serve all blocks of a model.
+
+    Nothing happens while gradients are off, or in a block that a non-reentrant checkpoint runs: the
+    checkpoint keeps the block's input alone, and what its second run saves lives for one block's backward.
+    """
+
+    def __init__(self, codec: GroupCodec | None = None) -> None:
+        self.codec = GroupCodec() if codec is None else codec
+        self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Stored]]] = {}
+        self._live: weakref.WeakSet[_Stored] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"codec": self.codec}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of codes and scales that graphs hold now."""
+        return sum(stored.nbytes for stored in self._live)
+
+    def attach(self, module: nn.Module) -> Attachment:
+        """Encode what ``module`` saves from now on, until the returned attachment is removed."""
+        return Attachment(self, module)
+
+    @contextmanager
+    def region(self, module: nn.Module, *arguments: Any) -> Iterator[Callable[[Any], Any]]:
+        """Encode what is saved inside, where ``module`` runs on ``arguments``; for what is no module's call.
+
+        Yields a function to be given the result, which it returns: what is an output is kept as it is.
+
+        Raises:
+            RuntimeError: other saved-tensor hooks are on, which would see nothing while ours are.
+        """
+        region = self._open(module, arguments)
+        if region is None:
+            yield lambda result: result
+            return
+        with region:
+            yield region.keep_outputs
+
+    def _open(self, module: nn.Module, arguments: Any) -> _Region | None:
+        if not torch.is_grad_enabled() or _checkpoint_is_saving():
+            return None
+        alive = {key: known for key, known in self._known.items() if known[1]() is not None}
+        self._known = alive
+        return _Region(self, module, arguments)
+
+    def _stored(self, key: tuple[Any, ...]) -> _Stored | None:
+        known = self._known.get(key)
+        return None if known is None else known[1]()
+
+    def _store(self, key: tuple[Any, ...], storage: torch.UntypedStorage, values: Tensor) -> _Stored:
+        stored = _Stored(self.codec, values)
+        # The weak reference keeps the storage's identity from being given to another one.
+        self._known[key] = StorageWeakRef(storage), weakref.ref(stored)  # type: ignore[no-untyped-call]
+        self._live.add(stored)
+        return stored
+
+
+class Attachment:
+    """Hooks on one module; ``remove`` takes them off. Graphs that exist stay what they are."""
+
+    def __init__(self, compressor: SavedTensorCompressor, module: nn.Module) -> None:
+        self._compressor = compressor
+        self._open: list[_Region | None] = []
+        self._hooks = [
+            module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Leave the module as it was found. Doing it twice is harmless."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._open.append(None)  # _leave is called even if this raises
+        region = self._compressor._open(module, (args, kwargs))
+        if region is not None:
+            region.__enter__()
+            self._open[-1] = region
+
+    @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        region = self._open.pop() if self._open else None  # fullgraph=True refuses _enter, and comes here
+        if region is not None:
+            region.__exit__(None, None, None)
+            region.keep_outputs(result)
+
+
+class _Region(torch.autograd.graph.saved_tensors_hooks):
+    """One run of one block."""
+
+    def __init__(self, compressor: SavedTensorCompressor, module: nn.Module, arguments: Any) -> None:
+        super().__init__(self._pack, _unpack)
+        self._compressor = compressor
+        tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        inputs = [tensor for tensor in tensors if tensor.requires_grad]
+        shared = [tensor for tensor in tensors if not tensor.requires_grad and tensor.is_floating_point()]
+        if not inputs and shared:  # the first block under frozen embeddings: its input is the first argument
+            inputs, shared = shared[:1], shared[1:]
+        own = [*module.parameters(), *module.buffers()]
+        # Addresses serve here: what they belong to lives as long as the region.
+        self._fixed = {tensor.untyped_storage().data_ptr() for tensor in (*own, *shared)}
+        self._smallest = max((tensor.numel() for tensor in inputs), default=0) // _STATISTICS_RATIO
+        cast = torch.is_autocast_enabled(tensors[0].device.type if tensors else "cpu")
+        self._weight_shapes = _weight_shapes(own) if cast else set()
+        self._encoded: list[tuple[StorageWeakRef, weakref.ref[_Stored]]] = []
+
+    def keep_outputs(self, result: Any) -> Any:
+        """Put back what was encoded of storages that the block returns."""
+        for output in pytree.tree_leaves(result):
+            if isinstance(output, Tensor):
+                storage = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
+                for known, reference in self._encoded:
+                    stored = reference()
+                    if stored is not None and known == storage:
+                        stored.keep(output)
+        self._encoded.clear()
+        return result
+
+    def _pack(self, tensor: Tensor) -> _Kept | _Packed:
+        storage = tensor.untyped_storage()
+        if not self._encodable(tensor, storage):
+            return _Kept(tensor)
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in steps)
+        values = tensor.detach()
+        key: tuple[Any, ...] = (storage._cdata, tensor._version, tensor.dtype)
+        if storage.nbytes() <= 2 * span * tensor.element_size():
+            values = values.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            stride, offset = tensor.stride(), tensor.storage_offset()
+        else:  # a small window of a large storage: the window alone
+            key = (*key, tensor.storage_offset(), tensor.shape, tensor.stride())
+            stride, offset = torch.empty(tensor.shape, device="meta").stride(), 0
+        stored = self._compressor._stored(key)
+        if stored is None:
+            stored = self._compressor._store(key, storage, values)
+            self._encoded.append(self._compressor._known[key])
+        return _Packed(stored, tensor.shape, stride, int(offset))
+
+    def _encodable(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
+        return (
+            tensor.layout is torch.strided
+            and self._compressor.codec.takes(tensor)
+            and tensor.numel() > self._smallest
+            and not (tensor.is_leaf and tensor.requires_grad)
+            and storage.data_ptr() not in self._fixed
+            and tuple(tensor.shape) not in self._weight_shapes
+        )
+
+
+class _Stored:
+    """One storage, or a window of one: encoded, or as it is when it turned out to be an output."""
+
+    def __init__(self, codec: GroupCodec, values: Tensor) -> None:
+        self._codec, self._shape, self._dtype = codec, values.shape, values.dtype
+        self._encoded: Encoded | None = codec.encode(values)
+        self._output: _Kept | None = None
+        self._decoded: weakref.ref[Tensor] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._encoded is None else self._encoded.codes.nbytes + self._encoded.scales.nbytes
+
+    def keep(self, output: Tensor) -> None:
+        whole = output.untyped_storage().nbytes() // output.element_size()
+        if self._shape == (whole,) and self._dtype == output.dtype:
+            self._output, self._encoded = _Kept(output.detach().as_strided((whole,), (1,), 0)), None
+
+    def values(self) -> Tensor:
+        if self._encoded is None:
+            assert self._output is not None
+            return self._output.get()
+        values = None if self._decoded is None else self._decoded()
+        if values is None:
+            values = self._codec.decode(self._encoded, self._shape, self._dtype)
+            self._decoded = weakref.ref(values)  # a view keeps its base alive, so nodes that overlap share it
+        return values
+
+
+class _Kept:
+    """A saved tensor as it is. Autograd does not look at versions behind hooks, so this does."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached (the version is shared): a node that saves its own result would otherwise hold itself.
+        self._tensor, self._version = tensor.detach(), tensor._version
+        self._original = tensor if tensor.is_leaf and tensor.requires_grad else None
+
+    def get(self) -> Tensor:
+        if self._tensor._version != self._version:
+            raise LossyBackwardError(
+                f"a tensor of shape {tuple(self._tensor.shape)} that backward needs was changed in place "
+                f"after forward had saved it (version {self._version}, now {self._tensor._version})"
+            )
+        return self._tensor if self._original is None else self._original
+
+
+class _Packed:
+    """What autograd holds instead of a tensor: where its values are, and its view of them."""
+
+    def __init__(self, stored: _Stored, shape: torch.Size, stride: tuple[int, ...], offset: int) -> None:
+        self._stored, self._shape, self._stride, self._offset = stored, shape, stride, offset
+
+    def get(self) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:  # not a look at a node from outside
+            refuse_second_derivative("a block whose saved tensors are encoded")
+        return self._stored.values().as_strided(self._shape, self._stride, self._offset)
+
+
+def _unpack(packed: _Kept | _Packed) -> Tensor:
+    return packed.get()
+
+
+def _checkpoint_is_saving() -> bool:
+    """Whether the innermost saved-tensor hooks are a checkpoint's; others than that and ours are refused."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or isinstance(getattr(hooks[0], "__self__", None), _Region):
+        return False
+    where = getattr(hooks[0], "__module__", "an unknown module")
+    if where == "torch.utils.checkpoint":
+        return True
+    raise RuntimeError(
+        f"saved-tensor hooks of {where} are on around a block whose saved tensors are to be encoded; only "
+        "the innermost hooks are asked, so one of the two would do nothing: use one of them for this block"
+    )
+
+
+def _weight_shapes(own: Iterable[Tensor]) -> set[tuple[int, ...]]:
+    """Shapes of matrices and of their transposes: autocast saves copies of them, in storages of their own."""
+    shapes = {tuple(tensor.shape) for tensor in own if tensor.dim() >= 2}
+    return shapes | {shape[::-1] for shape in shapes}

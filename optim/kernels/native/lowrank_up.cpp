@@ -1,0 +1,28 @@
+// The way up of GaLore and FRUGAL, behind the products: one pass over a run of rows of the weight.
+// Called by lowrank_up.py, which says what it computes and holds the reference.
+#include "rest.h"
+
+struct Up {
+    float keep, factor, residual_factor;
+};
+
+// update is P N, inner P R in the same dtype; inner and gradient are null without a residual.
+extern "C" void lowrank_up(
+    Values weight, Gradient update, Gradient inner, Gradient gradient, int64_t numel, Up up, int threads) {
+    with_weight(weight, [&](auto weights) {
+        with_gradient(update, [&](auto* updates) {
+            with_gradient(gradient, [&](auto* gradients) {
+                const auto* inners = static_cast<decltype(updates)>(inner.data);
+                for_runs(numel, threads, [&](int64_t start, int count) {
+                    float w[RUN];
+                    weights.load(start, count, w);
+                    for (int i = 0; i < count; i++) w[i] = w[i] * up.keep - up.factor * widen(updates[start + i]);
+                    if (inners)
+                        for (int i = 0; i < count; i++)
+                            w[i] -= up.residual_factor * sign_of(widen(gradients[start + i]) - widen(inners[start + i]));
+                    weights.store(start, count, w);
+                });
+            });
+        });
+    });
+}
