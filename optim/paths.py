@@ -49,7 +49,8 @@ class Work:
 
     def keys(self) -> Keys:
         """From which the reference rounds, too."""
-        key = self.cell.key(self.turn)
+        # Where a path serves a part of a parameter, its moments have the shape of the weight.
+        key = self.cell.key(self.turn).skip(self.cell.first_entry(None))
         return Keys(key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1))
 
 
@@ -244,7 +245,10 @@ PATHS: tuple[Path, ...] = (WholeAdamW(), KernelAdamW(), KernelLion(), KernelCoor
 
 
 def path_of(cell: Cell) -> Path | None:
-    """The first that serves the cell, unless its group asks for the reference."""
-    if cell.settings.path == "reference":
+    """The first that serves the cell, unless its group asks for the reference.
+
+    None of a projected part of a parameter: paths know nothing of the sums over the other parts.
+    """
+    if cell.settings.path == "reference" or (cell.projected is not None and not cell.is_whole):
         return None
     return next((path for path in PATHS if path.serves(cell)), None)
