@@ -112,7 +112,8 @@ class PlannerSection(_Section):
 
     exact_only: bool = True
     """Compute the first tokens of a row again only where that is bit-equal on this machine, as whatever else
-    a plan does is; false also where it is equal within rounding."""
+    a plan does is, and end the run where a batch of another size shows otherwise; false also where it is
+    equal within rounding."""
 
 
 class TrainingSection(_Section):

@@ -7,7 +7,6 @@ tracer's own instruments, and becomes part of the profile.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -15,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import PRODUCTS_AND_ATTENTION, ResultTape
+from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import NearlyFree, Prefixes
+from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
 _REPETITIONS = 3
@@ -33,7 +35,7 @@ _REPETITIONS = 3
 
 
 class BlockRehearsal:
-    """Blocks of one model (``planner.trace.Rehearsal``).
+    """Blocks of one model (``planner.tracing.rehearsal.Rehearsal``).
 
     Args:
         model: for its parameters and buffers, which are never stored.
@@ -89,19 +91,9 @@ class BlockRehearsal:
         tried = lengths(tokens) if tokens else ()
         if not tried:
             return f"it has {tokens} tokens, too few to be cut"
-        probes = []
         try:
-            for length in tried:
-                probe = probe_tokens(
-                    name,
-                    forward,
-                    args,
-                    kwargs,
-                    is_fixed=self._fixed.__contains__,
-                    prefixes=[length],
-                    attention_prefixes=[length],
-                )
-                probes.append(probe)
+            with LiveBytes() as live:
+                probes = [self._look(name, forward, args, kwargs, length) for length in tried]
             half = tried[len(tried) // 2]
             part = self._seconds_of_prefix(name, forward, args, kwargs, half)
         except TokenRangeError as error:
@@ -120,6 +112,28 @@ class BlockRehearsal:
             cut_bytes=rows.pop() * tokens,
             whole_bytes=max(probe.whole_bytes for probe in probes),
             largest_bytes=largest_bytes,
+            probe_bytes=live.peak_bytes + _input(args, kwargs).untyped_storage().nbytes(),
+            witness_bytes=max(probe.witness_bytes for probe in probes),
+            attention_whole_bytes=max(probe.attention_whole_bytes for probe in probes),
+        )
+
+    def _look(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        length: int,
+    ) -> TokenProbe:
+        """As the executor does before the first forward of a block that is cut at ``length``."""
+        return probe_tokens(
+            name,
+            forward,
+            args,
+            kwargs,
+            is_fixed=self._fixed.__contains__,
+            prefix=length,
+            attention_prefixes=[length],
         )
 
     def _seconds_of_prefix(
@@ -186,6 +200,11 @@ def _unpack(saved: Tensor | Unmoved) -> Tensor:
     return saved.get() if isinstance(saved, Unmoved) else saved
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden state that a block is given."""
+    return next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+
+
 def _first(output: Any) -> Tensor:
     """The hidden state that a block returns."""
     hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
@@ -197,13 +216,7 @@ def _seconds_again(frame: RecomputeFrame, output: Any) -> float:
     device = _first(output).device
     seconds = []
     for _ in range(_REPETITIONS):
-        started = _clock(device)
+        started = clock.now(device)
         frame.compute_again()
-        seconds.append(_clock(device) - started)
+        seconds.append(clock.now(device) - started)
     return median(seconds)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

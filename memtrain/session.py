@@ -45,7 +45,8 @@ from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
-from memtrain.planner.trace import find_blocks, profile_model
+from memtrain.planner.trace import profile_model
+from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal

@@ -34,7 +34,7 @@ from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import BudgetError
-from memtrain.planner.trace import BlocksNotFoundError
+from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import Phase, Summary, infeasible_text, plan_text, recompute_facts, summary_text

@@ -85,7 +85,7 @@ class ActivationExecutor:
         self._blocks = list(blocks)
         self._decisions = sorted(plan.blocks, key=lambda decision: decision.block)
         self._surveys = {
-            name: BlockSurvey(name, module, decision, self.fixed.__contains__)
+            name: BlockSurvey(name, module, decision, self.fixed.__contains__, exact_only=plan.exact_only)
             for (name, module), decision in zip(self._blocks, self._decisions, strict=True)
         }
         staging = plan.staging

@@ -3,11 +3,13 @@
 A block is looked at in its first forward: which products' results are worth storing (``result_survey.py``),
 and how its tokens lie (``token_probe.py``). The answers hold for batches of other sizes, whose shapes are
 checked where they are used; longer rows, arguments of another kind, another precision or another mode are
-looked at anew.
+looked at anew. Where a prefix must be bit-equal, because the plan promises it or the block chooses by value,
+so is every new size: kernels round otherwise for another one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from memtrain.offload.errors import TokenRangeError
+from memtrain.offload.refusals import not_bit_equal
 from memtrain.offload.result_survey import wanted_results
 from memtrain.offload.results import ATTENTION, PRODUCTS_AND_ATTENTION, ResultRows, ResultTape
 from memtrain.offload.saved_group import SavedGroup, pack_alone_into, pack_into, unpack
@@ -37,22 +40,33 @@ class BlockSurvey:
         module: the block.
         decision: what is to be done with it.
         is_fixed: whether a tensor is a parameter or buffer.
+        exact_only: of the plan: refuse a prefix that is not bit-equal, in whatever batch.
     """
 
-    def __init__(self, name: str, module: nn.Module, decision: BlockDecision, is_fixed: IsFixed) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        decision: BlockDecision,
+        is_fixed: IsFixed,
+        *,
+        exact_only: bool = False,
+    ) -> None:
         self.name = name
         self.decision = decision
         self._module = module
         self._is_fixed = is_fixed
-        self._probes: dict[Any, tuple[TokenProbe, Any]] = {}
-        """With the shapes of the arguments that were looked at."""
+        self._exact_only = exact_only
+        self._probes: dict[Any, TokenProbe] = {}
+        """By kind and shapes of the arguments that were looked at."""
+        self._newest: dict[Any, TokenProbe] = {}
+        """By kind alone."""
         self._wanted: dict[Any, frozenset[int]] = {}
 
     @property
     def probe(self) -> TokenProbe | None:
         """The least exact answer about tokens, of equals the last; None where none was needed so far."""
-        probes = [probe for probe, _ in reversed(self._probes.values())]
-        return max(probes, key=lambda probe: probe.difference, default=None)
+        return max(reversed(self._probes.values()), key=lambda probe: probe.difference, default=None)
 
     def buffers(self) -> list[torch.Tensor]:
         """Of the block."""
@@ -62,7 +76,8 @@ class BlockSurvey:
         """What one forward stores and what is computed again.
 
         Raises:
-            TokenRangeError: the block's tokens cannot be treated apart as the decision asks for.
+            TokenRangeError: the block's tokens cannot be treated apart as the decision asks for, or not as
+                exactly as the plan promises.
         """
         tokens = token_count(args, kwargs)
         first = self.decision.recomputed_tokens
@@ -89,26 +104,52 @@ class BlockSurvey:
         attention: int,
     ) -> TokenProbe:
         tokens = token_count(args, kwargs)
-        tensors = _tensors(args, kwargs)
-        shapes = [tensor.shape for tensor in tensors]
-        key = (first < tokens, attention < first, self._kind(args, kwargs))
-        known = self._probes.get(key)
-        if known is None or not _holds(*known, tokens, shapes):
-            with_attention = self.decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
-            with unchanged(self.name, [*tensors, *self.buffers()]):
-                probe = probe_tokens(
-                    self.name,
-                    forward,
-                    args,
-                    kwargs,
-                    is_fixed=self._is_fixed,
-                    prefixes=[first] if first < tokens else [],
-                    attention_prefixes=[n for n in (attention, first) if with_attention and 0 < n < tokens],
-                )
-            known = probe, shapes
-            self._probes.pop(key, None)
-            self._probes[key] = known
-        return known[0]
+        shapes = tuple(tensor.shape for tensor in _tensors(args, kwargs))
+        kind = (first < tokens, attention < first, self._kind(args, kwargs))
+        probe = self._known(kind, shapes, tokens)
+        if probe is None:
+            probe = self._look(forward, args, kwargs, first, attention)
+            self._probes[kind, shapes] = self._newest[kind] = probe
+        return probe
+
+    def _known(self, kind: Any, shapes: tuple[torch.Size, ...], tokens: int) -> TokenProbe | None:
+        """An answer that may be used for arguments of these shapes.
+
+        One about other shapes is not for longer rows, which a block may treat otherwise (positions that are
+        scaled beyond some length). And where a prefix must be bit-equal, because the block chooses or the
+        plan promises it, there is none: that depends on all sizes.
+        """
+        same = self._probes.get((kind, shapes))
+        if same is not None or self._exact_only:
+            return same
+        newest = self._newest.get(kind)
+        return None if newest is None or newest.chooses or tokens > newest.tokens else newest
+
+    def _look(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        first: int,
+        attention: int,
+    ) -> TokenProbe:
+        tokens = token_count(args, kwargs)
+        with_attention = self.decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION
+        with unchanged(self.name, [*_tensors(args, kwargs), *self.buffers()]):
+            probe = probe_tokens(
+                self.name,
+                forward,
+                args,
+                kwargs,
+                is_fixed=self._is_fixed,
+                prefix=first if first < tokens else None,
+                attention_prefixes=[n for n in (attention, first) if with_attention and 0 < n < tokens],
+            )
+        if not self._exact_only:
+            return probe
+        if not probe.bit_equal:
+            raise not_bit_equal(self.name, first if first < tokens else attention, tokens, probe.difference)
+        return dataclasses.replace(probe, tolerance=0.0)
 
     def _wanted_results(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,15 +182,6 @@ class BlockSurvey:
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def _holds(probe: TokenProbe, shapes: Any, tokens: int, new_shapes: Any) -> bool:
-    """Whether an answer may be used for arguments of other shapes.
-
-    Not for longer rows, which a block may treat otherwise (positions that are scaled beyond some length). And
-    where it chooses, a prefix must be bit-equal, which depends on all sizes.
-    """
-    return tokens <= probe.tokens and (not probe.chooses or shapes == new_shapes)
 
 
 class Parts:

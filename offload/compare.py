@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 
 import torch
+import xxhash
 
 from memtrain.offload.token_rows import RowAxis
 
 _LEAST = sys.float_info.min
-_CHUNK_ELEMENTS = 1 << 18
-"""2 MiB in double precision: whole tensors would stand beside what a block saves."""
+_PIECE_ELEMENTS = 1 << 16
+"""Half a MiB in double precision: copies of whole tensors would stand beside what a block saves."""
 
 
 class Mismatch(Exception):
@@ -62,12 +64,12 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
     Exactly 0 when all bits are the same; infinite when whole numbers or truth values differ, or when one of
     two is not a number.
     """
-    if torch.equal(_bits(one), _bits(other)):
+    if all(torch.equal(_bits(a), _bits(b)) for a, b in _pieces(one, other)):
         return 0.0
     if not one.is_floating_point():
         return math.inf
     apart, largest = 0.0, 0.0
-    for a, b in zip(*(tensor.reshape(-1).split(_CHUNK_ELEMENTS) for tensor in (one, other)), strict=True):
+    for a, b in _pieces(one, other):
         a, b = a.double(), b.double()
         same = (a == b) | (a.isnan() & b.isnan())
         delta = torch.where(same, 0.0, (a - b).abs())
@@ -85,6 +87,25 @@ def beyond_rounding(one: torch.Tensor, other: torch.Tensor, tolerance: float) ->
     training that has diverged is not to be stopped by us."""
     apart = difference(one, other)
     return apart if apart > tolerance and bool(one.isfinite().all()) else 0.0
+
+
+def fingerprint(tensor: torch.Tensor) -> bytes:
+    """128 bits that stand for those of ``tensor``: for comparing with a tensor of the same shape that will be
+    there when this one is gone."""
+    digest = xxhash.xxh3_128()
+    for (piece,) in _pieces(tensor):
+        digest.update(_bits(piece).cpu().numpy())
+    return digest.digest()
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of one shape, cut alike, as views: a piece can be laid out anew without a copy of the whole."""
+    if tensors[0].numel() <= _PIECE_ELEMENTS:
+        yield tensors
+        return
+    dim = next(dim for dim, size in enumerate(tensors[0].shape) if size > 1)
+    for halves in zip(*(tensor.tensor_split(2, dim) for tensor in tensors), strict=True):
+        yield from _pieces(*halves)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

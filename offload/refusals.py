@@ -26,6 +26,22 @@ def prefix_differs(name: str, what: str, first: int, apart: float) -> TokenRange
     )
 
 
+def cannot_be_cut(name: str, why: str) -> TokenRangeError:
+    """The error for a block of which tokens cannot be computed again without the others."""
+    return TokenRangeError(f"{name}: {why}; plan without recomputed_tokens and attention_tokens for it")
+
+
+def not_bit_equal(name: str, first: int, tokens: int, apart: float) -> TokenRangeError:
+    """The error for a prefix that differs within rounding, where the plan promises that none does."""
+    return TokenRangeError(
+        f"{name}: the first {first} of {tokens} tokens alone give values that differ by {apart:.1e} of the "
+        "largest entry, which rounding explains, but the plan says exact_only: other sizes or kernels round "
+        "otherwise than those that it was made with. Allow it with planner.exact_only: false "
+        "(PlannerOptions(exact_only=False)), plan without recomputed_tokens and attention_tokens for this "
+        "block, or pad the batches to the size of the sample"
+    )
+
+
 def thrown_away(_: Any) -> torch.Tensor:
     """For backward in a graph that was only built to look at a block. Raises OffloadError."""
     raise OffloadError(

@@ -12,6 +12,8 @@ On a GPU the rings lie in host memory and are on the host's bill; the device is 
 
 A block that does not keep its tensors is charged ``saved_bytes`` during its forward all the same: the profile
 measured a forward that saves, and of the working set of one that does not this is the proven upper bound.
+In the first step the executor looks at the tokens of a block that is cut before it runs it: where that takes
+more than the forward, it is what is charged.
 """
 
 from __future__ import annotations
@@ -20,7 +22,14 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
-from memtrain.planner.block_parts import activation_extents, backward_bytes, gathered_bytes, kept_bytes
+from memtrain.planner.block_parts import (
+    activation_extents,
+    backward_bytes,
+    gathered_bytes,
+    kept_bytes,
+    probe_bytes,
+    witness_bytes,
+)
 from memtrain.planner.decisions import (
     Decisions,
     gradient_extent_bytes,
@@ -50,12 +59,23 @@ class Position:
 def forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its forward, above what earlier blocks keep."""
     beside = 0 if decision.action is Action.KEEP else kept_bytes(block, decision)
-    return beside + slab_forward_bytes(block, decision)
+    return max(beside + _running_bytes(block, decision), probe_bytes(block, decision))
 
 
 def slab_forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """The same where what is kept is copied into slabs: the originals are there until the forward ends."""
-    return block.saved_bytes + block.forward_transient_bytes + gathered_bytes(block, decision)
+    return max(_running_bytes(block, decision), probe_bytes(block, decision))
+
+
+def _running_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    beside = gathered_bytes(block, decision) + witness_bytes(block, decision)
+    return block.saved_bytes + block.forward_transient_bytes + beside
+
+
+def lasting_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """What is there of a block from its forward to its backward, where there are no slabs. Where there are,
+    ``witness_bytes`` alone vary."""
+    return kept_bytes(block, decision) + witness_bytes(block, decision)
 
 
 def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Position]:
@@ -64,6 +84,7 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
     blocks = list(zip(profile.blocks, decisions.blocks, strict=True))
     in_slabs = _in_slabs(decisions.staging)
     during_forward = slab_forward_bytes if in_slabs else forward_bytes
+    lasting = witness_bytes if in_slabs else lasting_bytes
     positions = [
         Position(
             name="forward prologue",
@@ -82,7 +103,7 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
                 transient_bytes=during_forward(block, decision),
             )
         )
-        kept_before.append(kept_before[-1] + (0 if in_slabs else kept_bytes(block, decision)))
+        kept_before.append(kept_before[-1] + lasting(block, decision))
     positions.append(
         Position(
             name="epilogue",

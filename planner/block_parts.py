@@ -49,7 +49,8 @@ def _outputs(block: BlockProfile, decision: BlockDecision) -> list[Part]:
         return [Part(decision.saved_tier, stored.stored_bytes, stored.stored_tensors)]
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         tokens, again = _tokens(block, decision)
-        size = block.attention_bytes * (again - decision.attention_tokens) // tokens
+        whole = block.prefixes.attention_whole_bytes if block.prefixes is not None else 0
+        size = whole + (block.attention_bytes - whole) * (again - decision.attention_tokens) // tokens
         return [Part(decision.saved_tier, size, ATTENTION_TENSORS)]
     return []
 
@@ -126,6 +127,11 @@ def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, i
     return tuple(sizes.items())
 
 
+def groups(block: BlockProfile, decision: BlockDecision) -> int:
+    """Slots that a block takes of its ring: one for each tier beside the device that gets something of it."""
+    return len(traffic(block, decision))
+
+
 def copied_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """What a CPU copies out of the heap in a block's forward, into a slab or a slot of a ring."""
     return sum(part.size_bytes for part in stored_parts(block, decision))
@@ -184,6 +190,23 @@ def gathered_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     assert block.prefixes is not None
     tokens, again = _tokens(block, decision)
     return -(-block.prefixes.largest_bytes * (tokens - again) // tokens)
+
+
+def probe_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Peak, input included, while the block's tokens are looked at: in the first step, before it has kept
+    anything; 0 where tokens are not told apart."""
+    if not is_cut(decision):
+        return 0
+    assert block.prefixes is not None
+    return block.prefixes.probe_bytes
+
+
+def witness_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """Rows kept in ordinary memory from forward to backward, outside slabs and slots, to be compared."""
+    if not is_cut(decision):
+        return 0
+    assert block.prefixes is not None
+    return block.prefixes.witness_bytes
 
 
 def backward_bytes(block: BlockProfile, decision: BlockDecision) -> int:

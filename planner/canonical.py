@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 SHORT_DIGITS = 16
 """Of a hash that tells documents apart which are not signed by it: 64 bits."""
@@ -54,6 +54,47 @@ def reading(what: str) -> Iterator[None]:
         yield
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not {what}: {error!r}") from error
+
+
+class Signed(Protocol):
+    """What is written down with a hash of itself."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of all but the provenance."""
+        ...
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What differs between runs that decide the same: beside the content, not hashed."""
+        ...
+
+
+_Signed = TypeVar("_Signed", bound=Signed)
+
+
+def signed_plan(plan: Signed, content: dict[str, Any]) -> str:
+    """Canonical JSON of the ``content`` of ``plan``, its hash, and its provenance."""
+    return canonical_json({"plan": content, "hash": plan.digest, "provenance": plan.provenance})
+
+
+def read_signed_plan(text: str, version: int, make: Callable[[dict[str, Any]], _Signed]) -> _Signed:
+    """What ``make`` makes of the content of a plan that ``signed_plan`` wrote, and of its provenance.
+
+    Raises:
+        ValueError: not a plan, another version, unknown keys, or a hash that does not match.
+    """
+    with reading("a plan"):
+        document = json.loads(text)
+        data = dict(document["plan"])
+        check_version(data, version, "plan")
+        found = make({**data, "provenance": dict(document.get("provenance", {}))})
+        said = document.get("hash")
+    if found.digest != said:
+        raise ValueError(
+            f"the plan's hash is {found.digest}, the document says {said}: it was edited or damaged"
+        )
+    return found
 
 
 def check_version(data: Mapping[str, Any], version: int, what: str) -> None:

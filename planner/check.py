@@ -16,10 +16,12 @@ from memtrain.planner.actions import Action, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import (
     PAGE,
     again,
+    compared,
     during_backward,
     gathered,
     impossible,
     left_behind,
+    looking,
     room,
     sent,
     whole_pages,
@@ -109,7 +111,7 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
             yield Rule.TIER_EXISTS, f"block {block.block} uses {tier.value}"
         if block.block < len(profile.blocks):
             measured = profile.blocks[block.block]
-            for reason in impossible(measured, block):
+            for reason in impossible(measured, block, exact_only=plan.exact_only):
                 yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {reason}"
     for state in plan.states:
         for tier in {state.gradient_tier, state.optimizer_tier} - usable:
@@ -223,14 +225,15 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
         if not on_cpu:
             left = left_behind(block, decision)
             stays = sum(size for tier, size, _ in left if tier is Tier.DEVICE)
+        rows = compared(block, decision)
         extra = 0 if decision.action is Action.KEEP else stays
-        during = block.saved_bytes + block.forward_transient_bytes + gathered(block, decision)
-        peak = max(peak, held + kept + extra + during)
+        during = block.saved_bytes + block.forward_transient_bytes + gathered(block, decision) + rows
+        peak = max(peak, held + kept + extra + during, held + kept + looking(block, decision))
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
         if not many and ahead:
             held -= gradient[index]
-        kept += stays
-        stack.append((block, decision, stays))
+        kept += stays + rows
+        stack.append((block, decision, stays + rows))
     held = every if many else gradient["end"]
     peak = max(peak, held + kept + profile.epilogue_peak_bytes)
     if ahead:

@@ -30,8 +30,8 @@ def again(decision: BlockDecision) -> bool:
     )
 
 
-def impossible(block: BlockProfile, decision: BlockDecision) -> Iterator[str]:
-    """Why the block cannot be treated as decided, as far as its profile says."""
+def impossible(block: BlockProfile, decision: BlockDecision, *, exact_only: bool) -> Iterator[str]:
+    """Why the block cannot be treated as decided, as far as its profile says; ``exact_only`` of the plan."""
     if not again(decision):
         return
     if not block.recomputable:
@@ -47,6 +47,8 @@ def impossible(block: BlockProfile, decision: BlockDecision) -> Iterator[str]:
             yield f"{count} tokens cannot be cut off: {block.prefix_reason or 'no prefixes were tried'}"
         elif count not in block.prefixes.lengths:
             yield f"a prefix of {count} tokens was not tried, those of {block.prefixes.lengths} were"
+        elif exact_only and count not in block.prefixes.exact:
+            yield f"a prefix of {count} tokens is not bit-equal, and the plan says exact_only"
 
 
 def left_behind(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int, int]]:
@@ -62,7 +64,9 @@ def left_behind(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier
     left = [(decision.input_tier, block.input_bytes // row_count * first, 1)]
     if decision.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         rows = first - decision.attention_tokens
-        left.append((decision.saved_tier, block.attention_bytes // row_count * rows, 2))
+        whole = 0 if block.prefixes is None else block.prefixes.attention_whole_bytes
+        outputs = (block.attention_bytes - whole) // row_count * rows + whole
+        left.append((decision.saved_tier, outputs, 2))
     if block.prefixes is not None and first < row_count:
         behind = block.prefixes.cut_bytes // row_count * (row_count - first)
         rest = behind + block.prefixes.whole_bytes
@@ -106,6 +110,18 @@ def gathered(block: BlockProfile, decision: BlockDecision) -> int:
         return 0
     behind, row_count = block.prefixes.tokens - decision.recomputed_tokens, block.prefixes.tokens
     return (behind * block.prefixes.largest_bytes + row_count - 1) // row_count
+
+
+def looking(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes while a run finds out about the block's tokens: before its first forward has left anything."""
+    cut = bool(decision.recomputed_tokens or decision.attention_tokens)
+    return block.prefixes.probe_bytes if block.prefixes is not None and cut else 0
+
+
+def compared(block: BlockProfile, decision: BlockDecision) -> int:
+    """Bytes of the rows that wait in ordinary memory until they are computed again."""
+    cut = bool(decision.recomputed_tokens or decision.attention_tokens)
+    return block.prefixes.witness_bytes if block.prefixes is not None and cut else 0
 
 
 def joined(block: BlockProfile, decision: BlockDecision) -> int:

@@ -108,13 +108,15 @@ def _long_enough(event: Event, least: float) -> Iterator[Fault]:
         )
 
 
-def _from_slots(plan: Plan, index: int, profile: ModelProfile) -> bool:
-    """Whether the block's bytes are still in its slot when backward begins: true of a ring's last blocks."""
+def _from_slots(plan: Plan, index: int, tier: Tier, profile: ModelProfile) -> bool:
+    """Whether what the block sent to ``tier`` is still in its slot when backward begins: true of the last
+    that went through a ring. A block takes a slot for each tier, in the order of their names."""
     swap = plan.blocks[index].action is Action.SWAP
     later = [
-        d.block
+        (d.block, to.value)
         for b, d in zip(profile.blocks, plan.blocks, strict=True)
-        if d.block > index and (d.action is Action.SWAP) is swap and sent(b, d)
+        for to in sent(b, d)
+        if (d.action is Action.SWAP) is swap and (d.block, to.value) > (index, tier.value)
     ]
     return len(later) < (plan.staging.saved_slots if swap else plan.staging.input_slots)
 
@@ -144,7 +146,7 @@ def _block(
         link = machine.link(tier)
         writes = events[f"write {block.name}", f"write:{tier.value}"]
         reads = events[f"read {block.name}", f"read:{tier.value}"]
-        wanted = 0 if _from_slots(plan, index, profile) else count
+        wanted = 0 if _from_slots(plan, index, tier, profile) else count
         if (len(writes), len(reads)) != (count, wanted):
             yield (
                 "DEPENDENCY",
@@ -245,9 +247,9 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
 def _bytes_moved(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     moved = 0
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
-        once = sum(sent(block, decision).values())
-        ways = 1 if once and _from_slots(plan, index, profile) else 2
-        moved += profile.micro_batches * ways * once
+        for tier, once in sent(block, decision).items():
+            ways = 1 if _from_slots(plan, index, tier, profile) else 2
+            moved += profile.micro_batches * ways * once
     for unit, state in zip(profile.units, plan.states, strict=True):
         if state.gradient_tier is not Tier.DEVICE:
             # Written once per micro-batch, fetched to be added to in all but the first, and for the update.

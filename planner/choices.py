@@ -17,14 +17,16 @@ from typing import Any, TypeAlias
 import pulp
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.bill import forward_bytes, slab_forward_bytes
+from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_parts import (
     activation_extents,
     backward_bytes,
+    groups,
     input_slot_bytes,
-    kept_bytes,
+    is_recomputed,
     kept_slot_bytes,
     saved_slot_bytes,
+    witness_bytes,
 )
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
@@ -132,6 +134,8 @@ class Choices:
         for index in range(len(self.x)):
             self.add(self.swapped(index) <= 1 - self.saved_ring[0])
             self.add(self.moved(index) <= 1 - self.input_ring[0])
+            if len(self.space.tiers) > 1:  # otherwise the row before says so
+                self.add(self.groups(index) <= pulp.lpSum(n * v for n, v in self.input_ring.items()))
         for index in range(len(self.z)):
             self.add(self.unit_sum(index, lambda _, d: float(streams_update(d))) <= 1 - self.shard[0])
             self.add(
@@ -167,6 +171,10 @@ class Choices:
     def moved(self, index: int) -> Expression:
         """1 if the block goes through the input ring."""
         return self.block_sum(index, lambda b, d: float(bool(input_slot_bytes(b, d))))
+
+    def groups(self, index: int) -> Expression:
+        """Slots that the block takes of the input ring."""
+        return self.block_sum(index, lambda b, d: groups(b, d) if is_recomputed(d) else 0)
 
     # -- bytes ----------------------------------------------------------------------------------------
 
@@ -206,6 +214,7 @@ class Choices:
             always += self.kept_slabs()
             always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
+        lasting = witness_bytes if on_cpu else lasting_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
 
         def row(*parts: Expression | float) -> None:
@@ -232,7 +241,7 @@ class Choices:
         for index in range(len(self.x)):
             before.append(kept.copy())
             row(kept, gradients_forward(index), self.block_sum(index, during_forward))
-            kept = kept + (0 if on_cpu else self.block_sum(index, kept_bytes))
+            kept = kept + self.block_sum(index, lasting)
             row(
                 kept,
                 gradients_from(index),

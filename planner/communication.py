@@ -8,11 +8,15 @@ same way. Letters and sources as in ``parallel.py``; each function names the pap
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 
 from memtrain.planner.hardware import Interconnect, slower
 from memtrain.planner.parallel import Degrees, Group, ModelShape
+
+WEIGHTS_GATHERED = "weights gathered"
+GRADIENTS_REDUCED = "gradients reduced"
 
 
 class When(Enum):
@@ -91,9 +95,25 @@ def end_traffic(
 ) -> list[Traffic]:
     """What ZeRO sends for the embedding or the head, ``parameters`` on one tensor rank, in every micro-batch.
 
-    The buffers of the blocks (``block_traffic``) hold the neighbour's weights; here it is one unit's.
+    The weights are gathered once: the head's backward follows its forward at once, and an embedding's reads
+    no weights. Each of them is one matrix, needed whole from the first token on and with a gradient that is
+    complete after the last; the buffers hold it or the blocks' (``block_traffic``), not both. So arithmetic
+    waits, as it does for what FSDP2's root module holds.
     """
-    return _zero(degrees, degrees.replicas, parameters, value_bytes, gradient_bytes, at_once=1)
+    found = _zero(degrees, degrees.replicas, parameters, value_bytes, gradient_bytes, at_once=1)
+    # The weights are whole in backward too, beside the gradients: that they are not sent again leaves room.
+    return [
+        dataclasses.replace(
+            message,
+            overlaps=False,
+            sent_bytes=0.0 if _gathered_again(message) else message.sent_bytes,
+        )
+        for message in found
+    ]
+
+
+def _gathered_again(message: Traffic) -> bool:
+    return message.name == WEIGHTS_GATHERED and message.when is When.BLOCK_BACKWARD
 
 
 def stage_traffic(
@@ -144,7 +164,7 @@ def step_traffic(
     if ranks == 1 or degrees.zero_stage == 3:
         return []
     once = (ranks - 1) / ranks
-    reduce = _data("gradients reduced", When.STEP, once * parameters * gradient_bytes, overlaps=True)
+    reduce = _data(GRADIENTS_REDUCED, When.STEP, once * parameters * gradient_bytes, overlaps=True)
     gather = _data("updated weights gathered", When.STEP, once * parameters * weight_bytes, overlaps=False)
     if degrees.zero_stage == 0:
         both = 2 * once * parameters * gradient_bytes
@@ -262,12 +282,12 @@ def _zero(
     once = (ranks - 1) / ranks
     weights, gradients = parameters * weight_bytes, parameters * gradient_bytes
     reduce = _data(
-        "gradients reduced", When.BLOCK_BACKWARD, once * gradients, overlaps=True, buffer_bytes=gradients
+        GRADIENTS_REDUCED, When.BLOCK_BACKWARD, once * gradients, overlaps=True, buffer_bytes=gradients
     )
     if stage == 2:
         return [reduce]
     gathers = [
-        _data("weights gathered", when, once * weights, overlaps=True, buffer_bytes=at_once * weights)
+        _data(WEIGHTS_GATHERED, when, once * weights, overlaps=True, buffer_bytes=at_once * weights)
         for when in (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
     ]
     return [*gathers, reduce]

@@ -37,7 +37,7 @@ from memtrain.planner.links import (
     host_link,
 )
 from memtrain.planner.machine import Budget, Link, Machine
-from memtrain.planner.units import GiB, format_gib, parse_bytes
+from memtrain.planner.units import MOST_BYTES, GiB, format_gib, parse_bytes
 
 DEVICE_RESERVE = Quoted(
     value=GiB,
@@ -143,7 +143,8 @@ def machine_for(
         if text is not None
     }
     memory = None if dram is None else parse_tier("dram", dram)
-    links = _measured_links(measured, {Tier.HOST, *specs})
+    unknown = {tier for tier, spec in specs.items() if spec.rates is None}
+    links = _measured_links(measured, unknown | ({Tier.HOST} if host_link is None else set()))
     bus = _host_link(device, host_link, gpus, links.get(Tier.HOST))
     dram_rate = _dram_rate(memory, bus, device, gpus)
     bus = in_series(Duplex(name="DRAM", read=dram_rate, write=dram_rate, mixed=dram_rate), bus)
@@ -178,7 +179,8 @@ def _measured_links(measured: Machine | None, wanted: set[Tier]) -> dict[Tier, D
         has = ", ".join(link.tier.value for link in measured.links) or "none"
         raise ValueError(
             f"machine {measured.name} has measured links to {has}, and none of them is used: describe the "
-            "tier (nvme, cxl), measure with a device of its own memory, or leave the machine out"
+            "tier (--nvme, --cxl) without rates of your own, drop --host-link, measure with a device of its "
+            "own memory, or leave the machine out"
         )
     return found
 
@@ -196,7 +198,7 @@ def _measured(machine: Machine, link: Link) -> Duplex:
 
 def _host_link(device: Accelerator, text: str | None, gpus: int, measured: Duplex | None) -> Duplex:
     if text is not None:
-        return parse_duplex("host link", text, HOST_LINKS, bus_mixed)
+        return parse_duplex("--host-link", text, HOST_LINKS, bus_mixed)
     sharers = min(gpus, device.gpus_per_uplink.value)
     why = f"1/{sharers:g}, GPUs behind one switch ({device.gpus_per_uplink.source})"
     return (measured or host_link(device.host_link)).scaled(1 / sharers, why)
@@ -227,7 +229,7 @@ def _store(tier: Tier, spec: TierSpec, generation: str, measured: Duplex | None)
     """One device of the tier: as given, as measured, a disk of the host's generation, the CXL card known."""
     presets = CXL_DEVICES if tier is Tier.CXL else DISKS
     if spec.rates is not None:
-        return parse_duplex(tier.value, spec.rates, presets)
+        return parse_duplex(f"--{tier.value}", spec.rates, presets)
     if measured is not None:
         return measured
     if tier is Tier.CXL:
@@ -237,7 +239,7 @@ def _store(tier: Tier, spec: TierSpec, generation: str, measured: Duplex | None)
 
 def _interconnect(device: Accelerator, bus: Duplex, text: str | None) -> Interconnect:
     if text is not None and "/" in text:
-        rate = parse_rate("interconnect", text)
+        rate = parse_rate("--interconnect", text)
         return Interconnect(name=GIVEN, peer_bytes_per_second=rate, collective_bytes_per_second=rate)
     if text is not None or device.interconnect is not None:
         return find("interconnect", text or str(device.interconnect), INTERCONNECTS)
@@ -288,6 +290,12 @@ def _budget(
         Tier.DEVICE: int(device.memory_bytes.value),
         **{tier: spec.size_bytes // gpus for tier, spec in specs.items() if spec is not None},
     }
+    for tier, size in room.items():
+        if size > MOST_BYTES:
+            raise ValueError(
+                f"{tier.value} of {size:.3g} bytes is more than can be addressed, {MOST_BYTES >> 40} TiB: "
+                "lower it"
+            )
     bytes_of = dict(room)
     bytes_of[Tier.DEVICE] -= int(DEVICE_RESERVE.value)
     if Tier.HOST in bytes_of:
@@ -297,7 +305,7 @@ def _budget(
         bytes_of[tier] = parse_bytes(text)
         if bytes_of[tier] > room[tier]:
             raise ValueError(
-                f"budget {name}={text} is above the {format_gib(room[tier])} that one of {gpus} GPU(s) of "
+                f"--budget {name}={text} is above the {format_gib(room[tier])} that one of {gpus} GPU(s) of "
                 f"{device.name} has there; lower it, or describe a larger machine"
             )
     places = {tier: spec.place for tier, spec in specs.items() if spec is not None}
@@ -316,7 +324,7 @@ def _known_tier(name: str, room: Mapping[Tier, int]) -> Tier:
             return tier
     raise ValueError(
         f"there is no tier {name!r} to budget; this machine has {', '.join(tier.value for tier in room)}: "
-        f"describe the tier with dram, cxl or nvme, or drop it from the budget"
+        f"describe the tier with --dram, --cxl or --nvme, or drop it from --budget"
     )
 
 

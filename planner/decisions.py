@@ -23,11 +23,11 @@ from memtrain.planner.block_choices import (
 )
 from memtrain.planner.block_parts import (
     PAGE_BYTES,
+    groups,
     input_slot_bytes,
     is_recomputed,
     kept_slot_bytes,
     saved_slot_bytes,
-    traffic,
 )
 from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import Plan, Staging
@@ -94,8 +94,8 @@ class PlannerOptions:
     exact_only: bool = True
     """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows, as
     all else that a plan does is in any case. So a budget decides how fast a model trains, not to which
-    weights. False allows prefixes that are equal within rounding, what another order of additions gives; the
-    report says which."""
+    weights. The plan carries it, and a run that finds otherwise ends with an error. False allows prefixes
+    that are equal within rounding, what another order of additions gives; the report says which."""
     safety_margin: float = 0.015
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
@@ -373,7 +373,7 @@ def staging_for(
     decided = list(zip(profile.blocks, blocks, strict=True))
     saved = [saved_slot_bytes(b) for b, d in decided if d.action is Action.SWAP]
     moved = [size for b, d in decided if (size := input_slot_bytes(b, d))]
-    groups = max((len(traffic(b, d)) for b, d in decided if is_recomputed(d)), default=0)
+    taken = [groups(b, d) for b, d in decided if is_recomputed(d)]
     kept = tuple(kept_slot_bytes(b, d) for b, d in decided) if on_cpu else ()
     resident = sum(gradient_slab_bytes(profile, u, d) for u, d in zip(profile.units, states, strict=True))
     gradients = [
@@ -385,7 +385,7 @@ def staging_for(
     return Staging(
         saved_slots=min(saved_slots, len(saved)),
         saved_slot_bytes=max(saved, default=0),
-        input_slots=max(min(input_slots, len(moved)), groups),
+        input_slots=max(min(input_slots, sum(taken)), max(taken, default=0)),
         input_slot_bytes=max(moved, default=0),
         gradient_slots=GRADIENT_SLOTS if gradients else 0,
         gradient_slot_bytes=gradient_slot_bytes(profile) if gradients else 0,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from memtrain.planner.hardware import GIVEN, Duplex, Quoted, find, suggest, time_shared
 from memtrain.planner.links import DRAM_CHANNELS
-from memtrain.planner.units import parse_bytes
+from memtrain.planner.units import parse_size
 
 _PATTERN = re.compile(
     r"^(?:(?P<place>[^@]*):)?(?:(?P<count>\d+)\s*x\s*)?(?P<size>[^:@]+)(?:@(?P<rates>[^@]+))?$"
@@ -39,23 +39,25 @@ class TierSpec:
 
 
 def parse_tier(flag: str, text: str) -> TierSpec:
-    """Read the value of ``--dram``, ``--cxl`` or ``--nvme``.
+    """Read the value of ``--dram``, ``--cxl`` or ``--nvme``; ``flag`` is its name without the dashes.
 
     Raises:
         ValueError: naming the value, what is wrong with it and how to write it.
     """
     match = _PATTERN.match(text.strip())
     if match is None:
-        raise ValueError(f"cannot read {flag} {text!r}: write it as {_EXAMPLES[flag]}")
+        raise ValueError(f"cannot read --{flag} {text!r}: write it as {_EXAMPLES[flag]}")
     try:
-        size = parse_bytes(match["size"])
+        size = parse_size(match["size"])
     except ValueError as error:
-        raise ValueError(f"{flag} {text!r}: {error}, as in {_EXAMPLES[flag]}") from error
+        raise ValueError(f"--{flag} {text!r}: {error}, as in {_EXAMPLES[flag]}") from error
     count = int(match["count"] or 1)
     if size * count == 0:
-        raise ValueError(f"{flag} {text!r} has no bytes: give a size above 0, or leave {flag} out")
+        raise ValueError(f"--{flag} {text!r} has no bytes: give a size above 0, or leave --{flag} out")
     if flag == "dram" and match["place"]:
-        raise ValueError(f"dram {text!r}: memory has no place {match['place']!r}; write {_EXAMPLES['dram']}")
+        raise ValueError(
+            f"--dram {text!r}: memory has no place {match['place']!r}; write {_EXAMPLES['dram']}"
+        )
     return TierSpec(place=match["place"] or None, count=count, size_bytes=size * count, rates=match["rates"])
 
 
@@ -65,7 +67,7 @@ def parse_rate(flag: str, text: str) -> Quoted:
     if not slash or unit.strip() != "s":
         raise ValueError(f"{flag}: cannot read {text!r} as a rate: write a size and '/s', such as '6GB/s'")
     try:
-        value = parse_bytes(amount)
+        value = parse_size(amount, unit="GB/s")
     except ValueError as error:
         raise ValueError(f"{flag}: cannot read {text!r} as a rate: {error}") from error
     if value == 0:
@@ -106,11 +108,11 @@ def parse_channels(text: str) -> Quoted:
         ValueError: naming the value and the kinds that are known.
     """
     if "/" in text:
-        return parse_rate("dram", text)
+        return parse_rate("--dram", text)
     count, cross, kind = text.strip().lower().partition("x")
     if not cross or not count.isdigit() or int(count) == 0 or kind not in DRAM_CHANNELS:
         raise ValueError(
-            f"dram: cannot read {text!r} as bandwidth: write a rate such as '200GB/s' or channels such as "
+            f"--dram: cannot read {text!r} as bandwidth: write a rate such as '200GB/s' or channels such as "
             f"'8xddr5-4800'; {suggest(kind, list(DRAM_CHANNELS))}"
         )
     return DRAM_CHANNELS[kind].scaled(int(count), f"{count} channels")

@@ -13,7 +13,7 @@ from memtrain.planner.compose import Fact
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.lowering.problem import SLACK
-from memtrain.planner.lowering.seconds import step_message_seconds
+from memtrain.planner.lowering.step_messages import step_message_seconds
 from memtrain.planner.ranges.model import DEVICE, Problem
 from memtrain.planner.ranges.plan import RangePlan
 from memtrain.planner.ranges.profile_bytes import device_positions, place_sizes
@@ -159,5 +159,5 @@ def unlimited_step(problem: Problem, plan: RangePlan, options: SolveOptions) -> 
 
 def _whole_step(job: Job, problem: Problem, seconds: float) -> float:
     """What the program does not see: idle time of a pipeline, and messages once a step."""
-    backward = math.fsum(block.backward_seconds for block in problem.blocks)
+    backward = [block.backward_seconds for block in problem.blocks]
     return seconds * (1 + job.bubble) + step_message_seconds(job, backward)

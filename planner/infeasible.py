@@ -42,6 +42,7 @@ def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
         bytes_moved_per_step=timeline.bytes_moved,
         shortfall_bytes=tuple(excess.items()),
         remedies=_remedies(search, nearest, excess),
+        exact_only=search.options.exact_only,
         profile_digest=profile.digest,
         machine_digest=search.machine.digest,
         provenance={"solve_seconds": round(solve_seconds, 3)},

@@ -12,6 +12,7 @@ parallelism divides (Korthikanti et al., 2205.05198); ZeRO (1910.02054); Ulysses
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -69,6 +70,10 @@ class Group(Enum):
     EXPERT = "expert"
 
 
+FIELDS = {name: name for name in ("data", "tensor", "context", "pipeline", "expert")}
+"""How messages call the degrees, unless somebody knows them by other names."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Degrees:
     """How many ways each thing is split."""
@@ -119,41 +124,50 @@ class Degrees:
         """Ways that sequence parallelism cuts the residual stream within a tensor group."""
         return self.tensor if self.sequence_parallel else 1
 
-    def check(self, shape: ModelShape, *, gpus: int, sequence: int) -> None:
-        """Raise ValueError naming the degree, the value and the limit that it breaks."""
+    def check(
+        self, shape: ModelShape, *, gpus: int, sequence: int, names: Mapping[str, str] = FIELDS
+    ) -> None:
+        """Raise ValueError naming the degree (as ``names`` calls it), the value and the limit it breaks."""
         if self.gpus != gpus:
-            raise ValueError(
-                f"data {self.data} x tensor {self.tensor} x context {self.context} x pipeline "
-                f"{self.pipeline} = {self.gpus} GPUs, but there are {gpus}: change one of them"
+            product = " x ".join(
+                f"{names[field]} {getattr(self, field)}"
+                for field in ("data", "tensor", "context", "pipeline")
             )
-        self._check_tensor(shape)
-        self._check_context(shape, sequence)
-        _divides("pipeline", self.pipeline, "layers", shape.layers)
+            raise ValueError(f"{product} = {self.gpus} GPUs, but there are {gpus}: change one of them")
+        self._check_tensor(shape, names["tensor"])
+        self._check_context(shape, sequence, names)
+        _divides(names["pipeline"], self.pipeline, "layers", shape.layers)
         if self.expert > 1:
             if shape.experts == 0:
-                raise ValueError(f"expert {self.expert} for a model without experts: leave it at 1")
-            _divides("expert", self.expert, "experts", shape.experts)
+                raise ValueError(
+                    f"{names['expert']} {self.expert} for a model without experts: leave it at 1"
+                )
+            _divides(names["expert"], self.expert, "experts", shape.experts)
 
-    def _check_tensor(self, shape: ModelShape) -> None:
-        _divides("tensor", self.tensor, "heads", shape.heads)
-        _divides("tensor", self.tensor, "intermediate", shape.intermediate)
+    def _check_tensor(self, shape: ModelShape, name: str) -> None:
+        _divides(name, self.tensor, "heads", shape.heads)
+        _divides(name, self.tensor, "intermediate", shape.intermediate)
         if shape.key_value_heads % self.tensor and self.tensor % shape.key_value_heads:
             raise ValueError(
-                f"tensor {self.tensor} and key_value_heads {shape.key_value_heads}: one must divide the other"
+                f"{name} {self.tensor} and the model's key_value_heads {shape.key_value_heads}: one must "
+                "divide the other"
             )
 
-    def _check_context(self, shape: ModelShape, sequence: int) -> None:
+    def _check_context(self, shape: ModelShape, sequence: int, names: Mapping[str, str]) -> None:
+        tensor, context = names["tensor"], names["context"]
         # Under a causal mask a ring gives each rank one early and one late piece, 2c in all.
         pieces = 2 * self.context if self.context > 1 and self.context_method == "ring" else self.context
         cut = math.lcm(pieces, self.context * self.sequence_cut)
         if sequence % cut:
+            who = [f"{context} {self.context}, {self.context_method}"] if self.context > 1 else []
+            who += [f"{tensor} {self.tensor}, sequence parallelism"] if self.sequence_cut > 1 else []
             raise ValueError(
-                f"a sequence of {sequence} tokens cannot be cut {cut} ways (context {self.context}, "
-                f"{self.context_method}; sequence parallelism {self.sequence_cut}): pad it to a multiple"
+                f"a sequence of {sequence} tokens cannot be cut {cut} ways ({'; '.join(who)}): pad it to a "
+                "multiple"
             )
         if self.context_method == "ulysses":
             for name, heads in (("heads", shape.heads), ("key_value_heads", shape.key_value_heads)):
-                _divides("tensor x context (ulysses)", self.tensor * self.context, name, heads)
+                _divides(f"{tensor} x {context} (ulysses)", self.tensor * self.context, name, heads)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,15 +7,14 @@ took) is provenance: written beside the plan, never hashed.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading
+from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -117,6 +116,9 @@ class Plan:
     """Infeasible only: by how many bytes each tier is short."""
     remedies: tuple[str, ...] = ()
     """Infeasible only: the cheapest relaxations, the cheapest first."""
+    exact_only: bool = False
+    """What is computed again has the bits that it had in the first forward, token prefixes too: a run that
+    finds otherwise ends with an error. False: a prefix may differ within rounding."""
     profile_digest: str = ""
     machine_digest: str = ""
     version: int = PLAN_VERSION
@@ -149,7 +151,7 @@ class Plan:
 
     def to_json(self) -> str:
         """Canonical JSON of the plan, its hash, and its provenance."""
-        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return signed_plan(self, self._hashed())
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -158,43 +160,33 @@ class Plan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        with reading("a plan"):
-            document = json.loads(text)
-            data = dict(document["plan"])
-            check_version(data, PLAN_VERSION, "plan")
-            data["blocks"] = tuple(
-                BlockDecision(
-                    **{
-                        **b,
-                        "action": Action(b["action"]),
-                        **{name: Tier(b[name]) for name in ("saved_tier", "input_tier", "rest_tier")},
-                    }
-                )
-                for b in data["blocks"]
-            )
-            data["states"] = tuple(
-                StateDecision(
-                    unit=s["unit"],
-                    gradient_tier=Tier(s["gradient_tier"]),
-                    optimizer_tier=Tier(s["optimizer_tier"]),
-                )
-                for s in data["states"]
-            )
-            staging = data["staging"]
-            data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"])})
-            data["update_schedule"] = UpdateSchedule(data["update_schedule"])
-            data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
-            for key in ("peaks", "capacities", "shortfall_bytes"):
-                data[key] = tuple((Tier(tier), size) for tier, size in data[key])
-            data["timeline"] = tuple(Event(**event) for event in data["timeline"])
-            data["remedies"] = tuple(data["remedies"])
-            plan = cls(**data, provenance=dict(document.get("provenance", {})))
-        if document.get("hash") != plan.digest:
-            raise ValueError(
-                f"the plan's hash is {plan.digest}, the document says {document.get('hash')}: "
-                "it was edited or damaged"
-            )
-        return plan
+        return read_signed_plan(text, PLAN_VERSION, _plan_of)
+
+
+def _plan_of(data: dict[str, Any]) -> Plan:
+    data["blocks"] = tuple(_block_of(block) for block in data["blocks"])
+    data["states"] = tuple(
+        StateDecision(
+            unit=s["unit"],
+            gradient_tier=Tier(s["gradient_tier"]),
+            optimizer_tier=Tier(s["optimizer_tier"]),
+        )
+        for s in data["states"]
+    )
+    staging = data["staging"]
+    data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"])})
+    data["update_schedule"] = UpdateSchedule(data["update_schedule"])
+    data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
+    for key in ("peaks", "capacities", "shortfall_bytes"):
+        data[key] = tuple((Tier(tier), size) for tier, size in data[key])
+    data["timeline"] = tuple(Event(**event) for event in data["timeline"])
+    data["remedies"] = tuple(data["remedies"])
+    return Plan(**data)
+
+
+def _block_of(data: dict[str, Any]) -> BlockDecision:
+    tiers = {name: Tier(data[name]) for name in ("saved_tier", "input_tier", "rest_tier")}
+    return BlockDecision(**{**data, "action": Action(data["action"]), **tiers})
 
 
 def describe(block: BlockDecision) -> str:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +53,14 @@ class Prefixes:
     """Those without one that depend on all tokens: stored whole. What is left a prefix computes alike."""
     largest_bytes: int
     """Of the saved storages the largest: while it is joined its computed rows are there twice."""
+    probe_bytes: int
+    """Peak while a run looks at the block's tokens before the first forward, the block's input included: the
+    largest over all prefixes."""
+    witness_bytes: int
+    """Rows kept in ordinary memory from forward to backward, to be compared with what is computed again."""
+    attention_whole_bytes: int = 0
+    """Of the outputs of attention kernels those without a token axis, such as a GPU kernel's random state:
+    stored whole wherever outputs are stored."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -122,10 +130,10 @@ class BlockProfile:
     def _check_rows(self, prefixes: Prefixes) -> None:
         for name, size in (
             ("input_bytes", self.input_bytes),
-            ("attention_bytes", self.attention_bytes),
+            ("attention_bytes", self.attention_bytes - prefixes.attention_whole_bytes),
             ("prefixes.cut_bytes", prefixes.cut_bytes),
         ):
-            if size % prefixes.tokens:
+            if size < 0 or size % prefixes.tokens:
                 raise ValueError(
                     f"{self.name}: {name} {size} has no {prefixes.tokens} equal rows, yet the block has "
                     "prefixes; one whose tensors cannot be cut between tokens has none"

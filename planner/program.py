@@ -76,7 +76,7 @@ class Program(Choices):
         held = pulp.lpSum(n * swap * v for n, v in self.saved_ring.items())
         held += pulp.lpSum(n * moved * v for n, v in self.input_ring.items())
         if index is not None:
-            held = held - swap * self.swapped(index) - moved * self.moved(index)
+            held = held - swap * self.swapped(index) - moved * self.groups(index)
         return held
 
     def _update_work(self, tier: Tier, unit: int, *, read: bool) -> Expression:

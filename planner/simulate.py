@@ -59,6 +59,22 @@ class _Ring:
         return slot, self.free_after[slot]
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What one block has sent to one tier in a micro-batch: it has a slot of its own."""
+
+    block: int
+    tier: Tier
+    size_bytes: int
+    slot: int
+    write: int
+    """The job."""
+
+
+_Reads = dict[int, list[tuple[int, _Group]]]
+"""By block the jobs that fetch what it has sent away, as far as it is fetched."""
+
+
 def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> Timeline:
     """The timeline of one step in the steady state under ``decisions``.
 
@@ -130,8 +146,8 @@ class _Schedule:
     def _micro_batch(self, micro_batch: int, *, update: bool) -> None:
         profile = self.profile
         self._part(None, "prologue", profile.prologue_forward_seconds, "forward", update=update)
-        saved: dict[int, tuple[int, tuple[int, ...]]] = {}
-        moved: dict[int, tuple[int, tuple[int, ...]]] = {}
+        saved: list[_Group] = []
+        moved: list[_Group] = []
         for index in range(len(profile.blocks)):
             self._forward(index, saved, moved, update=update)
         seconds = profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
@@ -139,7 +155,7 @@ class _Schedule:
         self._part(None, "epilogue", seconds, "loss", update=update)
         self._open_gradients(None, "epilogue", micro_batch)
         self._gradients(None, "epilogue", micro_batch)
-        present: dict[int, tuple[int, ...]] = {}
+        present: _Reads = {}
         for index in reversed(range(len(profile.blocks))):
             self._backward(index, saved, moved, present, micro_batch)
         self._open_gradients(None, "prologue", micro_batch)
@@ -162,19 +178,13 @@ class _Schedule:
     def _traffic(self, index: int) -> tuple[tuple[Tier, int], ...]:
         return traffic(self.profile.blocks[index], self.decisions.blocks[index])
 
-    def _forward(
-        self,
-        index: int,
-        saved: dict[int, tuple[int, tuple[int, ...]]],
-        moved: dict[int, tuple[int, tuple[int, ...]]],
-        *,
-        update: bool,
-    ) -> None:
+    def _forward(self, index: int, saved: list[_Group], moved: list[_Group], *, update: bool) -> None:
+        """Forward of a block, which waits for a slot for each tier that it sends something to."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         if update:
             for unit, state in self._of(index, block.name):
                 self._update(unit, state, ())
-        parts = self._traffic(index)
+        parts = sorted(self._traffic(index))  # by the tier's name, as the executor takes slots
         seconds = block.forward_seconds + copied_bytes(block, decision) * self._copy_seconds_per_byte
         seconds += sum(size * self._cpu[tier] for tier, size in parts)
         if not parts:
@@ -183,27 +193,28 @@ class _Schedule:
         ring, held = (
             (self._saved_ring, saved) if decision.action is Action.SWAP else (self._input_ring, moved)
         )
-        slot, free = ring.take()
+        taken = [ring.take() for _ in parts]
+        free = tuple(job for _, jobs in taken for job in jobs)
         forward = self._add(f"forward {block.name}", COMPUTE, seconds, free)
-        writes = tuple(
-            self._add(f"write {block.name}", f"write:{tier.value}", size, (forward,)) for tier, size in parts
-        )
-        ring.free_after[slot] = writes
-        held[index] = (slot, writes)
+        for (tier, size), (slot, _) in zip(parts, taken, strict=True):
+            write = self._add(f"write {block.name}", f"write:{tier.value}", size, (forward,))
+            ring.free_after[slot] = (write,)
+            held.append(_Group(index, tier, size, slot, write))
 
     def _backward(
         self,
         index: int,
-        saved: dict[int, tuple[int, tuple[int, ...]]],
-        moved: dict[int, tuple[int, tuple[int, ...]]],
-        present: dict[int, tuple[int, ...]],
+        saved: list[_Group],
+        moved: list[_Group],
+        present: _Reads,
         micro_batch: int,
     ) -> None:
-        """Backward of a block: fetched, recomputed where it must be, its slot handed to an earlier one."""
+        """Backward of a block: fetched, recomputed where it must be, its slots handed to earlier ones."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         self._open_gradients(index, block.name, micro_batch)
-        reads = present.get(index, ())
-        fetch = sum(self._cpu[tier] * size for tier, size in self._traffic(index)) if reads else 0.0
+        fetched = present.get(index, [])
+        reads = tuple(job for job, _ in fetched)
+        fetch = sum(self._cpu[group.tier] * group.size_bytes for _, group in fetched)
         if is_recomputed(decision):
             seconds = recompute_seconds(block, decision) + fetch
             seconds += joined_bytes(block, decision) * self._copy_seconds_per_byte
@@ -212,32 +223,21 @@ class _Schedule:
         seconds = block.backward_seconds + self._gradient_copy(index, block.name, micro_batch) + fetch
         backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)
         for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
-            if index in held:
-                self._hand_over(index, backward, ring, held, present)
+            self._hand_over(index, backward, ring, held, present)
         self._gradients(index, block.name, micro_batch)
 
-    def _hand_over(
-        self,
-        index: int,
-        backward: int,
-        ring: _Ring,
-        held: dict[int, tuple[int, tuple[int, ...]]],
-        present: dict[int, tuple[int, ...]],
-    ) -> None:
-        """The slot of block ``index`` goes to the block ``ring.count`` places before it, which is fetched."""
-        slot, writes = held[index]
-        order = sorted(held)
-        ring.free_after[slot] = (backward, *writes)
-        earlier = order.index(index) - ring.count
-        if earlier < 0:
-            return
-        target = order[earlier]
-        name = self.profile.blocks[target].name
-        written = held[target][1]
-        present[target] = tuple(
-            self._add(f"read {name}", f"read:{tier.value}", size, (backward, *writes, *written))
-            for tier, size in self._traffic(target)
-        )
+    def _hand_over(self, index: int, backward: int, ring: _Ring, held: list[_Group], present: _Reads) -> None:
+        """Each slot of block ``index`` goes to the group ``ring.count`` places before, which is fetched."""
+        for place in reversed([place for place, group in enumerate(held) if group.block == index]):
+            group = held[place]
+            ring.free_after[group.slot] = (backward, group.write)
+            if place < ring.count:
+                continue
+            target = held[place - ring.count]
+            name, resource = self.profile.blocks[target.block].name, f"read:{target.tier.value}"
+            after = (backward, group.write, target.write)
+            read = self._add(f"read {name}", resource, target.size_bytes, after)
+            present.setdefault(target.block, []).append((read, target))
 
     def _open_gradients(self, block: int | None, name: str, micro_batch: int) -> None:
         """As backward begins: the ring's first slots, and from the second micro-batch on the old sums."""

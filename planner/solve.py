@@ -96,6 +96,7 @@ def _feasible_plan(
         capacities=tuple((t, search.budget.capacity(t)) for t in (Tier.DEVICE, *used)),
         bytes_moved_per_step=timeline.bytes_moved,
         timeline=timeline.events,
+        exact_only=options.exact_only,
         profile_digest=profile.digest,
         machine_digest=search.machine.digest,
         provenance={"solve_seconds": round(solve_seconds, 3)},

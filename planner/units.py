@@ -12,6 +12,8 @@ KiB = 1 << 10
 MiB = 1 << 20
 GiB = 1 << 30
 TiB = 1 << 40
+MOST_BYTES = (1 << 63) - 1
+"""Offsets of files and tensors have 64 bits and a sign."""
 
 _FACTORS = {
     "": 1,
@@ -45,7 +47,26 @@ def parse_bytes(text: str | int) -> int:
     if match is None or factor is None:
         units = ", ".join(("B", "KB", "KiB", "MB", "MiB", "GB", "GiB", "TB", "TiB"))
         raise ValueError(f"cannot read {text!r} as a size: write a number and one of {units}")
-    return round(float(match.group(1)) * factor)
+    size = float(match.group(1)) * factor
+    if size > MOST_BYTES:
+        raise ValueError(f"{text[:40]!r} is more than can be addressed, {MOST_BYTES >> 40} TiB: lower it")
+    return round(size)
+
+
+def parse_size(text: str, *, unit: str = "GiB") -> int:
+    """As ``parse_bytes``, for a size that nobody gives in bytes: a number alone is refused, but for 0.
+
+    Args:
+        text: such as ``12GiB``.
+        unit: to propose.
+
+    Raises:
+        ValueError: as ``parse_bytes``, or there is no unit.
+    """
+    size = parse_bytes(text)
+    if size and not text.strip()[-1].isalpha():
+        raise ValueError(f"{text.strip()} has no unit; say {text.strip()}{unit}")
+    return size
 
 
 def format_gib(size_bytes: int, digits: int = 3) -> str:

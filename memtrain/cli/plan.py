@@ -15,12 +15,12 @@ from memtrain.planning.parsing import (
     parse_axis,
     parse_budget,
     parse_codecs,
-    parse_count,
     parse_degrees,
     parse_dtype,
     parse_optimizer,
     parse_overrides,
     parse_sweep,
+    parse_work_size,
 )
 from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest, Questions, Search, Work
 
@@ -28,8 +28,8 @@ from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest,
 def plan(
     model: options.Model,
     gpu: options.Gpu,
-    seq: options.Seq = "8k",
-    micro_batch: options.MicroBatch = 1,
+    seq: options.Seq = None,
+    micro_batch: options.MicroBatch = None,
     accumulate: options.Accumulate = 1,
     optimizer: options.Optimizer = "adamw",
     dtype: options.DtypeName = "bfloat16",
@@ -83,6 +83,7 @@ def plan(
     )
     outputs = Outputs(json=json, csv=csv, html=html, emit=emit, plan=output)
     outputs.check(questions)
+    sequence, sequences = parse_work_size(seq, micro_batch, questions)
     precision = parse_dtype(dtype)
     if master_weights and precision == "float32":
         raise PlanError(
@@ -91,8 +92,8 @@ def plan(
     request = PlanRequest(
         work=Work(
             model=model,
-            sequence=parse_count("--seq", seq),
-            micro_batch=micro_batch,
+            sequence=sequence,
+            micro_batch=sequences,
             accumulate=accumulate,
             optimizer=parse_optimizer(optimizer),
             dtype=precision,

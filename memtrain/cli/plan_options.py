@@ -30,8 +30,8 @@ Model = Annotated[
     ),
 ]
 
-Seq = Annotated[str, _option(_JOB, "Tokens of a sequence: 8192, 8k, 1M.")]
-MicroBatch = Annotated[int, _option(_JOB, "Sequences in a forward pass.")]
+Seq = Annotated[str | None, _option(_JOB, "Tokens of a sequence: 8192, 8k, 1M (8k).")]
+MicroBatch = Annotated[int | None, _option(_JOB, "Sequences in a forward pass (1).")]
 Accumulate = Annotated[int, _option(_JOB, "Micro-batches of a data rank in a step.")]
 Optimizer = Annotated[str, _option(_JOB, f"{', '.join(rule.value for rule in OptimizerRule)}.")]
 DtypeName = Annotated[

@@ -16,10 +16,10 @@ from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.solve import SolveOptions, Undecided
 from memtrain.planner.search import Reach, feasible, furthest, sequence_unit
-from memtrain.planning.fold import Usage, usage_of
 from memtrain.planning.jobs import Jobs
 from memtrain.planning.request import MOST_BATCH, MOST_TOKENS, Axis, PlanError, PlanRequest, Sweep
 from memtrain.planning.targets import Context, Target, targets
+from memtrain.planning.usage import Usage, usage_of
 
 _FINEST_SEQUENCE = 128
 """Tokens: nobody needs an answer finer than this."""

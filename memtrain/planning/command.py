@@ -36,6 +36,9 @@ def run(request: PlanRequest, questions: Questions, outputs: Outputs) -> int:
         terminal.show(found, terminal.console(), sources=questions.sources)
     for path, text in files.items():
         _write(path, text)
+    if outputs.emit is not None and not found.targets:
+        why = "no tool can run this plan" if found.forecast.fits else "nothing fits"
+        print(f"not written: {outputs.emit}, for {why}", file=sys.stderr)
     return found.exit_code
 
 

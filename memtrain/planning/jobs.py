@@ -19,8 +19,10 @@ from memtrain.planner.hardware import GIVEN, Interconnect
 from memtrain.planner.links import INTERCONNECTS, interconnect
 from memtrain.planner.machine import Machine
 from memtrain.planner.model_presets import PRESETS
+from memtrain.planner.parallel import Group, group_span
 from memtrain.planner.ranges.model import Codec
-from memtrain.planner.units import parse_bytes
+from memtrain.planner.units import parse_size
+from memtrain.planning.parsing import DEGREE_OPTIONS
 from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ def setup_of(hardware: Hardware) -> Setup:
     """One GPU of the machine that was described. Raises PlanError naming what cannot be."""
     measured = None if hardware.machine is None else _measured(Path(hardware.machine))
     try:
-        return machine_for(
+        setup = machine_for(
             accelerator(hardware.gpu).given(dict(hardware.overrides)),
             gpus=hardware.gpus,
             dram=hardware.dram,
@@ -45,6 +47,13 @@ def setup_of(hardware: Hardware) -> Setup:
         )
     except ValueError as error:
         raise PlanError(str(error)) from error
+    own = hardware.interconnect is not None or setup.accelerator.interconnect is not None
+    if hardware.host_link is not None and not setup.tiers and (hardware.gpus == 1 or own):
+        raise PlanError(
+            f"--host-link {hardware.host_link} leads to memory beside the GPU, and there is none: give "
+            "--dram, or drop it"
+        )
+    return setup
 
 
 def network_of(hardware: Hardware) -> Interconnect | None:
@@ -63,10 +72,41 @@ def network_of(hardware: Hardware) -> Interconnect | None:
     try:
         if "/" not in hardware.network:
             return interconnect(hardware.network)
-        rate = parse_rate("network", hardware.network)
+        rate = parse_rate("--network", hardware.network)
     except ValueError as error:
-        raise PlanError(f"--network: {error}") from error
+        raise PlanError(f"{error} (--network)" if "/" not in hardware.network else str(error)) from error
     return Interconnect(name=GIVEN, peer_bytes_per_second=rate, collective_bytes_per_second=rate)
+
+
+def _write_limit(hardware: Hardware) -> int | None:
+    """One GPU's share of what a step may write to the host's disks."""
+    if hardware.nvme_writes is None:
+        return None
+    try:
+        return parse_size(hardware.nvme_writes) // hardware.gpus
+    except ValueError as error:
+        raise PlanError(f"--nvme-writes: {error}") from error
+
+
+def _check_interconnect(request: PlanRequest) -> None:
+    """Raises PlanError where no message would go over the interconnect that was given."""
+    hardware, degrees = request.hardware, request.degrees
+    ranks = {
+        Group.TENSOR: degrees.tensor,
+        Group.CONTEXT: degrees.context,
+        Group.EXPERT: degrees.expert,
+        Group.DATA: degrees.replicas,
+        Group.PIPELINE: degrees.pipeline,
+    }
+    talking = [group for group, count in ranks.items() if count > 1]
+    if hardware.interconnect is not None and all(
+        group_span(degrees, group) > hardware.gpus for group in talking
+    ):
+        raise PlanError(
+            f"--interconnect {hardware.interconnect} ties the {hardware.gpus} GPUs of a host together, and "
+            "with these degrees all ranks that talk to each other reach over several hosts: give --tp or "
+            "--cp inside a host, or drop it"
+        )
 
 
 def _measured(path: Path) -> Machine:
@@ -138,6 +178,8 @@ class Jobs:
         self.fields = fields_of(request.work.model)
         self.setup = setup_of(request.hardware)
         self.network = network_of(request.hardware)
+        self._write_limit_bytes = _write_limit(request.hardware)
+        _check_interconnect(request)
         self._shape: ModelShape | None = None
 
     @property
@@ -160,7 +202,9 @@ class Jobs:
     def check(self, sequence: int) -> None:
         """Raises PlanError where the degrees divide neither model nor ``sequence``."""
         try:
-            self.request.degrees.check(self.shape, gpus=self.request.gpus, sequence=sequence)
+            self.request.degrees.check(
+                self.shape, gpus=self.request.gpus, sequence=sequence, names=DEGREE_OPTIONS
+            )
         except ValueError as error:
             raise PlanError(str(error)) from error
 
@@ -168,16 +212,6 @@ class Jobs:
         """Codecs that were not allowed: remedies, where nothing fits."""
         allowed = self.request.search.allow_lossy
         return self._codecs(q.name for q in QUANTISERS if q.name not in allowed)
-
-    def _write_limit(self) -> int | None:
-        """This GPU's share of what a step may write to the host's disks."""
-        text = self.request.hardware.nvme_writes
-        if text is None:
-            return None
-        try:
-            return parse_bytes(text) // self.setup.gpus
-        except ValueError as error:
-            raise PlanError(f"--nvme-writes: {error}") from error
 
     def _codecs(self, names: Iterable[str]) -> tuple[Codec, ...]:
         return codecs(
@@ -218,7 +252,7 @@ class Jobs:
                 master_weights=work.master_weights,
                 micro_batches=work.accumulate,
                 clipping=work.clipping,
-                nvme_write_limit_bytes=self._write_limit(),
+                nvme_write_limit_bytes=self._write_limit_bytes,
                 codecs=self._codecs(search.allow_lossy),
                 error_budget=search.error_budget,
                 chunks=search.chunks,

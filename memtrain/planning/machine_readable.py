@@ -12,10 +12,12 @@ from enum import Enum
 from typing import Any
 
 from memtrain.planner.forecast import Forecast
+from memtrain.planner.ranges.plan import TIME_DIGITS
 from memtrain.planning.answer import AblationRow, Answer, Point
-from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
 from memtrain.planning.sweep_table import usage_text
 from memtrain.planning.terminal import relaxation_text
+from memtrain.planning.usage import class_shares
+from memtrain.planpage.fold import Alike, fold_activations, fold_states
 
 ANSWER_VERSION = 1
 
@@ -137,7 +139,7 @@ def _reach(answer: Answer) -> dict[str, Any] | None:
     }
 
 
-def _folded(lines: Sequence[Line]) -> list[dict[str, Any]]:
+def _folded(lines: Sequence[Alike]) -> list[dict[str, Any]]:
     return [{"blocks": line.blocks, "block_count": line.count, "text": line.text} for line in lines]
 
 
@@ -146,8 +148,13 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A number that is not whole has as many digits as a plan's seconds, in every line of every column."""
+    return f"{value:.{TIME_DIGITS}f}" if isinstance(value, float) else value
 
 
 def _plain(value: Any) -> Any:

@@ -9,11 +9,21 @@ from typing import Literal, get_args
 from memtrain.planner.hardware import suggest
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
-from memtrain.planner.units import parse_bytes
-from memtrain.planning.request import MOST_TOKENS, Attention, Axis, Dtype, PlanError, Sweep
+from memtrain.planner.units import parse_size
+from memtrain.planning.request import MOST_TOKENS, Attention, Axis, Dtype, PlanError, Questions, Sweep
 
 MAX_SWEEP = 24
 """Points of a sweep: each is a plan of its own, of some seconds."""
+
+DEFAULT_SEQUENCE = 8192
+DEGREE_OPTIONS = {
+    "data": "--dp",
+    "tensor": "--tp",
+    "context": "--cp",
+    "pipeline": "--pp",
+    "expert": "--ep",
+}
+"""Fields of ``Degrees`` as they are typed."""
 
 _FACTORS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 _COUNT = re.compile(r"^(\d+(?:\.\d+)?)\s*([kKmM]?)$")
@@ -30,6 +40,25 @@ def parse_count(option: str, text: str) -> int:
             f"{option}: cannot read {text!r} as a whole number above 0; write 8192, 8k (8 x 1024) or 1M"
         )
     return int(value)
+
+
+def parse_work_size(seq: str | None, micro_batch: int | None, questions: Questions) -> tuple[int, int]:
+    """Tokens of a sequence and sequences of a micro-batch; None is the default, 8k and 1.
+
+    Raises:
+        PlanError: one of them is given beside a question that has values of its own for it.
+    """
+    asked = {"--sweep": questions.sweep and questions.sweep.axis, "--what-fits": questions.what_fits}
+    given: dict[Axis, tuple[str, object]] = {"seq": ("--seq", seq), "batch": ("--micro-batch", micro_batch)}
+    for question, axis in asked.items():
+        option, value = given[axis] if axis else ("", None)
+        if value is not None:
+            raise PlanError(
+                f"{option} {value} is one size, and {question} {axis} tries its own: drop {option}, or drop "
+                f"{question}"
+            )
+    sequence = DEFAULT_SEQUENCE if seq is None else parse_count("--seq", seq)
+    return sequence, 1 if micro_batch is None else micro_batch
 
 
 def parse_sweep(text: str) -> Sweep:
@@ -83,7 +112,7 @@ def parse_budget(texts: Sequence[str]) -> tuple[tuple[str, str], ...]:
     pairs = parse_pairs("--budget", texts, "device=70GiB")
     for name, value in pairs:
         try:
-            size = parse_bytes(value)
+            size = parse_size(value)
         except ValueError as error:
             raise PlanError(f"--budget {name}={value}: {error}") from error
         if size == 0:
@@ -110,6 +139,8 @@ def parse_codecs(text: str | None) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     if not all(names):
         raise PlanError(f"--allow-lossy {text!r} has an empty name: write int8, int4 or int8,int4")
+    if len(set(names)) < len(names):
+        raise PlanError(f"--allow-lossy {text!r} names a codec twice: drop one")
     return names
 
 
@@ -168,14 +199,16 @@ def parse_degrees(
     Raises:
         PlanError: naming the option, the value and the limit.
     """
+    given = {"data": data, "tensor": tensor, "context": context, "pipeline": pipeline, "expert": expert}
+    for field, value in given.items():
+        if value is not None and value < 1:
+            raise PlanError(f"{DEGREE_OPTIONS[field]} must be at least 1, got {value}")
     others = tensor * context * pipeline
-    if min(tensor, context, pipeline, expert) < 1:
-        raise PlanError("--tp, --cp, --pp and --ep must be at least 1")
     if data is None:
         if gpus % others:
             raise PlanError(
-                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} does not divide {gpus} GPUs: "
-                "change one"
+                f"--tp {tensor} x --cp {context} x --pp {pipeline} = {others} does not divide --gpus x "
+                f"--nodes = {gpus}: change one"
             )
         data = gpus // others
     if data * others != gpus:
@@ -183,8 +216,19 @@ def parse_degrees(
             f"--dp {data} x --tp {tensor} x --cp {context} x --pp {pipeline} = {data * others}, but --gpus x "
             f"--nodes = {gpus}: change one, or leave --dp out"
         )
+    replicas = data * context
     if zero_stage not in (None, 0, 1, 2, 3):
         raise PlanError(f"--zero must be 0, 1, 2 or 3, got {zero_stage}")
+    if zero_stage and replicas == 1:
+        raise PlanError(
+            f"--zero {zero_stage} divides state over the ranks that hold the same weights, and --dp {data} x "
+            f"--cp {context} leaves one: give more --gpus or a smaller --tp or --pp, or drop it"
+        )
+    if replicas % expert:
+        raise PlanError(
+            f"--ep {expert} does not divide --dp {data} x --cp {context} = {replicas}, out of which expert "
+            "ranks are taken: give a divisor"
+        )
     if sequence_parallel is not None and tensor == 1:
         raise PlanError(
             "--sequence-parallel cuts what --tp leaves whole, and --tp is 1: give --tp, or drop it"
@@ -195,19 +239,16 @@ def parse_degrees(
         )
     if context_method not in (None, "ring", "ulysses"):
         raise PlanError(f"--cp-method must be ring or ulysses, got {context_method!r}")
-    try:
-        return Degrees(
-            data=data,
-            zero_stage=_stage(zero_stage, ranks=data * context),
-            tensor=tensor,
-            sequence_parallel=sequence_parallel is not False,
-            context=context,
-            context_method="ulysses" if context_method == "ulysses" else "ring",
-            pipeline=pipeline,
-            expert=expert,
-        )
-    except ValueError as error:
-        raise PlanError(str(error)) from error
+    return Degrees(
+        data=data,
+        zero_stage=_stage(zero_stage, ranks=replicas),
+        tensor=tensor,
+        sequence_parallel=sequence_parallel is not False,
+        context=context,
+        context_method="ulysses" if context_method == "ulysses" else "ring",
+        pipeline=pipeline,
+        expert=expert,
+    )
 
 
 def _stage(given: int | None, *, ranks: int) -> Literal[0, 1, 2, 3]:

@@ -14,9 +14,13 @@ Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 
+LEAST_TOKENS = 2
+"""Of a sequence: a token is predicted from the one before it."""
 MOST_TOKENS = 1 << 26
 """Of a sequence; the search for the longest ends there. Not far above, sizes in bytes leave 64 bits."""
 MOST_BATCH = 1 << 14
+MOST_ACCUMULATE = 1 << 20
+"""Of a step: among more passes than these an update's seconds are below the solver's tolerance of 1e-6."""
 
 
 class PlanError(ValueError):
@@ -31,7 +35,9 @@ class Sweep:
     values: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        most = MOST_TOKENS if self.axis == "seq" else MOST_BATCH
+        least, most = (LEAST_TOKENS, MOST_TOKENS) if self.axis == "seq" else (1, MOST_BATCH)
+        if min(self.values) < least:
+            raise PlanError(f"--sweep {self.axis} must be at least {least}, got {min(self.values)}")
         if max(self.values) > most:
             raise PlanError(f"--sweep {self.axis} must be at most {most}, got {max(self.values)}")
 
@@ -54,17 +60,15 @@ class Work:
     attention: Attention = "flash"
 
     def __post_init__(self) -> None:
-        for name, option in (
-            ("sequence", "--seq"),
-            ("micro_batch", "--micro-batch"),
-            ("accumulate", "--accumulate"),
+        if not self.model.strip():
+            raise PlanError("MODEL is empty: name a preset, a folder with a config.json, or such a file")
+        for value, option, least, most in (
+            (self.sequence, "--seq", LEAST_TOKENS, MOST_TOKENS),
+            (self.micro_batch, "--micro-batch", 1, MOST_BATCH),
+            (self.accumulate, "--accumulate", 1, MOST_ACCUMULATE),
         ):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{option} must be at least 1, got {getattr(self, name)}")
-        for value, option, most in (
-            (self.sequence, "--seq", MOST_TOKENS),
-            (self.micro_batch, "--micro-batch", MOST_BATCH),
-        ):
+            if value < least:
+                raise PlanError(f"{option} must be at least {least}, got {value}")
             if value > most:
                 raise PlanError(f"{option} must be at most {most}, got {value}")
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from memtrain.planner.ranges.model import DEVICE, Role
 from memtrain.planner.units import format_gib
 from memtrain.planning.answer import Point
-from memtrain.planning.fold import Usage
 from memtrain.planning.terminal import SOME, new_table
+from memtrain.planning.usage import Usage
 from memtrain.planpage.words import seconds_text, share_text
 
 _ROLES = {Role.PARAMETER: "weights", Role.GRADIENT: "gradients", Role.OPTIMIZER: "optimizer"}

@@ -17,8 +17,9 @@ from memtrain.planner.ranges.plan import Relaxation
 from memtrain.planner.ranges.profile_bytes import CATEGORIES
 from memtrain.planner.units import GiB, format_gib
 from memtrain.planning.answer import Answer
-from memtrain.planning.fold import Line, class_shares, fold_activations, fold_states
 from memtrain.planning.request import PlanRequest, Work
+from memtrain.planning.usage import class_shares
+from memtrain.planpage.fold import Alike, fold_activations, fold_states
 from memtrain.planpage.words import gap_text, gib_cell, seconds_text, share_text
 
 _PLAIN_WIDTH = 4096
@@ -204,7 +205,7 @@ def _actions(forecast: Forecast, out: Console) -> None:
     _lines("weights, gradients, optimizer state", fold_states(forecast.plan), out)
 
 
-def _lines(heading: str, lines: Sequence[Line], out: Console) -> None:
+def _lines(heading: str, lines: Sequence[Alike], out: Console) -> None:
     if not lines:
         return
     _section(heading, out)
@@ -214,7 +215,7 @@ def _lines(heading: str, lines: Sequence[Line], out: Console) -> None:
         out.print(f"  and {len(lines) - _MOST_LINES} more ways; -o plan.json and --json have every block")
 
 
-def _shortened(line: Line) -> str:
+def _shortened(line: Alike) -> str:
     """``44 blocks (layers 1, 5-6 ... 76-77)`` where there are many stretches of blocks."""
     stretches = line.blocks.split(", ")
     if len(stretches) <= _MOST_STRETCHES:

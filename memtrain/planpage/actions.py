@@ -17,11 +17,11 @@ from memtrain.planner.ranges.choices import Action, Kind, stored_bytes
 from memtrain.planner.ranges.model import Problem
 from memtrain.planpage.colours import Ink, legend
 from memtrain.planpage.content import PageInput
+from memtrain.planpage.fold import Alike, fold_activations, fold_states
 from memtrain.planpage.words import (
     action_text,
     brief_texts,
     class_names,
-    folded_rows,
     gib_cell,
     names_text,
     range_text,
@@ -186,12 +186,21 @@ def _cut(text: str, width: float) -> str:
 
 
 def _decisions(page: PageInput) -> str:
-    """Block by block, equal neighbours as one row."""
-    header, rows = folded_rows(page.problem, page.plan.blocks)
-    cells = [[names_text([page.problem.blocks[i].name for i in row.indices]), *row.cells] for row in rows]
-    differ = f"{len(cells)} different stretches of blocks" if len(cells) > 1 else "all blocks alike"
+    """Block by block, blocks that are treated alike as one row."""
+    activations, states = fold_activations(page.plan), fold_states(page.plan)
+    return "\n".join(
+        _decision_table(what, rows)
+        for what, rows in (("saved tensors", activations), ("weights, gradients, optimizer", states))
+        if rows
+    )
+
+
+def _decision_table(what: str, rows: Sequence[Alike]) -> str:
+    header = list(dict.fromkeys(name for row in rows for name, _ in row.actions))
+    cells = [[row.blocks, *[dict(row.actions).get(name, "-") for name in header]] for row in rows]
+    differ = f"{len(rows)} different ways" if len(rows) > 1 else "all blocks alike"
     return folded(
-        f"Decisions block by block ({differ})",
+        f"Decisions block by block: {what} ({differ})",
         f'<div class="words">{table(["blocks", *header], cells)}</div>',
         open_=len(cells) <= _OPEN_ROWS,
     )

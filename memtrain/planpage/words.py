@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
 
-from memtrain.planner.ranges.model import Problem, TensorClass
-from memtrain.planner.ranges.plan import BlockPlan, Range
+from memtrain.planner.ranges.model import Problem
+from memtrain.planner.ranges.plan import Range
 from memtrain.planner.units import GiB
 
 
@@ -67,14 +65,6 @@ def class_names(problem: Problem) -> list[str]:
     return list(dict.fromkeys(tensor.name for block in problem.blocks for tensor in block.classes))
 
 
-def class_text(decided: BlockPlan, tensor: TensorClass | None) -> str:
-    """What happens to a class of a block: ``recompute 9/16, swap to host 7/16``, ``keep`` for all of it."""
-    if tensor is None:
-        return "-"
-    parts = [range_text(part, tensor.chunks) for part in decided.ranges if part.tensor == tensor.name]
-    return ", ".join(parts) or "-"
-
-
 def range_text(part: Range, chunks: int) -> str:
     """``swap to host 7/16``, or ``keep`` for all chunks."""
     count, text = part.stop - part.start, action_text(part.action)
@@ -91,52 +81,6 @@ def brief_texts(part: Range, chunks: int) -> tuple[str, ...]:
         short if count == chunks else f"{short} {count}/{chunks}",
         f"{count}/{chunks}",
     )
-
-
-def held_text(decided: BlockPlan, state: str, pieces: int) -> str:
-    """Where one class of a block's state lies: ``host 3/4, nvme 1/4``, or ``device`` for all of it."""
-    counts: dict[str, int] = {}
-    for entry in decided.held:
-        if entry.state == state:
-            counts[entry.place] = counts.get(entry.place, 0) + entry.pieces
-    return _shares(counts, pieces)
-
-
-def updates_text(decided: BlockPlan, pieces: int) -> str:
-    """How a block is updated: ``cpu-ahead``, or ``cpu-ahead 3/4, device-ahead 1/4``."""
-    return _shares(dict(decided.updates), pieces)
-
-
-def _shares(counts: dict[str, int], of: int) -> str:
-    parts = [name if count == of else f"{name} {count}/{of}" for name, count in counts.items()]
-    return ", ".join(parts) or "-"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Alike:
-    """Blocks that follow each other and of which the same is said."""
-
-    indices: range
-    cells: tuple[str, ...]
-
-
-def folded_rows(problem: Problem, blocks: Sequence[BlockPlan]) -> tuple[list[str], list[Alike]]:
-    """Head (after the block's name) and rows of the table of decisions, equal neighbours as one row."""
-    classes = class_names(problem)
-    states = list(dict.fromkeys(state.name for block in problem.blocks for state in block.states))
-    rows: list[tuple[str, ...]] = []
-    for block, decided in zip(problem.blocks, blocks, strict=True):
-        tensors = {tensor.name: tensor for tensor in block.classes}
-        cells = [class_text(decided, tensors.get(name)) for name in classes]
-        cells += [held_text(decided, name, block.pieces) for name in states]
-        cells += [updates_text(decided, block.pieces)] if states else []
-        rows.append(tuple(cells))
-    alike, start = [], 0
-    for said, group in groupby(rows):
-        count = len(list(group))
-        alike.append(Alike(indices=range(start, start + count), cells=said))
-        start += count
-    return [*classes, *states, *(["update"] if states else [])], alike
 
 
 def names_text(names: Sequence[str]) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memtrain.planner.communication import Traffic
 from memtrain.planner.estimate import EstimatedUnit, TracedPart
 from memtrain.planner.hardware import Quoted
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.places import machine_of
-from memtrain.planner.lowering.seconds import Clock
-from memtrain.planner.lowering.states import PIECES, share_of, state_classes, update_seconds
+from memtrain.planner.lowering.seconds import Clock, message_buffer_bytes
+from memtrain.planner.lowering.states import PIECES, share_of, stage_units, state_classes, update_seconds
 from memtrain.planner.lowering.tensors import (
     Division,
     Fate,
@@ -55,8 +52,6 @@ class _Context:
     division: Division
     clock: Clock
     machine: Machine
-    traffic: Sequence[Traffic]
-    """Of one block."""
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -80,20 +75,15 @@ def problem_of(job: Job) -> Problem:
         division=division,
         clock=clock,
         machine=machine_of(job.setup, chunks=job.chunks, write_limit_bytes=job.nvme_write_limit_bytes),
-        traffic=clock.traffic_of_block(),
     )
-    blocks, buffers = [], 0
-    if job.first:
-        block, buffers = _end(context, "prologue", job.estimate.prologue)
+    blocks, buffers = [], message_buffer_bytes(clock.traffic_of_block())
+    for unit in stage_units(job):
+        if unit.block is None:
+            block, of_messages = _end(context, unit)
+            buffers = max(buffers, of_messages)
+        else:
+            block = _block(context, unit, unit.block)
         blocks.append(block)
-    for index in job.blocks:
-        block, of_messages = _block(context, index)
-        blocks.append(block)
-        buffers = max(buffers, of_messages)
-    if job.last:
-        block, of_messages = _end(context, "epilogue", job.estimate.epilogue)
-        blocks.append(block)
-        buffers = max(buffers, of_messages)
     updates = ALL_UPDATES
     if job.clipping or job.micro_batches > 1:
         updates = tuple(update for update in ALL_UPDATES if update.ahead)
@@ -110,22 +100,21 @@ def problem_of(job: Job) -> Problem:
     )
 
 
-def _block(context: _Context, index: int) -> tuple[Block, int]:
-    """A transformer block, and the buffers of its messages."""
+def _block(context: _Context, unit: EstimatedUnit, index: int) -> Block:
+    """A transformer block."""
     estimate = context.job.estimate
     part = estimate.classes[estimate.blocks[index].part]
-    seconds = context.clock.part(part, context.traffic)
+    seconds = context.clock.part(part, context.clock.traffic_at(index))
     forward_waits, backward_waits = context.clock.stage_waits(index)
     sizes = class_bytes(part, context.division)
-    block = _with_states(
+    return _with_states(
         context,
         estimate.blocks[index].name,
         (seconds.forward + forward_waits, seconds.backward + backward_waits),
-        next(unit for unit in estimate.units if unit.block == index),
+        unit,
         transients=transient_bytes(part, context.division),
         classes=tuple(_tensor_class(context, part, kind, size) for kind, size in sizes.items()),
     )
-    return block, seconds.message_buffer_bytes
 
 
 def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: int) -> TensorClass:
@@ -141,36 +130,23 @@ def _tensor_class(context: _Context, part: TracedPart, kind: Fate, size_bytes: i
     )
 
 
-def _end(context: _Context, name: str, part: TracedPart) -> tuple[Block, int]:
+def _end(context: _Context, unit: EstimatedUnit) -> tuple[Block, int]:
     """What stands before or after the blocks, and the buffers of its messages.
 
     What the epilogue saves is needed at once; what the prologue saves is held all step long (``_reserved``).
     """
-    unit = _end_unit(context.job, name)
-    at_once = part is context.job.estimate.epilogue
-    seconds = context.clock.part(part, context.clock.traffic_of_end(unit.parameters))
+    estimate, at_once = context.job.estimate, unit.name == "epilogue"
+    part = estimate.epilogue if at_once else estimate.prologue
+    traffic = context.clock.traffic_of_end(unit.parameters)
+    seconds = context.clock.part(part, traffic)
     block = _with_states(
         context,
-        name,
+        unit.name,
         (seconds.forward, seconds.backward),
         unit,
         transients=transient_bytes(part, context.division, saved_too=at_once, input_too=True),
     )
-    return block, seconds.message_buffer_bytes
-
-
-def _end_unit(job: Job, name: str) -> EstimatedUnit:
-    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not.
-
-    A tied parameter is in the first unit alone, so that an epilogue without a matrix has the embedding's.
-    """
-    units = {unit.name: unit for unit in job.estimate.units if unit.block is None}
-    unit = units[name]
-    matrices = [p for p in units["prologue"].parameters if len(p.shape) > 1]
-    if name == "prologue" or job.first or not matrices or any(len(p.shape) > 1 for p in unit.parameters):
-        return unit
-    tied = max(matrices, key=lambda p: p.elements)
-    return dataclasses.replace(unit, parameters=(tied, *unit.parameters))
+    return block, message_buffer_bytes(traffic)
 
 
 def _with_states(

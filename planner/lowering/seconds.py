@@ -2,22 +2,25 @@
 
 Operations come from the trace and take what ``roofline`` says, each by itself, divided by the degrees: a
 matrix product and attention by tensor and context ranks, all else by the ways in which its bytes are cut.
-Messages that arithmetic waits for are added; those that overlap count for what sticks out.
+Messages that arithmetic waits for are added; those that overlap count for what sticks out. What is sent
+once a step is in ``step_messages``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from memtrain.planner.communication import (
+    GRADIENTS_REDUCED,
+    WEIGHTS_GATHERED,
     Traffic,
     When,
     block_traffic,
     end_traffic,
     stage_traffic,
-    step_traffic,
 )
 from memtrain.planner.estimate import Operation, TracedPart
 from memtrain.planner.hardware import Interconnect
@@ -35,8 +38,6 @@ class PartSeconds:
 
     forward: float
     backward: float
-    message_buffer_bytes: int
-    """For what it sends, at the most at once."""
 
 
 class Clock:
@@ -76,10 +77,7 @@ class Clock:
             computed = math.fsum(self.operation(op, part, backward=backward) for op in ops)
             sent = [t for t in found if t.when is when]
             passes.append(self.with_messages(computed, sent))
-        buffers = [sum(t.buffer_bytes for t in found if t.when is w) for w in _BLOCK_PASSES]
-        return PartSeconds(
-            forward=passes[0], backward=passes[1], message_buffer_bytes=math.ceil(max(buffers, default=0))
-        )
+        return PartSeconds(forward=passes[0], backward=passes[1])
 
     def with_messages(self, computed: float, traffic: Iterable[Traffic]) -> float:
         """Arithmetic, what it waits for, and what sticks out of the messages beside it."""
@@ -184,6 +182,28 @@ class Clock:
             gradient_bytes=4 if job.single else 2,
         )
 
+    def traffic_at(self, index: int) -> list[Traffic]:
+        """What block ``index`` of the stage has beside it or waits for: what it sends, and ZeRO's messages.
+
+        There is room for two blocks' weights: while one works, those of the next in its pass are gathered.
+        The first in a pass waits for its own (https://docs.pytorch.org/docs/stable/notes/fsdp.html, on
+        prefetching). Gradients are reduced while their block's backward goes on, bucket by bucket; what is
+        left of them hides behind the block after it. With which backward ends, there is none: it waits.
+        """
+        first, last = index == self.job.blocks[0], index == self.job.blocks[-1]
+        found: list[Traffic] = []
+        for message in self.traffic_of_block():
+            if message.name == WEIGHTS_GATHERED:
+                forward = message.when is When.BLOCK_FORWARD
+                begins, ends = (first, last) if forward else (last, first)
+                found += [dataclasses.replace(message, overlaps=False)] if begins else []
+                found += [] if ends else [message]
+            elif message.name == GRADIENTS_REDUCED:
+                found.append(dataclasses.replace(message, overlaps=not first))
+            else:
+                found.append(message)
+        return found
+
     def traffic_of_end(self, parameters: Iterable[ParameterSpec]) -> list[Traffic]:
         """What the embedding or the head sends for one micro-batch."""
         value_bytes = 4 if self.job.single else 2
@@ -216,32 +236,11 @@ class Clock:
         return forward, backward
 
 
-def step_message_seconds(job: Job, backward_seconds: float) -> float:
-    """Once a step: gradients that the backward of ``backward_seconds`` does not hide, and updated weights."""
-    clock = Clock(job, Division(estimate=job.estimate, shape=job.shape, degrees=job.degrees))
-    names = {job.estimate.blocks[index].name for index in job.blocks}
-    names |= {"prologue"} if job.first else set()
-    names |= {"epilogue"} if job.last else set()
-    specs = [p for unit in job.estimate.units if unit.name in names for p in unit.parameters if p.trainable]
-    beside = waits = 0.0
-    for experts in (False, True):
-        cut = job.degrees.tensor * (job.degrees.expert if experts else 1)
-        held = sum(p.elements for p in specs if is_expert(p.name) is experts) / cut
-        value_bytes = 4 if job.single else 2
-        for message in step_traffic(
-            job.degrees,
-            parameters=held,
-            weight_bytes=value_bytes,
-            gradient_bytes=value_bytes,
-            experts=experts,
-        ):
-            seconds = message.seconds(clock.link(message.group))
-            beside += seconds if message.overlaps else 0.0
-            waits += 0.0 if message.overlaps else seconds
-    return waits + max(0.0, beside - backward_seconds)
-
-
-_BLOCK_PASSES = (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
+def message_buffer_bytes(traffic: Iterable[Traffic]) -> int:
+    """For what a part sends in one of its passes, at the most at once."""
+    found = list(traffic)
+    passes = (When.BLOCK_FORWARD, When.BLOCK_BACKWARD)
+    return math.ceil(max(sum(t.buffer_bytes for t in found if t.when is when) for when in passes))
 
 
 def block_parameters(job: Job) -> tuple[int, int]:

@@ -6,10 +6,12 @@ works on the rank's share of the optimizer's state.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from memtrain.planner.estimate import EstimatedUnit
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.seconds import is_expert
 from memtrain.planner.optimizer_bytes import ParameterSpec, StateBytes, state_bytes
@@ -39,6 +41,27 @@ class Share:
             masters=self.masters + other.masters,
             moments=self.moments + other.moments,
         )
+
+
+def stage_units(job: Job) -> list[EstimatedUnit]:
+    """What the stage holds parameters of, in the order of forward."""
+    found = [unit for unit in job.estimate.units if unit.block in job.blocks]
+    found = [end_unit(job, "prologue"), *found] if job.first else found
+    return [*found, end_unit(job, "epilogue")] if job.last else found
+
+
+def end_unit(job: Job, name: str) -> EstimatedUnit:
+    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not.
+
+    A tied parameter is in the first unit alone, so that an epilogue without a matrix has the embedding's.
+    """
+    units = {unit.name: unit for unit in job.estimate.units if unit.block is None}
+    unit = units[name]
+    matrices = [p for p in units["prologue"].parameters if len(p.shape) > 1]
+    if name == "prologue" or job.first or not matrices or any(len(p.shape) > 1 for p in unit.parameters):
+        return unit
+    tied = max(matrices, key=lambda p: p.elements)
+    return dataclasses.replace(unit, parameters=(tied, *unit.parameters))
 
 
 def share_of(job: Job, parameters: Iterable[ParameterSpec]) -> Share:

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.highs import Found, Solver
+from memtrain.planner.ranges.program import limit_of
 
-TRIES = 6
-"""Roundings, each with less room than the one before; with 64 pieces a block the second fits."""
+TRIES = 12
+"""Roundings, each with less room than the one before: one to five fit the families of
+benchmarks/plan_solver.py, at 10 to 50 ms each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,31 +55,31 @@ def diffused(formulated: Formulated, values: Sequence[float]) -> Decisions:
 def fitting(formulated: Formulated, solver: Solver, vertex: Found, deadline: float) -> Decisions | None:
     """Whole counts near the relaxation ``vertex`` of ``solver`` that fit, or None where none were found.
 
-    Where a rounding exceeds a place, the relaxation is solved again with that much less room everywhere in
-    the place: one that is too full at one position would be at another, were that one alone to get less.
-    Limits are given back in the end.
+    Where a rounding exceeds a place or the error budget, the relaxation is solved again with that much less
+    room everywhere in the place: one that is too full at one position would be at another, were that one
+    alone to get less. A place that is exceeded again gets twice as much less each time, for a rounding may
+    stay the same until the room has shrunk by the bytes of a chunk. Limits are given back in the end.
     """
     now, found = vertex, None
+    times: Counter[str] = Counter()
     for _ in range(TRIES):
         decisions = diffused(formulated, now.values)
         over = formulated.excess(decisions)
         if not over:
             found = decisions
             break
+        worst: dict[str, float] = {}
+        for row, amount in over.items():
+            worst[limit_of(row)] = max(amount, worst.get(limit_of(row), 0.0))
         for name in solver.program.limits:
-            alike = [size for row, size in over.items() if _place_of(row) == _place_of(name)]
-            if alike:
-                solver.tighten(name, max(alike))
+            if limit_of(name) in worst:
+                solver.tighten(name, worst[limit_of(name)] * 2 ** times[limit_of(name)])
+        times.update(worst.keys())
         now = solver.relaxed(deadline - time.monotonic())
         if not now.solved:
             break
     solver.loosen()
     return found
-
-
-def _place_of(row: str) -> str:
-    """``backward layers.3 on device`` -> ``device``; a row of no place stands for itself."""
-    return row.rpartition(" on ")[2]
 
 
 def rounded_to(wanted: Sequence[float], total: int) -> list[int]:

@@ -15,6 +15,7 @@ import numpy as np
 import pulp
 
 from memtrain.planner.ranges.program import Program
+from memtrain.planner.ranges.terms import Unit
 
 SEED = 1
 THREADS = 1
@@ -119,24 +120,27 @@ class Solver:
         high = np.array([b[1] for _, b in pairs], dtype=np.float64)
         self._highs.changeColsBounds(len(columns), columns, low, high)
 
-    def tighten(self, name: str, size_bytes: float) -> None:
-        """Lower the limit of a row of bytes by as much, and by what the solver's tolerance hides."""
-        row = self.program.limits[name]
-        lowered = size_bytes / self.program.byte_scale + 2 * FEASIBILITY_TOLERANCE
+    def tighten(self, name: str, amount: float) -> None:
+        """Lower a limit by ``amount`` bytes or errors, and by what the solver's tolerance hides."""
+        limit = self.program.limits[name]
+        lowered = amount / limit.scale + 2 * FEASIBILITY_TOLERANCE
         self._lowered[name] = self._lowered.get(name, 0.0) + lowered
+        row = limit.constraint
         self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb() - self._lowered[name])
 
     def binding(self) -> tuple[str, ...]:
         """Rows of bytes that hold the last relaxation back: with a little more room it would be better."""
         duals = self._highs.getSolution().row_dual
         return tuple(
-            name for name, row in self.program.limits.items() if abs(duals[row.index]) > DUAL_TOLERANCE
+            name
+            for name, limit in self.program.limits.items()
+            if limit.unit is Unit.BYTES and abs(duals[limit.constraint.index]) > DUAL_TOLERANCE
         )
 
     def loosen(self) -> None:
-        """Give every row of bytes its own limit back."""
+        """Give every row its own limit back."""
         for name in self._lowered:
-            row = self.program.limits[name]
+            row = self.program.limits[name].constraint
             self._highs.changeRowBounds(row.index, -highspy.kHighsInf, row.getUb())
         self._lowered.clear()
 

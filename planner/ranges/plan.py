@@ -7,11 +7,10 @@ search took, and what its phases reached, is provenance: written beside the plan
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
+from memtrain.planner.canonical import plain, read_signed_plan, short_digest, signed_plan
 from memtrain.planner.ranges.formulate import Decisions, Formulated
 from memtrain.planner.ranges.model import Problem
 from memtrain.planner.ranges.simulate import Event, PartTime, Peak, simulate
@@ -116,7 +115,7 @@ class RangePlan:
 
     def to_json(self) -> str:
         """The canonical document."""
-        return canonical_json({"plan": self._hashed(), "hash": self.digest, "provenance": self.provenance})
+        return signed_plan(self, self._hashed())
 
     @classmethod
     def from_json(cls, text: str) -> RangePlan:
@@ -125,37 +124,33 @@ class RangePlan:
         Raises:
             ValueError: not a plan, another version, unknown keys, or a hash that does not match.
         """
-        with reading("a plan"):
-            document = json.loads(text)
-            data = dict(document["plan"])
-            check_version(data, PLAN_VERSION, "plan")
-            data["blocks"] = tuple(
-                BlockPlan(
-                    name=one["name"],
-                    ranges=tuple(Range(**r) for r in one["ranges"]),
-                    updates=tuple((label, count) for label, count in one["updates"]),
-                    held=tuple(Held(**h) for h in one["held"]),
-                )
-                for one in data["blocks"]
-            )
-            for name, kind in (
-                ("events", Event),
-                ("parts", PartTime),
-                ("peaks", Peak),
-                ("relaxations", Relaxation),
-                ("binding", Binding),
-            ):
-                data[name] = tuple(kind(**item) for item in data[name])
-            plan = cls(**data, provenance=document["provenance"])
-            said = document["hash"]
-        if plan.digest != said:
-            raise ValueError(f"the plan's hash is {plan.digest}, the document says {said}: it was changed")
-        return plan
+        return read_signed_plan(text, PLAN_VERSION, _plan_of)
 
     def _hashed(self) -> dict[str, Any]:
         return {
             f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "provenance"
         }
+
+
+def _plan_of(data: dict[str, Any]) -> RangePlan:
+    data["blocks"] = tuple(
+        BlockPlan(
+            name=one["name"],
+            ranges=tuple(Range(**r) for r in one["ranges"]),
+            updates=tuple((label, count) for label, count in one["updates"]),
+            held=tuple(Held(**h) for h in one["held"]),
+        )
+        for one in data["blocks"]
+    )
+    for name, kind in (
+        ("events", Event),
+        ("parts", PartTime),
+        ("peaks", Peak),
+        ("relaxations", Relaxation),
+        ("binding", Binding),
+    ):
+        data[name] = tuple(kind(**item) for item in data[name])
+    return RangePlan(**data)
 
 
 def problem_digest(problem: Problem) -> str:

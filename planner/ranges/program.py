@@ -25,6 +25,16 @@ SCALED_CAPACITY = 4096.0
 """The device's capacity in the solver's unit of bytes; its tolerance of 1e-6 is 2e-10 of the capacity."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A row that says how much of something there is."""
+
+    constraint: pulp.LpConstraint
+    scale: float
+    """Bytes, or parts of the error budget, per unit of the solver's row."""
+    unit: Unit
+
+
 @dataclass(slots=True)
 class Program:
     """A PuLP problem whose variables stand in the formulation's order, followed by the events."""
@@ -36,8 +46,8 @@ class Program:
     """Upper bound of what the bytes moved add to the objective."""
     byte_scale: float
     """Bytes per unit of the solver's byte variables."""
-    limits: dict[str, pulp.LpConstraint] = field(default_factory=dict)
-    """Rows of bytes by their name in the formulation."""
+    limits: dict[str, Limit] = field(default_factory=dict)
+    """Of bytes and of the error budget, by their name in the formulation."""
 
 
 def build(formulated: Formulated, *, shortage_of: str | Sequence[str] | None = None) -> Program:
@@ -109,8 +119,8 @@ def _rows(program: Program, form: Formulation, more: Mapping[str, pulp.LpVariabl
         limit = row.limit * factor
         constraint = left == limit if row.equal else left <= limit
         program.problem.addConstraint(constraint)
-        if row.name and row.unit is Unit.BYTES:
-            program.limits[row.name] = constraint
+        if row.name and row.unit is not Unit.COUNT and not row.equal:
+            program.limits[row.name] = Limit(constraint, 1.0 / factor, row.unit)
 
     for item in form.derived:
         if isinstance(item, Sum):

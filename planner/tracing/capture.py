@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
 
-from memtrain.planner.trace import BlocksNotFoundError
+from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.planner.tracing.recorder import storage_key, tensors_in
 
 Run = Callable[[], Tensor]

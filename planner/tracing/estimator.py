@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_map_only
 
 from memtrain.planner.estimate import EstimatedBlock, LifetimeKind, ModelEstimate, TensorClass, TracedPart
-from memtrain.planner.trace import find_blocks
 from memtrain.planner.tracing import fake_model, walk
 from memtrain.planner.tracing.attention import GPU_KERNELS
+from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.tracing.capture import capture
 from memtrain.planner.tracing.kernel_shapes import KernelShapes
 from memtrain.planner.tracing.model_shape import expert_count

@@ -144,3 +144,35 @@ def test_how_children_end(grouped: ModuleType) -> None:
     assert grouped.run_child(python("import time; time.sleep(60)"), timeout_seconds=0.5).outcome == "timeout"
     with pytest.raises(grouped.BenchmarkError, match="no line of the output is a JSON object"):
         grouped.run_child(python("print('done')"))
+
+
+def test_a_row_of_cold_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plan_cold = importlib.import_module("plan_cold")
+    fits = {"solver_seconds": 2.0, "gap": 0.00123, "status": "optimal", "exit_code": 0}
+    runs = [
+        {**fits, "seconds": 9.0},
+        {**fits, "seconds": 12.0, "solver_seconds": 5.04},
+        {**fits, "seconds": 8.0},
+    ]
+    assert plan_cold.row("warm", "context 8", runs) == [
+        "context 8",
+        "warm",
+        "9.0",
+        "8.0 to 12.0",
+        "5.0",
+        "0.123",
+        "optimal",
+        0,
+    ]
+    none = [{"seconds": 3.0, "solver_seconds": 1.0, "gap": None, "status": "infeasible", "exit_code": 2}]
+    assert plan_cold.row("cold", "infeasible", none)[5:] == ["-", "infeasible", 2]
+
+
+def test_a_cold_answer_with_the_wrong_exit_code_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    plan_cold = importlib.import_module("plan_cold")
+    with pytest.raises(
+        plan_cold.BenchmarkError, match=r"memtrain plan .* exited with 1, not 0: error: MODEL is"
+    ):
+        plan_cold.run_plan("", ("--gpu", "h100"), 0)

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtrain import rehearsal
+from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.token_probe import probe_tokens
+from memtrain.offload.unmoved import FixedTensors
+from memtrain.planner.actions import Action, BlockDecision
 from memtrain.planner.profile import BlockProfile, Prefixes
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.live_bytes import LiveBytes
@@ -101,8 +104,33 @@ def test_prefixes_are_eighths_and_every_saved_byte_has_a_token(model: Net) -> No
     assert found is not None
     assert (found.tokens, found.lengths) == (TOKENS, (3, 6, 9, 12, 15, 18, 21))
     assert (found.cut_bytes, found.whole_bytes) == (block.saved_bytes, 0)
+    assert found.attention_whole_bytes == 0
     assert found.largest_bytes == 2 * TOKENS * INNER * 4
     assert all(0.0 <= difference < 1e-4 for difference in found.differences)
+
+
+def test_a_run_takes_what_the_profile_says_to_look_at_tokens(model: Net) -> None:
+    """Whichever prefix a plan has chosen, of tokens or of attention: the longest takes the most."""
+    prefixes = profile_of(model).prefixes
+    assert prefixes is not None
+    # A row of the product of gate and up, which the last linear saves; of the output of attention, and the
+    # logarithms of its sums.
+    assert prefixes.witness_bytes == 2 * 4 * (INNER + WIDTH + HEADS)
+    hidden, peaks = torch.randn(2, TOKENS, WIDTH, requires_grad=True), []
+    decisions = [
+        decision
+        for length in prefixes.lengths
+        for decision in (
+            BlockDecision(block=0, action=Action.RECOMPUTE, recomputed_tokens=length),
+            BlockDecision(block=0, action=Action.RECOMPUTE_EXCEPT_ATTENTION, attention_tokens=length),
+        )
+    ]
+    for decision in decisions:
+        survey = BlockSurvey("layers.1", model.layers[1], decision, FixedTensors(model).__contains__)
+        with LiveBytes() as live:
+            survey.parts(model.layers[1].forward, (hidden,), {})
+        peaks.append(live.peak_bytes + HIDDEN)
+    assert max(peaks) == prefixes.probe_bytes
 
 
 def test_a_block_that_looks_ahead_has_no_prefixes_and_says_why() -> None:
@@ -124,7 +152,7 @@ def prefixes_of_two(monkeypatch: pytest.MonkeyPatch, model: Net, **shorter: int)
 
     def probe(*args: Any, **kwargs: Any) -> TokenProbe:
         found = probe_tokens(*args, **kwargs)
-        return replace(found, **shorter) if kwargs["prefixes"] == [6] else found
+        return replace(found, **shorter) if kwargs["prefix"] == 6 else found
 
     monkeypatch.setattr(rehearsal, "probe_tokens", probe)
     hidden = torch.randn(2, TOKENS, WIDTH, requires_grad=True)

@@ -80,7 +80,9 @@ class LatestEngine:
         )
 
 
-def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 1 << 20) -> Plan:
+def make_plan(
+    decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 1 << 20, *, exact_only: bool = False
+) -> Plan:
     return Plan(
         status="heuristic", blocks=tuple(decisions), states=(), update_schedule=UpdateSchedule.SEQUENTIAL,
         staging=Staging(
@@ -88,5 +90,5 @@ def make_plan(decisions: list[BlockDecision], slots: int = 2, slot_bytes: int = 
             kept_bytes=(slot_bytes,) * len(decisions),
         ),
         micro_batches=1, step_seconds=0.0, lower_bound_seconds=0.0, gap=0.0, solver="hand", bill=(), peaks=(),
-        capacities=(), bytes_moved_per_step=0,
+        capacities=(), bytes_moved_per_step=0, exact_only=exact_only,
     )  # fmt: skip

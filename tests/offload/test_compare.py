@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from memtrain.offload.compare import Mismatch, TwoTokenAxes, difference, token_axis
+from memtrain.offload.compare import Mismatch, TwoTokenAxes, difference, fingerprint, token_axis
 from memtrain.offload.token_rows import RowAxis
 
 
@@ -23,6 +23,30 @@ def test_difference_in_parts_of_the_largest_entry() -> None:
     assert difference(torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0])) == math.inf
     assert difference(torch.tensor([1, 2]), torch.tensor([1, 3])) == math.inf
     assert difference(torch.tensor([True]), torch.tensor([True])) == 0.0
+
+
+def test_what_is_compared_in_pieces_is_compared_to_the_end() -> None:
+    """Three pieces and a bit, of a tensor and of rows that do not lie together."""
+    one = torch.zeros(2, 30, 4000)
+    one[1, 29, 3999] = 2.0
+    other = one.clone()
+    other[1, 29, 3998] = 0.5
+    assert difference(one, one.clone()) == 0.0
+    assert difference(one, other) == 0.25
+    assert difference(one[:, :29], other[:, :29]) == 0.0
+    assert difference(one[:, 1:], other[:, 1:]) == 0.25
+    assert fingerprint(one) == fingerprint(one.transpose(1, 2).contiguous().transpose(1, 2))
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one[:, :29]) == fingerprint(other[:, :29])
+
+
+def test_a_fingerprint_is_of_every_bit_in_its_place() -> None:
+    one = torch.tensor([0.0, 1.0, 2.0, math.nan], dtype=torch.bfloat16)
+    assert fingerprint(one) == fingerprint(one.clone())
+    assert fingerprint(one) != fingerprint(one.flip(0))
+    assert fingerprint(one[:1]) != fingerprint(-one[:1])
+    assert fingerprint(torch.tensor([True])) != fingerprint(torch.tensor([False]))
+    assert fingerprint(torch.ones(2, 3)[:, :1].expand(2, 3)) == fingerprint(torch.ones(2, 3))
 
 
 def test_axis_of_the_tokens() -> None:

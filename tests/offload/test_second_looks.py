@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtrain.offload import attention_probe
+from memtrain.offload import compare as compare_module
 from memtrain.offload.errors import OffloadError, SavedTensorModifiedError, TokenRangeError
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from tests.offload.test_token_ranges import assert_as_probed, assert_equal, compare, every, executor_for
@@ -142,7 +144,97 @@ def test_a_block_that_chooses_is_looked_at_for_every_size() -> None:
         model(tokens)
         looks.append(Choosing.looks // DEPTH)
     executor.remove()
-    assert looks == [4, 1, 4, 4]
+    assert looks == [5, 1, 5, 5]  # four to look, and the forward itself
+
+
+class Rounding(nn.Module):
+    """Rounds otherwise in rows of as many tokens as ``sizes`` names, as matrix products do."""
+
+    sizes: tuple[int, ...] = ()
+    looks = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = RowwiseLinear(WIDTH, WIDTH)
+
+    def forward(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+        Rounding.looks += 1
+        return hidden + (self.mix(hidden) * (1.0 + 2.0**-22 * (hidden.shape[1] in self.sizes))).tanh()
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> type[Rounding]:
+    monkeypatch.setattr(Rounding, "sizes", (12,))
+    return Rounding
+
+
+def test_rows_of_another_length_are_rounded_otherwise(rounding: type[Rounding]) -> None:
+    """Shorter ones than those that were looked at: let pass, unless the plan promises that all is exact."""
+    data = [batches(2, tokens, 1)[0] for tokens in (17, 15, 12)]
+    assert_equal(*compare(lambda: CausalNet(rounding), every(8), data[:2], exact_only=True)[:2])
+    plain, planned, _ = compare(lambda: CausalNet(rounding), every(8), data)
+    assert not all(torch.equal(a, b) for a, b in zip(plain, planned, strict=True))
+    with pytest.raises(
+        TokenRangeError, match=r"^blocks\.0: the first 8 of 12 tokens .*exact_only: false .*, plan without"
+    ):
+        compare(lambda: CausalNet(rounding), every(8), data, exact_only=True)
+
+
+@pytest.mark.parametrize("apart", [0.0, 1e-7])
+def test_attention_of_a_prefix_must_be_as_exact(monkeypatch: pytest.MonkeyPatch, apart: float) -> None:
+    """As found by a probe, here made up: kernels of some machines are exact for these sizes."""
+    monkeypatch.setattr(
+        attention_probe, "token_axis", lambda *given: (compare_module.token_axis(*given)[0], apart)
+    )
+    torch.manual_seed(0)
+    model = SeeingPrefix()
+    for exact_only in (False, True):
+        executor = executor_for(
+            model, every(None, action=EXCEPT_ATTENTION, attention_tokens=4), exact_only=exact_only
+        )
+        executor.install()
+        if exact_only and apart:
+            with pytest.raises(TokenRangeError, match=r"^blocks\.0: the first 4 of 17 tokens .* 1\.0e-07 "):
+                model(batches(2, 17, 1)[0])
+        else:
+            model(batches(2, 17, 1)[0])
+        executor.remove()
+
+
+def test_every_size_is_looked_at_once_where_the_plan_promises_bits(rounding: type[Rounding]) -> None:
+    torch.manual_seed(0)
+    model = CausalNet(rounding)
+    executor = executor_for(model, every(8), exact_only=True)
+    executor.install()
+    looks = []
+    for tokens in (17, 17, 15, 17, 15, 8):
+        rounding.looks = 0
+        model(batches(2, tokens, 1)[0])
+        looks.append(rounding.looks // DEPTH)
+    executor.remove()
+    assert looks == [5, 1, 5, 1, 1, 1]  # rows of 8 tokens are computed again as a whole
+
+
+def test_a_promise_is_kept_in_backward_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that were looked at round otherwise later, which no look foresees: the witness row shows it."""
+    torch.manual_seed(0)
+    model = CausalNet(Rounding)
+    tokens = batches(2, 17, 1)[0]
+    for exact_only in (False, True):
+        monkeypatch.setattr(Rounding, "sizes", ())
+        executor = executor_for(model, every(8), exact_only=exact_only)
+        executor.install()
+        model(tokens).backward()
+        monkeypatch.setattr(Rounding, "sizes", (17,))
+        loss = model(tokens)
+        if exact_only:
+            with pytest.raises(
+                TokenRangeError, match=r"blocks\.2: the first 8 tokens alone give other values"
+            ):
+                loss.backward()
+        else:
+            loss.backward()
+        executor.remove()
 
 
 @pytest.mark.parametrize("decisions", [every(5), every(5, Tier.NVME, input_tier=Tier.NVME)])

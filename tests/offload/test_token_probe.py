@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtrain.offload.attention_probe import AttentionProbe
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.token_kinds import Kind, TokenProbe
 from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import RowAxis
+from memtrain.planner.tracing.live_bytes import LiveBytes
 
 WIDTH = 16
 
@@ -21,7 +23,7 @@ WIDTH = 16
 def probe(
     function: Callable[..., Any],
     *args: Any,
-    prefixes: tuple[int, ...] = (4,),
+    prefix: int | None = 4,
     attention: tuple[int, ...] = (),
     **kwargs: Any,
 ) -> TokenProbe:
@@ -31,7 +33,7 @@ def probe(
         args,
         kwargs,
         is_fixed=lambda tensor: isinstance(tensor, nn.Parameter),
-        prefixes=prefixes,
+        prefix=prefix,
         attention_prefixes=attention,
     )
 
@@ -68,6 +70,30 @@ def test_every_kind_of_saved_tensor() -> None:
     assert found.difference == 0.0
 
 
+def test_the_witness_is_one_row_of_each() -> None:
+    found = probe(attend, hidden(), attention=(4,))
+    # Query, key and value are views of the input: 16 numbers for each of 2 tokens; an output of attention as
+    # many, and the logarithm of a sum for each of 2 heads.
+    assert found.witness_bytes == 2 * 4 * (WIDTH + WIDTH + 2)
+    assert probe(attend, hidden(), prefix=None, attention=(4,)).witness_bytes == 2 * 4 * (WIDTH + 2)
+    assert probe(torch.tanh, hidden()).witness_bytes == 2 * 4 * WIDTH
+
+
+def test_a_look_takes_less_than_a_forward_that_saves() -> None:
+    """Eight tensors of one size are saved, and with half of the tokens eight halves. When the second of all
+    tokens is there, the first is, too, and seven halves are still to be compared."""
+
+    def block(entry: Tensor) -> Tensor:
+        for _ in range(8):
+            entry = entry.tanh()
+        return entry
+
+    entry = hidden(1, 10)
+    with LiveBytes() as live:
+        probe(block, entry, prefix=5)
+    assert live.peak_bytes == 5.5 * entry.nbytes
+
+
 def test_a_shared_storage_counts_once() -> None:
     def block(entry: Tensor) -> Tensor:
         first, second = (entry * 2.0).chunk(2, -1)
@@ -89,10 +115,33 @@ def test_sizes_that_happen_to_equal_the_tokens() -> None:
 def test_attention_kernels() -> None:
     mask = torch.zeros(1, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), -torch.inf)
     for given in (None, mask):
-        found = probe(attend, hidden(), mask=given, prefixes=(4,), attention=(4, 2))
+        found = probe(attend, hidden(), mask=given, attention=(4, 2))
         assert found.attention == ((RowAxis(dim=2), RowAxis(dim=2)),)
         assert found.arguments == ({0: (1,)} if given is None else {0: (1,), 1: (2, 3)})
         assert found.difference < 1e-6
+
+
+class WithState:
+    """The CPU's flash kernel, as a GPU's: it gives the state of its random numbers, too."""
+
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.operator, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return *self.operator(*args, **kwargs), torch.tensor([7, 0])
+
+
+def test_a_kernel_that_gives_its_random_state() -> None:
+    probe, kernel = AttentionProbe("block", 9, (4, 2)), WithState()
+    heads = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    given = heads, heads, heads, 0.0, True
+    for _ in range(2):
+        probe.look_at(kernel, given, {}, kernel(*given))
+    assert probe.axes == [(RowAxis(dim=2), RowAxis(dim=2), None)] * 2
+    assert probe.whole_bytes == 2 * 2 * 8  # two numbers of 8 bytes, twice
+    assert probe.row_bytes == 2 * 2 * (2 * 8 + 2) * 4
 
 
 def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:
@@ -104,13 +153,13 @@ def test_a_prefix_lies_in_memory_as_the_whole_does() -> None:
         return entry.tanh()
 
     probe(look, hidden().transpose(0, 1).contiguous().transpose(0, 1).detach().requires_grad_())
-    assert tokens_first == [True, True, True]  # of all, of the prefix, and of other tokens
+    assert tokens_first == [True] * 4  # of all, of the prefix, of all again, and of other tokens
 
 
 def test_random_numbers_and_arguments_stay() -> None:
     entry = hidden()
     before, state = entry.detach().clone(), torch.get_rng_state()
-    found = probe(lambda entry: F.dropout(entry, 0.5), entry, prefixes=(4, 8, 1))
+    found = probe(lambda entry: F.dropout(entry, 0.5), entry, prefix=8)
     assert torch.equal(state, torch.get_rng_state())
     assert torch.equal(entry, before)
     assert entry.grad is None
@@ -119,10 +168,12 @@ def test_random_numbers_and_arguments_stay() -> None:
     assert found.bit_equal
 
 
-@pytest.mark.parametrize("prefixes", [(0,), (9,), (4, 12)])
-def test_a_prefix_is_a_part(prefixes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("prefix", [0, 9, 12])
+def test_a_prefix_is_a_part(prefix: int) -> None:
     with pytest.raises(ValueError, match="between 1 and 8 tokens"):
-        probe(torch.tanh, hidden(), prefixes=prefixes)
+        probe(torch.tanh, hidden(), prefix=prefix)
+    with pytest.raises(ValueError, match="between 1 and 8 tokens"):
+        probe(torch.tanh, hidden(), attention=(4, prefix))
 
 
 def shut_gate(entry: Tensor) -> Tensor:
@@ -182,7 +233,7 @@ def test_what_cannot_be_cut_is_refused(function: Callable[..., Any], match: str)
 
 def test_attention_that_looks_ahead_is_refused() -> None:
     with pytest.raises(TokenRangeError, match="is not causal: attention kernel 0"):
-        probe(lambda entry: attend(entry, causal=False), hidden(), prefixes=(), attention=(4,))
+        probe(lambda entry: attend(entry, causal=False), hidden(), prefix=None, attention=(4,))
 
 
 def test_attention_to_other_tokens_is_refused() -> None:
@@ -192,4 +243,4 @@ def test_attention_to_other_tokens_is_refused() -> None:
         return F.scaled_dot_product_attention(entry.unflatten(-1, (2, -1)).transpose(1, 2), memory, memory)
 
     with pytest.raises(TokenRangeError, match="9 queries and 5 keys"):
-        probe(cross, hidden(), prefixes=(), attention=(4,))
+        probe(cross, hidden(), prefix=None, attention=(4,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,15 @@ from torch.nn import functional as F
 
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.errors import TokenRangeError
-from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.decisions import Decisions
+from memtrain.planner.plan import Staging
+from memtrain.planner.simulate import simulate
 from memtrain.planner.tracing.live_bytes import LiveBytes
 from tests.offload.late_device import LateDevice
 from tests.offload.latest_store import LatestEngine, make_plan
 from tests.offload.token_models import DEPTH, WIDTH, CausalBlock, CausalNet, batches, gpt2, llama, train
+from tests.planner.toys import make_block, make_machine, make_prefixes, make_profile
 
 DEVICE, NVME, HOST, CXL = Tier.DEVICE, Tier.NVME, Tier.HOST, Tier.CXL
 
@@ -28,13 +33,13 @@ def every(first: int | None, rest: Tier = DEVICE, **fields: Any) -> list[BlockDe
 
 
 def executor_for(
-    model: Any, decisions: list[BlockDecision], *, late: bool = False, **staging: int
+    model: Any, decisions: list[BlockDecision], *, late: bool = False, **plan: Any
 ) -> ActivationExecutor:
     engine = LatestEngine()
     if late:
         engine.device = LateDevice(eagerness=0.1)  # type: ignore[assignment]
     blocks = [(f"blocks.{i}", block) for i, block in enumerate(model.blocks)]
-    return ActivationExecutor(model, blocks, make_plan(decisions, **staging), engine)  # type: ignore[arg-type]
+    return ActivationExecutor(model, blocks, make_plan(decisions, **plan), engine)  # type: ignore[arg-type]
 
 
 def compare(
@@ -44,14 +49,14 @@ def compare(
     *,
     late: bool = False,
     autocast: bool = False,
-    **staging: int,
+    **plan: Any,
 ) -> tuple[list[Tensor], list[Tensor], ActivationExecutor]:
     """What plain PyTorch and the executor find from the same start."""
     torch.manual_seed(0)
     model = make()
     twin = copy.deepcopy(model)
     plain = train(twin, data, autocast=autocast)
-    executor = executor_for(model, decisions, late=late, **staging)
+    executor = executor_for(model, decisions, late=late, **plan)
     executor.install()
     planned = train(model, data, autocast=autocast)
     engine: Any = executor._engine
@@ -91,6 +96,32 @@ def test_bit_equal_where_rows_do_not_depend_on_their_number(
     )
     assert_equal(plain, planned)
     assert all(probe.bit_equal for probe in executor.token_probes.values())
+
+
+@pytest.mark.parametrize("slots", [2, 3, 4, 6])
+def test_a_block_that_uses_two_tiers_takes_two_slots_as_predicted(slots: int) -> None:
+    """Rests on one tier and inputs on another: what is still in its slot when backward begins is not read."""
+    torch.manual_seed(0)
+    model = CausalNet()
+    executor = executor_for(model, every(16, CXL, input_tier=HOST), slots=slots)
+    executor.install()
+    model(batches(2, 33, 1)[0]).backward()
+    engine: Any = executor._engine
+    found = {tier: engine.store(tier).reads for tier in (CXL, HOST)}
+    executor.remove()
+    prefixes = make_prefixes(tokens=33, lengths=(16,), differences=(0.0,), cut_bytes=33 << 10)
+    block = {"input_bytes": 33 << 10, "attention_bytes": 0, "prefixes": prefixes}
+    profile = make_profile(block_profiles=tuple(make_block(i, **block) for i in range(DEPTH)))
+    decisions = Decisions(
+        blocks=tuple(every(16, CXL, input_tier=HOST)),
+        states=tuple(StateDecision(unit=unit.name) for unit in profile.units),
+        staging=Staging(input_slots=slots, input_slot_bytes=1 << 20),
+        update_schedule=UpdateSchedule.SEQUENTIAL,
+    )
+    events = simulate(profile, make_machine(CXL, HOST), decisions).events
+    predicted = Counter(event.resource for event in events)
+    assert found == {tier: predicted[f"read:{tier.value}"] for tier in (CXL, HOST)}
+    assert sum(found.values()) == 2 * DEPTH - slots
 
 
 @pytest.mark.parametrize("autocast", [False, True])

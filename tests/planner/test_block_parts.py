@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memtrain.planner import check_blocks
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.bill import slab_forward_bytes
+from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_choices import block_choices
 from memtrain.planner.block_parts import (
     Part,
@@ -20,10 +20,13 @@ from memtrain.planner.block_parts import (
     gathered_bytes,
     input_slot_bytes,
     joined_bytes,
+    kept_bytes,
     kept_slot_bytes,
+    probe_bytes,
     recompute_seconds,
     stored_parts,
     traffic,
+    witness_bytes,
 )
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.profile import BlockProfile
@@ -67,6 +70,17 @@ def test_a_tensor_without_tokens_is_stored_whole_or_computed_alike() -> None:
     # 10 MiB: 8 have tokens, 1 depends on all of them, 1 is the same for a prefix.
     block = make_block(prefixes=make_prefixes(cut_bytes=8 * MiB, whole_bytes=MiB))
     assert Part(Tier.NVME, 3 * MiB, 64) in stored_parts(block, PREFIX)
+
+
+@pytest.mark.parametrize(
+    ("attended", "size"), [(0, MiB + 16), (2, 6 * MiB // 8 + 16)], ids=["outputs", "outputs of the others"]
+)
+def test_a_random_state_is_stored_whole(attended: int, size: int) -> None:
+    """16 bytes beside the outputs of 8 tokens, as a GPU's flash attention leaves."""
+    block = make_block(attention_bytes=MiB + 16, prefixes=make_prefixes(attention_whole_bytes=16))
+    decision = decide(Action.RECOMPUTE_EXCEPT_ATTENTION, attention_tokens=attended, input_tier=Tier.NVME)
+    assert Part(Tier.DEVICE, size, 2) in stored_parts(block, decision)
+    assert (Tier.DEVICE, size, 2) in check_blocks.left_behind(block, decision)
 
 
 def test_what_goes_to_one_tier_goes_together() -> None:
@@ -124,12 +138,13 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
     """Rows and sizes that no power of two divides."""
     tokens = draw(st.integers(2, 13))
     attention, cut = tokens * draw(st.integers(0, 999)), tokens * draw(st.integers(0, 9999))
+    attention, state = min(attention, cut), draw(st.integers(0, 16))
     whole, alike = draw(st.integers(0, 99)), draw(st.integers(0, 99))
     lengths = tuple(sorted(draw(st.sets(st.integers(1, tokens - 1), max_size=3))))
     return make_block(
         input_bytes=tokens * draw(st.integers(0, 999)),
-        attention_bytes=min(attention, cut // tokens * tokens),
-        saved_bytes=cut + whole + alike,
+        attention_bytes=attention + state,
+        saved_bytes=cut + whole + alike + state,
         saved_tensors=draw(st.integers(0, 99)),
         nearly_free=make_nearly_free(stored_bytes=draw(st.integers(0, 99999))),
         prefixes=make_prefixes(
@@ -139,6 +154,9 @@ def cut_blocks(draw: st.DrawFn) -> BlockProfile:
             cut_bytes=cut,
             whole_bytes=whole,
             largest_bytes=draw(st.integers(0, cut)),
+            probe_bytes=draw(st.integers(0, 99999)),
+            witness_bytes=draw(st.integers(0, 99)),
+            attention_whole_bytes=state,
         ),
     )
 
@@ -154,7 +172,9 @@ def test_the_checker_counts_the_same_by_its_own_arithmetic(block: BlockProfile) 
         assert check_blocks.sent(block, decision) == dict(traffic(block, decision))
         assert check_blocks.during_backward(block, decision) == backward_bytes(block, decision)
         assert check_blocks.joined(block, decision) == joined_bytes(block, decision)
-        assert not list(check_blocks.impossible(block, decision))
+        assert check_blocks.looking(block, decision) == probe_bytes(block, decision)
+        assert check_blocks.compared(block, decision) == witness_bytes(block, decision)
+        assert not list(check_blocks.impossible(block, decision, exact_only=False))
         if check_blocks.again(decision):
             assert check_blocks.room(left, *tiers) == input_slot_bytes(block, decision)
             assert check_blocks.least_seconds_again(block, decision) == pytest.approx(
@@ -170,3 +190,19 @@ def test_forward_puts_the_rows_of_one_rest_together(decision: BlockDecision, siz
     assert check_blocks.gathered(BLOCK, decision) == gathered_bytes(BLOCK, decision) == size
     transient = BLOCK.saved_bytes + BLOCK.forward_transient_bytes
     assert slab_forward_bytes(BLOCK, decision) == transient + size
+
+
+@pytest.mark.parametrize(("decision", "cut"), [(PREFIX, 1), (BOTH, 1), (ATTENTION, 1), (NEARLY_FREE, 0)])
+@pytest.mark.parametrize("looking", [MiB, 20 * MiB])
+def test_a_look_at_tokens_and_rows_that_stay_are_on_the_bill(
+    decision: BlockDecision, cut: int, looking: int
+) -> None:
+    """Forward saves 10 MiB and takes 2; the look, where there is one, is over before anything is kept."""
+    block = make_block(
+        nearly_free=make_nearly_free(), prefixes=make_prefixes(probe_bytes=looking, witness_bytes=4096)
+    )
+    running = 12 * MiB + gathered_bytes(block, decision) + 4096 * cut
+    kept = kept_bytes(block, decision)
+    assert slab_forward_bytes(block, decision) == max(running, looking * cut)
+    assert forward_bytes(block, decision) == max(kept + running, looking * cut)
+    assert lasting_bytes(block, decision) == kept + 4096 * cut

@@ -257,6 +257,40 @@ def test_a_fault_in_what_is_partly_computed_again_is_named(
     assert rule in {violation.rule for violation in check(fault(plan), PARTLY, MACHINE, BUDGET)}
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+@pytest.mark.parametrize("changes", [{"probe_bytes": 64 * MiB}, {"witness_bytes": 4096}])
+def test_a_look_at_tokens_that_is_on_no_bill_is_named(
+    monkeypatch: pytest.MonkeyPatch, device: str, changes: dict[str, int]
+) -> None:
+    """The plan is sound but for what its maker did not know: a look that takes more than all else, or rows
+    that wait for backward."""
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    host = {} if device == "cpu" else {"host": "64MiB"}  # for the rings
+    machine = make_machine(Tier.NVME, *([Tier.HOST] if host else []), device=device)
+    budget = Budget(device="1GiB", nvme="/x:1GiB", **host)
+    blocks = [
+        tuple(
+            make_block(i, nearly_free=make_nearly_free(), prefixes=make_prefixes(**given)) for i in range(5)
+        )
+        for given in ({}, changes)
+    ]
+    before, after = (make_profile(block_profiles=b) for b in blocks)
+    options = PlannerOptions(force=PARTS, exact_only=False)
+    for profile in (before, after):
+        assert check(make_plan(profile, machine, budget, options=options), profile, machine, budget) == ()
+    plan = replace(make_plan(before, machine, budget, options=options), profile_digest=after.digest)
+    assert {v.rule for v in check(plan, after, machine, budget)} == {Rule.DEVICE_PEAK}
+
+
+def test_a_prefix_that_is_not_exact_breaks_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))
+    found = check(replace(plan, exact_only=True), PARTLY, MACHINE, BUDGET)
+    assert [v.rule for v in found] == [Rule.RECOMPUTABLE]
+    detail = "block 2 (layers.2): a prefix of 6 tokens is not bit-equal, and the plan says exact_only"
+    assert found[0].detail == detail
+
+
 def test_what_was_never_measured_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
     plan = make_plan(PARTLY, MACHINE, BUDGET, options=PlannerOptions(force=PARTS, exact_only=False))

@@ -8,6 +8,7 @@ from memtrain.planner.communication import (
     Traffic,
     When,
     block_traffic,
+    end_traffic,
     stage_traffic,
     step_traffic,
 )
@@ -184,3 +185,16 @@ def test_experts_are_sharded_over_fewer_ranks() -> None:
     once = step_traffic(Degrees(data=8, expert=4), parameters=1e9, experts=True)
     assert [item.sent_bytes for item in once] == [2 * 1 / 2 * 2e9]
     assert step_traffic(Degrees(data=8, expert=8), parameters=1e9, experts=True) == []
+
+
+def test_an_end_waits_for_its_messages_and_is_gathered_once() -> None:
+    forward, backward, reduce = end_traffic(
+        Degrees(data=8, zero_stage=3), parameters=1e6, value_bytes=2, gradient_bytes=4
+    )
+    assert not any(message.overlaps for message in (forward, backward, reduce))
+    assert (forward.when, forward.sent_bytes, forward.buffer_bytes) == (When.BLOCK_FORWARD, 7 / 8 * 2e6, 2e6)
+    # Still whole in backward, beside its gradients.
+    assert (backward.when, backward.sent_bytes, backward.buffer_bytes) == (When.BLOCK_BACKWARD, 0, 2e6)
+    assert (reduce.when, reduce.sent_bytes, reduce.buffer_bytes) == (When.BLOCK_BACKWARD, 7 / 8 * 4e6, 4e6)
+    (only_reduced,) = end_traffic(Degrees(data=8, zero_stage=2), parameters=1e6)
+    assert (only_reduced.sent_bytes, only_reduced.overlaps) == (7 / 8 * 2e6, False)

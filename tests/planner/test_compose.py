@@ -197,8 +197,8 @@ def test_budgets_can_be_lowered() -> None:
             {"budget": {"nvme": "1TB"}},
             r"no tier 'nvme' to budget; this machine has device: describe the tier",
         ),
-        ({"nvme": "4TB@6"}, r"no nvme preset is called '6'"),
-        ({"host_link": "gen9"}, r"no host link preset is called 'gen9'"),
+        ({"nvme": "4TB@6"}, r"no --nvme preset is called '6'"),
+        ({"host_link": "gen9"}, r"no --host-link preset is called 'gen9'"),
         ({"interconnect": "nvlink-9"}, r"no interconnect is called 'nvlink-9'; did you mean nvlink-"),
     ],
 )
@@ -258,11 +258,20 @@ def test_a_measured_host_link_is_shared_like_any_other() -> None:
 
 
 def test_rates_that_are_given_come_before_measured_ones() -> None:
-    setup = machine_for(
-        "a100-80g", dram="1TiB", nvme="4TB@6GB/s", host_link="20GB/s", measured=measured(Tier.NVME, Tier.HOST)
-    )
-    assert setup.tiers[Tier.NVME].read.value == 6e9
+    both = measured(Tier.NVME, Tier.HOST)
+    setup = machine_for("a100-80g", dram="1TiB", nvme="4TB@6GB/s", measured=both)
+    assert setup.stores[Tier.NVME].read.value == 6e9
+    assert setup.host_link.read.value == 2e9
+    setup = machine_for("a100-80g", dram="1TiB", nvme="4TB", host_link="20GB/s", measured=both)
     assert setup.host_link.read.value == 20e9
+    with pytest.raises(ValueError, match=r"measured links to nvme, host, and none of them is used"):
+        machine_for("a100-80g", dram="1TiB", nvme="4TB@6GB/s", host_link="20GB/s", measured=both)
+
+
+def test_more_than_can_be_addressed_is_refused() -> None:
+    for options in ({"dram": "3x8388607TiB"}, {"gpu": accelerator("a100-80g").given({"memory_bytes": 1e30})}):
+        with pytest.raises(ValueError, match="is more than can be addressed, 8388607 TiB: lower it"):
+            machine_for(**({"gpu": "a100-80g"} | options))  # type: ignore[arg-type]
 
 
 def test_a_measured_machine_of_which_nothing_can_be_used() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
 from memtrain.planner.plan import Plan, describe
 from memtrain.planner.solve import make_plan
@@ -38,9 +39,20 @@ def test_an_edited_plan_is_refused() -> None:
     del document["plan"]["staging"]
     with pytest.raises(ValueError, match="not a plan"):
         Plan.from_json(json.dumps(document))
-    document["plan"]["version"] = 12
-    with pytest.raises(ValueError, match="plan version 12"):
+    document["plan"]["version"] = 3
+    with pytest.raises(ValueError, match="plan version 3, this memtrain reads 4"):
         Plan.from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize("exact_only", [False, True])
+@pytest.mark.parametrize("device", ["1GiB", "1MiB"])
+def test_a_promise_of_exactness_is_written_down(exact_only: bool, device: str) -> None:
+    budget, options = Budget(device=device, nvme="/x:1GiB"), PlannerOptions(exact_only=exact_only)
+    plan = make_plan(make_profile(3, trainable=True), make_machine(), budget, options=options)
+    assert (plan.status == "infeasible") == (device == "1MiB")
+    assert plan.exact_only is exact_only
+    assert Plan.from_json(plan.to_json()).exact_only is exact_only
+    assert replace(plan, exact_only=not exact_only).digest != plan.digest
 
 
 @pytest.mark.parametrize(

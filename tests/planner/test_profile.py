@@ -61,8 +61,8 @@ def test_prefixes_that_cannot_be_are_named(changes: dict[str, Any], message: str
 
 
 def test_another_version_is_refused() -> None:
-    old = make_profile(1).to_json().replace('"version":4', '"version":3')
-    with pytest.raises(ValueError, match="profile version 3, this memtrain reads 4"):
+    old = make_profile(1).to_json().replace('"version":5', '"version":4')
+    with pytest.raises(ValueError, match="profile version 4, this memtrain reads 5"):
         ModelProfile.from_json(old)
 
 
@@ -76,7 +76,7 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"version": 99}', '{"version": 4}', '{"version": 4, "blocks": [], "units": [], "x": 1}']
+    "text", ['{"version": 99}', '{"version": 5}', '{"version": 5, "blocks": [], "units": [], "x": 1}']
 )
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):

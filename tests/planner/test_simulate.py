@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -86,6 +87,55 @@ def test_back_pressure_of_two_slots_on_a_slow_link() -> None:
         read_bytes_per_second=100 * MiB, write_bytes_per_second=100 * MiB, mixed_bytes_per_second=200 * MiB
     )
     assert run(make_profile(3), [SWAP] * 3, slow).step_seconds == pytest.approx(0.433)
+
+
+TWO_TIERS = {
+    "action": Action.RECOMPUTE_EXCEPT_ATTENTION,
+    "saved_tier": Tier.HOST,
+    "input_tier": Tier.NVME,
+}
+"""4 MiB of attention to the host and 1 MiB of input to NVMe: a slot each, the host's first."""
+
+
+@pytest.mark.parametrize(
+    ("slots", "waits", "fetched", "moved"),
+    [
+        # All slots are the first block's: the second waits for the longer of its writes, the first for the
+        # longer of its reads, which begin when the second has left its slots.
+        (2, 4 + 4, {"read:host": 1, "read:nvme": 1}, 2 * 5 + 5),
+        # The second block's input takes the slot of the first one's attention, which alone is fetched.
+        (3, 4 + 4, {"read:host": 1}, 2 * 5 + 4),
+        (4, 0, {}, 2 * 5),
+    ],
+)
+def test_a_block_that_uses_two_tiers_takes_two_slots(
+    slots: int, waits: int, fetched: dict[str, int], moved: int
+) -> None:
+    profile = make_profile(block_profiles=tuple(make_block(i, attention_bytes=4 * MiB) for i in range(2)))
+    machine = make_machine(Tier.HOST, Tier.NVME, device="cuda:0")
+    timeline = run(profile, [TWO_TIERS] * 2, machine, slots=slots)
+    # Twice 10 ms forward, 6 of them again without attention, and 20 backward; 10 around the blocks.
+    assert timeline.step_seconds == pytest.approx(2 * 0.036 + 0.010 + waits / 1024)
+    reads = Counter(event.resource for event in timeline.events if event.resource.startswith("read"))
+    assert reads == fetched
+    assert timeline.bytes_moved == moved * MiB
+
+
+def test_a_ring_has_no_more_slots_than_are_taken() -> None:
+    profile = make_profile(2)
+    for kinds, slots, found in ((["two"], 1, 2), (["two"], 4, 2), (["two", "one"], 4, 3), (["one"], 4, 1)):
+        one = {"action": Action.RECOMPUTE, "input_tier": Tier.NVME}
+        given = [{"two": TWO_TIERS, "one": one}[kind] for kind in kinds] + [KEEP] * (2 - len(kinds))
+        staging = staging_for(
+            profile,
+            tuple(BlockDecision(block=i, **fields) for i, fields in enumerate(given)),
+            tuple(StateDecision(unit=u.name) for u in profile.units),
+            saved_slots=slots,
+            input_slots=slots,
+            shard_elements=1 << 20,
+            on_cpu=False,
+        )
+        assert staging.input_slots == found
 
 
 def test_processor_time_of_transfers_is_added_on_a_cpu_only() -> None:

@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from memtrain.planner.actions import Action, Tier, UpdateSchedule
 from memtrain.planner.baselines import Search
-from memtrain.planner.check import check
+from memtrain.planner.check import Rule, check
 from memtrain.planner.decisions import PlannerOptions, open_space
 from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import Budget, Machine
@@ -35,7 +36,7 @@ def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options
     profile = profile.in_a_step(machine.arithmetic_slowdown)
     space = open_space(profile, machine, budget, options)
     search = Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
-    rings = range(1, len(profile.blocks) + 1)
+    rings = range(1, max(1, len(space.tiers)) * len(profile.blocks) + 1)
     for schedule, blocks, states, saved, moved, shard in itertools.product(
         space.schedules,
         itertools.product(*space.blocks),
@@ -107,6 +108,32 @@ def test_nothing_beats_a_plan_that_computes_parts_again(
     assert plan.step_seconds <= best * (1 + options.gap)
     assert 0 < plan.lower_bound_seconds <= best + 1e-9
     assert check(plan, profile, machine, budget) == ()
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize("link", [{}, SLOW | {"mixed_bytes_per_second": 300 * MiB}])
+@pytest.mark.parametrize(("device", "slots"), [(147, 2), (152, 3), (157, 4)])
+def test_nothing_beats_a_plan_over_two_tiers(device: int, slots: int, link: dict[str, Any]) -> None:
+    """Each block takes two slots, of 5 MiB and a page: beside 120 MiB and 14 of backward there is room for
+    two, three or four."""
+    parts = tuple(make_block(index, attention_bytes=4 * MiB) for index in range(3))
+    profile = make_profile(block_profiles=parts, micro_batches=2)
+    machine = make_machine(Tier.CXL, Tier.NVME, **link)
+    budget = Budget(device=device * MiB, cxl="node1:1GiB", nvme="/x:1GiB")
+    both = {"action": "recompute_except_attention", "saved_tier": "cxl", "input_tier": "nvme"}
+    options = PlannerOptions(force={"block": both})
+    best = brute_force(profile, machine, budget, options)
+    plan = make_plan(profile, machine, budget, options=options)
+    assert plan.staging.input_slots == slots
+    assert plan.step_seconds <= best * (1 + options.gap)
+    assert 0 < plan.lower_bound_seconds <= best + 1e-9
+    assert check(plan, profile, machine, budget) == ()
+    # What went last through the ring is still in its slots when backward begins.
+    reads = Counter((e.name, e.resource) for e in plan.timeline if e.name.startswith("read "))
+    groups = [(f"read layers.{i}", f"read:{tier}") for i in range(3) for tier in ("cxl", "nvme")]
+    assert reads == dict.fromkeys(groups[: 6 - slots], 2)
+    halved = replace(plan, timeline=tuple(e for e in plan.timeline if (e.name, e.resource) != groups[0]))
+    assert Rule.DEPENDENCY in {v.rule for v in check(halved, profile, machine, budget)}
 
 
 def test_the_least_memory_is_that_of_nearly_free() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memtrain.planner import trace
 from memtrain.planner.profile import NearlyFree, Prefixes
-from memtrain.planner.trace import BlocksNotFoundError, find_blocks, profile_model
+from memtrain.planner.trace import profile_model
+from memtrain.planner.tracing import units
+from memtrain.planner.tracing.blocks import BlocksNotFoundError, find_blocks
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
 transformers = pytest.importorskip("transformers")
@@ -74,7 +76,7 @@ def test_bytes_of_a_plain_block() -> None:
 def test_seconds_are_what_the_clock_said(monkeypatch: pytest.MonkeyPatch) -> None:
     # A clock that is a second later each time it is looked at: every part takes one second.
     ticks = itertools.count()
-    monkeypatch.setattr("memtrain.planner.trace._clock", lambda device: float(next(ticks)))
+    monkeypatch.setattr("memtrain.planner.tracing.clock.now", lambda device: float(next(ticks)))
     profile = plain()
     assert [(b.forward_seconds, b.backward_seconds) for b in profile.blocks] == [(1.0, 1.0)] * 3
     assert (profile.prologue_forward_seconds, profile.prologue_backward_seconds) == (1.0, 1.0)
@@ -123,7 +125,7 @@ def test_the_caller_says_whether_the_optimizer_is_elementwise(elementwise: bool)
 def test_the_probe_of_the_optimizer_is_no_larger_than_the_model(elements: int, probed: int) -> None:
     half = elements // 2
     parameters = [nn.Parameter(torch.empty(n, device="meta")) for n in (half, elements - half)]
-    assert trace._probe_elements(torch.optim.SGD(parameters)) == probed
+    assert units.probe_elements(torch.optim.SGD(parameters)) == probed
 
 
 def test_the_group_with_the_most_state_counts() -> None:
@@ -183,6 +185,8 @@ def test_blocks_of_one_kind_are_rehearsed_once() -> None:
         cut_bytes=8,
         whole_bytes=0,
         largest_bytes=8,
+        probe_bytes=0,
+        witness_bytes=0,
     )
     rehearsal = Rehearsed(prefixes)
     found = plain(rehearsal=rehearsal)
@@ -291,7 +295,8 @@ def test_bytes_of_a_llama_block() -> None:
 
 
 def test_attention_that_leaves_more_than_rows_is_not_cut() -> None:
-    """A GPU's kernels keep their random state beside what belongs to tokens: here 8704 bytes, 1024 tokens."""
+    """Rows of tiles, for example: here 8704 bytes of 1024 tokens. Where what is beside rows is known to be
+    stored whole, as a GPU kernel's random state is, the rows are cut all the same."""
     prefixes = Prefixes(
         tokens=1024,
         lengths=(512,),
@@ -300,13 +305,20 @@ def test_attention_that_leaves_more_than_rows_is_not_cut() -> None:
         cut_bytes=0,
         whole_bytes=0,
         largest_bytes=0,
+        probe_bytes=0,
+        witness_bytes=0,
     )
     model = llama()
     profile = profile_model(
         model, batch(32), optimizer=adamw(model), elementwise=True, rehearsal=Rehearsed(prefixes)
     )
     assert profile.blocks[0].prefixes is None
-    assert "8704 bytes, which are no 1024 equal rows" in profile.blocks[0].prefix_reason
+    assert "leave 8704 bytes, 0 of them whole, and the others are no 1024" in profile.blocks[0].prefix_reason
+    known = dataclasses.replace(prefixes, attention_whole_bytes=512)
+    profile = profile_model(
+        model, batch(32), optimizer=adamw(model), elementwise=True, rehearsal=Rehearsed(known)
+    )
+    assert profile.blocks[0].prefixes == known
 
 
 def test_a_tied_embedding_belongs_to_the_prologue_and_its_gradient_waits() -> None:

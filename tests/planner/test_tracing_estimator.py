@@ -18,8 +18,8 @@ pytest.importorskip("transformers")
 
 from memtrain.optim.autograd.chunked_loss import chunked_cross_entropy
 from memtrain.planner.estimate import LifetimeKind, ModelEstimate, TensorClass
-from memtrain.planner.trace import BlocksNotFoundError
 from memtrain.planner.tracing.attention import AttentionKernelError
+from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.planner.tracing.chunked_loss import chunked
 from memtrain.planner.tracing.estimator import UntraceableError, estimate_config, estimate_module
 from memtrain.planner.tracing.fake_model import UnknownModelError

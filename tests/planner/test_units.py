@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtrain.planner.units import GiB, format_gib, parse_bytes, round_up
+from memtrain.planner.units import MOST_BYTES, GiB, format_gib, parse_bytes, parse_size, round_up
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,23 @@ def test_sizes_are_read_in_both_bases(text: str | int, size: int) -> None:
 def test_what_is_no_size_is_refused_by_value(text: object) -> None:
     with pytest.raises(ValueError, match=r"size|negative"):
         parse_bytes(text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["8388608TiB", "9" * 400 + "GB"])
+def test_sizes_beyond_64_bits_are_refused(text: str) -> None:
+    assert parse_bytes("8388607TiB") <= MOST_BYTES
+    with pytest.raises(ValueError, match="is more than can be addressed, 8388607 TiB: lower it"):
+        parse_bytes(text)
+
+
+def test_a_size_without_a_unit_is_refused_where_nobody_means_bytes() -> None:
+    assert parse_size("12GiB") == 12 << 30
+    assert parse_size(" 0 ") == 0
+    for text in ("12", " 12.5 "):
+        with pytest.raises(ValueError, match=f"^{text.strip()} has no unit; say {text.strip()}GiB$"):
+            parse_size(text)
+    with pytest.raises(ValueError, match=r"^6 has no unit; say 6GB/s$"):
+        parse_size("6", unit="GB/s")
 
 
 def test_printed_as_gib() -> None:

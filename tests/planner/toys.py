@@ -47,6 +47,8 @@ def make_prefixes(**changes: Any) -> Prefixes:
         "cut_bytes": 10 * MiB,
         "whole_bytes": 0,
         "largest_bytes": 2 * MiB,
+        "probe_bytes": 0,
+        "witness_bytes": 0,
     }
     return Prefixes(**(fields | changes))
 

@@ -11,8 +11,8 @@ from memtrain.planner.forecast import Forecast
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.choices import Kind
 from memtrain.planner.ranges.model import DEVICE, Role
-from memtrain.planning.fold import Usage
 from memtrain.planning.request import PlanRequest
+from memtrain.planning.usage import Usage
 
 PLACEHOLDER_LR = 1e-5
 """A plan says nothing about learning rates, and the tools want one."""

@@ -13,7 +13,8 @@ from memtrain.planner.machine import Link, Machine
 from memtrain.planner.ranges.plan import RangePlan
 from memtrain.recipe import load_recipe
 
-GPU = ("--gpu", "rtx-4060-laptop", "--seq", "256", "--chunks", "4", "--gap", "0.05", "--seconds", "4")
+ANY = ("--gpu", "rtx-4060-laptop", "--chunks", "4", "--gap", "0.05", "--seconds", "4")
+GPU = (*ANY, "--seq", "256")
 
 
 def run(*arguments: str) -> int:
@@ -88,7 +89,7 @@ def test_a_sweep_and_its_page(tiny: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_sweep_in_which_nothing_fits(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(str(tiny), *GPU, "--budget", "device=2MiB", "--sweep", "seq=256,512") == 2
+    assert run(str(tiny), *ANY, "--budget", "device=2MiB", "--sweep", "seq=256,512") == 2
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["no", "no"]
 
 
@@ -99,7 +100,7 @@ def test_the_largest_batch(tiny: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert document["what_fits"]["smallest_too_large_sequences"] > document["what_fits"]["largest_sequences"]
 
 
-def test_links_that_were_measured(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def measured_machine(folder: Path) -> Path:
     link = Link(
         tier=Tier.HOST,
         read_bytes_per_second=7e9,
@@ -115,8 +116,13 @@ def test_links_that_were_measured(tiny: Path, tmp_path: Path, capsys: pytest.Cap
         links=(link,),
         source="measured",
     )
-    path = tmp_path / "machine.json"
+    path = folder / "machine.json"
     path.write_text(machine.to_json())
+    return path
+
+
+def test_links_that_were_measured(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = measured_machine(tmp_path)
     assert run(str(tiny), *GPU, "--dram", "2GiB", "--machine", str(path), "--sources") == 0
     text = capsys.readouterr().out
     assert "host: read: 7 GB/s: measured 2026-11-22 on here" in text
@@ -128,13 +134,30 @@ def test_links_that_were_measured(tiny: Path, tmp_path: Path, capsys: pytest.Cap
     [
         (("--gpu", "h900"), "no GPU is called 'h900'"),
         (("--gpu", "a100", "--seq", "8kk"), "--seq: cannot read '8kk'"),
-        (("--gpu", "a100-80g", "--dram", "lots"), "dram 'lots'"),
+        (("--gpu", "a100-80g", "--dram", "lots"), "--dram 'lots'"),
+        (("--gpu", "a100-80g", "--dram", "12"), "--dram '12': 12 has no unit; say 12GiB"),
+        (("--gpu", "a100-80g", "--dram", "1TiB", "--nvme", "2x4@6GB/s"), "4 has no unit; say 4GiB"),
+        (("--gpu", "a100-80g", "--dram", "1TiB@200/s"), "--dram: cannot read '200/s' as a rate"),
+        (("--gpu", "a100-80g", "--dram", "9999999999TiB"), "more than can be addressed"),
+        (("--gpu", "a100-80g", "--override", "memory_bytes=1e30"), "more than can be addressed"),
+        (("--gpu", "a100-80g", "--seq", "256", "--sweep", "seq=256,512"), "--seq 256 is one size"),
+        (("--gpu", "a100-80g", "--micro-batch", "2", "--sweep", "batch=1..4"), "--micro-batch 2 is one size"),
+        (("--gpu", "a100-80g", "--zero", "3"), "--zero 3 divides state over the ranks"),
+        (("--gpu", "a100-80g", "--gpus", "2", "--ep", "2"), "--ep 2 for a model without experts"),
+        (("--gpu", "a100-80g", "--gpus", "3", "--pp", "3"), "--pp 3 does not divide the model's layers 8"),
+        (
+            ("--gpu", "a100-80g", "--gpus", "8", "--cp", "8", "--cp-method", "ulysses"),
+            "--tp x --cp (ulysses) 8 does not divide the model's heads 4",
+        ),
         (("--gpu", "a100-80g", "--nvme", "4TB"), "passes through slots in DRAM"),
         (("--gpu", "a100-80g", "--budget", "device=90GiB"), "is above the"),
         (("--gpu", "a100-80g", "--budget", "cxl=9GiB"), "there is no tier 'cxl' to budget"),
         (("--gpu", "a100-80g", "--override", "speed=1"), "has no number 'speed'"),
-        (("--gpu", "a100-80g", "--gpus", "3", "--tp", "2"), "= 2 does not divide 3 GPUs"),
-        (("--gpu", "a100-80g", "--gpus", "2", "--cp", "2", "--seq", "255"), "cannot be cut 4 ways"),
+        (("--gpu", "a100-80g", "--gpus", "3", "--tp", "2"), "= 2 does not divide --gpus x --nodes = 3"),
+        (
+            ("--gpu", "a100-80g", "--gpus", "2", "--cp", "2", "--seq", "255"),
+            "cannot be cut 4 ways (--cp 2, ring)",
+        ),
         (("--gpu", "a100-80g", "--nodes", "2"), "--nodes 2 need --network"),
         (("--gpu", "a100-80g", "--network", "20GB/s"), "ties hosts together, and there is one"),
         (("--gpu", "a100-80g", "--allow-lossy", "int3"), "no codec is called 'int3'"),
@@ -143,7 +166,10 @@ def test_links_that_were_measured(tiny: Path, tmp_path: Path, capsys: pytest.Cap
         (("--gpu", "a100-80g", "--dtype", "float32", "--master-weights"), "--dtype is float32: drop one"),
         (("--gpu", "a100-80g", "--sweep", "seq=8k", "-o", "x.json"), "--sweep makes several"),
         (("--gpu", "a100-80g", "--html", "no/such/folder/x.html"), "does not exist; create it first"),
-        (("--gpu", "a100-80g", "--ep", "1", "--tp", "8", "--gpus", "8"), "tensor 8 does not divide"),
+        (
+            ("--gpu", "a100-80g", "--ep", "1", "--tp", "8", "--gpus", "8"),
+            "--tp 8 does not divide the model's heads 4",
+        ),
     ],
 )
 def test_mistakes_are_one_line(
@@ -155,6 +181,7 @@ def test_mistakes_are_one_line(
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        ("", "MODEL is empty: name a preset, a folder with a config.json, or such a file"),
         ("llama-9", "llama-9 is neither a preset (smollm2-135m, "),
         ("nobody/no-such-model", "run `hf download nobody/no-such-model config.json`"),
     ],
@@ -174,3 +201,30 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, capsys: pytest.CaptureF
 def test_usage_errors_exit_with_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("llama-7b") == 1
     assert "Missing option" in capsys.readouterr().err
+
+
+def test_a_folder_without_files_is_told(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(str(tiny), *GPU, "--budget", "device=2MiB", "--emit", str(folder)) == 2
+    assert capsys.readouterr().err == f"not written: {folder}, for nothing fits\n"
+    assert not folder.exists()
+
+
+def test_links_measured_and_not_used_are_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = measured_machine(tmp_path)
+    message = fails(capsys, str(tiny), *GPU, "--dram", "2GiB", "--host-link", "9GB/s", "--machine", str(path))
+    assert "has measured links to host, and none of them is used" in message
+
+
+def test_every_number_of_a_table_has_as_many_digits(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tight = ("--micro-batch", "4", "--dram", "1GiB", "--budget", "device=12MiB")
+    assert run(str(tiny), *GPU, *tight, "--ablation", "--csv") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    seconds = [row.rsplit(",", 1)[1] for row in rows]
+    assert head == "rule,step_seconds"
+    assert {len(value.partition(".")[2]) for value in seconds if value} == {9}
+    assert sum(map(bool, seconds)) >= 3

@@ -20,6 +20,7 @@ from memtrain.planning.parsing import (
     parse_optimizer,
     parse_overrides,
     parse_sweep,
+    parse_work_size,
 )
 from memtrain.planning.request import Hardware, Outputs, PlanError, Questions, Search, Sweep, Work
 from tests.memtrain.planning.conftest import request_of
@@ -90,6 +91,7 @@ def test_budgets_and_overrides() -> None:
         (["device=1GiB", "device=2GiB"], "--budget device is given twice, 1GiB and 2GiB: drop one"),
         (["device=much"], "--budget device=much: cannot read 'much' as a size"),
         (["device=0"], "leaves no bytes"),
+        (["device=12"], "--budget device=12: 12 has no unit; say 12GiB"),
     ],
 )
 def test_budgets_that_are_none(texts: list[str], message: str) -> None:
@@ -132,14 +134,16 @@ def test_data_ranks_take_what_is_left_and_share_all_state() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensor": 3}, "--tp 3 x --cp 1 x --pp 1 = 3 does not divide 8 GPUs: change one"),
+        ({"tensor": 3}, "--tp 3 x --cp 1 x --pp 1 = 3 does not divide --gpus x --nodes = 8: change one"),
         ({"data": 4}, "--dp 4 x --tp 1 x --cp 1 x --pp 1 = 4, but --gpus x --nodes = 8"),
         ({"zero_stage": 4}, "--zero must be 0, 1, 2 or 3, got 4"),
         ({"context_method": "ring"}, "--cp-method ring says how --cp ranks exchange, and --cp is 1"),
         ({"sequence_parallel": True}, "--sequence-parallel cuts what --tp leaves whole, and --tp is 1"),
         ({"context": 2, "context_method": "star"}, "--cp-method must be ring or ulysses, got 'star'"),
-        ({"expert": 3}, "expert 3 does not divide data x context = 8"),
-        ({"pipeline": 0}, "must be at least 1"),
+        ({"expert": 3}, "--ep 3 does not divide --dp 8 x --cp 1 = 8, out of which expert ranks are taken"),
+        ({"data": 0}, "--dp must be at least 1, got 0"),
+        ({"tensor": 8, "zero_stage": 3}, "--zero 3 divides state .* --dp 1 x --cp 1 leaves one"),
+        ({"pipeline": 0}, "--pp must be at least 1, got 0"),
     ],
 )
 def test_degrees_that_cannot_be(changes: dict[str, object], message: str) -> None:
@@ -185,15 +189,84 @@ def test_a_limit_on_writes_needs_a_disk_and_is_shared_by_the_gpus_of_the_host(ti
     one = Jobs(request).job(256, 4)
     assert one.nvme_write_limit_bytes == 500_000_000
     assert problem_of(one).machine.place("nvme").write_limit_bytes == 500_000_000
-    wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes="many"))
-    with pytest.raises(PlanError, match=r"--nvme-writes: .*many"):
-        Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2))).job(256, 4)
+    for text, message in (
+        ("many", r"^--nvme-writes: .*many"),
+        ("5", "^--nvme-writes: 5 has no unit; say 5GiB"),
+    ):
+        wrong = request_of(tiny, hardware=dataclasses.replace(limited, nvme_writes=text))
+        with pytest.raises(PlanError, match=message):
+            Jobs(dataclasses.replace(wrong, degrees=Degrees(data=2)))
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "65M", "67108865"])
 def test_counts_beyond_what_can_be_sized_are_refused(text: str) -> None:
     with pytest.raises(PlanError, match="--seq must be at most 67108864, got"):
         parse_count("--seq", text)
+
+
+def test_a_job_names_a_model_and_has_sizes_that_can_be_planned() -> None:
+    for fields, message in (
+        ({"model": " "}, "MODEL is empty: name a preset"),
+        ({"sequence": 1}, "--seq must be at least 2, got 1"),
+        ({"accumulate": 0}, "--accumulate must be at least 1, got 0"),
+        ({"accumulate": 1 << 20 | 1}, "--accumulate must be at most 1048576, got 1048577"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Work(**({"model": "llama-7b", "sequence": 8} | fields))  # type: ignore[arg-type]
+    with pytest.raises(PlanError, match="--sweep seq must be at least 2, got 1"):
+        parse_sweep("seq=1,8")
+
+
+def test_one_size_beside_a_question_that_tries_its_own_is_refused() -> None:
+    nothing, sweep = Questions(), Questions(sweep=parse_sweep("seq=8k..1M"))
+    assert parse_work_size(None, None, nothing) == (8192, 1)
+    assert parse_work_size("4k", 3, nothing) == (4096, 3)
+    assert parse_work_size(None, 3, sweep) == (8192, 3)
+    for seq, batch, questions, message in (
+        (
+            "4k",
+            None,
+            sweep,
+            "--seq 4k is one size, and --sweep seq tries its own: drop --seq, or drop --sweep",
+        ),
+        (
+            None,
+            3,
+            Questions(sweep=parse_sweep("batch=1..4")),
+            "--micro-batch 3 .* --sweep batch tries its own",
+        ),
+        ("4k", None, Questions(what_fits="seq"), "--seq 4k is one size, and --what-fits seq tries its own"),
+        ("4k", 1, Questions(what_fits="batch"), "--micro-batch 1 is one size, and --what-fits batch"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            parse_work_size(seq, batch, questions)
+
+
+def test_codecs_are_named_once() -> None:
+    with pytest.raises(PlanError, match="'int8,int4,int8' names a codec twice: drop one"):
+        parse_codecs("int8,int4,int8")
+
+
+def test_links_that_nothing_would_use_are_refused(tiny: Path) -> None:
+    for hardware, degrees, message in (
+        (Hardware(gpu="h100", host_link="25GB/s"), Degrees(), "--host-link 25GB/s leads to memory beside"),
+        (
+            Hardware(gpu="h100", gpus=2, host_link="25GB/s"),
+            Degrees(data=2),
+            "--host-link 25GB/s leads to memory beside",
+        ),
+        (
+            Hardware(gpu="h100", gpus=2, nodes=2, interconnect="nvlink-4", network="20GB/s"),
+            Degrees(data=4),
+            "--interconnect nvlink-4 ties the 2 GPUs .* reach over several hosts",
+        ),
+    ):
+        with pytest.raises(PlanError, match=message):
+            Jobs(request_of(tiny, hardware=hardware, degrees=degrees))
+    # A laptop's GPUs talk over the bus; tensor ranks stay inside their host.
+    Jobs(request_of(tiny, hardware=Hardware(gpu="rtx-4060-laptop", gpus=2, host_link="25GB/s")))
+    inside = Hardware(gpu="h100", gpus=2, nodes=2, interconnect="nvlink-4", network="20GB/s")
+    Jobs(request_of(tiny, hardware=inside, degrees=Degrees(data=2, tensor=2)))
 
 
 def test_micro_batches_beyond_what_can_be_sized_are_refused() -> None:

@@ -18,9 +18,9 @@ from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.model import DEVICE, Role
 from memtrain.planning.answer import Answer
-from memtrain.planning.fold import Usage
 from memtrain.planning.request import Hardware, PlanRequest
 from memtrain.planning.targets import Context, Target, targets
+from memtrain.planning.usage import Usage
 from memtrain.recipe import load_recipe
 
 DEEPSPEED_PYTHON = Path(__file__).parents[3] / ".venv-deepspeed" / "bin" / "python"

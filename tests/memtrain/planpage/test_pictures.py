@@ -254,6 +254,22 @@ def test_bytes_by_class_and_action() -> None:
     assert row("as stored", "-", "32.000", "56.000", "28.000", "28.000", "144.000") in text
 
 
+def test_decisions_are_told_as_the_terminal_tells_them() -> None:
+    one = sample()
+    text = action_map(one, action_inks(one.problem, labels_of(one)))
+    tables = text[text.index("Decisions block by block: saved tensors (2 different ways)") :]
+    activations, states = tables.split("Decisions block by block: weights, gradients, optimizer")
+
+    def row(*cells: str) -> str:
+        return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+    # The last block sends nothing.
+    split, lossy = "recompute 2 of 4, keep 2", "compress (int8) 2 of 4, swap to nvme 2"
+    assert row("layers 0-6", "swap to host", split, lossy) in activations
+    assert activations.count("<tr><td>") == 2
+    assert row("layers 0-7", "device", "host", "host", "by the CPU before the next forward") in states
+
+
 def test_many_blocks_are_enlarged_range_by_range() -> None:
     one = chain(40)
     page = page_of(one, decided(one))

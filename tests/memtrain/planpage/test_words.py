@@ -4,24 +4,19 @@ import math
 
 import pytest
 
-from memtrain.planner.ranges.plan import BlockPlan, Held, Range
+from memtrain.planner.ranges.plan import Range
 from memtrain.planpage.words import (
     action_text,
     brief_texts,
-    class_text,
-    folded_rows,
     gap_text,
     gib_cell,
-    held_text,
     names_text,
     quantity_text,
     range_text,
     seconds_text,
     share_text,
-    updates_text,
 )
-from tests.memtrain.planpage.samples import GIB, chain, decided
-from tests.planner.ranges.small import tensors
+from tests.memtrain.planpage.samples import GIB
 
 
 @pytest.mark.parametrize(
@@ -80,52 +75,6 @@ def test_a_range_in_ever_fewer_words() -> None:
     assert brief_texts(part, 16) == ("swap to host 7/16", "host 7/16", "7/16")
     whole = Range(tensor="X", start=0, stop=16, action="compress-swap:int8:host")
     assert brief_texts(whole, 16) == ("compress (int8), swap to host", "int8, host", "16/16")
-
-
-def test_a_class_of_a_block() -> None:
-    x, a, _ = tensors(4, again=(1.0, 1.0, 1.0, 1.0))
-    ranges = (
-        Range(tensor="X", start=0, stop=4, action="keep"),
-        Range(tensor="A", start=0, stop=1, action="recompute"),
-        Range(tensor="A", start=1, stop=4, action="swap:host"),
-    )
-    block = BlockPlan(name="b", ranges=ranges)
-    assert class_text(block, x) == "keep"
-    assert class_text(block, a) == "recompute 1/4, swap to host 3/4"
-    assert class_text(block, None) == "-"
-
-
-def test_state_of_a_block_adds_up_the_ways_to_update() -> None:
-    def held(update: str, place: str, pieces: int) -> Held:
-        return Held(state="optimizer", update=update, place=place, pieces=pieces)
-
-    block = BlockPlan(
-        name="b",
-        ranges=(),
-        updates=(("cpu-ahead", 3), ("device-ahead", 1)),
-        held=(held("cpu-ahead", "host", 2), held("device-ahead", "host", 1), held("cpu-ahead", "nvme", 1)),
-    )
-    assert held_text(block, "optimizer", 4) == "host 3/4, nvme 1/4"
-    assert held_text(block, "weights", 4) == "-"
-    assert updates_text(block, 4) == "cpu-ahead 3/4, device-ahead 1/4"
-
-
-def test_equal_neighbours_are_one_row() -> None:
-    one = chain()
-    header, rows = folded_rows(one, decided(one).blocks)
-    assert header == ["X", "A", "O", "parameter", "gradient", "optimizer", "update"]
-    # The last block sends nothing.
-    assert [(row.indices.start, row.indices.stop) for row in rows] == [(0, 7), (7, 8)]
-    assert rows[0].cells == (
-        "swap to host",
-        "recompute 2/4, keep 2/4",
-        "compress (int8) 2/4, swap to nvme 2/4",
-        "device",
-        "host",
-        "host",
-        "cpu-ahead",
-    )
-    assert rows[1].cells[0] == "keep"
 
 
 def test_names_of_a_stretch() -> None:

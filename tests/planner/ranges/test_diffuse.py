@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from memtrain.planner.ranges.diffuse import diffused, rounded_to
+from memtrain.planner.ranges.diffuse import diffused, fitting, rounded_to
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.highs import Solver
 from memtrain.planner.ranges.program import build
 from memtrain.planner.ranges.search import search
 from memtrain.planner.ranges.simulate import step_seconds
-from tests.planner.ranges.small import place, problem, with_state_anywhere
+from tests.planner.ranges.small import INT8, place, problem, with_state_anywhere
 
 
 def test_counts_add_up_and_are_the_nearest() -> None:
@@ -78,6 +79,17 @@ def test_a_search_without_time_for_a_dive_has_a_plan() -> None:
     assert math.isfinite(answer.step_seconds)
     assert not formulated.excess(answer.decisions)
     assert answer.step_seconds == pytest.approx(step_seconds(formulated, answer.decisions))
+
+
+@pytest.mark.parametrize(("device", "budget"), [(110, 0.2), (120, 0.15), (130, 0.2), (110, 0.15)])
+def test_a_rounding_over_the_error_budget_gets_less_of_it(device: int, budget: float) -> None:
+    formulated = formulate(problem(6, device, place("host", 1000), codecs=(INT8,), error_budget=budget))
+    solver = Solver(build(formulated))
+    vertex = solver.relaxed(5.0)
+    assert "error budget" in formulated.excess(diffused(formulated, vertex.values))
+    found = fitting(formulated, solver, vertex, time.monotonic() + 5.0)
+    assert found is not None
+    assert not formulated.excess(found)
 
 
 def test_limits_that_were_lowered_are_given_back() -> None:

@@ -107,7 +107,7 @@ def test_an_isolated_solve_is_canonical() -> None:
 
 def test_a_document_that_is_no_plan_is_refused_by_name() -> None:
     text = solve(problem(1, 100), HERE).to_json()
-    with pytest.raises(ValueError, match="it was changed"):
+    with pytest.raises(ValueError, match="it was edited or damaged"):
         RangePlan.from_json(text.replace('"status":"optimal"', '"status":"gap"'))
     with pytest.raises(ValueError, match="plan version 7, this memtrain reads 2"):
         RangePlan.from_json(text.replace('"version":2', '"version":7'))
