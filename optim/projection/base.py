@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from memtrain.optim.projection.workspace import Workspace
 from memtrain.optim.storage import RandomKey
 
 Kind = Literal[
@@ -87,11 +88,8 @@ class Projector(Protocol):
         """Bytes of what persists."""
         ...
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
-        """Bytes of all tensors that a refresh allocates and frees, counted as if alive together.
-
-        LAPACK's own workspaces, which torch asks for outside its allocator, are not in it.
-        """
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
+        """What a refresh takes for a while; ``first``: that before which there is no basis."""
         ...
 
 

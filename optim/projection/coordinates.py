@@ -20,6 +20,7 @@ from memtrain.optim.projection.base import CoordinateOverlap, Overlap, Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.permutation import permuted_indices
 from memtrain.optim.projection.random import KEY_WORDS, PERMUTATION_STREAM, SEED, read_key, write_key_
+from memtrain.optim.projection.workspace import Workspace
 from memtrain.optim.storage import RandomKey
 
 START, INDEX = "start", "index"
@@ -91,6 +92,6 @@ class CoordinateProjector:
         """See :class:`Projector`."""
         return (1 if self.kind == "block" else KEY_WORDS) * torch.int64.itemsize
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """A key."""
-        return 0 if self.kind == "block" else KEY_WORDS * torch.int64.itemsize
+        return Workspace(tensor_bytes=0 if self.kind == "block" else KEY_WORDS * torch.int64.itemsize)

@@ -16,6 +16,7 @@ from torch import Tensor
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.matrix import LEFT, MatrixProjector
+from memtrain.optim.projection.workspace import Workspace, draw_bytes, qr_library_bytes
 from memtrain.optim.storage import RandomKey, random_bits
 
 SEED = "seed"
@@ -51,8 +52,9 @@ class RandomProjector(MatrixProjector):
             return
         for side in self.sides:
             basis = stored[side]
-            normal = gaussian(_of_side(key, side), tuple(basis.shape), basis.device)
-            basis.copy_(torch.linalg.qr(normal).Q)
+            draw = _of_side(key, side)
+            # Unnamed, so that it is freed before the other side's is drawn.
+            basis.copy_(torch.linalg.qr(gaussian(draw, tuple(basis.shape), basis.device)).Q)
 
     def open(self, stored: Stored, device: torch.device) -> Stored:
         """The basis, made from its key where it is not stored."""
@@ -70,14 +72,16 @@ class RandomProjector(MatrixProjector):
         """See :class:`Projector`."""
         return self.basis_bytes() if self.orthonormal else KEY_WORDS * torch.int64.itemsize
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """See :class:`Projector`."""
         if not self.orthonormal:
-            return KEY_WORDS * torch.int64.itemsize
-        elements = max(math.prod(self.basis_shape(side)) for side in self.sides)
-        # Two uniforms with their bits, the normal matrix, Q and R.
-        small = math.prod(self.batch) * self.rank**2
-        return (5 * elements + small) * torch.float32.itemsize
+            return Workspace(tensor_bytes=KEY_WORDS * torch.int64.itemsize)
+        d, r, batch = max(self.dimensions[side] for side in self.sides), self.rank, math.prod(self.batch)
+        # While drawing; in the decomposition, its argument, Q and R.
+        decomposing = (2 * d * r + r * r) * batch * torch.float32.itemsize
+        return Workspace(
+            tensor_bytes=max(draw_bytes(d * r * batch), decomposing), library_bytes=qr_library_bytes(d, r)
+        )
 
 
 def rademacher(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ Tropp 2011, algorithm 4.4).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from torch import Tensor
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, gaussian
+from memtrain.optim.projection.workspace import (
+    Workspace,
+    draw_bytes,
+    eigh_library_bytes,
+    qr_library_bytes,
+    svd_library_bytes,
+)
 from memtrain.optim.storage import RandomKey
 
 _COLD_ITERATIONS = 2
@@ -63,8 +71,8 @@ class SpectralProjector(MatrixProjector):
     def _by_power_iteration(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
         cold = not bool(last.any())
         if cold:
-            sketch = gaussian(key, (*self.batch, gradient.shape[-1], self.rank), gradient.device)
-            basis = _orthonormal(gradient @ sketch)
+            shape = (*self.batch, gradient.shape[-1], self.rank)
+            basis = _orthonormal(gradient @ gaussian(key, shape, gradient.device))
         else:
             basis = last.float()
         for _ in range(_COLD_ITERATIONS if cold else 1):
@@ -79,25 +87,40 @@ class SpectralProjector(MatrixProjector):
         """See :class:`Projector`."""
         return self.basis_bytes()
 
-    def refresh_workspace_bytes(self, gradient_dtype: torch.dtype) -> int:
+    def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """See :class:`Projector`; of the side that needs most."""
         m, n = self.dimensions[LEFT], self.dimensions[RIGHT]
         copy = 0 if gradient_dtype == torch.float32 else m * n
+        dimensions = [self.dimensions[side] for side in self.sides]
         if self.kind == "svd":
             k = min(m, n)
-            # svd's own copy of its argument, then U, S, V^T.
-            needed = copy + 2 * m * n - m * n + m * n + (m + n + 1) * k
-        elif self.kind == "eigh":
-            needed = copy + max(2 * d * d + d for d in (self.dimensions[side] for side in self.sides))
-        else:
-            sides = (self._power_elements(d, m + n - d) for d in (self.dimensions[s] for s in self.sides))
-            needed = copy + max(sides)
-        return needed * math.prod(self.batch) * torch.float32.itemsize
+            # U, the singular values, V^T.
+            return self._workspace(copy + k * (m + n + 1), svd_library_bytes(m, n))
+        if self.kind == "eigh":
+            d = max(dimensions)
+            # The Gram matrix, the vectors, the values.
+            return self._workspace(copy + 2 * d * d + d, eigh_library_bytes(d))
+        elements = max(self._power_elements(d, m + n - d, first) for d in dimensions)
+        needed = self._workspace(copy + elements, qr_library_bytes(max(dimensions), self.rank))
+        if not first:
+            return needed
+        copy_bytes = copy * math.prod(self.batch) * torch.float32.itemsize
+        sketch = max(math.prod(self.batch) * (m + n - d) * self.rank for d in dimensions)
+        return replace(needed, tensor_bytes=max(needed.tensor_bytes, copy_bytes + draw_bytes(sketch)))
 
-    def _power_elements(self, d: int, other: int) -> int:
+    def _power_elements(self, d: int, other: int, first: bool) -> int:
         r = self.rank
-        # basis, G^T basis and its normalised copy, G of that, QR's Q and R.
-        return d * r + 2 * other * r + 2 * d * r + r * r
+        decomposing = 2 * d * r + r * r  # the argument, Q and R
+        normalising = 2 * other * r + 2  # G^T basis before and after, its largest entry, twice
+        multiplying = other * r + d * r
+        # The basis to start from is a tensor of its own where it is not the stored one.
+        basis = d * r if first or self.basis_dtype != torch.float32 else 0
+        return basis + max(decomposing, normalising, multiplying)
+
+    def _workspace(self, elements: int, library_bytes: int) -> Workspace:
+        """Decompositions go through a stack one matrix at a time."""
+        tensor_bytes = elements * math.prod(self.batch) * torch.float32.itemsize
+        return Workspace(tensor_bytes=tensor_bytes, library_bytes=library_bytes)
 
 
 def _normalised(columns: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from memtrain.optim.projection import COORDINATE, RANDOM, SPECTRAL, Projection, ProjectionError
 from memtrain.optim.storage import RandomKey
+from tests.optim.live_tensors import LiveTensors
 
 KEY = RandomKey(seed=1, parameter=2, step=3)
 CPU = torch.device("cpu")
@@ -246,18 +247,37 @@ def test_bf16_basis_halves_the_bytes_and_stays_near_orthonormal(gradient_of):
     assert error < 8e-3
 
 
-def test_refresh_workspace_counts_by_hand():
-    m, n, r = 40, 24, 5
-    shape = torch.Size((m, n))
-    fp32, bf16 = torch.float32, torch.bfloat16
+BF16_CASES = [
+    ({**fields, "basis_dtype": "bf16"}, shape) for fields, shape in CASES if fields["kind"] not in COORDINATE
+]
 
-    def workspace(kind, dtype=fp32):
-        return Projection(kind=kind, rank=r).bind(shape).refresh_workspace_bytes(dtype)
 
-    # The basis is of the shorter dimension, n: G basis is m x r, G^T of that n x r.
-    power = n * r + 2 * m * r + 2 * n * r + r * r
-    assert workspace("power") == 4 * power
-    assert workspace("power", bf16) == 4 * (power + m * n)
-    assert workspace("eigh") == 4 * (2 * n * n + n)
-    assert workspace("columns") == 24
-    assert workspace("gaussian") == 24
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("fields", "shape"), CASES + BF16_CASES, ids=name_of)
+def test_refresh_workspace_is_the_peak_of_live_tensors(fields, shape, dtype, gradient_of):
+    projector = Projection(**fields).bind(torch.Size(shape))
+    gradient = gradient_of(shape).to(dtype)
+    stored = projector.empty("cpu")
+    for first in (True, False):
+        with LiveTensors(gradient, *stored.values()) as live:
+            projector.refresh_(stored, gradient, key=KEY)
+        assert live.peak_bytes == projector.refresh_workspace(dtype, first=first).tensor_bytes
+
+
+def test_refresh_workspace_by_hand():
+    """40 x 24, rank 5: the basis is of the 24 columns; G times it is 40 x 5, G^T times that 24 x 5."""
+
+    def workspace(kind, dtype=torch.float32, **first):
+        projector = Projection(kind=kind, rank=5).bind(torch.Size((40, 24)))
+        return projector.refresh_workspace(dtype, **first).tensor_bytes
+
+    normalising = 2 * 40 * 5 + 2
+    assert workspace("power") == 4 * normalising
+    assert workspace("power", torch.bfloat16) == 4 * (normalising + 40 * 24)
+    assert workspace("svd") == 4 * 24 * (40 + 24 + 1)
+    assert workspace("eigh") == 4 * (2 * 24 * 24 + 24)
+    assert workspace("columns") == workspace("gaussian") == 24
+    # LAPACK: a copy, one more of a tall matrix, 4 k^2 + 7 k.
+    svd = Projection(kind="svd", rank=5).bind(torch.Size((40, 24))).refresh_workspace(torch.float32)
+    assert svd.library_bytes == 4 * (2 * 40 * 24 + 4 * 24 * 24 + 7 * 24)
+    assert svd.bytes == svd.tensor_bytes + svd.library_bytes
