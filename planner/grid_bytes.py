@@ -10,28 +10,24 @@ What is kept for a parameter ``[..., m, n]`` (E matrices, d the side that is sho
 - counters: the updates, where the next refresh is due, what a lazy schedule remembers, the last norm of each
   matrix where the growth of the update is limited.
 
-While a basis is renewed more is needed for a moment: ``refresh_workspace_bytes``. The formulas are written
-down anew, and compared with the optimizers to the byte by the tests.
+While a basis is renewed more is needed for a moment (``refresh_bytes``). The formulas are written down anew,
+and compared with the optimizers to the byte by the tests.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-from memtrain.planner.optimizer_bytes import ParameterSpec
+from collections.abc import Callable
+from dataclasses import dataclass
 
 _BLOCK = 128
 _LEAST_QUANTISED = 4096
-_FP32, _INT64 = 4, 8
-_KEY_WORDS = 3
+FP32_BYTES, INT64_BYTES = 4, 8
+KEY_WORDS = 3
 _LAZY_QUEUE = 5
-_SPECTRAL = ("svd", "eigh", "power")
-_SEEDED = ("gaussian", "rademacher", "semi_orthogonal")
-_COORDINATE = ("columns", "rows", "block", "randk")
+SPECTRAL = ("svd", "eigh", "power")
+SEEDED = ("gaussian", "rademacher", "semi_orthogonal")
+COORDINATE = ("columns", "rows", "block", "randk")
 _FORMATS: dict[str, Callable[[int], int]] = {
     "fp32": lambda n: 4 * n,
     "bf16": lambda n: 2 * n,
@@ -81,7 +77,7 @@ class GridSettings:
         _check("residual", self.residual, _RESIDUALS)
         if self.projection is None:
             return
-        _check("projection", self.projection, (*_SPECTRAL, *_SEEDED, *_COORDINATE))
+        _check("projection", self.projection, (*SPECTRAL, *SEEDED, *COORDINATE))
         if (self.rank is None) == (self.density is None):
             raise ValueError(
                 f"{self.projection} takes either rank or density, got rank={self.rank}, "
@@ -119,7 +115,7 @@ class GridBytes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Low:
+class Low:
     """The projection of one parameter."""
 
     shape: tuple[int, ...]
@@ -145,20 +141,20 @@ def parameter_bytes(
     """
     if settings.master == "split24" and element_bytes != 2:
         raise ValueError(f"master split24 is for bf16 weights, not for those of {element_bytes} bytes")
-    shape = _split(shape, split)
+    shape = split_shape(shape, split)
     elements = math.prod(shape)
     if not elements:
         return GridBytes()
-    counters, projector, worked_on, history = _FP32, 0, shape, 0
+    counters, projector, worked_on, history = FP32_BYTES, 0, shape, 0
     if settings.projection is not None and len(shape) >= 2:
-        low = _low(shape, settings)
+        low = low_of(shape, settings)
         worked_on, history = low.shape, settings.history
         projector = _projector_bytes(shape, low, settings)
-        counters += _INT64
+        counters += INT64_BYTES
         if settings.lazy:
-            counters += _INT64 + _LAZY_QUEUE * _FP32
+            counters += INT64_BYTES + _LAZY_QUEUE * FP32_BYTES
         if settings.limiter and settings.residual in _LIMITED:
-            counters += math.prod(shape[:-2]) * _FP32
+            counters += math.prod(shape[:-2]) * FP32_BYTES
     moments = sum(_moment_bytes(n, settings.state_dtype) for n in _moments(worked_on, settings.rule))
     if history:
         moments += _moment_bytes(history * math.prod(worked_on), settings.state_dtype)
@@ -170,55 +166,8 @@ def parameter_bytes(
     )
 
 
-def refresh_workspace_bytes(
-    shape: tuple[int, ...], settings: GridSettings, *, split: int = 1, element_bytes: int = 4
-) -> int:
-    """Of all tensors that renewing the basis allocates and frees, counted as if alive together.
-
-    LAPACK's own workspaces are not in it.
-    """
-    shape = _split(shape, split)
-    kind = settings.projection
-    if kind is None or len(shape) < 2 or not math.prod(shape) or kind == "block":
-        return 0
-    if kind in _COORDINATE or kind in ("gaussian", "rademacher"):
-        return _KEY_WORDS * _INT64
-    low = _low(shape, settings)
-    *batch, m, n = shape
-    matrices, r = math.prod(batch), low.rank
-    if kind == "semi_orthogonal":
-        # Two uniforms with their bits, the normal matrix, Q and R.
-        return (5 * matrices * max(low.sides) * r + matrices * r * r) * _FP32
-    widened = 0 if element_bytes == _FP32 else m * n
-    if kind == "svd":
-        # A copy of the gradient, which the decomposition destroys, one that it is handed; U, S and V.
-        needed = 2 * m * n + (m + n + 1) * min(m, n)
-    elif kind == "eigh":
-        needed = max(2 * d * d + d for d in low.sides)  # Gram matrix, eigenvectors and eigenvalues
-    else:
-        # The basis, twice the gradient's product with it, that product's product, Q and R.
-        needed = max(3 * d * r + 2 * (m + n - d) * r + r * r for d in low.sides)
-    return (widened + needed) * matrices * _FP32
-
-
-def projection_flops(
-    shape: tuple[int, ...], settings: GridSettings, *, update_gap: int, split: int = 1
-) -> float:
-    """Of the products with the basis in one step, and of a power iteration every ``update_gap`` steps.
-
-    Down and up; twice up where a residual is taken; only down where the gradient itself is scaled. The QR
-    decomposition, ``O(d r^2)`` once a refresh, is left out. A coordinate projection only gathers.
-    """
-    shape = _split(shape, split)
-    if settings.projection is None or settings.projection in _COORDINATE or len(shape) < 2:
-        return 0.0
-    one = 2.0 * math.prod(shape) * _low(shape, settings).rank
-    products = {"none": 2, "scale_only": 1}.get(settings.residual, 3)
-    refresh = 2 if settings.projection in _SPECTRAL else 0
-    return one * (products + refresh / update_gap)
-
-
-def _split(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+def split_shape(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+    """What is worked on: the parameter's shape, or that of the stack it is split into."""
     if parts == 1 or len(shape) < 2:
         return tuple(shape)
     if len(shape) != 2 or shape[0] % parts:
@@ -246,24 +195,25 @@ def _moment_bytes(elements: int, state_dtype: str) -> int:
     return _FORMATS[state_dtype](elements)
 
 
-def _low(shape: tuple[int, ...], settings: GridSettings) -> _Low:
+def low_of(shape: tuple[int, ...], settings: GridSettings) -> Low:
+    """The projection of a matrix or a stack. Raises ValueError: the rank exceeds what the shape has."""
     kind = settings.projection
     if len(shape) not in (2, 3):
         raise ValueError(f"{kind} projects matrices and stacks of them, got shape {shape}")
     *batch, m, n = shape
     if kind == "randk":
         size = math.prod(shape)
-        return _Low(shape=(_size(settings, size, limit=size, shape=shape),), rank=1, sides=())
-    if kind in _COORDINATE:
+        return Low(shape=(_size(settings, size, limit=size, shape=shape),), rank=1, sides=())
+    if kind in COORDINATE:
         size = n if kind == "columns" else m
         rank = _size(settings, size, limit=size, shape=shape)
-        return _Low(shape=(*batch, m, rank) if kind == "columns" else (*batch, rank, n), rank=rank, sides=())
+        return Low(shape=(*batch, m, rank) if kind == "columns" else (*batch, rank, n), rank=rank, sides=())
     left = {"left": True, "right": False, "std": m < n, "reverse_std": m >= n}.get(settings.side)
     sides = (m, n) if left is None else (m,) if left else (n,)
-    limit = min(m, n) if kind in _SPECTRAL else min(sides)
+    limit = min(m, n) if kind in SPECTRAL else min(sides)
     rank = _size(settings, min(sides), limit=limit, shape=shape)
     rows, columns = (m if left is False else rank), (n if left is True else rank)
-    return _Low(shape=(*batch, rows, columns), rank=rank, sides=sides)
+    return Low(shape=(*batch, rows, columns), rank=rank, sides=sides)
 
 
 def _size(settings: GridSettings, dimension: int, *, limit: int, shape: tuple[int, ...]) -> int:
@@ -277,81 +227,10 @@ def _size(settings: GridSettings, dimension: int, *, limit: int, shape: tuple[in
     return settings.rank
 
 
-def _projector_bytes(shape: tuple[int, ...], low: _Low, settings: GridSettings) -> int:
+def _projector_bytes(shape: tuple[int, ...], low: Low, settings: GridSettings) -> int:
     if settings.projection == "block":
-        return _INT64
-    if settings.projection not in (*_SPECTRAL, "semi_orthogonal"):
-        return _KEY_WORDS * _INT64
+        return INT64_BYTES
+    if settings.projection not in (*SPECTRAL, "semi_orthogonal"):
+        return KEY_WORDS * INT64_BYTES
     width = 2 if settings.basis_dtype == "bf16" else 4
     return math.prod(shape[:-2]) * sum(low.sides) * low.rank * width
-
-
-# -- the named optimizers ----------------------------------------------------------------------------------
-
-DEFAULT_UPDATE_GAP = 200
-_QUARTER = {"density": 0.25}
-
-NAMED: dict[str, dict[str, Any]] = {
-    "adamw-8bit": {"state_dtype": "int8"},
-    "galore": {"projection": "power", **_QUARTER},
-    "natural-galore": {"projection": "power", "history": 20, **_QUARTER},
-    "frugal": {"projection": "power", "residual": "sign", **_QUARTER},
-    "fira": {"projection": "power", "residual": "scaled", **_QUARTER},
-    "apollo": {"projection": "gaussian", "residual": "scale_only", **_QUARTER},
-    "apollo-mini": {"projection": "gaussian", "residual": "scale_only", "rank": 1},
-}
-"""What a name stands for, and where its class has no default a quarter of the shorter side. ``adamw`` is
-torch's, of ``optimizer_bytes``."""
-_FIELDS = tuple(each.name for each in dataclasses.fields(GridSettings))
-
-
-def named_settings(name: str, **arguments: Any) -> GridSettings:
-    """The settings of a named optimizer with fields of :class:`GridSettings` changed.
-
-    Raises:
-        ValueError: an unknown name or field, or a value out of range.
-    """
-    if name not in NAMED:
-        raise ValueError(f"optimizer must be one of {', '.join(NAMED)}, got {name!r}")
-    if unknown := [key for key in arguments if key not in _FIELDS]:
-        raise ValueError(f"{name} has no {unknown[0]!r}: there are {', '.join(_FIELDS)}")
-    settings = dict(NAMED[name])
-    if "rank" in arguments or "density" in arguments:
-        settings.update(rank=None, density=None)
-    return GridSettings(**{**settings, **arguments})
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GridRule:
-    """A grid optimizer over a model, as a ``StateRule`` of ``optimizer_bytes``."""
-
-    value: str
-    """As it was written: ``galore(rank=128)``."""
-    settings: GridSettings
-    projected: Mapping[str, int] = field(default_factory=dict)
-    """By name: in how many fused matrices a parameter is projected. Others are whole."""
-    update_gap: int = DEFAULT_UPDATE_GAP
-
-    def state_of(self, parameter: ParameterSpec) -> tuple[int, int]:
-        """Bytes of moments, basis and counters, and of the master."""
-        settings, split = self._of(parameter)
-        width = parameter.element_bytes
-        found = parameter_bytes(parameter.shape, settings, split=split, element_bytes=width)
-        return found.total - found.master, found.master
-
-    def flops_of(self, parameter: ParameterSpec) -> float:
-        """Of one step's projection."""
-        settings, split = self._of(parameter)
-        return projection_flops(parameter.shape, settings, update_gap=self.update_gap, split=split)
-
-    def workspace_of(self, parameter: ParameterSpec) -> int:
-        """While its basis is renewed, beside what is kept."""
-        settings, split = self._of(parameter)
-        width = parameter.element_bytes
-        return refresh_workspace_bytes(parameter.shape, settings, split=split, element_bytes=width)
-
-    def _of(self, parameter: ParameterSpec) -> tuple[GridSettings, int]:
-        split = self.projected.get(parameter.name)
-        if split is None:
-            return dataclasses.replace(self.settings, projection=None), 1
-        return self.settings, split

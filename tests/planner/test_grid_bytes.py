@@ -16,17 +16,10 @@ from memtrain.optim import FRUGAL, AdamW, AdamW8bit, Apollo, ApolloMini, Fira, G
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.projection import Projection
 from memtrain.optim.roles import PROJECTED, classify, param_groups
-from memtrain.planner.grid_bytes import (
-    NAMED,
-    GridBytes,
-    GridRule,
-    GridSettings,
-    named_settings,
-    parameter_bytes,
-    projection_flops,
-    refresh_workspace_bytes,
-)
+from memtrain.planner.grid_bytes import GridBytes, GridSettings, parameter_bytes
+from memtrain.planner.grid_rule import NAMED, GridRule, named_settings
 from memtrain.planner.optimizer_bytes import ParameterSpec, StateBytes, state_bytes
+from memtrain.planner.refresh_bytes import projection_flops, refresh_workspace_bytes
 
 RANK = 8
 
@@ -242,13 +235,22 @@ def test_predicted_is_live_to_the_byte(case: str, model_name: str, dtype: torch.
     shape=st.tuples(st.integers(1, 3), st.integers(4, 40), st.integers(4, 40)),
     rank=st.integers(1, 4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    basis_dtype=st.sampled_from(["fp32", "bf16"]),
+    first=st.booleans(),
 )
 def test_the_workspace_of_a_refresh_is_the_projectors(
-    kind: str, side: str, shape: tuple[int, int, int], rank: int, dtype: torch.dtype
+    kind: str,
+    side: str,
+    shape: tuple[int, int, int],
+    rank: int,
+    dtype: torch.dtype,
+    basis_dtype: str,
+    first: bool,
 ) -> None:
-    side = side if kind not in ("columns", "block") else "std"
-    projector = Projection(kind=kind, rank=rank, side=side).bind(torch.Size(shape))  # type: ignore[arg-type]
-    settings = GridSettings(projection=kind, rank=rank, side=side)
-    found = refresh_workspace_bytes(shape, settings, element_bytes=dtype.itemsize)
-    assert found == projector.refresh_workspace_bytes(dtype)
+    side, basis_dtype = (side, basis_dtype) if kind not in ("columns", "block") else ("std", "fp32")
+    chosen: dict[str, Any] = dict(rank=rank, side=side, basis_dtype=basis_dtype)
+    projector = Projection(kind=kind, **chosen).bind(torch.Size(shape))  # type: ignore[arg-type]
+    settings = GridSettings(projection=kind, **chosen)
+    found = refresh_workspace_bytes(shape, settings, element_bytes=dtype.itemsize, first=first)
+    assert found == projector.refresh_workspace(dtype, first=first).bytes
     assert parameter_bytes(shape, settings).projector == projector.size_bytes()
