@@ -28,6 +28,7 @@ from memtrain.optim.cell import Cell, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.paths import Path, Work, path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
+from memtrain.optim.stand_ins import StandIns
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -189,6 +190,10 @@ class GridOptimizer(Optimizer):
                     for part, count in cell.state_bytes().items():
                         total[part] += count
         return total
+
+    def stand_ins(self) -> StandIns:
+        """For machinery that keeps the states itself and steps tensors in place of the parameters."""
+        return StandIns(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Exactly what was saved; torch would cast every floating state to the dtype of its parameter.
