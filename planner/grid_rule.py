@@ -12,19 +12,18 @@ from memtrain.planner.optimizer_bytes import ParameterSpec
 from memtrain.planner.refresh_bytes import projection_flops, refresh_workspace_bytes
 
 DEFAULT_UPDATE_GAP = 200
-_QUARTER = {"density": 0.25}
 
 NAMED: dict[str, dict[str, Any]] = {
     "adamw-8bit": {"state_dtype": "int8"},
-    "galore": {"projection": "power", **_QUARTER},
-    "natural-galore": {"projection": "power", "history": 20, **_QUARTER},
-    "frugal": {"projection": "power", "residual": "sign", **_QUARTER},
-    "fira": {"projection": "power", "residual": "scaled", **_QUARTER},
-    "apollo": {"projection": "gaussian", "residual": "scale_only", **_QUARTER},
+    "galore": {"projection": "power"},
+    "natural-galore": {"projection": "power", "history": 20},
+    "frugal": {"projection": "power", "residual": "sign", "density": 0.25},
+    "fira": {"projection": "power", "residual": "scaled"},
+    "apollo": {"projection": "gaussian", "residual": "scale_only"},
     "apollo-mini": {"projection": "gaussian", "residual": "scale_only", "rank": 1},
 }
-"""What a name stands for, and where its class has no default a quarter of the shorter side. ``adamw`` is
-torch's, of ``optimizer_bytes``."""
+"""What a name stands for; those without rank and density need to be given one. ``adamw`` is torch's, of
+``optimizer_bytes``."""
 _FIELDS = tuple(each.name for each in dataclasses.fields(GridSettings))
 
 
@@ -38,10 +37,12 @@ def named_settings(name: str, **arguments: Any) -> GridSettings:
         raise ValueError(f"optimizer must be one of {', '.join(NAMED)}, got {name!r}")
     if unknown := [key for key in arguments if key not in _FIELDS]:
         raise ValueError(f"{name} has no {unknown[0]!r}: there are {', '.join(_FIELDS)}")
-    settings = dict(NAMED[name])
-    if "rank" in arguments or "density" in arguments:
-        settings.update(rank=None, density=None)
-    return GridSettings(**{**settings, **arguments})
+    settings = {**NAMED[name], **arguments}
+    if "rank" in arguments and "density" not in arguments:
+        settings["density"] = None
+    if settings.get("projection") == "random":
+        settings["projection"] = "gaussian"  # APOLLO's name for it
+    return GridSettings(**settings)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

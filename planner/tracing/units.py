@@ -46,7 +46,7 @@ def measure_optimizer(
     elements = probe_elements(optimizer)
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        shape = (1024, elements // 1024)
+        shape: tuple[int, ...] = (1024, elements // 1024)
         if known is not None:
             shape = _matrix_of(group["params"], elements) or shape
         for dtype, device in {(p.dtype, p.device) for p in group["params"]}:

@@ -75,6 +75,8 @@ def test_what_no_optimizer_has_is_refused() -> None:
         named_settings("gallore")
     with pytest.raises(ValueError, match="galore has no 'rnk'"):
         named_settings("galore", rnk=8)
+    with pytest.raises(ValueError, match="power takes either rank or density, got rank=None"):
+        named_settings("galore")
     with pytest.raises(ValueError, match="either rank or density"):
         named_settings("galore", rank=8, density=0.5)
     with pytest.raises(ValueError, match="rank 50 exceeds 40"):
