@@ -69,10 +69,12 @@ class GridRule:
         return projection_flops(parameter.shape, settings, update_gap=self.update_gap, split=split)
 
     def workspace_of(self, parameter: ParameterSpec) -> int:
-        """While its basis is renewed, beside what is kept."""
+        """While its first basis is made, which takes most, beside gradient and what is kept."""
         settings, split = self._of(parameter)
         width = parameter.element_bytes
-        return refresh_workspace_bytes(parameter.shape, settings, split=split, element_bytes=width)
+        return refresh_workspace_bytes(
+            parameter.shape, settings, split=split, element_bytes=width, first=True
+        )
 
     def _of(self, parameter: ParameterSpec) -> tuple[GridSettings, int]:
         split = self.projected.get(parameter.name)

@@ -39,7 +39,8 @@ def make_trainer(folder: Path, name: str = "galore", **settings: Any) -> Any:
     rows = torch.randint(3, 64, (32, 12), generator=generator)
     data = [{"input_ids": row, "labels": row} for row in rows]
     arguments = make_arguments(folder)
-    chosen = {"rank": 4, "update_proj_gap": 3, **settings} if name != "adamw-8bit" else settings
+    by_name = {"adamw-8bit": {}, "frugal": {"density": 0.25, "update_gap": 3}}
+    chosen = {**by_name.get(name, {"rank": 4, "update_proj_gap": 3}), **settings}
     return transformers.Trainer(
         make_model(),
         arguments,
@@ -72,13 +73,9 @@ def test_the_arguments_are_honoured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["galore", "frugal", "apollo", "adamw-8bit"])
 def test_a_run_taken_up_within_a_refresh_period_ends_alike(name: str, tmp_path: Path) -> None:
     """Saved after step 4, refreshed at steps 0 and 3 (counted from 0): bit-equal at step 6."""
-    if name == "frugal":
-        settings: dict[str, Any] = {"update_gap": 3, "density": 0.25}
-        arguments = make_arguments(tmp_path / "never")
-        assert trainer_optimizer("frugal", arguments, **settings)[0].section.name == "frugal"
-    whole = _run(tmp_path / "whole", name)
+    whole = make_trainer(tmp_path / "whole", name)
     whole.train()
-    cut = _run(tmp_path / "cut", name)
+    cut = make_trainer(tmp_path / "cut", name)
     cut.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
     assert cut.state.global_step == 6
     start = make_model()
@@ -91,15 +88,6 @@ def test_a_run_taken_up_within_a_refresh_period_ends_alike(name: str, tmp_path: 
     assert saved["param_groups"][0]["step"] == 4
     rates = [entry["learning_rate"] for entry in whole.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([0.0, 5e-3, 1e-2, 7.5e-3, 5e-3, 2.5e-3])
-
-
-def _run(folder: Path, name: str) -> Any:
-    if name != "frugal":
-        return make_trainer(folder, name)
-    trainer = make_trainer(folder, "galore")
-    chosen = trainer_optimizer("frugal", trainer.args, density=0.25, update_gap=3)
-    trainer.optimizer_cls_and_kwargs = chosen
-    return trainer
 
 
 def test_apollo_by_its_authors_names(tmp_path: Path) -> None:

@@ -88,16 +88,15 @@ def test_what_no_optimizer_has_is_refused(change: dict[str, Any], message: str) 
     data = json.loads(load_recipe(RECIPE).model_dump_json())
     data["optimizer"] = {**{k: v for k, v in data["optimizer"].items() if v is not None}, **change}
     with pytest.raises(RecipeError, match=message):
-        recipe = parse_recipe(data)
-        build_optimizer(recipe, small_model())
+        build_optimizer(parse_recipe(data), small_model())
 
 
 def run(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     small = ["data.sequence_length=32", "training.steps=6", "optimizer.update_proj_gap=4"]
     sizes = ["training.accumulation=1", "checkpoint.every=2", "checkpoint.keep=5", "evaluation.batches=1"]
+    command = [sys.executable, "-m", "memtrain.train", RECIPE]
     return subprocess.run(
-        [sys.executable, "-m", "memtrain.train", RECIPE, f"output.directory={output}"]
-        + [*small, *sizes, *overrides],
+        [*command, f"output.directory={output}", *small, *sizes, *overrides],
         capture_output=True,
         text=True,
         check=False,
