@@ -161,7 +161,8 @@ def test_the_recipe_runs(tiny: Path, tmp_path: Path) -> None:
     overrides = [
         f"data.train={data / 'corpus_train.txt'}", f"data.heldout={data / 'corpus_heldout.txt'}",
         "data.sequence_length=32", "training.device=cpu", "training.steps=3", "evaluation.batches=1",
-        "training.micro_batch_size=1", f"output.directory={tmp_path / 'run'}", "budget.device=2GiB", "budget.host=0",
+        "training.micro_batch_size=1", f"output.directory={tmp_path / 'run'}", "budget.device=2GiB",
+        "budget.host=0",
     ]  # fmt: skip
     run = subprocess.run(
         [sys.executable, "-m", "memtrain.train", tmp_path / "recipe.yaml", *overrides],
