@@ -38,6 +38,7 @@ class Kept(NamedTuple):
     state_bytes: int
     """Counters, which are single numbers, left out."""
     tensors: int
+    projected: bool
     refresh_bytes: int
     """The most that renewing the basis takes beside gradient and state."""
 
@@ -71,7 +72,9 @@ class StandIns:
         refresh_bytes = 0
         if cell.projected is not None:
             refresh_bytes = cell.projected.projector.refresh_workspace(parameter.dtype, first=True).bytes
-        return Kept(sum(value.nbytes for value in tensors), len(tensors), refresh_bytes)
+        return Kept(
+            sum(value.nbytes for value in tensors), len(tensors), cell.projected is not None, refresh_bytes
+        )
 
     def run(
         self,

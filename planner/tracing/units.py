@@ -48,7 +48,7 @@ def measure_optimizer(
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         shape: tuple[int, ...] = (1024, elements // 1024)
         if known is not None:
-            shape = _matrix_of(group["params"], elements) or shape
+            shape = known.matrix_of(group["params"], elements) or shape
         for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
             kind = repr(settings), dtype, device
             if kind not in kinds:
@@ -62,14 +62,6 @@ def measure_optimizer(
     )
 
 
-def _matrix_of(parameters: list[Tensor], elements: int) -> tuple[int, ...] | None:
-    """The largest matrix that is no larger than a probe, or else the smallest: what is projected has a rank
-    that not every shape has."""
-    matrices = sorted((p for p in parameters if p.dim() >= 2), key=Tensor.numel)
-    fitting = [p for p in matrices if p.numel() <= elements]
-    return tuple((fitting[-1] if fitting else matrices[0]).shape) if matrices else None
-
-
 class KnownStates:
     """What an optimizer says that it keeps for each of its trainable parameters.
 
@@ -81,17 +73,27 @@ class KnownStates:
         """By ``id`` of the parameter."""
         self.state_per_element = self.refresh_per_element = 0.0
         self.tensors = 0
+        self._projected: set[int] = set()
         for parameter in parameters:
             master = master_weights and parameter.dtype in (torch.bfloat16, torch.float16)
             kept = stand_ins.kept(parameter, torch.float32 if master else parameter.dtype)
             size = kept.state_bytes + (4 * parameter.numel() if master else 0)
             self.state_bytes[id(parameter)] = size
+            if kept.projected:
+                self._projected.add(id(parameter))
             self.tensors = max(self.tensors, kept.tensors + master)
             if parameter.numel() >= SMALL:
                 self.state_per_element = max(self.state_per_element, size / parameter.numel())
                 self.refresh_per_element = max(
                     self.refresh_per_element, kept.refresh_bytes / parameter.numel()
                 )
+
+    def matrix_of(self, parameters: list[Tensor], elements: int) -> tuple[int, ...] | None:
+        """The shape to measure a group at that projects: not every one has its rank. The largest matrix that
+        has at most so many elements, or else the smallest."""
+        matrices = sorted((p for p in parameters if id(p) in self._projected), key=Tensor.numel)
+        fitting = [p for p in matrices if p.numel() <= elements]
+        return tuple((fitting[-1] if fitting else matrices[0]).shape) if matrices else None
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer, master_weights: bool) -> KnownStates | None:
