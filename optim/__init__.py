@@ -4,6 +4,7 @@ from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
 from memtrain.optim.named import FRUGAL, AdamW, AdamW8bit, Apollo, ApolloMini, Fira, GaLore, NaturalGaLore
 from memtrain.optim.projection import ProjectionError
 from memtrain.optim.roles import ParameterRole, Role, classify, param_groups, role_table
+from memtrain.optim.small_gradients import SmallGradients
 
 __all__ = [
     "FRUGAL",
@@ -19,6 +20,7 @@ __all__ = [
     "ParameterRole",
     "ProjectionError",
     "Role",
+    "SmallGradients",
     "classify",
     "param_groups",
     "role_table",

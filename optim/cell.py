@@ -8,8 +8,9 @@ will keep are known before anything is allocated.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from memtrain.optim.storage import RandomKey, StateFormat, master_format, state_
 State = dict[str, Tensor]
 
 STEP = "step"
-_MOMENT_STREAM, _ROTATED_STREAM = 16, 32
+MOMENT_STREAM, _ROTATED_STREAM = 16, 32
 """Streams of a step's key from which the moments are rounded; 0 is the weight's, 1 to 3 the projector's."""
 LEAST_QUANTISED_ELEMENTS = 4096
 """Smaller moments stay fp32, as bitsandbytes and torchao have it: they weigh nothing and are often biases
@@ -116,28 +117,71 @@ class Cell:
             counted["counters"] += policy.size_bytes() + residual.size_bytes(projector)
         return counted
 
+    def own(self, tensor: Tensor) -> Tensor:
+        """What of the parameter, or of its gradient, this process updates; all other methods take that."""
+        return tensor
+
+    is_whole = True
+    """Whether this process has all of the parameter."""
+
+    def first_entry(self, moment: str | None) -> int:
+        """Where this process's part of a moment, or of the weight, begins in the whole one: random numbers
+        belong to places there."""
+        return 0
+
+    def norm_group(self, *, low: bool) -> Any:
+        """The processes over which the square of a norm of R, or of the gradient, is summed; None: this one
+        has all of it."""
+        return None
+
+    def exported(self, state: State) -> State:
+        """A state as a checkpoint has it; the memory is shared."""
+        return state
+
+    def imported(self, state: State) -> State:
+        """What :meth:`exported` gave, as it was."""
+        return state
+
     def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
         """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
-        weight, gradient = weight.detach().view(self.shape), gradient.reshape(self.shape)
+        gradient = gradient.reshape(self.shape)
         if not self.refresh_if_due_(gradient, state, turn):
             return False
-        state[STEP] += 1
-        moments = self._load(state)
-        if self.projected is None:
-            update = self.rule.direction(moments, gradient.float(), int(state[STEP]))
-        else:
-            projector, _, residual = self.projected
-            opened = projector.open(_part(state, "projector"), gradient.device)
-            low = projector.down(opened, gradient)
-            direction = self.rule.direction(moments, low, int(state[STEP]))
-            memory = _part(state, "residual")
-            update = residual.combine(gradient, low, direction, projector, opened, memory)
-        self._store_(state, moments, turn, _MOMENT_STREAM)
-        self._apply_(weight, update, state, turn)
+        opened = self.open(state, gradient.device)
+        self._move_(weight, self.summed(self.down(opened, gradient)), gradient, opened, state, turn)
         return True
 
+    def update_low_(self, weight: Tensor, low: Tensor, state: State, turn: Turn) -> None:
+        """One step from what :meth:`summed` gave, in the basis that there is; for residual ``none``."""
+        self._move_(weight, low, None, self.open(state, weight.device), state, turn)
+
+    def open(self, state: State, device: torch.device) -> Stored:
+        """The basis, for :meth:`down`."""
+        return self.projected.projector.open(part(state, "projector"), device) if self.projected else {}
+
+    def down(self, opened: Stored, gradient: Tensor) -> Tensor:
+        """R of a gradient of any shape, or the gradient in fp32: linear, so that R of a sum is the sum."""
+        gradient = gradient.reshape(self.shape)
+        return self.projected.projector.down(opened, gradient) if self.projected else gradient.float()
+
+    def summed(self, low: Tensor) -> Tensor:
+        """R of the whole parameter from what :meth:`down` gave: the same, where it is all in this process."""
+        return low
+
+    def _move_(
+        self, weight: Tensor, low: Tensor, gradient: Tensor | None, opened: Stored, state: State, turn: Turn
+    ) -> None:
+        state[STEP] += 1
+        moments = self._load(state)
+        update = self.rule.direction(moments, low, int(state[STEP]))
+        if self.projected is not None:
+            projector, _, residual = self.projected
+            update = residual.combine(gradient, low, update, projector, opened, part(state, "residual"))
+        self._store_(state, moments, turn, MOMENT_STREAM)
+        self._apply_(weight.detach().view(self.shape), update, state, turn)
+
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
-        stored = _part(state, "master")
+        stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
         if decay and self.settings.decay_order == "before":
@@ -148,33 +192,49 @@ class Cell:
             value.add_(update, alpha=-turn.lr)
         if decay and self.settings.decay_order == "after":
             value.mul_(1 - turn.lr * decay)
-        self.master.store_(weight, stored, value, key=self._key(turn))
+        # Where the weight is its own master it has changed already, and a copy onto itself takes a pass.
+        if value.data_ptr() != weight.data_ptr():
+            key = self.key(turn).skip(self.first_entry(None))
+            self.master.store_(weight, stored, value, key=key)
+
+    def is_due(self, state: State, turn: Turn) -> bool:
+        """Whether this step is to begin with a new basis."""
+        refresh = self.projected.refresh if self.projected else None
+        return refresh is not None and refresh.is_due(part(state, "refresh"), turn.step)
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """A new basis, and the moments carried over into it, where it is time. False, and nothing changed,
-        where the gradient, of this cell's shape, is needed for that and is not finite."""
-        if self.projected is None or not self.projected.refresh.is_due(_part(state, "refresh"), turn.step):
+        """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
+        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
+        if self.projected is None or not self.is_due(state, turn):
             return True
-        if self.projected.projector.needs_gradient and not bool(torch.isfinite(gradient).all()):
-            return False
+        if self.projected.projector.needs_gradient:
+            least, largest = self.extremes(gradient)
+            if not (math.isfinite(least) and math.isfinite(largest)):
+                return False
+            if least == largest == 0:
+                return True
         self._refresh_(self.projected, gradient, state, turn)
         return True
 
+    def extremes(self, gradient: Tensor) -> tuple[float, float]:
+        """Least and largest entry; NaN if there is one."""
+        least, largest = gradient.aminmax()
+        return float(least), float(largest)
+
     def _refresh_(self, projected: Projected, gradient: Tensor, state: State, turn: Turn) -> None:
         projector, policy, _ = projected
-        stored = _part(state, "projector")
+        stored = part(state, "projector")
         has_moments = int(state[STEP]) > 0
         old: Stored = {}
         if has_moments and (policy.lazy or policy.moments == "rotate"):
             # refresh_ writes in place, and the old basis is wanted once more.
             old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
-        projector.refresh_(stored, gradient, key=self._key(turn))
+        projector.refresh_(stored, gradient, key=self.key(turn))
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:
-            side = next(iter(old))
-            cosine = leading_cosine(old[side], new[side])
-        policy.done_(_part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
+            cosine = self.leading_cosine(old, new)
+        policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
             moments = self._load(state)
             overlap = projector.overlap(old, new)
@@ -185,20 +245,25 @@ class Cell:
             zeros = {k: torch.zeros_like(v) for k, v in self._load(state).items()}
             self._store_(state, zeros, turn, _ROTATED_STREAM)
 
+    def leading_cosine(self, old: Stored, new: Stored) -> float:
+        """Between the leading vectors of two opened bases, of the left ones if there are two sides."""
+        side = next(iter(old))
+        return leading_cosine(old[side], new[side])
+
     def _load(self, state: State) -> Moments:
         return {
-            name: self.formats[name].load(_part(state, name), spec.shape, signed=spec.signed)
+            name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
     def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
-        key = self._key(turn)
+        key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
-            self.formats[name].store_(
-                _part(state, name), moments[name], signed=spec.signed, key=key.fold(stream + number)
-            )
+            place = key.fold(stream + number).skip(self.first_entry(name))
+            self.formats[name].store_(part(state, name), moments[name], signed=spec.signed, key=place)
 
-    def _key(self, turn: Turn) -> RandomKey:
+    def key(self, turn: Turn) -> RandomKey:
+        """Of a parameter's step; its streams tell the uses apart."""
         return RandomKey(seed=self.settings.seed, parameter=turn.parameter, step=turn.step)
 
 
@@ -216,7 +281,7 @@ def _put(state: State, part: str, stored: Stored) -> None:
         state[f"{part}.{name}"] = tensor
 
 
-def _part(state: State, part: str) -> Stored:
+def part(state: State, part: str) -> Stored:
     """The tensors of one part; the same tensors, so that writing in place reaches the state."""
     prefix = part + "."
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -15,23 +15,28 @@ a parameter that is unused for a while, or whose moments a refresh has reset, is
 
 from __future__ import annotations
 
+import difflib
+import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memtrain.optim.cell import Cell, Turn
+from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.paths import Path, Work, path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
-from memtrain.optim.stand_ins import StandIns
+
+if TYPE_CHECKING:
+    from memtrain.optim.stand_ins import StandIns
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
+_FOREIGN = ("params", "param_names", _STEP, _SKIPPED)
 
 
 class NonFiniteGradientWarning(UserWarning):
@@ -48,11 +53,34 @@ class Plan:
     offsets: list[int]
 
 
+class Slot(NamedTuple):
+    """Where a parameter is: its group, its place in it, and its number in the optimizer."""
+
+    group: int
+    place: int
+    number: int
+
+
+@dataclass
+class Pending:
+    """What has become of a parameter's gradient since the last step; kept by ``SmallGradients``."""
+
+    low: Tensor | None = None
+    """The sum of its projections, fp32; the gradient itself is None then."""
+    summed: bool = False
+    """Whether that went through :meth:`Cell.summed`."""
+    backwards: int = 0
+    """How many gradients have arrived."""
+    updated: bool = False
+    """Whether the parameter has had its update of this step."""
+
+
 class GridOptimizer(Optimizer):
     """See the module.
 
     A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
-    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step.
+    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A gradient of zeros
+    says nothing about a basis either: the refresh waits for another one, and the step is taken.
 
     Args:
         params: parameters, named parameters, or dicts of groups with settings of their own.
@@ -72,8 +100,9 @@ class GridOptimizer(Optimizer):
         general = {name: value for name, value in known.items() if name not in RULE_FIELDS}
         rule = RULES.get(settings.get("rule", known["rule"]))
         numbers = {field.name: field.default for field in fields(rule)} if rule else {}
-        self._numbers: dict[Tensor, int] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._plans: list[Plan] = []
+        self.pending: dict[Tensor, Pending] = {}
         super().__init__(params, {"lr": lr, **general, **numbers, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -94,17 +123,26 @@ class GridOptimizer(Optimizer):
         rule = self._plans[-1].settings.rule_part
         # Written out, so that schedulers of betas or momentum find what they are to change.
         group.update({name: getattr(rule, name) for name in RULE_FIELDS if hasattr(rule, name)})
-        for parameter in group["params"]:
-            self._numbers[parameter] = len(self._numbers)
+        self._number(len(self.param_groups) - 1)
+
+    def _number(self, group: int) -> None:
+        for place, parameter in enumerate(self.param_groups[group]["params"]):
+            self._slots[parameter] = Slot(group, place, len(self._slots))
 
     def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group that names another rule, or no projection, does not inherit numbers that belong to the
-        constructor's."""
+        constructor's. Foreign keys may be in it, as in any torch optimizer, unless they look misspelt."""
+        for key in group.keys() - self.defaults.keys() - set(_FOREIGN):
+            if near := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.8):
+                raise TypeError(f"unknown setting {key!r} in a group: did you mean {near[0]!r}?")
         dropped: tuple[str, ...] = ()
         if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
             dropped += RULE_FIELDS
         if "projection" in group and group["projection"] is None:
             dropped += PROJECTED_FIELDS
+        for size, other in (("rank", "density"), ("density", "rank")):
+            if group.get(size) is not None and other not in group:
+                dropped += (other,)
         return {**dict.fromkeys(dropped), **group}
 
     def _plan(self, group: dict[str, Any]) -> Plan:
@@ -119,7 +157,7 @@ class GridOptimizer(Optimizer):
                     "parameters fp32, bf16 or fp16. Use torch.optim for others"
                 )
             try:
-                cells.append(Cell(settings, parameter.shape, parameter.dtype))
+                cells.append(_cell(settings, parameter))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{_name(group, index)}: {error}") from None
         offsets = [0] * len(cells)
@@ -145,40 +183,96 @@ class GridOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.replan()
+        for group in self.param_groups:
+            self.update_(group["params"])
+            group[_STEP] += 1
+        self.pending.clear()
+        return loss
+
+    def replan(self) -> None:
+        """Take note of settings that a scheduler has changed, and of parameters that a wrapper has put in the
+        place of others, as accelerate does where it shards a model after its optimizer was made."""
+        if any(parameter not in self._slots for group in self.param_groups for parameter in group["params"]):
+            self._slots = {}
+            for index, group in enumerate(self.param_groups):
+                self._plans[index] = self._plan(group)
+                self._number(index)
         for index, group in enumerate(self.param_groups):
             if Settings.of_group(group) != self._plans[index].settings:
                 self._plans[index] = self._plan(group)
-            self._step_group(group, self._plans[index])
-            group[_STEP] += 1
-        return loss
 
-    def _step_group(self, group: dict[str, Any], plan: Plan) -> None:
+    def cell_of(self, parameter: Tensor) -> Cell:
+        """The parts that update it."""
+        slot = self._slots[parameter]
+        return self._plans[slot.group].cells[slot.place]
+
+    def situation(self, parameter: Tensor) -> tuple[Cell, State, Turn]:
+        """What an update of it needs; its state is made now if there is none."""
+        slot = self._slots[parameter]
+        group, plan = self.param_groups[slot.group], self._plans[slot.group]
+        state, cell = self.state[parameter], plan.cells[slot.place]
+        if not state:
+            state.update(cell.empty_state(cell.own(parameter)))
+        return cell, state, Turn(group["lr"], group[_STEP], slot.number, plan.offsets[slot.place])
+
+    @torch.no_grad()
+    def update_(self, parameters: Iterable[Tensor]) -> None:
+        """Update those of one group that have a gradient; :meth:`step` does so with all, and counts.
+
+        Raises:
+            ValueError: a gradient is sparse.
+        """
         works: dict[Path, list[Work]] = {}
-        for index, parameter in enumerate(group["params"]):
-            gradient = parameter.grad
+        for parameter in parameters:
+            pending, gradient = self.pending.get(parameter), parameter.grad
+            if pending is not None and pending.low is not None:
+                cell, state, turn = self.situation(parameter)
+                low = pending.low if pending.summed else cell.summed(pending.low)
+                cell.update_low_(cell.own(parameter), low, state, turn)
+                continue
             if gradient is None or parameter.numel() == 0:
                 continue
             if gradient.layout != torch.strided:
                 raise ValueError(
-                    f"{_name(group, index)} has a gradient of layout {gradient.layout}: dense ones are "
+                    f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
                     "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
                 )
-            state, cell, path = self.state[parameter], plan.cells[index], plan.paths[index]
-            if not state:
-                state.update(cell.empty_state(parameter))
-            turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if path is not None and parameter.is_contiguous() and gradient.is_contiguous():
-                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
-            elif not cell.update_(parameter, gradient, state, turn):
-                group[_SKIPPED] += 1
+            cell, state, turn = self.situation(parameter)
+            weight, gradient = cell.own(parameter), cell.own(gradient)
+            slot = self._slots[parameter]
+            path = self._plans[slot.group].paths[slot.place]
+            if path is not None and path.takes(weight, gradient):
+                works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
+            elif not cell.update_(weight, gradient, state, turn):
+                self.param_groups[slot.group][_SKIPPED] += 1
                 warnings.warn(
-                    f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
+                    f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
                     "parameter stay, and the refresh is tried again at the next step",
                     NonFiniteGradientWarning,
                     stacklevel=4,
                 )
         for path, batch in works.items():
             path.update_(batch)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Also drops what has been accumulated of gradients that were not kept whole.
+
+        Raises:
+            RuntimeError: gradients were applied in backward and :meth:`step` has not been called since.
+        """
+        if any(pending.updated for pending in self.pending.values()):
+            raise RuntimeError(
+                "zero_grad() between an update in backward and step(): the update cannot be taken back. Call "
+                "step() first; where steps are to be skipped, as with GradScaler, use update='step'"
+            )
+        self.pending.clear()
+        super().zero_grad(set_to_none)
+
+    def name_of(self, parameter: Tensor) -> str:
+        """For messages: its name, if it has one, and its shape."""
+        slot = self._slots[parameter]
+        return _name(self.param_groups[slot.group], slot.place)
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
@@ -193,7 +287,17 @@ class GridOptimizer(Optimizer):
 
     def stand_ins(self) -> StandIns:
         """For machinery that keeps the states itself and steps tensors in place of the parameters."""
+        from memtrain.optim.stand_ins import StandIns  # which is made of this module
+
         return StandIns(self)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers; of sharded parameters DTensors, which DCP reads on any number
+        of processes."""
+        packed = super().state_dict()
+        cells = [cell for plan in self._plans for cell in plan.cells]
+        packed["state"] = {number: cells[number].exported(each) for number, each in packed["state"].items()}
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Exactly what was saved; torch would cast every floating state to the dtype of its parameter.
@@ -208,16 +312,30 @@ class GridOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._numbers, self._plans = {}, []
-        for group in self.param_groups:
+        self._slots, self._plans, self.pending = {}, [], {}
+        for number, group in enumerate(self.param_groups):
             plan = self._plan(group)
             self._plans.append(plan)
+            self._number(number)
             for index, parameter in enumerate(group["params"]):
-                self._numbers[parameter] = len(self._numbers)
                 if parameter in self.state:
                     loaded = Verbatim.unwrap(self.state[parameter], parameter.device)
-                    check_state(_name(group, index), loaded, plan.cells[index], parameter)
+                    cell = plan.cells[index]
+                    loaded = cell.imported(loaded)
+                    check_state(_name(group, index), loaded, cell, cell.own(parameter))
                     self.state[parameter] = loaded
+
+
+def _cell(settings: Settings, parameter: Tensor) -> Cell:
+    # A DTensor exists only where its module is imported, which costs half a second.
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import DTensor
+
+        from memtrain.optim.distributed.cell import ShardedCell
+
+        if isinstance(parameter, DTensor):
+            return ShardedCell(settings, parameter)
+    return Cell(settings, parameter.shape, parameter.dtype)
 
 
 def _name(group: dict[str, Any], index: int) -> str:

@@ -208,6 +208,13 @@ class FRUGAL(_Projected):
             settings = {"refresh": "reset" if reset_statistics else "keep", **settings}
         if settings.get("rank") is not None:
             density = None
+        if inactive_update_rule != "no":
+            settings = {"inactive_lr_scale": inactive_lr_scale, **settings}
+        elif inactive_lr_scale != 1:
+            raise ValueError(
+                f"inactive_lr_scale={inactive_lr_scale}: with inactive_update_rule='no' there is no update "
+                "to scale"
+            )
         super().__init__(
             params,
             lr,
@@ -218,7 +225,6 @@ class FRUGAL(_Projected):
             update_gap=update_gap,
             residual=self._RULES[inactive_update_rule],
             proj_params_lr_scale=proj_params_lr_scale,
-            inactive_lr_scale=inactive_lr_scale,
             **{"projection": "power", **settings},
         )
 

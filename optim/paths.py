@@ -6,15 +6,26 @@ which is slow, right, and what paths are tested against. A path gets all its par
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import cache
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from memtrain.optim.cell import STEP, Cell, State, Turn
-from memtrain.optim.rules import Adam
+from memtrain.optim.cell import MOMENT_STREAM, STEP, Cell, State, Turn, part
+from memtrain.optim.kernels.adamw import adamw_
+from memtrain.optim.kernels.adamw8bit import adamw8bit_
+from memtrain.optim.kernels.pointwise import AdamStep, Keys
+from memtrain.optim.kernels.sign import LionStep, PlainStep, lion_
+from memtrain.optim.kernels.split_adamw import split_adamw_
+from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
+from memtrain.optim.rules import Adam, Lion
+
+_AXES: dict[str, Literal["rows", "columns"]] = {"columns": "columns", "rows": "rows", "block": "rows"}
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,21 @@ class Work:
     cell: Cell
     turn: Turn
 
+    @property
+    def step(self) -> int:
+        """Updates since the moments were zero, this one included, once the state is counted up."""
+        return int(self.state[STEP])
+
+    def moment(self, name: str) -> dict[str, Tensor]:
+        """As its format stores it."""
+        return part(self.state, name)
+
+    def keys(self) -> Keys:
+        """From which the reference rounds, too."""
+        # Where a path serves a part of a parameter, its moments have the shape of the weight.
+        key = self.cell.key(self.turn).skip(self.cell.first_entry(None))
+        return Keys(key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1))
+
 
 class Path(Protocol):
     """A fast way."""
@@ -35,8 +61,12 @@ class Path(Protocol):
         """Whether it does for such a cell what :meth:`Cell.update_` does, up to rounding."""
         ...
 
+    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
+        """Whether it can where and as these tensors lie."""
+        ...
+
     def update_(self, works: list[Work]) -> None:
-        """One step of parameters of one group, all of which it serves."""
+        """One step of parameters of one group, all of which it serves and takes."""
         ...
 
 
@@ -48,16 +78,13 @@ class WholeAdamW:
 
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
-        settings = cell.settings
-        return (
-            cell.projected is None
-            and type(cell.rule) is Adam
-            and cell.rule.eps_on == "corrected"
-            and settings.decay_order == "before"
-            and settings.master == "none"
-            and cell.dtype == torch.float32
-            and all(each.name == "fp32" for each in cell.formats.values())
-        )
+        plain = cell.settings.master == "none" and cell.dtype == torch.float32
+        return cell.projected is None and plain and _usual_adam(cell) and _formats(cell) == {"fp32"}
+
+    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
+        """Fused kernels walk through memory and do not look at strides."""
+        same = weight.dtype == gradient.dtype
+        return same and weight.is_contiguous() and gradient.is_contiguous()
 
     def update_(self, works: list[Work]) -> None:
         """See :class:`Path`."""
@@ -87,11 +114,141 @@ class WholeAdamW:
             )
 
 
-PATHS: tuple[Path, ...] = (WholeAdamW(),)
+class _Kernel:
+    """One call of a point-wise kernel a parameter."""
+
+    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
+        """A CPU, or CUDA with Triton; elsewhere and without it the reference path runs."""
+        device = weight.device.type
+        served = device == "cpu" or (device == "cuda" and _has_triton())
+        return served and gradient.dtype in (torch.float32, torch.bfloat16)
+
+    def update_(self, works: list[Work]) -> None:
+        """See :class:`Path`."""
+        for work in works:
+            work.cell.refresh_if_due_(work.gradient, work.state, work.turn)
+            work.state[STEP] += 1
+            self.step_(work)
+
+    def step_(self, work: Work) -> None:
+        """One parameter, its step counted."""
+        raise NotImplementedError
+
+
+class KernelAdamW(_Kernel):
+    """AdamW on whole gradients: bf16 weights, split masters, bf16 and 8-bit moments."""
+
+    def serves(self, cell: Cell) -> bool:
+        """See :class:`Path`."""
+        formats = _formats(cell)
+        served = len(formats) == 1 and formats <= {"fp32", "bf16", "int8"}
+        return cell.projected is None and _usual_adam(cell) and _kernel_weight(cell) and served
+
+    def step_(self, work: Work) -> None:
+        """See :class:`_Kernel`."""
+        kernel: Callable[..., None] = adamw8bit_ if _formats(work.cell) == {"int8"} else adamw_
+        first, second = work.moment("exp_avg"), work.moment("exp_avg_sq")
+        step = _adam_step(work, lr=float(work.turn.lr), decay=work.cell.settings.weight_decay)
+        kernel(
+            work.weight, work.gradient, first, second, step, master=work.moment("master"), keys=work.keys()
+        )
+
+
+class KernelLion(_Kernel):
+    """Lion on whole gradients."""
+
+    def serves(self, cell: Cell) -> bool:
+        """See :class:`Path`."""
+        lion = type(cell.rule) is Lion and cell.settings.decay_order == "before"
+        return cell.projected is None and lion and _kernel_weight(cell) and _formats(cell) <= {"fp32", "bf16"}
+
+    def step_(self, work: Work) -> None:
+        """See :class:`_Kernel`."""
+        rule, decay = work.cell.rule, work.cell.settings.weight_decay
+        assert isinstance(rule, Lion)
+        step = LionStep(lr=float(work.turn.lr), beta1=rule.betas[0], beta2=rule.betas[1], weight_decay=decay)
+        master, moment = work.moment("master"), work.moment("momentum")
+        lion_(work.weight, work.gradient, moment, step, master=master, keys=work.keys())
+
+
+class KernelCoordinates(_Kernel):
+    """FRUGAL on rows, columns or blocks of a matrix: one pass over gradient and weight."""
+
+    def serves(self, cell: Cell) -> bool:
+        """See :class:`Path`."""
+        if cell.projected is None or len(cell.shape) != 2 or cell.settings.split not in (None, 1):
+            return False
+        projector, _, residual = cell.projected
+        split = isinstance(projector, CoordinateProjector) and projector.kind in _AXES
+        rest = residual.kind in ("sign", "sgd") and residual.scale > 0 and residual.residual_scale > 0
+        return (
+            split
+            and rest
+            and _usual_adam(cell)
+            and _kernel_weight(cell)
+            and (_formats(cell) <= {"fp32", "bf16"})
+        )
+
+    def step_(self, work: Work) -> None:
+        """See :class:`_Kernel`."""
+        assert work.cell.projected is not None
+        projector, _, residual = work.cell.projected
+        opened = projector.open(part(work.state, "projector"), work.weight.device)
+        lr, decay = float(work.turn.lr), work.cell.settings.weight_decay
+        # A kernel decays by its own lr times its own decay: the product is the same on both sides.
+        active = _adam_step(work, lr=lr * residual.scale, decay=decay / residual.scale)
+        rest = PlainStep(
+            lr=lr * residual.residual_scale,
+            weight_decay=decay / residual.residual_scale,
+            rule="sign" if residual.kind == "sign" else "sgd",
+        )
+        split_adamw_(
+            work.weight,
+            work.gradient,
+            work.moment("exp_avg"),
+            work.moment("exp_avg_sq"),
+            opened[INDEX],
+            _AXES[projector.kind],
+            active,
+            rest,
+            master=work.moment("master"),
+            keys=work.keys(),
+        )
+
+
+def _usual_adam(cell: Cell) -> bool:
+    rule = cell.rule
+    return type(rule) is Adam and rule.eps_on == "corrected" and cell.settings.decay_order == "before"
+
+
+def _kernel_weight(cell: Cell) -> bool:
+    return cell.settings.master in ("none", "split24") and cell.dtype in (torch.float32, torch.bfloat16)
+
+
+def _formats(cell: Cell) -> set[str]:
+    return {each.name for each in cell.formats.values()}
+
+
+def _adam_step(work: Work, *, lr: float, decay: float) -> AdamStep:
+    rule = work.cell.rule
+    assert isinstance(rule, Adam)
+    beta1, beta2 = rule.betas
+    return AdamStep(lr=lr, step=work.step, beta1=beta1, beta2=beta2, eps=rule.eps, weight_decay=decay)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+PATHS: tuple[Path, ...] = (WholeAdamW(), KernelAdamW(), KernelLion(), KernelCoordinates())
 
 
 def path_of(cell: Cell) -> Path | None:
-    """The first that serves the cell, unless its group asks for the reference."""
-    if cell.settings.path == "reference":
+    """The first that serves the cell, unless its group asks for the reference.
+
+    None of a projected part of a parameter: paths know nothing of the sums over the other parts.
+    """
+    if cell.settings.path == "reference" or (cell.projected is not None and not cell.is_whole):
         return None
     return next((path for path in PATHS if path.serves(cell)), None)

@@ -94,7 +94,7 @@ class Residual:
 
     def combine(
         self,
-        gradient: Tensor,
+        gradient: Tensor | None,
         low: Tensor,
         direction: Tensor,
         projector: Projector,
@@ -104,22 +104,36 @@ class Residual:
         """The update U, fp32, in the shape of the parameter; the weight moves by ``-lr * U``.
 
         Args:
-            gradient: of the parameter, any dtype.
+            gradient: of the parameter, any dtype; may be None for kind ``none``, which does not look at it.
             low: R.
             direction: N, which may be overwritten.
             memory: what :meth:`empty` gave; updated in place.
         """
-        if self.kind == "scale_only":
-            scaling = self._scaling(low, direction, projector) * self.scale**0.5
-            return self._limit_(gradient.float() * scaling, memory)
         if self.kind == "none":
-            return projector.up(opened, direction).mul_(self.scale)
-        rest = gradient.float() - projector.up(opened, low)
+            return projector.up(opened, direction.mul_(self.scale))
+        assert gradient is not None
+        if self.kind == "scale_only":
+            scaling = self._scaling(low, direction, projector).mul_(self.scale**0.5)
+            return self._limit_(gradient * scaling, memory)
+        scaling = self._scaling(low, direction, projector) if self.kind == "scaled" else None
+        rest = projector.up(opened, low)
+        torch.sub(gradient, rest, out=rest)
         if self.kind == "sign":
-            rest = rest.sign_()
-        elif self.kind == "scaled":
-            rest = self._limit_(rest.mul_(self._scaling(low, direction, projector)), memory)
-        return projector.up(opened, direction).mul_(self.scale).add_(rest, alpha=self.residual_scale)
+            rest.sign_()
+        elif scaling is not None:
+            rest = self._limit_(rest.mul_(scaling), memory)
+        # Whole tensors are what costs here: the scale is applied to the small direction.
+        return projector.up(opened, direction.mul_(self.scale)).add_(rest, alpha=self.residual_scale)
+
+    def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
+        """Over axes of R, which are kept."""
+        norm: Tensor = torch.linalg.vector_norm(low, dim=axes, keepdim=True)
+        return norm
+
+    def norm_of_update(self, update: Tensor) -> Tensor:
+        """Of each matrix."""
+        norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1))
+        return norm
 
     def _scaling(self, low: Tensor, direction: Tensor, projector: Projector) -> Tensor:
         """|N| / |R|, broadcast to the parameter's shape."""
@@ -129,8 +143,8 @@ class Residual:
             axes = (0,)
         else:
             axes = (-2, -1)
-        norm = torch.linalg.vector_norm(low, dim=axes, keepdim=True)
-        ratio = torch.linalg.vector_norm(direction, dim=axes, keepdim=True) / norm
+        norm = self.norm_of_low(low, axes)
+        ratio = self.norm_of_low(direction, axes) / norm
         return torch.where(norm > 0, ratio, 0)
 
     def _limit_(self, update: Tensor, memory: Stored) -> Tensor:
@@ -138,7 +152,7 @@ class Residual:
             return update
         assert self.limiter is not None
         last = memory[NORM]
-        norm = torch.linalg.vector_norm(update, dim=(-2, -1))
+        norm = self.norm_of_update(update)
         growth = torch.where(last > 0, norm / last, 0)
         factor = self.limiter / growth.clamp_min(self.limiter)
         last.copy_(norm * factor)

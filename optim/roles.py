@@ -119,7 +119,7 @@ def classify(
             trainable=parameter.requires_grad,
             reason=reason,
         )
-        roles.append(_with_split(_checked(decision, rank), modules))
+        roles.append(_with_split(_checked(decision, rank), modules, rank))
     return roles
 
 
@@ -181,7 +181,7 @@ def _checked(decision: ParameterRole, rank: int | None) -> ParameterRole:
     return replace(decision, projected=False, reason=f"{decision.reason}, not projected: {why}")
 
 
-def _with_split(decision: ParameterRole, modules: dict[str, nn.Module]) -> ParameterRole:
+def _with_split(decision: ParameterRole, modules: dict[str, nn.Module], rank: int | None) -> ParameterRole:
     owner, _, leaf = decision.names[0].rpartition(".")
     last = owner.rpartition(".")[2] if leaf == "weight" else leaf
     parts = 3 if last in _FUSED_QKV else 2 if last in _FUSED_GATE_UP else 1
@@ -194,6 +194,8 @@ def _with_split(decision: ParameterRole, modules: dict[str, nn.Module]) -> Param
         why = "fused, interleaved by head, stays together"
     elif rows % parts or (parts == 3 and rows != 3 * columns):
         why = "fused of unequal parts stays together"
+    elif rank is not None and rows // parts <= rank:
+        why = f"fused of {parts} parts within rank {rank} stays together"
     else:
         return replace(decision, split=parts, reason=f"{decision.reason}, {parts} fused")
     return replace(decision, reason=f"{decision.reason}, {why}")

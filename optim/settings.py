@@ -6,7 +6,7 @@ Groups stay dicts of strings and numbers, as torch.optim has them, so that sched
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal
@@ -106,7 +106,7 @@ class Settings:
         if self.projection is not None:
             _ = self.projection_part, self.refresh_part, self.residual_part, self.projected_rule_part
 
-    def _refuse(self, names: Any, why: str) -> None:
+    def _refuse(self, names: Iterable[str], why: str) -> None:
         for name in names:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {why}")
@@ -119,7 +119,7 @@ class Settings:
             values["betas"] = tuple(values["betas"])
         return cls(**values)
 
-    def _given(self, names: Any) -> dict[str, Any]:
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @cached_property
@@ -166,7 +166,15 @@ class Settings:
     @cached_property
     def residual_part(self) -> Residual:
         """What happens to the residual."""
+        kind = self.residual or "none"
+        unused = {
+            "none": ("residual_scale", "granularity", "limiter"),
+            "sign": ("granularity", "limiter"),
+            "sgd": ("granularity", "limiter"),
+            "scale_only": ("residual_scale",),
+        }
+        self._refuse(unused.get(kind, ()), f"residual {kind!r} makes no use of it")
         given = self._given(("scale", "residual_scale", "granularity", "limiter"))
         if given.get("limiter") == NO_LIMIT:
             given["limiter"] = None
-        return Residual(kind=self.residual or "none", **given)  # type: ignore[arg-type]
+        return Residual(kind=kind, **given)  # type: ignore[arg-type]

@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memtrain.optim.cell import Cell
+from memtrain.optim.grid import GridOptimizer, Slot
 from memtrain.optim.settings import Settings
 
-if TYPE_CHECKING:
-    from memtrain.optim.grid import GridOptimizer
-
-_SKIPPED = "skipped_refreshes"
+_STEP, _SKIPPED = "step", "skipped_refreshes"
 
 
 class _Place(NamedTuple):
@@ -52,16 +50,25 @@ class StandIns:
 
     def __init__(self, optimizer: GridOptimizer) -> None:
         self._optimizer = optimizer
+        optimizer.replan()
         self._places = {
-            parameter: _Place(index, optimizer._numbers[parameter], offset)
-            for index, (group, plan) in enumerate(zip(optimizer.param_groups, optimizer._plans, strict=True))
-            for parameter, offset in zip(group["params"], plan.offsets, strict=True)
+            parameter: _Place(slot.group, slot.number, optimizer._plans[slot.group].offsets[slot.place])
+            for parameter, slot in optimizer._slots.items()
         }
 
     def count_step(self) -> None:
-        """The optimizer has been asked for a step: its groups count it now."""
+        """The optimizer has been asked for a step: its groups count it now.
+
+        Raises:
+            RuntimeError: gradients have been compressed on their way, which stand-ins know nothing of.
+        """
+        if self._optimizer.pending:
+            raise RuntimeError(
+                "SmallGradients keeps gradients of parameters whose states are offloaded: memtrain.prepare "
+                "moves gradients itself. Leave SmallGradients out, or train without memtrain.prepare"
+            )
         for group in self._optimizer.param_groups:
-            group["step"] += 1
+            group[_STEP] += 1
 
     def kept(self, parameter: Tensor, dtype: torch.dtype) -> Kept:
         """For a parameter, or a master of it in ``dtype``. Nothing is allocated."""
@@ -93,15 +100,18 @@ class StandIns:
         optimizer = self._optimizer
         twin: GridOptimizer = object.__new__(type(optimizer))
         twin.__dict__.update(optimizer.__dict__)
-        twin.state = defaultdict(dict, state)
-        unknown = _Place(0, 0, 0)
-        for group in groups:
+        twin.param_groups, twin.state, twin.pending = groups, defaultdict(dict, state), {}
+        twin._plans, twin._slots = [], {}
+        for number, group in enumerate(groups):
+            members = group["params"]
             places = [
-                self._places[originals[each]] if each in originals else unknown for each in group["params"]
+                self._places[originals[each]] if each in originals else _Place(0, 0, 0) for each in members
             ]
-            twin._numbers = {each: place.number for each, place in zip(group["params"], places, strict=True)}
+            twin._plans.append(replace(twin._plan(group), offsets=[place.offset for place in places]))
+            for index, (each, place) in enumerate(zip(members, places, strict=True)):
+                twin._slots[each] = Slot(number, index, place.number)
             before = group[_SKIPPED]
-            twin._step_group(group, replace(twin._plan(group), offsets=[place.offset for place in places]))
+            twin.update_(members)
             if group[_SKIPPED] > before and originals:
-                self._optimizer.param_groups[places[0].group][_SKIPPED] += group[_SKIPPED] - before
+                optimizer.param_groups[places[0].group][_SKIPPED] += group[_SKIPPED] - before
         return dict(twin.state)

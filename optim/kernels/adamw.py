@@ -119,7 +119,8 @@ def adamw_(
         first, second: what ``state_format("fp32" or "bf16").empty`` made.
         step: the numbers.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed where a bf16 weight or moments are rounded at random. All of one offset.
+        keys: needed where a bf16 weight or moments are rounded at random; with ``split24`` optional, as
+            in storage/masters.py. All of one offset.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed.

@@ -4,8 +4,6 @@ The same update as ``adamw.py``; moments are decoded, used and encoded again whi
 that no fp32 moment is ever written. Of the new moments the update uses the full values, not what is stored.
 A gradient that is not finite makes both moments of its block of 128 NaN, and the weight of its own element;
 the next step makes the weights of the whole block NaN.
-
-2,048 x 2,048, two idle cores, medians of interleaved runs, ms: see benchmarks/optimizers.py.
 """
 
 from __future__ import annotations
@@ -127,7 +125,8 @@ def adamw8bit_(
         first, second: what ``state_format("int8").empty`` made, signed and unsigned.
         step: the numbers.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed for a bf16 weight without a master; of them ``weight`` alone is used.
+        keys: needed for a bf16 weight without a master, optional with ``split24``; of them ``weight`` alone
+            is used.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed.
@@ -178,11 +177,11 @@ def _cpu(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
 def _by_pieces(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
     for piece, part in o.pieces():
         blocks = slice(piece.start // BLOCK, piece.stop // BLOCK)
-        halves = (
+        m, v = (
             {"codes": stored["codes"].view(-1)[piece], "scales": stored["scales"][blocks]}
             for stored in (first, second)
         )
-        reference(part, *halves, step, "int8")
+        reference(part, m, v, step, "int8")
 
 
 def bytes_per_element(weight: int, gradient: torch.dtype) -> float:

@@ -210,7 +210,7 @@ ADAM_SIGNATURE = dict.fromkeys("keep rate beta1 gain1 beta2 gain2 root eps".spli
 KEY_SIGNATURE = {"weight_key": "i64", "first_key": "i64", "second_key": "i64", "offset": "i32:16"}
 
 
-def launch_keys(keys: Keys | None) -> tuple[int, int, int, int]:
+def launch_keys(keys: Keys | None) -> tuple[int, ...]:
     """Three keys, each with both words in one int64, and their offset, for a Triton kernel."""
     if keys is None:
         return 0, 0, 0, 0
@@ -236,6 +236,7 @@ def mix(x):
 @triton_kernel
 def random_word(key, offset):
     """The word of a packed key for int64 offsets; uint32."""
+    key = tl.cast(key, tl.int64)  # a launch takes a small number, such as no key, for an int32
     first = (key & 0xFFFFFFFF).to(tl.uint32)
     second = ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
     low = (offset & 0xFFFFFFFF).to(tl.uint32)
@@ -267,7 +268,8 @@ def store_values(data_ptr, correction_ptr, offset, value, inside, key, key_offse
             random = (random_word(key, offset + key_offset) & 0xFFFF).to(tl.int32)
             high = (bits + random) >> 16
         else:
-            top = ((bits >> 7) + 1) >> 1
+            random = (random_word(key, offset + key_offset) & 0xFF).to(tl.int32)
+            top = (bits + tl.where(key == 0, 128, random)) >> 8
             high = (top + 128) >> 8
         high = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, high)
         if KIND == 2:

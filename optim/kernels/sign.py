@@ -179,7 +179,8 @@ def plain_(
         gradient: fp32 or bf16, of the same shape.
         step: the numbers and the rule.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed for a bf16 weight without a master; of them ``weight`` alone is used.
+        keys: needed for a bf16 weight without a master, optional with ``split24``; of them ``weight`` alone
+            is used.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed.

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 Axis = Literal["rows", "columns"]
-_BLOCK = 1024
+_BLOCK = 512
 
 
 def reference(
@@ -108,8 +108,8 @@ def _split_adamw_kernel(
         slot = tl.load(slot_ptr + column, mask=inside, other=-1)
         place = row * active + slot
     else:
-        slot = tl.load(slot_ptr + row) + tl.zeros([BLOCK], dtype=tl.int64)
-        place = slot * columns + column
+        slot = tl.load(slot_ptr + row) + tl.zeros([BLOCK], dtype=tl.int32)
+        place = slot.to(tl.int64) * columns + column
     chosen = inside & (slot >= 0)
     at = row * columns + column
     old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
@@ -147,7 +147,8 @@ def split_adamw_(
         step: the numbers for the active part.
         rest: the numbers and the rule for all else.
         master: what ``master_format("none" or "split24").empty`` made; None is "none".
-        keys: needed where a bf16 weight or moments are rounded at random. All of offset 0.
+        keys: needed where a bf16 weight or moments are rounded at random; with ``split24`` optional. All of
+            offset 0.
 
     Raises:
         ValueError, TypeError: operands that do not fit; nothing has been changed. That each index occurs once
@@ -159,7 +160,8 @@ def split_adamw_(
             f"got weight {tuple(weight.shape)}, {axis!r}, {index.dtype} {tuple(index.shape)}"
         )
     size = weight.shape[0 if axis == "rows" else 1]
-    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+    # On CUDA the look would wait for the device.
+    if not index.is_cuda and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
         raise ValueError(f"indices of {axis} must be in 0..{size - 1}, got {index.min()}..{index.max()}")
     m, v = first["value"], second["value"]
     low = [len(index), weight.shape[1]] if axis == "rows" else [weight.shape[0], len(index)]
@@ -187,7 +189,7 @@ def _triton(
             o.gradient,
             m,
             v,
-            _slots(index, rows if axis == "rows" else columns),
+            _slots(index, rows if axis == "rows" else columns).to(torch.int32),
             columns,
             len(index),
             *step.kernel_numbers(),
@@ -216,7 +218,7 @@ def _cpu(
         native.values(v, o.key("second")),
         native.pointer(where),
         native.count(index),
-        native.ctypes.c_bool(axis == "columns"),
+        native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),
         native.Adam(*step.kernel_numbers()),
         native_rest(rest),
@@ -241,7 +243,7 @@ def _variants() -> Iterator[KernelVariant]:
                         **weight.signature,
                         "first_ptr": pointer,
                         "second_ptr": pointer,
-                        "slot_ptr": "*i64",
+                        "slot_ptr": "*i32",
                         "columns": "i32:16",
                         "active": "i32:16",
                         **ADAM_SIGNATURE,

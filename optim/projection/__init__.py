@@ -2,6 +2,7 @@
 
 from memtrain.optim.projection.base import Overlap, ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, SPECTRAL, Projection
+from memtrain.optim.projection.workspace import Workspace
 
 __all__ = [
     "COORDINATE",
@@ -12,4 +13,5 @@ __all__ = [
     "ProjectionError",
     "Projector",
     "Stored",
+    "Workspace",
 ]

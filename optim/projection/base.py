@@ -65,7 +65,8 @@ class Projector(Protocol):
         ...
 
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
-        """Write a new basis into ``stored``. ``gradient`` must be finite where it is needed."""
+        """Write a new basis into ``stored``. Where the gradient is needed it must be finite, and should not
+        be zero: then the basis is any."""
         ...
 
     def open(self, stored: Stored, device: torch.device) -> Stored:

@@ -49,19 +49,20 @@ class SpectralProjector(MatrixProjector):
         """See :class:`Projector`."""
         if gradient is None:
             raise ValueError(f"projection {self.kind!r} needs the gradient to refresh")
+        stays = {side: _silent_experts(stored[side], gradient) if self.batch else [] for side in self.sides}
         gradient = gradient.float()
         if self.kind == "svd":
             # One decomposition serves both sides.
             u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
             vectors = {LEFT: u[..., : self.rank], RIGHT: vh[..., : self.rank, :].mT}
             for side in self.sides:
-                stored[side].copy_(vectors[side])
+                _replace_(stored[side], vectors[side], stays[side])
             return
         for side in self.sides:
             oriented = gradient if side == LEFT else gradient.mT
             find = self._by_eigenvectors if self.kind == "eigh" else self._by_power_iteration
             draw = key.fold(LEFT_STREAM if side == LEFT else RIGHT_STREAM)
-            stored[side].copy_(find(oriented, stored[side], draw))
+            _replace_(stored[side], find(oriented, stored[side], draw), stays[side])
 
     def _by_eigenvectors(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
         _, vectors = torch.linalg.eigh(gradient @ gradient.mT)
@@ -121,6 +122,22 @@ class SpectralProjector(MatrixProjector):
         """Decompositions go through a stack one matrix at a time."""
         tensor_bytes = elements * math.prod(self.batch) * torch.float32.itemsize
         return Workspace(tensor_bytes=tensor_bytes, library_bytes=library_bytes)
+
+
+def _silent_experts(basis: Tensor, gradient: Tensor) -> list[bool]:
+    """Which experts of a stack had no tokens, and so a gradient of zeros, but have a basis: it stays."""
+    silent = (gradient.amax((-2, -1)) == 0) & (gradient.amin((-2, -1)) == 0)
+    known: Tensor = basis.abs().amax((-2, -1)) > 0
+    return (silent & known).tolist()
+
+
+def _replace_(basis: Tensor, new: Tensor, stays: list[bool]) -> None:
+    """Matrix by matrix, so that nothing is allocated while the decomposition's results are alive."""
+    if basis.dim() == 2:
+        basis.copy_(new)
+    for expert, stay in enumerate(stays):
+        if not stay:
+            basis[expert].copy_(new[expert])
 
 
 def _normalised(columns: Tensor) -> Tensor:

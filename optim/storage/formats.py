@@ -5,11 +5,10 @@ that checkpoints load with ``weights_only=True``. Elements count in the row-majo
 whatever the strides of the values. The grid loads, computes in fp32 and stores; fused kernels read and write
 the same tensors.
 
-Why not bitsandbytes' 8-bit states here: its second moment has a zero code, and where neighbours in a block
-differ widely the update then explodes (the table in ``blocks.py``); its code books need a table look-up per
-element, which neither AVX-512 nor a GPU does as fast as three products; and on a CPU its step takes
-twenty times as long as torch's fp32 AdamW. ``bitsandbytes_format.py`` reads and writes its layout for those
-who resume from it.
+Why not bitsandbytes' 8-bit states: its second moment has a zero code, and where neighbours in a block differ
+widely the update explodes (the table in ``blocks.py``); its code books need a look-up for each element where
+three products do; and on a CPU its step took 14 times as long as ours (benchmarks/optimizers.py).
+``bitsandbytes_format.py`` reads its states, for those who go on from a checkpoint.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 ``none``     nothing is kept; a bf16 weight is rounded at random, so that steps below its resolution count on
              average; an fp32 weight is its own value.
-``split24``  bf16 weight + one int8: the 24 leading bits of the fp32 value (sign, exponent, 15 bits of
-mantissa). ``fp32``     a full fp32 copy.
+``split24``  bf16 weight + one int8: the 24 leading bits of the fp32 value, of which 15 are mantissa.
+``fp32``     a full fp32 copy.
 
 The split is an identity on 24-bit floats, made with integer arithmetic on the bit pattern: with q the
 value's 24 leading bits, rounded, the weight is ``hi = (q + 128) >> 8`` and the correction
@@ -12,6 +12,9 @@ their values are, this is right across binades too, where the distance of neighb
 half of that above. A correction scaled by the weight's unit in the last place (FlashOptim's, arXiv
 2602.23349, in steps of 1/254 of it) needs that case apart and is not idempotent. The weight is the value's
 nearest bf16; a tie goes away from zero, since lo = +128 does not exist.
+
+With a key the 24 bits are rounded at random as well. Without one, steps below 1.5e-5 of a weight are lost: a
+norm's scale of 1 would not move at a learning rate of 1e-5.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ class MasterFormat(Protocol):
         """The fp32 value. May be the weight's or ``stored``'s own memory: change it only to store it back."""
 
     def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
-        """Write the fp32 ``value`` into ``weight`` and ``stored``.
+        """Write the fp32 ``value`` into ``weight`` and ``stored``; where it is rounded, at random by ``key``.
 
         Raises ValueError if the weight is to be rounded at random and there is no ``key``.
         """
@@ -87,7 +90,7 @@ class Split24Master:
         return join24(weight.detach(), stored["correction"])
 
     def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
-        high, low = split24(value)
+        high, low = split24(value, None if key is None else random_bits(key, value.numel(), value.device))
         weight.detach().copy_(high)
         stored["correction"].copy_(low)
 
@@ -117,9 +120,13 @@ class Fp32Master:
         return 4 * shape.numel()
 
 
-def split24(value: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16, int8). NaN becomes (NaN, 0); what rounds beyond bf16's largest becomes infinite."""
-    top = ((value.contiguous().view(torch.int32) >> 7) + 1) >> 1
+def split24(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """fp32 -> (bf16, int8), to nearest or, given int32 words for all elements, at random.
+
+    NaN becomes (NaN, 0); what rounds beyond bf16's largest becomes infinite.
+    """
+    raise_by = 128 if bits is None else bits.reshape(value.shape) & 0xFF
+    top = (value.contiguous().view(torch.int32) + raise_by) >> 8
     high = (top + 128) >> 8
     low = (top - (high << 8)).to(torch.int8)
     weight = torch.where(value.isnan(), torch.nan, high.to(torch.int16).view(torch.bfloat16))

@@ -12,7 +12,16 @@ import torch
 from torch import nn
 
 from memtrain.offload.optimizer_probe import is_elementwise
-from memtrain.optim import FRUGAL, AdamW, AdamW8bit, Apollo, Fira, GaLore, NonFiniteGradientWarning
+from memtrain.optim import (
+    FRUGAL,
+    AdamW,
+    AdamW8bit,
+    Apollo,
+    Fira,
+    GaLore,
+    NonFiniteGradientWarning,
+    SmallGradients,
+)
 from memtrain.planner.actions import Tier, UpdateSchedule
 from tests.offload.optimizer_runs import AHEAD, SEQUENTIAL, assert_equal_models, assert_equal_state, train
 from tests.offload.training import batches, make_model, make_plan, open_engine, plain_run, trainable, wrap
@@ -160,3 +169,18 @@ def test_only_what_is_elementwise_may_be_cut(kind: str, dtype: torch.dtype) -> N
     found = is_elementwise(optimizer, optimizer.param_groups[-1], dtype)
     assert found is (kind == "adamw" and dtype == torch.float32)
     assert optimizer.param_groups[-1]["step"] == 0
+
+
+def test_gradients_that_are_compressed_on_their_way_are_refused() -> None:
+    """Nothing is updated without a word because ``grad`` is None."""
+    model = make_model()
+    plain = GaLore(_groups(trainable(model), rank=8), lr=1e-2)
+    with open_engine() as engine:
+        small = SmallGradients(plain)
+        optimizer = wrap(model, plain, engine, make_plan(gradient_tier=Tier.DEVICE))
+        model(batches(1)[0]).backward()
+        with pytest.raises(RuntimeError, match="SmallGradients keeps gradients"):
+            optimizer.step()
+        plain.zero_grad()  # drops what was compressed
+        small.remove()
+        optimizer.close()

@@ -1,8 +1,5 @@
 """GridOptimizer as a torch.optim.Optimizer, and the parameters that break optimizers."""
 
-import copy
-import io
-
 import pytest
 import torch
 from torch import nn
@@ -242,58 +239,37 @@ def test_predicted_bytes_are_the_live_bytes(extra, state_dtype, dtype, master):
     assert all(bool(torch.isfinite(weight).all()) for weight in weights)
 
 
-def saved_and_loaded(state_dict):
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_state_dict_is_plain_loads_exactly_and_is_not_shared(dtype):
-    weights = [weight_of(70, 64, dtype=dtype), weight_of(64, dtype=dtype)]
-    settings = dict(state_dtype="int8", lazy=True, residual="scaled", spread=True, **GALORE)
-    optimizer = GridOptimizer(weights, **settings)
-    run(optimizer, weights, 5)
-    copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
-    other = GridOptimizer(copies, **settings)
-    loaded = saved_and_loaded(optimizer.state_dict())
-    other.load_state_dict(loaded)
-    for weight, copied in zip(weights, copies, strict=True):
-        ours, theirs = optimizer.state[weight], other.state[copied]
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name].dtype == theirs[name].dtype
-            assert torch.equal(ours[name], theirs[name])
-    run(optimizer, weights, 4, 5)
-    run(other, copies, 4, 5)
-    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
-    # Loading copies: the loaded dict has not moved with the four steps.
-    assert float(loaded["state"][0]["step"]) == 5
-
-
-def test_a_copy_goes_on_alone():
+@pytest.mark.parametrize("projection", ["svd", "eigh", "power"])
+def test_a_gradient_of_zeros_does_not_make_a_basis(projection):
+    """As behind layers that start at zero: the refresh waits for the first gradient that says something."""
     weight = weight_of(6, 5)
-    optimizer = GridOptimizer([weight], lr=0.1, **GALORE)
-    run(optimizer, [weight], 2)
-    twin = copy.deepcopy(optimizer)
-    (twin_weight,) = twin.param_groups[0]["params"]
-    run(optimizer, [weight], 3, 2)
-    run(twin, [twin_weight], 3, 2)
-    assert torch.equal(weight, twin_weight)
-
-
-def test_states_of_other_settings_or_models_are_refused():
-    weight = weight_of(6, 5)
-    optimizer = GridOptimizer([("w", weight)], **GALORE)
+    optimizer = GridOptimizer([weight], lr=0.1, projection=projection, rank=2, update_gap=4)
+    for _ in range(2):
+        weight.grad = torch.zeros(6, 5)
+        optimizer.step()
+    assert torch.equal(weight, weight_of(6, 5))
+    assert not optimizer.state[weight]["projector.right"].any()
     run(optimizer, [weight], 1)
-    saved = optimizer.state_dict()
-    other = GridOptimizer([("w", weight_of(7, 5))], **GALORE)
-    with pytest.raises(ValueError, match=r"parameter 'w' \(7, 5\): state 'exp_avg.value' to load is"):
-        other.load_state_dict(saved)
-    saved["state"][0].pop("exp_avg_sq.value")
-    with pytest.raises(ValueError, match=r"differ in \['exp_avg_sq.value'\]"):
-        GridOptimizer([("w", weight_of(6, 5))], **GALORE).load_state_dict(saved)
+    basis = optimizer.state[weight]["projector.right"].clone()
+    torch.testing.assert_close(basis.T @ basis, torch.eye(2), atol=1e-5, rtol=0)
+    weight.grad = torch.zeros(6, 5)
+    for _ in range(4):
+        optimizer.step()  # one of them at the next refresh
+    assert torch.equal(optimizer.state[weight]["projector.right"], basis)
+
+
+@pytest.mark.parametrize("projection", ["svd", "eigh", "power"])
+def test_experts_without_tokens_keep_their_basis(projection):
+    stack = weight_of(2, 6, 5)
+    optimizer = GridOptimizer([stack], lr=0.1, projection=projection, rank=2, update_gap=1)
+    run(optimizer, [stack], 1)
+    before = optimizer.state[stack]["projector.right"].clone()
+    give_gradient(stack, 1)
+    stack.grad[0] = 0
+    optimizer.step()
+    after = optimizer.state[stack]["projector.right"]
+    assert torch.equal(after[0], before[0])
+    assert not torch.equal(after[1], before[1])
 
 
 def test_zero_grad_and_repr_are_torch_s():
@@ -328,11 +304,36 @@ def test_zero_grad_and_repr_are_torch_s():
         (dict(path="fast"), ValueError, "path must be auto or reference"),
         (dict(decay_order="during"), ValueError, "decay_order must be before or after"),
         (dict(**GALORE, split=0), ValueError, "split must be at least 1"),
+        (dict(**GALORE, limiter=1.1), ValueError, "limiter=1.1: residual 'none' makes no use of it"),
+        (dict(**GALORE, residual="sign", granularity="tensor"), ValueError, "granularity='tensor': residual"),
+        (
+            dict(**GALORE, residual="scale_only", residual_scale=2.0),
+            ValueError,
+            "residual_scale=2.0: residual",
+        ),
     ],
 )
 def test_settings_that_cannot_be_honoured(settings, error, message):
     with pytest.raises(error, match=message):
         GridOptimizer([weight_of(6, 5)], **settings)
+
+
+def test_misspelt_settings_of_groups_are_refused_and_foreign_keys_are_not():
+    with pytest.raises(
+        TypeError, match=r"unknown setting 'weight_decy' in a group: did you mean 'weight_decay'"
+    ):
+        GridOptimizer([{"params": [weight_of(6, 5)], "weight_decy": 0.1}])
+    optimizer = GridOptimizer([{"params": [weight_of(6, 5)], "tag": "body", "initial_lr": 1.0}])
+    assert optimizer.param_groups[0]["tag"] == "body"
+
+
+def test_a_group_may_give_a_rank_where_the_others_have_a_density():
+    optimizer = GridOptimizer(
+        [{"params": [weight_of(6, 5)]}, {"params": [weight_of(6, 5)], "rank": 2}],
+        projection="svd",
+        density=0.5,
+    )
+    assert [(group["rank"], group["density"]) for group in optimizer.param_groups] == [(None, 0.5), (2, None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])

@@ -86,6 +86,8 @@ def test_two_names_for_one_setting_are_refused():
         GaLore([matrix()], rank=4, update_gap=3)
     with pytest.raises(ValueError, match="inactive_update_rule must be one of sign_sgd, sgd, no"):
         FRUGAL([matrix()], inactive_update_rule="adam")
+    with pytest.raises(ValueError, match=r"inactive_lr_scale=0.5: with inactive_update_rule='no'"):
+        FRUGAL([matrix()], inactive_update_rule="no", inactive_lr_scale=0.5)
 
 
 def test_bytes_of_a_matrix_by_hand():

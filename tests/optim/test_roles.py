@@ -73,6 +73,12 @@ def test_fused_rows_are_split_where_they_are_blocks():
     fused = roles["model.layers.0.self_attn.qkv_proj.weight"]  # as many rows as the vocabulary, by chance
     assert (fused.role, fused.split, fused.projected) == (Role.ATTENTION, 1, True)
     assert "fused of unequal parts stays together" in fused.reason
+    narrow = transformers.Phi3Config(**{**SIZES, "intermediate_size": 40})
+    fused = by_name(classify(transformers.Phi3ForCausalLM(narrow), rank=48))[
+        "model.layers.0.mlp.gate_up_proj.weight"
+    ]
+    assert (fused.shape, fused.split, fused.projected) == ((80, 64), 1, True)
+    assert "2 parts within rank 48 stays together" in fused.reason
     neox = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES))
     fused = by_name(classify(neox))["gpt_neox.layers.0.attention.query_key_value.weight"]
     assert (fused.split, fused.projected) == (1, True)

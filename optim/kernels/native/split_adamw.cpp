@@ -13,7 +13,7 @@ struct Matrix {
 template <class Weights, class Element, class Moments>
 static void columns_step(const Weights& weights, const Element* gradients, const Moments& means, const Moments& squares,
                          const int64_t* index, int64_t active, Matrix shape, Adam a, Rest rest, int threads) {
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(useful_threads(shape.rows * shape.columns, threads))
     {
         std::vector<float> row(shape.columns);
         std::vector<float> updated(active);
@@ -46,7 +46,7 @@ template <class Weights, class Element, class Moments>
 static void rows_step(const Weights& weights, const Element* gradients, const Moments& means, const Moments& squares,
                       const int64_t* slot, Matrix shape, Adam a, Rest rest, int threads) {
     const int64_t runs = (shape.columns + RUN - 1) / RUN;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(useful_threads(shape.rows * shape.columns, threads)) schedule(static)
     for (int64_t task = 0; task < shape.rows * runs; task++) {
         const int64_t r = task / runs, column = task % runs * RUN;
         const int count = int(shape.columns - column < RUN ? shape.columns - column : RUN);

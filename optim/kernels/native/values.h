@@ -38,12 +38,21 @@ static inline uint32_t mix(uint32_t x) {
     return x ^ (x >> 16);
 }
 
-struct Key {  // RandomKey.words()
+struct Words {  // of a key, from one element on
+    uint32_t first, second, low, high;
+
+    uint32_t operator[](int i) const {
+        // The offset in halves, 32 bits a lane. Where the low half wraps round, the high half is one more.
+        const uint32_t here = low + uint32_t(i);
+        return mix(mix(here + first) ^ (second + (high + (here < low)) * 0x9E3779B9u));
+    }
+};
+
+struct Key {  // RandomKey.words(); both zero: none
     uint32_t first, second;
 
-    uint32_t bits(uint32_t low, uint32_t high) const {  // of the two halves of the element's offset
-        return mix(mix(low + first) ^ (second + high * 0x9E3779B9u));
-    }
+    bool given() const { return first || second; }
+    Words from(uint64_t place) const { return {first, second, uint32_t(place), uint32_t(place >> 32)}; }
 };
 
 struct Fp32 {
@@ -66,15 +75,11 @@ struct RandomBf16 {
         for (int i = 0; i < count; i++) value[i] = widen(data[start + i]);
     }
     void store(int64_t start, int count, const float* __restrict value) const {
-        const uint64_t place = offset + uint64_t(start);
-        const uint32_t low = uint32_t(place), high = uint32_t(place >> 32);
+        const Words random = key.from(offset + uint64_t(start));
         bf16* __restrict out = data + start;
         for (int i = 0; i < count; i++) {
-            // Where the low half wraps round within the run, the high half is one more.
-            uint32_t here = low + uint32_t(i);
             uint32_t bits = bits_of(value[i]);
-            uint32_t random = key.bits(here, high + (here < low)) & 0xFFFFu;
-            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + random) >> 16);
+            out[i] = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + (random[i] & 0xFFFFu)) >> 16);
         }
     }
 };
@@ -82,6 +87,8 @@ struct RandomBf16 {
 struct Split24 {
     bf16* data;
     int8_t* correction;
+    Key key;
+    uint64_t offset;
 
     void load(int64_t start, int count, float* __restrict value) const {
         const bf16* __restrict in = data + start;
@@ -93,11 +100,19 @@ struct Split24 {
         }
     }
     void store(int64_t start, int count, const float* __restrict value) const {
+        const Words random = key.from(offset + uint64_t(start));
+        if (key.given())
+            store_raised(start, count, value, [random](int i) { return random[i] & 0xFFu; });
+        else
+            store_raised(start, count, value, [](int) { return 128u; });
+    }
+    template <class Raise>  // by what the bit pattern is raised before the last 8 bits are cut
+    void store_raised(int64_t start, int count, const float* __restrict value, Raise raise) const {
         bf16* __restrict out = data + start;
         int8_t* __restrict low = correction + start;
         for (int i = 0; i < count; i++) {
             uint32_t bits = bits_of(value[i]);
-            uint32_t top = ((bits >> 7) + 1) >> 1;
+            uint32_t top = (bits + raise(i)) >> 8;
             uint32_t high = is_nan(bits) ? 0x7FC0u : (top + 128) >> 8;
             out[i] = bf16(high);
             low[i] = (high & 0x7F80u) == 0x7F80u ? int8_t(0) : int8_t(top - (high << 8));
@@ -125,7 +140,7 @@ static inline void with_weight(const Values& weight, Step step) {
     if (weight.wide)
         step(Fp32{static_cast<float*>(weight.data)});
     else if (weight.correction)
-        step(Split24{static_cast<bf16*>(weight.data), weight.correction});
+        step(Split24{static_cast<bf16*>(weight.data), weight.correction, weight.key, weight.offset});
     else
         step(RandomBf16{static_cast<bf16*>(weight.data), weight.key, weight.offset});
 }
@@ -156,11 +171,14 @@ static inline void with_gradient(const Gradient& gradient, Step step) {
         step(static_cast<const bf16*>(gradient.data));
 }
 
+// Below torch's own grain (at::internal::GRAIN_SIZE) waking a second thread costs more than it does.
+static inline int useful_threads(int64_t numel, int threads) { return numel < 32768 ? 1 : threads; }
+
 // Calls step(start, count) for the runs of numel elements, by all threads.
 template <class Step>
 static inline void for_runs(int64_t numel, int threads, Step step) {
     const int64_t full = numel / RUN;
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(useful_threads(numel, threads)) schedule(static)
     for (int64_t run = 0; run < full; run++) step(run * RUN, RUN);  // a constant, for the compiler to unroll by
     if (numel % RUN) step(full * RUN, int(numel % RUN));
 }

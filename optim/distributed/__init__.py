@@ -1,0 +1,1 @@
+"""Optimizers of parameters that several processes share: sharded by FSDP2, or copied by DDP."""

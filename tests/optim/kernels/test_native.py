@@ -1,0 +1,110 @@
+"""Compiling on this machine: once, kept, and with a warning and the same result where it fails."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtrain.optim.kernels import adamw, adamw8bit, native, sign, split_adamw
+from memtrain.optim.kernels.pointwise import AdamStep
+from memtrain.optim.kernels.sign import LionStep, PlainStep
+from tests.optim.kernels.pointwise_cases import Case, assert_same
+
+STEP = AdamStep(lr=1e-2, step=5)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache on disk and in the process."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path / "memtrain" / "kernels"
+    native._library.cache_clear()
+
+
+def test_a_kernel_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.function("sign", "plain") is not None
+    kept = list(fresh.iterdir())
+    assert [path.suffix for path in kept] == [".so"]
+    assert fresh.stat().st_mode & 0o777 == 0o700
+    native._library.cache_clear()
+    compile_again = subprocess.run
+
+    def only_versions(command: list[str], **options: object) -> object:
+        assert command[1:] == ["--version"], "compiled a second time"
+        return compile_again(command, **options)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", only_versions)
+    assert native.function("sign", "plain") is not None
+    assert list(fresh.iterdir()) == kept
+
+
+def test_all_can_be_compiled_beforehand(fresh: Path) -> None:
+    names = [path.name.partition("-")[0] for path in native.compile_all()]
+    assert names == ["adamw", "adamw8bit", "sign", "split_adamw"]
+    assert len(list(fresh.iterdir())) == 4
+
+
+def test_flags_and_sources_are_part_of_the_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native._digest("sign", "g++")
+    assert native._digest("adamw", "g++") != before
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DOTHER"])
+    assert native._digest("sign", "g++") != before
+
+
+@pytest.mark.parametrize("failure", ["none", "broken"])
+def test_without_a_compiler_everything_runs_as_plain_torch(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, failure: str, tmp_path: Path
+) -> None:
+    if failure == "none":
+        monkeypatch.setattr(native.shutil, "which", lambda name: None)
+        message = "no C[+][+] compiler"
+    else:
+        compiler = tmp_path / "broken"
+        compiler.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "cannot do that" >&2; exit 1; }\n')
+        compiler.chmod(0o700)
+        monkeypatch.setenv("CXX", str(compiler))
+        message = "cannot do that"
+    expected = {}
+    for state in ("fp32", "int8"):
+        case = Case((5, 123), torch.bfloat16, "split24", torch.bfloat16, state)
+        adamw.reference(case.operands(), case.first, case.second, STEP, state)
+        expected[state] = case
+    case = Case((5, 123), torch.bfloat16, "split24", torch.bfloat16, "fp32")
+    with pytest.warns(native.NativeKernelWarning, match=message):
+        adamw.adamw_(
+            case.weight, case.gradient, case.first, case.second, STEP, master=case.master, keys=case.keys
+        )
+    assert_same(case, expected["fp32"])
+    case = Case((5, 123), torch.bfloat16, "split24", torch.bfloat16, "int8")
+    with pytest.warns(native.NativeKernelWarning, match="adamw8bit"):
+        adamw8bit.adamw8bit_(
+            case.weight, case.gradient, case.first, case.second, STEP, master=case.master, keys=case.keys
+        )
+    assert_same(case, expected["int8"])
+    plain = Case((5, 123), torch.float32, "none", torch.float32, "fp32")
+    start = plain.weight.clone()
+    with pytest.warns(native.NativeKernelWarning, match="sign"):
+        sign.plain_(plain.weight, plain.gradient, PlainStep(lr=0.5))
+    # Said once: from here on warnings would be errors.
+    sign.plain_(plain.weight, plain.gradient, PlainStep(lr=0.5, rule="sgd"))
+    after = start - 0.5 * plain.gradient.sign() - 0.5 * plain.gradient
+    torch.testing.assert_close(plain.weight, after)
+    sign.lion_(plain.weight, plain.gradient, plain.first, LionStep(lr=0.5))
+    with pytest.warns(native.NativeKernelWarning, match="split_adamw"):
+        split_adamw.split_adamw_(
+            plain.weight,
+            plain.gradient,
+            {"value": torch.zeros(5, 2)},
+            {"value": torch.zeros(5, 2)},
+            torch.tensor([7, 3]),
+            "columns",
+            STEP,
+            PlainStep(lr=0.5),
+        )
+    native._library.cache_clear()
+    assert not fresh.exists() or not list(fresh.glob("*.so"))
