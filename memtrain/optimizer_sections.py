@@ -9,6 +9,7 @@ weights are, and whose ``state_dtype`` and ``master`` say what is kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -194,6 +195,11 @@ class FrugalSection(ProjectedSection):
     @classmethod
     def _density_unless_rank(cls, data: Any) -> Any:
         return {"density": None if "rank" in data else 0.25, **data} if isinstance(data, dict) else data
+
+    def grid_settings(self) -> GridSettings:
+        """See :class:`GridSection`; without a residual a product less."""
+        residual = {"sign_sgd": "sign", "sgd": "sgd", "no": "none"}[self.inactive_update_rule]
+        return replace(super().grid_settings(), residual=residual)
 
     @property
     def update_every(self) -> int:

@@ -135,6 +135,12 @@ def test_products_and_workspace_are_in_the_plan(tiny: Path) -> None:
     drawing = 4 * 64 * 176 + 20 * 176 * 16
     iteration = 4 * (64 * 176 + 64 * 16 + 2 * 176 * 16 + 2)
     assert refresh_bytes(job) == max(drawing, iteration) + 64 * 16 // 3 * 4
+    for rule_of_rest, products in (("sign_sgd", 3), ("no", 2)):
+        text = f"frugal(density=0.25, projection=svd, inactive_update_rule={rule_of_rest})"
+        frugal = Jobs(request_with(tiny, text)).job(256, 4).optimizer
+        assert isinstance(frugal, GridRule)
+        gate = next(p for p in parameters if p.name.endswith("gate_proj.weight"))
+        assert frugal.flops_of(gate) == pytest.approx(2 * 176 * 64 * 16 * (products + 2 / 200))
     adamw = Jobs(request_with(tiny, "adamw")).job(256, 4)
     assert adamw.optimizer is OptimizerRule.ADAMW
     assert refresh_bytes(adamw) == 0
