@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
 
 from memtrain.offload.attention_probe import AttentionProbe
 from memtrain.offload.block_runs import BlockRuns, Cuts
@@ -59,7 +60,8 @@ def probe_tokens(
 
     Raises:
         TokenRangeError: it is not causal, draws random numbers for each token otherwise than in a dropout,
-            saves tensors in which tokens cannot be told apart, or gives other values for a prefix.
+            saves tensors in which tokens cannot be told apart, or gives other values for a prefix; or its
+            input is not finite.
         ValueError: a prefix is not a part of the tokens.
     """
     tokens = token_count(args, kwargs)
@@ -67,8 +69,17 @@ def probe_tokens(
         if not 0 < length < tokens:
             raise ValueError(f"{name}: a prefix must have between 1 and {tokens - 1} tokens, got {length}")
     attention = AttentionProbe(name, tokens, attention_prefixes)
-    runs = BlockRuns(function, args, kwargs, is_fixed, attention.watching())
-    found = _Comparison({}) if prefix is None else _Probing(name, runs, prefix).look()
+    try:
+        runs = BlockRuns(function, args, kwargs, is_fixed, attention.watching())
+        found = _Comparison({}) if prefix is None else _Probing(name, runs, prefix).look()
+    except TokenRangeError as error:
+        entry = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        if bool(entry.isfinite().all()):
+            raise
+        # A kernel's mask adds -inf to a score, and nan stays nan: such values are seen by all tokens.
+        raise cannot_be_cut(
+            name, "was given values that are not finite, in which its tokens cannot be told apart"
+        ) from error
     witness = found.witness
     return TokenProbe(
         name=name,

@@ -109,7 +109,7 @@ def _cut(
         return
     lengths = block.prefixes.exact if options.exact_only else block.prefixes.lengths
     if any(name in wanted for name in TOKEN_FIELDS):
-        yield from _every_cut(index, lengths, places)
+        yield from _every_cut(index, block, lengths, places)
         return
     for length, place in itertools.product(lengths, places):
         cuts = [
@@ -133,7 +133,9 @@ def _cut(
                 yield cut
 
 
-def _every_cut(index: int, lengths: tuple[int, ...], places: tuple[Tier, ...]) -> Iterator[BlockDecision]:
+def _every_cut(
+    index: int, block: BlockProfile, lengths: tuple[int, ...], places: tuple[Tier, ...]
+) -> Iterator[BlockDecision]:
     """Every pair of prefixes with every place of what is stored: for a wish, which says which."""
     for again, attended, rest, saved, entry in itertools.product(
         (None, *lengths), (0, *lengths), places, places, places
@@ -145,13 +147,14 @@ def _every_cut(index: int, lengths: tuple[int, ...], places: tuple[Tier, ...]) -
         tokens: dict[str, Any] = {"recomputed_tokens": again, "rest_tier": rest, "input_tier": entry}
         if not attended and saved is Tier.DEVICE:
             yield BlockDecision(block=index, action=Action.RECOMPUTE, **tokens)
-        yield BlockDecision(
-            block=index,
-            action=Action.RECOMPUTE_EXCEPT_ATTENTION,
-            attention_tokens=attended,
-            saved_tier=saved,
-            **tokens,
-        )
+        if block.attention_bytes > 0:
+            yield BlockDecision(
+                block=index,
+                action=Action.RECOMPUTE_EXCEPT_ATTENTION,
+                attention_tokens=attended,
+                saved_tier=saved,
+                **tokens,
+            )
 
 
 def _beats_a_mixture(block: BlockProfile, cut: BlockDecision, copy_seconds_per_byte: float) -> bool:

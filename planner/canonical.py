@@ -49,10 +49,11 @@ def short_digest(data: Any) -> str:
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Missing and unknown keys and text that is no JSON become ``ValueError: not WHAT: ...``."""
+    """Missing and unknown keys, values of other kinds and text that is no JSON become ``ValueError: not WHAT:
+    ...``."""
     try:
         yield
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not {what}: {error!r}") from error
 
 

@@ -6,7 +6,7 @@ data, pipeline. Expert groups are cut out of the data and context ranks, as in M
 
 Sources: Megatron-LM (arXiv 1909.08053) and its pipeline (2104.04473); sequence parallelism and what tensor
 parallelism divides (Korthikanti et al., 2205.05198); ZeRO (1910.02054); Ulysses (2309.14509); ring attention
-(2310.01889). What the degrees cost in communication is in ``communication.py``.
+(2310.01889). What the degrees send is in ``communication.py`` and ``zero_traffic.py``.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ def profile_model(
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
     Parameters, gradients, buffers, modes and random numbers are left as they were found, and hooks on
-    parameters do not fire. An evaluating
-    model is measured in training mode, and a Hugging Face model without its key-value cache, as it must be
-    trained.
+    parameters do not fire. An evaluating model is measured in training mode, and a Hugging Face model without
+    its key-value cache, as it must be trained.
 
     Args:
         model: with its weights, on the device on which it will be trained.

@@ -42,7 +42,14 @@ DtypeName = Annotated[
 MasterWeights = Annotated[bool | None, _option(_JOB, "fp32 copies of bf16 weights (on for bfloat16).")]
 Clipping = Annotated[bool, _option(_JOB, "By the global norm: no update begins before backward ends.")]
 ChunkedLoss = Annotated[bool, _option(_JOB, "The loss by chunks of tokens, as memtrain trains.")]
-AttentionName = Annotated[str, _option(_JOB, f"The kernel: {', '.join(get_args(Attention))}.", "--attention")]
+AttentionName = Annotated[
+    str | None,
+    _option(
+        _JOB,
+        f"The kernel: {', '.join(get_args(Attention))} (flash; efficient for float32).",
+        "--attention",
+    ),
+]
 
 Gpu = Annotated[str, _option(_MACHINE, "A GPU's name: a800-80g, h100, 'rtx 4090' ...")]
 Gpus = Annotated[int, _option(_MACHINE, "GPUs of a host.")]
@@ -84,7 +91,7 @@ AllowLossy = Annotated[str | None, _option(_SEARCH, "Codecs that may be used: in
 ErrorBudget = Annotated[
     float | None, _option(_SEARCH, "With --allow-lossy: mean error over all saved bytes.")
 ]
-Chunks = Annotated[int, _option(_SEARCH, "Token chunks that are decided apart.")]
+Chunks = Annotated[int | None, _option(_SEARCH, "Token chunks that are decided apart (16).")]
 Seconds = Annotated[float, _option(_SEARCH, "How long to look.")]
 Gap = Annotated[float, _option(_SEARCH, "How near to the best is near enough.")]
 

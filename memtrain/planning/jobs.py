@@ -245,6 +245,18 @@ class Jobs:
             roles = roles_of(chosen.name, model, rank=section.grid_settings().rank)
         return grid_rule(section, roles, chosen.value)
 
+    def _chunks(self, sequence: int) -> int:
+        """Of the tokens that one GPU has of ``sequence``. Raises PlanError: fewer than were asked for."""
+        from memtrain.planner.job import CHUNKS
+
+        asked, tokens = self.request.search.chunks, sequence // self.request.degrees.context
+        if asked is not None and asked > tokens:
+            raise PlanError(
+                f"--chunks {asked} are more than the {tokens} tokens that a GPU has of each sequence: lower "
+                f"it to {tokens}, or leave it out"
+            )
+        return min(CHUNKS, tokens) if asked is None else asked
+
     def job(self, sequence: int, micro_batch: int) -> Job:
         """One rank of the job. Raises PlanError: the model cannot be estimated at this size."""
         from memtrain.optim.autograd.chunked_loss import DEFAULT_CHUNK_TOKENS
@@ -253,6 +265,7 @@ class Jobs:
         from memtrain.planner.tracing.estimator import estimate_config
 
         self.check(sequence)
+        chunks = self._chunks(sequence)
         work, search = self.request.work, self.request.search
         # Every context rank has a chunk of its own, and all bytes of a part are divided by their number.
         chunk_tokens = DEFAULT_CHUNK_TOKENS * self.request.degrees.context
@@ -279,7 +292,7 @@ class Jobs:
                 nvme_write_limit_bytes=self._write_limit_bytes,
                 codecs=self._codecs(search.allow_lossy),
                 error_budget=search.error_budget,
-                chunks=search.chunks,
+                chunks=chunks,
                 network=self.network,
             )
         except ValueError as error:

@@ -172,8 +172,10 @@ def parse_dtype(text: str) -> Dtype:
     raise PlanError(f"--dtype {text!r} is not known; {suggest(text, list(get_args(Dtype)))}")
 
 
-def parse_attention(text: str) -> Attention:
-    """Raises PlanError with the known names."""
+def parse_attention(text: str | None, dtype: Dtype) -> Attention:
+    """None is the kernel that a GPU takes of itself. Raises PlanError with the known names."""
+    if text is None:
+        return "flash" if dtype == "bfloat16" else "efficient"
     for name in get_args(Attention):
         if text == name:
             known: Attention = name

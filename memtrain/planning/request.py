@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,9 @@ Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
+HALF_ATTENTION: tuple[Attention, ...] = ("flash", "cudnn")
+"""Kernels of fp16 and bf16 alone: torch's ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` takes them
+for no other dtype."""
 
 LEAST_TOKENS = 2
 """Of a sequence: a token is predicted from the one before it."""
@@ -97,6 +101,11 @@ class Work:
                 raise PlanError(f"{option} must be at least {least}, got {value}")
             if value > most:
                 raise PlanError(f"{option} must be at most {most}, got {value}")
+        if self.dtype == "float32" and self.attention in HALF_ATTENTION:
+            raise PlanError(
+                f"--attention {self.attention} has no kernel for --dtype float32: take efficient, or leave "
+                "--attention out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +149,8 @@ class Hardware:
 class Search:
     """How long to look, and among what."""
 
-    chunks: int = 16
+    chunks: int | None = None
+    """None: ``planner.job.CHUNKS``, or a chunk for each token where they are fewer."""
     seconds: float = 6.0
     gap: float = 5e-3
     """Far below what the rates are off by. A search that the clock ends may answer differently next time."""
@@ -149,7 +159,7 @@ class Search:
     """None: as much as the allowed codecs lose when everything is compressed."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.chunks <= 64:
+        if self.chunks is not None and not 1 <= self.chunks <= 64:
             raise PlanError(f"--chunks must lie between 1 and 64, got {self.chunks}")
         if not 0 < self.seconds <= 3600:
             raise PlanError(f"--seconds must lie above 0 and at most 3600, got {self.seconds}")
@@ -158,8 +168,8 @@ class Search:
         if self.error_budget is not None and not self.allow_lossy:
             raise PlanError("--error-budget says how much codecs may lose: name them with --allow-lossy")
         # Written so that NaN, which is neither, is refused too.
-        if self.error_budget is not None and not self.error_budget >= 0:
-            raise PlanError(f"--error-budget must be at least 0, got {self.error_budget}")
+        if self.error_budget is not None and not 0 <= self.error_budget < math.inf:
+            raise PlanError(f"--error-budget must be finite and at least 0, got {self.error_budget}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,8 +35,8 @@ def machine_of(setup: Setup, *, chunks: int, write_limit_bytes: int | None = Non
     tiers = setup.tiers
     if Tier.NVME in tiers and setup.budget.host_bytes == 0:
         raise ValueError(
-            "what goes to nvme passes through slots in DRAM, and the budget has none: give dram, or leave "
-            "nvme out"
+            "what goes to nvme passes through slots in DRAM, and the budget has none: give --dram, or leave "
+            "--nvme out"
         )
     places = []
     for tier, link in tiers.items():

@@ -17,6 +17,7 @@ from memtrain.planner.lowering.states import (
     share_of,
     stage_units,
     state_classes,
+    tied_head,
     update_seconds,
 )
 from memtrain.planner.lowering.tensors import (
@@ -147,7 +148,8 @@ def _end(context: _Context, unit: EstimatedUnit) -> tuple[Block, int]:
     """
     estimate, at_once = context.job.estimate, unit.name == "epilogue"
     part = estimate.epilogue if at_once else estimate.prologue
-    traffic = context.clock.traffic_of_end(unit.parameters)
+    borrowed = tied_head(context.job) if at_once and context.job.first else ()
+    traffic = context.clock.traffic_of_end(unit.parameters, borrowed)
     seconds = context.clock.part(part, traffic)
     block = _with_states(
         context,

@@ -13,15 +13,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from memtrain.planner.communication import (
-    GRADIENTS_REDUCED,
-    WEIGHTS_GATHERED,
-    Traffic,
-    When,
-    block_traffic,
-    end_traffic,
-    stage_traffic,
-)
+from memtrain.planner.communication import block_traffic, stage_traffic
 from memtrain.planner.estimate import Operation, TracedPart
 from memtrain.planner.hardware import Interconnect
 from memtrain.planner.job import Job
@@ -30,6 +22,8 @@ from memtrain.planner.optimizer_bytes import ParameterSpec
 from memtrain.planner.parallel import Group, group_span
 from memtrain.planner.ranges.model import causal_attention_seconds, even_seconds
 from memtrain.planner.roofline import attention_seconds, matmul_seconds, memory_seconds
+from memtrain.planner.traffic import Traffic, When
+from memtrain.planner.zero_traffic import GRADIENTS_REDUCED, WEIGHTS_GATHERED, end_traffic
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,12 +198,15 @@ class Clock:
                 found.append(message)
         return found
 
-    def traffic_of_end(self, parameters: Iterable[ParameterSpec]) -> list[Traffic]:
-        """What the embedding or the head sends for one micro-batch."""
+    def traffic_of_end(
+        self, parameters: Iterable[ParameterSpec], borrowed: Iterable[ParameterSpec]
+    ) -> list[Traffic]:
+        """What the embedding or the head sends for one micro-batch; ``borrowed`` as in ``end_traffic``."""
         value_bytes = 4 if self.job.single else 2
         return end_traffic(
             self.job.degrees,
             parameters=sum(p.elements for p in parameters) / self.job.degrees.tensor,
+            borrowed=sum(p.elements for p in borrowed) / self.job.degrees.tensor,
             value_bytes=value_bytes,
             gradient_bytes=value_bytes,
         )

@@ -51,18 +51,21 @@ def stage_units(job: Job) -> list[EstimatedUnit]:
     return [*found, end_unit(job, "epilogue")] if job.last else found
 
 
-def end_unit(job: Job, name: str) -> EstimatedUnit:
-    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not.
-
-    A tied parameter is in the first unit alone, so that an epilogue without a matrix has the embedding's.
-    """
+def tied_head(job: Job) -> tuple[ParameterSpec, ...]:
+    """The embedding's matrix, where the head has none of its own: tied parameters are in the first unit."""
     units = {unit.name: unit for unit in job.estimate.units if unit.block is None}
-    unit = units[name]
     matrices = [p for p in units["prologue"].parameters if len(p.shape) > 1]
-    if name == "prologue" or job.first or not matrices or any(len(p.shape) > 1 for p in unit.parameters):
+    if not matrices or any(len(p.shape) > 1 for p in units["epilogue"].parameters):
+        return ()
+    return (max(matrices, key=lambda p: p.elements),)
+
+
+def end_unit(job: Job, name: str) -> EstimatedUnit:
+    """Parameters of the prologue or the epilogue; a tied head is a copy where the embedding is not."""
+    unit = next(unit for unit in job.estimate.units if unit.block is None and unit.name == name)
+    if name == "prologue" or job.first:
         return unit
-    tied = max(matrices, key=lambda p: p.elements)
-    return dataclasses.replace(unit, parameters=(tied, *unit.parameters))
+    return dataclasses.replace(unit, parameters=(*tied_head(job), *unit.parameters))
 
 
 def share_of(job: Job, parameters: Iterable[ParameterSpec]) -> Share:

@@ -16,12 +16,12 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-from memtrain.planner.communication import step_traffic
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.seconds import Clock, is_expert
 from memtrain.planner.lowering.states import stage_units
 from memtrain.planner.lowering.tensors import Division
 from memtrain.planner.optimizer_bytes import ParameterSpec
+from memtrain.planner.zero_traffic import step_traffic
 
 
 def step_message_seconds(job: Job, backward_seconds: Sequence[float]) -> float:

@@ -48,6 +48,13 @@ def least_shortage(formulated: Formulated, growing: str | Sequence[str]) -> Shor
     deadline = time.monotonic() + PROGRAM_SECONDS
     if not solver.relaxed(PROGRAM_SECONDS, anew=True).solved:
         return None
+    return _in_whole_numbers(formulated, solver, growing, deadline)
+
+
+def _in_whole_numbers(
+    formulated: Formulated, solver: Solver, growing: str | Sequence[str], deadline: float
+) -> Shortage | None:
+    """The same, from the relaxation that ``solver`` holds."""
     names = solver.binding()
     found = solver.solve(deadline - time.monotonic(), SHORTAGE_GAP)
     if not found.solved:
@@ -121,12 +128,13 @@ def _with_codec(problem: Problem, codec: Codec) -> Problem:
 def fits(problem: Problem) -> bool:
     """Whether any decisions were found that fit; where even the relaxation is short, none is looked for."""
     formulated = formulate(problem)
-    program = build(formulated, shortage_of=DEVICE)
-    vertex = Solver(program).relaxed(PROGRAM_SECONDS, anew=True)
-    short = SHORT * problem.machine.device_capacity_bytes / program.byte_scale
+    solver = Solver(build(formulated, shortage_of=DEVICE))
+    deadline = time.monotonic() + PROGRAM_SECONDS
+    vertex = solver.relaxed(PROGRAM_SECONDS, anew=True)
+    short = SHORT * problem.machine.device_capacity_bytes / solver.program.byte_scale
     if not vertex.solved or vertex.bound > short:
         return False
-    answer = least_shortage(formulated, DEVICE)
+    answer = _in_whole_numbers(formulated, solver, DEVICE, deadline)
     return answer is not None and answer.missing[DEVICE] == 0
 
 

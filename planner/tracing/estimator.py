@@ -99,7 +99,7 @@ def estimate_module(
         attention: as in ``estimate_config``; other than ``default`` it changes every
             ``F.scaled_dot_product_attention``.
         forward: the loss; None: ``output.loss``, or the sum of a tensor output.
-        block_names: as ``names`` of ``trace.find_blocks``.
+        block_names: as ``names`` of ``tracing.blocks.find_blocks``.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not run once each, in order.

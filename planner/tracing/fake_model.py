@@ -86,11 +86,18 @@ def build(config: Any, dtype: torch.dtype, attention: str) -> nn.Module:
     try:
         with no_init_weights():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)  # type: ignore[no-untyped-call]
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        raise AttentionKernelError(
+            f"{config.model_type} has no attention through F.scaled_dot_product_attention in transformers: "
+            "choose eager, or flash in bfloat16"
+        ) from error
     except KeyError as error:
         if error.args != (_WINDOWED,):
             raise
         raise AttentionKernelError(
-            f"{config.model_type} has a list of attention classes of its own: choose default or another"
+            f"{config.model_type} has a list of attention classes of its own: choose eager"
         ) from error
     model.tie_weights()  # which goes together with initialisation
     model.config.use_cache = False
@@ -124,7 +131,7 @@ def attention_kernel(name: str) -> Iterator[None]:
     if formula and not formula.used:
         raise AttentionKernelError(
             f"the model never calls F.scaled_dot_product_attention, so {name} would change nothing: "
-            "choose default"
+            "choose eager, which is what it runs"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,6 +101,15 @@ def test_a_shared_storage_counts_once() -> None:
         return first * second
 
     assert probe(block, hidden()).row_bytes == 2 * WIDTH * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_not_called_acausal(value: float) -> None:
+    """A masked score of them is not finite either, and changes the rows before it."""
+    entry = hidden()
+    entry.data[0, -1, 0] = value
+    with pytest.raises(TokenRangeError, match=r"^block: was given values that are not finite"):
+        probe(attend, entry, attention=(4,))
 
 
 def test_sizes_that_happen_to_equal_the_tokens() -> None:

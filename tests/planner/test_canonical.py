@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import pytest
 
 from memtrain.planner.canonical import canonical_json, check_version, digest, plain, reading, short_digest
+from memtrain.planner.machine import Machine
+from memtrain.planner.plan import Plan
+from memtrain.planner.profile import ModelProfile
+from memtrain.planner.ranges.plan import RangePlan
 
 
 class Colour(str, Enum):
@@ -60,3 +66,12 @@ def test_errors_of_documents_are_named() -> None:
     check_version({"version": 2}, 2, "thing")
     with pytest.raises(ValueError, match="thing version None, this memtrain reads 2"):
         check_version({}, 2, "thing")
+
+
+@pytest.mark.parametrize(
+    "read", [Plan.from_json, RangePlan.from_json, ModelProfile.from_json, Machine.from_json]
+)
+@pytest.mark.parametrize("text", ["", "null", "[]", "1", '{"plan": null}', '{"plan": []}', "[" * 100_000])
+def test_a_file_of_something_else_is_no_document(read: Callable[[str], Any], text: str) -> None:
+    with pytest.raises(ValueError, match=r"^not a |, this memtrain reads \d"):
+        read(text)

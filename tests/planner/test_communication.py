@@ -4,16 +4,11 @@ from typing import Any
 
 import pytest
 
-from memtrain.planner.communication import (
-    Traffic,
-    When,
-    block_traffic,
-    end_traffic,
-    stage_traffic,
-    step_traffic,
-)
+from memtrain.planner.communication import block_traffic, stage_traffic
 from memtrain.planner.hardware import Interconnect, Quoted
 from memtrain.planner.parallel import Degrees, Group, ModelShape
+from memtrain.planner.traffic import Traffic, When
+from memtrain.planner.zero_traffic import step_traffic
 
 # h = 8192, 64 query heads and 8 key-value heads of 128: q 8192, k and v together 2048 elements a token.
 SHAPE = ModelShape(layers=80, hidden=8192, heads=64, key_value_heads=8, head_size=128, intermediate=28672)
@@ -160,14 +155,6 @@ def test_what_zero_gathers_needs_room() -> None:
     assert reduce.overlaps
 
 
-def test_gradients_hide_behind_backward_and_gathered_weights_do_not() -> None:
-    degrees = Degrees(data=8, zero_stage=1)
-    reduce, gather = step_traffic(degrees, parameters=1e9, weight_bytes=2, gradient_bytes=4)
-    assert (reduce.sent_bytes, reduce.overlaps) == (7 / 8 * 4e9, True)
-    assert (gather.sent_bytes, gather.overlaps) == (7 / 8 * 2e9, False)
-    assert reduce.seconds(LINK) == pytest.approx(0.035)
-
-
 def test_tokens_travel_to_experts_and_back() -> None:
     found = of_block(Degrees(data=8, expert=4), MIXTURE)
     routed = TOKENS * 2 * 4096 * 2  # two experts a token, bf16
@@ -185,16 +172,3 @@ def test_experts_are_sharded_over_fewer_ranks() -> None:
     once = step_traffic(Degrees(data=8, expert=4), parameters=1e9, experts=True)
     assert [item.sent_bytes for item in once] == [2 * 1 / 2 * 2e9]
     assert step_traffic(Degrees(data=8, expert=8), parameters=1e9, experts=True) == []
-
-
-def test_an_end_waits_for_its_messages_and_is_gathered_once() -> None:
-    forward, backward, reduce = end_traffic(
-        Degrees(data=8, zero_stage=3), parameters=1e6, value_bytes=2, gradient_bytes=4
-    )
-    assert not any(message.overlaps for message in (forward, backward, reduce))
-    assert (forward.when, forward.sent_bytes, forward.buffer_bytes) == (When.BLOCK_FORWARD, 7 / 8 * 2e6, 2e6)
-    # Still whole in backward, beside its gradients.
-    assert (backward.when, backward.sent_bytes, backward.buffer_bytes) == (When.BLOCK_BACKWARD, 0, 2e6)
-    assert (reduce.when, reduce.sent_bytes, reduce.buffer_bytes) == (When.BLOCK_BACKWARD, 7 / 8 * 4e6, 4e6)
-    (only_reduced,) = end_traffic(Degrees(data=8, zero_stage=2), parameters=1e6)
-    assert (only_reduced.sent_bytes, only_reduced.overlaps) == (7 / 8 * 2e6, False)

@@ -206,7 +206,7 @@ def test_a_disk_is_reached_through_dram() -> None:
     machine = problem_of(job()).machine
     assert machine.staging == "host"
     assert [hop.link for hop in machine.place("nvme").hops] == ["host", "nvme"]
-    with pytest.raises(ValueError, match=r"passes through slots in DRAM.*give dram"):
+    with pytest.raises(ValueError, match=r"passes through slots in DRAM.*give --dram"):
         problem_of(job(setup=machine_for("a800-80g", nvme="1TB@6GB/s")))
 
 

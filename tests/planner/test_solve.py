@@ -368,6 +368,13 @@ def test_forcing_what_cannot_be_is_refused(changes: dict[str, Any], message: str
         make_plan(make_profile(3), make_machine(), Budget(device="1GiB"), options=PlannerOptions(**changes))
 
 
+def test_attention_cannot_be_stored_of_a_cut_block_that_has_none() -> None:
+    profile = make_profile(block_profiles=(make_block(0, attention_bytes=0, prefixes=make_prefixes()),))
+    force = {"block": {"action": "recompute_except_attention", "recomputed_tokens": 4, "attention_tokens": 2}}
+    with pytest.raises(ValueError, match="no action is left"):
+        make_plan(profile, make_machine(), Budget(device="1GiB"), options=PlannerOptions(force=force))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

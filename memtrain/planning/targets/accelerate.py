@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from memtrain.planner.ranges.model import Role
+from memtrain.planner.units import format_gib
+from memtrain.planning.request import ELEMENT_BYTES
 from memtrain.planning.targets.common import CHUNKED_LOSS_NOTE, MOST, SOME, Context, Target
 
 FILENAME = "accelerate.yaml"
@@ -109,6 +111,20 @@ def offload_notes(context: Context) -> list[str]:
     return found
 
 
+def root_note(context: Context) -> str:
+    """What FSDP2 holds beside the plan: its root module's weights are gathered before the first block's
+    forward and freed after the last, again in backward, and their gradients are reduced when that is over."""
+    job = context.forecast.job
+    elements = sum(p.elements for u in job.estimate.units if u.block is None for p in u.parameters)
+    kinds = "weights and gradients" if context.degrees.zero_stage == 3 else "gradients"
+    copies = 2 if context.degrees.zero_stage == 3 else 1
+    size = copies * elements * ELEMENT_BYTES[context.request.work.dtype] // context.degrees.tensor
+    return (
+        f"FSDP2 keeps {kinds} of embedding and head whole while blocks run, up to {format_gib(size)} that "
+        "the plan counts in their own passes alone: plan with that much less (--budget device=...)"
+    )
+
+
 def _notes(context: Context) -> list[str]:
     work, found = context.request.work, []
     if context.request.hardware.nodes > 1:
@@ -118,7 +134,7 @@ def _notes(context: Context) -> list[str]:
     if context.degrees.tensor > 1:
         found.append("load the model with its tensor-parallel plan: from_pretrained(..., tp_plan='auto')")
     if _sharded(context):
-        found += offload_notes(context)
+        found += [*offload_notes(context), root_note(context)]
     elif context.share(Role.OPTIMIZER) > 0 or context.recomputes:
         found.append(
             "without sharding Accelerate offloads and checkpoints nothing; on one GPU memtrain.prepare() in "

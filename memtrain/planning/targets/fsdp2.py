@@ -6,7 +6,7 @@ torch.distributed.fsdp, and the composable ``checkpoint``, which like ``fully_sh
 
 from __future__ import annotations
 
-from memtrain.planning.targets.accelerate import offload_notes, offloads
+from memtrain.planning.targets.accelerate import offload_notes, offloads, root_note
 from memtrain.planning.targets.common import Context, Target, torchrun
 
 FILENAME = "fsdp2.py"
@@ -85,5 +85,5 @@ def fsdp2(context: Context) -> Target:
         filename=FILENAME,
         text=text,
         command=torchrun(context, "train.py"),
-        notes=(*offload_notes(context), *context.unrepresented("FSDP2")),
+        notes=(*offload_notes(context), root_note(context), *context.unrepresented("FSDP2")),
     )

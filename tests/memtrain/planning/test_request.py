@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,7 +109,9 @@ def test_an_override_is_a_number() -> None:
 def test_names() -> None:
     assert parse_optimizer("adam-8bit") is OptimizerRule.ADAM_8BIT
     assert parse_dtype("float32") == "float32"
-    assert parse_attention("eager") == "eager"
+    assert parse_attention("eager", "bfloat16") == "eager"
+    assert parse_attention(None, "bfloat16") == "flash"
+    assert parse_attention(None, "float32") == "efficient"
     assert parse_axis("batch") == "batch"
     with pytest.raises(PlanError, match="--optimizer 'adam' is not known; did you mean adamw"):
         parse_optimizer("adam")
@@ -116,7 +120,7 @@ def test_names() -> None:
     with pytest.raises(PlanError, match="--dtype 'bf16' is not known"):
         parse_dtype("bf16")
     with pytest.raises(PlanError, match="--attention 'flash2' is not known; did you mean flash"):
-        parse_attention("flash2")
+        parse_attention("flash2", "bfloat16")
     with pytest.raises(PlanError, match="--what-fits 'tokens' is not known: write seq or batch"):
         parse_axis("tokens")
 
@@ -159,12 +163,32 @@ def test_the_search_checks_itself() -> None:
         ({"seconds": 0.0}, "--seconds must lie above 0"),
         ({"gap": 1.0}, "--gap must be at least 0 and below 1, got 1.0"),
         ({"error_budget": 0.1}, "name them with --allow-lossy"),
-        ({"error_budget": -0.1, "allow_lossy": ("int8",)}, "--error-budget must be at least 0"),
+        ({"error_budget": -0.1, "allow_lossy": ("int8",)}, "--error-budget must be finite and at least 0"),
+        ({"error_budget": math.inf, "allow_lossy": ("int8",)}, "--error-budget must be finite"),
     ):
         with pytest.raises(PlanError, match=message):
             Search(**fields)  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="--micro-batch must be at least 1, got 0"):
         Work(model="llama-7b", sequence=8, micro_batch=0)
+
+
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+def test_kernels_of_two_bytes_an_element_have_no_other(kernel: Any) -> None:
+    with pytest.raises(PlanError, match=f"--attention {kernel} has no kernel for --dtype float32"):
+        Work(model="llama-7b", sequence=8, dtype="float32", attention=kernel)
+
+
+def test_a_chunk_has_a_token_of_a_gpu(tiny: Path) -> None:
+    two: dict[str, Any] = {
+        "degrees": Degrees(context=2),
+        "hardware": Hardware(gpu="rtx-4060-laptop", gpus=2, dram="2GiB"),
+    }
+    asked = Jobs(request_of(tiny, **two, search=Search(chunks=8)))
+    with pytest.raises(PlanError, match=r"^--chunks 8 are more than the 4 tokens .* lower it to 4, or"):
+        asked.job(8, 1)
+    assert asked.job(16, 1).chunks == 8
+    left = Jobs(request_of(tiny, **two, search=Search()))
+    assert [left.job(sequence, 1).chunks for sequence in (8, 64)] == [4, 16]
 
 
 def test_outputs_that_contradict_questions(tmp_path: Path) -> None:
@@ -287,7 +311,7 @@ def test_codecs_have_names() -> None:
 
 
 def test_an_error_budget_that_is_no_number_is_refused() -> None:
-    with pytest.raises(PlanError, match="--error-budget must be at least 0, got nan"):
+    with pytest.raises(PlanError, match="--error-budget must be finite and at least 0, got nan"):
         Search(allow_lossy=("int8",), error_budget=float("nan"))
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from memtrain.planner.compose import machine_for
 from memtrain.planner.forecast import Forecast
-from memtrain.planner.optimizer_bytes import OptimizerRule
+from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.model import DEVICE, Role
 from memtrain.planning.answer import Answer
@@ -250,6 +250,25 @@ def test_fsdp2_shards_a_model(tight: Answer, tmp_path: Path) -> None:
     assert "checkpoint" not in plain
     assert "Offload" not in plain
     compile(plain, "fsdp2.py", "exec")
+
+
+@pytest.mark.parametrize(("stage", "kinds", "copies"), [(2, "gradients", 1), (3, "weights and gradients", 2)])
+def test_what_fsdp2_holds_beside_the_plan_is_told(tight: Answer, stage: Any, kinds: str, copies: int) -> None:
+    one = context(tight, degrees=Degrees(data=2, zero_stage=stage))
+    estimate = one.forecast.job.estimate
+    large = ParameterSpec(name="table", shape=(1 << 15, 1 << 14), dtype="bfloat16", element_bytes=2)
+    units = tuple(
+        unit if unit.block is not None else dataclasses.replace(unit, parameters=(large,))
+        for unit in estimate.units
+    )
+    job = dataclasses.replace(one.forecast.job, estimate=dataclasses.replace(estimate, units=units))
+    found = by_tool(dataclasses.replace(one, forecast=dataclasses.replace(one.forecast, job=job)))
+    size = f"{copies * 2}.000 GiB"  # an embedding and a head of 2^29 numbers of two bytes each
+    for tool in ("FSDP2", "Accelerate"):
+        (note,) = [note for note in found[tool].notes if "embedding and head" in note]
+        assert note.startswith(f"FSDP2 keeps {kinds} of embedding and head whole")
+        assert f"up to {size} that" in note
+    assert "embedding and head" not in " ".join(found["DeepSpeed"].notes)
 
 
 @pytest.mark.skipif(not DEEPSPEED_PYTHON.exists(), reason="scripts/setup_deepspeed.sh was not run")
