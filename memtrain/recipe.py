@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from memtrain.optimizer_sections import SECTIONS, OptimizerSection, Positive, Section
 from memtrain.planner.machine import Budget
 from memtrain.planner.units import parse_bytes
 
@@ -35,25 +36,9 @@ def _size(text: str | int) -> str | int:
 
 
 Size = Annotated[str | int, AfterValidator(_size)]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_values(cls, data: Any) -> Any:
-        """YAML reads ``yes`` and ``no`` as booleans, and Python would take those for 1 and 0."""
-        for name, value in data.items() if isinstance(data, dict) else ():
-            field = cls.model_fields.get(name)
-            if isinstance(value, bool) and field is not None and field.annotation is not bool:
-                raise ValueError(f"{name} is not a yes-or-no key; YAML reads yes, no, on and off as {value}")
-        return data
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """The model: a folder or hub name that ``from_pretrained`` reads, or fields of a configuration."""
 
     path: str | None = None
@@ -70,7 +55,7 @@ class ModelSection(_Section):
         return self
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Token files made by ``python -m memtrain.data``, or ``.txt`` files, whose bytes are the tokens."""
 
     train: Path
@@ -78,7 +63,7 @@ class DataSection(_Section):
     sequence_length: Annotated[int, Field(ge=2)]
 
 
-class BudgetSection(_Section):
+class BudgetSection(Section):
     """Bytes the job may use in each tier; see ``memtrain.Budget``."""
 
     device: Size
@@ -107,7 +92,7 @@ class BudgetSection(_Section):
         )
 
 
-class PlannerSection(_Section):
+class PlannerSection(Section):
     """What the planner may choose."""
 
     exact_only: bool = True
@@ -116,7 +101,7 @@ class PlannerSection(_Section):
     equal within rounding."""
 
 
-class TrainingSection(_Section):
+class TrainingSection(Section):
     """The loop."""
 
     steps: Positive
@@ -137,34 +122,7 @@ class TrainingSection(_Section):
     log_every: Positive = 1
 
 
-class AdamWSection(_Section):
-    """torch.optim.AdamW."""
-
-    name: Literal["AdamW"] = "AdamW"
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    fused: bool = True
-    master_weights: bool = True
-    """Keep fp32 copies of weights that are narrower, and step those."""
-
-
-class SGDSection(_Section):
-    """torch.optim.SGD."""
-
-    name: Literal["SGD"]
-    lr: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    momentum: Fraction = 0.0
-    fused: bool = True
-    master_weights: bool = True
-
-
-OptimizerSection = Annotated[AdamWSection | SGDSection, Field(discriminator="name")]
-
-
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     """The learning rate as a fraction of ``optimizer.lr``, step by step."""
 
     name: Literal["constant", "cosine", "linear"] = "constant"
@@ -173,14 +131,14 @@ class ScheduleSection(_Section):
     """What cosine and linear end at."""
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Held-out loss, before and after the run and every so many steps."""
 
     every: Positive | None = None
     batches: Positive = 4
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """When the run can be taken up again, and whether this one takes one up."""
 
     every: Positive | None = None
@@ -191,14 +149,14 @@ class CheckpointSection(_Section):
     anything else is the folder of a checkpoint."""
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """Where the run's files go."""
 
     directory: Path | None = None
     """``runs/<name>`` unless given."""
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -290,7 +248,7 @@ def _describe(fault: Any) -> str:
     known = _fields(location[:-1])
     nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else f"known keys: {', '.join(known)}"
-    where = ".".join(part for part in location if part not in ("AdamW", "SGD"))
+    where = ".".join(part for part in location if part not in SECTIONS)
     return f"{where}: unknown key; {hint}"
 
 
@@ -301,8 +259,8 @@ def _fields(path: list[str]) -> list[str]:
         members = _models(section.model_fields[part].annotation) if part in section.model_fields else []
         if members:
             section = members[0]
-        elif part == "SGD":
-            section = SGDSection
+        elif part in SECTIONS:
+            section = SECTIONS[part]
     return list(section.model_fields)
 
 

@@ -149,6 +149,10 @@ class Summary:
     """Of the device while steps ran."""
     process_peak_bytes: int
     """Of the whole process, from its start: loading, profiling, evaluation and checkpoints too."""
+    predicted_optimizer_bytes: int
+    """Of the optimizer's state and masters, by formula from the parameters' shapes."""
+    measured_optimizer_bytes: int
+    """Of the tensors of its state, on whatever tier."""
     predicted_step_seconds: float
     measured_step_seconds: float
     """Median, without the first step."""
@@ -196,6 +200,10 @@ def comparison_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
             f"{time_error:+.1%}",
         ],
     ]
+    if summary.predicted_optimizer_bytes or summary.measured_optimizer_bytes:
+        error = error_fraction(summary.predicted_optimizer_bytes, summary.measured_optimizer_bytes)
+        sizes = (summary.predicted_optimizer_bytes, summary.measured_optimizer_bytes)
+        rows.append(["optimizer state (bytes)", *[f"{size:,}" for size in sizes], f"{error:+.1%}"])
     return ["", "predicted", "measured", "error"], rows
 
 

@@ -29,14 +29,17 @@ from memtrain.checkpoints import Checkpoints, RunFinished
 from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
+from memtrain.optim import ParameterRole, role_table
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
+from memtrain.optimizer_sections import AdamWSection, GridSection
+from memtrain.optimizers import make_optimizer, measured_state_bytes, predicted_state_bytes
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import BudgetError
 from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
-from memtrain.recipe import AdamWSection, Recipe, RecipeError, ScheduleSection, load_recipe
+from memtrain.recipe import Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import Phase, Summary, infeasible_text, plan_text, recompute_facts, summary_text
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
@@ -72,12 +75,21 @@ def learning_rate_factor(schedule: ScheduleSection, step: int, total_steps: int)
     return schedule.final_fraction + (1 - schedule.final_fraction) * remaining
 
 
-def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer over the trainable parameters. It holds no state yet."""
+def build_optimizer(
+    recipe: Recipe, model: torch.nn.Module
+) -> tuple[torch.optim.Optimizer, list[ParameterRole]]:
+    """The recipe's optimizer over the trainable parameters, which holds no state yet, and for one of
+    memtrain's own what is projected. Raises RecipeError: the model's parameters cannot have it."""
     section = recipe.optimizer
+    if isinstance(section, GridSection):
+        overrides = getattr(section, "overrides", None)
+        try:
+            return make_optimizer(section.name, model, overrides=overrides, **section.arguments())
+        except ValueError as error:
+            raise RecipeError(f"optimizer: {error}") from error
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if isinstance(section, AdamWSection):
-        return torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             parameters,
             lr=section.lr,
             betas=section.betas,
@@ -85,13 +97,15 @@ def build_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optim
             weight_decay=section.weight_decay,
             fused=section.fused,
         )
-    return torch.optim.SGD(
+        return adamw, []
+    sgd = torch.optim.SGD(
         parameters,
         lr=section.lr,
         momentum=section.momentum,
         weight_decay=section.weight_decay,
         fused=section.fused,
     )
+    return sgd, []
 
 
 def pick_device(choice: str) -> torch.device:
@@ -148,9 +162,13 @@ class Trainer:
 
     def _make_session(self, model: torch.nn.Module) -> Session:
         recipe, training = self.recipe, self.recipe.training
+        optimizer, roles = build_optimizer(recipe, model)
+        if roles:
+            print(role_table(roles), flush=True)
+        self.predicted_optimizer_bytes = predicted_state_bytes(recipe.optimizer, model, roles)
         return memtrain.prepare(
             model,
-            build_optimizer(recipe, model),
+            optimizer,
             self._batch(self.train_windows, 0),
             budget=recipe.memory_budget(),
             micro_batches=training.accumulation,
@@ -204,6 +222,8 @@ class Trainer:
             predicted_peak_bytes=session.plan.peak(Tier.DEVICE),
             measured_peak_bytes=peak_bytes,
             process_peak_bytes=max(peak_bytes, self._process_peak_bytes()),
+            predicted_optimizer_bytes=self.predicted_optimizer_bytes,
+            measured_optimizer_bytes=measured_state_bytes(session.optimizer),
             predicted_step_seconds=session.plan.step_seconds,
             measured_step_seconds=step_seconds,
             tokens_per_second=tokens / step_seconds if step_seconds else 0.0,

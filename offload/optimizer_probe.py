@@ -8,9 +8,9 @@ parameter group.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,15 +29,38 @@ class UnsupportedOptimizerError(PlanMismatchError):
     """An optimizer whose update cannot be streamed, and why."""
 
 
+class StandIns(Protocol):
+    """What an optimizer's ``stand_ins()`` gives, where its step needs to know more of a parameter than
+    gradient, state and group: such as a number that random bits depend on, or a count of steps.
+    """
+
+    def count_step(self) -> None:
+        """A step has been asked for."""
+        ...
+
+    def run(
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        originals: Mapping[Tensor, Tensor],
+    ) -> dict[Tensor, dict[str, Any]]:
+        """One step over ``groups`` of stand-ins for ``originals``; the state after it."""
+        ...
+
+
 class Runner:
     """Runs an optimizer's own ``step`` on tensors that stand for its parameters.
 
     It shares the instance's attributes but has parameter groups, state and hooks of its own, so that the
     user's instance keeps its own. Hooks registered on the instance, or for all optimizers, do not fire here.
+    An optimizer that has a method ``stand_ins`` does it itself.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.name = type(optimizer).__name__
+        self.stand_ins: StandIns | None = None
+        if callable(getattr(optimizer, "stand_ins", None)):
+            self.stand_ins = optimizer.stand_ins()  # type: ignore[attr-defined]
         self.twin: Any = object.__new__(type(optimizer))
         self.twin.__dict__.update(optimizer.__dict__)
         self.twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the instance
@@ -46,10 +69,25 @@ class Runner:
         step = type(optimizer).step
         self._step: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", None) else step
 
+    def count_step(self) -> None:
+        """A step has been asked for, and ``run`` will be called for parts of it."""
+        if self.stand_ins is not None:
+            self.stand_ins.count_step()
+
     def run(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]
+        self,
+        groups: list[dict[str, Any]],
+        state: dict[Tensor, dict[str, Any]],
+        originals: Mapping[Tensor, Tensor] | None = None,
     ) -> dict[Tensor, dict[str, Any]]:
-        """One step over ``groups``, from ``state``; the state after it."""
+        """One step over ``groups``, from ``state``; the state after it.
+
+        Args:
+            originals: the optimizer's parameters by stand-in; none in a trial.
+        """
+        if self.stand_ins is not None:
+            with torch.no_grad():
+                return self.stand_ins.run(groups, state, originals or {})
         self.twin.param_groups = groups
         self.twin.state = defaultdict(dict, state)
         try:
@@ -181,7 +219,7 @@ class _Trial:
         self.runner = Runner(optimizer)
         self.hyper = hyperparameters(group)
         self.state: dict[Tensor, dict[str, Any]] = {}
-        if optimizer.state:
+        if optimizer.state and self.runner.stand_ins is None:
             self._initial_state(optimizer)
 
     def _initial_state(self, optimizer: torch.optim.Optimizer) -> None:

@@ -43,6 +43,7 @@ class Update:
         self._layout, self._records, self._store = layout, records, gradients
         self._runner = Runner(layout.optimizer)
         self._groups = [hyperparameters(group) for group in layout.param_groups]
+        self._runner.count_step()
         self.gradients = {
             name: found(name, parameter.grad)
             for name, parameter in layout.index.parameters.items()
@@ -119,7 +120,8 @@ class Update:
             number = self._layout.group_of[piece.name]
             groups.setdefault(number, {**self._groups[number], "params": []})["params"].append(work)
             at_work.append((piece, work, views))
-        after = self._runner.run([groups[number] for number in sorted(groups)], state)
+        originals = {work: piece.parameter for piece, work, _ in at_work}
+        after = self._runner.run([groups[number] for number in sorted(groups)], state, originals)
         for piece, work, views in at_work:
             work.grad = None
             self._keep_state(piece, views, after.get(work, {}))

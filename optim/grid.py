@@ -20,7 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.paths import Path, Work, path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
+
+if TYPE_CHECKING:
+    from memtrain.optim.stand_ins import StandIns
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -50,7 +53,7 @@ class Plan:
     offsets: list[int]
 
 
-class _Slot(NamedTuple):
+class Slot(NamedTuple):
     """Where a parameter is: its group, its place in it, and its number in the optimizer."""
 
     group: int
@@ -97,7 +100,7 @@ class GridOptimizer(Optimizer):
         general = {name: value for name, value in known.items() if name not in RULE_FIELDS}
         rule = RULES.get(settings.get("rule", known["rule"]))
         numbers = {field.name: field.default for field in fields(rule)} if rule else {}
-        self._slots: dict[Tensor, _Slot] = {}
+        self._slots: dict[Tensor, Slot] = {}
         self._plans: list[Plan] = []
         self.pending: dict[Tensor, Pending] = {}
         super().__init__(params, {"lr": lr, **general, **numbers, **settings})
@@ -124,7 +127,7 @@ class GridOptimizer(Optimizer):
 
     def _number(self, group: int) -> None:
         for place, parameter in enumerate(self.param_groups[group]["params"]):
-            self._slots[parameter] = _Slot(group, place, len(self._slots))
+            self._slots[parameter] = Slot(group, place, len(self._slots))
 
     def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group that names another rule, or no projection, does not inherit numbers that belong to the
@@ -281,6 +284,12 @@ class GridOptimizer(Optimizer):
                     for part, count in cell.state_bytes().items():
                         total[part] += count
         return total
+
+    def stand_ins(self) -> StandIns:
+        """For machinery that keeps the states itself and steps tensors in place of the parameters."""
+        from memtrain.optim.stand_ins import StandIns  # which is made of this module
+
+        return StandIns(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; of sharded parameters DTensors, which DCP reads on any number

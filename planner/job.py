@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from memtrain.planner.compose import Setup
 from memtrain.planner.estimate import ModelEstimate, TracedPart
+from memtrain.planner.grid_rule import GridRule
 from memtrain.planner.hardware import Interconnect
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees, ModelShape, bubble_fraction, in_flight
@@ -31,9 +32,9 @@ class Job:
     shape: ModelShape
     setup: Setup
     degrees: Degrees = field(default_factory=Degrees)
-    optimizer: OptimizerRule = OptimizerRule.ADAMW
+    optimizer: OptimizerRule | GridRule = OptimizerRule.ADAMW
     master_weights: bool = True
-    """fp32 copies of weights of lower precision."""
+    """fp32 copies of weights of lower precision; of a ``GridRule`` its settings say it."""
     micro_batches: int = 1
     """Of one data rank in a step."""
     clipping: bool = True
@@ -60,6 +61,12 @@ class Job:
         for name in ("micro_batches", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        divided = self.degrees.zero_stage or self.degrees.tensor > 1 or self.degrees.expert > 1
+        if isinstance(self.optimizer, GridRule) and divided:
+            raise ValueError(
+                f"{self.optimizer.value} has no bytes for divided parameters so far: its states are those of "
+                "whole matrices. Plan with ZeRO stage 0 and one tensor and one expert rank"
+            )
         if not 0 <= self.stage < self.degrees.pipeline:
             raise ValueError(
                 f"stage {self.stage} of a pipeline of {self.degrees.pipeline}: give 0 to "

@@ -11,6 +11,8 @@ Each rule says what one implementation allocates for a parameter:
   once for the whole optimizer and are not in any unit's bytes.
 
 With master weights a parameter of lower precision has an fp32 copy, and the state follows the copy.
+
+memtrain's own optimizers, of which a name stands for many settings, are in ``grid_bytes``.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Protocol
 
 _STEP_BYTES = 4
 _FP32_BYTES = 4
@@ -91,16 +94,37 @@ class StateBytes:
         )
 
 
+class StateRule(Protocol):
+    """An optimizer that says itself what it keeps: ``grid_bytes.GridRule``."""
+
+    @property
+    def value(self) -> str:
+        """Its name."""
+        ...
+
+    def state_of(self, parameter: ParameterSpec) -> tuple[int, int]:
+        """Bytes kept for a trainable parameter, and of its master."""
+        ...
+
+
 def state_bytes(
-    parameters: Iterable[ParameterSpec], rule: OptimizerRule, *, master_weights: bool = False
+    parameters: Iterable[ParameterSpec], rule: OptimizerRule | StateRule, *, master_weights: bool = False
 ) -> StateBytes:
-    """Bytes of ``parameters`` under ``rule``, each parameter once."""
+    """Bytes of ``parameters`` under ``rule``, each parameter once.
+
+    Args:
+        master_weights: of an ``OptimizerRule``; a ``StateRule`` knows about its masters.
+    """
     weights = gradients = moments = masters = 0
     for parameter in parameters:
         weights += parameter.size_bytes
         if not parameter.trainable:
             continue
         gradients += parameter.size_bytes
+        if not isinstance(rule, OptimizerRule):
+            kept, master = rule.state_of(parameter)
+            moments, masters = moments + kept, masters + master
+            continue
         has_master = master_weights and parameter.element_bytes < _FP32_BYTES
         masters += parameter.elements * _FP32_BYTES if has_master else 0
         moments += _moment_bytes(parameter, rule, _FP32_BYTES if has_master else parameter.element_bytes)

@@ -30,7 +30,7 @@ from memtrain.planner.tracing.blocks import find_blocks, first_pass, unique_byte
 from memtrain.planner.tracing.left_as_found import left_as_found
 from memtrain.planner.tracing.live_bytes import tensors_in
 from memtrain.planner.tracing.rehearsal import Rehearsal
-from memtrain.planner.tracing.units import measure_optimizer, parameter_units
+from memtrain.planner.tracing.units import KnownStates, measure_optimizer, parameter_units
 
 _PAGE_BYTES = 4096
 
@@ -80,8 +80,9 @@ def profile_model(
         around = measure_around(blocks, trace, run, last)
         del last
         resident.trim()
-        step = measure_optimizer(optimizer, master_weights)
-        units = parameter_units(model, blocks, trace, step)
+        known = KnownStates.of(optimizer, master_weights)
+        step = measure_optimizer(optimizer, master_weights, known)
+        units = parameter_units(model, blocks, trace, step, known)
     parameters = list({id(p): p for p in model.parameters()}.values())
     baseline, slack = _baseline(model, optimizer)
     trainable = [p for p in parameters if p.requires_grad]

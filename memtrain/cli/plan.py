@@ -22,7 +22,16 @@ from memtrain.planning.parsing import (
     parse_sweep,
     parse_work_size,
 )
-from memtrain.planning.request import Hardware, Outputs, PlanError, PlanRequest, Questions, Search, Work
+from memtrain.planning.request import (
+    Hardware,
+    Outputs,
+    OwnOptimizer,
+    PlanError,
+    PlanRequest,
+    Questions,
+    Search,
+    Work,
+)
 
 
 def plan(
@@ -89,15 +98,23 @@ def plan(
         raise PlanError(
             "--master-weights copies weights of lower precision, and --dtype is float32: drop one"
         )
+    chosen = parse_optimizer(optimizer)
+    own = isinstance(chosen, OwnOptimizer)
+    if master_weights and own:
+        raise PlanError(
+            f"--master-weights is for torch's optimizers: write master=fp32 or master=split24 into "
+            f"--optimizer {chosen.value}"
+        )
+    masters = (precision == "bfloat16" and not own) if master_weights is None else master_weights
     request = PlanRequest(
         work=Work(
             model=model,
             sequence=sequence,
             micro_batch=sequences,
             accumulate=accumulate,
-            optimizer=parse_optimizer(optimizer),
+            optimizer=chosen,
             dtype=precision,
-            master_weights=precision == "bfloat16" if master_weights is None else master_weights,
+            master_weights=masters,
             clipping=clipping,
             chunked_loss=chunked_loss,
             attention=parse_attention(attention, precision),

@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
+from memtrain.planner.grid_rule import NAMED
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planning.request import Attention, Dtype
 
@@ -33,7 +34,8 @@ Model = Annotated[
 Seq = Annotated[str | None, _option(_JOB, "Tokens of a sequence: 8192, 8k, 1M (8k).")]
 MicroBatch = Annotated[int | None, _option(_JOB, "Sequences in a forward pass (1).")]
 Accumulate = Annotated[int, _option(_JOB, "Micro-batches of a data rank in a step.")]
-Optimizer = Annotated[str, _option(_JOB, f"{', '.join(rule.value for rule in OptimizerRule)}.")]
+_OPTIMIZERS = ", ".join([*(rule.value for rule in OptimizerRule), *NAMED])
+Optimizer = Annotated[str, _option(_JOB, f"{_OPTIMIZERS}; arguments as in 'galore(rank=128)'.")]
 DtypeName = Annotated[
     str, _option(_JOB, f"Of weights and activations: {', '.join(get_args(Dtype))}.", "--dtype")
 ]

@@ -23,10 +23,12 @@ from memtrain.planner.parallel import Group, group_span
 from memtrain.planner.ranges.model import Codec
 from memtrain.planner.units import parse_size
 from memtrain.planning.parsing import DEGREE_OPTIONS
-from memtrain.planning.request import ELEMENT_BYTES, Hardware, PlanError, PlanRequest
+from memtrain.planning.request import ELEMENT_BYTES, Hardware, OwnOptimizer, PlanError, PlanRequest
 
 if TYPE_CHECKING:
+    from memtrain.planner.grid_rule import GridRule
     from memtrain.planner.job import Job
+    from memtrain.planner.optimizer_bytes import OptimizerRule
     from memtrain.planner.parallel import ModelShape
 
 
@@ -181,6 +183,7 @@ class Jobs:
         self._write_limit_bytes = _write_limit(request.hardware)
         _check_interconnect(request)
         self._shape: ModelShape | None = None
+        self._rule: OptimizerRule | GridRule | None = None
 
     @property
     def shape(self) -> ModelShape:
@@ -220,6 +223,27 @@ class Jobs:
             element_bytes=ELEMENT_BYTES[self.request.work.dtype],
             places=tuple(tier.value for tier in self.setup.tiers),
         )
+
+    def _optimizer(self) -> OptimizerRule | GridRule:
+        """With the parameters that are projected, by their roles. Raises ValueError as the classifier."""
+        if self._rule is None:
+            chosen = self.request.work.optimizer
+            self._rule = self._own(chosen) if isinstance(chosen, OwnOptimizer) else chosen
+        return self._rule
+
+    def _own(self, chosen: OwnOptimizer) -> GridRule:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        from memtrain.optimizers import grid_rule, roles_of
+        from memtrain.planner.tracing import fake_model
+
+        section = chosen.section(lr=1.0)
+        dtype = getattr(torch, self.request.work.dtype)
+        with FakeTensorMode():
+            model = fake_model.build(fake_model.read_config(self.fields), dtype, "default")
+            roles = roles_of(chosen.name, model, rank=section.grid_settings().rank)
+        return grid_rule(section, roles, chosen.value)
 
     def _chunks(self, sequence: int) -> int:
         """Of the tokens that one GPU has of ``sequence``. Raises PlanError: fewer than were asked for."""
@@ -261,7 +285,7 @@ class Jobs:
                 shape=self.shape,
                 setup=self.setup,
                 degrees=self.request.degrees,
-                optimizer=work.optimizer,
+                optimizer=self._optimizer(),
                 master_weights=work.master_weights,
                 micro_batches=work.accumulate,
                 clipping=work.clipping,

@@ -6,11 +6,21 @@ import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from memtrain.planner.grid_rule import NAMED
 from memtrain.planner.hardware import suggest
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.units import parse_size
-from memtrain.planning.request import MOST_TOKENS, Attention, Axis, Dtype, PlanError, Questions, Sweep
+from memtrain.planning.request import (
+    MOST_TOKENS,
+    Attention,
+    Axis,
+    Dtype,
+    OwnOptimizer,
+    PlanError,
+    Questions,
+    Sweep,
+)
 
 MAX_SWEEP = 24
 """Points of a sweep: each is a plan of its own, of some seconds."""
@@ -173,12 +183,43 @@ def parse_attention(text: str | None, dtype: Dtype) -> Attention:
     raise PlanError(f"--attention {text!r} is not known; {suggest(text, list(get_args(Attention)))}")
 
 
-def parse_optimizer(text: str) -> OptimizerRule:
-    """Raises PlanError with the known names."""
-    names = [rule.value for rule in OptimizerRule]
-    if text not in names:
-        raise PlanError(f"--optimizer {text!r} is not known; {suggest(text, names)}")
-    return OptimizerRule(text)
+def parse_optimizer(text: str) -> OptimizerRule | OwnOptimizer:
+    """``adamw``, ``galore(rank=128)``, ``frugal(density=0.25, state_dtype=int8)``.
+
+    Raises:
+        PlanError: with the known names, or with what an argument should be.
+    """
+    name, bracket, rest = (part.strip() for part in text.partition("("))
+    rules = [rule.value for rule in OptimizerRule]
+    if name not in (*rules, *NAMED):
+        raise PlanError(f"--optimizer {name!r} is not known; {suggest(name, [*rules, *NAMED])}")
+    if bracket and (not rest.endswith(")") or name in rules):
+        what = f"{name} takes no arguments" if name in rules else "write it as 'galore(rank=128)'"
+        raise PlanError(f"--optimizer {text!r}: {what}")
+    if name in rules:
+        return OptimizerRule(name)
+    pairs = [part for part in rest.removesuffix(")").split(",") if part.strip()]
+    found = parse_pairs(f"--optimizer {name}", pairs, "galore(rank=128, update_proj_gap=200)")
+    for unused in ("lr", "weight_decay", "eps", "seed"):
+        if unused in dict(found):
+            raise PlanError(
+                f"--optimizer {name}: {unused} changes neither bytes nor seconds: set it in the recipe"
+            )
+    own = OwnOptimizer(name=name, arguments=tuple((key, _number(value)) for key, value in found))
+    own.section(lr=1.0)  # checks the arguments
+    return own
+
+
+def _number(text: str) -> bool | int | float | str:
+    """What YAML would read."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def parse_degrees(

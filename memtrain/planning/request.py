@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.parallel import Degrees
+
+if TYPE_CHECKING:
+    from memtrain.optimizer_sections import GridSection
 
 Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
@@ -47,6 +50,29 @@ class Sweep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OwnOptimizer:
+    """One of memtrain's own optimizers, with what was said about it in the words of a recipe."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def value(self) -> str:
+        """As it is typed."""
+        given = ", ".join(f"{name}={value}" for name, value in self.arguments)
+        return f"{self.name}({given})" if given else self.name
+
+    def section(self, lr: float) -> GridSection:
+        """Of a recipe. Raises PlanError: a name or value that no recipe takes."""
+        from memtrain.optimizer_sections import grid_section
+
+        try:
+            return grid_section(self.name, dict(self.arguments), lr=lr)
+        except ValueError as error:
+            raise PlanError(f"--optimizer {self.value}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
     """What is trained, and how."""
 
@@ -56,7 +82,7 @@ class Work:
     micro_batch: int = 1
     accumulate: int = 1
     """Micro-batches of a data rank in one step."""
-    optimizer: OptimizerRule = OptimizerRule.ADAMW
+    optimizer: OptimizerRule | OwnOptimizer = OptimizerRule.ADAMW
     dtype: Dtype = "bfloat16"
     master_weights: bool = True
     clipping: bool = True
@@ -154,6 +180,21 @@ class PlanRequest:
     hardware: Hardware
     degrees: Degrees
     search: Search = Search()
+
+    def __post_init__(self) -> None:
+        optimizer, degrees = self.work.optimizer, self.degrees
+        if isinstance(optimizer, OptimizerRule):
+            return
+        for option, divided in (
+            (f"--zero {degrees.zero_stage}", degrees.zero_stage > 0),
+            (f"--tp {degrees.tensor}", degrees.tensor > 1),
+            (f"--ep {degrees.expert}", degrees.expert > 1),
+        ):
+            if divided:
+                raise PlanError(
+                    f"--optimizer {optimizer.value} keeps states of whole matrices so far, and {option} "
+                    f"divides them: give {option.split()[0]} {0 if 'zero' in option else 1}"
+                )
 
     @property
     def gpus(self) -> int:

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass
 
 from memtrain.planner.estimate import EstimatedUnit, TracedPart
+from memtrain.planner.grid_rule import GridRule
 from memtrain.planner.hardware import Quoted
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.places import machine_of
 from memtrain.planner.lowering.seconds import Clock, message_buffer_bytes
 from memtrain.planner.lowering.states import (
     PIECES,
+    refresh_bytes,
     share_of,
     stage_units,
     state_classes,
@@ -94,6 +96,8 @@ def problem_of(job: Job) -> Problem:
     updates = ALL_UPDATES
     if job.clipping or job.micro_batches > 1:
         updates = tuple(update for update in ALL_UPDATES if update.ahead)
+    if isinstance(job.optimizer, GridRule):
+        updates = tuple(update for update in updates if not update.on_cpu)  # products belong on the device
     return Problem(
         blocks=tuple(blocks),
         machine=context.machine,
@@ -177,7 +181,7 @@ def _with_states(
         classes=classes,
         states=states,
         pieces=PIECES if states else 1,
-        device_update_seconds=update_seconds(context.job, share),
+        device_update_seconds=update_seconds(context.job, share, unit.parameters),
     )
 
 
@@ -188,7 +192,8 @@ def _error_budget(job: Job) -> float:
 
 
 def _reserved(context: _Context, message_bytes: int) -> int:
-    """On the device whatever is decided: what the ends hold, shared tables, messages' buffers, slack.
+    """On the device whatever is decided: what the ends hold, shared tables, buffers of messages and of an
+    optimizer's refresh, slack.
 
     What the model itself refers to in forward, and tied gradients in backward, are never there together.
     """
@@ -205,5 +210,6 @@ def _reserved(context: _Context, message_bytes: int) -> int:
         + waiting
         + message_bytes
         + stage
+        + refresh_bytes(job)
         + math.ceil(context.machine.device_capacity_bytes * SLACK.value)
     )

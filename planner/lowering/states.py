@@ -12,12 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.estimate import EstimatedUnit
+from memtrain.planner.grid_rule import GridRule
 from memtrain.planner.job import Job
 from memtrain.planner.lowering.seconds import is_expert
 from memtrain.planner.optimizer_bytes import ParameterSpec, StateBytes, state_bytes
 from memtrain.planner.parallel import Degrees
 from memtrain.planner.ranges.model import DEVICE, Role, StateClass
-from memtrain.planner.roofline import memory_seconds, update_bytes
+from memtrain.planner.roofline import matmul_seconds, memory_seconds, update_bytes
 
 PIECES = 64
 """Parts of a block's state that may lie apart. Slots are as large as what one block streams, so that a coarse
@@ -107,10 +108,11 @@ def state_classes(share: Share, places: Sequence[str]) -> tuple[StateClass, ...]
     )
 
 
-def update_seconds(job: Job, share: Share) -> float:
+def update_seconds(job: Job, share: Share, parameters: Iterable[ParameterSpec]) -> float:
     """The optimizer's arithmetic for ``share`` on the device: its bytes through the device's memory.
 
-    Where ZeRO shards state and not gradients or weights, the rank works on its part of these.
+    Where ZeRO shards state and not gradients or weights, the rank works on its part of these. Gradients that
+    are projected cost their products besides.
     """
     ranks = job.degrees.replicas
     stage = job.degrees.zero_stage
@@ -120,4 +122,20 @@ def update_seconds(job: Job, share: Share) -> float:
         master_bytes=share.masters,
         moment_bytes=share.moments,
     )
-    return memory_seconds(job.setup.accelerator, moved)
+    return memory_seconds(job.setup.accelerator, moved) + _projection_seconds(job, parameters)
+
+
+def _projection_seconds(job: Job, parameters: Iterable[ParameterSpec]) -> float:
+    if not isinstance(job.optimizer, GridRule):
+        return 0.0
+    flops = math.fsum(job.optimizer.flops_of(parameter) for parameter in parameters)
+    single = job.optimizer.settings.basis_dtype == "fp32"
+    return matmul_seconds(job.setup.accelerator, flops, single=single)
+
+
+def refresh_bytes(job: Job) -> int:
+    """What the stage's largest matrix needs while its basis is renewed: parameters take turns."""
+    rule = job.optimizer
+    if not isinstance(rule, GridRule):
+        return 0
+    return max((rule.workspace_of(p) for unit in stage_units(job) for p in unit.parameters), default=0)

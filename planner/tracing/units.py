@@ -1,7 +1,8 @@
 """Groups of parameters that are needed together, and what each holds: gradients, and the optimizer's state.
 
 What the optimizer keeps and takes per element is measured in one step of another one of its class, over a
-probe of one tensor: the user's own is not stepped.
+probe of one tensor: the user's own is not stepped. One that has a method ``stand_ins`` (memtrain's own) is
+asked what it keeps for each parameter.
 """
 
 from __future__ import annotations
@@ -37,23 +38,71 @@ class OptimizerStep:
     seconds: float
 
 
-def measure_optimizer(optimizer: torch.optim.Optimizer, master_weights: bool) -> OptimizerStep:
+def measure_optimizer(
+    optimizer: torch.optim.Optimizer, master_weights: bool, known: KnownStates | None = None
+) -> OptimizerStep:
     """The largest figures over every kind of settings and parameters: groups may run different algorithms."""
     kinds: dict[Any, OptimizerStep] = {}
     elements = probe_elements(optimizer)
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        shape: tuple[int, ...] = (1024, elements // 1024)
+        if known is not None:
+            shape = known.matrix_of(group["params"], elements) or shape
         for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
             kind = repr(settings), dtype, device
             if kind not in kinds:
-                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, elements)
+                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, shape)
     steps = kinds.values()
     return OptimizerStep(
-        state=max(step.state for step in steps),
-        tensors=max(step.tensors for step in steps),
-        workspace=max(step.workspace for step in steps),
+        state=max([step.state for step in steps] if known is None else [known.state_per_element]),
+        tensors=max([step.tensors for step in steps] if known is None else [known.tensors]),
+        workspace=max([step.workspace for step in steps]) + (known.refresh_per_element if known else 0.0),
         seconds=max(step.seconds for step in steps),
     )
+
+
+class KnownStates:
+    """What an optimizer says that it keeps for each of its trainable parameters.
+
+    The largest figures per element are those of parameters whose state may leave memory.
+    """
+
+    def __init__(self, stand_ins: Any, parameters: list[Tensor], master_weights: bool) -> None:
+        self.state_bytes: dict[int, int] = {}
+        """By ``id`` of the parameter."""
+        self.state_per_element = self.refresh_per_element = 0.0
+        self.tensors = 0
+        self._projected: set[int] = set()
+        for parameter in parameters:
+            master = master_weights and parameter.dtype in (torch.bfloat16, torch.float16)
+            kept = stand_ins.kept(parameter, torch.float32 if master else parameter.dtype)
+            size = kept.state_bytes + (4 * parameter.numel() if master else 0)
+            self.state_bytes[id(parameter)] = size
+            if kept.projected:
+                self._projected.add(id(parameter))
+            self.tensors = max(self.tensors, kept.tensors + master)
+            if parameter.numel() >= SMALL:
+                self.state_per_element = max(self.state_per_element, size / parameter.numel())
+                self.refresh_per_element = max(
+                    self.refresh_per_element, kept.refresh_bytes / parameter.numel()
+                )
+
+    def matrix_of(self, parameters: list[Tensor], elements: int) -> tuple[int, ...] | None:
+        """The shape to measure a group at that projects: not every one has its rank. The largest matrix that
+        has at most so many elements, or else the smallest."""
+        matrices = sorted((p for p in parameters if id(p) in self._projected), key=Tensor.numel)
+        fitting = [p for p in matrices if p.numel() <= elements]
+        return tuple((fitting[-1] if fitting else matrices[0]).shape) if matrices else None
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, master_weights: bool) -> KnownStates | None:
+        """None where the optimizer cannot say."""
+        make = getattr(optimizer, "stand_ins", None)
+        if make is None:
+            return None
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        return cls(make(), parameters, master_weights)
 
 
 def probe_elements(optimizer: torch.optim.Optimizer) -> int:
@@ -68,14 +117,15 @@ def _measure_step(
     model_dtype: torch.dtype,
     device: torch.device,
     master_weights: bool,
-    elements: int,
+    shape: tuple[int, ...],
 ) -> OptimizerStep:
-    """One step over a probe of ``elements`` elements, a multiple of 1024."""
+    """One step over a probe of this shape."""
     master_weights = master_weights and model_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if master_weights else model_dtype
     # A gradient of lower precision is widened within its slot, for which the slot holds its bytes twice.
     widening = model_dtype.itemsize if master_weights else 0
-    weight = torch.zeros(1024, elements // 1024, dtype=dtype, device=device)
+    weight = torch.zeros(shape, dtype=dtype, device=device)
+    elements = weight.numel()
     gradient = torch.randn(weight.shape, device=device).to(model_dtype)
     low = weight.to(model_dtype)
     probe = _like(optimizer, settings, weight)
@@ -117,9 +167,19 @@ def _step(probe: torch.optim.Optimizer, gradient: Tensor) -> None:
 
 
 def parameter_units(
-    model: nn.Module, blocks: list[tuple[str, nn.Module]], trace: FirstPass, step: OptimizerStep
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    trace: FirstPass,
+    step: OptimizerStep,
+    known: KnownStates | None = None,
 ) -> list[UnitProfile]:
     """Every parameter once, in the first unit that needs it."""
+
+    def state_of(parameter: nn.Parameter) -> float:
+        if known is None:
+            return parameter.numel() * step.state
+        return known.state_bytes.get(id(parameter), 0)
+
     names = {id(p): name for name, p in model.named_parameters()}
     inside = {id(p) for _, block in blocks for p in block.parameters()}
     others = [p for p in model.parameters() if id(p) not in inside or id(p) in trace.early]
@@ -141,8 +201,8 @@ def parameter_units(
                 block=index,
                 weight_bytes=sum(p.nbytes for p in own),
                 gradient_bytes=sum(p.nbytes for p in large),
-                state_bytes=round(sum(p.numel() for p in large) * step.state),
-                resident_state_bytes=round(sum(p.nbytes + p.numel() * step.state for p in small)),
+                state_bytes=round(sum(map(state_of, large))),
+                resident_state_bytes=round(sum(p.nbytes + state_of(p) for p in small)),
                 update_seconds=sum(p.numel() for p in (*large, *small)) * step.seconds,
                 parameters=tuple(names[id(p)] for p in own),
             )

@@ -69,6 +69,8 @@ def summary() -> Summary:
         predicted_peak_bytes=GIB,
         measured_peak_bytes=8 * GIB // 7,
         process_peak_bytes=6 * GIB // 5,
+        predicted_optimizer_bytes=1_200,
+        measured_optimizer_bytes=1_000,
         predicted_step_seconds=4.0,
         measured_step_seconds=5.0,
         tokens_per_second=409.6,

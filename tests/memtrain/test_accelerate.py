@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import memtrain
 from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.offloaded_grad import OffloadedGrad
+from memtrain.optim import GaLore, classify, param_groups
 from memtrain.planner.actions import Tier
 
 accelerate = pytest.importorskip("accelerate")
@@ -142,8 +143,11 @@ class Run:
 
 
 def pieces(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
-    model = make_model(kind, dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    model = make_model(kind.removesuffix(" galore"), dtype)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    if kind.endswith("galore"):  # refreshed at steps 0 and 3; an epoch has two
+        groups = param_groups(model, classify(model, rank=16))
+        optimizer = GaLore(groups, lr=3e-3, weight_decay=0.1, rank=16, update_proj_gap=3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
     torch.manual_seed(7)
     return model, optimizer, DataLoader(Texts(), batch_size=2, shuffle=True), scheduler
@@ -186,7 +190,8 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("start", [with_plugin, with_prepare])
 @pytest.mark.parametrize(
-    ("kind", "schedule"), [("llama", "ahead"), ("plain", "ahead"), ("plain", "sequential")]
+    ("kind", "schedule"),
+    [("llama", "ahead"), ("plain", "ahead"), ("plain", "sequential"), ("llama galore", "ahead")],
 )
 def test_equals_accelerate_without_memtrain(
     kind: str, schedule: str, start: Callable[[str, MemtrainPlugin], Run], tmp_path: Path

@@ -108,6 +108,7 @@ def test_prediction_beside_measurement() -> None:
     assert rows == [
         ["peak of cpu (GiB)", "1.000", "1.143", "-12.5%"],  # 1 against 8/7
         ["step time (s)", "4.00", "5.00", "-20.0%"],
+        ["optimizer state (bytes)", "1,200", "1,000", "+20.0%"],
     ]
     text = summary_text(summary())
     assert "whole process: 1.200 GiB of 1.250 GiB, 0.050 GiB to spare" in text

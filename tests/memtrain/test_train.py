@@ -442,8 +442,9 @@ def test_sgd_gets_its_own_options() -> None:
     data["optimizer"] = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "fused": False}
     model = torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
-    optimizer = build_optimizer(parse_recipe(data), model)
+    optimizer, roles = build_optimizer(parse_recipe(data), model)
     assert isinstance(optimizer, torch.optim.SGD)
+    assert roles == []
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], group["fused"]) == (0.1, 0.9, 0.01, False)
     assert group["params"] == [model.weight]

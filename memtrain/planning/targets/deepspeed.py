@@ -12,6 +12,7 @@ from typing import Any
 from memtrain.planner.compose import SWAP_PLACE
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.ranges.model import Role
+from memtrain.planning.request import OwnOptimizer
 from memtrain.planning.targets.common import (
     CHUNKED_LOSS_NOTE,
     MOST,
@@ -34,6 +35,12 @@ def refusal(context: Context) -> str | None:
         return "DeepSpeed's pipeline is a model class (PipelineModule), no configuration: no JSON is written"
     if degrees.context > 1 and degrees.context_method == "ring":
         return "DeepSpeed has no ring attention, only Ulysses (--cp-method ulysses): no JSON is written"
+    optimizer = context.request.work.optimizer
+    if isinstance(optimizer, OwnOptimizer):
+        return (
+            f"DeepSpeed hands its optimizers flat pieces, which {optimizer.name} cannot take as matrices: no "
+            "JSON is written"
+        )
     if degrees.expert > 1:
         return "DeepSpeed's experts are a layer class (deepspeed.moe), no configuration: no JSON is written"
     return None
@@ -68,7 +75,7 @@ def _config(context: Context) -> dict[str, Any]:
     }
     if work.clipping:
         config["gradient_clipping"] = 1.0
-    if work.optimizer in _OPTIMIZERS:
+    if isinstance(work.optimizer, OptimizerRule) and work.optimizer in _OPTIMIZERS:
         config["optimizer"] = {"type": _OPTIMIZERS[work.optimizer], "params": {"lr": PLACEHOLDER_LR}}
     if degrees.tensor > 1:
         config["tensor_parallel"] = {"autotp_size": degrees.tensor}

@@ -12,6 +12,7 @@ from memtrain.planner.machine import Budget
 from memtrain.planner.optimizer_bytes import OptimizerRule
 from memtrain.planner.ranges.model import Role
 from memtrain.planner.units import GiB, MiB
+from memtrain.planning.request import OwnOptimizer
 from memtrain.planning.targets.common import PLACEHOLDER_LR, SOME, Context, Target
 from memtrain.recipe import parse_recipe
 
@@ -24,8 +25,9 @@ def refusal(context: Context) -> str | None:
     gpus, rule = context.request.gpus, context.request.work.optimizer
     if gpus > 1:
         return f"memtrain's trainer runs in one process so far, and this job has {gpus}: no recipe is written"
-    if rule not in (OptimizerRule.ADAMW, OptimizerRule.SGD_MOMENTUM):
-        return f"recipes know AdamW and SGD, not {rule.value}: no recipe is written"
+    own = isinstance(rule, OwnOptimizer)
+    if not own and rule not in (OptimizerRule.ADAMW, OptimizerRule.SGD_MOMENTUM):
+        return f"recipes know AdamW, SGD and memtrain's own, not {rule.value}: no recipe is written"
     return None
 
 
@@ -123,6 +125,8 @@ def _size(size_bytes: int) -> str:
 
 def _optimizer(context: Context) -> dict[str, Any]:
     work = context.request.work
+    if isinstance(work.optimizer, OwnOptimizer):
+        return {"name": work.optimizer.name, "lr": PLACEHOLDER_LR, **dict(work.optimizer.arguments)}
     found: dict[str, Any] = {"lr": PLACEHOLDER_LR, "master_weights": work.master_weights}
     if work.optimizer is OptimizerRule.SGD_MOMENTUM:
         return {"name": "SGD", **found, "momentum": 0.9}

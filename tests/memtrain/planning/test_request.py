@@ -115,6 +115,8 @@ def test_names() -> None:
     assert parse_axis("batch") == "batch"
     with pytest.raises(PlanError, match="--optimizer 'adam' is not known; did you mean adamw"):
         parse_optimizer("adam")
+    with pytest.raises(PlanError, match="--optimizer 'gallore' is not known; did you mean galore"):
+        parse_optimizer("gallore")
     with pytest.raises(PlanError, match="--dtype 'bf16' is not known"):
         parse_dtype("bf16")
     with pytest.raises(PlanError, match="--attention 'flash2' is not known; did you mean flash"):
