@@ -14,6 +14,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MEMTRAIN_MALLOC_TUNED", "1")  # no test needs the process started twice
+# Triton reads it when it is first imported, and torch or transformers may do that before any kernel's test.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("memtrain", deadline=None, max_examples=50)
 settings.load_profile("memtrain")

@@ -1,15 +1,8 @@
-"""Kernels run in Triton's interpreter here, on CPU tensors.
+"""Kernels run in Triton's interpreter here, on CPU tensors (``TRITON_INTERPRET``: tests/conftest.py)."""
 
-Triton reads ``TRITON_INTERPRET`` when it is first imported; everything that imports it does so inside a
-test, so that this file, which is loaded with the tests, comes first.
-"""
-
-import os
 from typing import Any
 
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
