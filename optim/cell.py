@@ -117,13 +117,11 @@ class Cell:
             counted["counters"] += policy.size_bytes() + residual.size_bytes(projector)
         return counted
 
-    def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
+    def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> None:
+        """One step, after :meth:`refresh_if_due_`."""
         weight, gradient = weight.detach().view(self.shape), gradient.reshape(self.shape)
-        if not self.refresh_if_due_(gradient, state, turn):
-            return False
         state[STEP] += 1
-        moments = self._load(state)
+        moments = self.load_moments(state)
         if self.projected is None:
             update = self.rule.direction(moments, gradient.float(), int(state[STEP]))
         else:
@@ -133,9 +131,8 @@ class Cell:
             direction = self.rule.direction(moments, low, int(state[STEP]))
             memory = part(state, "residual")
             update = residual.combine(gradient, low, direction, projector, opened, memory)
-        self._store_(state, moments, turn, MOMENT_STREAM)
+        self.store_moments_(state, moments, turn)
         self._apply_(weight, update, state, turn)
-        return True
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
         stored = part(state, "master")
@@ -155,9 +152,10 @@ class Cell:
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
         """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
-        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
+        False, and nothing changed, where the gradient is needed and not finite."""
         if self.projected is None or not self.projected.refresh.is_due(part(state, "refresh"), turn.step):
             return True
+        gradient = gradient.reshape(self.shape)
         if self.projected.projector.needs_gradient:
             least, largest = map(float, gradient.aminmax())
             if not (math.isfinite(least) and math.isfinite(largest)):
@@ -183,22 +181,24 @@ class Cell:
             cosine = leading_cosine(old[side], new[side])
         policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
-            moments = self._load(state)
+            moments = self.load_moments(state)
             overlap = projector.overlap(old, new)
             self.rule.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
-            self._store_(state, moments, turn, _ROTATED_STREAM)
+            self.store_moments_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
-            zeros = {k: torch.zeros_like(v) for k, v in self._load(state).items()}
-            self._store_(state, zeros, turn, _ROTATED_STREAM)
+            zeros = {k: torch.zeros_like(v) for k, v in self.load_moments(state).items()}
+            self.store_moments_(state, zeros, turn, _ROTATED_STREAM)
 
-    def _load(self, state: State) -> Moments:
+    def load_moments(self, state: State) -> Moments:
+        """In fp32; the stored tensors themselves where they are."""
         return {
             name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
-    def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
+    def store_moments_(self, state: State, moments: Moments, turn: Turn, stream: int = MOMENT_STREAM) -> None:
+        """What :meth:`load_moments` gave, changed; ``stream`` is that of the rounding."""
         key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
             self.formats[name].store_(

@@ -27,8 +27,9 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, Turn
 from memtrain.optim.loading import Verbatim, check_state
-from memtrain.optim.paths import Path, Work, path_of
+from memtrain.optim.paths import path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
+from memtrain.optim.work import Path, Work
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -175,9 +176,7 @@ class GridOptimizer(Optimizer):
             if not state:
                 state.update(cell.empty_state(parameter))
             turn = Turn(group["lr"], group[_STEP], self._numbers[parameter], plan.offsets[index])
-            if path is not None and path.takes(parameter, gradient):
-                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
-            elif not cell.update_(parameter, gradient, state, turn):
+            if not cell.refresh_if_due_(gradient, state, turn):
                 group[_SKIPPED] += 1
                 warnings.warn(
                     f"{_name(group, index)} has a gradient that is not finite at its refresh: basis and "
@@ -185,8 +184,24 @@ class GridOptimizer(Optimizer):
                     NonFiniteGradientWarning,
                     stacklevel=4,
                 )
+            elif path is not None and path.takes(parameter, gradient):
+                works.setdefault(path, []).append(Work(parameter, gradient, state, cell, turn))
+            else:
+                cell.update_(parameter, gradient, state, turn)
         for path, batch in works.items():
             path.update_(batch)
+
+    def paths(self) -> dict[str, str]:
+        """By which way each parameter is updated, ``reference`` being the plain one, for a gradient that lies
+        as its parameter does. Printable; it follows from settings, shapes, dtypes and devices alone."""
+        chosen = {}
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            for index, (parameter, path) in enumerate(zip(group["params"], plan.paths, strict=True)):
+                taken = path is not None and path.takes(parameter, parameter)
+                chosen[f"{self._numbers[parameter]}: {_name(group, index)}"] = (
+                    path.name if path is not None and taken else "reference"
+                )
+        return chosen
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
