@@ -2,8 +2,8 @@
 
 A floor is the time of the products that a step cannot do without, measured in the same rounds on the same
 shapes and dtypes, and of the bytes that it must move, at the bandwidth measured in the same rounds: the fp32
-gradient read (twice where the residual is wanted), the weight and the moments read and written. R and N, the
-operands of products and the drawing of a basis from its seed are left out: they make a floor higher.
+gradient read (twice where it is wanted again once R is known), the weight and the moments read and written. R
+and N, the operands of products and the drawing of a basis from its seed are left out: a floor is the lower.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def projected(shapes: Shapes) -> list[Contender]:
     return [
         galore_torch(shapes, gap=NEVER),
         _ours(GALORE, shapes, GaLore, (down, up), **bf16, **once),
-        _ours("Fira", shapes, Fira, (down, up, up), reads=2, **bf16, **once),
-        _ours("Apollo", shapes, Apollo, (down,), **bf16, update_proj_gap=NEVER),
+        _ours("Fira", shapes, Fira, (down, up), reads=2, **bf16, **once),
+        _ours("Apollo", shapes, Apollo, (down,), reads=2, **bf16, update_proj_gap=NEVER),
         _ours("FRUGAL svd", shapes, FRUGAL, (down, up, up), reads=2, projection="svd", **bf16, **many),
         _ours("FRUGAL power", shapes, FRUGAL, (down, up, up), reads=2, **bf16, **many),
         _ours("FRUGAL randk", shapes, FRUGAL, (), **randk, **many),

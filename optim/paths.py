@@ -22,6 +22,7 @@ from memtrain.optim.kernels.split_adamw import split_adamw_
 from memtrain.optim.lowrank_path import KernelLowRank
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.rules import Adam, Lion
+from memtrain.optim.scaled_path import KernelScaled
 from memtrain.optim.work import KernelPath, Path, Work, formats_of, kernel_weight, usual_adam
 
 _AXES: dict[str, Literal["rows", "columns"]] = {"columns": "columns", "rows": "rows", "block": "rows"}
@@ -175,6 +176,7 @@ PATHS: tuple[Path, ...] = (
     KernelLion(),
     KernelCoordinates(),
     KernelLowRank(),
+    KernelScaled(),
 )
 
 

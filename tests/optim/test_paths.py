@@ -7,6 +7,7 @@ from torch import nn
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.lowrank_path import KernelLowRank
 from memtrain.optim.paths import KernelAdamW, KernelCoordinates, KernelLion, WholeAdamW
+from memtrain.optim.scaled_path import KernelScaled
 
 STEPS = 8
 BLOCK = dict(projection="block", density=0.3, refresh="rotate")
@@ -38,6 +39,12 @@ CASES = [
     (KernelLowRank, {**LOW_RANK, "projection": "semi_orthogonal", "refresh": "keep"}, torch.float32),
     (KernelLowRank, dict(**LOW_RANK, split=2, state_dtype="bf16"), torch.float32),
     (KernelLowRank, {**LOW_RANK, "master": "split24", "projection": "svd"}, torch.bfloat16),
+    (KernelScaled, dict(**LOW_RANK, residual="scaled", residual_scale=0.3), torch.float32),
+    (KernelScaled, dict(**LOW_RANK, residual="scaled", side="left", limiter=0.0), torch.float32),
+    (KernelScaled, dict(**LOW_RANK, residual="scaled", granularity="tensor"), torch.float32),
+    (KernelScaled, {**LOW_RANK, "projection": "gaussian", "residual": "scale_only"}, torch.float32),
+    (KernelScaled, {**LOW_RANK, "residual": "scale_only", "granularity": "tensor"}, torch.float32),
+    (KernelScaled, {**LOW_RANK, "residual": "scale_only", "state_dtype": "bf16"}, torch.float32),
     (KernelLowRank, {**LOW_RANK, "rank": 64, "state_dtype": "int8", "split": 1}, torch.float32),
 ]
 
@@ -105,6 +112,17 @@ def test_products_in_bf16_differ_by_their_rounding(settings, dtype):
     assert difference < (0.05 if dtype == torch.bfloat16 and "master" not in settings else 0.01) * moved
 
 
+def test_the_norm_of_a_residual_behind_a_bf16_basis():
+    """The limiter would see another growth, were the basis taken for orthonormal."""
+    settings = dict(**BF16_BASIS, residual="scaled")
+    fast, optimizer = run(settings, torch.float32)
+    slow, reference = run(settings, torch.float32, path="reference")
+    start, _ = run({**settings, "scale": 0.0, "weight_decay": 0.0, "residual_scale": 0.0}, torch.float32)
+    assert float((fast - slow).norm()) < 0.01 * float((slow - start).norm())
+    norms = [next(iter(each.state.values()))["residual.norm"] for each in (optimizer, reference)]
+    torch.testing.assert_close(*norms, rtol=2e-3, atol=0)
+
+
 def test_signs_of_a_residual_in_bf16_agree_but_where_it_vanishes():
     settings = dict(**BF16_BASIS, residual="sign", residual_scale=0.2)
     fast, _ = run(settings, torch.float32)
@@ -159,6 +177,7 @@ def test_the_choice_is_printable():
         dict(rule="adafactor"),
         dict(projection="power", rank=4, side="full"),
         dict(projection="power", rank=4, residual="sgd"),
+        dict(projection="power", rank=4, residual="scaled", split=2),
         dict(projection="power", rank=4, history=2),
         dict(projection="power", rank=4, master="fp32"),
         dict(projection="gaussian", rank=4),
