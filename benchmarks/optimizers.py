@@ -1,27 +1,45 @@
-"""Steps of optimizers on a CPU, beside their peers: milliseconds, bytes a second, bytes a parameter.
+"""Steps of optimizers on a CPU, beside their peers and their floors: milliseconds, bytes a parameter.
 
     .venv-optim/bin/python benchmarks/optimizers.py
+    .venv-optim/bin/python benchmarks/optimizers.py --quick
     .venv-optim/bin/python benchmarks/optimizers.py --rounds 5 --shapes 1024x1024
 
 All contenders run by turns in one process, a step each a round, every round in another order; the first step,
 which allocates and compiles, is not counted. A ratio is taken within a round, and the median of the rounds
-counts. Bytes a second are those that the kernel's code moves (``bytes_per_element``) over the median time.
-Bytes a parameter are those of the live tensors, weight and gradient included; each is compared with the
-formula, and the differences are counted.
+counts. Bytes a second are those that the kernel's code moves (``bytes_per_element``) over the median time;
+floors are explained in ``_lowrank_contenders.py``. Refreshes, of which an SVD takes seconds, have rounds of
+their own. Bytes a parameter are those of the live tensors, weight and gradient included; each is compared
+with the formula, and the differences are counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from _harness import BenchmarkError, publish, spread, table
+from _lowrank_contenders import (
+    BANDWIDTH,
+    GALORE,
+    GALORE_TORCH,
+    LR,
+    WEIGHT_DECAY,
+    Contender,
+    Probe,
+    Shapes,
+    floor_seconds,
+    operands,
+    probes,
+    projected,
+    refreshing,
+)
 from torch import Tensor
 
 from memtrain.optim.kernels import adamw, adamw8bit, sign, split_adamw
@@ -32,24 +50,18 @@ from memtrain.optim.storage import RandomKey, master_format, state_format
 SQUARE = (2048, 2048)
 SHAPES = (SQUARE, (1024, 1024), (2736, 1024), (5461, 2048))
 """A square matrix and the projections of Llamas with d = 1024 and 2048."""
+RANK = 256
+QUICK_SHAPE, QUICK_RANK, QUICK_ROUNDS = (256, 192), 32, 2
 THREADS = 2
 DENSITY = 0.25
-LR, WEIGHT_DECAY, GRADIENT_SCALE = 1e-3, 0.01, 1e-4
 FUSED, BNB, ADAMW8BIT, COLUMNS = "torch fused AdamW", "bitsandbytes AdamW8bit", "AdamW8bit", "FRUGAL columns"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Contender:
-    """One optimizer with its own copy of everything."""
-
-    name: str
-    step: Callable[[int], None]
-    """Of the number of the step, from 1."""
-    tensors: Callable[[], Sequence[Tensor]]
-    """Weight, gradient and states, once there has been a step."""
-    formula_bytes: int
-    moved_bytes: float | None = None
-    """By a step, where we can count it."""
+LITERATURE = (
+    ("AdamW, bf16 with fp32 master and states (literature)", 16),
+    ("FlashOptim AdamW (arXiv 2602.23349)", 7),
+)
+"""Bytes of weights, gradients and states a parameter."""
 
 
 def keys(step: int) -> Keys:
@@ -59,10 +71,6 @@ def keys(step: int) -> Keys:
 
 def numbers(step: int) -> AdamStep:
     return AdamStep(lr=LR, step=step, weight_decay=WEIGHT_DECAY)
-
-
-def operands(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return torch.randn(shape).to(dtype), (GRADIENT_SCALE * torch.randn(shape)).to(dtype)
 
 
 def torch_fused(shape: tuple[int, int], dtype: torch.dtype, name: str) -> Contender:
@@ -113,6 +121,7 @@ def ours(
     master: str = "none",
     moment_shape: tuple[int, int] | None = None,
     signed_only: bool = False,
+    has_floor: bool = False,
 ) -> Contender:
     """``run(weight, gradient, moments, step, **master and keys)`` on states of our own."""
     dtype = torch.float32 if master == "none" else torch.bfloat16
@@ -130,11 +139,12 @@ def ours(
         + holder.size_bytes(weight.shape, dtype)
         + sum(form.size_bytes(size, signed=signed) for signed in signs),
         moved_bytes=bytes_per_element * weight.numel(),
+        has_floor=has_floor,
     )
 
 
 def contenders(shape: tuple[int, int]) -> list[Contender]:
-    """Everything that is compared, on one shape."""
+    """The point-wise ones, on one shape."""
     rows, columns = shape
     f32, bf16 = torch.float32, torch.bfloat16
 
@@ -188,6 +198,7 @@ def contenders(shape: tuple[int, int]) -> list[Contender]:
             split("columns", active_columns),
             split_bytes(FP32, f32, f32, density=DENSITY),
             moment_shape=(rows, len(active_columns)),
+            has_floor=True,
         ),
         ours(
             shape,
@@ -196,6 +207,7 @@ def contenders(shape: tuple[int, int]) -> list[Contender]:
             split("rows", active_rows),
             split_bytes(FP32, f32, f32, density=DENSITY),
             moment_shape=(len(active_rows), columns),
+            has_floor=True,
         ),
         ours(
             shape,
@@ -205,11 +217,12 @@ def contenders(shape: tuple[int, int]) -> list[Contender]:
             split_bytes(SPLIT24, bf16, f32, density=DENSITY),
             master="split24",
             moment_shape=(rows, len(active_columns)),
+            has_floor=True,
         ),
     ]
 
 
-def measure(rivals: Sequence[Contender], rounds: int) -> dict[str, list[float]]:
+def measure(rivals: Sequence[Probe], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, by contender."""
     for rival in rivals:
         rival.step(1)
@@ -236,50 +249,120 @@ def ratio(seconds: dict[str, list[float]], over: str, under: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=25, help="steps of each contender")
-    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="MxN")
-    args = parser.parse_args()
-    torch.set_num_threads(THREADS)
-    torch.manual_seed(0)
-    lines, details, ratios, errors = [], [], {}, 0
-    for text in args.shapes:
-        rows, columns = map(int, text.split("x"))
-        rivals = contenders((rows, columns))
-        seconds = measure(rivals, args.rounds)
-        numel = rows * columns
+def milliseconds(seconds: Sequence[float]) -> tuple[str, ...]:
+    found = spread(seconds)
+    return tuple(f"{1e3 * found[which]:.2f}" for which in ("min", "median", "max"))
+
+
+class Report:
+    """What is printed and written, shape by shape."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, ...]] = []
+        self.refreshes: list[tuple[str, ...]] = []
+        self.details: list[dict[str, Any]] = []
+        self.ratios: dict[str, dict[str, float]] = {}
+        self.vs_floor: list[float] = []
+        self.errors = 0
+
+    def measure(self, shapes: Shapes, rounds: int, refresh_rounds: int) -> None:
+        """One shape."""
+        text = f"{shapes.rows}x{shapes.columns}"
+        rivals = [*contenders((shapes.rows, shapes.columns)), *projected(shapes)]
+        timed = probes(shapes)
+        seconds = measure([*rivals, *timed], rounds)
+        for probe in timed:
+            rate = f"{12 * shapes.numel / statistics.median(seconds[probe.name]) / 1e9:.1f}"
+            shown = rate if probe.name == BANDWIDTH else "-"
+            self.steps.append((text, probe.name, *milliseconds(seconds[probe.name]), "-", "-", shown, "-"))
         for rival in rivals:
-            found, live = spread(seconds[rival.name]), live_bytes(rival)
-            errors += live != rival.formula_bytes
-            rate = rival.moved_bytes and rival.moved_bytes / found["median"]
-            milliseconds = [f"{1e3 * found[which]:.2f}" for which in ("min", "median", "max")]
-            against = f"{ratio(seconds, rival.name, FUSED):.2f}"
-            speed = f"{rate / 1e9:.1f}" if rate else "-"
-            lines.append((text, rival.name, *milliseconds, against, speed, f"{live / numel:.3f}"))
-            details.append(
-                {
-                    "shape": [rows, columns],
-                    "contender": rival.name,
-                    "seconds": seconds[rival.name],
-                    "live_bytes": live,
-                    "formula_bytes": rival.formula_bytes,
-                    "moved_bytes": rival.moved_bytes,
-                }
-            )
-        ratios[text] = {
+            self._add(text, rival, shapes, seconds)
+        self.ratios[text] = {
+            "galore_step_speedup": round(ratio(seconds, GALORE_TORCH, GALORE), 2),
             "frugal_columns_vs_adamw": round(ratio(seconds, COLUMNS, FUSED), 3),
             "adamw8bit_speedup": round(ratio(seconds, BNB, ADAMW8BIT), 2),
         }
-    header = ("shape", "optimizer", "ms min", "median", "max", "/ fused", "GB/s", "bytes/parameter")
-    first = "x".join(map(str, SQUARE))
-    headline = ratios.get(first, next(iter(ratios.values())))
-    publish(
-        "optimizers",
-        text=table(header, lines),
-        summary={**headline, "bytes_formula_errors": errors},
-        details={"ratios": ratios, "contenders": details},
+        del rivals, timed
+        rivals = refreshing(shapes)
+        seconds = measure(rivals, refresh_rounds)
+        for rival in rivals:
+            speedup = f"{ratio(seconds, GALORE_TORCH, rival.name):.1f}"
+            self.refreshes.append((text, rival.name, *milliseconds(seconds[rival.name]), speedup))
+            self.details.append(
+                {"shape": text, "refresh": True, "contender": rival.name, "seconds": seconds[rival.name]}
+            )
+        self.ratios[text]["galore_refresh_speedup"] = round(ratio(seconds, GALORE_TORCH, GALORE), 1)
+
+    def _add(self, text: str, rival: Contender, shapes: Shapes, seconds: dict[str, list[float]]) -> None:
+        mine, live = seconds[rival.name], live_bytes(rival)
+        self.errors += live != rival.formula_bytes
+        over_floor, rate = "-", "-"
+        if rival.has_floor:
+            floors = floor_seconds(rival, shapes, seconds)
+            self.vs_floor.append(statistics.median(a / b for a, b in zip(mine, floors, strict=True)))
+            over_floor = f"{self.vs_floor[-1]:.2f}"
+        if rival.moved_bytes and not rival.products:
+            rate = f"{rival.moved_bytes / statistics.median(mine) / 1e9:.1f}"
+        against = f"{ratio(seconds, rival.name, FUSED):.2f}"
+        size = f"{live / shapes.numel:.3f}"
+        self.steps.append((text, rival.name, *milliseconds(mine), against, over_floor, rate, size))
+        self.details.append(
+            {
+                "shape": text,
+                "contender": rival.name,
+                "seconds": mine,
+                "live_bytes": live,
+                "formula_bytes": rival.formula_bytes,
+                "moved_bytes": rival.moved_bytes,
+                "products": rival.products,
+                "over_floor": self.vs_floor[-1] if rival.has_floor else None,
+            }
+        )
+
+    def publish(self, *, keep: bool) -> None:
+        """Headline figures are those of the first shape, the distance to the floor the worst of all."""
+        for reference, size in LITERATURE:
+            self.steps.append(("-", reference, *["-"] * 6, f"{size:.3f}"))
+        times = ("shape", "optimizer", "ms min", "median", "max")
+        steps = table((*times, "/ fused", "/ floor", "GB/s", "bytes/parameter"), self.steps)
+        refreshes = table((*times, "speedup over galore-torch"), self.refreshes)
+        headline = next(iter(self.ratios.values()))
+        summary = {
+            "galore_step_speedup": headline["galore_step_speedup"],
+            "galore_refresh_speedup": headline["galore_refresh_speedup"],
+            "worst_vs_floor": round(max(self.vs_floor), 3),
+            "frugal_columns_vs_adamw": headline["frugal_columns_vs_adamw"],
+            "adamw8bit_speedup": headline["adamw8bit_speedup"],
+            "bytes_formula_errors": self.errors,
+        }
+        text = f"{steps}\n\nsteps with a refresh\n{refreshes}"
+        if keep:
+            details = {"ratios": self.ratios, "contenders": self.details}
+            publish("optimizers", text=text, summary=summary, details=details)
+        else:
+            print(text, json.dumps(summary), sep="\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=25, help="steps of each contender")
+    parser.add_argument("--refresh-rounds", type=int, default=3, help="refreshes of each contender")
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--shapes", nargs="+", default=["x".join(map(str, s)) for s in SHAPES], metavar="MxN")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small matrix, to see that everything runs; nothing is kept"
     )
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    report = Report()
+    if args.quick:
+        report.measure(Shapes(*QUICK_SHAPE, QUICK_RANK), QUICK_ROUNDS, QUICK_ROUNDS)
+    else:
+        for text in args.shapes:
+            rows, columns = map(int, text.split("x"))
+            report.measure(Shapes(rows, columns, args.rank), args.rounds, args.refresh_rounds)
+    report.publish(keep=not args.quick)
 
 
 if __name__ == "__main__":

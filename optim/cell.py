@@ -142,14 +142,11 @@ class Cell:
         """What :meth:`exported` gave, as it was."""
         return state
 
-    def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> bool:
-        """One step. False, and nothing changed, where a refresh was due and the gradient is not finite."""
+    def update_(self, weight: Tensor, gradient: Tensor, state: State, turn: Turn) -> None:
+        """One step, after :meth:`refresh_if_due_`."""
         gradient = gradient.reshape(self.shape)
-        if not self.refresh_if_due_(gradient, state, turn):
-            return False
         opened = self.open(state, gradient.device)
         self._move_(weight, self.summed(self.down(opened, gradient)), gradient, opened, state, turn)
-        return True
 
     def update_low_(self, weight: Tensor, low: Tensor, state: State, turn: Turn) -> None:
         """One step from what :meth:`summed` gave, in the basis that there is; for residual ``none``."""
@@ -172,12 +169,12 @@ class Cell:
         self, weight: Tensor, low: Tensor, gradient: Tensor | None, opened: Stored, state: State, turn: Turn
     ) -> None:
         state[STEP] += 1
-        moments = self._load(state)
+        moments = self.load_moments(state)
         update = self.rule.direction(moments, low, int(state[STEP]))
         if self.projected is not None:
             projector, _, residual = self.projected
             update = residual.combine(gradient, low, update, projector, opened, part(state, "residual"))
-        self._store_(state, moments, turn, MOMENT_STREAM)
+        self.store_moments_(state, moments, turn)
         self._apply_(weight.detach().view(self.shape), update, state, turn)
 
     def _apply_(self, weight: Tensor, update: Tensor, state: State, turn: Turn) -> None:
@@ -204,9 +201,10 @@ class Cell:
 
     def refresh_if_due_(self, gradient: Tensor, state: State, turn: Turn) -> bool:
         """A new basis, and the moments carried over into it, where it is time and the gradient is not zero.
-        False, and nothing changed, where the gradient, of this cell's shape, is needed and not finite."""
+        False, and nothing changed, where the gradient is needed and not finite."""
         if self.projected is None or not self.is_due(state, turn):
             return True
+        gradient = gradient.reshape(self.shape)
         if self.projected.projector.needs_gradient:
             least, largest = self.extremes(gradient)
             if not (math.isfinite(least) and math.isfinite(largest)):
@@ -236,27 +234,29 @@ class Cell:
             cosine = self.leading_cosine(old, new)
         policy.done_(part(state, "refresh"), turn.step, offset=turn.offset, cosine=cosine)
         if has_moments and policy.moments == "rotate":
-            moments = self._load(state)
+            moments = self.load_moments(state)
             overlap = projector.overlap(old, new)
             self.rule.rotate_(moments, overlap, self.low_shape, int(state[STEP]))
-            self._store_(state, moments, turn, _ROTATED_STREAM)
+            self.store_moments_(state, moments, turn, _ROTATED_STREAM)
         elif has_moments and policy.moments == "reset":
             state[STEP].zero_()
-            zeros = {k: torch.zeros_like(v) for k, v in self._load(state).items()}
-            self._store_(state, zeros, turn, _ROTATED_STREAM)
+            zeros = {k: torch.zeros_like(v) for k, v in self.load_moments(state).items()}
+            self.store_moments_(state, zeros, turn, _ROTATED_STREAM)
 
     def leading_cosine(self, old: Stored, new: Stored) -> float:
         """Between the leading vectors of two opened bases, of the left ones if there are two sides."""
         side = next(iter(old))
         return leading_cosine(old[side], new[side])
 
-    def _load(self, state: State) -> Moments:
+    def load_moments(self, state: State) -> Moments:
+        """In fp32; the stored tensors themselves where they are."""
         return {
             name: self.formats[name].load(part(state, name), spec.shape, signed=spec.signed)
             for name, spec in self.moments.items()
         }
 
-    def _store_(self, state: State, moments: Moments, turn: Turn, stream: int) -> None:
+    def store_moments_(self, state: State, moments: Moments, turn: Turn, stream: int = MOMENT_STREAM) -> None:
+        """What :meth:`load_moments` gave, changed; ``stream`` is that of the rounding."""
         key = self.key(turn)
         for number, (name, spec) in enumerate(self.moments.items()):
             place = key.fold(stream + number).skip(self.first_entry(name))

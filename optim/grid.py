@@ -28,8 +28,9 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
-from memtrain.optim.paths import Path, Work, path_of
+from memtrain.optim.paths import path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
+from memtrain.optim.work import Path, Work
 
 if TYPE_CHECKING:
     from memtrain.optim.stand_ins import StandIns
@@ -242,9 +243,7 @@ class GridOptimizer(Optimizer):
             weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
             path = self._plans[slot.group].paths[slot.place]
-            if path is not None and path.takes(weight, gradient):
-                works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
-            elif not cell.update_(weight, gradient, state, turn):
+            if not cell.refresh_if_due_(gradient, state, turn):
                 self.param_groups[slot.group][_SKIPPED] += 1
                 warnings.warn(
                     f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
@@ -252,6 +251,10 @@ class GridOptimizer(Optimizer):
                     NonFiniteGradientWarning,
                     stacklevel=4,
                 )
+            elif path is not None and path.takes(weight, gradient):
+                works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
+            else:
+                cell.update_(weight, gradient, state, turn)
         for path, batch in works.items():
             path.update_(batch)
 
@@ -273,6 +276,19 @@ class GridOptimizer(Optimizer):
         """For messages: its name, if it has one, and its shape."""
         slot = self._slots[parameter]
         return _name(self.param_groups[slot.group], slot.place)
+
+    def paths(self) -> dict[str, str]:
+        """By which way each parameter is updated, ``reference`` being the plain one, for a gradient that lies
+        as its parameter does. Printable; it follows from settings, shapes, dtypes and devices alone."""
+        chosen = {}
+        for group, plan in zip(self.param_groups, self._plans, strict=True):
+            for parameter, path, cell in zip(group["params"], plan.paths, plan.cells, strict=True):
+                weight = cell.own(parameter)
+                taken = path is not None and path.takes(weight, weight)
+                chosen[f"{self._slots[parameter].number}: {self.name_of(parameter)}"] = (
+                    path.name if path is not None and taken else "reference"
+                )
+        return chosen
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,

@@ -6,68 +6,26 @@ which is slow, right, and what paths are tested against. A path gets all its par
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from memtrain.optim.cell import MOMENT_STREAM, STEP, Cell, State, Turn, part
+from memtrain.optim.cell import STEP, Cell, part
 from memtrain.optim.kernels.adamw import adamw_
 from memtrain.optim.kernels.adamw8bit import adamw8bit_
-from memtrain.optim.kernels.pointwise import AdamStep, Keys
+from memtrain.optim.kernels.pointwise import AdamStep
 from memtrain.optim.kernels.sign import LionStep, PlainStep, lion_
 from memtrain.optim.kernels.split_adamw import split_adamw_
+from memtrain.optim.lowrank_path import KernelLowRank
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.rules import Adam, Lion
+from memtrain.optim.scaled_path import KernelScaled
+from memtrain.optim.work import KernelPath, Path, Work, formats_of, kernel_weight, usual_adam
 
 _AXES: dict[str, Literal["rows", "columns"]] = {"columns": "columns", "rows": "rows", "block": "rows"}
-
-
-@dataclass(frozen=True)
-class Work:
-    """One parameter's share of a step."""
-
-    weight: Tensor
-    gradient: Tensor
-    state: State
-    cell: Cell
-    turn: Turn
-
-    @property
-    def step(self) -> int:
-        """Updates since the moments were zero, this one included, once the state is counted up."""
-        return int(self.state[STEP])
-
-    def moment(self, name: str) -> dict[str, Tensor]:
-        """As its format stores it."""
-        return part(self.state, name)
-
-    def keys(self) -> Keys:
-        """From which the reference rounds, too."""
-        # Where a path serves a part of a parameter, its moments have the shape of the weight.
-        key = self.cell.key(self.turn).skip(self.cell.first_entry(None))
-        return Keys(key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1))
-
-
-class Path(Protocol):
-    """A fast way."""
-
-    def serves(self, cell: Cell) -> bool:
-        """Whether it does for such a cell what :meth:`Cell.update_` does, up to rounding."""
-        ...
-
-    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
-        """Whether it can where and as these tensors lie."""
-        ...
-
-    def update_(self, works: list[Work]) -> None:
-        """One step of parameters of one group, all of which it serves and takes."""
-        ...
 
 
 class WholeAdamW:
@@ -76,10 +34,12 @@ class WholeAdamW:
     Elsewhere not fused, because fused kernels read step counts from the device, and ours lie on the CPU.
     """
 
+    name = "torch AdamW"
+
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
         plain = cell.settings.master == "none" and cell.dtype == torch.float32
-        return cell.projected is None and plain and _usual_adam(cell) and _formats(cell) == {"fp32"}
+        return cell.projected is None and plain and usual_adam(cell) and formats_of(cell) == {"fp32"}
 
     def takes(self, weight: Tensor, gradient: Tensor) -> bool:
         """Fused kernels walk through memory and do not look at strides."""
@@ -114,39 +74,20 @@ class WholeAdamW:
             )
 
 
-class _Kernel:
-    """One call of a point-wise kernel a parameter."""
-
-    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
-        """A CPU, or CUDA with Triton; elsewhere and without it the reference path runs."""
-        device = weight.device.type
-        served = device == "cpu" or (device == "cuda" and _has_triton())
-        return served and gradient.dtype in (torch.float32, torch.bfloat16)
-
-    def update_(self, works: list[Work]) -> None:
-        """See :class:`Path`."""
-        for work in works:
-            work.cell.refresh_if_due_(work.gradient, work.state, work.turn)
-            work.state[STEP] += 1
-            self.step_(work)
-
-    def step_(self, work: Work) -> None:
-        """One parameter, its step counted."""
-        raise NotImplementedError
-
-
-class KernelAdamW(_Kernel):
+class KernelAdamW(KernelPath):
     """AdamW on whole gradients: bf16 weights, split masters, bf16 and 8-bit moments."""
+
+    name = "adamw kernel"
 
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
-        formats = _formats(cell)
+        formats = formats_of(cell)
         served = len(formats) == 1 and formats <= {"fp32", "bf16", "int8"}
-        return cell.projected is None and _usual_adam(cell) and _kernel_weight(cell) and served
+        return cell.projected is None and usual_adam(cell) and kernel_weight(cell) and served
 
     def step_(self, work: Work) -> None:
-        """See :class:`_Kernel`."""
-        kernel: Callable[..., None] = adamw8bit_ if _formats(work.cell) == {"int8"} else adamw_
+        """See :class:`KernelPath`."""
+        kernel: Callable[..., None] = adamw8bit_ if formats_of(work.cell) == {"int8"} else adamw_
         first, second = work.moment("exp_avg"), work.moment("exp_avg_sq")
         step = _adam_step(work, lr=float(work.turn.lr), decay=work.cell.settings.weight_decay)
         kernel(
@@ -154,16 +95,20 @@ class KernelAdamW(_Kernel):
         )
 
 
-class KernelLion(_Kernel):
+class KernelLion(KernelPath):
     """Lion on whole gradients."""
+
+    name = "lion kernel"
 
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
         lion = type(cell.rule) is Lion and cell.settings.decay_order == "before"
-        return cell.projected is None and lion and _kernel_weight(cell) and _formats(cell) <= {"fp32", "bf16"}
+        return (
+            cell.projected is None and lion and kernel_weight(cell) and formats_of(cell) <= {"fp32", "bf16"}
+        )
 
     def step_(self, work: Work) -> None:
-        """See :class:`_Kernel`."""
+        """See :class:`KernelPath`."""
         rule, decay = work.cell.rule, work.cell.settings.weight_decay
         assert isinstance(rule, Lion)
         step = LionStep(lr=float(work.turn.lr), beta1=rule.betas[0], beta2=rule.betas[1], weight_decay=decay)
@@ -171,8 +116,10 @@ class KernelLion(_Kernel):
         lion_(work.weight, work.gradient, moment, step, master=master, keys=work.keys())
 
 
-class KernelCoordinates(_Kernel):
+class KernelCoordinates(KernelPath):
     """FRUGAL on rows, columns or blocks of a matrix: one pass over gradient and weight."""
+
+    name = "split adamw kernel"
 
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
@@ -184,13 +131,13 @@ class KernelCoordinates(_Kernel):
         return (
             split
             and rest
-            and _usual_adam(cell)
-            and _kernel_weight(cell)
-            and (_formats(cell) <= {"fp32", "bf16"})
+            and usual_adam(cell)
+            and kernel_weight(cell)
+            and (formats_of(cell) <= {"fp32", "bf16"})
         )
 
     def step_(self, work: Work) -> None:
-        """See :class:`_Kernel`."""
+        """See :class:`KernelPath`."""
         assert work.cell.projected is not None
         projector, _, residual = work.cell.projected
         opened = projector.open(part(work.state, "projector"), work.weight.device)
@@ -216,19 +163,6 @@ class KernelCoordinates(_Kernel):
         )
 
 
-def _usual_adam(cell: Cell) -> bool:
-    rule = cell.rule
-    return type(rule) is Adam and rule.eps_on == "corrected" and cell.settings.decay_order == "before"
-
-
-def _kernel_weight(cell: Cell) -> bool:
-    return cell.settings.master in ("none", "split24") and cell.dtype in (torch.float32, torch.bfloat16)
-
-
-def _formats(cell: Cell) -> set[str]:
-    return {each.name for each in cell.formats.values()}
-
-
 def _adam_step(work: Work, *, lr: float, decay: float) -> AdamStep:
     rule = work.cell.rule
     assert isinstance(rule, Adam)
@@ -236,12 +170,14 @@ def _adam_step(work: Work, *, lr: float, decay: float) -> AdamStep:
     return AdamStep(lr=lr, step=work.step, beta1=beta1, beta2=beta2, eps=rule.eps, weight_decay=decay)
 
 
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-PATHS: tuple[Path, ...] = (WholeAdamW(), KernelAdamW(), KernelLion(), KernelCoordinates())
+PATHS: tuple[Path, ...] = (
+    WholeAdamW(),
+    KernelAdamW(),
+    KernelLion(),
+    KernelCoordinates(),
+    KernelLowRank(),
+    KernelScaled(),
+)
 
 
 def path_of(cell: Cell) -> Path | None:

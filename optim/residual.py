@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.projection.base import ProjectionError, Projector, Stored
+from memtrain.optim.projection.coordinates import CoordinateProjector
 
 ResidualKind = Literal["none", "sign", "sgd", "scaled", "scale_only"]
 Granularity = Literal["channel", "tensor"]
@@ -113,9 +114,13 @@ class Residual:
             return projector.up(opened, direction.mul_(self.scale))
         assert gradient is not None
         if self.kind == "scale_only":
-            scaling = self._scaling(low, direction, projector).mul_(self.scale**0.5)
-            return self._limit_(gradient * scaling, memory)
-        scaling = self._scaling(low, direction, projector) if self.kind == "scaled" else None
+            whole = self.scaling(low, direction, projector).mul_(self.scale**0.5)
+            return self._limit_(gradient * whole, memory)
+        if self.kind == "sign" and isinstance(projector, CoordinateProjector):
+            # What is projected has no residual: no way back up is needed to tell the two apart.
+            update = torch.sign(gradient.contiguous()).float().mul_(self.residual_scale)
+            return projector.write_(update, opened, direction.mul_(self.scale))
+        scaling = self.scaling(low, direction, projector) if self.kind == "scaled" else None
         rest = projector.up(opened, low)
         torch.sub(gradient, rest, out=rest)
         if self.kind == "sign":
@@ -135,7 +140,7 @@ class Residual:
         norm: Tensor = torch.linalg.vector_norm(update, dim=(-2, -1))
         return norm
 
-    def _scaling(self, low: Tensor, direction: Tensor, projector: Projector) -> Tensor:
+    def scaling(self, low: Tensor, direction: Tensor, projector: Projector) -> Tensor:
         """|N| / |R|, broadcast to the parameter's shape."""
         if self.granularity == "channel":
             axes: tuple[int, ...] = (projector.low_axis or 0,)
@@ -150,10 +155,15 @@ class Residual:
     def _limit_(self, update: Tensor, memory: Stored) -> Tensor:
         if not self._limits:
             return update
-        assert self.limiter is not None
+        factor = self.limit_(self.norm_of_update(update), memory)
+        return update.mul_(factor[..., None, None])
+
+    def limit_(self, norm: Tensor, memory: Stored) -> Tensor:
+        """By what something of this norm is to be multiplied; ``memory`` is updated."""
+        if self.limiter is None:
+            return torch.ones_like(norm)
         last = memory[NORM]
-        norm = self.norm_of_update(update)
         growth = torch.where(last > 0, norm / last, 0)
         factor = self.limiter / growth.clamp_min(self.limiter)
         last.copy_(norm * factor)
-        return update.mul_(factor[..., None, None])
+        return factor

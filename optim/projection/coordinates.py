@@ -79,7 +79,11 @@ class CoordinateProjector:
     def up(self, opened: Stored, low: Tensor) -> Tensor:
         """See :class:`Projector`."""
         full = torch.zeros(self.shape, dtype=torch.float32, device=low.device)
-        self._laid_out(full).index_copy_(self.axis, opened[INDEX], low.float())
+        return self.write_(full, opened, low.float())
+
+    def write_(self, full: Tensor, opened: Stored, low: Tensor) -> Tensor:
+        """Put ``low`` in the place of what was chosen of ``full``, contiguous and of its dtype."""
+        self._laid_out(full).index_copy_(self.axis, opened[INDEX], low)
         return full
 
     def _laid_out(self, tensor: Tensor) -> Tensor:

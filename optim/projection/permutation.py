@@ -18,6 +18,8 @@ from memtrain.optim.storage import RandomKey, random_bits
 _ROUNDS = 4
 """Luby and Rackoff: four rounds of a random function cannot be told from a random permutation."""
 _WORD = 0xFFFFFFFF
+_CHUNK = 1 << 16
+"""Indices at a time, so that int64 temporaries stay in the cache."""
 
 
 def permuted_indices(key: RandomKey, count: int, size: int, device: torch.device) -> Tensor:
@@ -31,7 +33,11 @@ def permuted_indices(key: RandomKey, count: int, size: int, device: torch.device
     a_count = max(1, math.isqrt(size))
     b_count = -(-size // a_count)
     round_keys = (random_bits(key, _ROUNDS, torch.device("cpu")).long() & _WORD).tolist()
-    images = _rounds(torch.arange(count, device=device), a_count, b_count, round_keys)
+    images = torch.empty(count, dtype=torch.int64, device=device)
+    for start in range(0, count, _CHUNK):
+        part = images[start : start + _CHUNK]
+        index = torch.arange(start, start + len(part), device=device)
+        part.copy_(_rounds(index, a_count, b_count, round_keys))
     outside = (images >= size).nonzero().squeeze(1)
     while outside.numel():
         images[outside] = _rounds(images[outside], a_count, b_count, round_keys)
@@ -43,15 +49,15 @@ def _rounds(index: Tensor, a_count: int, b_count: int, keys: list[int]) -> Tenso
     a, b = index % a_count, index // a_count
     for number, key in enumerate(keys):
         if number % 2:
-            b = (b + _hash(a, key)) % b_count
+            b = _hash(a, key).add_(b).remainder_(b_count)
         else:
-            a = (a + _hash(b, key)) % a_count
+            a = _hash(b, key).add_(a).remainder_(a_count)
     return b * a_count + a
 
 
 def _hash(value: Tensor, key: int) -> Tensor:
     """Murmur3's finaliser on 32 bits, in int64, whose products wrap around."""
-    h = (value ^ key) & _WORD
-    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _WORD
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _WORD
-    return h ^ (h >> 16)
+    h = (value ^ key).bitwise_and_(_WORD)
+    h.bitwise_xor_(h >> 16).mul_(0x85EBCA6B).bitwise_and_(_WORD)
+    h.bitwise_xor_(h >> 13).mul_(0xC2B2AE35).bitwise_and_(_WORD)
+    return h.bitwise_xor_(h >> 16)

@@ -1,8 +1,10 @@
 """Bases that follow the gradient: its leading singular vectors, exactly or by one warm power iteration.
 
 At 2048 x 2048 and rank 256 the singular value decomposition costs seconds, the eigenvalues of the Gram matrix
-half a second, and a power iteration that starts from the last basis 70 ms, nearly all of it in two products
-and a QR decomposition; a subspace that moves slowly is followed as well. It is the default.
+half a second, and a power iteration that starts from the last basis two products with the gradient and an
+orthogonalisation (:mod:`memtrain.optim.projection.orthonormal`); a subspace that moves slowly is followed as
+well. It is the default. Its products run in the dtype of the basis, as those of the steps do: with bf16 the
+hardware accumulates in fp32. The columns are made orthonormal in fp32.
 
     basis = orthonormal(G (G^T basis))          the left one; the right one with G^T for G
 
@@ -13,13 +15,13 @@ Tropp 2011, algorithm 4.4).
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
+from memtrain.optim.projection.orthonormal import largest_entry, orthonormal, orthonormal_elements
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, gaussian
 from memtrain.optim.projection.workspace import (
     Workspace,
@@ -31,6 +33,7 @@ from memtrain.optim.projection.workspace import (
 from memtrain.optim.storage import RandomKey
 
 _COLD_ITERATIONS = 2
+_FLOAT_BYTES = 4
 
 
 class SpectralProjector(MatrixProjector):
@@ -50,7 +53,7 @@ class SpectralProjector(MatrixProjector):
         if gradient is None:
             raise ValueError(f"projection {self.kind!r} needs the gradient to refresh")
         stays = {side: _silent_experts(stored[side], gradient) if self.batch else [] for side in self.sides}
-        gradient = gradient.float()
+        gradient = gradient.to(self._work_dtype)
         if self.kind == "svd":
             # One decomposition serves both sides.
             u, _, vh = torch.linalg.svd(gradient, full_matrices=False)
@@ -73,12 +76,20 @@ class SpectralProjector(MatrixProjector):
         cold = not bool(last.any())
         if cold:
             shape = (*self.batch, gradient.shape[-1], self.rank)
-            basis = _orthonormal(gradient @ gaussian(key, shape, gradient.device))
+            sketch = gaussian(key, shape, gradient.device).to(gradient.dtype)
+            basis = orthonormal((gradient @ sketch).float())
+            del sketch
         else:
-            basis = last.float()
+            basis = last
         for _ in range(_COLD_ITERATIONS if cold else 1):
-            basis = _orthonormal(gradient @ _normalised(gradient.mT @ basis))
+            basis = basis.to(gradient.dtype)
+            basis = orthonormal((gradient @ _normalised_(gradient.mT @ basis)).float())
         return basis
+
+    @property
+    def _work_dtype(self) -> torch.dtype:
+        """Decompositions are fp32."""
+        return self.basis_dtype if self.kind == "power" else torch.float32
 
     def open(self, stored: Stored, device: torch.device) -> Stored:
         """The stored basis."""
@@ -90,38 +101,37 @@ class SpectralProjector(MatrixProjector):
 
     def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """See :class:`Projector`; of the side that needs most."""
-        m, n = self.dimensions[LEFT], self.dimensions[RIGHT]
-        copy = 0 if gradient_dtype == torch.float32 else m * n
+        m, n, batch = self.dimensions[LEFT], self.dimensions[RIGHT], math.prod(self.batch)
+        copy_bytes = 0 if gradient_dtype == self._work_dtype else m * n * self._work_dtype.itemsize * batch
         dimensions = [self.dimensions[side] for side in self.sides]
+        library_bytes = 0
         if self.kind == "svd":
-            k = min(m, n)
             # U, the singular values, V^T.
-            return self._workspace(copy + k * (m + n + 1), svd_library_bytes(m, n))
-        if self.kind == "eigh":
+            needed = min(m, n) * (m + n + 1) * _FLOAT_BYTES
+            library_bytes = svd_library_bytes(m, n)
+        elif self.kind == "eigh":
             d = max(dimensions)
             # The Gram matrix, the vectors, the values.
-            return self._workspace(copy + 2 * d * d + d, eigh_library_bytes(d))
-        elements = max(self._power_elements(d, m + n - d, first) for d in dimensions)
-        needed = self._workspace(copy + elements, qr_library_bytes(max(dimensions), self.rank))
-        if not first:
-            return needed
-        copy_bytes = copy * math.prod(self.batch) * torch.float32.itemsize
-        sketch = max(math.prod(self.batch) * (m + n - d) * self.rank for d in dimensions)
-        return replace(needed, tensor_bytes=max(needed.tensor_bytes, copy_bytes + draw_bytes(sketch)))
+            needed = (2 * d * d + d) * _FLOAT_BYTES
+            library_bytes = eigh_library_bytes(d)
+        else:
+            needed = max(self._power_bytes(d, m + n - d, first) for d in dimensions)
+            # Of Householder's QR, where the columns are dependent.
+            library_bytes = qr_library_bytes(max(dimensions), self.rank)
+        drawing = draw_bytes(batch * (m + n - min(dimensions)) * self.rank)
+        peak = max(needed * batch, drawing) if first and self.kind == "power" else needed * batch
+        return Workspace(tensor_bytes=copy_bytes + peak, library_bytes=library_bytes)
 
-    def _power_elements(self, d: int, other: int, first: bool) -> int:
-        r = self.rank
-        decomposing = 2 * d * r + r * r  # the argument, Q and R
-        normalising = 2 * other * r + 2  # G^T basis before and after, its largest entry, twice
-        multiplying = other * r + d * r
-        # The basis to start from is a tensor of its own where it is not the stored one.
-        basis = d * r if first or self.basis_dtype != torch.float32 else 0
-        return basis + max(decomposing, normalising, multiplying)
-
-    def _workspace(self, elements: int, library_bytes: int) -> Workspace:
-        """Decompositions go through a stack one matrix at a time."""
-        tensor_bytes = elements * math.prod(self.batch) * torch.float32.itemsize
-        return Workspace(tensor_bytes=tensor_bytes, library_bytes=library_bytes)
+    def _power_bytes(self, d: int, other: int, first: bool) -> int:
+        """Of one matrix."""
+        r, item = self.rank, self.basis_dtype.itemsize
+        decomposing = orthonormal_elements(d, r) * _FLOAT_BYTES
+        multiplying = (other + d) * r * item
+        widening = d * r * (item + _FLOAT_BYTES) if item != _FLOAT_BYTES else 0
+        # A warm iteration starts from the stored basis, the others from a tensor of their own; the first
+        # of them from the random one.
+        basis = max(d, other) * r * item if first else 0
+        return basis + max(decomposing, multiplying, widening)
 
 
 def _silent_experts(basis: Tensor, gradient: Tensor) -> list[bool]:
@@ -140,13 +150,6 @@ def _replace_(basis: Tensor, new: Tensor, stays: list[bool]) -> None:
             basis[expert].copy_(new[expert])
 
 
-def _normalised(columns: Tensor) -> Tensor:
+def _normalised_(columns: Tensor) -> Tensor:
     """Scaled to a largest entry of one, so that gradients of 1e-20 do not underflow when multiplied twice."""
-    largest = columns.abs().amax(dim=(-2, -1), keepdim=True)
-    return columns / largest.clamp_min(torch.finfo(columns.dtype).tiny)
-
-
-def _orthonormal(columns: Tensor) -> Tensor:
-    """Householder's Q: orthonormal also where columns are dependent or zero."""
-    q: Tensor = torch.linalg.qr(columns).Q
-    return q
+    return columns.div_(largest_entry(columns).clamp_min_(torch.finfo(columns.dtype).tiny))

@@ -22,6 +22,7 @@ CASES = {
     "galore-spread-lazy": lambda p: GaLore(p, rank=4, update_proj_gap=GAP, spread=True, lazy=True),
     "galore-8bit": lambda p: GaLore(p, rank=8, update_proj_gap=GAP, state_dtype="int8", master="split24"),
     "natural": lambda p: NaturalGaLore(p, rank=4, update_proj_gap=GAP, history=3),
+    "frugal-bf16-basis": lambda p: FRUGAL(p, update_gap=GAP, basis_dtype="bf16"),
     "frugal-randk": lambda p: FRUGAL(p, update_gap=GAP, projection="randk", state_dtype="bf16"),
     "frugal-block-reset": lambda p: FRUGAL(p, update_gap=GAP, projection="block"),
     "fira": lambda p: Fira(p, rank=4, update_proj_gap=GAP),

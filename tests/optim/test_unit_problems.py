@@ -137,6 +137,9 @@ def remaining_loss(*, rank=16, lr=0.02, steps=1500, noise=0.0, seed=0, **setting
         (dict(projection="eigh", refresh="reset"), 0, 1e-10),
         (dict(projection="power", refresh="reset"), 0, 1e-9),
         (dict(projection="power"), 0, 1e-3),  # as it comes
+        (dict(projection="power", basis_dtype="bf16"), 0, 1e-3),
+        # Beside 1e-10 of an SVD whose vectors alone are bf16; without any refresh, .2.
+        (dict(projection="power", basis_dtype="bf16", refresh="reset"), 0, 1e-7),
         (dict(projection="svd", update_gap=10_000), 0.1, 0.5),
         (dict(projection="semi_orthogonal", update_gap=10_000), 0.7, 1),
     ],
@@ -151,6 +154,7 @@ def test_refreshes_reach_what_lies_outside_of_the_first_subspace(settings, least
         (dict(projection="svd", refresh="reset", residual="sign"), 0, 1e-7),
         (dict(projection="power", residual="sign"), 0, 1e-3),
         (dict(projection="power", residual="sign", refresh="reset"), 0, 1e-7),
+        (dict(projection="power", residual="sign", basis_dtype="bf16"), 0, 1e-3),
         (dict(projection="randk", density=0.125, residual="sign"), 0, 1e-9),
         (dict(projection="columns", residual="sign"), 0, 1e-9),
         (dict(projection="semi_orthogonal", residual="sign"), 0, 1e-6),
@@ -161,11 +165,13 @@ def test_sign_of_the_residual_finds_the_rest(settings, least, most):
     assert least <= remaining_loss(**{"update_gap": 100, **settings}) <= most
 
 
-@pytest.mark.parametrize("projection", ["svd", "power"])
+@pytest.mark.parametrize(
+    ("projection", "basis_dtype"), [("svd", "fp32"), ("power", "fp32"), ("power", "bf16")]
+)
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
-def test_rotated_moments_beat_kept_ones_where_the_subspace_drifts(projection, noise):
+def test_rotated_moments_beat_kept_ones_where_the_subspace_drifts(projection, basis_dtype, noise):
     """Rank 48 passes by in subspaces of 8, a new one each 20 steps: moments of old coordinates mislead."""
-    settings = dict(projection=projection, rank=8, update_gap=20, noise=noise)
+    settings = dict(projection=projection, basis_dtype=basis_dtype, rank=8, update_gap=20, noise=noise)
     for seed in (0, 1):
         kept, rotated = (
             remaining_loss_of_rank_48(**settings, seed=seed, refresh=refresh)

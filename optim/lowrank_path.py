@@ -1,0 +1,83 @@
+"""GaLore and FRUGAL with Adam on the low-rank kernels: products in the dtype of the basis, the rest in fp32.
+
+Neither the update nor the residual exists as a whole. With an fp32 basis it differs from the reference path
+by the order of sums; with a bf16 one a sign also falls the other way where the residual is rounding error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtrain.optim.cell import Cell, part
+from memtrain.optim.kernels.lowrank_adam import lowrank_adam_step_
+from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS
+from memtrain.optim.projection.matrix import RIGHT, MatrixProjector
+from memtrain.optim.rules import Adam
+from memtrain.optim.work import KernelPath, Work, kernel_weight, usual_adam
+
+
+class KernelLowRank(KernelPath):
+    """Adam behind an orthonormal one-sided basis; nothing or the sign of the residual.
+
+    Moments are in any format: they are small, and those that are not fp32 are opened as a whole.
+    """
+
+    name = "low-rank adam kernel"
+
+    def serves(self, cell: Cell) -> bool:
+        """See :class:`Path`."""
+        if cell.projected is None:
+            return False
+        projector, _, residual = cell.projected
+        if not isinstance(projector, MatrixProjector):
+            return False
+        one_sided = projector.orthonormal and len(projector.sides) == 1
+        fits = cell.shape[-2] * cell.shape[-1] < MAX_ELEMENTS
+        plain = residual.kind in ("none", "sign")
+        return one_sided and fits and plain and usual_adam(cell) and kernel_weight(cell)
+
+    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
+        """The weight is written in place, so it must lie in order; the gradient is brought into order."""
+        return super().takes(weight, gradient) and weight.is_contiguous()
+
+    def step_(self, work: Work) -> None:
+        """See :class:`KernelPath`; the matrices of a stack one after the other."""
+        cell = work.cell
+        assert cell.projected is not None
+        assert isinstance(cell.rule, Adam)
+        projector, _, residual = cell.projected
+        assert isinstance(projector, MatrixProjector)
+        (side,) = projector.sides
+        moments = cell.load_moments(work.state)
+        weights, gradients = _matrices(work.weight.detach().view(cell.shape)), work.gradient.contiguous()
+        gradients = _matrices(gradients.view(cell.shape))
+        bases = _matrices(part(work.state, "projector")[side])
+        means, squares = _matrices(moments["exp_avg"]), _matrices(moments["exp_avg_sq"])
+        correction = work.moment("master").get("correction")
+        corrections = None if correction is None else _matrices(correction)
+        key = cell.key(work.turn) if cell.dtype == torch.bfloat16 else None
+        for index, weight in enumerate(weights):
+            lowrank_adam_step_(
+                weight,
+                gradients[index],
+                bases[index],
+                means[index],
+                squares[index],
+                right=side == RIGHT,
+                step=work.step,
+                lr=float(work.turn.lr),
+                betas=cell.rule.betas,
+                eps=cell.rule.eps,
+                weight_decay=cell.settings.weight_decay,
+                scale=residual.scale,
+                residual_scale=residual.residual_scale if residual.kind == "sign" else 0.0,
+                key=None if key is None else key.skip(index * weight.numel()),
+                correction=None if corrections is None else corrections[index],
+            )
+        cell.store_moments_(work.state, moments, work.turn)
+
+
+def _matrices(stack: Tensor) -> Tensor:
+    """A matrix as a stack of one."""
+    return stack.view(-1, *stack.shape[-2:])

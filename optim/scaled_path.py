@@ -1,0 +1,104 @@
+"""Fira and APOLLO on fp32 matrices: no tensor of the weight's size beside weight and gradient.
+
+Every column of the residual (of a left basis; every row of a right one) is multiplied by one number s, which
+the projection back leaves alone, so that Fira's update is one product and one scaled gradient:
+
+    scale P N + c s (G - P R)  =  P (scale N - c s R) + c s G
+
+The limiter behind c wants the norm of ``s (G - P R)``, which follows column by column from the norms of G, R
+and P R, the last from the r x r Gram matrix of P where that is rounded to bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtrain.optim.cell import Cell, part
+from memtrain.optim.kernels.lowrank_adam import adam_direction
+from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, project_down_
+from memtrain.optim.kernels.lowrank_up import project_up_
+from memtrain.optim.projection.matrix import RIGHT, MatrixProjector
+from memtrain.optim.rules import Adam
+from memtrain.optim.work import KernelPath, Work, usual_adam
+
+_CHUNK_ELEMENTS = 1 << 17
+"""512 KiB of fp32: a chunk of the weight stays in the cache between its passes."""
+
+
+class KernelScaled(KernelPath):
+    """Adam behind a one-sided basis; the residual or the whole gradient scaled as Adam scales R."""
+
+    name = "scaled low-rank adam"
+
+    def serves(self, cell: Cell) -> bool:
+        """See :class:`Path`."""
+        if cell.projected is None or len(cell.shape) != 2 or cell.shape.numel() >= MAX_ELEMENTS:
+            return False
+        projector, _, residual = cell.projected
+        one_sided = isinstance(projector, MatrixProjector) and len(projector.sides) == 1
+        plain = cell.dtype == torch.float32 and cell.settings.master == "none"
+        return one_sided and plain and residual.kind in ("scaled", "scale_only") and usual_adam(cell)
+
+    def takes(self, weight: Tensor, gradient: Tensor) -> bool:
+        """As :class:`KernelLowRank` does."""
+        return super().takes(weight, gradient) and weight.is_contiguous()
+
+    def step_(self, work: Work) -> None:
+        """See :class:`KernelPath`."""
+        cell, rule = work.cell, work.cell.rule
+        assert cell.projected is not None
+        assert isinstance(rule, Adam)
+        projector, _, residual = cell.projected
+        assert isinstance(projector, MatrixProjector)
+        (side,) = projector.sides
+        right, lr = side == RIGHT, float(work.turn.lr)
+        decay = 1 - lr * cell.settings.weight_decay
+        weight, gradient = work.weight.detach(), work.gradient.contiguous()
+        basis = projector.open(part(work.state, "projector"), weight.device)[side].contiguous()
+        moments = cell.load_moments(work.state)
+        low = torch.empty(projector.low_shape, device=weight.device)
+        project_down_(low, gradient, basis, right=right)
+        mean, square = moments["exp_avg"], moments["exp_avg_sq"]
+        direction = adam_direction(low, mean, square, step=work.step, betas=rule.betas, eps=rule.eps)
+        cell.store_moments_(work.state, moments, work.turn)
+        scaling = residual.scaling(low, direction, projector)
+        axis = -1 if right else -2
+        norm = torch.linalg.vector_norm(gradient, dim=axis, keepdim=True, dtype=torch.float32)
+        memory = part(work.state, "residual")
+        if residual.kind == "scale_only":
+            scaling.mul_(residual.scale**0.5)
+            scaling.mul_(residual.limit_(torch.linalg.vector_norm(scaling * norm), memory))
+        else:
+            rest = _rest_norm(norm, low, basis, right)
+            scaling.mul_(residual.limit_(torch.linalg.vector_norm(scaling * rest), memory))
+            scaling.mul_(residual.residual_scale)
+            combined = direction.mul_(residual.scale).sub_(low.mul_(scaling))
+            project_up_(weight, basis, combined, right=right, factor=lr, decay=decay)
+            decay = 1.0
+        _add_scaled_(weight, gradient, scaling, decay=decay, factor=lr)
+
+
+def _rest_norm(norm: Tensor, low: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """|G - P R| by row or column: the root of |G|^2 - 2 |R|^2 + |P R|^2."""
+    axis = -1 if right else -2
+    back = low
+    if basis.dtype != torch.float32:
+        gram = basis.float().mT @ basis.float()
+        back = low @ gram if right else gram @ low
+    kept = (back - 2 * low).mul_(low).sum(axis, keepdim=True)
+    return norm.square().add_(kept).clamp_min_(0).sqrt_()
+
+
+def _add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, decay: float, factor: float) -> None:
+    """``weight = decay * weight - factor * scaling * gradient``, by chunks of rows."""
+    rows, columns = weight.shape
+    chunk = max(1, _CHUNK_ELEMENTS // columns)
+    scaled = torch.empty(min(chunk, rows), columns, dtype=weight.dtype, device=weight.device)
+    for start in range(0, rows, chunk):
+        held, read = weight[start : start + chunk], gradient[start : start + chunk]
+        by = scaling[start : start + chunk] if len(scaling) == rows else scaling
+        product = torch.mul(read, by, out=scaled[: len(held)])
+        if decay != 1:
+            held.mul_(decay)
+        held.add_(product, alpha=-factor)
