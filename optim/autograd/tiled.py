@@ -1,12 +1,11 @@
 """A module that works token by token, run by tiles of tokens; a linear layer stored by tiles of its weight.
 
 ``tiled`` saves the module's input alone. Backward runs the module again for one tile after another, so that
-the
-intermediates of one tile exist at a time: for an MLP of 4 times its input, 1/tiles of what one forward holds
-(ALST's TiledMLP, arXiv 2506.13996; here dropout, unequal tiles, unused and frozen parameters and the incoming
-gradient are as without tiles). Rows of the input's gradient are those of the untiled module wherever a matrix
-product does not depend on its number of rows; a parameter's gradient is a sum over tiles, accumulated in fp32
-and rounded once.
+the intermediates of one tile exist at a time: for an MLP of 4 times its input, 1/tiles of what one forward
+holds (ALST's TiledMLP, arXiv 2506.13996; here dropout, unequal tiles, unused and frozen parameters and the
+incoming gradient are as without tiles). Rows of the input's gradient are those of the untiled module wherever
+a matrix product does not depend on its number of rows; a parameter's gradient is a sum over tiles,
+accumulated in fp32 and rounded once.
 
 Dropout inside a tile drops what the untiled module would drop: a generator gives numbers in the order in
 which they lie in a tensor, so the first tile draws for all tokens, and a mask of one byte an element is kept
@@ -46,7 +45,8 @@ def tiled(module: nn.Module, x: Tensor, *, tile_tokens: int | None = None) -> Te
         ValueError: tile_tokens is not positive; the module returns other than one tensor with the tile's
         rows.
         RuntimeError: the module draws random numbers other than dropout's, or not one row for each token; or
-            needs a gradient for a tensor that is not a parameter of its own; ``create_graph=True``.
+            needs a gradient for a tensor that is not a parameter of its own; or a parameter or the mode
+            (train, eval) was changed between forward and backward; ``create_graph=True``.
     """
     tokens = x.shape[:-1].numel()
     tile_tokens = max(1, x.shape[-1]) if tile_tokens is None else tile_tokens
@@ -132,9 +132,8 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, module: nn.Module, tile_tokens: int, *parameters: Tensor) -> Tensor:
         ctx.surroundings = Surroundings(x.device)
         ctx.module, ctx.tile_tokens = module, tile_tokens
-        # Not saved as tensors: hooks on those (checkpointing, offload) may give back copies, and the module
-        # that runs again reads the parameters themselves.
-        ctx.parameters = [(parameter, parameter._version) for parameter in parameters]
+        if any(ctx.needs_input_grad):
+            ctx.noted = _Noted(module)
         ctx.save_for_backward(x)
         draws = _WholeDraws(len(x))
         out = None
@@ -150,7 +149,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("tiled")
         (x,) = ctx.saved_tensors
-        parameters = _unchanged(ctx.parameters)
+        parameters = ctx.noted.trainable_unchanged(ctx.module)
         needs_x = ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -173,14 +172,38 @@ class _Tiled(torch.autograd.Function):
         return (grad_x, None, None, *rounded)
 
 
-def _unchanged(noted: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    for parameter, version in noted:
-        if parameter._version != version:
+class _Noted:
+    """What the module computed with in forward, and must still have in backward.
+
+    Parameters are not saved as tensors: hooks on those (checkpointing, offload) may give back copies, and the
+    module that runs again reads the parameters themselves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [(p, p._version, p.requires_grad) for p in module.parameters()]
+        self._modes = [m.training for m in module.modules()]
+
+    def trainable_unchanged(self, module: nn.Module) -> list[Tensor]:
+        """The parameters that needed a gradient in forward; RuntimeError if anything is not what it was."""
+        now = list(module.parameters())
+        if len(now) != len(self._parameters) or any(
+            a is not b for a, (b, *_) in zip(now, self._parameters, strict=True)
+        ):
             raise RuntimeError(
-                f"tiled: a parameter of shape {tuple(parameter.shape)} was modified by an inplace operation "
-                "between forward and backward, which computes with it again"
+                "tiled: a parameter was replaced between forward and backward, which computes with it again"
             )
-    return [parameter for parameter, _ in noted]
+        for parameter, version, _ in self._parameters:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"tiled: a parameter of shape {tuple(parameter.shape)} was modified by an inplace "
+                    "operation between forward and backward, which computes with it again"
+                )
+        if self._modes != [m.training for m in module.modules()]:
+            raise RuntimeError(
+                "tiled: train() or eval() was called between forward and backward, which runs the module "
+                "again"
+            )
+        return [parameter for parameter, _, trainable in self._parameters if trainable]
 
 
 def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
