@@ -8,7 +8,7 @@ function in other operators; the offer says which.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.optim.autograd.mlp_treatments import RecomputeProduct, TileTokens
-from memtrain.optim.autograd.norms import RMSNormForm, layer_norm, rms_norm, rms_norm_forward
+from memtrain.optim.autograd.norms import RMSNormForm, default_eps, layer_norm, rms_norm, rms_norm_forward
 from memtrain.optim.autograd.recomputed import linear
 from memtrain.optim.autograd.sites import Site, is_transposed
 from memtrain.optim.autograd.treatments import (
@@ -74,23 +74,28 @@ class _RecomputeNorm:
         weight = getattr(module, "weight", None)
         if weight is None or len(list(module.parameters(recurse=False))) != 1:
             raise NotServedError("neither an RMSNorm with one weight nor torch.nn.LayerNorm")
-        # Of the second input the mean square is about that of eps, which the first may not show. A fresh
-        # model's weights are ones, in which the forms are alike.
-        inputs = (
-            site.input,
-            site.input * (1e-3 / site.input.float().pow(2).mean().sqrt()).to(site.input.dtype),
-        )
         with torch.no_grad():
-            weight = torch.randn_like(weight)
-            wanted = [torch.func.functional_call(module, {"weight": weight}, (x,)) for x in inputs]
+            probes = list(_norm_probes(site.input, torch.randn_like(weight)))
+            wanted = [torch.func.functional_call(module, {"weight": w}, (x,)) for x, w in probes]
             numbers = {v for v in vars(module).values() if isinstance(v, float) and 0 < v < 1e-2}
             if isinstance(module, nn.RMSNorm) and module.eps is None:
-                numbers = {torch.finfo(site.input.dtype).eps}
+                numbers = {default_eps(site.input.dtype)}
             for eps, form in itertools.product(sorted(numbers), RMSNormForm):
-                got = [rms_norm_forward(x, weight, eps, form)[0] for x in inputs]
+                got = [rms_norm_forward(x, w, eps, form)[0] for x, w in probes]
                 if all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, wanted, strict=True)):
                     return _RMSNormForward(eps=eps, form=form)
         raise NotServedError("no known form of RMSNorm gives its output to the bit")
+
+
+def _norm_probes(x: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and weights that tell the forms of RMSNorm apart; those of a fresh model are ones, and do not.
+
+    Of the second input the mean square is about that of eps, which the first may not show. In fp32 two forms
+    round alike, and the model may be cast later.
+    """
+    yield x, weight
+    yield x * (1e-3 / x.float().pow(2).mean().sqrt()).to(x.dtype), weight
+    yield x.bfloat16(), weight.bfloat16()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -100,7 +100,7 @@ class RecomputeProduct:
             for names in itertools.permutations(linears):
                 if linears[names[0]][0] != width or linears[names[0]] != linears[names[-1]][::-1]:
                     continue
-                known = {
+                known: dict[str, Any] = {
                     "activation": activation,
                     "transposed": is_transposed(children[names[-1]]),
                     "bypassed": Bypassed.of(children, own, names[-1]),

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from memtrain.optim.autograd.apply import EXACT, Policy, Rule, apply_to
 from memtrain.optim.autograd.compact import apply_compact
 from memtrain.optim.autograd.linears import UnsupportedLinearError
-from memtrain.optim.autograd.norms import RMSNormForm
+from memtrain.optim.autograd.norms import NormLinear, RMSNormForm
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.autograd.wtacrs import apply_wta
 
@@ -119,14 +119,22 @@ def test_activations_that_bf16_hardly_tells_apart(own: str, found: str) -> None:
     assert treated(block, dtype=torch.bfloat16).mlp.forward.forward.activation == found
 
 
-def test_the_form_of_a_norm_whose_weights_are_ones() -> None:
-    block = treated(Block().bfloat16(), dtype=torch.bfloat16)
+@pytest.mark.parametrize("eps", [1e-6, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_norm_whose_weights_are_ones_and_that_is_cast_later(dtype: torch.dtype, eps: float | None) -> None:
+    block = Block().to(dtype)
+    block.norm.eps = eps
+    treated(block, dtype=dtype).bfloat16()
     assert block.norm.forward.forward.form is RMSNormForm.SCALE_THEN_ROUND
     nn.init.normal_(block.norm.weight)
-    x = torch.randn(50, FEATURES, dtype=torch.bfloat16)
+    x = 1e-3 * torch.randn(50, FEATURES, dtype=torch.bfloat16)
     mine = block.norm(x)
+    together = NormLinear(block.norm, [])
     del block.norm.forward
     torch.testing.assert_close(mine, block.norm(x), rtol=0, atol=0)
+    together.linears.append(eye := nn.Linear(FEATURES, FEATURES, bias=False, dtype=torch.bfloat16))
+    nn.init.eye_(eye.weight)
+    torch.testing.assert_close(together(x)[0], mine, rtol=0, atol=0)
 
 
 class Conv1D(nn.Module):
