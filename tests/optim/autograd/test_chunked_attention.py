@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memtrain.optim.autograd.chunked_attention import chunked_attention, keep_mask
+from memtrain.optim.autograd.attention_dropout import keep_mask
+from memtrain.optim.autograd.chunked_attention import chunked_attention
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 
 B, H, K, N, M, D, E = 2, 4, 2, 11, 13, 5, 3
