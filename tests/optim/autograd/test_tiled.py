@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim.autograd.saved_bytes import SavedBytes
-from memtrain.optim.autograd.tiled import TiledLinear, tiled
+from memtrain.optim.autograd.tiled import tiled
+from memtrain.optim.autograd.tiled_linear import TiledLinear
 
 TILES = [1, 4, 7, 100, None]
 
