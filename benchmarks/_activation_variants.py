@@ -87,8 +87,10 @@ class Job:
         return kept / self.tokens
 
 
-def layer_job(dtype: torch.dtype, variant: str, *, gated: bool = True) -> Job:
-    """One layer on 2 x 1024 tokens: of Llama, or with LayerNorm and a GELU MLP of four times its width."""
+def layer_job(
+    dtype: torch.dtype, variant: str, *, shape: tuple[int, int] = (BATCH, TOKENS), gated: bool = True
+) -> Job:
+    """One layer on ``shape`` tokens: of Llama, or with LayerNorm and a GELU MLP of four times its width."""
     torch.manual_seed(0)
     if gated:
         config = _config(layers=1)
@@ -96,8 +98,8 @@ def layer_job(dtype: torch.dtype, variant: str, *, gated: bool = True) -> Job:
     else:
         config = _gelu_config()
         layer, rotary = GPTNeoXLayer(config, 0).to(dtype), GPTNeoXRotaryEmbedding(config)
-    leaf = torch.randn(BATCH, TOKENS, FEATURES).to(dtype).requires_grad_()
-    places = torch.arange(TOKENS)[None]
+    leaf = torch.randn(*shape, FEATURES).to(dtype).requires_grad_()
+    places = torch.arange(shape[1])[None]
 
     def run(x: Tensor) -> Tensor:
         out: Tensor = layer(x, position_embeddings=rotary(x, places))
@@ -114,7 +116,7 @@ def layer_job(dtype: torch.dtype, variant: str, *, gated: bool = True) -> Job:
         def forward() -> Tensor:
             return run(leaf * 1)  # the input belongs to the layer before, which does not keep it
 
-    return Job(module=layer, forward=forward, tokens=BATCH * TOKENS)
+    return Job(module=layer, forward=forward, tokens=shape[0] * shape[1])
 
 
 def model_job(dtype: torch.dtype, variant: str, *, batch: int, tokens: int, layers: int = 12) -> Job:

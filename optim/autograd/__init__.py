@@ -12,7 +12,8 @@ from memtrain.optim.autograd.norms import NormLinear, RMSNormForm, layer_norm, r
 from memtrain.optim.autograd.recomputed import linear
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 from memtrain.optim.autograd.swiglu import activation_linear, gated_linear
-from memtrain.optim.autograd.tiled import TiledLinear, tiled
+from memtrain.optim.autograd.tiled import tiled
+from memtrain.optim.autograd.tiled_linear import TiledLinear
 from memtrain.optim.autograd.treatments import NotServedError, Offer, register_treatment
 
 __all__ = [

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memtrain.optim.autograd.attention_dropout import kept_scores
 from memtrain.optim.autograd.recomputed import autocast_dtype, refuse_double_backward, without_autocast
 
 DEFAULT_QUERY_CHUNK = 256
@@ -137,37 +138,6 @@ def _part(extra: Tensor, queries: slice, keys: slice) -> Tensor:
     return extra[..., keys] if extra.shape[-1] > 1 else extra
 
 
-def _hash_(x: Tensor) -> Tensor:
-    """Mix int32 lanes in place; every bit of the result depends on every bit of ``x``.
-
-    Wellons' "lowbias32" (public domain, https://nullprogram.com/blog/2018/07/31/): avalanche bias 0.17 %.
-    """
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-        _xor_shifted_(x, shift).mul_(factor)
-    return _xor_shifted_(x, 16)
-
-
-def _xor_shifted_(x: Tensor, shift: int) -> Tensor:
-    """``x ^= x >> shift`` with zeros shifted in; torch's shift of int32 repeats the sign."""
-    return x.bitwise_xor_((x >> shift).bitwise_and_((1 << (32 - shift)) - 1))
-
-
-def keep_mask(
-    shape: torch.Size, queries: range, keys: range, *, seed: int, dropout: float, device: torch.device
-) -> Tensor:
-    """Which scores dropout keeps: bool ``[B, K, G, len(queries), len(keys)]`` of ``[B, K, G, N, M]``.
-
-    Args:
-        shape: of all scores; a row of it is numbered modulo 2^32.
-    """
-    heads = torch.arange(shape[:3].numel(), dtype=torch.int32, device=device).view(*shape[:3], 1)
-    rows = heads * shape[3] + torch.arange(queries.start, queries.stop, dtype=torch.int32, device=device)
-    rows = _hash_(rows.bitwise_xor_(seed)).unsqueeze(-1)
-    columns = _hash_(torch.arange(keys.start, keys.stop, dtype=torch.int32, device=device).mul_(-0x61C88647))
-    bits = _hash_(rows + columns).bitwise_and_(0x7FFFFFFF)
-    return bits >= round(dropout * (1 << 31))
-
-
 def _accurate(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
@@ -268,7 +238,9 @@ class _ChunkedAttention(torch.autograd.Function):
                     dprobabilities = (grad_rows @ value[..., chunk.keys, :].transpose(-1, -2)).to(accurate)
                     used = probabilities
                     if settings.dropout:
-                        kept = _kept(shape, chunk, ctx.seed, settings, probabilities)
+                        kept = kept_scores(
+                            shape, *chunk, seed=ctx.seed, dropout=settings.dropout, like=probabilities
+                        )
                         dprobabilities *= kept
                         used = probabilities * kept
                     heads = used.to(grad.dtype).transpose(-1, -2) @ grad_rows
@@ -311,18 +283,11 @@ def _forward_rows(
         exponentials = scores.sub_(base).exp_()
         total = total * shrink + exponentials.sum(-1, keepdim=True)
         if settings.dropout:
-            exponentials *= _kept(shape, chunk, seed, settings, exponentials)
+            exponentials *= kept_scores(shape, *chunk, seed=seed, dropout=settings.dropout, like=exponentials)
         weighted = weighted * shrink + exponentials.to(value.dtype) @ value[..., chunk.keys, :]
         largest = new_largest
     out = weighted / total.masked_fill(total == 0, 1.0)
     return out.to(value.dtype), (largest + total.log()).squeeze(-1)
-
-
-def _kept(shape: torch.Size, chunk: _Chunk, seed: int, settings: _Settings, like: Tensor) -> Tensor:
-    """What dropout multiplies probabilities by."""
-    queries, keys = (range(s.start, s.stop) for s in chunk)
-    mask = keep_mask(shape, queries, keys, seed=seed, dropout=settings.dropout, device=like.device)
-    return mask.to(like.dtype).mul_(1 / (1 - settings.dropout))
 
 
 def _add_to_part(dbias: Tensor, dscores: Tensor, chunk: _Chunk) -> None:

@@ -92,15 +92,21 @@ def _table_called(name: str, bits: int) -> FewBitTable:
     return ACTIVATIONS[name]._make_table(bits, None)
 
 
-def derivative_of(function: Elementwise) -> Elementwise:
-    """``f'`` by autograd, for an ``f`` made of torch operations."""
+@dataclass(frozen=True, slots=True)
+class _Derivative:
+    """Of ``function``; a class and no closure, so that a model can be pickled."""
 
-    def derivative(points: Tensor) -> Tensor:
+    function: Elementwise
+
+    def __call__(self, points: Tensor) -> Tensor:
         with torch.enable_grad():
             leaf = points.detach().clone().requires_grad_()
-            return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+            return torch.autograd.grad(self.function(leaf).sum(), leaf)[0]
 
-    return derivative
+
+def derivative_of(function: Elementwise) -> Elementwise:
+    """``f'`` by autograd, for an ``f`` made of torch operations."""
+    return _Derivative(function)
 
 
 def relu2(values: Tensor) -> Tensor:

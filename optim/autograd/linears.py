@@ -53,6 +53,11 @@ def _check_weights(model: nn.Module, chosen: Mapping[str, nn.Linear]) -> None:
     names = {id(module.weight): name for name, module in chosen.items()}
     treated = {id(module) for module in chosen.values()}
     for name, module in chosen.items():
+        if "forward" in module.__dict__:
+            raise UnsupportedLinearError(
+                f"{name} has a forward of its own (apply_to, or a library that moves weights), which would "
+                "go on as it was: revert it, and make it after this"
+            )
         if type(module.weight) is not nn.Parameter:
             raise UnsupportedLinearError(
                 f"the weight of {name} is a {type(module.weight).__name__}: treat the model before it is "

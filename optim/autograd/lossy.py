@@ -6,9 +6,9 @@ Each is applied to a model and undone by the handle that this returns. Forward p
 .               int8, int4 of saved     few-bit activation    CompAct                 WTA-CRS
 ==============  ======================  ====================  ======================  ======================
 exact           forward                 forward               forward, dx, bias       forward, dx, bias
-checkpoint      steps aside: the        the same bins in the  the same seed in the    the same draws (the
-                block's input is saved  second run            second run              checkpoint restores
-                alone                                                                 the generator)
+checkpoint      inside: steps aside;    the same bins in the  the same seed in the    the same draws (the
+                around: encodes the     second run            second run              checkpoint restores
+                input that it saves                                                   the generator)
 accumulation    ordinary gradients      ordinary gradients    fp32 sum; a refresh     ordinary gradients
                                                               while pending raises
 tied weights    never encoded           has none              one R for all uses;     ordinary gradients;

@@ -71,13 +71,15 @@ class PerInput(Generic[T]):
         storage = tensor.untyped_storage()
         view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())
         key = (storage._cdata, tensor._version, *view, extra)
-        result: T | None = self._made[key][1]() if key in self._made else None
+        known = self._made.get(key)
+        result: T | None = None if known is None else known[1]()
         if result is None:
             result = make()
             # The weak reference to the storage keeps its identity from being given to another one.
-            known = StorageWeakRef(storage), weakref.ref(result)  # type: ignore[no-untyped-call]
-            self._made = {of: made for of, made in self._made.items() if made[1]() is not None}
-            self._made[key] = known
+            made = StorageWeakRef(storage), weakref.ref(result)  # type: ignore[no-untyped-call]
+            # A list at once: another thread may be here too.
+            self._made = {of: old for of, old in list(self._made.items()) if old[1]() is not None}
+            self._made[key] = made
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -28,7 +28,15 @@ from memtrain.optim.autograd.lossy import activation_of, is_activation
 from memtrain.optim.autograd.lossy_backward import eager_only
 from memtrain.optim.autograd.quantized_saved import SavedTensorCompressor
 from memtrain.optim.autograd.sites import Site, features, is_linear
-from memtrain.optim.autograd.treatments import NotServedError, Offer, measured_bytes, register_treatment
+from memtrain.optim.autograd.treatments import (
+    Bypassed,
+    NotServedError,
+    Offer,
+    measured_bytes,
+    refuse_hooks,
+    register_treatment,
+    same_when_training,
+)
 from memtrain.optim.autograd.wtacrs import WTAInput, wta_linear
 
 
@@ -73,8 +81,10 @@ class _FewBitForward:
     second: str
     dropout: str | None
     table: FewBitTable
+    bypassed: Bypassed
 
     def __call__(self, module: nn.Module, x: Tensor) -> Tensor:
+        self.bypassed.check(module)
         first, activation, second = (getattr(module, n) for n in (self.first, self.activation, self.second))
         y: Tensor = second(fewbit(first(x), activation.forward, self.table))
         result: Tensor = y if self.dropout is None else getattr(module, self.dropout)(y)
@@ -97,7 +107,8 @@ class _FewBitMLP:
             )
         forward = self._forward(site)
         with torch.no_grad():
-            if site.output is None or not torch.equal(forward(site.module, site.input), site.output):
+            same = site.output is not None and torch.equal(forward(site.module, site.input), site.output)
+            if not (same and same_when_training(site, forward, 0.0)):
                 raise NotServedError("not linear, activation, linear, dropout, one after the other")
         fixed = (site.input, *site.module.parameters())
 
@@ -119,6 +130,7 @@ class _FewBitMLP:
         others = len(children) - len(linears) - len(activations) - len(dropouts)
         if len(activations) != 1 or len(dropouts) > 1 or others:
             raise NotServedError("not two linear layers, one activation that few-bit knows, and a dropout")
+        refuse_hooks(children[activations[0]], activations[0])
         width = site.input.shape[-1]
         first = next((name for name, child in linears.items() if features(child)[0] == width), None)
         second = next((name for name in linears if name != first), None)
@@ -134,6 +146,7 @@ class _FewBitMLP:
             second=second,
             dropout=dropouts[0] if dropouts else None,
             table=table,
+            bypassed=Bypassed.of(children, activations[0]),
         )
 
 

@@ -119,11 +119,16 @@ class NormLinear(nn.Module):
         """``[..., features]`` to one ``[..., out]`` for each linear layer."""
         norm = self.norm
         if isinstance(norm, nn.RMSNorm):
-            eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+            eps = default_eps(x.dtype) if norm.eps is None else norm.eps
             y = rms_norm(x, norm.weight, eps, form=RMSNormForm.SCALE_THEN_ROUND)
         else:
             y = layer_norm(x, norm.weight, norm.bias, norm.eps)
         return tuple(linear(y, layer.weight, layer.bias) for layer in self.linears)  # type: ignore[arg-type]
+
+
+def default_eps(dtype: torch.dtype) -> float:
+    """What ``torch.nn.RMSNorm(eps=None)`` adds: of the dtype that it computes in, fp32 for bf16."""
+    return torch.finfo(_wide(dtype)).eps
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

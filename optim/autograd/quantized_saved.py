@@ -21,6 +21,7 @@ activations; the forward pass is exact.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class SavedTensorCompressor:
 
     def __init__(self, codec: GroupCodec | None = None) -> None:
         self.codec = GroupCodec() if codec is None else codec
-        self._known: dict[tuple[Any, ...], tuple[StorageWeakRef, weakref.ref[_Stored]]] = {}
+        self._known: dict[tuple[Any, ...], weakref.ref[_Stored]] = {}
         self._live: weakref.WeakSet[_Stored] = weakref.WeakSet()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -85,18 +86,17 @@ class SavedTensorCompressor:
     def _open(self, module: nn.Module, arguments: Any) -> _Region | None:
         if not torch.is_grad_enabled() or _checkpoint_is_saving():
             return None
-        alive = {key: known for key, known in self._known.items() if known[1]() is not None}
-        self._known = alive
+        # A list at once: another thread may run a block of the same compressor.
+        self._known = {key: known for key, known in list(self._known.items()) if known() is not None}
         return _Region(self, module, arguments)
 
     def _stored(self, key: tuple[Any, ...]) -> _Stored | None:
         known = self._known.get(key)
-        return None if known is None else known[1]()
+        return None if known is None else known()
 
     def _store(self, key: tuple[Any, ...], storage: torch.UntypedStorage, values: Tensor) -> _Stored:
-        stored = _Stored(self.codec, values)
-        # The weak reference keeps the storage's identity from being given to another one.
-        self._known[key] = StorageWeakRef(storage), weakref.ref(stored)  # type: ignore[no-untyped-call]
+        stored = _Stored(self.codec, values, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
+        self._known[key] = weakref.ref(stored)
         self._live.add(stored)
         return stored
 
@@ -106,7 +106,8 @@ class Attachment:
 
     def __init__(self, compressor: SavedTensorCompressor, module: nn.Module) -> None:
         self._compressor = compressor
-        self._open: list[_Region | None] = []
+        self._open: dict[int, list[_Region | None]] = {}
+        """Of each thread, for saved-tensor hooks are a thread's own."""
         self._hooks = [
             module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
             module.register_forward_hook(self._leave, always_call=True),
@@ -119,15 +120,19 @@ class Attachment:
 
     @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._open.append(None)  # _leave is called even if this raises
+        mine = self._open.setdefault(threading.get_ident(), [])
+        mine.append(None)  # _leave is called even if this raises
         region = self._compressor._open(module, (args, kwargs))
         if region is not None:
             region.__enter__()
-            self._open[-1] = region
+            mine[-1] = region
 
     @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
     def _leave(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        region = self._open.pop() if self._open else None  # fullgraph=True refuses _enter, and comes here
+        mine = self._open.get(threading.get_ident(), [])
+        region = mine.pop() if mine else None  # fullgraph=True refuses _enter, and comes here
+        if not mine:
+            self._open.pop(threading.get_ident(), None)
         if region is not None:
             region.__exit__(None, None, None)
             region.keep_outputs(result)
@@ -150,16 +155,16 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         self._smallest = max((tensor.numel() for tensor in inputs), default=0) // _STATISTICS_RATIO
         cast = torch.is_autocast_enabled(tensors[0].device.type if tensors else "cpu")
         self._weight_shapes = _weight_shapes(own) if cast else set()
-        self._encoded: list[tuple[StorageWeakRef, weakref.ref[_Stored]]] = []
+        self._encoded: list[weakref.ref[_Stored]] = []
 
     def keep_outputs(self, result: Any) -> Any:
         """Put back what was encoded of storages that the block returns."""
         for output in pytree.tree_leaves(result):
             if isinstance(output, Tensor):
                 storage = StorageWeakRef(output.untyped_storage())  # type: ignore[no-untyped-call]
-                for known, reference in self._encoded:
+                for reference in self._encoded:
                     stored = reference()
-                    if stored is not None and known == storage:
+                    if stored is not None and stored.storage == storage:
                         stored.keep(output)
         self._encoded.clear()
         return result
@@ -181,7 +186,7 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         stored = self._compressor._stored(key)
         if stored is None:
             stored = self._compressor._store(key, storage, values)
-            self._encoded.append(self._compressor._known[key])
+            self._encoded.append(weakref.ref(stored))
         return _Packed(stored, tensor.shape, stride, int(offset))
 
     def _encodable(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
@@ -198,7 +203,9 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
 class _Stored:
     """One storage, or a window of one: encoded, or as it is when it turned out to be an output."""
 
-    def __init__(self, codec: GroupCodec, values: Tensor) -> None:
+    def __init__(self, codec: GroupCodec, values: Tensor, storage: StorageWeakRef) -> None:
+        self.storage = storage
+        """Whose values these are; while it is referred to, no other storage is given its identity."""
         self._codec, self._shape, self._dtype = codec, values.shape, values.dtype
         self._encoded: Encoded | None = codec.encode(values)
         self._output: _Kept | None = None

@@ -6,9 +6,9 @@ saved tensors exists between the passes. (LowMemoryBP, arXiv 2406.16282, shares 
 layer by folding the norm's scale into that layer's weight; here weights stay as they are.)
 
 How the two find each other: ``linear`` looks at its input's ``grad_fn``. A view, a copy or an in-place change
-has another ``grad_fn``, so a tensor that is not exactly what the function returned is saved as usual. Nothing
-is attached to tensors, and the graph is the ordinary one: hooks, gradient accumulation and the order of the
-engine are those of ``torch.nn.functional.linear``, and so, to the bit, are the gradients.
+has another ``grad_fn`` or version, so a tensor that is not exactly what the function returned is saved as
+usual. Nothing is attached to tensors, and the graph is the ordinary one: hooks, gradient accumulation and the
+order of the engine are those of ``torch.nn.functional.linear``, and so, to the bit, are the gradients.
 
 In backward the first linear layer unpacks the producer's saved tensors and computes the output; the other
 ones and the producer itself use the same. Saved-tensor hooks therefore see each tensor packed once and
@@ -79,9 +79,13 @@ def taken(node: Any) -> tuple[Tensor, ...]:
 
 
 def is_recomputed(x: Tensor) -> bool:
-    """Whether ``linear`` will not save ``x``."""
+    """Whether ``linear`` will not save ``x``.
+
+    A change in place under ``no_grad`` leaves ``grad_fn`` alone and shows in the version, which is 0 as the
+    function returns it.
+    """
     made_by = getattr(type(x.grad_fn), "_forward_cls", None)
-    return made_by is not None and issubclass(made_by, RecomputedOutput)
+    return made_by is not None and issubclass(made_by, RecomputedOutput) and x._version == 0
 
 
 def _output_again(node: Any) -> Tensor:

@@ -44,7 +44,8 @@ class Site:
 def is_linear(module: nn.Module) -> bool:
     """Whether it is ``nn.Linear`` itself or GPT-2's Conv1D, whose weight is transposed; no subclass, which
     may compute anything."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+    kind = type(module)
+    return kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def is_transposed(module: nn.Module) -> bool:

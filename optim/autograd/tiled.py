@@ -1,19 +1,15 @@
-"""A module that works token by token, run by tiles of tokens; a linear layer stored by tiles of its weight.
+"""A module that works token by token, run by tiles of tokens.
 
 ``tiled`` saves the module's input alone. Backward runs the module again for one tile after another, so that
-the
-intermediates of one tile exist at a time: for an MLP of 4 times its input, 1/tiles of what one forward holds
-(ALST's TiledMLP, arXiv 2506.13996; here dropout, unequal tiles, unused and frozen parameters and the incoming
-gradient are as without tiles). Rows of the input's gradient are those of the untiled module wherever a matrix
-product does not depend on its number of rows; a parameter's gradient is a sum over tiles, accumulated in fp32
-and rounded once.
+the intermediates of one tile exist at a time: for an MLP of 4 times its input, 1/tiles of what one forward
+holds (ALST's TiledMLP, arXiv 2506.13996; here dropout, unequal tiles, unused and frozen parameters and the
+incoming gradient are as without tiles). Rows of the input's gradient are those of the untiled module wherever
+a matrix product does not depend on its number of rows; a parameter's gradient is a sum over tiles,
+accumulated in fp32 and rounded once.
 
 Dropout inside a tile drops what the untiled module would drop: a generator gives numbers in the order in
 which they lie in a tensor, so the first tile draws for all tokens, and a mask of one byte an element is kept
 until the last tile has taken its rows. Any other random operator is refused by name.
-
-``TiledLinear`` is ZeRO-Infinity's memory-centric tiling (arXiv 2104.07857, section 5.1.3): a weight too large
-to be moved, differentiated or updated at once becomes several parameters. Checkpoints keep the untiled name.
 """
 
 from __future__ import annotations
@@ -46,7 +42,8 @@ def tiled(module: nn.Module, x: Tensor, *, tile_tokens: int | None = None) -> Te
         ValueError: tile_tokens is not positive; the module returns other than one tensor with the tile's
         rows.
         RuntimeError: the module draws random numbers other than dropout's, or not one row for each token; or
-            needs a gradient for a tensor that is not a parameter of its own; ``create_graph=True``.
+            needs a gradient for a tensor that is not a parameter of its own; or a parameter or the mode
+            (train, eval) was changed between forward and backward; ``create_graph=True``.
     """
     tokens = x.shape[:-1].numel()
     tile_tokens = max(1, x.shape[-1]) if tile_tokens is None else tile_tokens
@@ -132,9 +129,8 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, module: nn.Module, tile_tokens: int, *parameters: Tensor) -> Tensor:
         ctx.surroundings = Surroundings(x.device)
         ctx.module, ctx.tile_tokens = module, tile_tokens
-        # Not saved as tensors: hooks on those (checkpointing, offload) may give back copies, and the module
-        # that runs again reads the parameters themselves.
-        ctx.parameters = [(parameter, parameter._version) for parameter in parameters]
+        if any(ctx.needs_input_grad):
+            ctx.noted = _Noted(module)
         ctx.save_for_backward(x)
         draws = _WholeDraws(len(x))
         out = None
@@ -150,7 +146,7 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("tiled")
         (x,) = ctx.saved_tensors
-        parameters = _unchanged(ctx.parameters)
+        parameters = ctx.noted.trainable_unchanged(ctx.module)
         needs_x = ctx.needs_input_grad[0]
         grad_x = torch.empty_like(x) if needs_x else None
         sums: list[Tensor | None] = [None] * len(parameters)
@@ -173,14 +169,38 @@ class _Tiled(torch.autograd.Function):
         return (grad_x, None, None, *rounded)
 
 
-def _unchanged(noted: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-    for parameter, version in noted:
-        if parameter._version != version:
+class _Noted:
+    """What the module computed with in forward, and must still have in backward.
+
+    Parameters are not saved as tensors: hooks on those (checkpointing, offload) may give back copies, and the
+    module that runs again reads the parameters themselves.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = [(p, p._version, p.requires_grad) for p in module.parameters()]
+        self._modes = [m.training for m in module.modules()]
+
+    def trainable_unchanged(self, module: nn.Module) -> list[Tensor]:
+        """The parameters that needed a gradient in forward; RuntimeError if anything is not what it was."""
+        now = list(module.parameters())
+        if len(now) != len(self._parameters) or any(
+            a is not b for a, (b, *_) in zip(now, self._parameters, strict=True)
+        ):
             raise RuntimeError(
-                f"tiled: a parameter of shape {tuple(parameter.shape)} was modified by an inplace operation "
-                "between forward and backward, which computes with it again"
+                "tiled: a parameter was replaced between forward and backward, which computes with it again"
             )
-    return [parameter for parameter, _ in noted]
+        for parameter, version, _ in self._parameters:
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"tiled: a parameter of shape {tuple(parameter.shape)} was modified by an inplace "
+                    "operation between forward and backward, which computes with it again"
+                )
+        if self._modes != [m.training for m in module.modules()]:
+            raise RuntimeError(
+                "tiled: train() or eval() was called between forward and backward, which runs the module "
+                "again"
+            )
+        return [parameter for parameter, _, trainable in self._parameters if trainable]
 
 
 def _add(sums: list[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
@@ -211,74 +231,3 @@ def _refuse_other_leaves(out: Tensor, leaves: Sequence[Tensor]) -> None:
                 "and is not a parameter of its own; make it one, or detach it"
             )
         to_visit += [function for function, _ in node.next_functions]
-
-
-class TiledLinear(nn.Module):
-    """``nn.Linear`` whose weight is ``out_tiles`` x ``in_tiles`` parameters.
-
-    Each is given its gradient, and may be moved and updated, by itself. ``state_dict`` holds ``weight`` and
-    ``bias`` as the untiled layer does, and reads them. With ``in_tiles`` = 1 the output is bit-equal to that
-    of the untiled layer wherever a matrix product does not depend on its number of columns; otherwise partial
-    products are added in the dtype of the output.
-
-    Args:
-        linear: whose weight is copied, tile by tile.
-        out_tiles, in_tiles: at most as many as it has output and input features.
-    """
-
-    def __init__(self, linear: nn.Linear, *, out_tiles: int = 1, in_tiles: int = 1) -> None:
-        super().__init__()
-        for name, tiles, features in (
-            ("out_tiles", out_tiles, linear.out_features),
-            ("in_tiles", in_tiles, linear.in_features),
-        ):
-            if not 1 <= tiles <= features:
-                raise ValueError(f"{name} must be in 1..{features}, got {tiles}")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.out_tiles, self.in_tiles = out_tiles, in_tiles
-        needs_grad = linear.weight.requires_grad
-        self.tiles = nn.ParameterList(
-            nn.Parameter(tile.detach().clone(), requires_grad=needs_grad) for tile in self._cut(linear.weight)
-        )
-        self.bias = linear.bias
-        self.register_state_dict_post_hook(_merge_tiles)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_split_tiles)  # type: ignore[no-untyped-call]
-
-    def _cut(self, weight: Tensor) -> list[Tensor]:
-        return [
-            tile for row in weight.tensor_split(self.out_tiles) for tile in row.tensor_split(self.in_tiles, 1)
-        ]
-
-    def merged_weight(self) -> Tensor:
-        """``[out, in]``, a copy."""
-        rows = (self.tiles[r : r + self.in_tiles] for r in range(0, len(self.tiles), self.in_tiles))
-        return torch.cat([torch.cat([tile.detach() for tile in row], 1) for row in rows])
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``."""
-        parts = x.tensor_split(self.in_tiles, -1)
-        outputs = []
-        for row in range(self.out_tiles):
-            tiles = self.tiles[row * self.in_tiles : (row + 1) * self.in_tiles]
-            total = nn.functional.linear(parts[0], tiles[0])
-            for part, tile in zip(parts[1:], tiles[1:], strict=True):
-                total = total + nn.functional.linear(part, tile)
-            outputs.append(total)
-        out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-        return out if self.bias is None else out + self.bias
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, tiles={self.out_tiles}x{self.in_tiles}"
-
-
-def _merge_tiles(module: TiledLinear, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for index in range(len(module.tiles)):
-        del state[f"{prefix}tiles.{index}"]
-    state[f"{prefix}weight"] = module.merged_weight()
-
-
-def _split_tiles(module: TiledLinear, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    weight = state.pop(f"{prefix}weight", None)
-    if weight is not None:
-        for index, tile in enumerate(module._cut(weight)):
-            state[f"{prefix}tiles.{index}"] = tile

@@ -6,18 +6,21 @@ it has none. Lossy treatments register themselves here as well, with ``exact=Fal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 from memtrain.optim.autograd.sites import Site
 
 KEEP = "keep"
 """The treatment that is none: the module stays as it is."""
+ROUNDINGS = 4.0
+"""Units in the last place of the largest output that still count as the same function: NewGELU writes
+gelu_tanh in five operators, and tiles may multiply matrices in another order."""
 KINDS = ("norm", "linear", "gated_mlp", "mlp", "layer")
 Forward = Callable[..., Any]
 """``forward(module, *args, **kwargs)``; a module-level function or a dataclass, so that a treated model can
@@ -78,3 +81,85 @@ def measured_bytes(function: Callable[[], Any], fixed: Iterator[Tensor], tokens:
         kept_alive = function()
     del kept_alive
     return saved.total_bytes / tokens
+
+
+def as_leaf(x: Tensor) -> Tensor:
+    """The same values, which need a gradient."""
+    return x.detach().requires_grad_()
+
+
+def refuse_hooks(module: nn.Module, name: str) -> None:
+    """Raises NotServedError where calling ``module`` does more than its class's forward."""
+    if _does_more(module):
+        raise NotServedError(f"{name} carries a hook or a forward of its own, which would be passed by")
+
+
+def _does_more(module: nn.Module) -> bool:
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+class ChangedModuleError(RuntimeError):
+    """A module was changed behind the back of the treatment that stands in for its parent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bypassed:
+    """Children whose weights or functions a treated forward uses without calling them.
+
+    What happens to them later (an adapter in their place, a hook) would be without effect, and silently so.
+    """
+
+    classes: tuple[tuple[str, type[nn.Module]], ...]
+
+    @classmethod
+    def of(cls, children: Mapping[str, nn.Module], *names: str) -> Bypassed:
+        """Those of ``children`` that are called ``names``, as they are now."""
+        return cls(tuple((name, type(children[name])) for name in names))
+
+    def check(self, parent: nn.Module) -> None:
+        """Raises ChangedModuleError if one is not what it was."""
+        for name, kind in self.classes:
+            child = getattr(parent, name)
+            if type(child) is not kind or _does_more(child):
+                raise ChangedModuleError(
+                    f"{name} of a treated {type(parent).__name__} was a plain {kind.__name__} when it was "
+                    "treated, and has been replaced or given a hook since, which would be passed by: "
+                    "revert(model), make the change, then apply_to(model)"
+                )
+
+
+def distance_ulps(got: Tensor, wanted: Tensor) -> float:
+    """Largest distance in units of the last place of the largest element."""
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return float("inf")
+    unit = torch.finfo(wanted.dtype).eps * max(float(wanted.abs().max()), torch.finfo(wanted.dtype).tiny)
+    return float((got.double() - wanted.double()).abs().max()) / unit
+
+
+def in_words(distance: float) -> str:
+    return "bit-equal" if distance == 0 else "equal within rounding"
+
+
+def same_when_training(site: Site, forward: Forward, allowed: float) -> bool:
+    """Whether a dropout sits where we think it does."""
+    dropouts = [m for m in site.module.modules() if isinstance(m, nn.Dropout)]
+    modes = [m.training for m in dropouts]
+    try:
+        results = []
+        runs: list[Callable[[Tensor], Tensor]] = [site.module, lambda x: forward(site.module, x)]
+        for run in runs:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                for dropout in dropouts:
+                    dropout.train()
+                results.append(run(site.input))
+    finally:
+        for dropout, mode in zip(dropouts, modes, strict=True):
+            dropout.training = mode
+    return distance_ulps(results[1], results[0]) <= allowed

@@ -78,13 +78,16 @@ def signed32(word: int) -> int:
     return (word & _MASK32) - ((word & 0x80000000) << 1)
 
 
-def _mix_(x: Tensor) -> Tensor:
-    """The mixer on int32, in place. torch shifts int32 arithmetically: the masks make it logical."""
-    x ^= (x >> 16) & 0xFFFF
+def mix_(x: Tensor) -> Tensor:
+    """The mixer on int32, in place: every bit of the result depends on every bit of ``x``.
+
+    torch shifts int32 arithmetically: the masks make it logical.
+    """
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= MIX_FIRST
-    x ^= (x >> 15) & 0x1FFFF
+    x ^= (x >> 15).bitwise_and_(0x1FFFF)
     x *= signed32(MIX_SECOND)
-    x ^= (x >> 16) & 0xFFFF
+    x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
 
 
@@ -99,12 +102,12 @@ def random_bits(key: RandomKey, count: int, device: torch.device | str = "cpu") 
         raise ValueError(f"random_bits: count must not be negative, got {count}")
     first, second = key.words()
     index = torch.arange(key.offset, key.offset + count, dtype=torch.int64, device=device)
-    bits = _mix_(index.to(torch.int32).add_(signed32(first)))
+    bits = mix_(index.to(torch.int32).add_(signed32(first)))
     if (key.offset + count) >> 32:
         bits ^= ((index >> 32) * _GOLDEN32 + second).to(torch.int32)
     else:
         bits ^= signed32(second)
-    return _mix_(bits)
+    return mix_(bits)
 
 
 def stochastic_round(value: Tensor, bits: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memtrain.optim.autograd.chunked_attention import chunked_attention, keep_mask
+from memtrain.optim.autograd.attention_dropout import keep_mask
+from memtrain.optim.autograd.chunked_attention import chunked_attention
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 
 B, H, K, N, M, D, E = 2, 4, 2, 11, 13, 5, 3
@@ -219,7 +220,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_memory_grows_with_the_square_root_of_the_keys() -> None:
     """Beside inputs, output, their gradients (fp32 here) and 4 bytes a query: chunks of scores."""
-    chunk, width, peaks = 16, 4, {}
+    chunk, width, peaks = 64, 4, {}
     for tokens in (64, 256, 1024):
         inputs = [torch.randn(1, 1, tokens, width, requires_grad=True) for _ in range(3)]
         with LargestTensor() as seen:

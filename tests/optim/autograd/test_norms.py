@@ -185,6 +185,17 @@ def test_views_and_changed_outputs_are_saved_as_usual() -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_an_output_changed_without_gradients_is_saved_as_it_is() -> None:
+    x, scale, weight = leaves((3, 16), torch.float32, 4)
+    y = rms_norm(x, scale, EPS)
+    with torch.no_grad():
+        y.mul_(3.0)  # leaves grad_fn alone
+    out = linear(y, weight)
+    (mine,) = gradients([out], [weight])
+    (theirs,) = gradients([F.linear(y.detach(), weight)], [weight])
+    assert torch.equal(mine, theirs)
+
+
 def test_a_changed_norm_weight_is_noticed() -> None:
     x, scale, weight = leaves((4, 8), torch.float32, 5)
     out = linear(rms_norm(x, scale, EPS), weight)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -351,6 +353,35 @@ def test_an_error_in_a_block_leaves_no_hooks_behind() -> None:
     y = inputs().sin().sum()
     assert compressor.stored_bytes == 0
     y.backward()
+
+
+def test_two_threads_in_one_block() -> None:
+    block, x = MLP(), inputs()
+    with_gradients_entered, without_left = threading.Event(), threading.Event()
+
+    def meet(*_: object) -> None:
+        if torch.is_grad_enabled():
+            with_gradients_entered.set()
+            assert without_left.wait(10)
+        else:
+            assert with_gradients_entered.wait(10)
+
+    block.up.register_forward_hook(meet)
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            block(x)
+        without_left.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        evaluation = pool.submit(evaluate)
+        y = block(x)
+        evaluation.result()
+    assert compressor.stored_bytes > 0
+    y.sum().backward()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def test_remove_without_gradients_and_copies() -> None:

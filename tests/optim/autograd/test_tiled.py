@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim.autograd.saved_bytes import SavedBytes
-from memtrain.optim.autograd.tiled import TiledLinear, tiled
+from memtrain.optim.autograd.tiled import tiled
+from memtrain.optim.autograd.tiled_linear import TiledLinear
 
 TILES = [1, 4, 7, 100, None]
 
@@ -165,12 +168,32 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
         tiled(MLP(), torch.randn(2, 6), tile_tokens=0)
 
 
-def test_a_changed_parameter_is_noticed() -> None:
-    module = MLP()
-    out = tiled(module, torch.randn(4, 6))
+def _double(module: MLP) -> None:
     with torch.no_grad():
         module.up.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+
+
+def _replace(module: MLP) -> None:
+    module.up.weight = nn.Parameter(module.up.weight.detach() * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_double, "modified by an inplace operation"),
+        (_replace, "a parameter was replaced"),
+        (lambda module: module.eval(), r"train\(\) or eval\(\) was called between"),
+        (lambda module: module.before.eval(), r"train\(\) or eval\(\) was called between"),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_change_before_backward_is_noticed(
+    change: Callable[[MLP], object], message: str, frozen: bool
+) -> None:
+    module = MLP(dropout=0.5).requires_grad_(not frozen)
+    out = tiled(module, torch.randn(4, 6, requires_grad=True))
+    change(module)
+    with pytest.raises(RuntimeError, match=message):
         out.sum().backward()
 
 

@@ -104,6 +104,11 @@ def test_damage_is_noticed() -> None:
     hurt[20:24] = 255  # the frame's own header
     with pytest.raises(DamagedWeightsError, match="damaged"):
         decode(hurt, weights.shape)
+    # A frame that says it holds 2^50 bytes must not make anybody reserve them.
+    greedy = b"\x28\xb5\x2f\xfd\xe0" + (1 << 50).to_bytes(8, "little")
+    hurt[20 : 20 + len(greedy)] = torch.tensor(list(greedy), dtype=torch.uint8)
+    with pytest.raises(DamagedWeightsError, match="holds 1125899906842624 exponents, not 5000"):
+        decode(hurt, weights.shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int16])
