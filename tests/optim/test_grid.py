@@ -357,3 +357,65 @@ def test_importing_is_lean():
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rank=1), r"parameter 'w' \(6, 5\): state 'exp_avg.value' is \(6, 2\)"),
+        (
+            dict(projection=None, rank=None, update_gap=None),
+            r"differ in \['projector.right', 'refresh.due'\]",
+        ),
+        (dict(state_dtype="bf16"), r"torch.bfloat16 is expected"),
+        (dict(master="fp32"), r"differ in \['master.master'\]"),
+        (dict(side="left"), r"differ in \['projector.left', 'projector.right'\]"),
+        (dict(residual="scaled"), r"differ in \['residual.norm'\]"),
+    ],
+)
+def test_settings_that_a_state_cannot_follow_are_refused_before_anything_is_updated(change, message):
+    """Without the look, fused AdamW would write whole moments into those of the projection."""
+    first, second = weight_of(6, 5), weight_of(6, 5)
+    optimizer = GridOptimizer([{"params": [("v", first)]}, {"params": [("w", second)]}], **GALORE)
+    run(optimizer, [first, second], 2)
+    optimizer.param_groups[1].update(change)
+    before = first.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert torch.equal(first, before)
+
+
+def test_settings_that_a_state_can_follow_are_followed():
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([weight], lr=0.0, **GALORE)
+    run(optimizer, [weight], 1)
+    optimizer.param_groups[0].update(projection="svd", update_gap=7, refresh="reset", scale=2.0)
+    run(optimizer, [weight], 3, 1)
+    assert int(optimizer.state[weight]["refresh.due"]) == 7
+
+
+def test_parameters_of_a_group_may_be_replaced_and_cast():
+    """As engines that shard parameters replace them, and model.to(bfloat16) casts them."""
+    weights = [weight_of(6, 5), weight_of(4)]
+    optimizer = GridOptimizer(weights, lr=0.1)
+    run(optimizer, weights, 2)
+    others = [weight_of(3, 7), weights[1], weight_of(2, dtype=torch.bfloat16)]
+    optimizer.param_groups[0]["params"] = others
+    run(optimizer, others, 1, 2)
+    assert [float(optimizer.state[weight]["step"]) for weight in others] == [1, 3, 1]
+    assert others[2].dtype == torch.bfloat16
+    assert not torch.equal(others[2], weight_of(2, dtype=torch.bfloat16))
+    others[0].grad, others[0].data = None, others[0].data.bfloat16()
+    run(optimizer, others, 1, 3)
+    assert others[0].dtype == torch.bfloat16
+    others[0].grad, others[0].data = None, torch.zeros(9, 7)
+    with pytest.raises(ValueError, match=r"state 'exp_avg.value' is \(3, 7\).* and \(9, 7\)"):
+        run(optimizer, others, 1, 4)
+
+
+@pytest.mark.parametrize("key", ["maximize", "amsgrad", "differentiable"])
+def test_what_would_change_the_update_is_not_ignored(key):
+    with pytest.raises(ValueError, match=f"{key}=True in a group: these optimizers have no {key}"):
+        GridOptimizer([{"params": [weight_of(6, 5)], key: True}])
+    GridOptimizer([{"params": [weight_of(6, 5)], key: False, "foreach": None}])
