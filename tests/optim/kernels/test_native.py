@@ -26,7 +26,13 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native._library.cache_clear()
 
 
+def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the time; for tests of how libraries are kept."""
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-O0"])
+
+
 def test_a_kernel_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast_compiler(monkeypatch)
     assert native.function("sign", "plain") is not None
     kept = list(fresh.iterdir())
     assert [path.suffix for path in kept] == [".so"]
@@ -44,15 +50,11 @@ def test_a_kernel_is_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.Mon
 
 
 def test_all_can_be_compiled_beforehand(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-O0"])  # that they compile is what is tested
+    fast_compiler(monkeypatch)
     names = [path.name.partition("-")[0] for path in native.compile_all()]
     assert names == sorted(path.stem for path in native._SOURCES.glob("*.cpp"))
     assert {"adamw", "adamw8bit", "sign", "split_adamw"} <= set(names)
     assert len(list(fresh.iterdir())) == len(names)
-
-
-def fast_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-O0"])
 
 
 @pytest.mark.parametrize("kept", [b"", b"not a library"])
