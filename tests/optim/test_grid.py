@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_at_a_refresh(value):
     assert bool(torch.isfinite(weight).all())
 
 
-@pytest.mark.parametrize("extra", [{}, GALORE, dict(projection="randk", density=0.5, residual="sign")])
+@pytest.mark.parametrize("extra", [GALORE, dict(projection="randk", density=0.5, residual="sign")])
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize(
     ("dtype", "master"),
