@@ -106,6 +106,7 @@ class GridOptimizer(Optimizer):
         group = self.param_groups[-1]
         group.setdefault(_STEP, 0)
         group.setdefault(_SKIPPED, 0)
+        del self._plans[len(self.param_groups) - 1 :]  # of groups that were taken out
         try:
             self._plans.append(self._plan(group))
         except (TypeError, ValueError):
@@ -195,6 +196,7 @@ class GridOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        del self._plans[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
             if not self._plans[index].holds(Settings.of_group(group), group["params"]):
                 self._renew(index)

@@ -414,6 +414,23 @@ def test_parameters_of_a_group_may_be_replaced_and_cast():
         run(optimizer, others, 1, 4)
 
 
+def test_groups_may_be_taken_out():
+    """Phases of a training do so: the other groups go on as if nothing had been."""
+    (kept, twin), gone = [weight_of(6, 5), weight_of(6, 5)], weight_of(4)
+    optimizer = GridOptimizer([{"params": [gone]}, {"params": [kept], **GALORE}], lr=0.1)
+    alone = GridOptimizer([{"params": [weight_of(4)]}, {"params": [twin], **GALORE}], lr=0.1)
+    run(optimizer, [gone, kept], 2)
+    run(alone, [twin], 2)
+    del optimizer.param_groups[0]
+    run(optimizer, [kept], 3, 2)
+    run(alone, [twin], 3, 2)
+    torch.testing.assert_close(kept, twin)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [gone]})
+    assert optimizer.state_bytes()["moments"] == 2 * 4 * 4
+    run(optimizer, [gone], 1)
+
+
 @pytest.mark.parametrize("key", ["maximize", "amsgrad", "differentiable"])
 def test_what_would_change_the_update_is_not_ignored(key):
     with pytest.raises(ValueError, match=f"{key}=True in a group: these optimizers have no {key}"):
