@@ -125,6 +125,16 @@ def test_gaussian_overlap_is_least_squares(gradient_of):
     torch.testing.assert_close(moved, projector.down(new, gradient), atol=1e-4, rtol=1e-4)
 
 
+def test_overlap_of_dependent_random_vectors():
+    """Two equal columns: what they say of a gradient within their span is still found exactly."""
+    projector = Projection(kind="rademacher", rank=2, side="left").bind(torch.Size((2, 3)))
+    old = {"left": torch.tensor([[1.0, 1.0], [-1.0, -1.0]])}
+    new = {"left": torch.tensor([[1.0, 1.0], [1.0, -1.0]])}
+    gradient = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
+    moved = projector.overlap(old, new).apply(projector.down(old, gradient))
+    torch.testing.assert_close(moved, projector.down(new, gradient))
+
+
 @pytest.mark.parametrize("kind", ["svd", "eigh"])
 @pytest.mark.parametrize("shape", SHAPES, ids=name_of)
 @pytest.mark.parametrize("side", ["left", "right", "full"])
