@@ -113,8 +113,8 @@ class Residual:
             scaling = self._scaling(low, direction, projector).mul_(self.scale**0.5)
             return self._limit_(gradient * scaling, memory)
         # Where nothing is left out, the rest is rounding, and its signs would be steps of full size.
-        whole = self.kind == "sign" and projector.low_shape.numel() == projector.shape.numel()
-        if self.kind == "none" or whole:
+        full = self.kind == "sign" and projector.low_shape.numel() == projector.shape.numel()
+        if self.kind == "none" or full:
             return projector.up(opened, direction.mul_(self.scale))
         scaling = self._scaling(low, direction, projector) if self.kind == "scaled" else None
         rest = projector.up(opened, low)
