@@ -62,6 +62,7 @@ class Cell:
             shape = _split(shape, settings.split)
         self.shape = shape
         """What is worked on: the parameter's own shape, or that of the stack it is split into."""
+        self.numel = shape.numel()
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape

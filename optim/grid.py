@@ -19,7 +19,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STEP, _SKIPPED = "step", "skipped_refreshes"
 _FOREIGN = ("params", "param_names", _STEP, _SKIPPED)
+_NOT_SERVED = ("maximize", "amsgrad", "differentiable")
+"""Of torch's optimizers: they would change the update, and groups written for those may carry them."""
+_NUMBERS = (*RULE_FIELDS, "weight_decay", "decay_order", "update_gap", "scale", "residual_scale")
+"""Settings that leave the tensors of a state as they are, and that schedulers change every step."""
 
 
 class NonFiniteGradientWarning(UserWarning):
@@ -46,12 +50,27 @@ class NonFiniteGradientWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Plan:
-    """How one group is updated; made anew when a scheduler or a loaded state changes its settings."""
+    """How one group is updated; made anew when its settings or its parameters have changed."""
 
     settings: Settings
+    parameters: list[Tensor]
     cells: list[Cell]
     paths: list[Path | None]
     offsets: list[int]
+
+    def holds(self, settings: Settings, parameters: list[Tensor]) -> bool:
+        """Whether it still is that of the group. Looked at every step: kernels that are handed a state of
+        another size than they were made for write beyond its end."""
+        return (
+            settings == self.settings
+            and len(parameters) == len(self.parameters)
+            and all(
+                parameter is known
+                and parameter.dtype is cell.dtype
+                and cell.own(parameter).numel() == cell.numel
+                for parameter, known, cell in zip(parameters, self.parameters, self.cells, strict=True)
+            )
+        )
 
 
 class Slot(NamedTuple):
@@ -116,6 +135,7 @@ class GridOptimizer(Optimizer):
         group = self.param_groups[-1]
         group.setdefault(_STEP, 0)
         group.setdefault(_SKIPPED, 0)
+        del self._plans[len(self.param_groups) - 1 :]  # of groups that were taken out
         try:
             self._plans.append(self._plan(group))
         except (TypeError, ValueError):
@@ -124,11 +144,16 @@ class GridOptimizer(Optimizer):
         rule = self._plans[-1].settings.rule_part
         # Written out, so that schedulers of betas or momentum find what they are to change.
         group.update({name: getattr(rule, name) for name in RULE_FIELDS if hasattr(rule, name)})
-        self._number(len(self.param_groups) - 1)
+        self._number()
 
-    def _number(self, group: int) -> None:
-        for place, parameter in enumerate(self.param_groups[group]["params"]):
-            self._slots[parameter] = Slot(group, place, len(self._slots))
+    def _number(self) -> None:
+        """By place in the groups, as after a resume."""
+        places = [
+            (parameter, index, place)
+            for index, group in enumerate(self.param_groups)
+            for place, parameter in enumerate(group["params"])
+        ]
+        self._slots = {each: Slot(index, place, n) for n, (each, index, place) in enumerate(places)}
 
     def _independent(self, group: dict[str, Any]) -> dict[str, Any]:
         """A group that names another rule, or no projection, does not inherit numbers that belong to the
@@ -136,6 +161,9 @@ class GridOptimizer(Optimizer):
         for key in group.keys() - self.defaults.keys() - set(_FOREIGN):
             if near := difflib.get_close_matches(key, self.defaults, n=1, cutoff=0.8):
                 raise TypeError(f"unknown setting {key!r} in a group: did you mean {near[0]!r}?")
+        for key in _NOT_SERVED:
+            if group.get(key):
+                raise ValueError(f"{key}={group[key]!r} in a group: these optimizers have no {key}")
         dropped: tuple[str, ...] = ()
         if group.get("rule", self.defaults["rule"]) != self.defaults["rule"]:
             dropped += RULE_FIELDS
@@ -166,7 +194,24 @@ class GridOptimizer(Optimizer):
             projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
             for turn, index in enumerate(projected):
                 offsets[index] = turn * settings.refresh_part.gap // len(projected)
-        return Plan(settings, cells, [path_of(cell) for cell in cells], offsets)
+        return Plan(settings, list(group["params"]), cells, [path_of(cell) for cell in cells], offsets)
+
+    def _renew(self, index: int) -> None:
+        """A group whose settings a scheduler has changed, or whose parameters were replaced, cast or added.
+
+        Raises:
+            ValueError: a state is there that was made under settings, or for a parameter, of another kind.
+        """
+        group, old = self.param_groups[index], self._plans[index]
+        plan = self._plan(group)
+        numbers = {name: getattr(plan.settings, name) for name in _NUMBERS}
+        if not old.holds(old.settings, plan.parameters) or replace(old.settings, **numbers) != plan.settings:
+            for number, parameter in enumerate(plan.parameters):
+                if self.state.get(parameter):
+                    own, cell = plan.cells[number].own(parameter), plan.cells[number]
+                    check_state(_name(group, number), self.state[parameter], cell, own)
+        self._plans[index] = plan
+        self._number()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -178,7 +223,8 @@ class GridOptimizer(Optimizer):
         """One update of every parameter that has a gradient.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse, or settings or parameters of a group have been changed in a way
+                that its states cannot follow; then nothing has been updated.
         """
         loss = None
         if closure is not None:
@@ -192,16 +238,17 @@ class GridOptimizer(Optimizer):
         return loss
 
     def replan(self) -> None:
-        """Take note of settings that a scheduler has changed, and of parameters that a wrapper has put in the
-        place of others, as accelerate does where it shards a model after its optimizer was made."""
-        if any(parameter not in self._slots for group in self.param_groups for parameter in group["params"]):
-            self._slots = {}
-            for index, group in enumerate(self.param_groups):
-                self._plans[index] = self._plan(group)
-                self._number(index)
+        """Take note of settings that a scheduler has changed, of groups taken out, and of parameters that
+        were cast, or that a wrapper has put in the place of others, as accelerate does where it shards a
+        model after its optimizer was made.
+
+        Raises:
+            ValueError: the states cannot follow.
+        """
+        del self._plans[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
-            if Settings.of_group(group) != self._plans[index].settings:
-                self._plans[index] = self._plan(group)
+            if not self._plans[index].holds(Settings.of_group(group), group["params"]):
+                self._renew(index)
 
     def cell_of(self, parameter: Tensor) -> Cell:
         """The parts that update it."""
@@ -321,18 +368,25 @@ class GridOptimizer(Optimizer):
         Tensors are copied. Settings of the groups are the saved ones, as with every torch optimizer.
 
         Raises:
-            ValueError: groups or states do not fit the parameters.
+            ValueError: groups or states do not fit the parameters; then nothing has been changed.
         """
         wrapped = {number: Verbatim.wrap(state) for number, state in state_dict["state"].items()}
-        super().load_state_dict({**state_dict, "state": wrapped})
+        before = dict(self.__dict__)
+        try:
+            super().load_state_dict({**state_dict, "state": wrapped})
+        except BaseException:
+            self.__dict__.update(before)
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._slots, self._plans, self.pending = {}, [], {}
-        for number, group in enumerate(self.param_groups):
+        self._plans, self.pending = [], {}
+        self._number()
+        for group in self.param_groups:
+            group.setdefault(_STEP, 0)
+            group.setdefault(_SKIPPED, 0)
             plan = self._plan(group)
             self._plans.append(plan)
-            self._number(number)
             for index, parameter in enumerate(group["params"]):
                 if parameter in self.state:
                     loaded = Verbatim.unwrap(self.state[parameter], parameter.device)

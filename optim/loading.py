@@ -49,13 +49,13 @@ def check_state(name: str, state: dict[str, Any], cell: Cell, parameter: Tensor)
     expected: State = cell.empty_state(parameter.detach().to("meta"))
     if missing := expected.keys() ^ state.keys():
         raise ValueError(
-            f"{name}: the state to load and the optimizer's settings differ in {sorted(missing)}: make the "
-            "optimizer with the settings that the state was saved with"
+            f"{name}: its state and its settings differ in {sorted(missing)}: a state goes on under the "
+            "settings that it was made with"
         )
     for key, tensor in expected.items():
         if (tensor.shape, tensor.dtype) != (state[key].shape, state[key].dtype):
             raise ValueError(
-                f"{name}: state {key!r} to load is {tuple(state[key].shape)} {state[key].dtype}, and "
+                f"{name}: state {key!r} is {tuple(state[key].shape)} {state[key].dtype}, and "
                 f"{tuple(tensor.shape)} {tensor.dtype} is expected: the state belongs to another model or to "
                 "other settings"
             )

@@ -34,7 +34,9 @@ class KernelLowRank(KernelPath):
             return False
         one_sided = projector.orthonormal and len(projector.sides) == 1
         fits = cell.shape[-2] * cell.shape[-1] < MAX_ELEMENTS
-        plain = residual.kind in ("none", "sign")
+        # Where the projection leaves nothing out, the sign is that of rounding: the reference takes none.
+        full = projector.low_shape.numel() == projector.shape.numel()
+        plain = residual.kind == "none" or (residual.kind == "sign" and not full)
         return one_sided and fits and plain and usual_adam(cell) and kernel_weight(cell)
 
     def takes(self, weight: Tensor, gradient: Tensor) -> bool:

@@ -58,12 +58,17 @@ class _Projected(GridOptimizer):
 
     names: ClassVar[dict[str, str]] = {"update_proj_gap": "update_gap", "proj_type": "side"}
     """The authors' names of settings."""
+    of_constructor: ClassVar[dict[str, str]] = {}
+    """Arguments that stand for several settings, or none, and what to say instead in a group."""
 
     def __init__(self, params: Iterable[Any], lr: float | Tensor, **settings: Any) -> None:
         super().__init__(params, lr, **self._translated(settings))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """See :class:`GridOptimizer`; also with the authors' names."""
+        for name, instead in self.of_constructor.items():
+            if name in param_group:
+                raise TypeError(f"{name!r} is an argument of {type(self).__name__}: in a group {instead}")
         group = self._translated(param_group)
         sizes = [{**self.defaults, **group}.get(name) for name in ("rank", "density")]
         if sizes == [None, None]:
@@ -96,6 +101,7 @@ class GaLore(_Projected):
         ValueError: also a setting that compat contradicts.
     """
 
+    of_constructor: ClassVar[dict[str, str]] = {"compat": "leave it out, it holds for all of them"}
     _fp32_only = False
 
     def __init__(
@@ -132,6 +138,9 @@ class GaLore(_Projected):
             proj_type=proj_type,
             **{"projection": "power", **settings},
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_fp32_only": self._fp32_only}
 
     def _plan(self, group: dict[str, Any]) -> Plan:
         others = {parameter.dtype for parameter in group["params"]} - {torch.float32}
@@ -181,6 +190,11 @@ class FRUGAL(_Projected):
         "proj_params_lr_scale": "scale",
         "inactive_lr_scale": "residual_scale",
         "proj_side": "side",
+    }
+    of_constructor: ClassVar[dict[str, str]] = {
+        "inactive_update_rule": "say residual='sign', 'sgd' or 'none'",
+        "reset_statistics": "say refresh='reset', 'keep' or 'rotate'",
+        "is_proj_params": "say density=None where nothing is to be projected",
     }
     _RULES: ClassVar[dict[str, str]] = {"sign_sgd": "sign", "sgd": "sgd", "no": "none"}
 

@@ -30,6 +30,7 @@ _PROJECTION_FIELDS = ("rank", "density", "side", "basis_dtype")
 _REFRESH_FIELDS = ("refresh", "update_gap", "spread", "lazy")
 _RESIDUAL_FIELDS = ("residual", "scale", "residual_scale", "granularity", "limiter")
 PROJECTED_FIELDS = (*_PROJECTION_FIELDS, *_REFRESH_FIELDS, *_RESIDUAL_FIELDS, *_NATURAL_FIELDS, "split")
+_WHOLE_NUMBERS = ("rank", "split", "update_gap", "history", "seed")
 NO_LIMIT = 0.0
 """``limiter`` of a group that wants none; None means the default."""
 
@@ -83,6 +84,11 @@ class Settings:
     """``reference``: never a fused path; for comparison."""
 
     def __post_init__(self) -> None:
+        for name in _WHOLE_NUMBERS:
+            if not isinstance(value := getattr(self, name), int | None):
+                raise ValueError(f"{name} must be an int, got {value!r}")
+        if self.betas is not None and len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas}")
         if self.rule not in RULES:
             raise ValueError(f"rule {self.rule!r} is unknown: one of {', '.join(RULES)}")
         if not self.weight_decay >= 0:

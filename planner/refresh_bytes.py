@@ -50,33 +50,44 @@ def refresh_workspace_bytes(
     if kind == "semi_orthogonal":
         decomposed = (2 * d * r + r * r) * matrices * FP32_BYTES  # the argument, Q and R
         return max(_drawn(d * r * matrices), decomposed) + _qr(d, r)
-    widened = 0 if element_bytes == FP32_BYTES else m * n
+    item_bytes = _item_bytes(settings) if kind == "power" else FP32_BYTES
+    # The gradient in the dtype that the products run in.
+    copied = 0 if element_bytes == item_bytes else m * n * item_bytes * matrices
     if kind == "svd":
         # U, the values, V; inside, 4 k^2 + 7 k, a copy, and one more of a tall matrix.
         k = min(m, n)
         inside = m * n * (2 if m > n else 1) + 4 * k * k + 7 * k
-        return ((widened + k * (m + n + 1)) * matrices + inside) * FP32_BYTES
+        return copied + (k * (m + n + 1) * matrices + inside) * FP32_BYTES
     if kind == "eigh":
         # The Gram matrix, vectors, values; inside, 2 d^2 + 6 d + 1.
-        return ((widened + 2 * d * d + d) * matrices + 2 * d * d + 6 * d + 1) * FP32_BYTES
-    copied = first or settings.basis_dtype != "fp32"
-    needed = max(_power_elements(side, m + n - side, r, copied) for side in low.sides)
-    tensors = (widened + needed) * matrices * FP32_BYTES
+        return copied + ((2 * d * d + d) * matrices + 2 * d * d + 6 * d + 1) * FP32_BYTES
+    needed = matrices * max(_power_bytes(side, m + n - side, r, item_bytes, first) for side in low.sides)
     if first:
-        sketch = matrices * max(m + n - side for side in low.sides) * r
-        tensors = max(tensors, widened * matrices * FP32_BYTES + _drawn(sketch))
-    return tensors + _qr(d, r)
+        needed = max(needed, _drawn(matrices * max(m + n - side for side in low.sides) * r))
+    return copied + needed + _qr(d, r)
 
 
-def _power_elements(d: int, other: int, r: int, copied: bool) -> int:
-    """One power iteration; a basis that is no stored fp32 one is a tensor of its own."""
-    decomposing = 2 * d * r + r * r
-    normalising = 2 * other * r + 2  # the product before and after, its largest entry twice
-    multiplying = other * r + d * r
-    return (d * r if copied else 0) + max(decomposing, normalising, multiplying)
+def _item_bytes(settings: GridSettings) -> int:
+    return FP32_BYTES if settings.basis_dtype == "fp32" else FP32_BYTES // 2
+
+
+def _power_bytes(d: int, other: int, r: int, item_bytes: int, first: bool) -> int:
+    """One power iteration; the first of all starts from a random tensor of its own."""
+    decomposing = _orthonormal_elements(d, r) * FP32_BYTES
+    multiplying = (other + d) * r * item_bytes
+    widening = d * r * (item_bytes + FP32_BYTES) if item_bytes != FP32_BYTES else 0
+    basis = max(d, other) * r * item_bytes if first else 0
+    return basis + max(decomposing, multiplying, widening)
+
+
+def _orthonormal_elements(d: int, r: int) -> int:
+    """CholeskyQR2: argument, Q of the first pass, Gram matrix, factor, scale as vector and matrix, inverse,
+    and two numbers."""
+    return 2 * d * r + 4 * r * r + r + 2
 
 
 def _qr(d: int, r: int) -> int:
+    """Inside Householder's QR, to which dependent columns go."""
     return d * r // 3 * FP32_BYTES
 
 

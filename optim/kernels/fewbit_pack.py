@@ -60,6 +60,7 @@ def _fewbit_forward_kernel(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    strip = tl.cast(strip, tl.int64)  # eight of them may be more than 2^31 values
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = byte[None, :] < strip
     part = tl.arange(0, 8)[:, None]
@@ -100,6 +101,7 @@ def _fewbit_backward_kernel(
     BITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    strip = tl.cast(strip, tl.int64)  # eight of them may be more than 2^31 values
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = byte[None, :] < strip
     part = tl.arange(0, 8)[:, None]

@@ -52,7 +52,7 @@ def _int8_weight_gradient_kernel(
         scales = tl.load(scales_ptr + scale_place, mask=token < tokens, other=0.0).to(tl.float32)
         x = unpack_codes(codes, scales[:, None]).to(dy.dtype)
         total = tl.dot(tl.trans(dy), x, total)
-    target = gradient_ptr + output[:, None] * inputs + place[None, :]
+    target = gradient_ptr + output[:, None].to(tl.int64) * inputs + place[None, :]
     tl.store(target, total, mask=output[:, None] < outputs)
 
 

@@ -46,7 +46,7 @@ _TIMEOUT_SECONDS = 300.0
 
 
 class NativeKernelWarning(RuntimeWarning):
-    """A CPU kernel could not be compiled and runs as plain torch, ten to twenty times slower."""
+    """A CPU kernel could not be compiled or loaded and runs as plain torch, ten to twenty times slower."""
 
 
 class Values(ctypes.Structure):
@@ -157,12 +157,18 @@ def function(source: str, name: str) -> Callable[..., None] | None:
 @functools.cache
 def _library(source: str) -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL(str(_compiled(source)))
-    except (OSError, subprocess.SubprocessError) as error:
+        path = _compiled(source)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            # A machine that died, or a disk that was full, may have left half a library.
+            path.unlink(missing_ok=True)
+            return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
         said = getattr(error, "stderr", None) or error
         warnings.warn(
-            f"the CPU kernel {source} could not be compiled and runs as plain torch, ten to twenty times "
-            "slower; install g++ or set CXX. " + str(said).strip()[-500:],
+            f"the CPU kernel {source} could not be compiled or loaded and runs as plain torch, ten to twenty "
+            "times slower; install g++ or set CXX. " + str(said).strip()[-500:],
             NativeKernelWarning,
             stacklevel=4,
         )
@@ -180,7 +186,7 @@ def _compiled(source: str) -> Path:
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             made = Path(directory) / path.name
             command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+            _run(command, timeout=_TIMEOUT_SECONDS)
             made.replace(path)  # whole or not at all, also when several processes compile
     return path
 
@@ -198,11 +204,19 @@ def cache_directory() -> Path:
 
 def _digest(source: str, compiler: str) -> str:
     """Of all that the binary depends on."""
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    version = _run([compiler, "--version"], timeout=_TIMEOUT_SECONDS)
     parts = [*_FLAGS, compiler, version, _processor()]
     for file in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{source}.cpp"):
         parts.append(file.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _run(command: list[str], *, timeout: float) -> str:
+    """What it printed. Compilers quote in the user's language, and Python may be in another."""
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=timeout
+    )
+    return done.stdout
 
 
 def _processor() -> str:

@@ -61,7 +61,7 @@ def _wta_gradient_kernel(
         )
         weighted = (dy.to(tl.float32) * factor[:, None]).to(dy.dtype)
         total = tl.dot(tl.trans(weighted), kept, total, input_precision=PRECISION)
-    target = gradient_ptr + output[:, None] * inputs + place[None, :]
+    target = gradient_ptr + output[:, None].to(tl.int64) * inputs + place[None, :]
     tl.store(target, total, mask=(output[:, None] < outputs) & (place[None, :] < inputs))
 
 

@@ -77,8 +77,9 @@ class MatrixProjector:
         overlap = new.mT @ old
         if self.orthonormal:
             return overlap
-        solved: Tensor = torch.linalg.solve(old.mT @ old, overlap, left=False)
-        return solved
+        # Not solve(): few random signs are often dependent, and then the Gram matrix is singular.
+        least_squares: Tensor = overlap @ torch.linalg.pinv(old.mT @ old, hermitian=True)
+        return least_squares
 
 
 def _sides(projection: Projection, shape: torch.Size) -> tuple[str, ...]:

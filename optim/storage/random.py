@@ -83,11 +83,11 @@ def mix_(x: Tensor) -> Tensor:
 
     torch shifts int32 arithmetically: the masks make it logical.
     """
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x ^= (x >> 16) & 0xFFFF
     x *= MIX_FIRST
-    x ^= (x >> 15).bitwise_and_(0x1FFFF)
+    x ^= (x >> 15) & 0x1FFFF
     x *= signed32(MIX_SECOND)
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
+    x ^= (x >> 16) & 0xFFFF
     return x
 
 

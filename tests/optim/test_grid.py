@@ -217,7 +217,7 @@ def test_a_gradient_that_is_not_finite_at_a_refresh(value):
     assert bool(torch.isfinite(weight).all())
 
 
-@pytest.mark.parametrize("extra", [{}, GALORE, dict(projection="randk", density=0.5, residual="sign")])
+@pytest.mark.parametrize("extra", [GALORE, dict(projection="randk", density=0.5, residual="sign")])
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "int8", "int4"])
 @pytest.mark.parametrize(
     ("dtype", "master"),
@@ -301,6 +301,10 @@ def test_zero_grad_and_repr_are_torch_s():
         (dict(master="bf16"), ValueError, "bf16"),
         (dict(master="split24"), TypeError, "split24.*float32"),
         (dict(seed=-1), ValueError, "seed must be in"),
+        (dict(seed=1.5), ValueError, "seed must be an int, got 1.5"),
+        (dict(projection="power", rank=2.0), ValueError, "rank must be an int, got 2.0"),
+        (dict(projection="power", rank=2, update_gap=2.5), ValueError, "update_gap must be an int, got 2.5"),
+        (dict(betas=(0.9,)), ValueError, r"betas must be two numbers, got \(0.9,\)"),
         (dict(path="fast"), ValueError, "path must be auto or reference"),
         (dict(decay_order="during"), ValueError, "decay_order must be before or after"),
         (dict(**GALORE, split=0), ValueError, "split must be at least 1"),
@@ -357,3 +361,82 @@ def test_importing_is_lean():
         "assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(rank=1), r"parameter 'w' \(6, 5\): state 'exp_avg.value' is \(6, 2\)"),
+        (
+            dict(projection=None, rank=None, update_gap=None),
+            r"differ in \['projector.right', 'refresh.due'\]",
+        ),
+        (dict(state_dtype="bf16"), r"torch.bfloat16 is expected"),
+        (dict(master="fp32"), r"differ in \['master.master'\]"),
+        (dict(side="left"), r"differ in \['projector.left', 'projector.right'\]"),
+        (dict(residual="scaled"), r"differ in \['residual.norm'\]"),
+    ],
+)
+def test_settings_that_a_state_cannot_follow_are_refused_before_anything_is_updated(change, message):
+    """Without the look, fused AdamW would write whole moments into those of the projection."""
+    first, second = weight_of(6, 5), weight_of(6, 5)
+    optimizer = GridOptimizer([{"params": [("v", first)]}, {"params": [("w", second)]}], **GALORE)
+    run(optimizer, [first, second], 2)
+    optimizer.param_groups[1].update(change)
+    before = first.detach().clone()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert torch.equal(first, before)
+
+
+def test_settings_that_a_state_can_follow_are_followed():
+    weight = weight_of(6, 5)
+    optimizer = GridOptimizer([weight], lr=0.0, **GALORE)
+    run(optimizer, [weight], 1)
+    optimizer.param_groups[0].update(projection="svd", update_gap=7, refresh="reset", scale=2.0)
+    run(optimizer, [weight], 3, 1)
+    assert int(optimizer.state[weight]["refresh.due"]) == 7
+
+
+def test_parameters_of_a_group_may_be_replaced_and_cast():
+    """As engines that shard parameters replace them, and model.to(bfloat16) casts them."""
+    weights = [weight_of(6, 5), weight_of(4)]
+    optimizer = GridOptimizer(weights, lr=0.1)
+    run(optimizer, weights, 2)
+    others = [weight_of(3, 7), weights[1], weight_of(2, dtype=torch.bfloat16)]
+    optimizer.param_groups[0]["params"] = others
+    run(optimizer, others, 1, 2)
+    assert [float(optimizer.state[weight]["step"]) for weight in others] == [1, 3, 1]
+    assert others[2].dtype == torch.bfloat16
+    assert not torch.equal(others[2], weight_of(2, dtype=torch.bfloat16))
+    others[0].grad, others[0].data = None, others[0].data.bfloat16()
+    run(optimizer, others, 1, 3)
+    assert others[0].dtype == torch.bfloat16
+    others[0].grad, others[0].data = None, torch.zeros(9, 7)
+    with pytest.raises(ValueError, match=r"state 'exp_avg.value' is \(3, 7\).* and \(9, 7\)"):
+        run(optimizer, others, 1, 4)
+
+
+def test_groups_may_be_taken_out():
+    """Phases of a training do so: the other groups go on as if nothing had been."""
+    (kept, twin), gone = [weight_of(6, 5), weight_of(6, 5)], weight_of(4)
+    optimizer = GridOptimizer([{"params": [gone]}, {"params": [kept], **GALORE}], lr=0.1)
+    alone = GridOptimizer([{"params": [weight_of(4)]}, {"params": [twin], **GALORE}], lr=0.1)
+    run(optimizer, [gone, kept], 2)
+    run(alone, [twin], 2)
+    del optimizer.param_groups[0]
+    run(optimizer, [kept], 3, 2)
+    run(alone, [twin], 3, 2)
+    torch.testing.assert_close(kept, twin)
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [gone]})
+    assert optimizer.state_bytes()["moments"] == 2 * 4 * 4
+    run(optimizer, [gone], 1)
+
+
+@pytest.mark.parametrize("key", ["maximize", "amsgrad", "differentiable"])
+def test_what_would_change_the_update_is_not_ignored(key):
+    with pytest.raises(ValueError, match=f"{key}=True in a group: these optimizers have no {key}"):
+        GridOptimizer([{"params": [weight_of(6, 5)], key: True}])
+    GridOptimizer([{"params": [weight_of(6, 5)], key: False, "foreach": None}])

@@ -78,11 +78,26 @@ def test_states_of_other_settings_or_models_are_refused():
     run(optimizer, [weight], 1)
     saved = optimizer.state_dict()
     other = GridOptimizer([("w", weight_of(7, 5))], **GALORE)
-    with pytest.raises(ValueError, match=r"parameter 'w' \(7, 5\): state 'exp_avg.value' to load is"):
+    with pytest.raises(ValueError, match=r"parameter 'w' \(7, 5\): state 'exp_avg.value' is"):
         other.load_state_dict(saved)
     saved["state"][0].pop("exp_avg_sq.value")
     with pytest.raises(ValueError, match=r"differ in \['exp_avg_sq.value'\]"):
         GridOptimizer([("w", weight_of(6, 5))], **GALORE).load_state_dict(saved)
+
+
+def test_a_state_that_is_refused_changes_nothing():
+    weights, twins = [[weight_of(6, 5), weight_of(4)] for _ in range(2)]
+    optimizer, twin = (GridOptimizer(each, lr=0.1, **GALORE) for each in (weights, twins))
+    for each, parameters in ((optimizer, weights), (twin, twins)):
+        run(each, parameters, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][1].pop("exp_avg.value")
+    saved["param_groups"][0]["lr"] = 7.0
+    with pytest.raises(ValueError, match="differ in"):
+        optimizer.load_state_dict(saved)
+    for each, parameters in ((optimizer, weights), (twin, twins)):
+        run(each, parameters, 3, 2)
+    assert all(torch.equal(a, b) for a, b in zip(weights, twins, strict=True))
 
 
 @pytest.mark.parametrize("flat", [False, True])

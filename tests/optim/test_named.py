@@ -1,5 +1,7 @@
 """Names and groups of the well-known optimizers; that they work is for test_common.py."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,27 @@ def test_two_names_for_one_setting_are_refused():
         FRUGAL([matrix()], inactive_update_rule="adam")
     with pytest.raises(ValueError, match=r"inactive_lr_scale=0.5: with inactive_update_rule='no'"):
         FRUGAL([matrix()], inactive_update_rule="no", inactive_lr_scale=0.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "instead"),
+    [
+        (GaLore, "compat", "leave it out"),
+        (FRUGAL, "inactive_update_rule", "say residual="),
+        (FRUGAL, "reset_statistics", "say refresh="),
+        (FRUGAL, "is_proj_params", "say density=None"),
+    ],
+)
+def test_arguments_of_the_constructor_are_not_ignored_in_a_group(make, key, instead):
+    with pytest.raises(TypeError, match=f"'{key}' is an argument of {make.__name__}: in a group {instead}"):
+        make([{"params": [matrix()], "rank": 4, key: True}])
+
+
+def test_compat_outlives_a_copy():
+    optimizer = copy.deepcopy(GaLore([matrix()], rank=4, compat="galore-1.0"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match="is for fp32 parameters"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8, 8).bfloat16())], "rank": 2})
 
 
 def test_bytes_of_a_matrix_by_hand():

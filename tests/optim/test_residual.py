@@ -51,6 +51,17 @@ def test_sign_and_sgd_add_their_rule_of_the_rest(kind, parts):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("shape", [SHAPE, (1, 5)])
+def test_the_sign_of_rounding_is_no_residual(shape):
+    """A projection on everything leaves nothing out, and what is left of the difference is rounding."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    projector = Projection(kind="svd", rank=min(shape)).bind(torch.Size(shape))
+    opened = opened_of(projector, gradient)
+    low = projector.down(opened, gradient)
+    found = combine(Residual(kind="sign"), (gradient, low, low, projector, opened))
+    torch.testing.assert_close(found, gradient)
+
+
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_scaled_and_scale_only_use_the_ratio_of_norms(granularity, parts):
     gradient, low, direction, projector, opened = parts

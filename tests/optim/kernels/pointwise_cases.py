@@ -11,8 +11,16 @@ from torch import Tensor
 from memtrain.optim.kernels.pointwise import Keys, Operands
 from memtrain.optim.storage import RandomKey, master_format, state_format
 
-SHAPES = [(5, 123), (1, 1), (0, 8), (3, 300)]
+SHAPES = [(1, 1), (0, 8), (3, 401)]
+"""The last is one program of the Triton kernels and a bit, and nine 8-bit blocks and a bit."""
 WEIGHTS = [(torch.float32, "none"), (torch.bfloat16, "none"), (torch.bfloat16, "split24")]
+OPERANDS = [
+    (torch.float32, "none", torch.float32),
+    (torch.float32, "none", torch.bfloat16),
+    (torch.bfloat16, "none", torch.bfloat16),
+    (torch.bfloat16, "split24", torch.float32),
+]
+"""Weight, master, gradient: every kind of weight, and gradients of its dtype and of the other."""
 
 
 def make_keys(step: int = 3) -> Keys:

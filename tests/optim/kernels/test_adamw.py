@@ -12,7 +12,7 @@ import torch
 from memtrain.optim.kernels import adamw, adamw8bit
 from memtrain.optim.kernels.pointwise import FP32, RANDOM_BF16, SPLIT24, AdamStep, Operands
 from memtrain.optim.storage import state_format
-from tests.optim.kernels.pointwise_cases import SHAPES, WEIGHTS, Case, assert_same, make_keys
+from tests.optim.kernels.pointwise_cases import OPERANDS, SHAPES, WEIGHTS, Case, assert_same, make_keys
 from tests.optim.kernels.traffic import count_traffic
 
 STEP = AdamStep(lr=1e-2, step=5, weight_decay=0.1, eps=1e-7)
@@ -55,8 +55,7 @@ def test_reference_is_torchs_adamw() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("state", FORMATS)
-@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dtype", "master"), WEIGHTS)
+@pytest.mark.parametrize(("dtype", "master", "gradient_dtype"), OPERANDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paths_agree_with_the_reference(
     path: str,

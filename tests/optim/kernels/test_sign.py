@@ -10,7 +10,7 @@ import torch
 from memtrain.optim.kernels import sign
 from memtrain.optim.kernels.pointwise import FP32, RANDOM_BF16, SPLIT24, Operands
 from memtrain.optim.kernels.sign import LionStep, PlainStep
-from tests.optim.kernels.pointwise_cases import SHAPES, WEIGHTS, Case, assert_same
+from tests.optim.kernels.pointwise_cases import OPERANDS, SHAPES, WEIGHTS, Case, assert_same
 from tests.optim.kernels.traffic import count_traffic
 
 LION = LionStep(lr=1e-2, weight_decay=0.1)
@@ -36,8 +36,7 @@ def test_references_worked_out_by_hand() -> None:
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("rule", ["sign", "sgd"])
-@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dtype", "master"), WEIGHTS)
+@pytest.mark.parametrize(("dtype", "master", "gradient_dtype"), OPERANDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_paths_agree_with_the_reference(
     path: str,

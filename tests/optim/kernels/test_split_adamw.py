@@ -58,10 +58,9 @@ def test_it_is_adamw_on_the_active_part_and_the_rest_on_the_rest(axis: split_ada
 
 @AXES
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("rule", ["sign", "sgd"])
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
+@pytest.mark.parametrize(("rule", "state"), [("sign", "fp32"), ("sgd", "bf16")])
 @pytest.mark.parametrize(("dtype", "master"), WEIGHTS)
-@pytest.mark.parametrize("shape", [(5, 123), (1, 1), (0, 8), (9, 700)])
+@pytest.mark.parametrize("shape", [(1, 1), (0, 8), (9, 700)])
 def test_paths_agree_with_the_reference(
     path: str,
     axis: split_adamw.Axis,

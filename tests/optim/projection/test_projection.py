@@ -11,14 +11,12 @@ from tests.optim.live_tensors import LiveTensors
 
 KEY = RandomKey(seed=1, parameter=2, step=3)
 CPU = torch.device("cpu")
-SHAPES = [(12, 7), (7, 12), (8, 8), (3, 6, 10)]
+SHAPES = [(12, 7), (7, 12), (3, 6, 10)]
 MATRIX_KINDS = sorted(SPECTRAL | RANDOM)
 CASES = [
     *(
         (dict(kind=kind, rank=3, side=side), shape)
-        for kind, side, shape in product(
-            MATRIX_KINDS, ("std", "reverse_std", "left", "right", "full"), SHAPES
-        )
+        for kind, side, shape in product(MATRIX_KINDS, ("left", "right", "full"), SHAPES)
     ),
     *((dict(kind=kind, density=0.5), shape) for kind, shape in product(sorted(COORDINATE), SHAPES)),
 ]
@@ -65,6 +63,22 @@ def test_shapes_bytes_and_orthogonality(fields, shape, gradient_of):
         assert untouched == [size for i, size in enumerate(shape) if i != len(shape) + axis]
 
 
+@pytest.mark.parametrize(
+    ("side", "shape", "low"),
+    [
+        ("std", (12, 7), (12, 3)),
+        ("std", (7, 12), (3, 12)),
+        ("std", (8, 8), (8, 3)),  # galore-torch shortens columns where both sides are equal
+        ("std", (2, 7, 12), (2, 3, 12)),
+        ("reverse_std", (12, 7), (3, 7)),
+        ("reverse_std", (7, 12), (7, 3)),
+        ("reverse_std", (8, 8), (3, 8)),
+    ],
+)
+def test_which_side_is_shortened(side, shape, low):
+    assert Projection(kind="svd", rank=3, side=side).bind(torch.Size(shape)).low_shape == low
+
+
 @pytest.mark.parametrize(("fields", "shape"), CASES, ids=name_of)
 def test_a_refresh_follows_from_its_key(fields, shape, gradient_of):
     projector = Projection(**fields).bind(torch.Size(shape))
@@ -109,6 +123,16 @@ def test_gaussian_overlap_is_least_squares(gradient_of):
     gradient = old["left"] @ gradient_of((4, 6))
     moved = projector.overlap(old, new).apply(projector.down(old, gradient))
     torch.testing.assert_close(moved, projector.down(new, gradient), atol=1e-4, rtol=1e-4)
+
+
+def test_overlap_of_dependent_random_vectors():
+    """Two equal columns: what they say of a gradient within their span is still found exactly."""
+    projector = Projection(kind="rademacher", rank=2, side="left").bind(torch.Size((2, 3)))
+    old = {"left": torch.tensor([[1.0, 1.0], [-1.0, -1.0]])}
+    new = {"left": torch.tensor([[1.0, 1.0], [1.0, -1.0]])}
+    gradient = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0]])
+    moved = projector.overlap(old, new).apply(projector.down(old, gradient))
+    torch.testing.assert_close(moved, projector.down(new, gradient))
 
 
 @pytest.mark.parametrize("kind", ["svd", "eigh"])
@@ -253,7 +277,9 @@ def test_bf16_basis_halves_the_bytes_and_stays_near_orthonormal(gradient_of):
 
 
 BF16_CASES = [
-    ({**fields, "basis_dtype": "bf16"}, shape) for fields, shape in CASES if fields["kind"] not in COORDINATE
+    ({**fields, "basis_dtype": "bf16"}, shape)
+    for fields, shape in CASES
+    if fields["kind"] not in COORDINATE and len(shape) == 2
 ]
 
 

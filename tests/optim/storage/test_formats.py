@@ -15,7 +15,7 @@ from memtrain.optim.storage import RandomKey, blocks, state_format
 from memtrain.optim.storage.formats import Stored
 
 NAMES = ["fp32", "bf16", "int8", "int4"]
-SHAPES = [(), (0,), (1,), (127,), (128,), (129,), (3, 0, 5), (5, 123), (2, 3, 129)]
+SHAPES = [(), (3, 0, 5), (128,), (5, 123)]
 SIGNED = pytest.mark.parametrize("signed", [True, False])
 
 
