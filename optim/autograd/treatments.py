@@ -143,6 +143,7 @@ def distance_ulps(got: Tensor, wanted: Tensor) -> float:
 
 
 def in_words(distance: float) -> str:
+    """For the table of what was done; 0 is to the bit."""
     return "bit-equal" if distance == 0 else "equal within rounding"
 
 
