@@ -90,7 +90,7 @@ class Cell:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
         weight = weight.detach().view(self.shape)
-        state: State = {STEP: torch.zeros(())}
+        state: State = {STEP: torch.zeros((), dtype=torch.float32)}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
         _put(state, "master", self.master.empty(weight))

@@ -30,6 +30,6 @@ def norm_of(parts: list[tuple[Tensor, Any]]) -> Tensor:
 
 def _joined(norms: list[Tensor]) -> Tensor:
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
     return norm

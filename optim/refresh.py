@@ -60,7 +60,7 @@ class RefreshPolicy:
         stored = {DUE: torch.zeros((), dtype=torch.int64)}
         if self.lazy:
             stored[GAP] = torch.full((), self.gap, dtype=torch.int64)
-            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET)
+            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET, dtype=torch.float32)
         return stored
 
     def size_bytes(self) -> int:
@@ -82,7 +82,8 @@ class RefreshPolicy:
         gap = self.gap
         if self.lazy:
             if cosine is not None:
-                stored[COSINES].copy_(torch.cat((stored[COSINES][1:], torch.tensor([cosine]))))
+                stored[COSINES].copy_(stored[COSINES].roll(-1))
+                stored[COSINES][-1] = cosine
             if bool((stored[COSINES] >= 0).all()) and float(stored[COSINES].mean()) >= LAZY_THRESHOLD:
                 stored[GAP].mul_(LAZY_GROWTH)
             gap = int(stored[GAP])

@@ -87,7 +87,9 @@ class Residual:
 
     def empty(self, projector: Projector, device: torch.device | str) -> Stored:
         """The last norm of each matrix, fp32, where there is a limiter; zero: no step yet."""
-        return {NORM: torch.zeros(projector.shape[:-2], device=device)} if self._limits else {}
+        if not self._limits:
+            return {}
+        return {NORM: torch.zeros(projector.shape[:-2], dtype=torch.float32, device=device)}
 
     def size_bytes(self, projector: Projector) -> int:
         """Of :meth:`empty`."""

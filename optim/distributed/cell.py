@@ -103,7 +103,7 @@ class ShardedCell(Cell):
 
     def extremes(self, gradient: Tensor) -> tuple[float, float]:
         """See :class:`Cell`; the answer is the same in all processes."""
-        ends = torch.full((2,), -torch.inf, device=gradient.device)
+        ends = torch.full((2,), -torch.inf, dtype=torch.float32, device=gradient.device)
         if gradient.numel():
             least, largest = gradient.float().aminmax()
             ends = torch.stack((-least, largest))

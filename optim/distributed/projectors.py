@@ -205,7 +205,7 @@ class ShardedCoordinates(CoordinateProjector):
         if self.low_is_sharded:
             return super().down(opened, gradient)
         here, index = self._here(opened)
-        low = torch.zeros(self.low_shape, device=gradient.device)
+        low = torch.zeros(self.low_shape, dtype=torch.float32, device=gradient.device)
         low[here] = self._laid_out(gradient)[index].float()
         return low
 
@@ -214,7 +214,7 @@ class ShardedCoordinates(CoordinateProjector):
         if self.low_is_sharded:
             return super().up(opened, low)
         here, index = self._here(opened)
-        full = torch.zeros(self.shape, device=low.device)
+        full = torch.zeros(self.shape, dtype=torch.float32, device=low.device)
         self._laid_out(full)[index] = low[here].float()
         return full
 
