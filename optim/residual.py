@@ -113,8 +113,7 @@ class Residual:
             memory: what :meth:`empty` gave; updated in place.
         """
         # Where nothing is left out, the rest is rounding, and its signs would be steps of full size.
-        full = self.kind == "sign" and projector.low_shape.numel() == projector.shape.numel()
-        if self.kind == "none" or full:
+        if self.kind == "none" or (self.kind == "sign" and projector.complete):
             return projector.up(opened, direction.mul_(self.scale))
         assert gradient is not None
         if self.kind == "scale_only":

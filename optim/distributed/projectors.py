@@ -209,13 +209,12 @@ class ShardedCoordinates(CoordinateProjector):
         low[here] = self._laid_out(gradient)[index].float()
         return low
 
-    def up(self, opened: Stored, low: Tensor) -> Tensor:
-        """See :class:`Projector`."""
+    def write_(self, full: Tensor, opened: Stored, low: Tensor) -> Tensor:
+        """See :class:`CoordinateProjector`; the entries that this process has."""
         if self.low_is_sharded:
-            return super().up(opened, low)
+            return super().write_(full, opened, low)
         here, index = self._here(opened)
-        full = torch.zeros(self.shape, dtype=torch.float32, device=low.device)
-        self._laid_out(full)[index] = low[here].float()
+        self._laid_out(full)[index] = low[here]
         return full
 
     def _here(self, opened: Stored) -> tuple[Tensor, Tensor]:

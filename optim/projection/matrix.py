@@ -37,6 +37,7 @@ class MatrixProjector:
         rows = self.rank if LEFT in self.sides else m
         columns = self.rank if RIGHT in self.sides else n
         self.low_shape = torch.Size((*batch, rows, columns))
+        self.complete = self.low_shape.numel() == shape.numel()
         self.low_axis = None if len(self.sides) == 2 else (-2 if LEFT in self.sides else -1)
 
     def basis_shape(self, side: str) -> tuple[int, ...]:

@@ -76,6 +76,10 @@ EQUAL_BITS: dict[str, dict[str, Any]] = {
         "residual": "sign",
     },
     "gaussian": {"projection": "gaussian", "side": "right", "rank": 9, "update_gap": 2},
+    # As many entries are chosen as a process has, which leaves most of the gradient out all the same.
+    "randk": {"projection": "randk", "density": 0.34, "update_gap": 2, "residual": "sign"},
+    "rows": {"projection": "rows", "rank": 17, "update_gap": 2, "residual": "sign"},
+    "block": {"projection": "block", "rank": 17, "update_gap": 2, "residual": "sign"},
 }
 """On equal gradients, where nothing is summed."""
 FOR_TWO_ROWS = ["8-bit AdamW", "4-bit AdamW", "split master"]
