@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.distributed.rows import Rows
-from memtrain.optim.projection.base import MatrixOverlap, Overlap, ProjectionError, Projector, Stored
+from memtrain.optim.projection.base import ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
@@ -74,20 +74,6 @@ class _ShardedMatrix(MatrixProjector):
         self.dimensions = {LEFT: rows.count, RIGHT: shape[1]}
         if self.low_is_sharded:
             self.low_shape = torch.Size((rows.count, self.low_shape[1]))
-
-    def overlap(self, old: Stored, new: Stored) -> Overlap:
-        """See :class:`MatrixProjector`; products over rows are summed."""
-        return MatrixOverlap(
-            **{side: self._summed_overlap(side, old[side], new[side]) for side in self.sides}
-        )
-
-    def _summed_overlap(self, side: str, old: Tensor, new: Tensor) -> Tensor:
-        old, new = old.float(), new.float()
-        overlap = self._over_rows(side, new.mT @ old)
-        if self.orthonormal:
-            return overlap
-        solved: Tensor = torch.linalg.solve(self._over_rows(side, old.mT @ old), overlap, left=False)
-        return solved
 
     def _over_rows(self, side: str, product: Tensor) -> Tensor:
         return self.rows.sum_(product) if side == LEFT else product
