@@ -29,6 +29,7 @@ from memtrain.optim.projection.base import ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
+from memtrain.optim.projection.orthonormal import squares_well
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
 from memtrain.optim.projection.workspace import Workspace, qr_library_bytes
@@ -129,6 +130,9 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
             stored[side].copy_(basis)
 
     def _leading_eigenvectors(self, gradient: Tensor) -> Tensor:
+        largest = self.rows.largest_(_scale(gradient))
+        if not bool(squares_well(largest)):
+            gradient = gradient / largest
         _, vectors = torch.linalg.eigh(self.rows.sum_(gradient.mT @ gradient))
         leading: Tensor = vectors[..., -self.rank :].flip(-1)
         return leading
