@@ -182,14 +182,16 @@ class Cell:
         stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
+        # Of no dimension, which goes with every shape, and with other devices than its own.
+        lr = turn.lr.reshape(()) if isinstance(turn.lr, Tensor) else turn.lr
         if decay and self.settings.decay_order == "before":
-            value.mul_(1 - turn.lr * decay)
-        if isinstance(turn.lr, Tensor):
-            value.sub_(update.mul_(turn.lr))
+            value.mul_(1 - lr * decay)
+        if isinstance(lr, Tensor):
+            value.sub_(update.mul_(lr))
         else:
-            value.add_(update, alpha=-turn.lr)
+            value.add_(update, alpha=-lr)
         if decay and self.settings.decay_order == "after":
-            value.mul_(1 - turn.lr * decay)
+            value.mul_(1 - lr * decay)
         # Where the weight is its own master it has changed already, and a copy onto itself takes a pass.
         if value.data_ptr() != weight.data_ptr():
             key = self.key(turn).skip(self.first_entry(None))

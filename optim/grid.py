@@ -98,9 +98,10 @@ class Pending:
 class GridOptimizer(Optimizer):
     """See the module.
 
-    A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
-    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A gradient of zeros
-    says nothing about a basis either: the refresh waits for another one, and the step is taken.
+    A parameter whose gradient is not finite when its basis is to be made of it is left alone in that step;
+    its group counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A
+    gradient of zeros says nothing about a basis either: the refresh waits for another one, and the step is
+    taken. In all other steps what is not finite goes into moments and weights, as with torch's optimizers.
 
     Args:
         params: parameters, named parameters, or dicts of groups with settings of their own.
@@ -232,6 +233,8 @@ class GridOptimizer(Optimizer):
                 loss = closure()
         self.replan()
         for group in self.param_groups:
+            self._refuse_sparse(group["params"])
+        for group in self.param_groups:
             self.update_(group["params"])
             group[_STEP] += 1
         self.pending.clear()
@@ -269,8 +272,10 @@ class GridOptimizer(Optimizer):
         """Update those of one group that have a gradient; :meth:`step` does so with all, and counts.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse; then nothing has been updated.
         """
+        parameters = list(parameters)
+        self._refuse_sparse(parameters)
         works: dict[Path, list[Work]] = {}
         for parameter in parameters:
             pending, gradient = self.pending.get(parameter), parameter.grad
@@ -281,11 +286,6 @@ class GridOptimizer(Optimizer):
                 continue
             if gradient is None or parameter.numel() == 0:
                 continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
-                    "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
-                )
             cell, state, turn = self.situation(parameter)
             weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
@@ -296,7 +296,7 @@ class GridOptimizer(Optimizer):
                     f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
                     "parameter stay, and the refresh is tried again at the next step",
                     NonFiniteGradientWarning,
-                    stacklevel=4,
+                    stacklevel=6,  # through torch's wrappers, to who called step
                 )
             elif path is not None and path.takes(weight, gradient):
                 works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
@@ -304,6 +304,14 @@ class GridOptimizer(Optimizer):
                 cell.update_(weight, gradient, state, turn)
         for path, batch in works.items():
             path.update_(batch)
+
+    def _refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{self.name_of(parameter)} has a gradient of layout {parameter.grad.layout}: dense ones "
+                    "are needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what has been accumulated of gradients that were not kept whole.

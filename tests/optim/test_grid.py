@@ -65,6 +65,18 @@ def test_lr_as_tensor_and_schedulers(extra, path):
     torch.testing.assert_close(by_float, by_tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_lr_as_tensor_of_one_dimension(path):
+    """torch's optimizers take it, for parameters of any shape."""
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((), (5,), (6, 5))]
+    optimizer = GridOptimizer(weights, lr=torch.tensor([0.1]), weight_decay=0.5, path=path)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for weight in weights:  # 1 - .1 * .5 of it, and a step of .1
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.85))
+
+
 def test_one_cycle_moves_betas_or_momentum():
     weight = weight_of(6, 5)
     for settings, key in ((dict(), "betas"), (dict(rule="momentum"), "momentum")):
@@ -190,12 +202,21 @@ def test_weights_and_gradients_of_any_strides():
         torch.testing.assert_close(straight, turned, rtol=1e-5, atol=1e-6)
 
 
-def test_sparse_gradients_are_refused_by_name():
-    embedding = nn.Embedding(6, 4, sparse=True)
-    optimizer = GridOptimizer(embedding.named_parameters())
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_sparse_gradients_are_refused_by_name_before_anything_is_updated(path):
+    first, embedding = weight_of(6, 5), nn.Embedding(6, 4, sparse=True)
+    before = first.detach().clone()
+    optimizer = GridOptimizer([("first", first), *embedding.named_parameters()], path=path)
+    optimizer.add_param_group({"params": [("other", other := weight_of(6, 5))]})
+    for weight in (first, other):
+        weight.grad = torch.ones(6, 5)
     embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.param_groups.reverse()
     with pytest.raises(ValueError, match=r"parameter 'weight' \(6, 4\) has a gradient of layout"):
         optimizer.step()
+    assert torch.equal(first, before)
+    assert torch.equal(other, before)
+    assert [group["step"] for group in optimizer.param_groups] == [0, 0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -207,8 +228,9 @@ def test_a_gradient_that_is_not_finite_at_a_refresh(value):
     basis = optimizer.state[weight]["projector.right"].clone()
     before = weight.detach().clone()
     weight.grad = torch.full((6, 5), value)
-    with pytest.warns(NonFiniteGradientWarning, match=r"parameter 'w' \(6, 5\) has a gradient that is not"):
+    with pytest.warns(NonFiniteGradientWarning, match=r"parameter 'w' \(6, 5\) has a gradient") as warned:
         optimizer.step()
+    assert warned[0].filename == __file__
     assert torch.equal(optimizer.state[weight]["projector.right"], basis)
     assert torch.equal(weight, before)
     assert optimizer.param_groups[0]["skipped_refreshes"] == 1
