@@ -58,11 +58,12 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
+        self.own_shape = shape
+        """Of what :meth:`own` gives."""
         if settings.split is not None and settings.split > 1 and len(shape) >= 2:
             shape = _split(shape, settings.split)
         self.shape = shape
         """What is worked on: the parameter's own shape, or that of the stack it is split into."""
-        self.numel = shape.numel()
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape

@@ -67,7 +67,7 @@ class Plan:
             and all(
                 parameter is known
                 and parameter.dtype is cell.dtype
-                and cell.own(parameter).numel() == cell.numel
+                and cell.own(parameter).shape == cell.own_shape
                 for parameter, known, cell in zip(parameters, self.parameters, self.cells, strict=True)
             )
         )
@@ -335,6 +335,7 @@ class GridOptimizer(Optimizer):
     def paths(self) -> dict[str, str]:
         """By which way each parameter is updated, ``reference`` being the plain one, for a gradient that lies
         as its parameter does. Printable; it follows from settings, shapes, dtypes and devices alone."""
+        self.replan()
         chosen = {}
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             for parameter, path, cell in zip(group["params"], plan.paths, plan.cells, strict=True):
@@ -348,6 +349,7 @@ class GridOptimizer(Optimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
         counters. Equal to the live tensors to the byte."""
+        self.replan()
         total = dict.fromkeys(("moments", "master", "projector", "counters"), 0)
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             for parameter, cell in zip(group["params"], plan.cells, strict=True):
@@ -365,6 +367,7 @@ class GridOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; of sharded parameters DTensors, which DCP reads on any number
         of processes."""
+        self.replan()
         packed = super().state_dict()
         cells = [cell for plan in self._plans for cell in plan.cells]
         packed["state"] = {number: cells[number].exported(each) for number, each in packed["state"].items()}

@@ -47,8 +47,7 @@ class ShardedCell(Cell):
         super().__init__(settings, parameter.shape, parameter.dtype)
         self.rows = rows = Rows.of(parameter)
         self._mesh = parameter.device_mesh
-        self.shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
-        self.numel = self.shape.numel()
+        self.shape = self.own_shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
         self.low_is_sharded = True
         if self.projected is not None:
             projector = sharded_projector(settings.projection_part, parameter.shape, rows)
