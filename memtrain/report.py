@@ -185,8 +185,8 @@ class Summary:
             version = data.pop("version", 1)
             if version not in (1, SUMMARY_VERSION):
                 raise ValueError(
-                    f"{path} is a summary of version {version!r}, this memtrain reads 1 and {SUMMARY_VERSION}: "
-                    "use the memtrain that wrote it, or a later one"
+                    f"{path} is a summary of version {version!r}, this memtrain reads 1 and "
+                    f"{SUMMARY_VERSION}: use the memtrain that wrote it, or a later one"
                 )
             if version == 1:
                 data = {"predicted_optimizer_bytes": None, "measured_optimizer_bytes": None, **data}

@@ -37,6 +37,8 @@ from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.shards import Unit
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
+from memtrain.optim.grid import GridOptimizer
+from memtrain.optim.kernels import native
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.check import check
@@ -153,6 +155,8 @@ def prepare(
             f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
+    if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
+        native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
     resident.limit_heap()
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses

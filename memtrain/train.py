@@ -31,6 +31,7 @@ from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim import ParameterRole, role_table
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
+from memtrain.optim.kernels import native
 from memtrain.optimizer_sections import AdamWSection, GridSection
 from memtrain.optimizers import make_optimizer, measured_state_bytes, predicted_state_bytes
 from memtrain.planner import resident
@@ -137,6 +138,8 @@ class Trainer:
         if training.threads is not None:
             torch.set_num_threads(training.threads)
         self.device = pick_device(training.device)
+        if self.device.type == "cpu" and isinstance(recipe.optimizer, GridSection):
+            native.compile_missing()  # before the model takes memory that a compiler would need beside it
         train, heldout = Tokens(recipe.data.train), Tokens(recipe.data.heldout)
         shape = {
             "sequence_length": recipe.data.sequence_length,
