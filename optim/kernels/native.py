@@ -6,8 +6,8 @@ One g++ call a source, 1.5 to 5 s and 100 to 160 MiB, once a machine; a job unde
 better not be the first to call, so ``make setup`` compiles, and ``memtrain.prepare`` and the trainer call
 ``compile_missing`` before their budget counts. The library is kept in ``$XDG_CACHE_HOME/memtrain/kernels``
 (``~/.cache``) under a hash of its sources, flags, compiler and processor. It uses torch's own OpenMP threads,
-and as many as ``torch.get_num_threads()`` says. Where there is no compiler, or it fails, a NativeKernelWarning says so
-once and the kernels run their plain-torch reference by chunks. Of several processes one compiles and the
+and as many as ``torch.get_num_threads()`` says. Where there is no compiler, or it fails, a
+NativeKernelWarning says so once and the kernels run their plain-torch reference by chunks. Of several processes one compiles and the
 others wait for it, where the file system locks directories; elsewhere each compiles, and replaces the whole
 library.
 
