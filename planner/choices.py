@@ -39,9 +39,9 @@ from memtrain.planner.decisions import (
     gradient_slot_bytes,
     state_extent_bytes,
     streams_update,
-    unit_elements,
     update_slot_bytes,
     update_slots,
+    update_workspace_bytes,
 )
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
@@ -251,8 +251,7 @@ class Choices:
         row(kept, gradients_from(len(self.x)), profile.epilogue_peak_bytes)
         row(every, profile.persistent_backward_bytes + profile.prologue_peak_bytes)
         for u, unit in enumerate(profile.units):
-            workspace = math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
-            here = workspace * self.unit_sum(u, lambda _, d: d.optimizer_tier is Tier.DEVICE)
+            here = self.unit_sum(u, partial(_workspace, profile))
             place = place_of(unit)
             held: Expression | float = 0.0
             if self.ahead and place >= 0:
@@ -295,6 +294,10 @@ class Choices:
             in_tier = partial(_unit_extents, self.profile, tier)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
+
+
+def _workspace(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
+    return update_workspace_bytes(profile, unit, streamed=decision.optimizer_tier is not Tier.DEVICE)
 
 
 def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:

@@ -312,8 +312,11 @@ def state_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
 
     A parameter is one piece, and one more wherever a shard ends within it: once in the elements of the
     smallest shard at most, less what may be left over at its end. Where a state tensor does not have its
-    parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate.
+    parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate, or what the
+    optimizer says that it is.
     """
+    if unit.updates:
+        return sum(update.record_bytes for update in unit.updates)
     cuts = unit_elements(profile, unit) // (SHARD_ELEMENTS[0] - SHARD_GRANULE) if profile.elementwise else 0
     pieces = _most_parameters(profile, unit) + cuts
     return _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
@@ -345,7 +348,13 @@ def update_slots(profile: ModelProfile) -> int:
 
 
 def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
-    """One slot of the update ring: state, gradient and workspace of one shard."""
+    """One slot of the update ring: state, gradient and workspace of one shard.
+
+    Where the profile knows the parameters one by one it is exact: what the largest run of them fills, without
+    workspace, of which there is one however many slots there are.
+    """
+    if any(unit.updates for unit in profile.units):
+        return max(size for unit in profile.units for size in whole_shards(unit, shard_elements))
     per_element = (
         profile.state_bytes_per_element
         + profile.gradient_bytes_per_element
@@ -357,6 +366,29 @@ def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
     regions = 2 + _state_tensors(profile)
     padding = pieces * regions * PAGE_BYTES
     return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES) + padding
+
+
+def whole_shards(unit: UnitProfile, shard_elements: int) -> list[int]:
+    """Bytes that the shards of a unit fill in a slot: parameters in order, as many as have at most
+    ``shard_elements`` elements together; one at least."""
+    shards: list[int] = []
+    room = 0
+    for update in unit.updates:
+        if not shards or update.elements > room:
+            shards.append(0)
+            room = shard_elements
+        shards[-1] += update.record_bytes + update.gradient_bytes
+        room -= update.elements
+    return shards
+
+
+def update_workspace_bytes(profile: ModelProfile, unit: UnitProfile, *, streamed: bool) -> int:
+    """Temporaries of a unit's update outside of slots. A shard that is streamed in pieces has them in its
+    slot."""
+    if unit.updates:
+        return unit.workspace_bytes
+    per_element = 0.0 if streamed else profile.update_workspace_bytes_per_element
+    return -int(-per_element * unit_elements(profile, unit) // 1)
 
 
 def staging_for(
