@@ -246,7 +246,11 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
             size for block, d in blocks for where, size in activation_extents(block, d) if where is tier
         ),
         "gradients": sum(gradient_extent_bytes(profile, u) for u, d in units if d.gradient_tier is tier),
-        "optimizer state": sum(state_extent_bytes(profile, u) for u, d in units if d.optimizer_tier is tier),
+        "optimizer state": sum(
+            state_extent_bytes(profile, u, decisions.staging.coded_on(tier))
+            for u, d in units
+            if d.optimizer_tier is tier
+        ),
         "staging": decisions.staging.total_bytes if decisions.staging_tier is tier else 0,
     }
 

@@ -77,6 +77,7 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
         return structure
     faults = [
         *_staging(plan, profile),
+        *_coding(plan, machine, budget),
         *_slabs(plan, profile, machine),
         *_peaks(plan, profile, machine, budget),
         *_preparing(profile, budget),
@@ -155,6 +156,18 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
         regions = 2 + _tensors_of_state(profile)
         need = whole_pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
         yield from _ring("update", need, staging.update_slots, staging.update_slot_bytes, 3)
+
+
+def _coding(plan: Plan, machine: Machine, budget: Budget) -> Iterator[Fault]:
+    """State is coded exactly where the machine was measured so, in the memory that this was found to take."""
+    wanted = {
+        (link.tier, codec.name, codec.segment_bytes, codec.staging_bytes)
+        for link in machine.links
+        if (codec := link.state_codec) is not None and budget.capacity(link.tier)
+    }
+    found = [(c.tier, c.codec, c.segment_bytes, c.staging_bytes) for c in plan.staging.coded]
+    if set(found) != wanted or len(found) != len(wanted):
+        yield Rule.STAGING, f"state is coded as {found}, the machine was measured with {sorted(wanted)}"
 
 
 def _whole_slot(profile: ModelProfile, elements: int) -> int:
@@ -280,7 +293,7 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
         (s.gradient_slots, s.gradient_slot_bytes, s.gradient_slots),
         (s.update_slots, s.update_slot_bytes, 2),
     ]
-    whole = sum(slots * size for slots, size, _ in rings)
+    whole = sum(slots * size for slots, size, _ in rings) + sum(c.staging_bytes for c in s.coded)
     if _on_cpu(machine):
         return {Tier.DEVICE: whole, Tier.HOST: 0}
     again = sum(copies * size for slots, size, copies in rings if slots)
@@ -325,7 +338,9 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
             # goes on in the next one has another piece there.
             pieces = parameters + int(_elements(profile, unit) // (262144 - 2048)) * profile.elementwise
             whole = sum(update.record_bytes for update in unit.updates)
-            total += whole or _scattered(unit.state_bytes, pieces * _tensors_of_state(profile))
+            whole = whole or _scattered(unit.state_bytes, pieces * _tensors_of_state(profile))
+            segments = [pieces + whole // c.segment_bytes for c in plan.staging.coded if c.tier is tier]
+            total += whole + (PAGE * sum(segments) if whole else 0)
     return total
 
 

@@ -44,6 +44,7 @@ from memtrain.planner.decisions import (
     update_workspace_bytes,
 )
 from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 
 Expression: TypeAlias = Any
@@ -263,12 +264,13 @@ class Choices:
         return pulp.lpSum(self.block_sum(index, kept_slot_bytes) for index in range(len(self.x)))
 
     def _rings(self) -> Expression:
-        """Bytes of all rings, wherever they lie."""
+        """Bytes of all rings, wherever they lie, and of coding."""
         profile = self.profile
+        coding = sum(each.staging_bytes for each in self.space.coded)
         total = self._ring_bytes(self.saved_ring, _swapped_bytes, "saved")
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
-        return total + pulp.lpSum(
+        return (total + coding) + pulp.lpSum(
             update_slots(profile) * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
         )
 
@@ -291,7 +293,8 @@ class Choices:
         for tier in self.space.billed_tiers:
             used = [self.rings] if tier is self.space.staging_tier else []
             used += [self.block_sum(i, partial(_block_extents, tier)) for i in range(len(self.x))]
-            in_tier = partial(_unit_extents, self.profile, tier)
+            coded = next((each for each in self.space.coded if each.tier is tier), None)
+            in_tier = partial(_unit_extents, self.profile, tier, coded)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
@@ -308,6 +311,8 @@ def _block_extents(tier: Tier, block: BlockProfile, decision: BlockDecision) -> 
     return sum(size for where, size in activation_extents(block, decision) if where is tier)
 
 
-def _unit_extents(profile: ModelProfile, tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
+def _unit_extents(
+    profile: ModelProfile, tier: Tier, coded: CodedTier | None, unit: UnitProfile, decision: StateDecision
+) -> int:
     gradients = gradient_extent_bytes(profile, unit) if decision.gradient_tier is tier else 0
-    return gradients + (state_extent_bytes(profile, unit) if decision.optimizer_tier is tier else 0)
+    return gradients + (state_extent_bytes(profile, unit, coded) if decision.optimizer_tier is tier else 0)

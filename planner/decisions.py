@@ -30,7 +30,7 @@ from memtrain.planner.block_parts import (
     saved_slot_bytes,
 )
 from memtrain.planner.machine import Budget, BudgetError, Machine
-from memtrain.planner.plan import Plan, Staging
+from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
 
@@ -145,6 +145,8 @@ class Space:
     """Possible sizes of an update shard, in elements; only the default when no state may leave."""
     on_cpu: bool
     """What stays on the device is copied into slabs, and rings lie in the device's memory."""
+    coded: tuple[CodedTier, ...] = ()
+    """Of ``tiers`` those whose optimizer state is coded."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -210,6 +212,16 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
         tiers=tiers,
         shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
         on_cpu=machine.on_cpu,
+        coded=tuple(
+            CodedTier(
+                tier=tier,
+                codec=codec.name,
+                segment_bytes=codec.segment_bytes,
+                staging_bytes=codec.staging_bytes,
+            )
+            for tier in tiers
+            if (codec := machine.link(tier).state_codec) is not None
+        ),
     )
 
 
@@ -306,20 +318,29 @@ def gradient_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
     return _whole_pages(unit.gradient_bytes, _most_parameters(profile, unit))
 
 
-def state_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
+def state_extent_bytes(profile: ModelProfile, unit: UnitProfile, coded: CodedTier | None = None) -> int:
     """The most that the unit's optimizer state takes on a tier: in the records every state tensor of every
-    piece has pages of its own.
+    piece has pages of its own. Where it is coded there is room for what does not shrink, and a page more for
+    each segment; a record ends in a segment of its own.
 
     A parameter is one piece, and one more wherever a shard ends within it: once in the elements of the
     smallest shard at most, less what may be left over at its end. Where a state tensor does not have its
     parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate, or what the
     optimizer says that it is.
     """
+    pieces = _most_pieces(profile, unit)
     if unit.updates:
-        return sum(update.record_bytes for update in unit.updates)
+        plain = sum(update.record_bytes for update in unit.updates)
+    else:
+        plain = _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
+    if coded is None or not plain:
+        return plain
+    return plain + PAGE_BYTES * (pieces + plain // coded.segment_bytes)
+
+
+def _most_pieces(profile: ModelProfile, unit: UnitProfile) -> int:
     cuts = unit_elements(profile, unit) // (SHARD_ELEMENTS[0] - SHARD_GRANULE) if profile.elementwise else 0
-    pieces = _most_parameters(profile, unit) + cuts
-    return _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
+    return _most_parameters(profile, unit) + cuts
 
 
 def _whole_pages(size_bytes: int, parts: int) -> int:
@@ -400,6 +421,7 @@ def staging_for(
     input_slots: int,
     shard_elements: int,
     on_cpu: bool,
+    coded: tuple[CodedTier, ...] = (),
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -426,6 +448,7 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=resident * on_cpu,
+        coded=coded,
     )
 
 

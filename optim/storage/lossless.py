@@ -249,11 +249,11 @@ def _best_way(plain: _Bytes) -> Way:
     return Way.BF16 if as_bf16 >= as_fp32 else Way.FP32
 
 
-def _exponents(words: NDArray[np.uint16]) -> NDArray[np.uint16]:
+def _exponents(words: NDArray[np.uint16]) -> NDArray[Any]:
     return (words >> 7) & 0xFF
 
 
-def _entropy(values: NDArray[np.uint16]) -> float:
+def _entropy(values: NDArray[Any]) -> float:
     """Bits of information in one."""
     counts = np.bincount(values, minlength=256)
     shares = counts[counts > 0] / values.size
