@@ -225,7 +225,7 @@ def _why_not(cell: Cell) -> str | None:
         return "its weight is sharded, and each process would have another gradient"
     if cell.projected is None:
         return "the optimizer does not project it"
-    projector, refresh, residual = cell.projected
+    projector, _, residual = cell.projected
     if residual.kind != "none":
         return f"residual {residual.kind!r} needs the whole gradient, which CompAct never makes"
     if not isinstance(projector, RandomProjector) or projector.kind not in _UNBIASED:
@@ -236,6 +236,4 @@ def _why_not(cell: Cell) -> str | None:
         )
     if projector.batch:
         return "it is a stack of matrices, each with a basis of its own"
-    if refresh.lazy:
-        return "lazy refreshes follow how far a basis has moved, which says nothing about random ones"
     return None

@@ -277,10 +277,9 @@ class GridOptimizer(Optimizer):
         first, *others = parameters
         for each in (first, *others):
             projected = self.cell_of(each).projected
-            if projected is None or projected.projector.needs_gradient or projected.refresh.lazy:
+            if projected is None or projected.projector.needs_gradient:
                 raise ValueError(
-                    f"{self.name_of(each)} cannot share a basis: it has none, or one of its own gradient, or "
-                    "a lazy schedule of its own"
+                    f"{self.name_of(each)} cannot share a basis: it has none, or one of its own gradient"
                 )
             if self._slots[each].group != self._slots[first].group:
                 raise ValueError(
