@@ -48,7 +48,9 @@ from memtrain.optim.compressed_grad import (
     dense_gradient,
     densify_grads,
 )
+from memtrain.optim.kernels.rademacher import rademacher_project
 from memtrain.optim.projection import Projection, Projector, Stored
+from memtrain.optim.projection.random import RIGHT_STREAM, read_key
 from memtrain.optim.storage import RandomKey
 
 __all__ = [
@@ -140,9 +142,12 @@ class CompActInput:
         power = 2.0 ** round(0.5 * math.log2(self.rank))
 
         def make() -> Tensor:
+            rows = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+            if self.projection.kind == "rademacher":
+                key = read_key(self.stored["seed"]).fold(RIGHT_STREAM)
+                return rademacher_project(rows, key, self.rank, scale=1 / power)
             basis = self._projector.open(self.stored, x.device)["right"]
-            basis = (basis * (math.sqrt(self.rank) / power)).to(dtype)
-            return x.detach().reshape(-1, x.shape[-1]).to(dtype) @ basis
+            return rows @ (basis * (math.sqrt(self.rank) / power)).to(dtype)
 
         words = tuple(self.stored["seed"].tolist())
         return self._projected.get(x, (words, dtype), make), power / math.sqrt(self.rank)

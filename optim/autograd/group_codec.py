@@ -31,7 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memtrain.optim.kernels import group_codes, lazy
+from memtrain.optim.kernels import group_codes, lazy, native
 from memtrain.optim.kernels.int8_groups import int8_pack, int8_unpack
 from memtrain.optim.storage.random import mix_
 
@@ -175,8 +175,8 @@ class GroupCodec:
 
 
 def _cannot_look(values: Tensor) -> bool:
-    """Whether a choice by value would break a graph, or wait for a device."""
-    return values.device.type != "cpu" or torch.compiler.is_compiling()
+    """Whether a choice by value would break a graph, wait for a device, or have no value to look at."""
+    return not native.is_plain(values)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:
