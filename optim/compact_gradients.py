@@ -77,8 +77,8 @@ def feed_compact(model: nn.Module, gradients: SmallGradients) -> CompActFeeds:
         raise CompressedGradError(
             f"{len(pending)} weights hold compressed gradients: densify_grads or clear_compressed_grads first"
         )
-    homes: dict[nn.Parameter, CompActInput] = {}
-    readers: dict[int, tuple[CompActInput, list[nn.Parameter]]] = {}
+    homes: dict[Tensor, CompActInput] = {}
+    readers: dict[int, tuple[CompActInput, list[Tensor]]] = {}
     for name, (layer, shared) in layers.items():
         if not layer.weight.requires_grad:
             continue
@@ -118,7 +118,7 @@ class CompActFeeds:
 class _InputFeed:
     """Between the weights that read one input and their optimizer."""
 
-    def __init__(self, gradients: SmallGradients, weights: list[nn.Parameter]) -> None:
+    def __init__(self, gradients: SmallGradients, weights: list[Tensor]) -> None:
         self._gradients, self._weights = gradients, weights
         self._seen_step = -1
 
@@ -192,7 +192,7 @@ def _refuse_processes() -> None:
         )
 
 
-def _check_weight(name: str, weight: nn.Parameter, shared: CompActInput, gradients: SmallGradients) -> None:
+def _check_weight(name: str, weight: Tensor, shared: CompActInput, gradients: SmallGradients) -> None:
     optimizer = gradients.optimizer
     if not any(weight is p for group in optimizer.param_groups for p in group["params"]):
         raise FeedError(

@@ -170,14 +170,15 @@ class CompActForward:
     """The same as the ``forward`` that a policy puts in place (``apply.py``)."""
 
     shared: CompActInput
-    weight: tuple[nn.Parameter]
+    weight: tuple[Tensor]
+    """The layer's, as an optimizer was or will be given it."""
 
     def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
         _refuse_replaced(module, self.weight[0])
         return compact_linear(x, module.weight, module.bias, self.shared)
 
 
-def _refuse_replaced(layer: nn.Linear, weight: nn.Parameter) -> None:
+def _refuse_replaced(layer: nn.Linear, weight: Tensor) -> None:
     if layer.weight is not weight:
         raise LossyBackwardError(
             f"the weight of a CompAct layer ({layer.in_features} to {layer.out_features} features) was "

@@ -6,9 +6,10 @@
 - ``layer``: ``int8``, ``int4``: what the whole layer saves, after the exact treatments inside it;
 - ``mlp``: ``fewbit2``, ``fewbit3``, ``fewbit4``: the activation of an MLP without a gate;
 - ``gated_mlp``: the same names, which answer why they give nothing there;
-- ``linear``: ``wta``, a sample of the rows of a norm's output; ``compact``, its projection to a quarter of
-  the features. The gradients of that go to an optimizer by ``compact_gradients.feed_compact``, which renews
-  the bases; without it ``compact.bases_of(model)`` does, and ``densify_grads`` makes ordinary gradients.
+- ``linear``: ``int8``, a norm's output encoded, where the layer is not encoded as a whole; ``wta``, a sample
+  of its rows; ``compact``, its projection to a quarter of the features. The gradients of the latter go to an
+  optimizer by ``compact_gradients.feed_compact``, which renews the bases; without it ``compact.bases_of``
+  does, and ``densify_grads`` makes ordinary gradients.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from memtrain.optim.autograd.compact import DEFAULT_DENSITY, CompActForward, Com
 from memtrain.optim.autograd.fewbit import fewbit
 from memtrain.optim.autograd.fewbit_tables import FewBitTable
 from memtrain.optim.autograd.group_codec import GroupCodec
+from memtrain.optim.autograd.int8_linear import Int8Input, int8_linear
 from memtrain.optim.autograd.lossy import activation_of, is_activation
 from memtrain.optim.autograd.lossy_backward import eager_only
 from memtrain.optim.autograd.quantized_saved import SavedTensorCompressor
@@ -154,6 +156,35 @@ class _FewBitMLP:
 
 
 @dataclass(frozen=True, slots=True)
+class _Int8Forward:
+    shared: Int8Input
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        return int8_linear(x, module.weight, module.bias, self.shared)
+
+
+class _EncodeInput:
+    """``int8_linear.py``."""
+
+    exact = False
+
+    def __init__(self) -> None:
+        # An input is recognised wherever it comes from, so one description serves all layers.
+        self._shared = Int8Input()
+
+    def offer(self, site: Site) -> Offer:
+        _trainable_linear(site)
+        first = site.first_to_read
+        coded = self._shared.codec.size_bytes(site.input.numel()) / site.tokens
+        return Offer(
+            forward=_Int8Forward(self._shared),
+            plain_bytes=site.input.nbytes / site.tokens if first else 0.0,
+            saved_bytes=coded if first else 0.0,
+            equal="forward exact; weight's gradient from an encoded input",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _WTAForward:
     shared: WTAInput
 
@@ -218,6 +249,7 @@ def _trainable_linear(site: Site) -> nn.Linear:
 
 register_treatment("layer", "int8", _Encode(GroupCodec(bits=8)))
 register_treatment("layer", "int4", _Encode(GroupCodec(bits=4)))
+register_treatment("linear", "int8", _EncodeInput())
 register_treatment("linear", "wta", _SampleRows())
 register_treatment("linear", "compact", _ProjectInput())
 for _kind, _bits in itertools.product(("mlp", "gated_mlp"), (2, 3, 4)):

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim import FRUGAL, Apollo, Fira, GaLore, GridOptimizer, SmallGradients
-from memtrain.optim.autograd.compact import CompActHandle, apply_compact, compact_layers
+from memtrain.optim.autograd import lossy_treatments  # noqa: F401  (registers the entries)
+from memtrain.optim.autograd.apply import Policy, Rule, apply_to
+from memtrain.optim.autograd.compact import (
+    CompActHandle,
+    apply_compact,
+    clear_compressed_grads,
+    compact_layers,
+)
 from memtrain.optim.autograd.lossy_backward import LossyBackwardError
 from memtrain.optim.compact_gradients import FeedError, feed_compact, feedable
 from memtrain.optim.compressed_grad import CompressedGradError
@@ -245,6 +252,49 @@ def test_a_shared_weight_of_one_input_adds_up() -> None:
     torch.testing.assert_close(flat(net), flat(plain), rtol=1e-5, atol=1e-6)
 
 
+class TwoInputs(nn.Module):
+    """One weight behind two norms; ``outside``: used once more, untreated."""
+
+    def __init__(self, outside: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.LayerNorm(FEATURES), nn.LayerNorm(FEATURES)
+        self.a = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.b = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.b.weight = self.a.weight
+        self.outside = outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(self.first(x))
+        return y @ self.b.weight if self.outside else self.b(self.second(y))
+
+
+def treated(outside: bool) -> TwoInputs:
+    net = TwoInputs(outside)
+    policy = Policy(rules=(Rule(kind="linear", treatment="compact"),))
+    apply_to(net, policy, example=lambda: net(torch.ones(2, FEATURES)))
+    return net
+
+
+def test_two_inputs_of_one_weight_are_refused() -> None:
+    net = treated(outside=False)
+    with pytest.raises(CompressedGradError, match="another basis"):
+        loss_of(net, batches(1)[0][0]).backward()
+    clear_compressed_grads(net.parameters())
+    with pytest.raises(FeedError, match=r"b shares its weight with a layer that reads another input"):
+        feed_compact(net, SmallGradients(galore(net)))
+
+
+def test_treated_and_untreated_uses_add_up() -> None:
+    data = batches(3)
+    net, plain = treated(outside=True), TwoInputs(outside=True)
+    optimizer, reference = galore(net), galore(plain)
+    feed_compact(net, SmallGradients(optimizer))
+    train(net, optimizer, data)
+    train(plain, reference, data)
+    torch.testing.assert_close(flat(net), flat(plain), rtol=1e-5, atol=1e-6)
+
+
 def test_a_penalty_on_the_weight_is_projected_too() -> None:
     (x,) = batches(1)[0]
     net, optimizer, _, _ = compact()
@@ -279,6 +329,24 @@ def test_under_autocast() -> None:
     loss_of(net, x).backward()
     exact = optimizer.pending[net.q.weight].low
     assert float((low - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute:UserWarning")
+def test_in_a_compiled_model() -> None:
+    data = batches(4)
+    plain, plain_optimizer, _, _ = compact()
+    train(plain, plain_optimizer, data)
+    net, optimizer, _, _ = compact()
+    train(torch.compile(net, backend="aot_eager"), optimizer, data)  # type: ignore[arg-type]
+    torch.testing.assert_close(flat(net), flat(plain), rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+def test_second_derivatives_are_refused() -> None:
+    net, _, _, _ = compact()
+    x = batches(1)[0][0].requires_grad_()
+    with pytest.raises(LossyBackwardError, match="CompAct has no second derivative"):
+        torch.autograd.grad(loss_of(net, x), x, create_graph=True)
 
 
 def test_a_backward_after_the_refresh_is_refused() -> None:

@@ -89,6 +89,11 @@ def apply_int8_policy(model: nn.Module) -> Callable[[], None]:
     return lambda: revert(model)
 
 
+def apply_int8_linears(model: nn.Module) -> Callable[[], None]:
+    apply_to(model, Policy(rules=(Rule(kind="linear", treatment="int8"),)))
+    return lambda: revert(model)
+
+
 def apply_compact_policy(model: nn.Module) -> Callable[[], None]:
     apply_to(model, Policy(rules=(Rule(kind="linear", treatment="compact"),)))
     return lambda: revert(model)
@@ -127,6 +132,7 @@ TREATMENTS: dict[str, tuple[Callable[[nn.Module], Callable[[], None]], float]] =
     "exact and int8 by policy": (apply_exact_int8, 0.02),
     "exact and int8 by hooks": (apply_exact_and_hooks, 0.02),
     "CompAct": (lambda model: apply_compact(model, density=1.0).undo, 1.5),
+    "int8 of norms' outputs by policy": (apply_int8_linears, 0.02),
     "CompAct by policy": (apply_compact_policy, 2.5),
     "WTA-CRS": (lambda model: apply_wta(model).undo, 2.5),
     "CompAct and int8": (apply_compact_int8, 1.5),
