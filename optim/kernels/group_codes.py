@@ -2,7 +2,7 @@
 
 The format, and the plain torch that it is compared with, are ``autograd.group_codec``'s. Passes of torch over
 a chunk in the cache took 5 ms for 4 M values in int8 and 20 ms in int4 rounded at random (one core); one pass
-that keeps a group in registers takes NATIVE ms.
+that keeps a group in registers takes 1.3 and 2.7 ms in bf16, 2.6 and 3.0 in fp32.
 """
 
 from __future__ import annotations
