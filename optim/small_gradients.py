@@ -215,8 +215,13 @@ class SmallGradients:
         """Add a projection, fp32 and the caller's to give away, to what is pending.
 
         Raises:
-            RuntimeError: it comes too late for this step's clipping.
+            RuntimeError: it comes too late for this step's clipping, or after :meth:`remove`.
         """
+        if not self._hooks:
+            raise RuntimeError(
+                f"a projection for {self.optimizer.name_of(parameter)} after remove(): take away what makes "
+                "it too (CompActFeeds.remove())"
+            )
         pending = self._pending(parameter)
         if pending.summed:
             raise RuntimeError(

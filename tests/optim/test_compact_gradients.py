@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim import FRUGAL, Apollo, Fira, GaLore, GridOptimizer, SmallGradients
@@ -191,6 +192,31 @@ def test_taking_over_a_run_without_compact() -> None:
     assert words[0] == words[1]
     assert words[0][2] == 4
     optimizer.step()
+
+
+def test_no_whole_gradient_is_made() -> None:
+    class Outputs(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shapes: set[torch.Size] = set()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.shapes.add(result.shape)
+            return result
+
+    def made_in_backward(net: nn.Module) -> set[torch.Size]:
+        loss = loss_of(net, batches(1)[0][0])
+        with Outputs() as made:
+            loss.backward()
+        return made.shapes
+
+    weights = {torch.Size((8, FEATURES)), torch.Size((FEATURES, 40)), torch.Size((40, FEATURES))}
+    assert weights <= made_in_backward(Net())
+    made = made_in_backward(compact()[0])
+    assert not made & weights
+    assert torch.Size((FEATURES, RANK)) in made
 
 
 def test_clipping_is_of_what_was_accumulated() -> None:
@@ -392,6 +418,12 @@ def test_copies_are_not_fed_and_removing_goes_back() -> None:
         feed_compact(net, gradients)
     with pytest.raises(CompressedGradError, match="feed_compact"):
         optimizer.step()
+    clear_compressed_grads(net.parameters())
+    feed_compact(net, gradients)
+    optimizer.zero_grad()
+    gradients.remove()
+    with pytest.raises(RuntimeError, match=r"after remove\(\)"):
+        loss_of(net, x).backward()
 
 
 def _optimizer(cls: Callable[..., GridOptimizer], **settings: Any) -> Callable[[nn.Module], GridOptimizer]:
