@@ -9,7 +9,7 @@ will keep are known before anything is allocated.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class Turn:
     """The number of the parameter in the optimizer: part of every random key."""
     offset: int
     """Steps by which its refresh comes later."""
+    basis: int | None = None
+    """The number of the parameter whose key names the basis; None: its own."""
 
 
 class Projected(NamedTuple):
@@ -231,7 +233,8 @@ class Cell:
         if has_moments and (policy.lazy or policy.moments == "rotate"):
             # refresh_ writes in place, and the old basis is wanted once more.
             old = {k: v.clone() for k, v in projector.open(stored, gradient.device).items()}
-        projector.refresh_(stored, gradient, key=self.key(turn))
+        named_by = turn if turn.basis is None else replace(turn, parameter=turn.basis)
+        projector.refresh_(stored, gradient, key=self.key(named_by))
         new = projector.open(stored, gradient.device) if old else {}
         cosine = None
         if old and policy.lazy:

@@ -8,19 +8,21 @@ After backward a weight that makes such gradients (``autograd/compact.py``) has
 
 and ``weight.grad`` stays None. They add up over micro-batches and over uses of the weight, like ``.grad``.
 
-An optimizer that takes them says so by a class attribute ``accepts_compressed_grad = True``, and deletes them
-after its step (``clear_compressed_grads``). For every other optimizer, and before clipping,
-``GradScaler.unscale_`` and an all-reduce, ``densify_grads`` makes ``weight.grad`` of them.
+Optimizers of the grid are given R itself, and nothing of this is needed (``compact_gradients.py``). For every
+other optimizer, and before clipping, ``GradScaler.unscale_`` and an all-reduce, ``densify_grads`` makes
+``weight.grad`` of them; one of somebody's own that takes them says so by a class attribute
+``accepts_compressed_grad = True``, and deletes them after its step (``clear_compressed_grads``).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from memtrain.optim.projection import Projection, Projector, Stored
 
@@ -37,6 +39,7 @@ def add_compressed_grad(weight: Any, low: Tensor, projection: Projection, stored
     Raises:
         CompressedGradError: what is there is in another basis.
     """
+    _watch_optimizers()
     pending: Tensor | None = getattr(weight, "compressed_grad", None)
     if pending is None:
         weight.compressed_grad, weight.compressed_projection, weight.compressed_stored = (
@@ -86,7 +89,13 @@ def clear_compressed_grads(parameters: Iterable[Tensor]) -> None:
             delattr(weight, name)
 
 
-def refuse_unaware_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+@functools.cache
+def _watch_optimizers() -> None:
+    """From the first compressed gradient on: before then there is nothing that a step could overlook."""
+    register_optimizer_step_pre_hook(_refuse_unaware)
+
+
+def _refuse_unaware(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     """A hook before every step: raises CompressedGradError where the optimizer would leave weights behind."""
     if getattr(optimizer, "accepts_compressed_grad", False):
         return
@@ -94,5 +103,6 @@ def refuse_unaware_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> No
         if waiting := compressed_grads(group["params"]):
             raise CompressedGradError(
                 f"{type(optimizer).__name__} does not take compressed gradients, and {len(waiting)} of its "
-                "parameters have one: call memtrain.optim.compressed_grad.densify_grads first"
+                "parameters have one: call memtrain.optim.compressed_grad.densify_grads first, or give them "
+                "to an optimizer of the grid (memtrain.optim.compact_gradients.feed_compact)"
             )

@@ -124,6 +124,7 @@ class GridOptimizer(Optimizer):
         self._slots: dict[Tensor, Slot] = {}
         self._plans: list[Plan] = []
         self.pending: dict[Tensor, Pending] = {}
+        self._leaders: dict[Tensor, Tensor] = {}
         super().__init__(params, {"lr": lr, **general, **numbers, **settings})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -265,7 +266,30 @@ class GridOptimizer(Optimizer):
         state, cell = self.state[parameter], plan.cells[slot.place]
         if not state:
             state.update(cell.empty_state(cell.own(parameter)))
-        return cell, state, Turn(group["lr"], group[_STEP], slot.number, plan.offsets[slot.place])
+        leader = self._slots.get(self._leaders.get(parameter, parameter), slot)
+        offset = self._plans[leader.group].offsets[leader.place]
+        return cell, state, Turn(group["lr"], group[_STEP], slot.number, offset, leader.number)
+
+    def share_basis(self, parameters: Iterable[Tensor]) -> None:
+        """Give seeded projections of parameters with the same short dimension one basis and one schedule,
+        those of the first; from the next refresh on.
+
+        Raises:
+            ValueError: they are not all in one group, projected, and from a seed.
+        """
+        first, *others = parameters
+        for each in (first, *others):
+            projected = self.cell_of(each).projected
+            if projected is None or projected.projector.needs_gradient:
+                raise ValueError(
+                    f"{self.name_of(each)} cannot share a basis: it has none, or one of its own gradient"
+                )
+            if self._slots[each].group != self._slots[first].group:
+                raise ValueError(
+                    f"{self.name_of(each)} and {self.name_of(first)} are in different groups, and cannot "
+                    "share a basis: put them into one"
+                )
+        self._leaders.update(dict.fromkeys(others, first))
 
     @torch.no_grad()
     def update_(self, parameters: Iterable[Tensor]) -> None:
@@ -392,6 +416,7 @@ class GridOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans, self.pending = [], {}
+        self.__dict__.setdefault("_leaders", {})  # a copy's parameters are others, and share no bases
         self._number()
         for group in self.param_groups:
             group.setdefault(_STEP, 0)

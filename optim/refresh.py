@@ -72,6 +72,10 @@ class RefreshPolicy:
         """Whether the step, counted from zero, is to refresh."""
         return step >= int(stored[DUE])
 
+    def now_(self, stored: Stored, step: int) -> None:
+        """Make a refresh due at ``step``, whatever the schedule says."""
+        stored[DUE].fill_(step)
+
     def done_(self, stored: Stored, step: int, *, offset: int, cosine: float | None) -> None:
         """Write when the next refresh is due.
 

@@ -208,15 +208,27 @@ class SmallGradients:
         gradient = cell.own(gradient)
         if not _compressible(cell) or not self._has_basis(cell, gradient, state, turn):
             return False
+        self.add_low(parameter, cell.down(cell.open(state, gradient.device), gradient))
+        return True
+
+    def add_low(self, parameter: Tensor, low: Tensor) -> None:
+        """Add a projection, fp32 and the caller's to give away, to what is pending.
+
+        Raises:
+            RuntimeError: it comes too late for this step's clipping, or after :meth:`remove`.
+        """
+        if not self._hooks:
+            raise RuntimeError(
+                f"a projection for {self.optimizer.name_of(parameter)} after remove(): take away what makes "
+                "it too (CompActFeeds.remove())"
+            )
         pending = self._pending(parameter)
         if pending.summed:
             raise RuntimeError(
                 f"{self.optimizer.name_of(parameter)} got a gradient between clip_grad_norm_() and step(): "
                 "clip after the last backward pass"
             )
-        low = cell.down(cell.open(state, gradient.device), gradient)
         pending.low = low if pending.low is None else pending.low.add_(low)
-        return True
 
     def _has_basis(self, cell: Cell, gradient: Tensor, state: State, turn: Turn) -> bool:
         """Whether there is the basis of this step, made now if it may be. A gradient that is not finite makes

@@ -15,20 +15,23 @@ Departures, each the answer to a fault of public implementations:
 - A new seed while gradients of the old one are pending is refused, and so is a step of an optimizer that does
   not know ``R`` and would silently leave the weight where it is.
 
-The gradient is in ``weight.compressed_grad``; ``compressed_grad.py`` says how optimizers take it, and makes
-an ordinary one of it for all others. What CompAct saves beside the gradient is modest on a Llama layer (14
-% of eager's bytes at r = n/4), because attention and the gated product keep their own tensors.
+Where an optimizer projects with the same signs anyway, ``compact_gradients.feed_compact`` lets it choose the
+seeds and gives it each ``R`` as it is. Otherwise the gradient is in ``weight.compressed_grad``, and
+``compressed_grad.py`` makes an ordinary one of it. What CompAct saves beside the gradient is modest on a
+Llama layer (14 % of eager's bytes at r = n/4), because attention and the gated product keep their own
+tensors.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memtrain.optim.autograd.linears import Select, change_class, input_groups, linears_of, restore_class
 from memtrain.optim.autograd.lossy_backward import (
@@ -44,17 +47,23 @@ from memtrain.optim.compressed_grad import (
     compressed_grads,
     dense_gradient,
     densify_grads,
-    refuse_unaware_optimizer,
 )
-from memtrain.optim.projection import Projection, Stored
+from memtrain.optim.kernels.rademacher import rademacher_project
+from memtrain.optim.projection import Projection, Projector, Stored
+from memtrain.optim.projection.random import RIGHT_STREAM, read_key
 from memtrain.optim.storage import RandomKey
 
 __all__ = [
+    "CompActBases",
+    "CompActFeed",
+    "CompActForward",
     "CompActHandle",
     "CompActInput",
     "CompActLinear",
     "apply_compact",
+    "bases_of",
     "clear_compressed_grads",
+    "compact_layers",
     "compact_linear",
     "compressed_grads",
     "dense_gradient",
@@ -64,6 +73,18 @@ __all__ = [
 DEFAULT_DENSITY = 0.25
 """The paper's for pretraining."""
 _KINDS = ("rademacher", "gaussian")
+
+
+class CompActFeed(Protocol):
+    """Who chooses an input's bases, and takes the gradients that are made in them."""
+
+    def words(self) -> tuple[int, ...]:
+        """Of the seed that the next forward pass is to use."""
+        ...
+
+    def receive(self, weight: Tensor, low: Tensor, stored: Stored) -> None:
+        """``R`` [m, r] of one use of ``weight``, fp32, in the basis that ``stored`` names."""
+        ...
 
 
 class CompActInput:
@@ -91,8 +112,22 @@ class CompActInput:
         self.rank = self._projector.low_shape[-1]
         self._number, self._seed = number, seed
         self._projected: PerInput[Tensor] = PerInput()
+        self.feed: CompActFeed | None = None
         self.stored: Stored = {}
+        """The present seed, never written in place: graphs keep theirs."""
         self.refresh(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "feed": None}  # a copy's weights are not the optimizer's
+
+    def bound_to(self, shape: torch.Size) -> Projector:
+        """The projector of a weight ``[m, n]`` that reads this input."""
+        return self.projection.bind(shape)
+
+    def follow(self) -> None:
+        """Take up the basis that the feed wants, if there is one."""
+        if self.feed is not None and (words := self.feed.words()) != tuple(self.stored["seed"].tolist()):
+            self.stored = {"seed": torch.tensor(words)}
 
     def refresh(self, step: int) -> None:
         """A new basis from the next forward pass on. Graphs that exist keep theirs."""
@@ -107,9 +142,12 @@ class CompActInput:
         power = 2.0 ** round(0.5 * math.log2(self.rank))
 
         def make() -> Tensor:
+            rows = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+            if self.projection.kind == "rademacher":
+                key = read_key(self.stored["seed"]).fold(RIGHT_STREAM)
+                return rademacher_project(rows, key, self.rank, scale=1 / power)
             basis = self._projector.open(self.stored, x.device)["right"]
-            basis = (basis * (math.sqrt(self.rank) / power)).to(dtype)
-            return x.detach().reshape(-1, x.shape[-1]).to(dtype) @ basis
+            return rows @ (basis * (math.sqrt(self.rank) / power)).to(dtype)
 
         words = tuple(self.stored["seed"].tolist())
         return self._projected.get(x, (words, dtype), make), power / math.sqrt(self.rank)
@@ -123,13 +161,42 @@ class CompActLinear(nn.Linear):
     """The weight that an optimizer was or will be given; in a tuple, for it is not a second parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.weight is not self.compact_weight[0]:
-            raise LossyBackwardError(
-                f"the weight of a CompAct layer ({self.in_features} to {self.out_features} features) was "
-                "replaced since (by sharding, functional_call, or a load with assign=True), and its gradient "
-                "would be put where no optimizer looks: undo, and apply CompAct again; it cannot be sharded"
-            )
+        _refuse_replaced(self, self.compact_weight[0])
         return compact_linear(x, self.weight, self.bias, self.compact_input)
+
+
+@dataclass(frozen=True, slots=True)
+class CompActForward:
+    """The same as the ``forward`` that a policy puts in place (``apply.py``)."""
+
+    shared: CompActInput
+    weight: tuple[Tensor]
+    """The layer's, as an optimizer was or will be given it."""
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        _refuse_replaced(module, self.weight[0])
+        return compact_linear(x, module.weight, module.bias, self.shared)
+
+
+def _refuse_replaced(layer: nn.Linear, weight: Tensor) -> None:
+    if layer.weight is not weight:
+        raise LossyBackwardError(
+            f"the weight of a CompAct layer ({layer.in_features} to {layer.out_features} features) was "
+            "replaced since (by sharding, functional_call, or a load with assign=True), and its gradient "
+            "would be put where no optimizer looks: undo, and apply CompAct again; it cannot be sharded"
+        )
+
+
+def compact_layers(model: nn.Module) -> dict[str, tuple[nn.Linear, CompActInput]]:
+    """Name, layer and input of all that has CompAct's backward, by ``apply_compact`` or by a policy."""
+    found: dict[str, tuple[nn.Linear, CompActInput]] = {}
+    for name, module in model.named_modules():
+        of_policy = getattr(module.__dict__.get("forward"), "forward", None)
+        if isinstance(module, CompActLinear):
+            found[name] = module, module.compact_input
+        elif isinstance(of_policy, CompActForward) and isinstance(module, nn.Linear):
+            found[name] = module, of_policy.shared
+    return found
 
 
 @eager_only("CompAct hands its gradient to weight.compressed_grad, outside of any graph")
@@ -155,6 +222,7 @@ def compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, shared: CompA
     dtype = x.dtype if cast is None else cast
     with without_autocast(x):
         with torch.no_grad():
+            shared.follow()
             z, factor = shared.project(x, dtype)
         low = _receiver(weight, shared)
         used = weight.detach() if cast is None else weight.detach().to(cast)
@@ -189,23 +257,25 @@ def _receiver(weight: Tensor, shared: CompActInput) -> Tensor:
     """A leaf without memory, of the shape of R: what autograd accumulates for it goes to ``weight``."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     leaf = torch.zeros((), dtype=wide, device=weight.device).expand(len(weight), shared.rank).requires_grad_()
-    projection, stored = shared.projection, shared.stored
+    projection, stored, feed = shared.projection, shared.stored, shared.feed
 
     def receive(leaf: Tensor) -> None:
         low, leaf.grad = leaf.grad, None
         assert low is not None
-        add_compressed_grad(weight, low, projection, stored)
+        if feed is not None:
+            feed.receive(weight, low, stored)
+        else:
+            add_compressed_grad(weight, low, projection, stored)
 
     leaf.register_post_accumulate_grad_hook(receive)  # type: ignore[no-untyped-call]
     return leaf
 
 
-class CompActHandle:
-    """What ``apply_compact`` changed; new seeds, the seeds' state, and the way back."""
+class CompActBases:
+    """The bases of a model's CompAct layers, where no optimizer chooses them: new ones, and their state."""
 
-    def __init__(self, layers: dict[str, nn.Linear], inputs: dict[str, CompActInput]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Linear], inputs: Mapping[str, CompActInput]) -> None:
         self._layers, self._inputs = layers, inputs
-        self._guard = register_optimizer_step_pre_hook(refuse_unaware_optimizer)
 
     @property
     def names(self) -> list[str]:
@@ -216,8 +286,9 @@ class CompActHandle:
         """New bases for all inputs, named by ``step``; every 50 to 200 optimizer steps in the paper.
 
         Raises:
-            LossyBackwardError: compressed gradients are pending.
+            LossyBackwardError: compressed gradients are pending, or an optimizer chooses the bases.
         """
+        self._refuse_fed("refresh()")
         if compressed_grads(layer.weight for layer in self._layers.values()):
             raise LossyBackwardError(
                 "compressed gradients are pending in the present bases: step and clear them before a refresh"
@@ -226,7 +297,9 @@ class CompActHandle:
             shared.refresh(step)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The words of each input's seed, by the name of its first layer."""
+        """The words of each input's seed, by the name of its first layer. Raises LossyBackwardError where an
+        optimizer chooses the bases."""
+        self._refuse_fed("state_dict()")
         return {name: shared.stored["seed"].clone() for name, shared in self._inputs.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -234,7 +307,9 @@ class CompActHandle:
 
         Raises:
             ValueError: the names are not those of this model's inputs.
+            LossyBackwardError: an optimizer chooses the bases.
         """
+        self._refuse_fed("load_state_dict()")
         if state.keys() != self._inputs.keys():
             raise ValueError(
                 f"the saved seeds are of other layers: {sorted(state.keys() ^ self._inputs.keys())[:4]} are "
@@ -243,12 +318,32 @@ class CompActHandle:
         for name, shared in self._inputs.items():
             shared.stored = {"seed": state[name].clone()}
 
+    def _refuse_fed(self, what: str) -> None:
+        if any(shared.feed is not None for shared in self._inputs.values()):
+            raise LossyBackwardError(
+                f"{what} of bases that an optimizer chooses (feed_compact): its update_gap renews them, and "
+                "its state_dict has them"
+            )
+
+
+def bases_of(model: nn.Module) -> CompActBases:
+    """Those of a model that a policy has treated; ``apply_compact`` returns them itself."""
+    layers = compact_layers(model)
+    first: dict[int, str] = {}
+    for name, (_, shared) in layers.items():
+        first.setdefault(id(shared), name)
+    inputs = {name: layers[name][1] for name in first.values()}
+    return CompActBases({name: layer for name, (layer, _) in layers.items()}, inputs)
+
+
+class CompActHandle(CompActBases):
+    """What ``apply_compact`` changed, and the way back."""
+
     def undo(self) -> None:
         """Make the layers ``nn.Linear`` again. Pending compressed gradients stay. Twice is harmless."""
         for layer in self._layers.values():
             if isinstance(layer, CompActLinear):
                 restore_class(layer, "compact_input", "compact_weight")
-        self._guard.remove()
 
 
 def apply_compact(

@@ -1,7 +1,8 @@
 """Activations whose backward keeps 1 to 8 bits of each input.
 
-The forward pass is exact. Backward multiplies by the level of the bin that the input lay in
-(``fewbit_tables``); the bins' numbers are packed (``bitpack``). Few-bit backward: Novikov et al., arXiv
+The forward pass is exact: the activation's own, bins being found beside it. Backward multiplies by the level
+of the bin that the input lay in (``fewbit_tables``); the bins' numbers are packed (``bitpack``), by kernels
+where there are any (``kernels.fewbit_pack``). Few-bit backward: Novikov et al., arXiv
 2202.00441; here with tables that are optimal for any width, activation and distribution of inputs.
 
 Where it pays: the input is saved by nobody else, and the layer behind needs the output exactly, or saves it
@@ -27,16 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtrain.optim.autograd.bitpack import pack, unpack
 from memtrain.optim.autograd.fewbit_tables import RANGE, Elementwise, FewBitTable, Histogram, optimal_table
 from memtrain.optim.autograd.lossy_backward import refuse_second_derivative
+from memtrain.optim.kernels.fewbit_pack import fewbit_backward, fewbit_forward
 
 DEFAULT_BITS = 3
 """The error of GELU's derivative is .0119 at 3 bits and .0406 at 2 (integral of its square); at 4, .0031."""
-_COMPARED_BORDERS = 15
-"""Up to so many borders one comparison each is faster on a CPU than a binary search: on 4 M values 94 ms
-against 182 ms with 15 of them, 29 against 126 with 3 (one core)."""
-_CPU_CHUNK = 1 << 16
 _CALIBRATION_VALUES = 1 << 16
 """Inputs of one call that go into a histogram, evenly spaced: a bin's share is good to about a percent."""
 
@@ -217,45 +214,20 @@ class _FewBit(torch.autograd.Function):
         borders: Tensor,
         levels: Tensor,
     ) -> Tensor:
-        ctx.bits, ctx.shape, ctx.dtype = bits, values.shape, values.dtype
+        ctx.bits, ctx.dtype = bits, values.dtype
         if ctx.needs_input_grad[0]:
-            codes = _bins(values.reshape(-1), borders, parity)
-            ctx.save_for_backward(pack(codes, bits), levels)
+            _, packed = fewbit_forward(values, borders, bits=bits, even=parity)
+            ctx.save_for_backward(packed, levels)
         return function(values)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("a few-bit activation")
         packed, levels = ctx.saved_tensors
-        flat = gradient.reshape(-1)
-        codes = unpack(packed, ctx.bits, flat.numel())
-        result = torch.empty(flat.numel(), dtype=ctx.dtype, device=flat.device)
-        for part in _chunks(flat):
-            result[part] = levels.index_select(0, codes[part].int()) * flat[part]
-        return result.view(ctx.shape), None, None, None, None, None
-
-
-def _bins(flat: Tensor, borders: Tensor, parity: bool) -> Tensor:
-    """The number of borders that are not above each value, uint8. Compared in fp32 whatever the dtype is."""
-    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
-    for part in _chunks(flat):
-        values = flat[part].float()
-        values = values.abs() if parity else values
-        if len(borders) > _COMPARED_BORDERS:
-            codes[part] = torch.bucketize(values, borders, out_int32=True, right=True)
-            continue
-        count = torch.zeros_like(values, dtype=torch.uint8)
-        for border in borders:
-            count += values >= border
-        codes[part] = count
-    return codes
-
-
-def _chunks(flat: Tensor) -> Iterator[slice]:
-    whole = flat.device.type != "cpu" or torch.compiler.is_compiling()
-    step = max(flat.numel(), 1) if whole else _CPU_CHUNK
-    for start in range(0, flat.numel(), step):
-        yield slice(start, start + step)
+        # In the wider of the two, so that there is one rounding.
+        wide = gradient.to(torch.promote_types(gradient.dtype, ctx.dtype))
+        result = fewbit_backward(packed, levels, wide, bits=ctx.bits)
+        return result.to(ctx.dtype), None, None, None, None, None
 
 
 @contextmanager

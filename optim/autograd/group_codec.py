@@ -16,7 +16,9 @@ up.
   same tensor is always rounded in the same way, so a block that a checkpoint runs again saves what its first
   run would have; dropout's random numbers are left alone; and nothing needs to be stored for a resume.
 
-All is elementwise torch: ``torch.compile`` traces it, and nothing waits for the device.
+Where there is a kernel it does the work: on CUDA Triton's for 8 bits rounded to the nearest
+(``kernels.int8_groups``), on a CPU C++ (``kernels.group_codes``). The rest is elementwise torch, to the same
+bits: ``torch.compile`` traces it, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import group_codes, lazy, native
+from memtrain.optim.kernels.int8_groups import int8_pack, int8_unpack
 from memtrain.optim.storage.random import mix_
 
 GROUP = 128
@@ -99,10 +103,14 @@ class GroupCodec:
         if not self.takes(values):
             raise TypeError(f"{self.name} codes are for fp16, bf16, fp32 and fp64, not {values.dtype}")
         flat = values.detach().reshape(-1)
+        word = _fingerprint(flat, self.seed) if self.rounds_at_random else None
+        if self.bits == 8 and word is None and lazy.takes_triton(flat):
+            return Encoded(*int8_pack(flat, group=self.group))
+        if group_codes.serves(flat, self.group):
+            return Encoded(*group_codes.encode_groups(flat, group=self.group, bits=self.bits, word=word))
         groups = -(-flat.numel() // self.group)
         codes = flat.new_empty((groups, self.group * self.bits // 8), dtype=self._code_dtype)
         scales = flat.new_empty(groups, dtype=torch.bfloat16)
-        word = _fingerprint(flat, self.seed) if self.rounds_at_random else None
         for rows in self._chunks(groups, flat):
             part = flat[rows.start * self.group : rows.stop * self.group]
             part = part.float()  # the extremes of bf16 rows would take six times as long
@@ -114,8 +122,13 @@ class GroupCodec:
 
     def decode(self, encoded: Encoded, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The values again, as a new dense tensor of ``shape`` and ``dtype``."""
+        if self.bits == 8 and lazy.takes_triton(encoded.codes):
+            return int8_unpack(encoded, tuple(shape), dtype)
         numel = math.prod(shape)
         values = encoded.scales.new_empty(numel, dtype=dtype)
+        if group_codes.serves(values, self.group):
+            group_codes.decode_groups_(values, *encoded, group=self.group, bits=self.bits)
+            return values.view(shape)
         for rows in self._chunks(len(encoded.scales), values):
             codes = self._signed(encoded.codes[rows])
             part = codes * encoded.scales[rows].float().unsqueeze(1)
@@ -162,8 +175,8 @@ class GroupCodec:
 
 
 def _cannot_look(values: Tensor) -> bool:
-    """Whether a choice by value would break a graph, or wait for a device."""
-    return values.device.type != "cpu" or torch.compiler.is_compiling()
+    """Whether a choice by value would break a graph, wait for a device, or have no value to look at."""
+    return not native.is_plain(values)
 
 
 def _pack_nibbles(codes: Tensor) -> Tensor:

@@ -11,18 +11,25 @@ checkpoint      inside: steps aside;    the same bins in the  the same seed in t
                 input that it saves                                                   the generator)
 accumulation    ordinary gradients      ordinary gradients    fp32 sum; a refresh     ordinary gradients
                                                               while pending raises
-tied weights    never encoded           has none              one R for all uses;     ordinary gradients;
-                                                              with an untreated use   with an untreated use
-                                                              refused when applied    refused when applied
+tied weights    never encoded           has none              one R for all uses, of  ordinary gradients;
+                                                              one input or raises;    with an untreated use
+                                                              with an untreated use   refused when applied
+                                                              refused when applied
 frozen weights  never encoded           has none              left alone: they save   left alone: they save
                                                               nothing                 nothing
 autocast        copies of weights stay  bins of the input in  z in autocast's dtype   rows in autocast's
                                         its own dtype                                 dtype
 GradScaler      what is not finite      ordinary gradients    ``densify_grads``       ordinary gradients;
-                comes back as NaN                             before ``unscale_``     norms that are not
-                                                                                      finite are not learnt
-optimizers      any                     any                   ``densify_grads``, or   any
-                                                              its step raises
+                comes back as NaN                             before ``unscale_``;    norms that are not
+                                                              fed: by                 finite are not learnt
+                                                              ``SmallGradients``
+optimizers      any                     any                   fed: the grid's, with   any
+                                                              residual none;
+                                                              ``densify_grads``:
+                                                              any; else its step
+                                                              raises
+processes       ordinary gradients      ordinary gradients    one; ``densify_grads``  ordinary gradients
+                                                              before an all-reduce
 double          raises                  raises                raises                  raises
 backward
 other saved-    around it: raises;      fine                  fine                    fine
@@ -31,6 +38,10 @@ torch.compile   around the graph: what  inside the graph      graph break with  
                 that saves is encoded                         reason; fullgraph       reason; fullgraph
                                                               raises                  raises
 ==============  ======================  ====================  ======================  ======================
+
+*fed*: ``compact_gradients.feed_compact``. A linear layer's int8 input (``int8_linear.py``) is as WTA-CRS in
+this table, its checkpoint without random numbers. Policies (``lossy_treatments.py``) do not look at other
+uses of a weight: there a treated and an untreated one add up, and two inputs of one CompAct weight raise.
 
 They add up: few-bit, CompAct and WTA-CRS save less, and a ``SavedTensorCompressor`` encodes what they and the
 rest of the block still save. Few-bit codes are integers and stay as they are.

@@ -6,24 +6,28 @@
 - ``layer``: ``int8``, ``int4``: what the whole layer saves, after the exact treatments inside it;
 - ``mlp``: ``fewbit2``, ``fewbit3``, ``fewbit4``: the activation of an MLP without a gate;
 - ``gated_mlp``: the same names, which answer why they give nothing there;
-- ``linear``: ``wta``, a sample of the rows of a norm's output.
-
-CompAct is no entry: its gradients want an optimizer that takes them and new bases now and then, so it is
-applied where there is a handle for both (``compact.apply_compact``).
+- ``linear``: ``int8``, a norm's output encoded, where the layer is not encoded as a whole; ``wta``, a sample
+  of its rows; ``compact``, its projection to a quarter of the features. The gradients of the latter go to an
+  optimizer by ``compact_gradients.feed_compact``, which renews the bases; without it ``compact.bases_of``
+  does, and ``densify_grads`` makes ordinary gradients.
 """
 
 from __future__ import annotations
 
 import itertools
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
+from memtrain.optim.autograd.compact import DEFAULT_DENSITY, CompActForward, CompActInput
 from memtrain.optim.autograd.fewbit import fewbit
 from memtrain.optim.autograd.fewbit_tables import FewBitTable
 from memtrain.optim.autograd.group_codec import GroupCodec
+from memtrain.optim.autograd.int8_linear import Int8Input, int8_linear
 from memtrain.optim.autograd.lossy import activation_of, is_activation
 from memtrain.optim.autograd.lossy_backward import eager_only
 from memtrain.optim.autograd.quantized_saved import SavedTensorCompressor
@@ -38,6 +42,7 @@ from memtrain.optim.autograd.treatments import (
     same_when_training,
 )
 from memtrain.optim.autograd.wtacrs import WTAInput, wta_linear
+from memtrain.optim.projection import Projection
 
 
 @eager_only("saved-tensor hooks are entered and left around a graph, not inside it")
@@ -151,6 +156,35 @@ class _FewBitMLP:
 
 
 @dataclass(frozen=True, slots=True)
+class _Int8Forward:
+    shared: Int8Input
+
+    def __call__(self, module: nn.Linear, x: Tensor) -> Tensor:
+        return int8_linear(x, module.weight, module.bias, self.shared)
+
+
+class _EncodeInput:
+    """``int8_linear.py``."""
+
+    exact = False
+
+    def __init__(self) -> None:
+        # An input is recognised wherever it comes from, so one description serves all layers.
+        self._shared = Int8Input()
+
+    def offer(self, site: Site) -> Offer:
+        _trainable_linear(site)
+        first = site.first_to_read
+        coded = self._shared.codec.size_bytes(site.input.numel()) / site.tokens
+        return Offer(
+            forward=_Int8Forward(self._shared),
+            plain_bytes=site.input.nbytes / site.tokens if first else 0.0,
+            saved_bytes=coded if first else 0.0,
+            equal="forward exact; weight's gradient from an encoded input",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _WTAForward:
     shared: WTAInput
 
@@ -168,10 +202,7 @@ class _SampleRows:
         self._shared = WTAInput()
 
     def offer(self, site: Site) -> Offer:
-        if type(site.module) is not nn.Linear:
-            raise NotServedError(f"{type(site.module).__name__} is not torch.nn.Linear")
-        if not site.module.weight.requires_grad:
-            raise NotServedError("its weight is frozen, so it saves nothing")
+        _trainable_linear(site)
         plain = site.input.nbytes / site.tokens if site.first_to_read else 0.0
         index_bytes = torch.int64.itemsize + torch.float32.itemsize
         saved = self._shared.ratio * (plain + index_bytes) if site.first_to_read else 0.0
@@ -183,8 +214,43 @@ class _SampleRows:
         )
 
 
+class _ProjectInput:
+    """``compact.py`` with signs; one basis for each input, named by the first layer that reads it."""
+
+    exact = False
+
+    def __init__(self) -> None:
+        self._inputs = WeakIdKeyDictionary()
+        """By the probe's tensor, which goes with the probe."""
+
+    def offer(self, site: Site) -> Offer:
+        layer = _trainable_linear(site)
+        new = site.input not in self._inputs
+        if new:
+            projection = Projection(kind="rademacher", density=DEFAULT_DENSITY, side="right")
+            number = zlib.crc32(site.name.encode())
+            self._inputs[site.input] = CompActInput(layer.in_features, projection, number=number)
+        shared: CompActInput = self._inputs[site.input]
+        return Offer(
+            forward=CompActForward(shared, (layer.weight,)),
+            plain_bytes=site.input.nbytes / site.tokens if site.first_to_read else 0.0,
+            saved_bytes=float(shared.rank * site.input.element_size()) if new else 0.0,
+            equal="forward exact; weight's gradient from a projection of its input",
+        )
+
+
+def _trainable_linear(site: Site) -> nn.Linear:
+    if type(site.module) is not nn.Linear:
+        raise NotServedError(f"{type(site.module).__name__} is not torch.nn.Linear")
+    if not site.module.weight.requires_grad:
+        raise NotServedError("its weight is frozen, so it saves nothing")
+    return site.module
+
+
 register_treatment("layer", "int8", _Encode(GroupCodec(bits=8)))
 register_treatment("layer", "int4", _Encode(GroupCodec(bits=4)))
+register_treatment("linear", "int8", _EncodeInput())
 register_treatment("linear", "wta", _SampleRows())
+register_treatment("linear", "compact", _ProjectInput())
 for _kind, _bits in itertools.product(("mlp", "gated_mlp"), (2, 3, 4)):
     register_treatment(_kind, f"fewbit{_bits}", _FewBitMLP(_bits))

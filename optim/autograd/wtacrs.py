@@ -39,6 +39,7 @@ from memtrain.optim.autograd.lossy_backward import (
 )
 from memtrain.optim.autograd.recomputed import autocast_dtype, without_autocast
 from memtrain.optim.autograd.row_sampling import GradientNorms, Sample, draw_rows
+from memtrain.optim.kernels.wta_gradient import wta_weight_gradient
 
 DEFAULT_RATIO = 0.3
 """The paper's share of rows."""
@@ -186,7 +187,7 @@ class _WTA(torch.autograd.Function):
             dx = None if weight is None else (rows @ weight).view(ctx.shape)
             dw = None
             if ctx.needs_input_grad[1]:
-                dw = (rows[index] * factors.unsqueeze(1)).to(values.dtype).t() @ values
+                dw = wta_weight_gradient(rows, values, index, factors)
             db = rows.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dw, db, None, None
 

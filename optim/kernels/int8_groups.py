@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import group_codes, lazy
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.swiglu import gate_activation
@@ -125,7 +126,7 @@ def _swiglu_int8_kernel(
 def int8_pack(values: Tensor, *, group: int = GROUP) -> Packed:
     """``(codes, scales)`` of ``values``, read row by row. ``group`` is a power of two."""
     _check_group(group)
-    return (_triton_pack if values.is_cuda else _cpu_pack)(values.contiguous(), group)
+    return (_triton_pack if lazy.takes_triton(values) else _cpu_pack)(values.contiguous(), group)
 
 
 def int8_unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -133,7 +134,7 @@ def int8_unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> T
     codes, _ = packed
     if not 0 <= codes.numel() - torch.Size(shape).numel() < max(codes.shape[1], 1):
         raise ValueError(f"{codes.numel()} codes in groups of {codes.shape[1]} are not {tuple(shape)} values")
-    return (_triton_unpack if codes.is_cuda else _cpu_unpack)(packed, shape, dtype)
+    return (_triton_unpack if lazy.takes_triton(codes) else _cpu_unpack)(packed, shape, dtype)
 
 
 def swiglu_forward_int8(gate: Tensor, up: Tensor, *, group: int = GROUP) -> tuple[Tensor, Packed, Packed]:
@@ -141,7 +142,7 @@ def swiglu_forward_int8(gate: Tensor, up: Tensor, *, group: int = GROUP) -> tupl
     _check_group(group)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} differ")
-    if gate.is_cuda:
+    if lazy.takes_triton(gate):
         return _triton_swiglu(gate.contiguous(), up.contiguous(), group)
     product = torch.nn.functional.silu(gate).mul_(up)
     return product, int8_pack(gate, group=group), int8_pack(up, group=group)
@@ -193,6 +194,8 @@ def _triton_swiglu(gate: Tensor, up: Tensor, group: int) -> tuple[Tensor, Packed
 
 
 def _cpu_pack(values: Tensor, group: int) -> Packed:
+    if group_codes.serves(values, group):
+        return group_codes.encode_groups(values, group=group, bits=8)
     codes, scales = _empty(values, group)
     rows = max(1, _CPU_CHUNK_ELEMENTS // group)
     flat = values.view(-1)
@@ -204,8 +207,11 @@ def _cpu_pack(values: Tensor, group: int) -> Packed:
 
 def _cpu_unpack(packed: Packed, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     codes, scales = packed
-    values = torch.empty(shape, dtype=dtype)
+    values = torch.empty(shape, dtype=dtype, device=codes.device)
     flat, group = values.view(-1), codes.shape[1]
+    if group_codes.serves(values, group):
+        group_codes.decode_groups_(values, codes, scales, group=group, bits=8)
+        return values
     rows = max(1, _CPU_CHUNK_ELEMENTS // group)
     for start in range(0, len(codes), rows):
         target = flat[start * group : (start + rows) * group]

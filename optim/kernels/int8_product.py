@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import lazy
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.int8_groups import GROUP, Packed, int8_unpack, unpack_codes
 from memtrain.optim.kernels.lazy import triton_kernel
@@ -18,7 +19,7 @@ from memtrain.optim.kernels.lazy import triton_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-_CPU_CHUNK_INPUTS = 1024
+_CHUNK_INPUTS = 1024
 
 
 @triton_kernel
@@ -72,7 +73,8 @@ def int8_weight_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
             f"{codes.numel()} codes in groups of {codes.shape[1]} are not {dy.shape[0]} tokens of {inputs} "
             "inputs in whole groups: unpack them and use the plain product"
         )
-    return (_triton_gradient if dy.is_cuda else _cpu_gradient)(dy.contiguous(), packed, inputs)
+    kernel = lazy.takes_triton(dy) and dy.dtype in (torch.bfloat16, torch.float16)  # fp32 would become tf32
+    return (_triton_gradient if kernel else _gradient_by_chunks)(dy.contiguous(), packed, inputs)
 
 
 def _triton_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
@@ -96,17 +98,17 @@ def _triton_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
     return gradient
 
 
-def _cpu_gradient(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
+def _gradient_by_chunks(dy: Tensor, packed: Packed, inputs: int) -> Tensor:
     """By chunks of inputs, each of which has its whole sum in one product."""
     codes, scales = packed
     group = codes.shape[1]
     tokens, outputs = dy.shape
-    gradient = torch.empty(outputs, inputs, dtype=dy.dtype)
-    codes, scales = codes.view(tokens, -1, group), scales.view(tokens, -1)
-    for start in range(0, inputs // group, groups := max(1, _CPU_CHUNK_INPUTS // group)):
+    gradient = torch.empty(outputs, inputs, dtype=dy.dtype, device=dy.device)
+    codes, scales = codes.view(tokens, inputs // group, group), scales.view(tokens, inputs // group)
+    for start in range(0, inputs // group, groups := max(1, _CHUNK_INPUTS // group)):
         part = slice(start, start + groups)
         chosen = (codes[:, part].reshape(-1, group), scales[:, part].reshape(-1))
-        x = int8_unpack(chosen, (tokens, chosen[0].numel() // max(tokens, 1)), dy.dtype)
+        x = int8_unpack(chosen, (tokens, codes[:, part].shape[1] * group), dy.dtype)
         gradient[:, start * group : (start + groups) * group] = dy.mT @ x
     return gradient
 

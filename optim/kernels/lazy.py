@@ -25,6 +25,9 @@ from functools import cached_property
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 class MissingTritonError(ImportError):
     """A Triton kernel is needed where Triton is not installed."""
@@ -40,6 +43,11 @@ def require_triton() -> ModuleType:
             'this needs Triton, which is not installed: pip install "memtrain[kernels]" (Linux only)'
         ) from error
     return triton  # type: ignore[no-any-return]
+
+
+def takes_triton(tensor: Tensor) -> bool:
+    """Whether a public call runs its Triton kernel on ``tensor``. Tests say yes for the interpreter."""
+    return tensor.is_cuda and not torch.compiler.is_compiling()
 
 
 class TritonKernel:

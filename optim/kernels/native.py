@@ -147,6 +147,13 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are CPU tensors with memory of their own: no compiler's, no tracer's, no subclass."""
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
 def function(source: str, name: str) -> Callable[..., None] | None:
     """The C function ``name`` of ``native/<source>.cpp``, or None where it cannot be compiled.
 

@@ -5,7 +5,7 @@ matrix is bit ``e mod 32`` of the key's word ``e div 32``. One word makes 32 sig
 for every 32 entries, where a Gaussian one would cost more than the product itself. The kernel makes them
 inside the product for ranks that are multiples of 32; others, and a CPU, make the matrix once and multiply.
 
-The scale (``1 / sqrt(r)``) is the caller's: signs are exact in every dtype, ``1 / sqrt(r)`` is not.
+The scale is the caller's: signs and powers of two are exact in every dtype, ``1 / sqrt(r)`` is not.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import lazy
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import precision
@@ -42,6 +43,7 @@ def _rademacher_project_kernel(
     rank,
     key,
     key_offset,
+    scale,
     PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
@@ -64,24 +66,27 @@ def _rademacher_project_kernel(
         signs = tl.reshape(bits, (BLOCK_COLUMNS, BLOCK_RANK)).to(tl.float32) * 2.0 - 1.0
         total = tl.dot(x, signs.to(x.dtype), total, input_precision=PRECISION)
     target = low_ptr + row[:, None] * rank + vector[None, :]
-    tl.store(target, total, mask=(row[:, None] < rows) & (vector[None, :] < rank))
+    tl.store(target, total * scale, mask=(row[:, None] < rows) & (vector[None, :] < rank))
 
 
-def rademacher_project(x: Tensor, key: RandomKey, rank: int) -> Tensor:
-    """``x S`` ``[..., rank]`` in the dtype of ``x`` ``[..., n]``, with signs S ``[n, rank]`` of ``key``,
-    unscaled.
+def rademacher_project(x: Tensor, key: RandomKey, rank: int, *, scale: float = 1.0) -> Tensor:
+    """``scale x S`` ``[..., rank]`` in the dtype of ``x`` ``[..., n]``, with signs S ``[n, rank]``.
+
+    Args:
+        key: of the signs.
+        scale: a power of two.
 
     Raises:
         ValueError: ``rank`` below 1.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
-    if x.is_cuda and rank % _BITS == 0:
-        return _triton_project(x.contiguous(), key, rank)
-    return x @ rademacher(key, (x.shape[-1], rank), x.device).to(x.dtype)
+    if lazy.takes_triton(x) and x.dtype != torch.float64 and rank % _BITS == 0:
+        return _triton_project(x.contiguous(), key, rank, scale)
+    return x @ rademacher(key, (x.shape[-1], rank), x.device).mul_(scale).to(x.dtype)
 
 
-def _triton_project(x: Tensor, key: RandomKey, rank: int) -> Tensor:
+def _triton_project(x: Tensor, key: RandomKey, rank: int, scale: float = 1.0) -> Tensor:
     columns = x.shape[-1]
     low = torch.zeros(*x.shape[:-1], rank, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -97,6 +102,7 @@ def _triton_project(x: Tensor, key: RandomKey, rank: int) -> Tensor:
             rank,
             packed,
             offset,
+            scale,
             PRECISION=precision(x.dtype),
             **constants,
             num_warps=num_warps,
@@ -122,7 +128,7 @@ def _variant(dtype: str, rank: int) -> KernelVariant:
         signature={
             **dict.fromkeys(("x_ptr", "low_ptr"), f"*{dtype}"),
             **dict.fromkeys(("rows", "columns", "rank"), "i32:16"),
-            **{"key": "i64", "key_offset": "i32:16"},
+            **{"key": "i64", "key_offset": "i32:16", "scale": "fp32"},
         },
         constexprs={"PRECISION": "ieee" if dtype == "fp32" else "tf32", **constants},
         moved_bytes=moved,

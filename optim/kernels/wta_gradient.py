@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import lazy
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import precision
@@ -88,7 +89,7 @@ def wta_weight_gradient(dy: Tensor, kept: Tensor, rows: Tensor, factors: Tensor)
             f"kept must have the dtype of dy ({dy.dtype}), rows int64 and factors fp32, got {kept.dtype}, "
             f"{rows.dtype}, {factors.dtype}"
         )
-    if dy.is_cuda:
+    if lazy.takes_triton(dy) and dy.dtype != torch.float64:
         return _triton_gradient(dy.contiguous(), kept.contiguous(), rows, factors)
     return (dy[rows] * factors.unsqueeze(1)).to(dy.dtype).mT @ kept
 

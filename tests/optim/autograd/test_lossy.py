@@ -10,14 +10,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from memtrain.optim import GaLore, SmallGradients
 from memtrain.optim.autograd import lossy_treatments  # noqa: F401  (registers the entries)
 from memtrain.optim.autograd.apply import EXACT, Policy, Rule, apply_to, revert
-from memtrain.optim.autograd.compact import apply_compact, compressed_grads, densify_grads
+from memtrain.optim.autograd.compact import (
+    apply_compact,
+    bases_of,
+    clear_compressed_grads,
+    compressed_grads,
+    densify_grads,
+)
 from memtrain.optim.autograd.fewbit import FewBitActivation
 from memtrain.optim.autograd.group_codec import GroupCodec
 from memtrain.optim.autograd.lossy import apply_fewbit, compress_blocks
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 from memtrain.optim.autograd.wtacrs import apply_wta
+from memtrain.optim.compact_gradients import feed_compact
 
 transformers = pytest.importorskip("transformers")
 
@@ -81,6 +89,16 @@ def apply_int8_policy(model: nn.Module) -> Callable[[], None]:
     return lambda: revert(model)
 
 
+def apply_int8_linears(model: nn.Module) -> Callable[[], None]:
+    apply_to(model, Policy(rules=(Rule(kind="linear", treatment="int8"),)))
+    return lambda: revert(model)
+
+
+def apply_compact_policy(model: nn.Module) -> Callable[[], None]:
+    apply_to(model, Policy(rules=(Rule(kind="linear", treatment="compact"),)))
+    return lambda: revert(model)
+
+
 def apply_exact_int8(model: nn.Module) -> Callable[[], None]:
     apply_to(model, EXACT.followed_by(Rule(kind="layer", treatment="int8")))
     return lambda: revert(model)
@@ -114,6 +132,8 @@ TREATMENTS: dict[str, tuple[Callable[[nn.Module], Callable[[], None]], float]] =
     "exact and int8 by policy": (apply_exact_int8, 0.02),
     "exact and int8 by hooks": (apply_exact_and_hooks, 0.02),
     "CompAct": (lambda model: apply_compact(model, density=1.0).undo, 1.5),
+    "int8 of norms' outputs by policy": (apply_int8_linears, 0.02),
+    "CompAct by policy": (apply_compact_policy, 2.5),
     "WTA-CRS": (lambda model: apply_wta(model).undo, 2.5),
     "CompAct and int8": (apply_compact_int8, 1.5),
 }
@@ -207,6 +227,75 @@ def test_entries_of_a_policy_that_are_not_served_say_why() -> None:
     revert(model)
     _, expected = loss_and_gradients(model)
     assert 1e-3 < error(got, expected) < 2.5
+
+
+def test_compact_by_policy_and_its_bases() -> None:
+    model = llama()
+    applied = apply_to(model, Policy(rules=(Rule(kind="linear", treatment="compact"),)))
+    linear = [row for row in applied.rows if row.kind == "linear"]
+    # q, k, v share 32 of 128 fp32 features; gate and up others
+    assert [row.plain_bytes for row in linear[:5]] == [512.0, 0.0, 0.0, 512.0, 0.0]
+    assert [row.saved_bytes for row in linear[:5]] == [128.0, 0.0, 0.0, 128.0, 0.0]
+    bases = bases_of(model)
+    assert len(bases.names) == 10
+    saved = bases.state_dict()
+    assert len({tuple(words.tolist()) for words in saved.values()}) == 4
+    query = model.model.layers[0].self_attn.q_proj.weight
+
+    def low() -> Tensor:
+        clear_compressed_grads(model.parameters())
+        model(IDS, labels=IDS).loss.backward()
+        return query.compressed_grad.clone()
+
+    first = low()
+    clear_compressed_grads(model.parameters())
+    bases.refresh(1)
+    assert not torch.equal(low(), first)
+    clear_compressed_grads(model.parameters())
+    bases.load_state_dict(saved)
+    assert torch.equal(low(), first)
+    revert(model)
+    with pytest.raises(ValueError, match="other layers"):
+        bases_of(model).load_state_dict(saved)
+
+
+def test_compact_by_policy_feeds_an_optimizer_beside_exact_and_int8() -> None:
+    settings = {"lr": 1e-2, "density": 0.25, "projection": "rademacher", "proj_type": "right"}
+    entries = Rule(kind="linear", treatment="compact"), Rule(kind="layer", treatment="int8")
+
+    def trained(policy: Policy | None) -> list[float]:
+        model = llama()
+        layers = [p for n, p in model.named_parameters() if "layers" in n and p.dim() == 2]
+        others = [p for p in model.parameters() if all(p is not one for one in layers)]
+        groups = [{"params": layers}, {"params": others, "density": None}]
+        optimizer = GaLore(groups, **settings)  # type: ignore[arg-type]
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for readers in (
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                (mlp.gate_proj, mlp.up_proj),
+            ):
+                optimizer.share_basis([reader.weight for reader in readers])
+        gradients = SmallGradients(optimizer)
+        if policy is not None:
+            apply_to(model, policy)
+            feed_compact(model, gradients)
+        losses = []
+        for _ in range(6):
+            loss = model(IDS, labels=IDS).loss
+            loss.backward()
+            assert not compressed_grads(model.parameters())
+            gradients.clip_grad_norm_(1.0)
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    plain = trained(None)
+    alone, stacked = trained(Policy(rules=entries[:1])), trained(EXACT.followed_by(*entries))
+    assert alone[0] == stacked[0] == plain[0]
+    assert alone == pytest.approx(plain, rel=1e-4)  # Adam makes much of small differences
+    assert stacked[-1] == pytest.approx(alone[-1], rel=0.01)
+    assert plain[-1] < 0.9 * plain[0]
 
 
 def test_few_bits_by_policy_on_a_plain_mlp() -> None:

@@ -72,7 +72,7 @@ def test_traffic_is_what_the_specs_say() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match="1 to 4 bits for up to"):
+    with pytest.raises(ValueError, match="1 to 8 bits for up to"):
         fewbit_pack.fewbit_forward(torch.ones(8), torch.ones(4), bits=2)
     with pytest.raises(ValueError, match="activation must be one of silu, gelu, gelu_tanh or None"):
         fewbit_pack.fewbit_forward(torch.ones(8), torch.ones(1), bits=2, activation="relu")  # type: ignore[arg-type]
