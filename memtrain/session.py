@@ -413,9 +413,12 @@ class Session:
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
-        for tier, coding in self.engine.coding_statistics().items():
-            lines.append(coding_text(tier, self._codecs[tier].name, coding))
-        return "\n".join(lines)
+        return "\n".join(lines + self.coding_lines())
+
+    def coding_lines(self) -> list[str]:
+        """What coding optimizer state has done so far, a line for each tier; none without a codec."""
+        done = self.engine.coding_statistics()
+        return [coding_text(tier, self._codecs[tier].name, found) for tier, found in done.items()]
 
     # ending -----------------------------------------------------------------------------------
 
