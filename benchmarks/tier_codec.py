@@ -27,7 +27,8 @@ from _harness import BenchmarkError, model_directory, publish, spread, table
 from torch import Tensor
 
 from memtrain.data import Tokens
-from memtrain.offload.coded import SEGMENT_BYTES, CodedStore
+from memtrain.offload.codec import SEGMENT_BYTES
+from memtrain.offload.coded import CodedStore
 from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS
 from memtrain.offload.slab import Slab
 from memtrain.offload.tiers import NvmeStore, Store

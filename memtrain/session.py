@@ -28,7 +28,7 @@ from torch import nn
 from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
 from memtrain.copy_guard import CopyGuard, is_planned
 from memtrain.offload.activations import ActivationExecutor
-from memtrain.offload.coded import Codec
+from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError

@@ -94,7 +94,7 @@ def _zstandard() -> Any:
 
 
 class ExponentCodec:
-    """Makes coders; ``memtrain.offload.coded.Codec``.
+    """Makes coders; ``memtrain.offload.codec.Codec``.
 
     Raises:
         MissingZstandardError: see there.
