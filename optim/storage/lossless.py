@@ -11,8 +11,8 @@ smallest; what does not shrink is stored as it is. A chunk's way stands before i
 NaN payloads and random ones too, and none take more than ``bound_bytes``.
 
 The coder is Zstandard's Huffman stage; exponents have no repetitions to find, so its search for them is made
-as small as its parameters allow (``_SEARCH``). SmolLM2's weights (bf16), and AdamW's moments (fp32) after four steps of
-three of its layers, in plain bytes by processor second of one of two cores that others used too:
+as small as its parameters allow (``_SEARCH``). SmolLM2's weights (bf16), and AdamW's moments (fp32) after
+four steps of three of its layers, in plain bytes by processor second of one of two cores, others busy:
 
     .                              ratio    encode       decode
     entropy of the exponents        .663
