@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memtrain.offload.coded import Codec, CodingStatistics
+from memtrain.offload.codec import Codec, CodingStatistics
 from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget, Machine

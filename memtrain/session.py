@@ -28,7 +28,7 @@ from torch import nn
 from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
 from memtrain.copy_guard import CopyGuard, is_planned
 from memtrain.offload.activations import ActivationExecutor
-from memtrain.offload.coded import Codec
+from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError
@@ -413,9 +413,12 @@ class Session:
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
-        for tier, coding in self.engine.coding_statistics().items():
-            lines.append(coding_text(tier, self._codecs[tier].name, coding))
-        return "\n".join(lines)
+        return "\n".join(lines + self.coding_lines())
+
+    def coding_lines(self) -> list[str]:
+        """What coding optimizer state has done so far, a line for each tier; none without a codec."""
+        done = self.engine.coding_statistics()
+        return [coding_text(tier, self._codecs[tier].name, found) for tier, found in done.items()]
 
     # ending -----------------------------------------------------------------------------------
 

@@ -216,6 +216,8 @@ class Trainer:
             before = self.evaluate()
             display.note(f"held-out loss before: {before:.4f}")
             seconds, peak_bytes = self._steps(display)
+            for line in session.coding_lines():
+                display.note(line)
             after = self.evaluate()
             display.note(f"held-out loss after: {after:.4f}")
             with self._phase("save"):

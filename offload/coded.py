@@ -15,77 +15,27 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 
+from memtrain.offload.codec import (
+    SEGMENT_BYTES,
+    WORKERS,
+    Codec,
+    Coder,
+    CodingStatistics,
+    segment_room,
+    segments_of,
+    staging_bytes,
+)
 from memtrain.offload.errors import CorruptExtentError, ExtentStateError, OffloadError, TierIOError
 from memtrain.offload.extents import Extent
 from memtrain.offload.io import Direction
 from memtrain.offload.slab import Slab
 from memtrain.offload.store import Store
-from memtrain.offload.targets import BLOCK_BYTES
-from memtrain.planner.units import MiB, round_up
-
-SEGMENT_BYTES = 4 * MiB  # coded, it is still a transfer that the disks measured move at their full rate
-WORKERS = 2  # a direction: one codes while the other's bytes move
-
-
-class Coder(Protocol):
-    """Codes and decodes in memory of its own; for one thread at a time."""
-
-    @property
-    def ways(self) -> Mapping[Any, int]:
-        """Parts coded so far by the way they were stored in, as they are being one of them."""
-        ...
-
-    def encode(self, plain: torch.Tensor, into: torch.Tensor) -> int:
-        """Code ``plain`` to the beginning of ``into``; how many bytes it became."""
-        ...
-
-    def decode(self, coded: torch.Tensor, into: torch.Tensor) -> None:
-        """Fill ``into``. Raises ValueError where ``coded`` is not what ``encode`` made of as many bytes."""
-        ...
-
-
-class Codec(Protocol):
-    """What makes coders, and what they need."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def working_bytes(self) -> int:
-        """Memory of one coder at most."""
-        ...
-
-    def bound_bytes(self, nbytes: int) -> int:
-        """The most that ``nbytes`` can become."""
-        ...
-
-    def coder(self) -> Coder: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CodingStatistics:
-    """What a coded store has moved so far."""
-
-    plain_bytes_read: int
-    coded_bytes_read: int
-    plain_bytes_written: int
-    coded_bytes_written: int
-    encode_seconds: float
-    """Processor time; of the next one too."""
-    decode_seconds: float
-    ways: Mapping[str, int]
-    """Parts written by the way they were coded in, ``plain`` being what did not shrink."""
-
-    @property
-    def ratio(self) -> float:
-        """Coded bytes by plain ones of what was written; 1 before anything was."""
-        return self.coded_bytes_written / self.plain_bytes_written if self.plain_bytes_written else 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -218,7 +168,7 @@ class CodedStore:
         """As ``Store.allocate``, of the most that the tensor can become."""
         if nbytes < 0:
             raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
-        segments = _segments(nbytes)
+        segments = segments_of(nbytes)
         whole = (len(segments) - 1) * self._slot_bytes
         room = whole + segment_room(self.codec, segments[-1][1])
         inner = self._store.allocate(name, room, dtype=dtype, shape=shape)
@@ -317,7 +267,7 @@ class CodedStore:
         self._finish(ticket, coded, error)
 
     def _write_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
-        extent, (start, length) = ticket.extent, _segments(ticket.nbytes)[number]
+        extent, (start, length) = ticket.extent, segments_of(ticket.nbytes)[number]
         extent.lengths[number] = None  # what was there must not be read beside new segments if this fails
         began = time.thread_time()
         coded = bench.coder.encode(ticket.plain[start : start + length], bench.slot)
@@ -330,7 +280,7 @@ class CodedStore:
         return coded
 
     def _read_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
-        extent, (start, length) = ticket.extent, _segments(ticket.nbytes)[number]
+        extent, (start, length) = ticket.extent, segments_of(ticket.nbytes)[number]
         coded, place = extent.lengths[number], number * self._slot_bytes
         if coded is None:
             raise ExtentStateError(f"{ticket.what}: it was never written, or its last write failed")
@@ -390,19 +340,3 @@ class CodedStore:
             )
         if self._closed:
             raise OffloadError(f"the coded {self.tier.value} store is closed")
-
-
-def segment_room(codec: Codec, nbytes: int) -> int:
-    """What a segment of ``nbytes`` takes on a tier at most, in whole blocks."""
-    return round_up(codec.bound_bytes(nbytes), BLOCK_BYTES)
-
-
-def staging_bytes(codec: Codec) -> int:
-    """Memory of a coded store: segments on their way, and the coders' own."""
-    return 2 * WORKERS * (segment_room(codec, SEGMENT_BYTES) + codec.working_bytes)
-
-
-def _segments(nbytes: int) -> list[tuple[int, int]]:
-    """``(offset, length)`` of each; an empty tensor is one that is empty."""
-    starts = range(0, max(nbytes, 1), SEGMENT_BYTES)
-    return [(start, min(SEGMENT_BYTES, nbytes - start)) for start in starts]

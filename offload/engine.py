@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memtrain.offload.coded import Codec, CodedStore, CodingStatistics
+from memtrain.offload.codec import Codec, CodingStatistics
+from memtrain.offload.coded import CodedStore
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Statistics, Store

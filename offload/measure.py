@@ -28,10 +28,11 @@ from pathlib import Path
 
 import torch
 
-from memtrain.offload.coded import SEGMENT_BYTES, Codec, CodedStore, segment_room
+from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError, SwapDirectoryError
-from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS, copy_rates, median_rates
+from memtrain.offload.measure_codec import measure_codec
+from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS, copy_rates, cpu_seconds, median_rates
 from memtrain.offload.rundir import (
     RunDirectory,
     check_swap_directory,
@@ -43,7 +44,7 @@ from memtrain.offload.slab import Slab
 from memtrain.offload.targets import BLOCK_BYTES
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Store, wait_all
 from memtrain.planner.actions import Tier
-from memtrain.planner.machine import Link, Machine, StateCodec
+from memtrain.planner.machine import Link, Machine
 from memtrain.planner.units import MiB, format_gib
 
 _ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
@@ -165,7 +166,7 @@ def measure_machine(
         raise ValueError(f"a codec is given for {names}, which this machine does not have here")
     for place, (tier, open_store) in enumerate(stores):
         if tier in codecs:
-            measured = _measure_codec(open_store, codecs[tier], round_seconds)
+            measured = measure_codec(open_store, codecs[tier], round_seconds)
             links[place] = dataclasses.replace(links[place], state_codec=measured)
     machine = Machine(
         name=platform.node() or "this machine",
@@ -201,57 +202,17 @@ def _measure_store(store: Store, source: str, round_seconds: float) -> Link:
     wait_all([store.write(*pair) for pair in pairs])
     read = [partial(store.read, *pair) for pair in pairs[:TRANSFERS]]
     write = [partial(store.write, *pair) for pair in pairs[TRANSFERS:]]
-    cpu_seconds, moved = _cpu_seconds(), _moved(store)
+    seconds, moved = cpu_seconds(), _moved(store)
     rates = median_rates(read, write, round_seconds)
-    cpu_seconds, moved = _cpu_seconds() - cpu_seconds, _moved(store) - moved
+    seconds, moved = cpu_seconds() - seconds, _moved(store) - moved
     return Link(
         tier=store.tier,
         read_bytes_per_second=rates["read"],
         write_bytes_per_second=rates["write"],
         mixed_bytes_per_second=rates["mixed"],
-        cpu_seconds_per_byte=cpu_seconds / moved,
+        cpu_seconds_per_byte=seconds / moved,
         latency_seconds=_latency(store),
         source=source,
-    )
-
-
-def _measure_codec(open_store: Callable[[int], Store], codec: Codec, round_seconds: float) -> StateCodec:
-    """Rates in plain bytes, of what AdamW keeps in fp32: normal numbers of many scales, and their squares."""
-    assert segment_room(codec, SEGMENT_BYTES) <= SEGMENT_BYTES + BLOCK_BYTES, "a header of more than a page"
-    sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
-    numbers = sample.view(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    numbers.normal_(generator=generator)
-    rows = numbers.view(-1, 1024)
-    rows.mul_(torch.empty(len(rows), 1).log_normal_(-10.0, 1.0, generator=generator))
-    moments = list(torch.split(sample, TRANSFER_BYTES))
-    for squares in moments[1::2]:
-        squares.view(torch.float32).square_()
-    segments = len(moments) * -(-TRANSFER_BYTES // SEGMENT_BYTES)
-    with open_store(segments * (SEGMENT_BYTES + BLOCK_BYTES)) as store:
-        coded = CodedStore(store, codec)
-        try:
-            extents = [coded.allocate(f"probe {i}", TRANSFER_BYTES) for i in range(len(moments))]
-            pairs = list(zip(extents, moments, strict=True))
-            for pair in pairs:
-                coded.write(*pair).wait()
-            read = [partial(coded.read, *pair) for pair in pairs[:TRANSFERS]]
-            write = [partial(coded.write, *pair) for pair in pairs[TRANSFERS:]]
-            seconds, before = _cpu_seconds(), coded.statistics()
-            rates = median_rates(read, write, round_seconds)
-            seconds, after = _cpu_seconds() - seconds, coded.statistics()
-        finally:
-            coded.close()
-    moved = after.plain_bytes_read - before.plain_bytes_read
-    moved += after.plain_bytes_written - before.plain_bytes_written
-    return StateCodec(
-        name=codec.name,
-        ratio=after.ratio,
-        read_bytes_per_second=rates["read"],
-        write_bytes_per_second=rates["write"],
-        cpu_seconds_per_byte=seconds / moved,
-        segment_bytes=SEGMENT_BYTES,
-        staging_bytes=coded.staging_bytes,
     )
 
 
@@ -278,11 +239,6 @@ def _latency(store: Store) -> float:
         store.read(extent, block).wait()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def _cpu_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
 
 
 def _moved(store: Store) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,6 +61,12 @@ def _copy(
     start: Callable[[torch.Tensor, torch.Tensor], Event], source: torch.Tensor, target: torch.Tensor
 ) -> _Copy:
     return _Copy(start(source, target), source.numel())
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
 
 
 def median_rates(

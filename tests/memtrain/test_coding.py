@@ -12,7 +12,8 @@ import torch
 
 import memtrain
 from memtrain.coding import CodecError, codecs_for
-from memtrain.offload.coded import CodedStore, staging_bytes
+from memtrain.offload.codec import staging_bytes
+from memtrain.offload.coded import CodedStore
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import GaLore, classify, param_groups

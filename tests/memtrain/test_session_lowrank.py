@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import memtrain
+from memtrain import session as session_module
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import FRUGAL, AdamW8bit, Apollo, GaLore, classify, param_groups
 from memtrain.optimizers import measured_state_bytes
@@ -139,3 +140,27 @@ def test_the_update_ring_follows_the_largest_parameter(tmp_path: Path) -> None:
         # Two matrices of 272 x 272: moments and basis of 272 x 16 in fp32.
         assert block.state_bytes == 2 * 3 * 272 * 16 * 4
         assert session.profile.state_bytes_per_element == 8.0
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_kernels_are_compiled_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only for an optimizer that has some."""
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise _Stop
+
+    def measured(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was measured first")
+
+    monkeypatch.setattr(session_module.native, "compile_missing", stop)
+    monkeypatch.setattr(session_module, "profile_model", measured)
+    model, optimizer = build("adamw 8-bit")
+    with pytest.raises(_Stop):
+        prepare(model, optimizer, tmp_path)
+    with pytest.raises(AssertionError, match="measured first"):
+        prepare(model, torch.optim.AdamW(model.parameters()), tmp_path)

@@ -91,6 +91,9 @@ class PlainSession:
         parameters = list(model.parameters())
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)
 
+    def coding_lines(self) -> list[str]:
+        return ["nvme: optimizer state coded"]
+
     def close(self) -> None:
         self.closed = True
 
@@ -485,6 +488,26 @@ def test_end_to_end(tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_codecs_are_asked_for_and_what_they_did_is_told(
+    tmp_path: Path,
+    prepared: list[tuple[PlainSession, dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sections: dict[str, Any] = {"tiers": {"nvme": {"codec": "exponent"}}, "budget": {"nvme": "1GiB"}}
+    train_module.train(recipe_for(tmp_path / "run", **sections))
+    assert prepared[0][1]["codecs"] == {"nvme": "exponent"}
+    assert "nvme: optimizer state coded" in capsys.readouterr().out
+
+
+def test_a_codec_without_a_tier_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("zstandard")
+    arguments = ["tiers.host.codec=exponent", f"output.directory={tmp_path / 'run'}"]
+    assert main([str(TINY), *arguments]) == 1
+    assert "the budget has no bytes in host: give budget.host a size" in capsys.readouterr().err
 
 
 def kill_after(output: Path, steps: int, *overrides: str) -> None:

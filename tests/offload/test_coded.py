@@ -12,14 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from memtrain.offload.coded import (
-    SEGMENT_BYTES,
-    WORKERS,
-    CodedStore,
-    CodedTicket,
-    segment_room,
-    staging_bytes,
-)
+from memtrain.offload.codec import SEGMENT_BYTES, WORKERS, segment_room, staging_bytes
+from memtrain.offload.coded import CodedStore, CodedTicket
 from memtrain.offload.errors import (
     CorruptExtentError,
     ExtentStateError,
