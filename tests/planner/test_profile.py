@@ -61,8 +61,8 @@ def test_prefixes_that_cannot_be_are_named(changes: dict[str, Any], message: str
 
 
 def test_another_version_is_refused() -> None:
-    old = make_profile(1).to_json().replace('"version":5', '"version":4')
-    with pytest.raises(ValueError, match="profile version 4, this memtrain reads 5"):
+    old = make_profile(1).to_json().replace('"version":6', '"version":5')
+    with pytest.raises(ValueError, match="profile version 5, this memtrain reads 6"):
         ModelProfile.from_json(old)
 
 
