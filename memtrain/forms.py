@@ -34,10 +34,10 @@ POLICIES: Mapping[str, Policy] = {
     EXACT: EXACT_POLICY,
     **{name: _and(("layer", name)) for name in ("int8", "int4")},
     **{name: _and(("mlp", name), ("gated_mlp", name)) for name in ("fewbit2", "fewbit3", "fewbit4")},
-    "wta": _and(("linear", "wta")),
 }
 LOSSY = tuple(name for name in POLICIES if name != EXACT)
-"""What may stand in ``PlannerOptions.allow_lossy``."""
+"""What may stand in ``PlannerOptions.allow_lossy``. Sampled rows (``wta``) may not: layers that share an
+input find its sample by a weak reference, which dies where saved tensors are moved."""
 
 
 class BlockForms:

@@ -36,7 +36,7 @@ def _size(text: str | int) -> str | int:
     return text
 
 
-Lossy = Literal["int8", "int4", "fewbit2", "fewbit3", "fewbit4", "wta"]
+Lossy = Literal["int8", "int4", "fewbit2", "fewbit3", "fewbit4"]
 """``memtrain.forms.LOSSY``, which imports torch."""
 Size = Annotated[str | int, AfterValidator(_size)]
 
@@ -104,8 +104,8 @@ class PlannerSection(Section):
     equal within rounding."""
     allow_lossy: tuple[Lossy, ...] = ()
     """Forms in which blocks may run although their gradients are not those of plain PyTorch: activations in 8
-    or 4 bits (int8, int4), few-bit activation functions of MLPs without a gate (fewbit2 to fewbit4), sampled
-    rows in linear layers behind norms (wta). Needs ``exact_only: false``."""
+    or 4 bits (int8, int4), few-bit activation functions of MLPs without a gate (fewbit2 to fewbit4). Needs
+    ``exact_only: false``."""
     error_budget: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The largest mean error of gradients over all saved bytes that the chosen forms may add up to."""
 
