@@ -22,6 +22,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from memtrain.optimizer_sections import SECTIONS, OptimizerSection, Positive, Section
+from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
 from memtrain.planner.units import parse_bytes
 
@@ -35,6 +36,8 @@ def _size(text: str | int) -> str | int:
     return text
 
 
+Lossy = Literal["int8", "int4", "fewbit2", "fewbit3", "fewbit4"]
+"""``memtrain.forms.LOSSY``, which imports torch."""
 Size = Annotated[str | int, AfterValidator(_size)]
 
 
@@ -120,6 +123,23 @@ class PlannerSection(Section):
     """Compute the first tokens of a row again only where that is bit-equal on this machine, as whatever else
     a plan does is, and end the run where a batch of another size shows otherwise; false also where it is
     equal within rounding."""
+    allow_lossy: tuple[Lossy, ...] = ()
+    """Forms in which blocks may run although their gradients are not those of plain PyTorch: activations in 8
+    or 4 bits (int8, int4), few-bit activation functions of MLPs without a gate (fewbit2 to fewbit4). Needs
+    ``exact_only: false``."""
+    error_budget: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """The largest mean error of gradients over all saved bytes that the chosen forms may add up to."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlannerSection:
+        self.options()  # its value errors are ours
+        return self
+
+    def options(self) -> PlannerOptions:
+        """As ``memtrain.prepare`` takes them."""
+        return PlannerOptions(
+            exact_only=self.exact_only, allow_lossy=self.allow_lossy, error_budget=self.error_budget
+        )
 
 
 class TrainingSection(Section):

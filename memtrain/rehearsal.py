@@ -7,7 +7,8 @@ tracer's own instruments, and becomes part of the profile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from memtrain.forms import BlockForms
 from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.errors import TokenRangeError
 from memtrain.offload.recompute import RecomputeFrame
@@ -39,10 +41,25 @@ class BlockRehearsal:
 
     Args:
         model: for its parameters and buffers, which are never stored.
+        forms: of its blocks; None: they have the plain one alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, forms: BlockForms | None = None) -> None:
         self._fixed = FixedTensors(model)
+        self._forms = forms
+
+    def forms(self, name: str) -> Mapping[str, Hashable]:
+        """Those of block ``name`` beside the plain one, and what each treats."""
+        return {} if self._forms is None else self._forms.of(name)
+
+    def missing_forms(self, name: str) -> Mapping[str, str]:
+        """Those that it cannot have, and why."""
+        return {} if self._forms is None else self._forms.missing(name)
+
+    def in_form(self, name: str, form: str) -> AbstractContextManager[None]:
+        """Block ``name`` runs in ``form`` for a while."""
+        assert self._forms is not None
+        return self._forms.worn(name, form)
 
     def nearly_free(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -16,7 +16,7 @@ from pathlib import Path
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.plan import Plan
-from memtrain.planner.profile import ModelProfile
+from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.units import GiB, MiB, format_gib
 
 
@@ -90,7 +90,37 @@ def recompute_facts(plan: Plan, profile: ModelProfile, seen: Mapping[str, float]
                 f"{stored / MiB:.1f} MiB of outputs of products and attention ({saved / MiB:.1f} MiB saved)"
             )
             counts[f"{{}} computed again from {sizes}; bit-equal"] += 1
-    return [text.format(f"{n} block" + "s" * (n > 1)) for text, n in counts.items()]
+    return [text.format(_blocks(n)) for text, n in counts.items()]
+
+
+def form_facts(plan: Plan, profile: ModelProfile) -> list[str]:
+    """Which form the blocks have and what it saves, a line for each kind; and which forms none could have.
+
+    Args:
+        plan, profile: one was made from the other.
+    """
+    counts: Counter[str] = Counter()
+    missing: Counter[str] = Counter()
+    for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+        form = block.in_form(decision.form)
+        if isinstance(form, BlockForm):
+            extra = form.forward_seconds + form.backward_seconds
+            extra -= block.forward_seconds + block.backward_seconds
+            exact = f"gradients off by {form.error:.1e}" if form.error else "bit-equal at the sample batch"
+            counts[
+                f"{{}} in {form.name} form: {form.saved_bytes / MiB:.1f} MiB saved instead of "
+                f"{block.saved_bytes / MiB:.1f} MiB, {1000 * extra:+.1f} ms each; {exact}"
+            ] += 1
+        missing.update(f"{{}} cannot have form {name}: {reason}" for name, reason in block.missing_forms)
+    lines = [text.format(_blocks(n)) for text, n in (counts + missing).items()]
+    if plan.error:
+        limit = "not limited" if plan.error_budget is None else f"budget {plan.error_budget:.2g}"
+        lines.append(f"lossy forms: mean error of gradients {plan.error:.2g} over all saved bytes ({limit})")
+    return lines
+
+
+def _blocks(count: int) -> str:
+    return f"{count} block" + "s" * (count > 1)
 
 
 def _prefix_text(decision: BlockDecision, tokens: int, difference: float) -> str:

@@ -27,6 +27,7 @@ from torch import nn
 
 from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
 from memtrain.copy_guard import CopyGuard, is_planned
+from memtrain.forms import BlockForms
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
@@ -42,7 +43,7 @@ from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.kernels import native
 from memtrain.planner import resident
-from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.actions import EXACT, PLAIN, Tier, UpdateSchedule
 from memtrain.planner.check import check
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget, Machine
@@ -54,7 +55,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import recompute_facts
+from memtrain.report import form_facts, recompute_facts
 from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
@@ -181,6 +182,9 @@ def prepare(
             )
         refuse_other_codecs(machine, coding, budget)
         work = torch.float32 if master_weights else None
+        options = options or PlannerOptions()
+        blocks = find_blocks(model, block_names)
+        forms = _find_forms(model, blocks, sample_batch, options)
         profile = profile_model(
             model,
             sample_batch,
@@ -193,7 +197,7 @@ def prepare(
             master_weights=master_weights,
             loss_fn=loss_fn,
             block_names=block_names,
-            rehearsal=BlockRehearsal(model),
+            rehearsal=BlockRehearsal(model, forms),
         )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
@@ -222,7 +226,8 @@ def prepare(
             config=OptimizerConfig(
                 master_weights=master_weights, nonfinite=nonfinite, elementwise=profile.elementwise
             ),
-            blocks=find_blocks(model, block_names),
+            blocks=blocks,
+            forms=forms,
             chunked_loss=handle,
             codecs=coding,
             began_peak_bytes=peak.before_bytes,
@@ -255,6 +260,7 @@ class Session:
         budget: Budget,
         config: OptimizerConfig,
         blocks: Sequence[tuple[str, nn.Module]],
+        forms: BlockForms,
         chunked_loss: ChunkedLossHandle | None,
         codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
@@ -269,7 +275,7 @@ class Session:
         self._undo = ExitStack()
         """How to take away what is installed below, in reverse; also when installing fails half-way."""
         with self._undo:
-            self._install(optimizer, config, blocks, chunked_loss, device)
+            self._install(optimizer, config, blocks, forms, chunked_loss, device)
             self._undo = self._undo.pop_all()
         self._prepared_peak_bytes = max(began_peak_bytes, device.peak_bytes())
         device.reset_peak()
@@ -279,6 +285,7 @@ class Session:
         optimizer: torch.optim.Optimizer,
         config: OptimizerConfig,
         blocks: Sequence[tuple[str, nn.Module]],
+        forms: BlockForms,
         chunked_loss: ChunkedLossHandle | None,
         device: Device,
     ) -> None:
@@ -289,6 +296,12 @@ class Session:
         undo(device.limit, None)
         if chunked_loss is not None:
             undo(chunked_loss.uninstall)
+        bypassing: list[nn.Module] = []
+        for (name, _), decision in zip(blocks, plan.blocks, strict=True):
+            if decision.form != PLAIN:
+                undo(forms.take_off, name)
+                forms.put_on(name, decision.form)
+                bypassing += forms.bypassing(name, decision.form)
         resident.trim()
         staged = sum(
             line.size_bytes for line in plan.bill if (line.tier, line.category) == (Tier.HOST, "staging")
@@ -318,7 +331,7 @@ class Session:
         self._activations.install()
         undo(CopyGuard(model).remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
-            undo(WeightGuard(model, blocks, units, self.optimizer.ensure).remove)
+            undo(WeightGuard(model, blocks, units, self.optimizer.ensure, bypassing=bypassing).remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None
         if self._reclaimer is not None:
             undo(self._reclaimer.remove)
@@ -405,7 +418,7 @@ class Session:
             lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
         lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
         seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
-        lines += recompute_facts(self.plan, self.profile, seen)
+        lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         for tier, statistics_ in self.engine.statistics().items():
@@ -469,6 +482,16 @@ def _device_of(model: nn.Module) -> torch.device:
             f"all of the model there with model.to()"
         )
     return next(iter(devices))
+
+
+def _find_forms(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], sample_batch: Any, options: PlannerOptions
+) -> BlockForms:
+    """The exact form always, lossy ones where the options name them. Raises PrepareError for a wrong name."""
+    try:
+        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy))
+    except ValueError as error:
+        raise PrepareError(f"options.allow_lossy: {error}") from error
 
 
 def _install_loss(model: nn.Module, sample_batch: Any) -> ChunkedLossHandle | None:

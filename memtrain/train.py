@@ -43,7 +43,15 @@ from memtrain.planner.machine import BudgetError
 from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, RecipeError, ScheduleSection, load_recipe
-from memtrain.report import Phase, Summary, infeasible_text, plan_text, recompute_facts, summary_text
+from memtrain.report import (
+    Phase,
+    Summary,
+    form_facts,
+    infeasible_text,
+    plan_text,
+    recompute_facts,
+    summary_text,
+)
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.weights import load_model
@@ -181,7 +189,7 @@ class Trainer:
             micro_batches=training.accumulation,
             master_weights=recipe.optimizer.master_weights,
             nonfinite=training.nonfinite,
-            options=memtrain.PlannerOptions(exact_only=recipe.planner.exact_only),
+            options=recipe.planner.options(),
             chunked_loss=training.chunked_loss,
             codecs=recipe.tiers.codecs(),
             directory=self.output,
@@ -204,7 +212,14 @@ class Trainer:
         """Evaluate, train, evaluate, save."""
         session, recipe = self.session, self.recipe
         print(
-            "\n".join([plan_text(session.plan), *recompute_facts(session.plan, session.profile)]), flush=True
+            "\n".join(
+                [
+                    plan_text(session.plan),
+                    *form_facts(session.plan, session.profile),
+                    *recompute_facts(session.plan, session.profile),
+                ]
+            ),
+            flush=True,
         )
         with ProgressDisplay(
             self.output / "metrics.jsonl",

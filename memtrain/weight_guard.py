@@ -23,6 +23,8 @@ class WeightGuard:
         blocks: in forward order.
         units: which parameters are updated together, in forward order.
         ensure: finishes the update of the unit that is named.
+        bypassing: modules that use weights of modules inside them without calling those: their own forward
+            finishes the updates of all of these weights, and no hook is put on what is inside.
     """
 
     def __init__(
@@ -31,13 +33,16 @@ class WeightGuard:
         blocks: Sequence[tuple[str, nn.Module]],
         units: Sequence[Unit],
         ensure: Callable[[str], None],
+        *,
+        bypassing: Sequence[nn.Module] = (),
     ) -> None:
         self._ensure = ensure
         self._unit_of = {id(p): unit for unit, members in reversed(units) for _, p in members}
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
+        inner = {child for module in bypassing for child in module.modules() if child is not module}
         for module in model.modules():
-            self._guard(module)
+            self._guard(module, recurse=module in bypassing, called=module not in inner)
         inside = {name for name, _ in blocks}
         outside = [name for name, _ in units if name not in inside]
         before = [name for name in outside if name != "epilogue"]
@@ -55,11 +60,10 @@ class WeightGuard:
             module.__dict__.pop("named_parameters", None)
         self._guarded.clear()
 
-    def _guard(self, module: nn.Module) -> None:
+    def _guard(self, module: nn.Module, *, recurse: bool, called: bool) -> None:
         own = module.named_parameters
-        units = sorted(
-            {self._unit_of[id(p)] for p in module.parameters(recurse=False) if id(p) in self._unit_of}
-        )
+        parameters = module.parameters(recurse=recurse)
+        units = sorted({self._unit_of[id(p)] for p in parameters if id(p) in self._unit_of})
 
         def named_parameters(*args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
             for name, parameter in own(*args, **kwargs):
@@ -68,9 +72,10 @@ class WeightGuard:
 
         module.named_parameters = named_parameters  # type: ignore[method-assign]
         self._guarded.append(module)
+        if units and called:
+            self._hooks.append(module.register_forward_pre_hook(lambda *_: self._finish(units)))
         if units:
             self._hooks += [
-                module.register_forward_pre_hook(lambda *_: self._finish(units)),
                 module.register_state_dict_pre_hook(lambda *_: self._finish(units)),  # type: ignore[no-untyped-call]
                 module.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]
                     lambda *_: self._finish(units)

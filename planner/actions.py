@@ -23,6 +23,13 @@ class Tier(str, Enum):
     NVME = "nvme"
 
 
+PLAIN = "plain"
+"""The form of a block that runs as its model has it."""
+EXACT = "exact"
+"""The form in which a block saves less and gives the same bits: cheap functions are computed again from what
+they were given (``memtrain.optim.autograd``). Other forms are named after what compresses, and lose."""
+
+
 class Action(str, Enum):
     """What happens to the tensors that one block saves for its backward pass."""
 
@@ -59,6 +66,9 @@ class BlockDecision:
     attention_tokens: int = 0
     """Under RECOMPUTE_EXCEPT_ATTENTION: of the tokens that are computed again, for how many of the first ones
     attention is, too. The kernels' outputs are stored for the others alone."""
+    form: str = PLAIN
+    """How the block runs, of those that its profile has (``BlockProfile.forms``): what it saves, what that
+    takes and what it loses. What is computed again is computed by the plain forward."""
 
     def __post_init__(self) -> None:
         if self.block < 0:
@@ -74,6 +84,11 @@ class BlockDecision:
             raise ValueError(
                 f"block {self.block}: input_tier {self.input_tier.value} is only for recomputed "
                 f"blocks, not for action {self.action.value}"
+            )
+        if self.form != PLAIN and self.action not in (Action.KEEP, Action.SWAP):
+            raise ValueError(
+                f"block {self.block}: action {self.action.value} computes the plain form again, yet form is "
+                f"{self.form!r}; keep or swap what another form saves"
             )
         self._check_tokens()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.bill import tier_peaks
-from memtrain.planner.block_parts import is_cut
+from memtrain.planner.block_parts import is_cut, plan_error
 from memtrain.planner.decisions import (
     SLOT_COUNTS,
     Decisions,
@@ -43,6 +43,10 @@ MAX_SIMULATIONS = 600
 """A simulation of 30 blocks and two micro-batches takes 5 ms: three seconds at most."""
 
 
+ROUNDING = 1e-9
+"""Of an error, which is a sum of fractions."""
+
+
 @dataclass(slots=True)
 class Search:
     """What is being planned, and the best choice so far."""
@@ -65,6 +69,13 @@ class Search:
         peaks[Tier.DEVICE] = max(peaks[Tier.DEVICE], self.profile.prepare_peak_bytes)
         over = {tier: peak - self.budget.capacity(tier) for tier, peak in peaks.items()}
         return {tier: size for tier, size in over.items() if size > 0}
+
+    def excess_error(self, decisions: Decisions) -> float:
+        """By how much the chosen forms lose more than the error budget; 0 where they do not."""
+        budget = self.options.error_budget
+        if budget is None:
+            return 0.0
+        return max(0.0, plan_error(self.profile.blocks, decisions.blocks) - budget - ROUNDING)
 
     def build(self, blocks: Blocks, states: States, knobs: Knobs) -> Decisions:
         """A complete choice, with the staging it needs."""
@@ -96,8 +107,8 @@ class Search:
         return self._seen[decisions]
 
     def offer(self, decisions: Decisions) -> bool:
-        """Take ``decisions`` if they fit and are better; says whether."""
-        if self.excess(decisions):
+        """Take ``decisions`` if they fit, lose no more than is allowed, and are better; says whether."""
+        if self.excess(decisions) or self.excess_error(decisions):
             return False
         cost = self.cost(decisions)
         if cost >= self.best_cost:
@@ -170,11 +181,12 @@ def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:
             yield _prefix(space, wanted, len(space.blocks)), states
 
 
-def _shortness(search: Search, decisions: Decisions) -> tuple[int, int, int]:
+def _shortness(search: Search, decisions: Decisions) -> tuple[float, int, int, int]:
     excess = search.excess(decisions)
     peaks = tier_peaks(search.profile, decisions, search.space.billed_tiers, search.options.safety_margin)
     others = sum(size for tier, size in excess.items() if tier is not Tier.DEVICE)
-    return others + excess.get(Tier.DEVICE, 0), peaks[Tier.DEVICE], sum(peaks.values())
+    short = others + excess.get(Tier.DEVICE, 0)
+    return search.excess_error(decisions), short, peaks[Tier.DEVICE], sum(peaks.values())
 
 
 def _all_on_device(states: States) -> bool:

@@ -69,7 +69,8 @@ def slab_forward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
 
 def _running_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     beside = gathered_bytes(block, decision) + witness_bytes(block, decision)
-    return block.saved_bytes + block.forward_transient_bytes + beside
+    form = block.in_form(decision.form)
+    return form.saved_bytes + form.forward_transient_bytes + beside
 
 
 def lasting_bytes(block: BlockProfile, decision: BlockDecision) -> int:

@@ -14,7 +14,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.actions import PLAIN, Action, BlockDecision, Tier
 from memtrain.planner.block_parts import joined_bytes, recompute_seconds
 from memtrain.planner.profile import BlockProfile
 
@@ -61,8 +61,10 @@ def block_choices(
     """
     places = (Tier.DEVICE, *tiers)
     wanted = options.force.get(f"block.{index}", options.force.get("block", {}))
-    choices = [BlockDecision(block=index, action=Action.KEEP)]
-    choices += [BlockDecision(block=index, action=Action.SWAP, saved_tier=t) for t in tiers]
+    choices = []
+    for form in _open_forms(block, options, wanted):
+        choices.append(BlockDecision(block=index, action=Action.KEEP, form=form))
+        choices += [BlockDecision(block=index, action=Action.SWAP, saved_tier=t, form=form) for t in tiers]
     if block.recomputable:
         choices += _recomputed(index, block, places)
         choices += _cut(index, block, places, options, wanted, copy_seconds_per_byte if mixes else None)
@@ -76,6 +78,13 @@ def block_choices(
             f"and tiers {[t.value for t in places]}{_reason(block, wanted, options)}"
         )
     return found
+
+
+def _open_forms(block: BlockProfile, options: PlannerOptions, wanted: Wish) -> list[str]:
+    """The plain one, those that lose nothing, and those that are allowed to. A wish for an action is one for
+    the plain form, unless it names another."""
+    found = [PLAIN, *(f.name for f in block.forms if not f.error or f.name in options.allow_lossy)]
+    return [name for name in found if "action" not in wanted or name == wanted.get("form", PLAIN)]
 
 
 def _recomputed(index: int, block: BlockProfile, places: tuple[Tier, ...]) -> Iterator[BlockDecision]:
@@ -170,6 +179,8 @@ def _beats_a_mixture(block: BlockProfile, cut: BlockDecision, copy_seconds_per_b
 
 
 def _reason(block: BlockProfile, wanted: Wish, options: PlannerOptions) -> str:
+    if wanted.get("form", PLAIN) != PLAIN:
+        return f"; {_no_form(block, str(wanted['form']), options)}"
     if not block.recomputable:
         return f"; it may not be recomputed: {block.reason or 'profile says so'}"
     if wanted.get("action") == Action.RECOMPUTE_NEARLY_FREE.value and block.nearly_free is None:
@@ -184,6 +195,18 @@ def _reason(block: BlockProfile, wanted: Wish, options: PlannerOptions) -> str:
     return f"; its{exact} prefixes are of {', '.join(map(str, lengths)) or 'no'} tokens{others}"
 
 
+def _no_form(block: BlockProfile, name: str, options: PlannerOptions) -> str:
+    """Why a form cannot be had."""
+    missing = dict(block.missing_forms)
+    if name in missing:
+        return f"it has no form {name}: {missing[name]}"
+    if name not in {form.name for form in block.forms}:
+        return f"its forms are {', '.join([PLAIN, *(form.name for form in block.forms)])}"
+    if name not in _open_forms(block, options, {}):
+        return f"form {name} is lossy: name it in allow_lossy"
+    return f"form {name} is only for keep and swap"
+
+
 def matches(decision: object, wanted: Wish) -> bool:
     """Whether ``decision`` has the value of every field that is forced."""
     return all(getattr(decision, name) == value for name, value in _typed(wanted))
@@ -191,4 +214,5 @@ def matches(decision: object, wanted: Wish) -> bool:
 
 def _typed(wanted: Wish) -> Iterable[tuple[str, object]]:
     for name, value in wanted.items():
-        yield name, value if name in TOKEN_FIELDS else (Action if name == "action" else Tier)(value)
+        plain = name in TOKEN_FIELDS or name == "form"
+        yield name, value if plain else (Action if name == "action" else Tier)(value)

@@ -8,10 +8,11 @@ Index letters: ``T`` tokens of a row, ``r`` of them computed again, ``a`` of tho
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.profile import BlockProfile
+from memtrain.planner.profile import BlockForm, BlockProfile
 from memtrain.planner.units import round_up
 
 PAGE_BYTES = 4096
@@ -34,11 +35,17 @@ class Part:
 def stored_parts(block: BlockProfile, decision: BlockDecision) -> tuple[Part, ...]:
     """Everything that outlives the block's forward; parts without bytes left out."""
     if decision.action in (Action.KEEP, Action.SWAP):
-        found = [Part(decision.saved_tier, block.saved_bytes, block.saved_tensors)]
+        found = [_saved(block, decision)]
     else:
         found = [*_outputs(block, decision), Part(decision.input_tier, _rows(block, decision), 1)]
         found += _rest(block, decision)
     return tuple(part for part in found if part.size_bytes)
+
+
+def _saved(block: BlockProfile, decision: BlockDecision) -> Part:
+    """All saved tensors, of the form in which the block runs."""
+    form = block.in_form(decision.form)
+    return Part(decision.saved_tier, form.saved_bytes, form.saved_tensors)
 
 
 def _outputs(block: BlockProfile, decision: BlockDecision) -> list[Part]:
@@ -85,9 +92,9 @@ def _slot_bytes(parts: list[Part]) -> int:
     return round_up(sum(p.size_bytes + TENSOR_ALIGNMENT_BYTES * p.tensors for p in parts), PAGE_BYTES)
 
 
-def saved_slot_bytes(block: BlockProfile) -> int:
-    """A staging slot for all saved tensors of ``block``."""
-    return _slot_bytes([Part(Tier.DEVICE, block.saved_bytes, block.saved_tensors)])
+def saved_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
+    """A staging slot for all saved tensors of a swapped ``block``; 0 for another."""
+    return _slot_bytes([_saved(block, decision)]) if decision.action is Action.SWAP else 0
 
 
 def input_slot_bytes(block: BlockProfile, decision: BlockDecision) -> int:
@@ -110,7 +117,7 @@ def kept_bytes(block: BlockProfile, decision: BlockDecision) -> int:
 def activation_extents(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
     """(tier, bytes) of each extent that ``block`` fills from its forward to its backward."""
     if decision.action is Action.SWAP:  # also where it saves nothing, so that every swapped block has one
-        return ((decision.saved_tier, saved_slot_bytes(block)),)
+        return ((decision.saved_tier, saved_slot_bytes(block, decision)),)
     parts = stored_parts(block, decision)
     tiers = dict.fromkeys(p.tier for p in parts if p.tier is not Tier.DEVICE)
     return tuple((tier, _slot_bytes([p for p in parts if p.tier is tier])) for tier in tiers)
@@ -119,7 +126,7 @@ def activation_extents(block: BlockProfile, decision: BlockDecision) -> tuple[tu
 def traffic(block: BlockProfile, decision: BlockDecision) -> tuple[tuple[Tier, int], ...]:
     """(tier, bytes) of what leaves the device between a block's forward and its backward."""
     if decision.action is Action.SWAP:
-        return ((decision.saved_tier, block.saved_bytes),)
+        return ((decision.saved_tier, _saved(block, decision).size_bytes),)
     sizes: dict[Tier, int] = {}
     for part in stored_parts(block, decision):
         if part.tier is not Tier.DEVICE:
@@ -175,6 +182,23 @@ def largest_difference(block: BlockProfile, decision: BlockDecision) -> float:
     return max(block.prefixes.difference(length) for length in lengths)
 
 
+def lost_bytes(block: BlockProfile, decision: BlockDecision) -> float:
+    """What a block adds to the plan's error: its form's error times what it saves in the plain form."""
+    return error * block.saved_bytes if (error := _error(block, decision)) else 0.0
+
+
+def _error(block: BlockProfile, decision: BlockDecision) -> float:
+    form = block.in_form(decision.form)
+    return form.error if isinstance(form, BlockForm) else 0.0
+
+
+def plan_error(blocks: Sequence[BlockProfile], decisions: Sequence[BlockDecision]) -> float:
+    """Mean over all saved bytes, in the plain form, of the errors of the forms that were chosen: what an
+    error budget limits, here as in ``ranges``."""
+    lost = sum(lost_bytes(b, d) for b, d in zip(blocks, decisions, strict=True))
+    return lost / max(1, sum(block.saved_bytes for block in blocks))
+
+
 def joined_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """What is put together in backward of computed rows and stored ones, each byte copied once."""
     if decision.recomputed_tokens is not None:
@@ -212,7 +236,7 @@ def witness_bytes(block: BlockProfile, decision: BlockDecision) -> int:
 def backward_bytes(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes that a block needs during its backward, above what is stored of it and of earlier blocks."""
     if not is_recomputed(decision):
-        return block.backward_transient_bytes
+        return block.in_form(decision.form).backward_transient_bytes
     if decision.action is Action.RECOMPUTE_NEARLY_FREE:
         assert block.nearly_free is not None
         return block.nearly_free.backward_bytes

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.actions import BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.answer import Answer
 from memtrain.planner.baselines import Search, default_knobs, greedy
 from memtrain.planner.block_parts import copied_bytes, joined_bytes, recompute_seconds
 from memtrain.planner.decisions import gradient_passes
+from memtrain.planner.profile import BlockProfile
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
@@ -68,9 +69,7 @@ def compute_seconds(search: Search) -> float:
     later = profile.micro_batches - 1
     once = 0.0
     for block, choices in zip(profile.blocks, search.space.blocks, strict=True):
-        copies = [(copied_bytes(block, d) + joined_bytes(block, d)) * copy for d in choices]
-        extra = (c + recompute_seconds(block, d) for c, d in zip(copies, choices, strict=True))
-        once += block.forward_seconds + block.backward_seconds + min(extra)
+        once += min(_block_seconds(block, d, copy) for d in choices)
     once += profile.prologue_forward_seconds + profile.prologue_backward_seconds
     once += profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
     units = 0.0
@@ -82,6 +81,12 @@ def compute_seconds(search: Search) -> float:
         )
         units += unit.update_seconds + unit.gradient_bytes * copy * passes
     return profile.micro_batches * once + units
+
+
+def _block_seconds(block: BlockProfile, decision: BlockDecision, copy_seconds_per_byte: float) -> float:
+    form = block.in_form(decision.form)
+    copies = (copied_bytes(block, decision) + joined_bytes(block, decision)) * copy_seconds_per_byte
+    return form.forward_seconds + form.backward_seconds + recompute_seconds(block, decision) + copies
 
 
 def _in_child(search: Search, deadline: float) -> list[tuple[UpdateSchedule, Answer | None]]:

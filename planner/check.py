@@ -22,7 +22,9 @@ from memtrain.planner.check_blocks import (
     impossible,
     left_behind,
     looking,
+    loses,
     room,
+    running,
     sent,
     whole_pages,
 )
@@ -41,7 +43,8 @@ class Rule(str, Enum):
     BLOCK_DECIDED_ONCE = "every block decided exactly once"
     UNIT_DECIDED_ONCE = "every unit decided exactly once"
     TIER_EXISTS = "only tiers that machine and budget have"
-    RECOMPUTABLE = "recompute only where it is possible"
+    RECOMPUTABLE = "recompute, and other forms, only where they are possible"
+    ERROR_BUDGET = "what lossy forms lose is what the plan says, and within its error budget"
     STAGING = "staging slots large enough and present"
     BILL = "the bill sums to the peaks and covers every byte"
     DEVICE_PEAK = "the device's peak is what the decisions need"
@@ -82,6 +85,7 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
         *_peaks(plan, profile, machine, budget),
         *_preparing(profile, budget),
         *_bound(plan),
+        *_errors(plan, profile),
     ]
     in_a_step = profile.in_a_step(machine.arithmetic_slowdown)
     faults += [(Rule[name], detail) for name, detail in timeline_faults(plan, in_a_step, machine)]
@@ -259,7 +263,8 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
             stays = sum(size for tier, size, _ in left if tier is Tier.DEVICE)
         rows = compared(block, decision)
         extra = 0 if decision.action is Action.KEEP else stays
-        during = block.saved_bytes + block.forward_transient_bytes + gathered(block, decision) + rows
+        runs = running(block, decision)
+        during = runs.saved_bytes + runs.forward_transient_bytes + gathered(block, decision) + rows
         peak = max(peak, held + kept + extra + during, held + kept + looking(block, decision))
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
         if not many and ahead:
@@ -327,7 +332,8 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if tier in sent(block, decision):
             # An extent for what goes there together; a swapped block has one even if it saved nothing.
-            least = whole_pages(64 * block.saved_tensors) if decision.action is Action.SWAP else 0
+            tensors = running(block, decision).saved_tensors if decision.action is Action.SWAP else 0
+            least = whole_pages(64 * tensors)
             total += max(least, room(left_behind(block, decision), tier))
     for unit, state in zip(profile.units, plan.states, strict=True):
         parameters = _parameters(profile, unit)
@@ -432,6 +438,19 @@ def _preparing(profile: ModelProfile, budget: Budget) -> Iterator[Fault]:
     over = profile.prepare_peak_bytes - budget.capacity(Tier.DEVICE)
     if over > 0:
         yield Rule.PREPARING, f"{profile.prepare_peak_bytes} bytes, {over} more than the device's budget"
+
+
+def _errors(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
+    """Every byte that a block saves in the plain form counts with the error of the form it gets."""
+    saved = lost = 0.0
+    for block, decision in zip(profile.blocks, plan.blocks, strict=True):
+        saved += block.saved_bytes
+        lost += block.saved_bytes * loses(block, decision)
+    mean = lost / saved if saved else 0.0
+    if abs(mean - plan.error) > 1e-8:
+        yield Rule.ERROR_BUDGET, f"forms lose {mean:.9f} of gradients, the plan says {plan.error:.9f}"
+    if plan.error_budget is not None and mean > plan.error_budget + 1e-8:
+        yield Rule.ERROR_BUDGET, f"forms lose {mean:.9f} of gradients, the budget is {plan.error_budget}"
 
 
 def _bound(plan: Plan) -> Iterator[Fault]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.profile import BlockProfile
+from memtrain.planner.actions import PLAIN, Action, BlockDecision, Tier
+from memtrain.planner.profile import BlockForm, BlockProfile
 
 PAGE = 4096
 LINE = 64
@@ -19,6 +19,17 @@ LINE = 64
 def whole_pages(size: int) -> int:
     """``size`` rounded up."""
     return (size + PAGE - 1) // PAGE * PAGE
+
+
+def running(block: BlockProfile, decision: BlockDecision) -> BlockProfile | BlockForm:
+    """What was measured of the block as it runs; of a form that it does not have, the plain one's."""
+    named = [form for form in block.forms if form.name == decision.form]
+    return named[0] if named else block
+
+
+def loses(block: BlockProfile, decision: BlockDecision) -> float:
+    """The error of the gradients of the block's form."""
+    return sum(form.error for form in block.forms if form.name == decision.form)
 
 
 def again(decision: BlockDecision) -> bool:
@@ -32,6 +43,12 @@ def again(decision: BlockDecision) -> bool:
 
 def impossible(block: BlockProfile, decision: BlockDecision, *, exact_only: bool) -> Iterator[str]:
     """Why the block cannot be treated as decided, as far as its profile says; ``exact_only`` of the plan."""
+    if decision.form != PLAIN and decision.form not in [form.name for form in block.forms]:
+        why = [reason for name, reason in block.missing_forms if name == decision.form]
+        yield f"has no form {decision.form!r}: {why[0] if why else 'it was not measured'}"
+    if exact_only and loses(block, decision) > 0:
+        error = f"{loses(block, decision):.1e}"
+        yield f"form {decision.form!r} has gradients that are off by {error}, and the plan says exact_only"
     if not again(decision):
         return
     if not block.recomputable:
@@ -54,7 +71,8 @@ def impossible(block: BlockProfile, decision: BlockDecision, *, exact_only: bool
 def left_behind(block: BlockProfile, decision: BlockDecision) -> list[tuple[Tier, int, int]]:
     """Tier, bytes and number of tensors of what the block's forward leaves for its backward."""
     if not again(decision):
-        return [(decision.saved_tier, block.saved_bytes, block.saved_tensors)]
+        runs = running(block, decision)
+        return [(decision.saved_tier, runs.saved_bytes, runs.saved_tensors)]
     if decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
         outputs = block.nearly_free.stored_bytes
         left = [(decision.saved_tier, outputs, block.nearly_free.stored_tensors)]
@@ -91,7 +109,7 @@ def sent(block: BlockProfile, decision: BlockDecision) -> dict[Tier, int]:
 def during_backward(block: BlockProfile, decision: BlockDecision) -> int:
     """Bytes beside what the block has left behind."""
     if not again(decision):
-        return block.backward_transient_bytes
+        return running(block, decision).backward_transient_bytes
     if decision.action is Action.RECOMPUTE_NEARLY_FREE and block.nearly_free is not None:
         return block.nearly_free.backward_bytes
     saved, transient = block.saved_bytes, block.forward_transient_bytes

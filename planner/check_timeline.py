@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from memtrain.planner.actions import Action, Tier, UpdateSchedule
-from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, sent
+from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, running, sent
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -70,11 +70,17 @@ def _passes(plan: Plan, profile: ModelProfile, machine: Machine, events: Events)
             gradient[where] += unit.gradient_bytes * copy
     sequence = [("forward prologue", profile.prologue_forward_seconds)]
     sequence += [
-        (f"forward {b.name}", b.forward_seconds + copy * sum(size for _, size, _ in left_behind(b, d)))
+        (
+            f"forward {b.name}",
+            running(b, d).forward_seconds + copy * sum(size for _, size, _ in left_behind(b, d)),
+        )
         for b, d in zip(profile.blocks, plan.blocks, strict=True)
     ]
     sequence += [("loss epilogue", profile.epilogue_forward_seconds + profile.epilogue_backward_seconds)]
-    sequence += [(f"backward {b.name}", b.backward_seconds) for b in reversed(profile.blocks)]
+    sequence += [
+        (f"backward {b.name}", running(b, d).backward_seconds)
+        for b, d in reversed(list(zip(profile.blocks, plan.blocks, strict=True)))
+    ]
     sequence += [("backward prologue", profile.prologue_backward_seconds)]
     over = 0.0
     for name, _ in sequence:

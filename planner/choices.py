@@ -25,6 +25,7 @@ from memtrain.planner.block_parts import (
     input_slot_bytes,
     is_recomputed,
     kept_slot_bytes,
+    lost_bytes,
     saved_slot_bytes,
     witness_bytes,
 )
@@ -92,6 +93,7 @@ class Choices:
         self._choices()
         self._memory()
         self._capacities()
+        self._errors()
 
     # -- what is chosen -------------------------------------------------------------------------------
 
@@ -267,7 +269,7 @@ class Choices:
         """Bytes of all rings, wherever they lie, and of coding."""
         profile = self.profile
         coding = sum(each.staging_bytes for each in self.space.coded)
-        total = self._ring_bytes(self.saved_ring, _swapped_bytes, "saved")
+        total = self._ring_bytes(self.saved_ring, saved_slot_bytes, "saved")
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
         return (total + coding) + pulp.lpSum(
@@ -278,7 +280,7 @@ class Choices:
         """Bytes of ``decisions.mirror_bytes``: what a GPU holds of rings in host memory."""
         profile = self.profile
         total: Expression = pulp.LpAffineExpression()
-        for name, size in (("saved", _swapped_bytes), ("input", input_slot_bytes)):
+        for name, size in (("saved", saved_slot_bytes), ("input", input_slot_bytes)):
             largest = self.problem.add_variable(f"{name}_mirror_bytes", lowBound=0)
             for index in range(len(self.x)):
                 self.add(largest >= self.block_sum(index, size))
@@ -298,13 +300,16 @@ class Choices:
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
+    def _errors(self) -> None:
+        """What the chosen forms lose, over all that the blocks save."""
+        budget, saved = self.request.options.error_budget, sum(b.saved_bytes for b in self.profile.blocks)
+        if budget is not None and saved:
+            lost = pulp.lpSum(self.block_sum(index, lost_bytes) for index in range(len(self.x)))
+            self.add(lost * (1 / saved) <= budget)
+
 
 def _workspace(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
     return update_workspace_bytes(profile, unit, streamed=decision.optimizer_tier is not Tier.DEVICE)
-
-
-def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:
-    return saved_slot_bytes(block) if decision.action is Action.SWAP else 0
 
 
 def _block_extents(tier: Tier, block: BlockProfile, decision: BlockDecision) -> int:

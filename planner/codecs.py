@@ -2,8 +2,9 @@
 
 Both are group-wise absolute-maximum quantisation: of every ``GROUP`` values one scale in 16 bits, and each
 value in 8 or 4 bits: the family of ActNN (arXiv 2104.14129), with a symmetric code rounded to the nearest
-where ActNN has a zero point and rounds at random. Planning only: the executors cannot run them yet, and
-whatever is written from a plan says so.
+where ActNN has a zero point and rounds at random. Here a codec belongs to a kind of tensor and its error is
+that of the values; a run has the same names as forms of whole blocks (``profile.BlockForm``), on top of what
+is computed again exactly, and the error is measured of their gradients.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ Index letters: ``l`` block, ``u`` unit, ``t`` tier.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -96,6 +97,12 @@ class PlannerOptions:
     all else that a plan does is in any case. So a budget decides how fast a model trains, not to which
     weights. The plan carries it, and a run that finds otherwise ends with an error. False allows prefixes
     that are equal within rounding, what another order of additions gives; the report says which."""
+    allow_lossy: tuple[str, ...] = ()
+    """Forms (``BlockProfile.forms``) that may be chosen although gradients are not the plain form's:
+    ``int8``, ``int4`` and so on. Needs ``exact_only=False``."""
+    error_budget: float | None = None
+    """Of the lossy forms that are chosen: the largest mean of their errors over all bytes that the blocks
+    save (``block_parts.plan_error``). None: what the forms lose is not limited."""
     safety_margin: float = 0.015
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
@@ -113,6 +120,15 @@ class PlannerOptions:
             raise ValueError(
                 f"update_schedule must be auto, sequential or ahead, got {self.update_schedule!r}"
             )
+        if self.allow_lossy and self.exact_only:
+            raise ValueError(
+                f"allow_lossy names {', '.join(self.allow_lossy)}, but exact_only is on, under which nothing "
+                "is lossy: set exact_only to false, or take allow_lossy away"
+            )
+        if self.error_budget is not None and not self.allow_lossy:
+            raise ValueError("error_budget says how much lossy forms may lose: name them in allow_lossy")
+        if self.error_budget is not None and not 0 <= self.error_budget < math.inf:
+            raise ValueError(f"error_budget must be finite and at least 0, got {self.error_budget}")
         if not self.allow:
             raise ValueError("allow is empty: name at least one action")
         for key, entry in self.force.items():
@@ -121,13 +137,16 @@ class PlannerOptions:
 
 def _check_force(key: str, entry: Wish) -> None:
     kind, _, which = key.partition(".")
-    known = {"block": (*WHOLE_FIELDS, *TOKEN_FIELDS), "state": ("gradient_tier", "optimizer_tier")}
+    known = {"block": (*WHOLE_FIELDS, *TOKEN_FIELDS, "form"), "state": ("gradient_tier", "optimizer_tier")}
     if kind not in known or (kind == "block" and which and not which.isdigit()):
         raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
     for name, value in entry.items():
         if name not in known[kind]:
             raise ValueError(f"force[{key!r}] has {name!r}; it may have {', '.join(known[kind])}")
-        if name not in TOKEN_FIELDS:
+        if name == "form":
+            if not isinstance(value, str):
+                raise ValueError(f"force[{key!r}] has form {value!r}; it must be the name of one")
+        elif name not in TOKEN_FIELDS:
             WHOLE_FIELDS.get(name, Tier)(value)
         elif not isinstance(value, int) and (name, value) != ("recomputed_tokens", None):
             raise ValueError(f"force[{key!r}] has {name} {value!r}; it must be a number of tokens")
@@ -192,6 +211,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             raise ValueError(f"force names {key}; {profile.model} has {len(profile.blocks)} blocks")
         if kind == "state" and which and which not in {unit.name for unit in profile.units}:
             raise ValueError(f"force names {key}; units are {', '.join(unit.name for unit in profile.units)}")
+    _check_lossy(profile, options)
     state_leaves = any(c.optimizer_tier is not Tier.DEVICE for choices in states for c in choices)
     if state_leaves and profile.state_bytes_per_element <= 0:
         raise ValueError(
@@ -223,6 +243,18 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             if (codec := machine.link(tier).state_codec) is not None
         ),
     )
+
+
+def _check_lossy(profile: ModelProfile, options: PlannerOptions) -> None:
+    """Raises ValueError where a form is allowed that nobody has looked into."""
+    known = {form.name for block in profile.blocks for form in block.forms}
+    known |= {name for block in profile.blocks for name, _ in block.missing_forms}
+    for name in options.allow_lossy:
+        if name not in known:
+            raise ValueError(
+                f"allow_lossy names {name!r}, but the profile of {profile.model} knows "
+                f"{', '.join(sorted(known)) or 'no forms'}: profile the model with that form, or leave it out"
+            )
 
 
 def usable_tiers(machine: Machine, budget: Budget) -> tuple[Tier, ...]:
@@ -425,7 +457,7 @@ def staging_for(
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
-    saved = [saved_slot_bytes(b) for b, d in decided if d.action is Action.SWAP]
+    saved = [size for b, d in decided if (size := saved_slot_bytes(b, d))]
     moved = [size for b, d in decided if (size := input_slot_bytes(b, d))]
     taken = [groups(b, d) for b, d in decided if is_recomputed(d)]
     kept = tuple(kept_slot_bytes(b, d) for b, d in decided) if on_cpu else ()

@@ -7,6 +7,7 @@ import dataclasses
 from memtrain.planner import baselines
 from memtrain.planner.actions import Action, Tier
 from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
+from memtrain.planner.block_parts import plan_error
 from memtrain.planner.decisions import MIRRORED_SLOTS, Decisions, open_space
 from memtrain.planner.plan import Plan
 from memtrain.planner.simulate import simulate
@@ -43,6 +44,8 @@ def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
         shortfall_bytes=tuple(excess.items()),
         remedies=_remedies(search, nearest, excess),
         exact_only=search.options.exact_only,
+        error=round(plan_error(profile.blocks, nearest.blocks), 9),
+        error_budget=search.options.error_budget and round(search.options.error_budget, 9),
         profile_digest=profile.digest,
         machine_digest=search.machine.digest,
         provenance={"solve_seconds": round(solve_seconds, 3)},
@@ -57,6 +60,9 @@ def _remedies(search: baselines.Search, nearest: Decisions, excess: dict[Tier, i
     allow = _allow_remedy(search)
     if allow:
         remedies.append((0, allow))
+    lossier = _error_remedy(search)
+    if lossier:
+        remedies.append((0, lossier))
     words = []
     for tier, size in excess.items():
         capacity = budget.capacity(tier)
@@ -125,6 +131,19 @@ def _allow_remedy(search: baselines.Search) -> str:
     if other.excess(baselines.smallest(other)):
         return ""
     return f"allow {', '.join(missing)}" if missing else "drop the forced choices"
+
+
+def _error_remedy(search: baselines.Search) -> str:
+    """The error of a plan that fits, if nothing but the error budget stands against one."""
+    if search.options.error_budget is None:
+        return ""
+    freed = dataclasses.replace(search.options, error_budget=None)
+    other = dataclasses.replace(search, options=freed, best=None)
+    found = baselines.smallest(other)
+    if other.excess(found):
+        return ""
+    error = plan_error(search.profile.blocks, found.blocks)
+    return f"error_budget {error:.2g} instead of {search.options.error_budget:.2g}"
 
 
 def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tuple[int, str]]:

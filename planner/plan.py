@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import PLAIN, Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 
 PLAN_VERSION = 5
@@ -137,6 +137,10 @@ class Plan:
     exact_only: bool = False
     """What is computed again has the bits that it had in the first forward, token prefixes too: a run that
     finds otherwise ends with an error. False: a prefix may differ within rounding."""
+    error: float = 0.0
+    """Mean over all saved bytes of what the blocks' forms lose (``block_parts.plan_error``); 0: nothing."""
+    error_budget: float | None = None
+    """What it may be at most; None: not limited."""
     profile_digest: str = ""
     machine_digest: str = ""
     version: int = PLAN_VERSION
@@ -210,10 +214,9 @@ def _block_of(data: dict[str, Any]) -> BlockDecision:
 
 def describe(block: BlockDecision) -> str:
     """``swap to nvme``, ``recompute 512 tokens, the others on device``: a decision in words."""
-    if block.action is Action.KEEP:
-        return "keep"
-    if block.action is Action.SWAP:
-        return f"swap to {block.saved_tier.value}"
+    if block.action in (Action.KEEP, Action.SWAP):
+        words = "keep" if block.action is Action.KEEP else f"swap to {block.saved_tier.value}"
+        return words if block.form == PLAIN else f"{words} in {block.form} form"
     words = "recompute" if block.recomputed_tokens is None else f"recompute {block.recomputed_tokens} tokens"
     if block.action is Action.RECOMPUTE_EXCEPT_ATTENTION:
         after = f" after {block.attention_tokens} tokens" if block.attention_tokens else ""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from memtrain.planner.actions import PLAIN
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
 PROFILE_VERSION = 6
@@ -83,6 +85,34 @@ class Prefixes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BlockForm:
+    """A block whose functions keep less for backward than the model's own (``memtrain.optim.autograd``).
+
+    Its fields are those of ``BlockProfile``, measured with the treatments in place.
+    """
+
+    name: str
+    saved_bytes: int
+    saved_tensors: int
+    forward_seconds: float
+    backward_seconds: float
+    forward_transient_bytes: int
+    backward_transient_bytes: int
+    error: float = 0.0
+    """Of its gradients, relative to the plain form's: the norm of the difference over the norm, of the
+    input's gradient or of the parameters', whichever is larger. 0: all have the plain form's bits."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        if not self.name or self.name == PLAIN:
+            raise ValueError(f"a form beside the plain one needs a name of its own, got {self.name!r}")
+        if not math.isfinite(self.error):
+            raise ValueError(
+                f"form {self.name}: error must be finite, got {self.error}; leave such a form out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BlockProfile:
     """One repeated layer of the model."""
 
@@ -117,6 +147,10 @@ class BlockProfile:
     """None: all tokens are computed again or none."""
     prefix_reason: str = ""
     """Why no prefix may be computed again, where that was looked into."""
+    forms: tuple[BlockForm, ...] = ()
+    """Ways to run the block that save less, beside the plain one that the fields above describe."""
+    missing_forms: tuple[tuple[str, str], ...] = ()
+    """Name and reason of each form that was looked into and cannot be chosen."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
@@ -126,6 +160,22 @@ class BlockProfile:
             )
         if self.prefixes is not None:
             self._check_rows(self.prefixes)
+        names = [form.name for form in self.forms]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{self.name}: forms {names} name one of them twice")
+
+    def in_form(self, name: str) -> BlockProfile | BlockForm:
+        """Bytes and seconds of the block as it runs under ``form`` of its decision.
+
+        Raises:
+            KeyError: it has no such form; lists those that there are.
+        """
+        if name == PLAIN:
+            return self
+        for form in self.forms:
+            if form.name == name:
+                return form
+        raise KeyError(f"{self.name} has no form {name!r}; it has {[PLAIN, *(f.name for f in self.forms)]}")
 
     def _check_rows(self, prefixes: Prefixes) -> None:
         for name, size in (
@@ -198,7 +248,7 @@ class UnitProfile:
         )
 
 
-_Record = TypeVar("_Record", NearlyFree, Prefixes, BlockProfile, UnitProfile, "ModelProfile")
+_Record = TypeVar("_Record", NearlyFree, Prefixes, BlockForm, BlockProfile, UnitProfile, "ModelProfile")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -304,6 +354,9 @@ def _read_block(data: dict[str, Any]) -> BlockProfile:
     if prefixes is not None:
         lengths = {name: tuple(prefixes[name]) for name in ("lengths", "differences")}
         data = {**data, "prefixes": Prefixes(**{**prefixes, **lengths})}
+    forms = tuple(BlockForm(**form) for form in data["forms"])
+    missing = tuple((name, reason) for name, reason in data["missing_forms"])
+    data = {**data, "forms": forms, "missing_forms": missing}
     return BlockProfile(**data)
 
 
@@ -312,6 +365,7 @@ def _slowed_block(block: BlockProfile, slowdown: float) -> BlockProfile:
         _slowed(block, slowdown),
         nearly_free=block.nearly_free and _slowed(block.nearly_free, slowdown),
         prefixes=block.prefixes and _slowed(block.prefixes, slowdown),
+        forms=tuple(_slowed(form, slowdown) for form in block.forms),
     )
 
 

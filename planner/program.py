@@ -171,19 +171,20 @@ class Program(Choices):
             return now
 
         now = update(-1, now) + profile.prologue_forward_seconds
-        for index, block in enumerate(profile.blocks):
+        for index in range(len(profile.blocks)):
             now = update(index, now)
             out = self.block_sum(
                 index,
                 lambda b, d: copied_bytes(b, d) * self.copy + sum(s * self.cpu[w] for w, s in traffic(b, d)),
             )
             done = self.time()
-            self.add(done >= now + block.forward_seconds + out)
+            arithmetic = self.block_sum(index, lambda b, d: b.in_form(d.form).forward_seconds)
+            self.add(done >= now + arithmetic + out)
             for t in tiers:
                 work, rate = self._work(t, index, read=False), self.machine.link(t).write_bytes_per_second
                 behind = self._update_slots(t, read=False) if first and self.ahead else 0.0
                 free = write_end[t] - self._slots(t, rate, index) - behind
-                self.add(done >= free + block.forward_seconds + out)
+                self.add(done >= free + arithmetic + out)
                 stored = self.time()
                 self.add(stored >= write_end[t] + work)
                 self.add(stored >= done + work)
@@ -213,20 +214,19 @@ class Program(Choices):
         now = now + store(BEYOND)
         later: Expression | None = None
         for index in reversed(range(len(profile.blocks))):
-            block = profile.blocks[index]
             again = self.block_sum(
                 index, lambda b, d: recompute_seconds(b, d) + joined_bytes(b, d) * self.copy
-            )
+            ) + self.block_sum(index, lambda b, d: b.in_form(d.form).backward_seconds)
             fetch = self.block_sum(index, lambda b, d: sum(s * self.cpu[w] for w, s in traffic(b, d)))
             over = self.time()
-            self.add(over >= now + block.backward_seconds + again + fetch)
+            self.add(over >= now + again + fetch)
             for t in tiers:
                 work = self._work(t, index, read=True)
                 fetched = self.time()
                 self.add(fetched - read_end[t] - work >= 0)
                 if later is not None:
                     self.add(fetched >= later - self._slots(t, rates[t], index + 1) + work)
-                self.add(over >= fetched + block.backward_seconds + again)
+                self.add(over >= fetched + again)
                 read_end[t] = pulp.LpAffineExpression(fetched)
                 reads[t] = reads[t] + work
             later = over

@@ -194,7 +194,8 @@ class _Schedule:
             for unit, state in self._of(index, block.name):
                 self._update(unit, state, ())
         parts = sorted(self._traffic(index))  # by the tier's name, as the executor takes slots
-        seconds = block.forward_seconds + copied_bytes(block, decision) * self._copy_seconds_per_byte
+        seconds = block.in_form(decision.form).forward_seconds
+        seconds += copied_bytes(block, decision) * self._copy_seconds_per_byte
         seconds += sum(size * self._cpu[tier] for tier, size in parts)
         if not parts:
             self._add(f"forward {block.name}", COMPUTE, seconds)
@@ -229,7 +230,8 @@ class _Schedule:
             seconds += joined_bytes(block, decision) * self._copy_seconds_per_byte
             self._add(f"recompute {block.name}", COMPUTE, seconds, reads)
             reads, fetch = (), 0.0
-        seconds = block.backward_seconds + self._gradient_copy(index, block.name, micro_batch) + fetch
+        seconds = block.in_form(decision.form).backward_seconds + fetch
+        seconds += self._gradient_copy(index, block.name, micro_batch)
         backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)
         for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
             self._hand_over(index, backward, ring, held, present)

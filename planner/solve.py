@@ -13,6 +13,7 @@ import time
 from memtrain.planner import baselines
 from memtrain.planner.actions import Tier
 from memtrain.planner.bill import make_bill, tier_peaks
+from memtrain.planner.block_parts import plan_error
 from memtrain.planner.bounding import Bound, improve_and_bound
 from memtrain.planner.decisions import Decisions, PlannerOptions, open_space
 from memtrain.planner.infeasible import infeasible_plan
@@ -97,6 +98,8 @@ def _feasible_plan(
         bytes_moved_per_step=timeline.bytes_moved,
         timeline=timeline.events,
         exact_only=options.exact_only,
+        error=round(plan_error(profile.blocks, decisions.blocks), 9),
+        error_budget=options.error_budget and round(options.error_budget, 9),
         profile_digest=profile.digest,
         machine_digest=search.machine.digest,
         provenance={"solve_seconds": round(solve_seconds, 3)},

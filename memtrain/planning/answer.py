@@ -220,5 +220,8 @@ def notes(request: PlanRequest, fields: Mapping[str, Any], forecast: Forecast) -
             "them first"
         )
     if forecast.job.codecs and forecast.fits:
-        found.append("lossy codecs are planned and cannot be run yet: memtrain's executors are exact")
+        found.append(
+            "lossy codecs are planned for each kind of tensor; a run of memtrain's own has them as forms of "
+            "whole blocks (planner.allow_lossy), whose gradients' error it measures"
+        )
     return (*found, *forecast.job.estimate.assumptions)

@@ -32,8 +32,9 @@ processes       ordinary gradients      ordinary gradients    one; ``densify_gra
                                                               before an all-reduce
 double          raises                  raises                raises                  raises
 backward
-other saved-    around it: raises;      fine                  fine                    fine
-tensor hooks    inside: theirs count
+other saved-    around it: they keep    fine                  fine                    fine
+tensor hooks    the codes; inside:
+                theirs count
 torch.compile   around the graph: what  inside the graph      graph break with        graph break with
                 that saves is encoded                         reason; fullgraph       reason; fullgraph
                                                               raises                  raises

@@ -25,6 +25,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -73,8 +74,8 @@ class SavedTensorCompressor:
 
         Yields a function to be given the result, which it returns: what is an output is kept as it is.
 
-        Raises:
-            RuntimeError: other saved-tensor hooks are on, which would see nothing while ours are.
+        Other saved-tensor hooks that are on around it are handed what is kept: codes, scales, and tensors
+        that are not encoded.
         """
         region = self._open(module, arguments)
         if region is None:
@@ -84,19 +85,15 @@ class SavedTensorCompressor:
             yield region.keep_outputs
 
     def _open(self, module: nn.Module, arguments: Any) -> _Region | None:
-        if not torch.is_grad_enabled() or _checkpoint_is_saving():
+        around = _hooks_around()
+        if not torch.is_grad_enabled() or (around is not None and around.is_checkpoint):
             return None
         # A list at once: another thread may run a block of the same compressor.
         self._known = {key: known for key, known in list(self._known.items()) if known() is not None}
-        return _Region(self, module, arguments)
+        return _Region(self, module, arguments, around)
 
-    def _stored(self, key: tuple[Any, ...]) -> _Stored | None:
-        known = self._known.get(key)
-        return None if known is None else known()
-
-    def _store(self, key: tuple[Any, ...], storage: torch.UntypedStorage, values: Tensor) -> _Stored:
-        stored = _Stored(self.codec, values, StorageWeakRef(storage))  # type: ignore[no-untyped-call]
-        self._known[key] = weakref.ref(stored)
+    def _store(self, storage: torch.UntypedStorage, values: Tensor, hold: Hold) -> _Stored:
+        stored = _Stored(self.codec, values, StorageWeakRef(storage), hold)  # type: ignore[no-untyped-call]
         self._live.add(stored)
         return stored
 
@@ -141,9 +138,18 @@ class Attachment:
 class _Region(torch.autograd.graph.saved_tensors_hooks):
     """One run of one block."""
 
-    def __init__(self, compressor: SavedTensorCompressor, module: nn.Module, arguments: Any) -> None:
+    def __init__(
+        self,
+        compressor: SavedTensorCompressor,
+        module: nn.Module,
+        arguments: Any,
+        around: _Around | None,
+    ) -> None:
         super().__init__(self._pack, _unpack)
         self._compressor = compressor
+        self.around = around
+        self._own: dict[tuple[Any, ...], weakref.ref[_Stored]] = {}
+        self._hold: Hold = _Kept if around is None else around.hold
         tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
         inputs = [tensor for tensor in tensors if tensor.requires_grad]
         shared = [tensor for tensor in tensors if not tensor.requires_grad and tensor.is_floating_point()]
@@ -157,6 +163,10 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         self._weight_shapes = _weight_shapes(own) if cast else set()
         self._encoded: list[weakref.ref[_Stored]] = []
 
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        del self.pack_hook  # ours: a cycle, in which what is around would stay alive beyond the graph
+
     def keep_outputs(self, result: Any) -> Any:
         """Put back what was encoded of storages that the block returns."""
         for output in pytree.tree_leaves(result):
@@ -169,10 +179,10 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         self._encoded.clear()
         return result
 
-    def _pack(self, tensor: Tensor) -> _Kept | _Packed:
+    def _pack(self, tensor: Tensor) -> _Kept | _Handed | _Packed:
         storage = tensor.untyped_storage()
         if not self._encodable(tensor, storage):
-            return _Kept(tensor)
+            return self._hold(tensor)
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in steps)
         values = tensor.detach()
@@ -183,11 +193,18 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         else:  # a small window of a large storage: the window alone
             key = (*key, tensor.storage_offset(), tensor.shape, tensor.stride())
             stride, offset = torch.empty(tensor.shape, device="meta").stride(), 0
-        stored = self._compressor._stored(key)
+        reference = self._known.get(key)
+        stored = None if reference is None else reference()
         if stored is None:
-            stored = self._compressor._store(key, storage, values)
+            stored = self._compressor._store(storage, values, self._hold)
+            self._known[key] = weakref.ref(stored)
             self._encoded.append(weakref.ref(stored))
         return _Packed(stored, tensor.shape, stride, int(offset))
+
+    @property
+    def _known(self) -> dict[tuple[Any, ...], weakref.ref[_Stored]]:
+        """What is encoded already: by any block, unless hooks around keep each block's tensors apart."""
+        return self._compressor._known if self.around is None else self._own
 
     def _encodable(self, tensor: Tensor, storage: torch.UntypedStorage) -> bool:
         return (
@@ -203,22 +220,25 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
 class _Stored:
     """One storage, or a window of one: encoded, or as it is when it turned out to be an output."""
 
-    def __init__(self, codec: GroupCodec, values: Tensor, storage: StorageWeakRef) -> None:
+    def __init__(self, codec: GroupCodec, values: Tensor, storage: StorageWeakRef, hold: Hold) -> None:
         self.storage = storage
         """Whose values these are; while it is referred to, no other storage is given its identity."""
         self._codec, self._shape, self._dtype = codec, values.shape, values.dtype
-        self._encoded: Encoded | None = codec.encode(values)
-        self._output: _Kept | None = None
+        encoded = codec.encode(values)
+        self._encoded_bytes = encoded.codes.nbytes + encoded.scales.nbytes
+        self._hold = hold
+        self._encoded: tuple[_Kept | _Handed, ...] | None = tuple(map(hold, encoded))
+        self._output: _Kept | _Handed | None = None
         self._decoded: weakref.ref[Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._encoded is None else self._encoded.codes.nbytes + self._encoded.scales.nbytes
+        return 0 if self._encoded is None else self._encoded_bytes
 
     def keep(self, output: Tensor) -> None:
         whole = output.untyped_storage().nbytes() // output.element_size()
         if self._shape == (whole,) and self._dtype == output.dtype:
-            self._output, self._encoded = _Kept(output.detach().as_strided((whole,), (1,), 0)), None
+            self._output, self._encoded = self._hold(output.detach().as_strided((whole,), (1,), 0)), None
 
     def values(self) -> Tensor:
         if self._encoded is None:
@@ -226,7 +246,8 @@ class _Stored:
             return self._output.get()
         values = None if self._decoded is None else self._decoded()
         if values is None:
-            values = self._codec.decode(self._encoded, self._shape, self._dtype)
+            encoded = Encoded(*(part.get() for part in self._encoded))
+            values = self._codec.decode(encoded, self._shape, self._dtype)
             self._decoded = weakref.ref(values)  # a view keeps its base alive, so nodes that overlap share it
         return values
 
@@ -248,6 +269,36 @@ class _Kept:
         return self._tensor if self._original is None else self._original
 
 
+class _Handed:
+    """A tensor that the hooks around have taken."""
+
+    def __init__(self, around: _Around, tensor: Tensor) -> None:
+        self._unpack, self._saved = around.unpack, around.pack(tensor)
+
+    def get(self) -> Tensor:
+        return self._unpack(self._saved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Around:
+    """The saved-tensor hooks that were on before ours; only the innermost are asked by autograd."""
+
+    pack: Callable[[Tensor], Any]
+    unpack: Callable[[Any], Tensor]
+
+    def hold(self, tensor: Tensor) -> _Handed:
+        return _Handed(self, tensor)
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether torch's own, which runs the block again, is what saves."""
+        return getattr(self.pack, "__module__", "") == "torch.utils.checkpoint"
+
+
+Hold = Callable[[Tensor], _Kept | _Handed]
+"""How a region keeps what it wants to have again."""
+
+
 class _Packed:
     """What autograd holds instead of a tensor: where its values are, and its view of them."""
 
@@ -260,22 +311,17 @@ class _Packed:
         return self._stored.values().as_strided(self._shape, self._stride, self._offset)
 
 
-def _unpack(packed: _Kept | _Packed) -> Tensor:
+def _unpack(packed: _Kept | _Handed | _Packed) -> Tensor:
     return packed.get()
 
 
-def _checkpoint_is_saving() -> bool:
-    """Whether the innermost saved-tensor hooks are a checkpoint's; others than that and ours are refused."""
+def _hooks_around() -> _Around | None:
+    """The innermost hooks that are not ours; those around a region are also those around one inside it."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is None or isinstance(getattr(hooks[0], "__self__", None), _Region):
-        return False
-    where = getattr(hooks[0], "__module__", "an unknown module")
-    if where == "torch.utils.checkpoint":
-        return True
-    raise RuntimeError(
-        f"saved-tensor hooks of {where} are on around a block whose saved tensors are to be encoded; only "
-        "the innermost hooks are asked, so one of the two would do nothing: use one of them for this block"
-    )
+    if hooks is None:
+        return None
+    region = getattr(hooks[0], "__self__", None)
+    return region.around if isinstance(region, _Region) else _Around(*hooks[:2])
 
 
 def _weight_shapes(own: Iterable[Tensor]) -> set[tuple[int, ...]]:

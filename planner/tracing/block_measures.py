@@ -17,8 +17,11 @@ from memtrain.planner.block_choices import prefix_lengths
 from memtrain.planner.profile import BlockProfile, Prefixes
 from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.blocks import BlockCall, FirstPass
+from memtrain.planner.tracing.form_measures import Lone, MeasuredForm, measure_forms
 from memtrain.planner.tracing.live_bytes import LiveBytes, storage_id
 from memtrain.planner.tracing.rehearsal import Rehearsal
+
+_FORM_FIELDS = ("saved_bytes", "saved_tensors", "forward_transient_bytes", "backward_transient_bytes")
 
 
 def measure_blocks(
@@ -34,18 +37,26 @@ def measure_blocks(
     assert trace.first_input is not None
     hidden = trace.first_input
     counted: dict[Any, dict[str, Any]] = {}
+    forms: dict[Any, tuple[tuple[MeasuredForm, ...], tuple[tuple[str, str], ...]]] = {}
     seconds: dict[Any, list[tuple[float, float]]] = {}
     kinds = []
     for (name, block), call in zip(blocks, trace.calls, strict=True):
         kind = _kind(block, call, hidden, needs)
+        if rehearsal is not None:
+            kind = kind, tuple(rehearsal.forms(name).items())
         if kind not in counted:
             excluded = outside | {storage_id(t) for t in call.shared()}
+            reason = _not_recomputable(block, call, hidden, needs)
             counted[kind] = _count(block, call, hidden, needs, excluded)
+            counted[kind] |= {"recomputable": not reason, "reason": reason}
             largest_bytes = counted[kind].pop("largest_bytes")
             if rehearsal is not None and counted[kind]["recomputable"]:
                 given = call.given(_given(hidden, needs))
                 attention_bytes = counted[kind]["attention_bytes"]
                 counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes, attention_bytes)
+            if rehearsal is not None:
+                lone = _lone(block, call, hidden, needs, excluded)
+                forms[kind] = measure_forms(rehearsal, name, lone, counted[kind]["saved_bytes"])
         kinds.append(kind)
         forward, backward, hidden = _time(block, call, hidden, needs)
         seconds.setdefault(kind, []).append((forward, backward))
@@ -55,12 +66,15 @@ def measure_blocks(
         forward, backward = (median(column) for column in zip(*seconds[kind], strict=True))
         values = counted[kind]
         attention = min(values["attention_seconds"], forward)
+        found, missing = forms.get(kind, ((), ()))
         profiles.append(
             BlockProfile(
                 **{**values, "attention_seconds": attention},
                 name=name,
                 forward_seconds=forward,
                 backward_seconds=backward,
+                forms=tuple(form.of(forward, backward) for form in found),
+                missing_forms=missing,
             )
         )
     return profiles, hidden
@@ -77,10 +91,24 @@ def _given(hidden: Tensor, needs: bool) -> Tensor:
     return hidden.detach().clone().requires_grad_().clone() if needs else hidden.detach().clone()
 
 
+def _lone(block: nn.Module, call: BlockCall, hidden: Tensor, needs: bool, excluded: set[int]) -> Lone:
+    def count() -> dict[str, int]:
+        sizes = _count(block, call, hidden, needs, excluded)
+        return {name: sizes[name] for name in _FORM_FIELDS}
+
+    return Lone(
+        block=block,
+        run=lambda given: call.run(block, given),
+        given=lambda: _given(hidden, needs),
+        count=count,
+        seconds=lambda: _time(block, call, hidden, needs)[:2],
+    )
+
+
 def _count(
     block: nn.Module, call: BlockCall, hidden: Tensor, needs: bool, excluded: set[int]
 ) -> dict[str, Any]:
-    """Bytes of one forward and backward of ``block``, and whether its forward can be run again."""
+    """Bytes of one forward and backward of ``block``, and the seconds of its attention."""
     given, saved = _given(hidden, needs), {}
     own = storage_id(given)
 
@@ -89,7 +117,6 @@ def _count(
             saved[storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    reason = _not_recomputable(block, call, hidden, needs)
     with LiveBytes() as live, saved_tensors_hooks(pack, lambda tensor: tensor):
         output = call.run(block, given)
         saved_bytes = sum(saved.values())
@@ -112,8 +139,6 @@ def _count(
         "attention_seconds": live.attention_seconds,
         "forward_transient_bytes": max(0, forward_transient),
         "backward_transient_bytes": max(0, backward_transient),
-        "recomputable": not reason,
-        "reason": reason,
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from memtrain.planner.profile import NearlyFree, Prefixes
@@ -36,4 +37,17 @@ class Rehearsal(Protocol):
     ) -> Prefixes | str:
         """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not.
         ``largest_bytes`` are those of the largest storage that the block saves."""
+        ...
+
+    def forms(self, name: str) -> Mapping[str, Hashable]:
+        """The forms beside the plain one that block ``name`` can be put in, and what each treats of it: tells
+        blocks apart that are otherwise alike."""
+        ...
+
+    def missing_forms(self, name: str) -> Mapping[str, str]:
+        """Of the forms that it cannot be put in the reason."""
+        ...
+
+    def in_form(self, name: str, form: str) -> AbstractContextManager[None]:
+        """Puts it in one for a while."""
         ...

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from memtrain.recipe import Recipe, RecipeError, load_recipe, parse_recipe
+from memtrain.forms import LOSSY
+from memtrain.recipe import Lossy, Recipe, RecipeError, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 TINY = next(path for path in RECIPES if path.stem == "tiny_llama_cpu")
@@ -69,6 +71,27 @@ def test_yaml_scientific_notation_without_a_point_is_a_number() -> None:
 def test_an_unknown_key_is_refused_with_the_nearest(path: str, nearest: str) -> None:
     with pytest.raises(RecipeError, match=rf"{path}: unknown key; did you mean {nearest}\?"):
         parse_recipe(with_value(path, 1))
+
+
+@pytest.mark.parametrize(
+    ("planner", "message"),
+    [
+        ({"allow_lossy": ["int8"]}, "allow_lossy names int8, but exact_only is on"),
+        ({"exact_only": False, "allow_lossy": ["int2"]}, r"planner\.allow_lossy\.0: .*got 'int2'"),
+        ({"error_budget": 0.1}, "name them in allow_lossy"),
+        ({"exact_only": False, "allow_lossy": ["int8"], "error_budget": -1}, r"planner\.error_budget: "),
+    ],
+)
+def test_what_a_plan_may_lose_is_checked(planner: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(with_value("planner", planner))
+
+
+def test_what_a_plan_may_lose_reaches_the_planner() -> None:
+    planner = {"exact_only": False, "allow_lossy": ["int8", "int4"], "error_budget": 0.01}
+    options = parse_recipe(with_value("planner", planner)).planner.options()
+    assert (options.exact_only, options.allow_lossy, options.error_budget) == (False, ("int8", "int4"), 0.01)
+    assert typing.get_args(Lossy) == LOSSY
 
 
 def test_an_unknown_key_that_resembles_none_gets_the_list() -> None:

@@ -10,11 +10,13 @@ import pytest
 from memtrain import page
 from memtrain.charts import Chart, Series, round_ticks
 from memtrain.planner.actions import Action, BlockDecision
+from memtrain.planner.units import MiB
 from memtrain.report import (
     Summary,
     bill_rows,
     comparison_rows,
     error_fraction,
+    form_facts,
     infeasible_text,
     plan_text,
     recompute_facts,
@@ -22,7 +24,7 @@ from memtrain.report import (
     table,
 )
 from tests.memtrain.plans import GIB, feasible_plan, infeasible_plan, summary
-from tests.planner.toys import make_block, make_nearly_free, make_prefixes, make_profile
+from tests.planner.toys import make_block, make_form, make_nearly_free, make_prefixes, make_profile
 
 
 def test_columns_line_up() -> None:
@@ -79,6 +81,26 @@ def test_what_is_computed_again_in_part_and_how_exactly() -> None:
         "on this machine: no, largest difference 1e-06 of a tensor's largest entry",
     ]
     assert recompute_facts(feasible_plan(), make_profile(3)) == []
+
+
+def test_which_form_blocks_have_and_which_none_can_have() -> None:
+    lossy = make_form(name="int8", saved_bytes=2 * MiB, error=0.01, forward_seconds=0.013)
+    block = make_block(forms=(make_form(), lossy), missing_forms=(("int4", "zero gradients"),))
+    profile = make_profile(block_profiles=(block,) * 3)
+    decisions = (
+        BlockDecision(block=0, action=Action.KEEP, form="exact"),
+        BlockDecision(block=1, action=Action.KEEP, form="int8"),
+        BlockDecision(block=2, action=Action.RECOMPUTE),
+    )
+    plan = replace(feasible_plan(), blocks=decisions, error=0.0033333, error_budget=0.004)
+    assert form_facts(plan, profile) == [
+        "1 block in exact form: 5.0 MiB saved instead of 10.0 MiB, +2.0 ms each; "
+        "bit-equal at the sample batch",
+        "1 block in int8 form: 2.0 MiB saved instead of 10.0 MiB, +5.0 ms each; gradients off by 1.0e-02",
+        "3 blocks cannot have form int4: zero gradients",
+        "lossy forms: mean error of gradients 0.0033 over all saved bytes (budget 0.004)",
+    ]
+    assert form_facts(feasible_plan(), make_profile(3)) == []
 
 
 def test_a_run_that_is_less_exact_than_its_profile_says_so() -> None:

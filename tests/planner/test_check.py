@@ -15,7 +15,14 @@ from memtrain.planner.machine import Budget
 from memtrain.planner.plan import BillLine, Event, Plan
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
-from tests.planner.toys import make_block, make_machine, make_nearly_free, make_prefixes, make_profile
+from tests.planner.toys import (
+    make_block,
+    make_form,
+    make_machine,
+    make_nearly_free,
+    make_prefixes,
+    make_profile,
+)
 
 # Five blocks are swapped and a ring has four slots at most: the first block is always read back.
 BLOCKS = tuple(make_block(index, recomputable=index != 3) for index in range(7))
@@ -257,6 +264,56 @@ def test_a_fault_in_what_is_partly_computed_again_is_named(
     assert rule in {violation.rule for violation in check(fault(plan), PARTLY, MACHINE, BUDGET)}
 
 
+INT8 = make_form(name="int8", saved_bytes=2 * MiB, forward_seconds=0.012, error=0.01)
+FORMED = make_profile(
+    block_profiles=tuple(
+        make_block(
+            index,
+            forms=(make_form(backward_transient_bytes=20 * MiB), INT8),
+            missing_forms=(("int4", "zero gradients"),),
+        )
+        for index in range(5)
+    )
+)
+FORMS: dict[str, dict[str, str | int | None]] = {
+    "block": {"action": "keep"},
+    "block.0": {"action": "keep", "form": "exact"},
+    "block.1": {"action": "swap", "form": "exact"},
+    "block.2": {"action": "keep", "form": "int8"},
+    "block.4": {"action": "recompute"},
+}
+FORMED_FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
+    ("never measured", Rule.RECOMPUTABLE, lambda p: changed(p, 0, form="int2")),
+    ("missing", Rule.RECOMPUTABLE, lambda p: changed(p, 0, form="int4")),
+    ("lossy, yet exact_only", Rule.RECOMPUTABLE, lambda p: replace(p, exact_only=True)),
+    ("plain in an exact place", Rule.STAGING, lambda p: changed(p, 0, form="plain")),
+    ("plain in an exact slot", Rule.STAGING, lambda p: changed(p, 1, form="plain")),
+    (
+        "transients of another form",
+        Rule.DEVICE_PEAK,
+        lambda p: changed(changed(p, 0, form="int8"), 1, form="int8"),
+    ),
+    ("tier of another form", Rule.TIER_PEAK, lambda p: changed(p, 1, form="int8")),
+    ("bytes of another form", Rule.BYTES_MOVED, lambda p: changed(p, 1, form="int8")),
+    ("backward as the plain one", Rule.DURATION, lambda p: shorter(p, "backward layers.0", 0.002)),
+    ("forward as the plain one", Rule.DURATION, lambda p: shorter(p, "forward layers.2", 0.002)),
+    ("error forgotten", Rule.ERROR_BUDGET, lambda p: replace(p, error=0.0)),
+    ("one more lossy block", Rule.ERROR_BUDGET, lambda p: changed(p, 0, form="int8")),
+    ("too lossy", Rule.ERROR_BUDGET, lambda p: replace(p, error_budget=0.0019)),
+]
+
+
+@pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in FORMED_FAULTS], ids=[f[0] for f in FORMED_FAULTS])
+def test_a_fault_in_forms_is_named(
+    monkeypatch: pytest.MonkeyPatch, rule: Rule, fault: Callable[[Plan], Plan]
+) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    options = PlannerOptions(force=FORMS, exact_only=False, allow_lossy=("int8",), error_budget=0.002)
+    plan = make_plan(FORMED, MACHINE, BUDGET, options=options)
+    assert check(plan, FORMED, MACHINE, BUDGET) == ()
+    assert rule in {violation.rule for violation in check(fault(plan), FORMED, MACHINE, BUDGET)}
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("changes", [{"probe_bytes": 64 * MiB}, {"witness_bytes": 4096}])
 def test_a_look_at_tokens_that_is_on_no_bill_is_named(
@@ -348,7 +405,7 @@ def test_a_budget_that_preparing_has_overrun_is_named(monkeypatch: pytest.Monkey
 
 
 def test_every_rule_has_a_planted_fault() -> None:
-    assert {f[1] for f in FAULTS} | {Rule.CAPACITY, Rule.PREPARING} == set(Rule)
+    assert {f[1] for f in (*FAULTS, *FORMED_FAULTS)} | {Rule.CAPACITY, Rule.PREPARING} == set(Rule)
 
 
 def test_the_checker_shares_nothing_with_what_makes_plans() -> None:

@@ -25,7 +25,14 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
-from tests.planner.toys import make_block, make_machine, make_nearly_free, make_prefixes, make_profile
+from tests.planner.toys import (
+    make_block,
+    make_form,
+    make_machine,
+    make_nearly_free,
+    make_prefixes,
+    make_profile,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 EXACT = PlannerOptions(safety_margin=0.0)
@@ -428,6 +435,15 @@ def test_more_memory_bandwidth_or_capacity_is_never_slower() -> None:
 
 SIZES = st.integers(0, 3 * MiB)
 
+ANY_FORM = st.builds(
+    make_form,
+    saved_bytes=SIZES,
+    forward_seconds=st.floats(0, 0.01),
+    backward_seconds=st.floats(0, 0.01),
+    forward_transient_bytes=SIZES,
+    backward_transient_bytes=SIZES,
+)
+
 
 @st.composite
 def adversarial(draw: st.DrawFn) -> ModelProfile:
@@ -454,6 +470,7 @@ def adversarial(draw: st.DrawFn) -> ModelProfile:
                 recomputable=draw(st.booleans()),
                 nearly_free=draw(st.none() | st.builds(make_nearly_free, stored_bytes=SIZES)),
                 prefixes=draw(st.none() | st.just(prefixes)),
+                forms=draw(st.just(()) | st.tuples(ANY_FORM)),
             )
         )
     elements = draw(st.integers(1, 10**6))

@@ -175,6 +175,15 @@ class Rehearsed:
         assert lengths(16) == (2, 4, 6, 8, 10, 12, 14)
         return self.answer
 
+    def forms(self, name: str) -> dict[str, str]:
+        return {}
+
+    def missing_forms(self, name: str) -> dict[str, str]:
+        return {"exact": "why not"}
+
+    def in_form(self, name: str, form: str) -> Any:
+        raise AssertionError(f"{name} has no form {form}")
+
 
 def test_blocks_of_one_kind_are_rehearsed_once() -> None:
     prefixes = Prefixes(

@@ -54,6 +54,8 @@ def recipe(context: Context) -> Target:
         },
         "optimizer": _optimizer(context),
     }
+    if context.usage.codecs:
+        data["planner"] = {"exact_only": False, "allow_lossy": list(context.usage.codecs)}
     parse_recipe(data, source="the recipe of this plan")
     return Target(
         tool="memtrain",
@@ -81,8 +83,8 @@ def _notes(context: Context) -> tuple[str, ...]:
         )
     if context.usage.codecs:
         found.append(
-            f"the plan compresses with {', '.join(context.usage.codecs)}, which the executors cannot "
-            "run yet: the run is exact, and slower than predicted"
+            f"the plan compresses kinds of tensors with {', '.join(context.usage.codecs)}; a run does so "
+            "with whole blocks and measures the error of their gradients: planner.error_budget limits that"
         )
     return tuple(found)
 

@@ -89,7 +89,8 @@ def test_one_gpu_gets_a_recipe_that_the_trainer_reads(tight: Answer, tmp_path: P
     assert "-m memtrain.train recipe.yaml" in target.command
     notes = " ".join(target.notes)
     assert "random ones" in notes
-    assert "compresses with int8, which the executors cannot run yet" in notes
+    assert (recipe.planner.exact_only, recipe.planner.allow_lossy) == (False, ("int8",))
+    assert "with int8; a run does so with whole blocks and measures the error of their gradients" in notes
     # Budgets are rounded down to MiB, never up.
     setup = machine_for("a100-80g", dram="1TiB", nvme="/mnt/fast:4TB")
     assert recipe.budget.budget(Path("x")).device_bytes <= setup.budget.device_bytes

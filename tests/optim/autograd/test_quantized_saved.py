@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -314,15 +315,47 @@ def test_autocast_copies_of_weights_are_left_alone() -> None:
     assert max(relative_errors(got, expected)) < 0.02
 
 
-def test_other_hooks_around_a_block_are_refused() -> None:
+def test_hooks_around_a_block_are_handed_codes() -> None:
+    """Whoever moves what autograd saves moves the codes, and what is not encoded; the result is the same."""
     block, x = MLP(), inputs()
+    compressor = SavedTensorCompressor()
+    compressor.attach(block)
+    wanted = gradients(block, [block.up.weight], x)
+    handed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        handed.append(tensor)
+        return tensor.clone()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(x)
+        codes = [tensor for tensor in handed if tensor.dtype == torch.int8]
+        assert sum(tensor.numel() for tensor in codes) == sum(
+            -(-n // 128) * 128 for n in (TOKENS * FEATURES, TOKENS * HIDDEN, TOKENS * HIDDEN)
+        )
+        del y
+        got = gradients(block, [block.up.weight], x)
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_hooks_around_a_block_live_no_longer_than_the_graph() -> None:
+    class Hooks:
+        def pack(self, tensor: Tensor) -> Tensor:
+            return tensor
+
+    block, x, hooks = MLP(), inputs(), Hooks()
     SavedTensorCompressor().attach(block)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
-        pytest.raises(RuntimeError, match="saved-tensor hooks of"),
-    ):
-        block(x)
-    block(x).sum().backward()  # nothing is left open
+    alive = weakref.ref(hooks)
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(hooks.pack, lambda tensor: tensor):
+            y = block(x)
+        del hooks
+        assert alive() is not None
+        y.sum().backward()
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_hooks_inside_a_block_count_instead() -> None:
