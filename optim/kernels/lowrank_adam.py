@@ -16,11 +16,13 @@ gradient, rounded to the nearest, 4.2 ms; FRUGAL in fp32 11.2 ms.
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import native
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import project_down_
@@ -169,12 +171,15 @@ def _triton_direction(
 ) -> None:
     if not low.numel():
         return
-    beta1, beta2 = betas
-    # In fp64: 1 - .999 formed in fp32 is wrong by 5e-5.
-    numbers = (1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps)
     _lowrank_adam_kernel[(-(-low.numel() // _BLOCK),)](
-        low, exp_avg, exp_avg_sq, direction, low.numel(), *numbers, BLOCK=_BLOCK
+        low, exp_avg, exp_avg_sq, direction, low.numel(), *_numbers(step, betas, eps), BLOCK=_BLOCK
     )
+
+
+def _numbers(step: int, betas: tuple[float, float], eps: float) -> tuple[float, ...]:
+    """gain1, beta2, gain2, rate, root, eps. In fp64: 1 - .999 formed in fp32 is wrong by 5e-5."""
+    beta1, beta2 = betas
+    return (1 - beta1, beta2, 1 - beta2, 1 / (1 - beta1**step), (1 - beta2**step) ** -0.5, eps)
 
 
 def _cpu_direction(
@@ -186,8 +191,16 @@ def _cpu_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """The reference's arithmetic with both corrections in the root, so that it has one pass less."""
+    """Compiled (``native/lowrank_adam.cpp``) for fp32 and bf16, elsewhere by chunks of plain torch: the
+    reference's arithmetic with both corrections in the root, so that it has one pass less."""
     beta1, beta2 = betas
+    wide = direction.dtype == torch.float32
+    if wide or direction.dtype == torch.bfloat16:
+        if (run := native.function("lowrank_adam", "lowrank_adam")) is not None:
+            pointers = map(native.pointer, (low, exp_avg, exp_avg_sq, direction))
+            numbers = native.Direction(*_numbers(step, betas, eps))
+            run(*pointers, ctypes.c_int32(wide), native.count(low), numbers)
+            return
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     parts = (torch.split(t.view(-1), _CPU_CHUNK_ELEMENTS) for t in (low, exp_avg, exp_avg_sq, direction))
     root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS))

@@ -1,0 +1,231 @@
+// The products of the low-rank optimizers by AMX: down from the gradient, up into the weight.
+// Called by lowrank_products.py, which says what they compute; lowrank_down.py and lowrank_up.py hold the
+// references.
+//
+// The basis is packed once a call. With a right basis a thread takes 32 rows of the weight at a time, with a
+// left one a strip of columns: what belongs to them of gradient, N and R is cast and packed into the cache, and
+// sums leave the cache as R or in the weight alone. Each sum is formed in one order, whatever the threads.
+#include <omp.h>
+
+#include "lowrank_up.h"
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include "tiles.h"
+#define HAS_TILES
+#endif
+
+struct Product {  // with a weight [rows, columns]
+    int64_t rows, columns, rank;
+    const bf16* basis;
+    bf16* packed;   // room for the basis
+    char* scratch;  // room for each thread
+    int64_t scratch_bytes;
+    int32_t right;
+};
+
+extern "C" void tiles_serve(int32_t* answer, int) {
+#ifdef HAS_TILES
+    *answer = tiles_granted();
+#else
+    *answer = 0;
+#endif
+}
+
+#ifdef HAS_TILES
+
+// 2048 x 512 and 512 x 2048, rank 256, one thread: 8, 16 and 32 pairs of tiles, and strips of 2, 4 and 8 blocks, are
+// within a tenth of one another; a left basis is fastest with 8. lowrank_products.py knows both numbers.
+constexpr int STEPS = 16;  // pairs of tiles that are summed before the next part of the gradient is packed
+constexpr int STRIP = 8;   // blocks: columns of the weight that a thread takes at a time with a left basis
+constexpr int RUN_COLUMNS = 4 * SIDE;  // of the weight, finished at a time: whole cache lines, some in a row
+
+template <bool ALONG, bool SECOND, class Number>
+static void pack_all(const Number* from, int64_t stride, int64_t places, int64_t length, bf16* to) {
+    const int64_t steps = blocks_of(length);
+#pragma omp for schedule(static)
+    for (int64_t block = 0; block < blocks_of(places); block++)
+        pack<ALONG, SECOND>(from + block * SIDE * (ALONG ? stride : 1), stride, places - block * SIDE, length, steps,
+                            to + block * steps * PAIR);
+}
+
+static void put(float* low, int64_t stride, const float* sums, int64_t sums_stride, int64_t rows, int64_t columns,
+                bool add) {
+    for (int64_t row = 0; row < rows; row++) {
+        float* __restrict out = low + row * stride;
+        const float* __restrict in = sums + row * sums_stride;
+        if (add)
+            for (int64_t i = 0; i < columns; i++) out[i] += in[i];
+        else
+            for (int64_t i = 0; i < columns; i++) out[i] = in[i];
+    }
+}
+
+// R [rows, rank] = G Q
+template <class Number>
+static void down_right(const Product& p, const Number* gradient, float* low, bool add, char* scratch) {
+    const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.columns), width = vectors * SIDE;
+    bf16* cast = reinterpret_cast<bf16*>(scratch);
+    float* sums = reinterpret_cast<float*>(cast + STEPS * PAIR);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; row += SIDE) {
+        const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
+        for (int64_t step = 0; step < steps; step += STEPS) {
+            const int64_t count = std::min<int64_t>(STEPS, steps - step);
+            const Number* from = gradient + row * p.columns + step * SIDE;
+            pack<true, false>(from, p.columns, rows, p.columns - step * SIDE, count, cast);
+            for (int64_t v = 0; v < vectors; v++)
+                multiply(cast, p.packed + (v * steps + step) * PAIR, count, sums + v * SIDE, width, step > 0);
+        }
+        put(low + row * p.rank, p.rank, sums, width, rows, p.rank, add);
+    }
+}
+
+// R [rank, columns] = P^T G
+template <class Number>
+static void down_left(const Product& p, const Number* gradient, float* low, bool add, char* scratch) {
+    const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.rows), width = STRIP * SIDE;
+    bf16* cast = reinterpret_cast<bf16*>(scratch);
+    float* sums = reinterpret_cast<float*>(cast + STRIP * STEPS * PAIR);
+#pragma omp for schedule(static)
+    for (int64_t start = 0; start < p.columns; start += width) {
+        const int64_t columns = std::min(width, p.columns - start), blocks = blocks_of(columns);
+        for (int64_t step = 0; step < steps; step += STEPS) {
+            const int64_t count = std::min<int64_t>(STEPS, steps - step);
+            for (int64_t b = 0; b < blocks; b++)
+                pack<false, true>(gradient + step * SIDE * p.columns + start + b * SIDE, p.columns,
+                                  columns - b * SIDE, p.rows - step * SIDE, count, cast + b * STEPS * PAIR);
+            for (int64_t v = 0; v < vectors; v++)
+                for (int64_t b = 0; b < blocks; b++)
+                    multiply(p.packed + (v * steps + step) * PAIR, cast + b * STEPS * PAIR, count,
+                             sums + v * SIDE * width + b * SIDE, width, step > 0);
+        }
+        put(low + start, p.columns, sums, width, p.rank, columns, add);
+    }
+}
+
+extern "C" void lowrank_down(Product p, float* low, Gradient gradient, int32_t add, int threads) {
+    with_gradient(gradient, [&](auto* gradients) {
+#pragma omp parallel num_threads(useful_threads(p.rows * p.columns, threads))
+        {
+            TileRegisters registers;
+            char* scratch = p.scratch + omp_get_thread_num() * p.scratch_bytes;
+            if (p.right) {
+                pack_all<false, true>(p.basis, p.rank, p.rank, p.columns, p.packed);
+                down_right(p, gradients, low, add, scratch);
+            } else {
+                pack_all<false, false>(p.basis, p.rank, p.rank, p.rows, p.packed);
+                down_left(p, gradients, low, add, scratch);
+            }
+        }
+    });
+}
+
+// Some rows of the weight, from as many of P N and, with a residual, of P R.
+template <class Weights, class Number>
+static inline void finish(Weights weights, const Number* gradients, const float* update, const float* inner,
+                          int64_t place, int64_t stride, int64_t rows, int64_t columns, const Up& up) {
+    for (int64_t row = 0; row < rows; row++, place += stride, update += RUN_COLUMNS, inner += RUN_COLUMNS) {
+        float w[RUN_COLUMNS];
+        const auto step = [&](int count) {
+            weights.load(place, count, w);
+            up_run(w, update, inner, gradients ? gradients + place : nullptr, count, up);
+            weights.store(place, count, w);
+        };
+        if (columns == RUN_COLUMNS)
+            step(RUN_COLUMNS);  // a constant, for the compiler to unroll by
+        else
+            step(int(columns));
+    }
+}
+
+// What the way up holds of a thread: N and, with a residual, R, packed; sums of either.
+struct UpScratch {
+    bf16 *direction, *low;
+    float *update, *inner;
+
+    UpScratch(char* scratch, int64_t numbers) {
+        direction = reinterpret_cast<bf16*>(scratch);
+        low = direction + numbers;
+        update = reinterpret_cast<float*>(low + numbers);
+        inner = update + SIDE * RUN_COLUMNS;
+    }
+};
+
+// W -= N Q^T, 32 rows at a time
+template <class Weights, class Number, class Small>
+static void up_right(const Product& p, Weights weights, const Number* gradients, const Small* direction,
+                     const float* low, const Up& up, char* scratch) {
+    const int64_t steps = blocks_of(p.rank);
+    const UpScratch at(scratch, steps * PAIR);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; row += SIDE) {
+        const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
+        pack<true, false>(direction + row * p.rank, p.rank, rows, p.rank, steps, at.direction);
+        if (gradients) pack<true, false>(low + row * p.rank, p.rank, rows, p.rank, steps, at.low);
+        for (int64_t start = 0; start < p.columns; start += RUN_COLUMNS) {
+            const int64_t columns = std::min<int64_t>(RUN_COLUMNS, p.columns - start);
+            for (int64_t b = 0; b < blocks_of(columns); b++) {
+                const bf16* basis = p.packed + (start / SIDE + b) * steps * PAIR;
+                multiply(at.direction, basis, steps, at.update + b * SIDE, RUN_COLUMNS, false);
+                if (gradients) multiply(at.low, basis, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
+            }
+            finish(weights, gradients, at.update, at.inner, row * p.columns + start, p.columns, rows, columns, up);
+        }
+    }
+}
+
+// W -= P N, a strip of columns at a time
+template <class Weights, class Number, class Small>
+static void up_left(const Product& p, Weights weights, const Number* gradients, const Small* direction,
+                    const float* low, const Up& up, char* scratch) {
+    const int64_t steps = blocks_of(p.rank), width = STRIP * SIDE, panel = steps * PAIR;
+    const UpScratch at(scratch, STRIP * panel);
+#pragma omp for schedule(static)
+    for (int64_t strip = 0; strip < p.columns; strip += width) {
+        const int64_t end = std::min(strip + width, p.columns);
+        for (int64_t column = strip, b = 0; column < end; column += SIDE, b++) {
+            pack<false, true>(direction + column, p.columns, end - column, p.rank, steps, at.direction + b * panel);
+            if (gradients)
+                pack<false, true>(low + column, p.columns, end - column, p.rank, steps, at.low + b * panel);
+        }
+        for (int64_t row = 0; row < p.rows; row += SIDE) {
+            const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
+            const bf16* basis = p.packed + row / SIDE * panel;
+            for (int64_t start = strip; start < end; start += RUN_COLUMNS) {
+                const int64_t columns = std::min<int64_t>(RUN_COLUMNS, end - start);
+                for (int64_t b = 0; b < blocks_of(columns); b++) {
+                    const int64_t from = ((start - strip) / SIDE + b) * panel;
+                    multiply(basis, at.direction + from, steps, at.update + b * SIDE, RUN_COLUMNS, false);
+                    if (gradients) multiply(basis, at.low + from, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
+                }
+                finish(weights, gradients, at.update, at.inner, row * p.columns + start, p.columns, rows, columns,
+                       up);
+            }
+        }
+    }
+}
+
+// gradient and low are null without a residual.
+extern "C" void lowrank_up(Product p, Values weight, Gradient direction, const float* low, Gradient gradient, Up up,
+                           int threads) {
+    with_weight(weight, [&](auto weights) {
+        with_gradient(direction, [&](auto* directions) {
+            with_gradient(gradient, [&](auto* gradients) {
+#pragma omp parallel num_threads(useful_threads(p.rows * p.columns, threads))
+                {
+                    TileRegisters registers;
+                    char* scratch = p.scratch + omp_get_thread_num() * p.scratch_bytes;
+                    if (p.right) {
+                        pack_all<true, true>(p.basis, p.rank, p.columns, p.rank, p.packed);
+                        up_right(p, weights, gradients, directions, low, up, scratch);
+                    } else {
+                        pack_all<true, false>(p.basis, p.rank, p.rows, p.rank, p.packed);
+                        up_left(p, weights, gradients, directions, low, up, scratch);
+                    }
+                }
+            });
+        });
+    });
+}
+
+#endif
