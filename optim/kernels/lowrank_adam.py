@@ -27,6 +27,7 @@ from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import project_down_
 from memtrain.optim.kernels.lowrank_up import project_up_
+from memtrain.optim.kernels.lowrank_up_cpu import Residual
 from memtrain.optim.storage.random import RandomKey
 
 if TYPE_CHECKING:
@@ -146,6 +147,48 @@ def lowrank_adam_step_(
     """
     low = torch.empty_like(exp_avg)
     project_down_(low, gradient, basis, right=right)
+    lowrank_adam_low_step_(
+        weight,
+        low,
+        basis,
+        exp_avg,
+        exp_avg_sq,
+        right=right,
+        step=step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        scale=scale,
+        residual=(gradient, low, lr * residual_scale) if residual_scale else None,
+        key=key,
+        correction=correction,
+    )
+
+
+def lowrank_adam_low_step_(
+    weight: Tensor,
+    low: Tensor,
+    basis: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    right: bool,
+    step: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    residual: Residual | None = None,
+    key: RandomKey | None = None,
+    correction: Tensor | None = None,
+) -> None:
+    """:func:`lowrank_adam_step_` from R on: ``low``, fp32 in the shape of the moments, contiguous.
+
+    Raises:
+        ValueError: shapes, dtypes or strides that do not fit.
+    """
     direction = adam_direction(low, exp_avg, exp_avg_sq, step=step, betas=betas, eps=eps, dtype=basis.dtype)
     project_up_(
         weight,
@@ -154,7 +197,7 @@ def lowrank_adam_step_(
         right=right,
         factor=lr * scale,
         decay=1 - lr * weight_decay,
-        residual=(gradient, low, lr * residual_scale) if residual_scale else None,
+        residual=residual,
         key=key,
         correction=correction,
     )
@@ -195,12 +238,11 @@ def _cpu_direction(
     reference's arithmetic with both corrections in the root, so that it has one pass less."""
     beta1, beta2 = betas
     wide = direction.dtype == torch.float32
-    if wide or direction.dtype == torch.bfloat16:
-        if (run := native.function("lowrank_adam", "lowrank_adam")) is not None:
-            pointers = map(native.pointer, (low, exp_avg, exp_avg_sq, direction))
-            numbers = native.Direction(*_numbers(step, betas, eps))
-            run(*pointers, ctypes.c_int32(wide), native.count(low), numbers)
-            return
+    known = wide or direction.dtype == torch.bfloat16
+    if known and (run := native.function("lowrank_adam", "lowrank_adam")) is not None:
+        pointers = map(native.pointer, (low, exp_avg, exp_avg_sq, direction))
+        run(*pointers, ctypes.c_int32(wide), native.count(low), native.Direction(*_numbers(step, betas, eps)))
+        return
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     parts = (torch.split(t.view(-1), _CPU_CHUNK_ELEMENTS) for t in (low, exp_avg, exp_avg_sq, direction))
     root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS))

@@ -1,16 +1,18 @@
-"""The products of the low-rank optimizers on a CPU with AMX: no cast copy of the gradient, no update in memory.
+"""The products of the low-rank optimizers on a CPU with AMX: no cast copy of G, no update in memory.
 
-    R (+)= P^T G          W = decay W - factor P N - residual_factor sign(G - P R)
+    R (+)= P^T G
+    W = decay W - factor P N [- residual_factor sign(G - P R)] [- scaling G]
 
-and so with a right basis. Torch multiplies bf16 by bf16 into bf16 alone: the gradient has to be cast first, the
-product has to be written, read and widened behind it, a pass each. Here both ends happen in the cache
+and so with a right basis. Torch multiplies bf16 by bf16 into bf16 alone: the gradient has to be cast first,
+the product has to be written, read and widened behind it, a pass each. Here both ends happen in the cache
 (``native/lowrank_products.cpp``): R and the update keep their fp32 sums, so that this is nearer to the
-references of ``lowrank_down`` and ``lowrank_up`` than torch's product is; it differs from those by the order of
-sums, a few 1e-7 of the largest term, and takes bf16 numbers below 1e-38 for zero, as the hardware does.
+references of ``lowrank_down`` and ``lowrank_up`` than torch's product is. It differs from them by the order
+of sums, a few 1e-7 of the largest term, and takes numbers below 1e-38 for zero, as the hardware does. The
+order does not depend on the number of threads.
 
-One core with AMX, rank 256, fp32, least of 150 interleaved calls. 512 x 2048, right basis: down 0.65 ms and up
-0.71, with the residual 1.2, where torch's products alone, on bf16 operands, take 0.79 and 0.69. 2048 x 512, left
-basis: 0.84, 0.77, 1.3; 1.14 and 0.57.
+One core with AMX, rank 256, fp32, least of 150 interleaved calls. 512 x 2048, right basis: down 0.65 ms, up
+0.71, with the sign of the residual 1.2, where torch's products alone, on bf16 operands, take 0.79 and 0.69.
+2048 x 512, left basis: 0.84, 0.77 and 1.3; 1.14 and 0.57.
 """
 
 from __future__ import annotations
@@ -56,23 +58,30 @@ def project_up_(
     *,
     right: bool,
     numbers: native.Up,
-    residual: tuple[Tensor, Tensor] | None,
-    key: RandomKey | None,
-    correction: Tensor | None,
+    gradient: Tensor | None = None,
+    low: Tensor | None = None,
+    scaling: Tensor | None = None,
+    key: RandomKey | None = None,
+    correction: Tensor | None = None,
 ) -> None:
-    """As :func:`project_down_`; a bf16 weight has a key or a correction. ``residual``: gradient and R."""
+    """As :func:`project_down_`. A bf16 weight has a key or a correction.
+
+    Args:
+        gradient: contiguous, of the weight's shape; with one of the next two.
+        low: R in fp32, for the sign of the residual.
+        scaling: Fira's, fp32: a number for each row with a right basis, for each column with a left one.
+    """
     packed = (1 if right else _STRIP) * _blocks(basis.shape[1]) * _SIDE * _SIDE * _BF16_BYTES
     room = 2 * (packed + _RUN_BLOCKS * _SIDE * _SIDE * _FP32_BYTES)
     up = native.function("lowrank_products", "lowrank_up")
     assert up is not None
     product, _kept = _product(weight.shape, basis, right, room)
-    gradient, low = residual or (None, None)
     up(
         product,
         native.values(weight, key, correction),
         native.gradient(direction),
-        ctypes.c_void_p() if low is None else native.pointer(low),
         native.Gradient() if gradient is None else native.gradient(gradient),
+        *(ctypes.c_void_p() if each is None else native.pointer(each) for each in (low, scaling)),
         numbers,
     )
 

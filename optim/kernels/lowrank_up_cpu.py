@@ -1,7 +1,7 @@
 """The CPU path of ``lowrank_up``: a product by rows into the cache, and one pass that takes it to the weight.
 
-With AMX the two are one (``lowrank_products``). Elsewhere, and with an fp32 basis, the product is torch's. The
-pass is compiled (``native/lowrank_up.cpp``) for fp32 and bf16; where it cannot be, and for fp16, it is
+With AMX the two are one (``lowrank_products``). Elsewhere, and with an fp32 basis, the product is torch's.
+The pass is compiled (``native/lowrank_up.cpp``) for fp32 and bf16; where it cannot be, and for fp16, it is
 plain torch. A weight in the dtype of the basis that is rounded to the nearest goes through the product's
 own epilogue.
 """
@@ -48,7 +48,8 @@ def project_up_on_cpu_(
             direction,
             right=right,
             numbers=native.Up(decay, factor, residual[2] if residual else 0.0),
-            residual=(residual[0], residual[1].float()) if residual else None,
+            gradient=residual[0] if residual else None,
+            low=residual[1].float() if residual else None,
             key=key,
             correction=correction,
         )

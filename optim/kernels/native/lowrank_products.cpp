@@ -7,6 +7,8 @@
 // sums leave the cache as R or in the weight alone. Each sum is formed in one order, whatever the threads.
 #include <omp.h>
 
+#include <type_traits>
+
 #include "lowrank_up.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
@@ -120,15 +122,32 @@ extern "C" void lowrank_down(Product p, float* low, Gradient gradient, int32_t a
     });
 }
 
-// Some rows of the weight, from as many of P N and, with a residual, of P R.
+// What is done with the gradient once more: the sign of its residual, for which low is R; or, with a scaling of a
+// number for each column (left basis) or row (right), `w -= scaling G`; or nothing, and all are null.
+template <class Number>
+struct Again {
+    const Number* gradient;
+    const float *low, *scaling;
+};
+
+// Some rows of the weight, from as many of P N and, for a sign, of P R.
 template <class Weights, class Number>
-static inline void finish(Weights weights, const Number* gradients, const float* update, const float* inner,
-                          int64_t place, int64_t stride, int64_t rows, int64_t columns, const Up& up) {
-    for (int64_t row = 0; row < rows; row++, place += stride, update += RUN_COLUMNS, inner += RUN_COLUMNS) {
+static inline void finish(Weights weights, const Again<Number>& again, const float* update, const float* inner,
+                          const Product& p, int64_t first_row, int64_t rows, int64_t column, int64_t columns,
+                          const Up& up) {
+    for (int64_t row = first_row; row < first_row + rows; row++, update += RUN_COLUMNS, inner += RUN_COLUMNS) {
+        const int64_t place = row * p.columns + column;
         float w[RUN_COLUMNS];
         const auto step = [&](int count) {
             weights.load(place, count, w);
-            up_run(w, update, inner, gradients ? gradients + place : nullptr, count, up);
+            up_run(w, update, count, up);
+            const Number* __restrict gradient = again.gradient + place;
+            if (again.low)
+                sign_run(w, gradient, inner, count, up);
+            else if (again.scaling && p.right)
+                for (int i = 0; i < count; i++) w[i] -= again.scaling[row] * widen(gradient[i]);
+            else if (again.scaling)
+                for (int i = 0; i < count; i++) w[i] -= again.scaling[column + i] * widen(gradient[i]);
             weights.store(place, count, w);
         };
         if (columns == RUN_COLUMNS)
@@ -153,31 +172,31 @@ struct UpScratch {
 
 // W -= N Q^T, 32 rows at a time
 template <class Weights, class Number, class Small>
-static void up_right(const Product& p, Weights weights, const Number* gradients, const Small* direction,
-                     const float* low, const Up& up, char* scratch) {
+static void up_right(const Product& p, Weights weights, const Again<Number>& again, const Small* direction,
+                     const Up& up, char* scratch) {
     const int64_t steps = blocks_of(p.rank);
     const UpScratch at(scratch, steps * PAIR);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; row += SIDE) {
         const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
         pack<true, false>(direction + row * p.rank, p.rank, rows, p.rank, steps, at.direction);
-        if (gradients) pack<true, false>(low + row * p.rank, p.rank, rows, p.rank, steps, at.low);
+        if (again.low) pack<true, false>(again.low + row * p.rank, p.rank, rows, p.rank, steps, at.low);
         for (int64_t start = 0; start < p.columns; start += RUN_COLUMNS) {
             const int64_t columns = std::min<int64_t>(RUN_COLUMNS, p.columns - start);
             for (int64_t b = 0; b < blocks_of(columns); b++) {
                 const bf16* basis = p.packed + (start / SIDE + b) * steps * PAIR;
                 multiply(at.direction, basis, steps, at.update + b * SIDE, RUN_COLUMNS, false);
-                if (gradients) multiply(at.low, basis, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
+                if (again.low) multiply(at.low, basis, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
             }
-            finish(weights, gradients, at.update, at.inner, row * p.columns + start, p.columns, rows, columns, up);
+            finish(weights, again, at.update, at.inner, p, row, rows, start, columns, up);
         }
     }
 }
 
 // W -= P N, a strip of columns at a time
 template <class Weights, class Number, class Small>
-static void up_left(const Product& p, Weights weights, const Number* gradients, const Small* direction,
-                    const float* low, const Up& up, char* scratch) {
+static void up_left(const Product& p, Weights weights, const Again<Number>& again, const Small* direction,
+                    const Up& up, char* scratch) {
     const int64_t steps = blocks_of(p.rank), width = STRIP * SIDE, panel = steps * PAIR;
     const UpScratch at(scratch, STRIP * panel);
 #pragma omp for schedule(static)
@@ -185,8 +204,8 @@ static void up_left(const Product& p, Weights weights, const Number* gradients, 
         const int64_t end = std::min(strip + width, p.columns);
         for (int64_t column = strip, b = 0; column < end; column += SIDE, b++) {
             pack<false, true>(direction + column, p.columns, end - column, p.rank, steps, at.direction + b * panel);
-            if (gradients)
-                pack<false, true>(low + column, p.columns, end - column, p.rank, steps, at.low + b * panel);
+            if (again.low)
+                pack<false, true>(again.low + column, p.columns, end - column, p.rank, steps, at.low + b * panel);
         }
         for (int64_t row = 0; row < p.rows; row += SIDE) {
             const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
@@ -196,31 +215,30 @@ static void up_left(const Product& p, Weights weights, const Number* gradients, 
                 for (int64_t b = 0; b < blocks_of(columns); b++) {
                     const int64_t from = ((start - strip) / SIDE + b) * panel;
                     multiply(basis, at.direction + from, steps, at.update + b * SIDE, RUN_COLUMNS, false);
-                    if (gradients) multiply(basis, at.low + from, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
+                    if (again.low) multiply(basis, at.low + from, steps, at.inner + b * SIDE, RUN_COLUMNS, false);
                 }
-                finish(weights, gradients, at.update, at.inner, row * p.columns + start, p.columns, rows, columns,
-                       up);
+                finish(weights, again, at.update, at.inner, p, row, rows, start, columns, up);
             }
         }
     }
 }
 
-// gradient and low are null without a residual.
-extern "C" void lowrank_up(Product p, Values weight, Gradient direction, const float* low, Gradient gradient, Up up,
-                           int threads) {
+extern "C" void lowrank_up(Product p, Values weight, Gradient direction, Gradient gradient, const float* low,
+                           const float* scaling, Up up, int threads) {
     with_weight(weight, [&](auto weights) {
         with_gradient(direction, [&](auto* directions) {
             with_gradient(gradient, [&](auto* gradients) {
+                const Again<std::remove_const_t<std::remove_reference_t<decltype(*gradients)>>> again{gradients, low, scaling};
 #pragma omp parallel num_threads(useful_threads(p.rows * p.columns, threads))
                 {
                     TileRegisters registers;
                     char* scratch = p.scratch + omp_get_thread_num() * p.scratch_bytes;
                     if (p.right) {
                         pack_all<true, true>(p.basis, p.rank, p.columns, p.rank, p.packed);
-                        up_right(p, weights, gradients, directions, low, up, scratch);
+                        up_right(p, weights, again, directions, up, scratch);
                     } else {
                         pack_all<true, false>(p.basis, p.rank, p.rows, p.rank, p.packed);
-                        up_left(p, weights, gradients, directions, low, up, scratch);
+                        up_left(p, weights, again, directions, up, scratch);
                     }
                 }
             });

@@ -12,8 +12,8 @@ extern "C" void lowrank_up(
                 for_runs(numel, threads, [&](int64_t start, int count) {
                     float w[RUN];
                     weights.load(start, count, w);
-                    up_run(w, updates + start, inners ? inners + start : nullptr,
-                           inners ? gradients + start : nullptr, count, up);
+                    up_run(w, updates + start, count, up);
+                    if (inners) sign_run(w, gradients + start, inners + start, count, up);
                     weights.store(start, count, w);
                 });
             });

@@ -7,12 +7,16 @@ struct Up {
     float keep, factor, residual_factor;
 };
 
-// w = keep w - factor (P N) - residual_factor sign(G - P R); gradient is null where there is no residual.
-template <class Element, class Sum>
-static inline void up_run(float* __restrict w, const Sum* __restrict update, const Sum* __restrict inner,
-                          const Element* __restrict gradient, int count, const Up& up) {
+// w = keep w - factor (P N)
+template <class Sum>
+static inline void up_run(float* __restrict w, const Sum* __restrict update, int count, const Up& up) {
     for (int i = 0; i < count; i++) w[i] = w[i] * up.keep - up.factor * widen(update[i]);
-    if (gradient)
-        for (int i = 0; i < count; i++)
-            w[i] -= up.residual_factor * sign_of(widen(gradient[i]) - widen(inner[i]));
+}
+
+// w -= residual_factor sign(G - P R)
+template <class Element, class Sum>
+static inline void sign_run(float* __restrict w, const Element* __restrict gradient, const Sum* __restrict inner,
+                            int count, const Up& up) {
+    for (int i = 0; i < count; i++)
+        w[i] -= up.residual_factor * sign_of(widen(gradient[i]) - widen(inner[i]));
 }
