@@ -38,8 +38,14 @@ extern "C" void tiles_serve(int32_t* answer, int) {
 // 2048 x 512 and 512 x 2048, rank 256, one thread: 8, 16 and 32 pairs of tiles, and strips of 2, 4 and 8 blocks, are
 // within a tenth of one another; a left basis is fastest with 8. lowrank_products.py knows both numbers.
 constexpr int STEPS = 16;  // pairs of tiles that are summed before the next part of the gradient is packed
-constexpr int STRIP = 8;   // blocks: columns of the weight that a thread takes at a time with a left basis
+constexpr int STRIP = 8;   // blocks: columns of the weight that a thread takes at most with a left basis
 constexpr int RUN_COLUMNS = 4 * SIDE;  // of the weight, finished at a time: whole cache lines, some in a row
+
+// Columns of a strip: narrower ones where there would be too few for all threads.
+static inline int64_t strip_columns(const Product& p) {
+    const int64_t threads = omp_get_num_threads(), share = (blocks_of(p.columns) + threads - 1) / threads;
+    return std::min<int64_t>(STRIP, share) * SIDE;
+}
 
 template <bool ALONG, bool SECOND, class Number>
 static void pack_all(const Number* from, int64_t stride, int64_t places, int64_t length, bf16* to) {
@@ -85,7 +91,7 @@ static void down_right(const Product& p, const Number* gradient, float* low, boo
 // R [rank, columns] = P^T G
 template <class Number>
 static void down_left(const Product& p, const Number* gradient, float* low, bool add, char* scratch) {
-    const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.rows), width = STRIP * SIDE;
+    const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.rows), width = strip_columns(p);
     bf16* cast = reinterpret_cast<bf16*>(scratch);
     float* sums = reinterpret_cast<float*>(cast + STRIP * STEPS * PAIR);
 #pragma omp for schedule(static)
@@ -141,13 +147,13 @@ static inline void finish(Weights weights, const Again<Number>& again, const flo
         const auto step = [&](int count) {
             weights.load(place, count, w);
             up_run(w, update, count, up);
-            const Number* __restrict gradient = again.gradient + place;
+            const Number* gradient = again.gradient + place;
             if (again.low)
                 sign_run(w, gradient, inner, count, up);
             else if (again.scaling && p.right)
-                for (int i = 0; i < count; i++) w[i] -= again.scaling[row] * widen(gradient[i]);
+                scaled_run(w, gradient, again.scaling[row], count);
             else if (again.scaling)
-                for (int i = 0; i < count; i++) w[i] -= again.scaling[column + i] * widen(gradient[i]);
+                scaled_run(w, gradient, again.scaling + column, count);
             weights.store(place, count, w);
         };
         if (columns == RUN_COLUMNS)
@@ -197,7 +203,7 @@ static void up_right(const Product& p, Weights weights, const Again<Number>& aga
 template <class Weights, class Number, class Small>
 static void up_left(const Product& p, Weights weights, const Again<Number>& again, const Small* direction,
                     const Up& up, char* scratch) {
-    const int64_t steps = blocks_of(p.rank), width = STRIP * SIDE, panel = steps * PAIR;
+    const int64_t steps = blocks_of(p.rank), width = strip_columns(p), panel = steps * PAIR;
     const UpScratch at(scratch, STRIP * panel);
 #pragma omp for schedule(static)
     for (int64_t strip = 0; strip < p.columns; strip += width) {

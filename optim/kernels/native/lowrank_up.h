@@ -20,3 +20,15 @@ static inline void sign_run(float* __restrict w, const Element* __restrict gradi
     for (int i = 0; i < count; i++)
         w[i] -= up.residual_factor * sign_of(widen(gradient[i]) - widen(inner[i]));
 }
+
+// w -= scaling G; the scaling one number, or one for each of them.
+template <class Element>
+static inline void scaled_run(float* __restrict w, const Element* __restrict gradient, float scaling, int count) {
+    for (int i = 0; i < count; i++) w[i] -= scaling * widen(gradient[i]);
+}
+
+template <class Element>
+static inline void scaled_run(float* __restrict w, const Element* __restrict gradient,
+                              const float* __restrict scaling, int count) {
+    for (int i = 0; i < count; i++) w[i] -= scaling[i] * widen(gradient[i]);
+}
