@@ -28,7 +28,7 @@ from memtrain.optim.storage.random import RandomKey
 
 _SIDE = 32
 """Of a block of the product: two tiles."""
-_STEPS, _STRIP, _RUN_BLOCKS = 16, 8, 4
+_STEPS, _STRIP, _RUN_BLOCKS = 16, 8, 8
 """STEPS, STRIP and RUN_COLUMNS of ``native/lowrank_products.cpp``: its scratch memory is counted here."""
 _BF16_BYTES, _FP32_BYTES = 2, 4
 _DTYPES = (torch.float32, torch.bfloat16)
