@@ -28,6 +28,7 @@ from torch.optim import Optimizer
 
 from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
+from memtrain.optim.lowrank_path import KernelLowRank
 from memtrain.optim.paths import path_of
 from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
 from memtrain.optim.work import Path, Work
@@ -304,9 +305,7 @@ class GridOptimizer(Optimizer):
         for parameter in parameters:
             pending, gradient = self.pending.get(parameter), parameter.grad
             if pending is not None and pending.low is not None:
-                cell, state, turn = self.situation(parameter)
-                low = pending.low if pending.summed else cell.summed(pending.low)
-                cell.update_low_(cell.own(parameter), low, state, turn)
+                self._update_low_(parameter, pending.low, pending.summed)
                 continue
             if gradient is None or parameter.numel() == 0:
                 continue
@@ -336,6 +335,17 @@ class GridOptimizer(Optimizer):
                     f"{self.name_of(parameter)} has a gradient of layout {parameter.grad.layout}: dense ones "
                     "are needed. Make its embedding with sparse=False, or give it an optimizer of its own"
                 )
+
+    def _update_low_(self, parameter: Tensor, low: Tensor, summed: bool) -> None:
+        """From the sum of a gradient's projections."""
+        cell, state, turn = self.situation(parameter)
+        slot, weight = self._slots[parameter], cell.own(parameter)
+        path = self._plans[slot.group].paths[slot.place]
+        low = low if summed else cell.summed(low)
+        if isinstance(path, KernelLowRank) and path.takes(weight, low):
+            path.update_low_(Work(weight, low, state, cell, turn))
+        else:
+            cell.update_low_(weight, low, state, turn)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what has been accumulated of gradients that were not kept whole.

@@ -5,8 +5,9 @@ the projection back leaves alone, so that Fira's update is one product and one s
 
     scale P N + c s (G - P R)  =  P (scale N - c s R) + c s G
 
-The limiter behind c wants the norm of ``s (G - P R)``, which follows column by column from the norms of G, R
-and P R, the last from the r x r Gram matrix of P where that is rounded to bf16.
+The limiter behind c wants the norm of ``s (G - P R)``, which follows column by column from the norms of G and
+R and, where P is rounded to bf16, from what its Gram matrix lacks of the identity. On a CPU with AMX product
+and scaled gradient go into the weight in one pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.cell import Cell, part
+from memtrain.optim.kernels import lowrank_products, native
 from memtrain.optim.kernels.lowrank_adam import adam_direction
 from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, project_down_
 from memtrain.optim.kernels.lowrank_up import project_up_
@@ -74,20 +76,44 @@ class KernelScaled(KernelPath):
             scaling.mul_(residual.limit_(torch.linalg.vector_norm(scaling * rest), memory))
             scaling.mul_(residual.residual_scale)
             combined = direction.mul_(residual.scale).sub_(low.mul_(scaling))
+            if lowrank_products.serves(basis, weight, gradient):
+                by = (lr * scaling).expand((len(weight), 1) if right else (1, weight.shape[1]))
+                lowrank_products.project_up_(
+                    weight,
+                    basis,
+                    combined,
+                    right=right,
+                    numbers=native.Up(decay, lr, 0.0),
+                    gradient=gradient,
+                    scaling=by.contiguous(),
+                )
+                torch.autograd.graph.increment_version(weight)
+                return
             project_up_(weight, basis, combined, right=right, factor=lr, decay=decay)
             decay = 1.0
         _add_scaled_(weight, gradient, scaling, decay=decay, factor=lr)
 
 
 def _rest_norm(norm: Tensor, low: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """|G - P R| by row or column: the root of |G|^2 - 2 |R|^2 + |P R|^2."""
+    """|G - P R| by row or column: the root of ``|G|^2 - |R|^2 + R^T (P^T P - I) R``."""
     axis = -1 if right else -2
-    back = low
+    kept: Tensor = torch.linalg.vector_norm(low, dim=axis, keepdim=True).square_()
     if basis.dtype != torch.float32:
-        gram = basis.float().mT @ basis.float()
-        back = low @ gram if right else gram @ low
-    kept = (back - 2 * low).mul_(low).sum(axis, keepdim=True)
-    return norm.square().add_(kept).clamp_min_(0).sqrt_()
+        # What rounding has left of orthonormality, some 1e-3: bf16 is enough for it, but not for P^T P.
+        excess = _gram(basis).sub_(torch.eye(basis.shape[1], device=basis.device)).to(basis.dtype)
+        back = torch.empty_like(low)
+        project_down_(back, low, excess, right=right)
+        kept.sub_(back.mul_(low).sum(axis, keepdim=True))
+    return norm.square().sub_(kept).clamp_min_(0).sqrt_()
+
+
+def _gram(basis: Tensor) -> Tensor:
+    """P^T P in fp32."""
+    if basis.is_cuda or lowrank_products.serves(basis):
+        found = torch.empty(basis.shape[1], basis.shape[1], device=basis.device)
+        project_down_(found, basis, basis, right=False)
+        return found
+    return basis.float().mT @ basis.float()
 
 
 def _add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, decay: float, factor: float) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import lowrank_products
 from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 
@@ -83,8 +84,8 @@ def project_down_(
 ) -> None:
     """Write ``basis^T gradient`` (or ``gradient basis``, ``right``) into ``low``, or add it to ``low``.
 
-    On a CPU the product leaves in the dtype of the basis: torch has none there that takes bf16 and gives
-    fp32.
+    On a CPU without AMX (``lowrank_products``) the product leaves in the dtype of the basis: torch has none
+    there that takes bf16 and gives fp32.
 
     Args:
         low: fp32 ``[r, n]``, or ``[m, r]`` with ``right``; contiguous.
@@ -99,6 +100,8 @@ def project_down_(
         raise ValueError(f"low must be fp32, got {low.dtype}")
     if gradient.is_cuda:
         _triton_down(low, gradient, basis, right, accumulate)
+    elif low.numel() and lowrank_products.serves(basis, gradient):
+        lowrank_products.project_down_(low, gradient, basis, right=right, accumulate=accumulate)
     else:
         _cpu_down(low, gradient, basis, right, accumulate)
 

@@ -126,7 +126,8 @@ def project_up_(
 ) -> None:
     """Update ``weight`` in place: ``decay * weight - factor * up(direction)``, and the sign of the residual.
 
-    On a CPU the products leave in the dtype of the basis, by chunks of rows that stay in the cache.
+    On a CPU without AMX (``lowrank_products``) the products leave in the dtype of the basis, by chunks of
+    rows that stay in the cache.
 
     Args:
         weight: bf16, fp16 or fp32 ``[m, n]``, contiguous.

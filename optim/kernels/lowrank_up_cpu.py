@@ -1,5 +1,6 @@
 """The CPU path of ``lowrank_up``: a product by rows into the cache, and one pass that takes it to the weight.
 
+With AMX the two are one (``lowrank_products``). Elsewhere, and with an fp32 basis, the product is torch's.
 The pass is compiled (``native/lowrank_up.cpp``) for fp32 and bf16; where it cannot be, and for fp16, it is
 plain torch. A weight in the dtype of the basis that is rounded to the nearest goes through the product's
 own epilogue.
@@ -12,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from memtrain.optim.kernels import native
+from memtrain.optim.kernels import lowrank_products, native
 from memtrain.optim.storage.masters import join24, split24
 from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
 
@@ -38,8 +39,22 @@ def project_up_on_cpu_(
     correction: Tensor | None,
 ) -> None:
     """``lowrank_up.project_up_`` for operands that it has checked."""
-    direction = direction.to(basis.dtype)
     nearest = key is None and correction is None
+    operands = (weight, direction, *(residual[:1] if residual else ()))
+    if not (nearest and weight.dtype == torch.bfloat16) and lowrank_products.serves(basis, *operands):
+        lowrank_products.project_up_(
+            weight,
+            basis,
+            direction,
+            right=right,
+            numbers=native.Up(decay, factor, residual[2] if residual else 0.0),
+            gradient=residual[0] if residual else None,
+            low=residual[1].float() if residual else None,
+            key=key,
+            correction=correction,
+        )
+        return
+    direction = direction.to(basis.dtype)
     if weight.dtype == basis.dtype and residual is None and nearest:
         # The product's own epilogue, with one rounding.
         first, second = (direction, basis.mT) if right else (basis, direction)

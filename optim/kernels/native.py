@@ -102,6 +102,23 @@ class Up(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_float) for name in ("keep", "factor", "residual_factor"))
 
 
+class Direction(ctypes.Structure):
+    """``struct Direction``: of Adam on a low-dimensional gradient."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in "gain1 beta2 gain2 rate root eps".split())
+
+
+class Product(ctypes.Structure):
+    """``struct Product``: a weight, the basis of its gradient, and room to work in."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "rank")),
+        *((name, ctypes.c_void_p) for name in ("basis", "packed", "scratch")),
+        ("scratch_bytes", ctypes.c_int64),
+        ("right", ctypes.c_int32),
+    )
+
+
 class Matrix(ctypes.Structure):
     """``struct Matrix``."""
 

@@ -101,20 +101,23 @@ BF16_BASIS = dict(**LOW_RANK, basis_dtype="bf16")
     ],
 )
 def test_products_in_bf16_differ_by_their_rounding(settings, dtype):
-    """R, N and P N are rounded to bf16 by either path, the sums before that in another order."""
+    """G and N are rounded to bf16 by either path, R and P N by the reference, and where there is no AMX."""
     fast, optimizer = run(settings, dtype)
     assert type(optimizer._plans[0].paths[0]) is KernelLowRank
     slow, _ = run(settings, dtype, path="reference")
     start, _ = run({**settings, "scale": 0.0, "weight_decay": 0.0}, dtype)
     difference, moved = (fast.float() - slow.float()).norm(), (slow.float() - start.float()).norm()
     assert moved > 0.1
-    # Without a master a bf16 weight that falls to the other side of a random threshold moves by 2^-8.
-    assert difference < (0.05 if dtype == torch.bfloat16 and "master" not in settings else 0.01) * moved
+    # A bf16 weight that falls to the other side of a threshold moves by 2^-8; many do without a master.
+    limit = 0.002 if dtype == torch.float32 else 0.03 if "master" in settings else 0.05
+    assert difference < limit * moved
 
 
-def test_the_norm_of_a_residual_behind_a_bf16_basis():
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_the_norm_of_a_residual_behind_a_bf16_basis(side, granularity):
     """The limiter would see another growth, were the basis taken for orthonormal."""
-    settings = dict(**BF16_BASIS, residual="scaled")
+    settings = dict(**BF16_BASIS, residual="scaled", side=side, granularity=granularity)
     fast, optimizer = run(settings, torch.float32)
     slow, reference = run(settings, torch.float32, path="reference")
     start, _ = run({**settings, "scale": 0.0, "weight_decay": 0.0, "residual_scale": 0.0}, torch.float32)

@@ -1,10 +1,6 @@
 // The way up of GaLore and FRUGAL, behind the products: one pass over a run of rows of the weight.
 // Called by lowrank_up.py, which says what it computes and holds the reference.
-#include "rest.h"
-
-struct Up {
-    float keep, factor, residual_factor;
-};
+#include "lowrank_up.h"
 
 // update is P N, inner P R in the same dtype; inner and gradient are null without a residual.
 extern "C" void lowrank_up(
@@ -16,10 +12,8 @@ extern "C" void lowrank_up(
                 for_runs(numel, threads, [&](int64_t start, int count) {
                     float w[RUN];
                     weights.load(start, count, w);
-                    for (int i = 0; i < count; i++) w[i] = w[i] * up.keep - up.factor * widen(updates[start + i]);
-                    if (inners)
-                        for (int i = 0; i < count; i++)
-                            w[i] -= up.residual_factor * sign_of(widen(gradients[start + i]) - widen(inners[start + i]));
+                    up_run(w, updates + start, count, up);
+                    if (inners) sign_run(w, gradients + start, inners + start, count, up);
                     weights.store(start, count, w);
                 });
             });

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtrain.optim.kernels import lowrank_adam, lowrank_down, lowrank_up, lowrank_up_cpu
+from memtrain.optim.kernels import lowrank_adam, lowrank_down, lowrank_products, lowrank_up, lowrank_up_cpu
 from memtrain.optim.projection import Projection
 from memtrain.optim.residual import Residual
 from memtrain.optim.rules import Adam
@@ -19,7 +19,7 @@ from tests.optim.kernels.traffic import count_traffic
 
 SIZES = [(123, 37, 5), (70, 300, 17), (1, 3, 1), (257, 129, 64)]
 KEY = RandomKey(seed=3, parameter=1, step=5)
-PATHS = ["public", pytest.param("triton", marks=pytest.mark.venv_optim)]
+PATHS = ["public", "torch product", pytest.param("triton", marks=pytest.mark.venv_optim)]
 UP_PATHS = ["plain", *PATHS]
 
 
@@ -44,7 +44,10 @@ def run_down(
 ) -> None:
     if path == "triton":
         lowrank_down._triton_down(low, gradient, basis, right, accumulate)
-    else:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        if path != "public":  # no AMX
+            patch.setattr(lowrank_products, "serves", lambda *_: False)
         lowrank_down.project_down_(low, gradient, basis, right=right, accumulate=accumulate)
 
 
@@ -83,11 +86,12 @@ def test_down(
 
 
 def run_up(path: str, weight: Tensor, basis: Tensor, direction: Tensor, **options: Any) -> None:
-    if path == "public":
-        lowrank_up.project_up_(weight, basis, direction, **options)
-    elif path == "plain":  # where nothing can be compiled
+    if path != "triton":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lowrank_up_cpu.native, "function", lambda *_: None)
+            if path != "public":  # no AMX
+                patch.setattr(lowrank_products, "serves", lambda *_: False)
+            if path == "plain":  # where nothing can be compiled
+                patch.setattr(lowrank_up_cpu.native, "function", lambda *_: None)
             lowrank_up.project_up_(weight, basis, direction, **options)
     else:
         options = {"decay": 1.0, "residual": None, "key": None, "correction": None, **options}
@@ -118,6 +122,39 @@ def test_up(
     product = torch.finfo(basis_dtype).eps * 0.1 * 4
     limit = max(product, torch.finfo(weight_dtype).eps * expected.abs().max().item())
     torch.testing.assert_close(weight.float(), expected, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, (600, 1300, 90), (1100, 700, 300)])
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+def test_tiles_keep_fp32_sums(right: bool, size: tuple[int, int, int], gradient_dtype: torch.dtype) -> None:
+    """Several parts of the summed axis, strips and threads; bit for bit the same with one thread."""
+    weight, gradient, basis, direction = operands(*size, right=right, basis_dtype=torch.bfloat16)
+    gradient = gradient.to(gradient_dtype)
+    if not lowrank_products.serves(basis, gradient):
+        pytest.skip("this machine has no AMX")
+    expected = lowrank_down.reference(gradient, basis, right=right)
+    residual = (gradient, expected, 0.25)
+    moved = lowrank_up.reference(
+        weight, basis, direction, right=right, factor=0.1, decay=0.75, residual=residual
+    )
+    found, threads = [], torch.get_num_threads()
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        try:
+            low, after = torch.empty_like(expected), weight.clone()
+            lowrank_down.project_down_(low, gradient, basis, right=right)
+            lowrank_up.project_up_(
+                after, basis, direction, right=right, factor=0.1, decay=0.75, residual=residual
+            )
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(low, expected, rtol=0, atol=4e-6)
+        # But where the residual is rounding, and its sign with it.
+        apart = (after - moved).abs() > 1e-6
+        assert float(apart.float().mean()) < 1e-4
+        found.append((low, after))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("path", UP_PATHS)
@@ -192,7 +229,7 @@ def test_a_kernel_rounds_what_is_not_finite_as_the_storage_does() -> None:
     torch.testing.assert_close(weight.float(), expected.view(1, 6).float(), rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["plain", *PATHS[::2]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_adam_is_torchs(path: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +243,10 @@ def test_adam_is_torchs(path: str, dtype: torch.dtype) -> None:
         optimizer.step()
         direction = torch.empty(7, 1000, dtype=dtype)
         run = lowrank_adam._triton_direction if path == "triton" else lowrank_adam._cpu_direction
-        run(low, mean, square, direction, step, (0.8, 0.99), 1e-3)
+        with pytest.MonkeyPatch.context() as patch:
+            if path == "plain":
+                patch.setattr(lowrank_adam.native, "function", lambda *_: None)
+            run(low, mean, square, direction, step, (0.8, 0.99), 1e-3)
         close(direction, (before - parameter.detach()).to(dtype), rounds=8)
     state = optimizer.state[parameter]
     close(mean, state["exp_avg"], rounds=4)
