@@ -281,11 +281,7 @@ class GridOptimizer(Optimizer):
                 continue
             if gradient is None or parameter.numel() == 0:
                 continue
-            if gradient.layout != torch.strided:
-                raise ValueError(
-                    f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
-                    "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
-                )
+            self.refuse_sparse(parameter, gradient)
             cell, state, turn = self.situation(parameter)
             weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
@@ -304,6 +300,17 @@ class GridOptimizer(Optimizer):
                 cell.update_(weight, gradient, state, turn)
         for path, batch in works.items():
             path.update_(batch)
+
+    def refuse_sparse(self, parameter: Tensor, gradient: Tensor) -> None:
+        """
+        Raises:
+            ValueError: the gradient is sparse.
+        """
+        if gradient.layout != torch.strided:
+            raise ValueError(
+                f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
+                "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what has been accumulated of gradients that were not kept whole.

@@ -82,7 +82,8 @@ class RefreshPolicy:
         gap = self.gap
         if self.lazy:
             if cosine is not None:
-                stored[COSINES].copy_(torch.cat((stored[COSINES][1:], torch.tensor([cosine]))))
+                # Wherever it lies: machinery that moves states may move this one, too.
+                stored[COSINES].copy_(stored[COSINES].roll(-1))[-1] = cosine
             if bool((stored[COSINES] >= 0).all()) and float(stored[COSINES].mean()) >= LAZY_THRESHOLD:
                 stored[GAP].mul_(LAZY_GROWTH)
             gap = int(stored[GAP])
