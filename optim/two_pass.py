@@ -10,8 +10,8 @@
     loss = clipping.step(closure)              # in the place of optimizer.step(closure)
 
 The norm is known when the last gradient is there, and what needs a gradient whole (FRUGAL, Fira, APOLLO,
-parameters without projection) cannot wait for it without keeping all of them. So the closure runs twice, as in
-LOMO (arXiv 2306.09782): the first time each gradient leaves its norm and is freed, the second time it is
+parameters without projection) cannot wait for it without keeping all of them. So the closure runs twice, as
+in LOMO (arXiv 2306.09782): the first time each gradient leaves its norm and is freed, the second time it is
 scaled, applied and freed. No more than one lives at a time. **It costs a forward and a backward pass more.**
 Where residuals are ``none``, ``SmallGradients.clip_grad_norm_`` needs no second pass; it clips by the norm of
 the projections, this by that of the gradients.
@@ -25,15 +25,17 @@ Random numbers of torch, on the CPU and on the parameters' devices, begin the se
 first. The batch must be the same one, too, and what else a forward pass changes, such as the running
 statistics of BatchNorm, is changed twice. A second pass whose gradients have other norms is an error.
 
-Refused: several backward passes in a closure. The norm of a sum follows from no norms of its summands; gradients
-that are accumulated must be kept (``SmallGradients(whole="keep")`` and its ``clip_grad_norm_``), or the losses
-summed before a single backward pass.
+Refused: several backward passes in a closure. The norm of a sum does not follow from the norms of its
+summands: gradients that are accumulated must be kept (``SmallGradients(whole="keep")`` and its
+``clip_grad_norm_``), or the losses summed before a single backward pass. GradScaler knows nothing of this:
+bf16 needs no scaler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +44,8 @@ from memtrain.optim.gradient_norm import TINY, joined_norm, own_norm
 from memtrain.optim.grid import GridOptimizer, Pending
 
 _SAME = 1e-3
-"""Of the norm of all gradients: by how much that of one may differ between the passes. Sums by atomic additions
-differ by 1e-6 of it in fp32 and by 1e-4 in bf16, another batch by more than a hundredth in the first weight
-that gets its gradient."""
+"""Of the norm of all gradients: by how much that of one may differ between the passes. It leaves room for
+sums by atomic additions, whose order is not fixed on a GPU; on the CPU the two are equal."""
 
 
 class TwoPassClipping:
@@ -113,7 +114,8 @@ class TwoPassClipping:
 
     @contextmanager
     def _hooked(self, hook: Callable[[Tensor], None]) -> Iterator[None]:
-        handles = [p.register_post_accumulate_grad_hook(hook) for p in self._parameters()]
+        parameters: list[Any] = self._parameters()
+        handles = [parameter.register_post_accumulate_grad_hook(hook) for parameter in parameters]
         try:
             yield
         finally:
@@ -124,7 +126,8 @@ class TwoPassClipping:
     def _random_numbers_kept(self) -> Iterator[None]:
         devices = {p.device for p in self._parameters()} - {torch.device("cpu")}
         kind = next((device.type for device in devices), "cuda")
-        with torch.random.fork_rng(devices=sorted({device.index or 0 for device in devices}), device_type=kind):
+        indices = sorted({device.index or 0 for device in devices})
+        with torch.random.fork_rng(devices=indices, device_type=kind):
             yield
 
     @torch.no_grad()
@@ -132,8 +135,8 @@ class TwoPassClipping:
         if parameter in self._norms:
             parameter.grad = None
             raise RuntimeError(
-                f"{self.optimizer.name_of(parameter)} got a second gradient in one closure, and the norm of a "
-                "sum needs the sum: call backward() once, on the sum of the losses; or keep the gradients, by "
+                f"{self.optimizer.name_of(parameter)} got a second gradient in one closure, and the norm of "
+                "a sum needs the sum: call backward() once, on the sum of the losses; or keep gradients, by "
                 "SmallGradients(optimizer, whole='keep'), and call its clip_grad_norm_(). (A reentrant "
                 "checkpoint that uses a parameter twice does this too; use_reentrant=False does not)"
             )
@@ -162,8 +165,8 @@ class TwoPassClipping:
 
     def _total(self) -> Tensor:
         """In the order of the groups, as torch sums."""
-        cells = ((parameter, self.optimizer.cell_of(parameter)) for parameter in self._parameters())
-        return joined_norm([(self._norms[p], cell.norm_group(low=False)) for p, cell in cells if p in self._norms])
+        own = [(p, self._norms[p]) for p in self._parameters() if p in self._norms]
+        return joined_norm([(norm, self.optimizer.cell_of(p).norm_group(low=False)) for p, norm in own])
 
     def _refuse_gradients(self, where: str) -> None:
         pending = self.optimizer.pending
@@ -173,10 +176,10 @@ class TwoPassClipping:
 
     def _differs(self, parameter: Tensor, now: str) -> RuntimeError:
         before = self._norms.get(parameter)
+        first = "none" if before is None else f"norm {float(before):g}"
         updated = sum(pending.updated for pending in self.optimizer.pending.values())
         return RuntimeError(
-            f"{self.optimizer.name_of(parameter)}: gradient of {now} in the second backward pass, of "
-            f"{'none' if before is None else f'norm {float(before):g}'} in the first, with {updated} parameters "
-            "updated: the closure must do the same twice. Draw the batch outside of it, and random numbers from "
-            "torch's default generators"
+            f"{self.optimizer.name_of(parameter)}: gradient of {now} in the second backward pass, of {first} "
+            f"in the first, with {updated} parameters updated: the closure must do the same twice. Draw the "
+            "batch outside of it, and random numbers from torch's default generators"
         )

@@ -293,7 +293,7 @@ def test_resume_is_bit_equal(tmp_path: Path) -> None:
 def test_a_step_that_is_run_again_after_a_resume_gives_the_same_bits(
     projection: str, options: dict, tmp_path: Path
 ) -> None:
-    """Why nothing of an unfinished accumulation is saved; with the basis renewed in that step, and without."""
+    """Why nothing of an unfinished accumulation is saved; with the basis renewed in that step and without."""
     data = batches(GAP + 3, 3)
     straight = make(projection=projection, refresh="rotate")
     SmallGradients(straight[1], **options)

@@ -1,4 +1,4 @@
-"""Clipping in two backward passes: what keeping all gradients and clipping them would have given, bit for bit."""
+"""Clipping in two backward passes: what keeping all gradients and clipping them gives, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
