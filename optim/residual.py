@@ -111,7 +111,7 @@ class Residual:
             memory: what :meth:`empty` gave; updated in place.
         """
         # Where nothing is left out, the rest is rounding, and its signs would be steps of full size.
-        full = self.kind == "sign" and projector.low_shape.numel() == projector.shape.numel()
+        full = self.kind == "sign" and self.leaves_nothing(projector)
         if self.kind == "none" or full:
             return projector.up(opened, direction.mul_(self.scale))
         assert gradient is not None
@@ -131,6 +131,10 @@ class Residual:
             rest = self._limit_(rest.mul_(scaling), memory)
         # Whole tensors are what costs here: the scale is applied to the small direction.
         return projector.up(opened, direction.mul_(self.scale)).add_(rest, alpha=self.residual_scale)
+
+    def leaves_nothing(self, projector: Projector) -> bool:
+        """Whether R has as many entries as the gradient."""
+        return projector.low_shape.numel() == projector.shape.numel()
 
     def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
         """Over axes of R, which are kept."""
