@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from memtrain.optim.cell import Cell, Projected, State
+from memtrain.optim.distributed.pieces import Pieces
 from memtrain.optim.distributed.projectors import sharded_projector
 from memtrain.optim.distributed.residual import ShardedResidual
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection import Stored
 from memtrain.optim.projection.matrix import LEFT
 from memtrain.optim.refresh import leading_cosines
+from memtrain.optim.residual import Residual
 from memtrain.optim.rules import Adafactor, Adam, AdamMini, Lion, Momentum
 from memtrain.optim.settings import Settings
 from memtrain.optim.storage.blocks import BLOCK
@@ -45,18 +47,18 @@ class ShardedCell(Cell):
     is_whole = False
 
     def __init__(self, settings: Settings, parameter: DTensor) -> None:
-        if settings.split not in (None, 1):
-            raise ValueError(f"split={settings.split} with a sharded parameter: leave it out for this group")
         # Checks, and formats, which must not depend on how many processes there are.
         super().__init__(settings, parameter.shape, parameter.dtype)
         self.rows = rows = Rows.of(parameter)
         self._mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
         self.of_experts = len(parameter.shape) == 3
+        self.pieces = Pieces.of(settings.split or 1, rows)
         self.shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
         self.numel = self.shape.numel()
         self.low_is_sharded = True
         if self.projected is not None:
-            projector = sharded_projector(settings.projection_part, parameter.shape, rows)
+            projector = sharded_projector(settings.projection_part, parameter.shape, rows, self.pieces)
+            self._check_residual(self.projected.residual)
             self.low_shape, self.low_is_sharded = projector.low_shape, projector.low_is_sharded
             residual = ShardedResidual.of(
                 self.projected.residual,
@@ -75,6 +77,13 @@ class ShardedCell(Cell):
         if moment is None:
             return self.rows.start * prod(self.shape[1:])
         return self.rows.start * prod(self.moments[moment].shape[1:]) if self.low_is_sharded else 0
+
+    def _check_residual(self, residual: Residual) -> None:
+        if self.pieces.count > 1 and residual.kind in ("scaled", "scale_only"):
+            raise ValueError(
+                f"residual {residual.kind!r} with split={self.pieces.count} of a sharded parameter: its "
+                "norms are of pieces, which processes cut. Leave split out for this group"
+            )
 
     def _check_rule(self) -> None:
         if self.of_experts:
@@ -136,9 +145,10 @@ class ShardedCell(Cell):
             return float(total) / self.rows.total
         if LEFT not in old:
             return super().leading_cosine(old, new)
-        a, b = old[LEFT][:, 0].float(), new[LEFT][:, 0].float()
-        product, a_square, b_square = self.rows.sum_(torch.stack((a @ b, a @ a, b @ b)))
-        return float(product.abs() / (a_square * b_square).sqrt().clamp_min(1e-8))
+        a, b = old[LEFT][:, :1].float(), new[LEFT][:, :1].float()
+        products = torch.stack([self.pieces.products(*pair).flatten() for pair in ((a, b), (a, a), (b, b))])
+        product, a_square, b_square = self.rows.sum_(products)
+        return float((product.abs() / (a_square * b_square).sqrt().clamp_min(1e-8)).mean())
 
     def norm_group(self, *, low: bool) -> dist.ProcessGroup | None:
         """See :class:`Cell`."""

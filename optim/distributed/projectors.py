@@ -19,7 +19,7 @@ What a refresh sends:
 Of a stack ``[E, m, n]`` each process has some experts whole: they are projected, and renewed, where they are.
 ``randk`` alone draws its entries from all of the stack, and sums R as it does that of a matrix.
 
-The QR decomposition is computed by each process from the same numbers; each keeps its own rows.
+What is made orthonormal, or decomposed, is so by each process from the same numbers; each keeps its own rows.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from memtrain.optim.distributed.pieces import FusedPower, FusedRandom, Pieces
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection.base import MatrixOverlap, Overlap, ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
+from memtrain.optim.projection.orthonormal import orthonormal
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
 from memtrain.optim.projection.workspace import Workspace, eigh_library_bytes, qr_library_bytes
@@ -50,11 +52,14 @@ class ShardedProjector(Projector, Protocol):
     """Whether R has the rows of the parameter; otherwise it is whole in every process."""
 
 
-def sharded_projector(projection: Projection, shape: torch.Size, rows: Rows) -> ShardedProjector:
-    """The projector of the rows of a parameter ``[m, n]``, or of the experts of a stack.
+def sharded_projector(
+    projection: Projection, shape: torch.Size, rows: Rows, pieces: Pieces
+) -> ShardedProjector:
+    """The projector of the rows of a parameter ``[m, n]``, which may be fused of pieces, or of the experts
+    of a stack.
 
     Raises:
-        ProjectionError: the shape is none of these.
+        ProjectionError: the shape is none of these, or the pieces do not go with the projection.
     """
     if len(shape) not in (2, 3):
         raise ProjectionError(
@@ -62,7 +67,15 @@ def sharded_projector(projection: Projection, shape: torch.Size, rows: Rows) -> 
             f"{tuple(shape)}: put the parameter into a group without projection"
         )
     if projection.kind in COORDINATE:
+        if pieces.count > 1 and projection.kind in ("rows", "block"):
+            raise ProjectionError(
+                f"projection {projection.kind!r} with split={pieces.count} of a sharded parameter "
+                f"{tuple(shape)}: use 'columns' or 'randk', or leave split out for this group"
+            )
+        # Columns, and entries of all pieces together, are chosen without regard to pieces.
         return ShardedCoordinates(projection, shape, rows)
+    if pieces.count > 1:
+        return (FusedRandom if projection.kind in RANDOM else FusedPower)(projection, shape, rows, pieces)
     if projection.kind in RANDOM:
         return ShardedRandom(projection, shape, rows)
     return (ShardedSpectral if len(shape) == 2 else SpectralExperts)(projection, shape, rows)
@@ -96,8 +109,10 @@ class _ShardedMatrix(MatrixProjector):
         overlap = self._over_rows(side, new.mT @ old)
         if self.orthonormal:
             return overlap
-        solved: Tensor = torch.linalg.solve(self._over_rows(side, old.mT @ old), overlap, left=False)
-        return solved
+        # Not solve(): see MatrixProjector.
+        gram = self._over_rows(side, old.mT @ old)
+        least_squares: Tensor = overlap @ torch.linalg.pinv(gram, hermitian=True)
+        return least_squares
 
     def _over_rows(self, side: str, product: Tensor) -> Tensor:
         return self.rows.sum_(product) if self._cuts(side) else product
@@ -194,12 +209,10 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
         return basis
 
     def _orthonormal(self, summand: Tensor) -> Tensor:
-        q: Tensor = torch.linalg.qr(self.rows.sum_(summand)).Q
-        return q
+        return orthonormal(self.rows.sum_(summand))
 
     def _orthonormal_rows(self, own: Tensor) -> Tensor:
-        q: Tensor = torch.linalg.qr(self.rows.gather(own)).Q
-        return q[self.rows.slice]
+        return orthonormal(self.rows.gather(own))[self.rows.slice]
 
     def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """See :class:`Projector`; a left basis, or its Gram matrix, is gathered, padded to equal shards, and

@@ -26,6 +26,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "power": {"projection": "power"},
     "power left": {"projection": "power", "side": "left"},
     "power full": {"projection": "power", "side": "full"},
+    "power kept": {"projection": "power", "refresh": "keep"},
     "power lazy": {"projection": "power", "lazy": True, "spread": True},
     "eigh": {"projection": "eigh"},
     "eigh left": {"projection": "eigh", "side": "left"},
@@ -93,7 +94,6 @@ FOR_TWO_ROWS = ["8-bit AdamW", "4-bit AdamW", "split master"]
 
 REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
     "rule": (False, {"projection": "columns", "rule": "adafactor"}, "Adafactor takes means.*side='left'"),
-    "split": (False, {"projection": "power", "split": 2}, "split=2 with a sharded parameter"),
     "blocks": (
         True,
         {"projection": "columns", "rank": 100, "state_dtype": "int8"},
