@@ -159,7 +159,11 @@ class TwoPassClipping:
     def _norm_of(self, parameter: Tensor) -> Tensor:
         """Of what this process has of the gradient."""
         gradient = parameter.grad
-        assert gradient is not None
+        if gradient is None:
+            raise RuntimeError(
+                f"another hook has taken the gradient of {self.optimizer.name_of(parameter)}: remove what "
+                "updates in backward, such as the SmallGradients of another optimizer"
+            )
         self.optimizer.refuse_sparse(parameter, gradient)
         return own_norm(self.optimizer.cell_of(parameter).own(gradient))
 

@@ -17,7 +17,7 @@ from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection.base import MatrixOverlap, Overlap, ProjectionError, Stored
 from memtrain.optim.projection.config import Projection
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.orthonormal import largest_entry, orthonormal
+from memtrain.optim.projection.orthonormal import largest_entry, orthonormal, orthonormal_elements
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
 from memtrain.optim.projection.workspace import Workspace, draw_bytes, qr_library_bytes
@@ -242,14 +242,16 @@ class FusedPower(_FusedMatrix, SpectralProjector):
 
     def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
         """See :class:`Projector`; of the side that needs most."""
-        rows, r, n = self.rows, self.rank, self.dimensions[RIGHT]
+        rows, r, n, count = self.rows, self.rank, self.dimensions[RIGHT], self.pieces.count
+        left = LEFT in self.sides
         widened = 0 if gradient_dtype == torch.float32 else rows.count * n
-        by_pieces, gathered = self.pieces.count * n * r, ((1 + rows.world) * rows.chunk + 2 * rows.total) * r
-        needed = widened + 3 * by_pieces + 2 * rows.count * r + (gathered if LEFT in self.sides else 0)
-        drawing = draw_bytes(max(by_pieces, rows.total * r)) if first else 0
+        decomposing = count * orthonormal_elements(max(self.pieces.height if left else 0, n), r)
+        gathered = (1 + rows.world) * rows.chunk * r if left else 0
+        needed = widened + count * n * r + rows.count * r + gathered + decomposing
+        drawing = draw_bytes(max(count * n, rows.total) * r) if first else 0
         return Workspace(
             tensor_bytes=max(needed * torch.float32.itemsize, drawing),
-            library_bytes=qr_library_bytes(max(rows.total if LEFT in self.sides else 0, n), r),
+            library_bytes=count * qr_library_bytes(max(self.pieces.height if left else 0, n), r),
         )
 
 

@@ -35,7 +35,7 @@ from memtrain.optim.projection.base import MatrixOverlap, Overlap, ProjectionErr
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.orthonormal import orthonormal
+from memtrain.optim.projection.orthonormal import orthonormal, orthonormal_elements
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
 from memtrain.optim.projection.workspace import Workspace, eigh_library_bytes, qr_library_bytes
@@ -223,7 +223,7 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
         if LEFT not in self.sides:
             return here
         rows, r = self.rows, self.rank
-        gathered = ((1 + rows.world) * rows.chunk + rows.total) * r + r * r
+        gathered = (1 + rows.world) * rows.chunk * r + orthonormal_elements(rows.total, r)
         return Workspace(
             tensor_bytes=here.tensor_bytes + gathered * torch.float32.itemsize,
             library_bytes=qr_library_bytes(rows.total, r),

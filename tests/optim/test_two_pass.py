@@ -209,6 +209,13 @@ def test_gradients_from_elsewhere_are_refused() -> None:
     TwoPassClipping(optimizer, MAX_NORM).step(closure_of(net, batch))
 
 
+def test_hooks_that_take_gradients_are_told_of() -> None:
+    net, optimizer = make(projection="power", residual="sign")
+    SmallGradients(GridOptimizer(net.parameters(), projection="columns", rank=2))
+    ((batch,),) = batches(1, 1)
+    refused(optimizer, net, closure_of(net, batch), "another hook has taken the gradient of.*SmallGradients")
+
+
 def test_gradients_that_are_not_finite_do_what_they_do_under_torchs_clipping() -> None:
     (net, optimizer), (twin, other) = (make(projection="columns", residual="sign") for _ in range(2))
     x = torch.full((2, 24), torch.inf)

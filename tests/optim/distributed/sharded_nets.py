@@ -97,7 +97,7 @@ def train(net: Net, optimizer: GridOptimizer, start: int, steps: int, **options:
     return norms
 
 
-def backward(net: Net, x: Tensor, of: int = 1) -> Tensor:
+def backward(net: nn.Module, x: Tensor, of: int = 1) -> Tensor:
     loss = net(x).square().mean() / of
     loss.backward()
     return loss
