@@ -56,6 +56,7 @@ class TwoPassClipping:
         max_norm: of all gradients together.
 
     Raises:
+        TypeError: another optimizer, or one that memtrain.prepare has wrapped.
         ValueError: ``max_norm`` is not positive.
     """
 
@@ -63,6 +64,12 @@ class TwoPassClipping:
     """Of all gradients, before clipping, at the last step; fp32."""
 
     def __init__(self, optimizer: GridOptimizer, max_norm: float) -> None:
+        if not isinstance(optimizer, GridOptimizer):
+            raise TypeError(
+                f"a {type(optimizer).__name__}: memtrain.optim's own optimizers can be stepped parameter by "
+                "parameter. With memtrain.prepare, whose optimizer moves gradients itself, clip by its own "
+                "clip_grad_norm_"
+            )
         if not max_norm > 0:
             raise ValueError(f"max_norm must be > 0, got {max_norm}: 1.0 is usual")
         self.optimizer = optimizer

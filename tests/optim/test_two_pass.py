@@ -258,3 +258,8 @@ def test_sparse_gradients_are_refused() -> None:
 def test_the_norm_is_checked(norm: float) -> None:
     with pytest.raises(ValueError, match="max_norm must be > 0, got"):
         TwoPassClipping(make()[1], norm)
+
+
+def test_other_optimizers_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"a SGD: memtrain.optim's own.*clip_grad_norm_"):
+        TwoPassClipping(torch.optim.SGD([nn.Parameter(torch.ones(1))]), 1.0)
