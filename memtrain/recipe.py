@@ -92,6 +92,27 @@ class BudgetSection(Section):
         )
 
 
+class TierSection(Section):
+    """How a tier keeps what waits there."""
+
+    codec: Literal["exponent"] | None = None
+    """Codes optimizer state on its way, exactly: fewer bytes are written, for processor time. Needs the extra
+    ``lossless``."""
+
+
+class TiersSection(Section):
+    """Tiers beside the device."""
+
+    host: TierSection = TierSection()
+    cxl: TierSection = TierSection()
+    nvme: TierSection = TierSection()
+
+    def codecs(self) -> dict[str, str]:
+        """Of ``memtrain.prepare``."""
+        named = {"host": self.host, "cxl": self.cxl, "nvme": self.nvme}
+        return {tier: section.codec for tier, section in named.items() if section.codec is not None}
+
+
 class PlannerSection(Section):
     """What the planner may choose."""
 
@@ -167,6 +188,7 @@ class Recipe(Section):
     training: TrainingSection
     optimizer: OptimizerSection
     planner: PlannerSection = PlannerSection()
+    tiers: TiersSection = TiersSection()
     schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -134,6 +134,10 @@ class Phase:
     end_seconds: float
 
 
+SUMMARY_VERSION = 2
+"""1 had no ``version``, and at first nothing of the optimizer's bytes."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Summary:
     """What came of a run; ``summary.json``."""
@@ -149,10 +153,11 @@ class Summary:
     """Of the device while steps ran."""
     process_peak_bytes: int
     """Of the whole process, from its start: loading, profiling, evaluation and checkpoints too."""
-    predicted_optimizer_bytes: int
-    """Of the optimizer's state and masters, by formula from the parameters' shapes."""
-    measured_optimizer_bytes: int
-    """Of the tensors of its state, on whatever tier."""
+    predicted_optimizer_bytes: int | None
+    """Of the optimizer's state and masters, by formula from the parameters' shapes; None: an older run, which
+    did not look."""
+    measured_optimizer_bytes: int | None
+    """Of the tensors of its state, on whatever tier; None likewise."""
     predicted_step_seconds: float
     measured_step_seconds: float
     """Median, without the first step."""
@@ -161,6 +166,7 @@ class Summary:
     heldout_loss_after: float
     checkpoint: str
     phases: tuple[Phase, ...] = ()
+    version: int = SUMMARY_VERSION
 
     def to_json(self) -> str:
         """For ``summary.json``."""
@@ -168,12 +174,25 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> Summary:
-        """Read what ``to_json`` wrote. Raises OSError and ValueError."""
+        """Read what ``to_json`` wrote, now or in version 1: what a run did not measure then is None.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no summary, or one of a later version.
+        """
         data = json.loads(path.read_text())
         try:
+            version = data.pop("version", 1)
+            if version not in (1, SUMMARY_VERSION):
+                raise ValueError(
+                    f"{path} is a summary of version {version!r}, this memtrain reads 1 and "
+                    f"{SUMMARY_VERSION}: use the memtrain that wrote it, or a later one"
+                )
+            if version == 1:
+                data = {"predicted_optimizer_bytes": None, "measured_optimizer_bytes": None, **data}
             data["phases"] = tuple(Phase(**phase) for phase in data["phases"])
             return cls(**data)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a summary of a run: {error}") from error
 
 
@@ -200,10 +219,10 @@ def comparison_rows(summary: Summary) -> tuple[list[str], list[list[str]]]:
             f"{time_error:+.1%}",
         ],
     ]
-    if summary.predicted_optimizer_bytes or summary.measured_optimizer_bytes:
-        error = error_fraction(summary.predicted_optimizer_bytes, summary.measured_optimizer_bytes)
-        sizes = (summary.predicted_optimizer_bytes, summary.measured_optimizer_bytes)
-        rows.append(["optimizer state (bytes)", *[f"{size:,}" for size in sizes], f"{error:+.1%}"])
+    predicted, measured = summary.predicted_optimizer_bytes, summary.measured_optimizer_bytes
+    if predicted is not None and measured is not None and (predicted or measured):
+        error = f"{error_fraction(predicted, measured):+.1%}"
+        rows.append(["optimizer state (bytes)", f"{predicted:,}", f"{measured:,}", error])
     return ["", "predicted", "measured", "error"], rows
 
 

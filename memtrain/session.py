@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
 from memtrain.copy_guard import CopyGuard, is_planned
 from memtrain.offload.activations import ActivationExecutor
+from memtrain.offload.coded import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError
@@ -37,6 +39,8 @@ from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.shards import Unit
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
+from memtrain.optim.grid import GridOptimizer
+from memtrain.optim.kernels import native
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.check import check
@@ -96,6 +100,7 @@ def prepare(
     block_names: Sequence[str] | None = None,
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     chunked_loss: bool = True,
+    codecs: Mapping[str, str] | None = None,
     directory: Path | str | None = None,
     reached_bytes: int = 0,
 ) -> Session:
@@ -121,6 +126,8 @@ def prepare(
         loss_fn: ``loss_fn(output, batch)``, for a model whose output carries no loss; used to profile.
         chunked_loss: for a causal LM with labels in the batch, compute the loss by chunks of tokens, so that
             the logits are never whole in memory.
+        codecs: by tier the codec of optimizer state that waits there, such as ``{"nvme": "exponent"}``:
+            exact, for fewer bytes written; the plan counts its seconds and memory. None: state lies as it is.
         directory: where the planned run writes its files; profile and plan are left there when given.
         reached_bytes: the most that the job has occupied of the device before this call, where the budget is
             to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
@@ -134,7 +141,11 @@ def prepare(
         RunFileError: a file of ``directory`` cannot be written.
         PrepareError: a session of the model is open; gradient checkpointing is on; parameters are on
             several devices, on one that is neither a CPU nor a CUDA device, or not on that of ``machine``.
+        CodecError: a codec is unknown, for a tier without a budget, or not the one that ``machine`` was
+            measured with.
+        MissingZstandardError: a codec's library is not installed.
     """
+    coding = codecs_for(codecs or {}, budget)
     if is_planned(model) or isinstance(optimizer, OffloadedOptimizer):
         raise PrepareError(
             "the model or the optimizer belongs to a session that is open: close it with session.close() "
@@ -153,6 +164,8 @@ def prepare(
             f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
+    if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
+        native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
     resident.limit_heap()
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
@@ -164,7 +177,9 @@ def prepare(
                 budget.nvme_directory if budget.nvme_bytes else None,
                 device=str(place),
                 cxl_node=budget.cxl_node,
+                codecs=coding,
             )
+        refuse_other_codecs(machine, coding, budget)
         work = torch.float32 if master_weights else None
         profile = profile_model(
             model,
@@ -209,6 +224,7 @@ def prepare(
             ),
             blocks=find_blocks(model, block_names),
             chunked_loss=handle,
+            codecs=coding,
             began_peak_bytes=peak.before_bytes,
         )
     except BaseException:
@@ -240,9 +256,11 @@ class Session:
         config: OptimizerConfig,
         blocks: Sequence[tuple[str, nn.Module]],
         chunked_loss: ChunkedLossHandle | None,
+        codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
     ) -> None:
         self.model = model
+        self._codecs = codecs
         self.plan = plan
         self.profile = profile
         self.machine = machine
@@ -284,6 +302,7 @@ class Session:
             device,
             nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
             host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
+            codecs=self._codecs,
         )
         undo(self.engine.close)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
@@ -394,6 +413,8 @@ class Session:
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
+        for tier, coding in self.engine.coding_statistics().items():
+            lines.append(coding_text(tier, self._codecs[tier].name, coding))
         return "\n".join(lines)
 
     # ending -----------------------------------------------------------------------------------

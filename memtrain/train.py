@@ -26,11 +26,14 @@ import torch
 
 import memtrain
 from memtrain.checkpoints import Checkpoints, RunFinished
+from memtrain.coding import CodecError
 from memtrain.data import DataError, Tokens, Windows
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim import ParameterRole, role_table
 from memtrain.optim.autograd.causal_lm import UnsupportedHeadError
+from memtrain.optim.kernels import native
+from memtrain.optim.storage.lossless import MissingZstandardError
 from memtrain.optimizer_sections import AdamWSection, GridSection
 from memtrain.optimizers import make_optimizer, measured_state_bytes, predicted_state_bytes
 from memtrain.planner import resident
@@ -55,6 +58,8 @@ _REFUSALS = (
     PrepareError,
     BlocksNotFoundError,
     UnsupportedHeadError,
+    CodecError,
+    MissingZstandardError,
 )
 """What is told in one line; anything else is a fault of ours and shows where it came from."""
 
@@ -137,6 +142,8 @@ class Trainer:
         if training.threads is not None:
             torch.set_num_threads(training.threads)
         self.device = pick_device(training.device)
+        if self.device.type == "cpu" and isinstance(recipe.optimizer, GridSection):
+            native.compile_missing()  # before the model takes memory that a compiler would need beside it
         train, heldout = Tokens(recipe.data.train), Tokens(recipe.data.heldout)
         shape = {
             "sequence_length": recipe.data.sequence_length,
@@ -176,6 +183,7 @@ class Trainer:
             nonfinite=training.nonfinite,
             options=memtrain.PlannerOptions(exact_only=recipe.planner.exact_only),
             chunked_loss=training.chunked_loss,
+            codecs=recipe.tiers.codecs(),
             directory=self.output,
             reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
         )

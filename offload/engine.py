@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memtrain.offload.coded import Codec, CodedStore, CodingStatistics
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Statistics, Store
@@ -12,13 +13,21 @@ from memtrain.planner.machine import Budget
 
 
 class Engine:
-    """Owns the stores: closing it closes them."""
+    """Owns the stores: closing it closes them.
 
-    def __init__(self, stores: Mapping[Tier, Store], device: Device) -> None:
+    Args:
+        codecs: how optimizer state is coded on its way to a tier, where it is.
+    """
+
+    def __init__(
+        self, stores: Mapping[Tier, Store], device: Device, codecs: Mapping[Tier, Codec] | None = None
+    ) -> None:
         for tier, store in stores.items():
             if store.tier is not tier:
                 raise ValueError(f"the store given for {tier.value} serves {store.tier.value}")
         self._stores = dict(stores)
+        self._codecs = dict(codecs or {})
+        self._coded: dict[Tier, CodedStore] = {}
         self.device = device
 
     @property
@@ -36,6 +45,20 @@ class Engine:
                 f"there is no {tier.value} tier in this session (it has: {known}): give it a budget"
             ) from None
 
+    def state_store(self, tier: Tier) -> Store | CodedStore:
+        """Where optimizer state of ``tier`` goes: the store, or the one that codes for it. Raises as
+        ``store``."""
+        store = self.store(tier)
+        if tier not in self._codecs:
+            return store
+        if tier not in self._coded:
+            self._coded[tier] = CodedStore(store, self._codecs[tier])
+        return self._coded[tier]
+
+    def coding_statistics(self) -> dict[Tier, CodingStatistics]:
+        """What coding has done so far, by tier; tiers to which no coded state went are left out."""
+        return {tier: store.statistics() for tier, store in self._coded.items()}
+
     def statistics(self) -> dict[Tier, Statistics]:
         """Bytes and seconds by tier and direction, so far."""
         return {tier: store.statistics() for tier, store in self._stores.items()}
@@ -44,7 +67,8 @@ class Engine:
         """Wait for the device's copies, then close every store, also when the device or a store fails; the
         first failure is raised. May be called twice."""
         errors: list[BaseException] = []
-        for close in (self.device.synchronize, *(store.close for store in self._stores.values())):
+        stores = (*self._coded.values(), *self._stores.values())
+        for close in (self.device.synchronize, *(store.close for store in stores)):
             try:
                 close()
             except BaseException as error:
@@ -64,6 +88,7 @@ def open_engine(
     device: str | Device = "cpu",
     nvme_bytes: int | None = None,
     host_bytes: int | None = None,
+    codecs: Mapping[Tier, Codec] | None = None,
 ) -> Engine:
     """Build the stores that a budget allows; every byte of them is reserved, or this raises.
 
@@ -73,6 +98,7 @@ def open_engine(
             device's own memory.
         nvme_bytes: reserve only this much of the swap directory (what the plan uses), at most the budget's.
         host_bytes: the same of host memory, of which staging takes its part too.
+        codecs: as of ``Engine``.
 
     Raises:
         SwapDirectoryError, TierFullError, PlacementError: a tier cannot serve.
@@ -87,7 +113,7 @@ def open_engine(
     ):
         if size is not None and not 0 <= size <= limit:
             raise ValueError(f"{name}_bytes must be within budget.{name}, 0 to {limit}, got {size}")
-    engine = Engine({}, opened)
+    engine = Engine({}, opened, codecs)
     try:
         host = budget.host_bytes if host_bytes is None else host_bytes
         if host:

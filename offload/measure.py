@@ -20,6 +20,7 @@ import platform
 import resource
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
@@ -27,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from memtrain.offload.coded import SEGMENT_BYTES, Codec, CodedStore, segment_room
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError, SwapDirectoryError
 from memtrain.offload.rates import TRANSFER_BYTES, TRANSFERS, copy_rates, median_rates
@@ -41,7 +43,7 @@ from memtrain.offload.slab import Slab
 from memtrain.offload.targets import BLOCK_BYTES
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Store, wait_all
 from memtrain.planner.actions import Tier
-from memtrain.planner.machine import Link, Machine
+from memtrain.planner.machine import Link, Machine, StateCodec
 from memtrain.planner.units import MiB, format_gib
 
 _ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
@@ -118,6 +120,7 @@ def measure_machine(
     *,
     device: str = "cpu",
     cxl_node: int | None = None,
+    codecs: Mapping[Tier, Codec] | None = None,
     refresh: bool = False,
     round_seconds: float = _ROUND_SECONDS,
 ) -> Machine:
@@ -127,6 +130,7 @@ def measure_machine(
         directory: the swap directory; without one the machine has no nvme link.
         device: what computes, as the plan names it. One with memory of its own has a link to the host.
         cxl_node: the memory-only NUMA node to measure a link to.
+        codecs: how optimizer state is to be coded on its way to a tier: measured through it too.
         refresh: measure again.
         round_seconds: of each of nine rounds.
 
@@ -134,22 +138,35 @@ def measure_machine(
         SwapDirectoryError, TierFullError: the directory cannot serve.
         PlacementError: the node cannot.
         OffloadError: there is no such device.
+        ValueError: a codec for a tier that is not measured.
     """
+    codecs = codecs or {}
     where = None if directory is None else check_swap_directory(directory)
-    cache = _cache_path(where, device, cxl_node)
+    cache = _cache_path(where, device, cxl_node, codecs)
     if not refresh and (known := _read_cache(cache)) is not None:
         return known
     source = f"measured {date.today().isoformat()}"
     dram, links = _measure_dram(), []
     opened = make_device(device)
+    stores: list[tuple[Tier, Callable[[int], Store]]] = []
     if not opened.shares_memory:
         links.append(_measure_host(opened, source, round_seconds))
+        stores.append((Tier.HOST, partial(MemoryStore, Tier.HOST)))
     if cxl_node is not None:
         with MemoryStore(Tier.CXL, _PROBE_BYTES, cxl_node) as store:
             links.append(_measure_store(store, source, round_seconds))
+        stores.append((Tier.CXL, partial(MemoryStore, Tier.CXL, numa_node=cxl_node)))
     if where is not None:
         with NvmeStore(where, _PROBE_BYTES) as disk:
             links.append(_measure_store(disk, source, round_seconds))
+        stores.append((Tier.NVME, partial(NvmeStore, where)))
+    if unmeasured := codecs.keys() - {tier for tier, _ in stores}:
+        names = ", ".join(tier.value for tier in unmeasured)
+        raise ValueError(f"a codec is given for {names}, which this machine does not have here")
+    for place, (tier, open_store) in enumerate(stores):
+        if tier in codecs:
+            measured = _measure_codec(open_store, codecs[tier], round_seconds)
+            links[place] = dataclasses.replace(links[place], state_codec=measured)
     machine = Machine(
         name=platform.node() or "this machine",
         device=device,
@@ -198,6 +215,46 @@ def _measure_store(store: Store, source: str, round_seconds: float) -> Link:
     )
 
 
+def _measure_codec(open_store: Callable[[int], Store], codec: Codec, round_seconds: float) -> StateCodec:
+    """Rates in plain bytes, of what AdamW keeps in fp32: normal numbers of many scales, and their squares."""
+    assert segment_room(codec, SEGMENT_BYTES) <= SEGMENT_BYTES + BLOCK_BYTES, "a header of more than a page"
+    sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
+    numbers = sample.view(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    numbers.normal_(generator=generator)
+    rows = numbers.view(-1, 1024)
+    rows.mul_(torch.empty(len(rows), 1).log_normal_(-10.0, 1.0, generator=generator))
+    moments = list(torch.split(sample, TRANSFER_BYTES))
+    for squares in moments[1::2]:
+        squares.view(torch.float32).square_()
+    segments = len(moments) * -(-TRANSFER_BYTES // SEGMENT_BYTES)
+    with open_store(segments * (SEGMENT_BYTES + BLOCK_BYTES)) as store:
+        coded = CodedStore(store, codec)
+        try:
+            extents = [coded.allocate(f"probe {i}", TRANSFER_BYTES) for i in range(len(moments))]
+            pairs = list(zip(extents, moments, strict=True))
+            for pair in pairs:
+                coded.write(*pair).wait()
+            read = [partial(coded.read, *pair) for pair in pairs[:TRANSFERS]]
+            write = [partial(coded.write, *pair) for pair in pairs[TRANSFERS:]]
+            seconds, before = _cpu_seconds(), coded.statistics()
+            rates = median_rates(read, write, round_seconds)
+            seconds, after = _cpu_seconds() - seconds, coded.statistics()
+        finally:
+            coded.close()
+    moved = after.plain_bytes_read - before.plain_bytes_read
+    moved += after.plain_bytes_written - before.plain_bytes_written
+    return StateCodec(
+        name=codec.name,
+        ratio=after.ratio,
+        read_bytes_per_second=rates["read"],
+        write_bytes_per_second=rates["write"],
+        cpu_seconds_per_byte=seconds / moved,
+        segment_bytes=SEGMENT_BYTES,
+        staging_bytes=coded.staging_bytes,
+    )
+
+
 def _measure_host(device: Device, source: str, round_seconds: float) -> Link:
     """Host memory behind a device: the slower of the copies and of the tier behind the staging slots."""
     with MemoryStore(Tier.HOST, _PROBE_BYTES) as store:
@@ -233,11 +290,14 @@ def _moved(store: Store) -> int:
     return now.bytes_read + now.bytes_written
 
 
-def _cache_path(directory: Path | None, device: str, cxl_node: int | None) -> Path:
+def _cache_path(
+    directory: Path | None, device: str, cxl_node: int | None, codecs: Mapping[Tier, Codec]
+) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
     what = f"{machine_identity()} {platform.node()} {disk} {device}"
     what += "" if cxl_node is None else f" cxl {cxl_node}"
+    what += "".join(f" {tier.value} coded {codec.name}" for tier, codec in sorted(codecs.items()))
     key = hashlib.sha256(what.encode()).hexdigest()[:16]
     return base / "memtrain" / f"machine-{key}.json"
 

@@ -154,7 +154,7 @@ class RecordStore:
                 if shard.small or tiers[shard.unit] is Tier.DEVICE:
                     resident[shard] = round_up(layout.record_bytes, PAGE_BYTES)
                 else:
-                    store = engine.store(tiers[shard.unit])
+                    store = engine.state_store(tiers[shard.unit])
                     name = f"optimizer state of {shard.name}"
                     self._extents[shard] = (store, store.allocate(name, layout.record_bytes))
             if resident:

@@ -210,6 +210,21 @@ class Store:
         """
         return self._enqueue(Direction.READ, extent, buffer, offset)
 
+    def discard(self, extent: Extent, offset: int, nbytes: int) -> None:
+        """Forget what was written to a range, so that a shorter write may take its place.
+
+        Raises:
+            ExtentStateError: the extent is freed or another store's, bytes of the range are being moved, or a
+                boundary cuts a chunk.
+        """
+        with self._changed:
+            self._check_usable(extent)
+            for ticket in self._pending.get(extent, ()):
+                if ticket.offset < offset + nbytes and offset < ticket.offset + ticket.nbytes:
+                    raise ExtentStateError(f"{ticket._describe()} is under way: wait for it, then discard")
+            extent.check_replaceable(offset, nbytes)
+            extent.retract(offset, nbytes)
+
     def free(self, extent: Extent) -> None:
         """Give the extent's room back, when what is under way on it has ended as usual.
 

@@ -58,11 +58,12 @@ class Cell:
 
     def __init__(self, settings: Settings, shape: torch.Size, dtype: torch.dtype) -> None:
         self.settings = settings
+        self.own_shape = shape
+        """Of what :meth:`own` gives."""
         if settings.split is not None and settings.split > 1 and len(shape) >= 2:
             shape = _split(shape, settings.split)
         self.shape = shape
         """What is worked on: the parameter's own shape, or that of the stack it is split into."""
-        self.numel = shape.numel()
         self.dtype = dtype
         self.projected: Projected | None = None
         self.low_shape = shape
@@ -90,7 +91,7 @@ class Cell:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
         weight = weight.detach().view(self.shape)
-        state: State = {STEP: torch.zeros(())}
+        state: State = {STEP: torch.zeros((), dtype=torch.float32)}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
         _put(state, "master", self.master.empty(weight))
@@ -182,14 +183,16 @@ class Cell:
         stored = part(state, "master")
         value = self.master.load(weight, stored)
         decay = self.settings.weight_decay
+        # Of no dimension, which goes with every shape, and with other devices than its own.
+        lr = turn.lr.reshape(()) if isinstance(turn.lr, Tensor) else turn.lr
         if decay and self.settings.decay_order == "before":
-            value.mul_(1 - turn.lr * decay)
-        if isinstance(turn.lr, Tensor):
-            value.sub_(update.mul_(turn.lr))
+            value.mul_(1 - lr * decay)
+        if isinstance(lr, Tensor):
+            value.sub_(update.mul_(lr))
         else:
-            value.add_(update, alpha=-turn.lr)
+            value.add_(update, alpha=-lr)
         if decay and self.settings.decay_order == "after":
-            value.mul_(1 - turn.lr * decay)
+            value.mul_(1 - lr * decay)
         # Where the weight is its own master it has changed already, and a copy onto itself takes a pass.
         if value.data_ptr() != weight.data_ptr():
             key = self.key(turn).skip(self.first_entry(None))

@@ -44,6 +44,6 @@ def joined_norm(norms: list[tuple[Tensor, Any]]) -> Tensor:
 
 def _joined(norms: list[Tensor]) -> Tensor:
     if not norms:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
     return norm

@@ -67,7 +67,7 @@ class Plan:
             and all(
                 parameter is known
                 and parameter.dtype is cell.dtype
-                and cell.own(parameter).numel() == cell.numel
+                and cell.own(parameter).shape == cell.own_shape
                 for parameter, known, cell in zip(parameters, self.parameters, self.cells, strict=True)
             )
         )
@@ -98,9 +98,10 @@ class Pending:
 class GridOptimizer(Optimizer):
     """See the module.
 
-    A parameter whose gradient is not finite when its refresh is due is left alone in that step; its group
-    counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A gradient of zeros
-    says nothing about a basis either: the refresh waits for another one, and the step is taken.
+    A parameter whose gradient is not finite when its basis is to be made of it is left alone in that step;
+    its group counts this in ``skipped_refreshes``, and the refresh is tried again at the next step. A
+    gradient of zeros says nothing about a basis either: the refresh waits for another one, and the step is
+    taken. In all other steps what is not finite goes into moments and weights, as with torch's optimizers.
 
     Args:
         params: parameters, named parameters, or dicts of groups with settings of their own.
@@ -232,6 +233,8 @@ class GridOptimizer(Optimizer):
                 loss = closure()
         self.replan()
         for group in self.param_groups:
+            self.refuse_sparse(group["params"])
+        for group in self.param_groups:
             self.update_(group["params"])
             group[_STEP] += 1
         self.pending.clear()
@@ -269,8 +272,10 @@ class GridOptimizer(Optimizer):
         """Update those of one group that have a gradient; :meth:`step` does so with all, and counts.
 
         Raises:
-            ValueError: a gradient is sparse.
+            ValueError: a gradient is sparse; then nothing has been updated.
         """
+        parameters = list(parameters)
+        self.refuse_sparse(parameters)
         works: dict[Path, list[Work]] = {}
         for parameter in parameters:
             pending, gradient = self.pending.get(parameter), parameter.grad
@@ -281,7 +286,6 @@ class GridOptimizer(Optimizer):
                 continue
             if gradient is None or parameter.numel() == 0:
                 continue
-            self.refuse_sparse(parameter, gradient)
             cell, state, turn = self.situation(parameter)
             weight, gradient = cell.own(parameter), cell.own(gradient)
             slot = self._slots[parameter]
@@ -292,7 +296,7 @@ class GridOptimizer(Optimizer):
                     f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
                     "parameter stay, and the refresh is tried again at the next step",
                     NonFiniteGradientWarning,
-                    stacklevel=4,
+                    stacklevel=6,  # through torch's wrappers, to who called step
                 )
             elif path is not None and path.takes(weight, gradient):
                 works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))
@@ -301,16 +305,17 @@ class GridOptimizer(Optimizer):
         for path, batch in works.items():
             path.update_(batch)
 
-    def refuse_sparse(self, parameter: Tensor, gradient: Tensor) -> None:
+    def refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
         """
         Raises:
-            ValueError: the gradient is sparse.
+            ValueError: a gradient is.
         """
-        if gradient.layout != torch.strided:
-            raise ValueError(
-                f"{self.name_of(parameter)} has a gradient of layout {gradient.layout}: dense ones are "
-                "needed. Make its embedding with sparse=False, or give it an optimizer of its own"
-            )
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise ValueError(
+                    f"{self.name_of(parameter)} has a gradient of layout {parameter.grad.layout}: dense ones "
+                    "are needed. Make its embedding with sparse=False, or give it an optimizer of its own"
+                )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Also drops what has been accumulated of gradients that were not kept whole.
@@ -334,6 +339,7 @@ class GridOptimizer(Optimizer):
     def paths(self) -> dict[str, str]:
         """By which way each parameter is updated, ``reference`` being the plain one, for a gradient that lies
         as its parameter does. Printable; it follows from settings, shapes, dtypes and devices alone."""
+        self.replan()
         chosen = {}
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             for parameter, path, cell in zip(group["params"], plan.paths, plan.cells, strict=True):
@@ -347,6 +353,7 @@ class GridOptimizer(Optimizer):
     def state_bytes(self) -> dict[str, int]:
         """Bytes of state once every parameter has been updated, by part: moments, master, projector,
         counters. Equal to the live tensors to the byte."""
+        self.replan()
         total = dict.fromkeys(("moments", "master", "projector", "counters"), 0)
         for group, plan in zip(self.param_groups, self._plans, strict=True):
             for parameter, cell in zip(group["params"], plan.cells, strict=True):
@@ -364,6 +371,7 @@ class GridOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers; of sharded parameters DTensors, which DCP reads on any number
         of processes."""
+        self.replan()
         packed = super().state_dict()
         cells = [cell for plan in self._plans for cell in plan.cells]
         packed["state"] = {number: cells[number].exported(each) for number, each in packed["state"].items()}

@@ -6,7 +6,8 @@ starts them again, with their bias correction (FRUGAL); ``rotate`` carries them 
 
 The schedule is a step number per parameter at which its next refresh is due: a parameter that had no gradient
 then, or one that was not finite, catches up at the next step at which it has. With ``spread`` the parameters
-of a group take turns, 1/gap of them a step, instead of all refreshing at once.
+of a group take turns, 1/gap of them a step, instead of all refreshing at once. A gap that is changed later
+counts from the next refresh on, which keeps its date.
 
 ``lazy`` is Q-GaLore's (arXiv 2407.08296, section 3.2): when the leading basis vector has hardly moved over
 the last five refreshes, the gap doubles. Departure: |cosine|, because the sign of a singular vector is
@@ -25,7 +26,7 @@ from memtrain.optim.projection.base import Stored
 
 MomentPolicy = Literal["keep", "reset", "rotate"]
 
-DUE, GAP, COSINES = "due", "gap", "cosines"
+DUE, GROWTH, COSINES = "due", "growth", "cosines"
 LAZY_QUEUE = 5
 LAZY_THRESHOLD = 0.4
 LAZY_GROWTH = 2
@@ -59,8 +60,8 @@ class RefreshPolicy:
         """On the CPU, where Python reads it; due at once."""
         stored = {DUE: torch.zeros((), dtype=torch.int64)}
         if self.lazy:
-            stored[GAP] = torch.full((), self.gap, dtype=torch.int64)
-            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET)
+            stored[GROWTH] = torch.ones((), dtype=torch.int64)
+            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET, dtype=torch.float32)
         return stored
 
     def size_bytes(self) -> int:
@@ -82,11 +83,11 @@ class RefreshPolicy:
         gap = self.gap
         if self.lazy:
             if cosine is not None:
-                # Wherever it lies: machinery that moves states may move this one, too.
-                stored[COSINES].copy_(stored[COSINES].roll(-1))[-1] = cosine
+                stored[COSINES].copy_(stored[COSINES].roll(-1))
+                stored[COSINES][-1] = cosine
             if bool((stored[COSINES] >= 0).all()) and float(stored[COSINES].mean()) >= LAZY_THRESHOLD:
-                stored[GAP].mul_(LAZY_GROWTH)
-            gap = int(stored[GAP])
+                stored[GROWTH].mul_(LAZY_GROWTH)
+            gap *= int(stored[GROWTH])
         stored[DUE].fill_(step + gap - (step - offset) % gap)
 
 

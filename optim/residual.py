@@ -87,7 +87,9 @@ class Residual:
 
     def empty(self, projector: Projector, device: torch.device | str) -> Stored:
         """The last norm of each matrix, fp32, where there is a limiter; zero: no step yet."""
-        return {NORM: torch.zeros(projector.shape[:-2], device=device)} if self._limits else {}
+        if not self._limits:
+            return {}
+        return {NORM: torch.zeros(projector.shape[:-2], dtype=torch.float32, device=device)}
 
     def size_bytes(self, projector: Projector) -> int:
         """Of :meth:`empty`."""
@@ -111,8 +113,7 @@ class Residual:
             memory: what :meth:`empty` gave; updated in place.
         """
         # Where nothing is left out, the rest is rounding, and its signs would be steps of full size.
-        full = self.kind == "sign" and self.leaves_nothing(projector)
-        if self.kind == "none" or full:
+        if self.kind == "none" or (self.kind == "sign" and projector.complete):
             return projector.up(opened, direction.mul_(self.scale))
         assert gradient is not None
         if self.kind == "scale_only":
@@ -131,10 +132,6 @@ class Residual:
             rest = self._limit_(rest.mul_(scaling), memory)
         # Whole tensors are what costs here: the scale is applied to the small direction.
         return projector.up(opened, direction.mul_(self.scale)).add_(rest, alpha=self.residual_scale)
-
-    def leaves_nothing(self, projector: Projector) -> bool:
-        """Whether R has as many entries as the gradient."""
-        return projector.low_shape.numel() == projector.shape.numel()
 
     def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
         """Over axes of R, which are kept."""

@@ -57,7 +57,7 @@ class KernelScaled(KernelPath):
         weight, gradient = work.weight.detach(), work.gradient.contiguous()
         basis = projector.open(part(work.state, "projector"), weight.device)[side].contiguous()
         moments = cell.load_moments(work.state)
-        low = torch.empty(projector.low_shape, device=weight.device)
+        low = torch.empty(projector.low_shape, dtype=torch.float32, device=weight.device)
         project_down_(low, gradient, basis, right=right)
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]
         direction = adam_direction(low, mean, square, step=work.step, betas=rule.betas, eps=rule.eps)

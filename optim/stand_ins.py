@@ -33,12 +33,16 @@ class _Place(NamedTuple):
 class Kept(NamedTuple):
     """What one parameter's update keeps, and takes for a while, in bytes."""
 
-    state_bytes: int
-    """Counters, which are single numbers, left out."""
-    tensors: int
+    sizes: tuple[int, ...]
+    """Of the state's tensors, in their order; counters, which are single numbers, left out."""
     projected: bool
     refresh_bytes: int
     """The most that renewing the basis takes beside gradient and state."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(self.sizes)
 
 
 class StandIns:
@@ -79,9 +83,7 @@ class StandIns:
         refresh_bytes = 0
         if cell.projected is not None:
             refresh_bytes = cell.projected.projector.refresh_workspace(parameter.dtype, first=True).bytes
-        return Kept(
-            sum(value.nbytes for value in tensors), len(tensors), cell.projected is not None, refresh_bytes
-        )
+        return Kept(tuple(value.nbytes for value in tensors), cell.projected is not None, refresh_bytes)
 
     def run(
         self,

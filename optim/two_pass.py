@@ -171,7 +171,7 @@ class TwoPassClipping:
                 f"another hook has taken the gradient of {self.optimizer.name_of(parameter)}: remove what "
                 "updates in backward, such as the SmallGradients of another optimizer"
             )
-        self.optimizer.refuse_sparse(parameter, gradient)
+        self.optimizer.refuse_sparse([parameter])
         return own_norm(self.optimizer.cell_of(parameter).own(gradient))
 
     def _total(self) -> Tensor:

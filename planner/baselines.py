@@ -77,6 +77,7 @@ class Search:
             input_slots=input_slots,
             shard_elements=shard,
             on_cpu=self.space.on_cpu,
+            coded=self.space.coded,
         )
         return Decisions(
             blocks=blocks,

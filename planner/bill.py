@@ -35,7 +35,7 @@ from memtrain.planner.decisions import (
     gradient_extent_bytes,
     mirror_bytes,
     state_extent_bytes,
-    unit_elements,
+    update_workspace_bytes,
 )
 from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile
@@ -183,19 +183,12 @@ class _GradientCount:
 def _update_positions(
     profile: ModelProfile, decisions: Decisions, gradients: _GradientCount, kept_before: list[int]
 ) -> list[Position]:
-    """Updates of units whose state stays on the device: the arithmetic's temporaries over the whole unit.
-
-    A shard that is streamed has its workspace in its slot already.
-    """
+    """Updates: the arithmetic's temporaries over the whole unit, but for what slots hold of them."""
     positions = []
     ahead = decisions.update_schedule is UpdateSchedule.AHEAD
     for unit, decision in zip(profile.units, decisions.states, strict=True):
         streamed = decision.optimizer_tier is not Tier.DEVICE
-        workspace = (
-            0
-            if streamed
-            else math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
-        )
+        workspace = update_workspace_bytes(profile, unit, streamed=streamed)
         kept = 0
         if ahead and unit.block is not None:
             kept = kept_before[unit.block]
@@ -253,7 +246,11 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
             size for block, d in blocks for where, size in activation_extents(block, d) if where is tier
         ),
         "gradients": sum(gradient_extent_bytes(profile, u) for u, d in units if d.gradient_tier is tier),
-        "optimizer state": sum(state_extent_bytes(profile, u) for u, d in units if d.optimizer_tier is tier),
+        "optimizer state": sum(
+            state_extent_bytes(profile, u, decisions.staging.coded_on(tier))
+            for u, d in units
+            if d.optimizer_tier is tier
+        ),
         "staging": decisions.staging.total_bytes if decisions.staging_tier is tier else 0,
     }
 

@@ -77,6 +77,7 @@ def check(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) -
         return structure
     faults = [
         *_staging(plan, profile),
+        *_coding(plan, machine, budget),
         *_slabs(plan, profile, machine),
         *_peaks(plan, profile, machine, budget),
         *_preparing(profile, budget),
@@ -142,7 +143,12 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
             f"update shard of {elements} elements, the largest parameter has "
             f"{profile.largest_parameter_elements}",
         )
-    if any(Tier.DEVICE not in {s.optimizer_tier} & {s.gradient_tier} for s in plan.states):
+    moves = any(Tier.DEVICE not in {s.optimizer_tier} & {s.gradient_tier} for s in plan.states)
+    if moves and any(unit.updates for unit in profile.units):
+        yield from _ring(
+            "update", _whole_slot(profile, elements), staging.update_slots, staging.update_slot_bytes, 3
+        )
+    elif moves:
         one = profile.state_bytes_per_element + profile.gradient_bytes_per_element
         one += profile.update_workspace_bytes_per_element
         # Each piece of a shard (one per 64 Ki elements, and what is left over) puts its gradient, its
@@ -150,6 +156,32 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
         regions = 2 + _tensors_of_state(profile)
         need = whole_pages(math.ceil(elements * one)) + PAGE * regions * (1 + elements // 65536)
         yield from _ring("update", need, staging.update_slots, staging.update_slot_bytes, 3)
+
+
+def _coding(plan: Plan, machine: Machine, budget: Budget) -> Iterator[Fault]:
+    """State is coded exactly where the machine was measured so, in the memory that this was found to take."""
+    wanted = {
+        (link.tier, codec.name, codec.segment_bytes, codec.staging_bytes)
+        for link in machine.links
+        if (codec := link.state_codec) is not None and budget.capacity(link.tier)
+    }
+    found = [(c.tier, c.codec, c.segment_bytes, c.staging_bytes) for c in plan.staging.coded]
+    if set(found) != wanted or len(found) != len(wanted):
+        yield Rule.STAGING, f"state is coded as {found}, the machine was measured with {sorted(wanted)}"
+
+
+def _whole_slot(profile: ModelProfile, elements: int) -> int:
+    """What the parameters fill that pass through a slot together: a run of a unit's, ended by the first one
+    with which they would have more than ``elements``."""
+    most = 0
+    for unit in profile.units:
+        run: list[tuple[int, int]] = []
+        for update in unit.updates:
+            if sum(count for count, _ in run) + update.elements > elements:
+                run = []
+            run.append((update.elements, update.record_bytes + update.gradient_bytes))
+            most = max(most, sum(size for _, size in run))
+    return most
 
 
 def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
@@ -261,7 +293,7 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
         (s.gradient_slots, s.gradient_slot_bytes, s.gradient_slots),
         (s.update_slots, s.update_slot_bytes, 2),
     ]
-    whole = sum(slots * size for slots, size, _ in rings)
+    whole = sum(slots * size for slots, size, _ in rings) + sum(c.staging_bytes for c in s.coded)
     if _on_cpu(machine):
         return {Tier.DEVICE: whole, Tier.HOST: 0}
     again = sum(copies * size for slots, size, copies in rings if slots)
@@ -270,13 +302,20 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
 
 
 def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str = "") -> int:
-    """Temporaries of the largest update at one place, of state that stays on the device."""
+    """Temporaries of the largest update at one place: of state that stays on the device, and of parameters
+    that are updated whole, wherever their state is."""
     largest = 0.0
     for unit, state in zip(profile.units, plan.states, strict=True):
         here = unit.block == block
         if block is None and part:
             here = here and (unit.name == "epilogue") is (part == "epilogue")
-        if not here or state.optimizer_tier is not Tier.DEVICE:
+        if not here:
+            continue
+        if unit.updates:
+            refresh = max(update.refresh_bytes for update in unit.updates)
+            largest = max(largest, refresh + sum(update.workspace_bytes for update in unit.updates))
+            continue
+        if state.optimizer_tier is not Tier.DEVICE:
             continue
         largest = max(largest, _elements(profile, unit) * profile.update_workspace_bytes_per_element)
     return int(-(-largest // 1))
@@ -298,7 +337,10 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
             # A shard of 256 Ki elements, the smallest there is, ends within 2 Ki of them; a parameter that
             # goes on in the next one has another piece there.
             pieces = parameters + int(_elements(profile, unit) // (262144 - 2048)) * profile.elementwise
-            total += _scattered(unit.state_bytes, pieces * _tensors_of_state(profile))
+            whole = sum(update.record_bytes for update in unit.updates)
+            whole = whole or _scattered(unit.state_bytes, pieces * _tensors_of_state(profile))
+            segments = [pieces + whole // c.segment_bytes for c in plan.staging.coded if c.tier is tier]
+            total += whole + (PAGE * sum(segments) if whole else 0)
     return total
 
 

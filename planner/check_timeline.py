@@ -36,7 +36,7 @@ def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iter
     for index in range(len(profile.blocks)):
         yield from _block(plan, profile, machine, events, index)
     yield from _units(plan, profile, machine, events)
-    yield from _bytes_moved(plan, profile)
+    yield from _bytes_moved(plan, profile, machine)
     end = max((event.end_seconds for event in plan.timeline), default=0.0)
     if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
         yield "STEP_SECONDS", f"the last event ends at {end}, the step takes {plan.step_seconds}"
@@ -189,20 +189,17 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
             last = events["backward prologue", "compute"][-1].end_seconds
             if steps[0].start_seconds < last - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"update {unit.name} starts before backward is over"
-        moved: dict[Tier, list[int]] = defaultdict(lambda: [0, 0])
-        moved[state.optimizer_tier][0] += unit.state_bytes
-        moved[state.optimizer_tier][1] += unit.state_bytes
-        moved[state.gradient_tier][0] += unit.gradient_bytes
-        for tier, (read, written) in moved.items():
-            if tier is Tier.DEVICE:
-                continue
+        for tier in sorted({state.optimizer_tier, state.gradient_tier} - {Tier.DEVICE}):
             link = machine.link(tier)
+            rates = link if link.state_codec is None else link.state_codec
+            own = unit.state_bytes if state.optimizer_tier is tier else 0
+            gradient = unit.gradient_bytes if state.gradient_tier is tier else 0
+            read = own / rates.read_bytes_per_second + gradient / link.read_bytes_per_second
+            written = own / rates.write_bytes_per_second
             reads = events[f"read update {unit.name}", f"read:{tier.value}"]
             writes = events[f"write update {unit.name}", f"write:{tier.value}"]
-            yield from _sum_long_enough(f"read update {unit.name}", reads, read / link.read_bytes_per_second)
-            yield from _sum_long_enough(
-                f"write update {unit.name}", writes, written / link.write_bytes_per_second
-            )
+            yield from _sum_long_enough(f"read update {unit.name}", reads, read)
+            yield from _sum_long_enough(f"write update {unit.name}", writes, written)
             for step, write in zip(steps, writes, strict=False):
                 if write.start_seconds < step.end_seconds - ROUNDING_SECONDS:
                     yield "DEPENDENCY", f"write update {unit.name} starts before its step is over"
@@ -244,8 +241,8 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
         yield "DURATION", f"{name} takes {took:.9f} s together, at least {least:.9f} s are needed"
 
 
-def _bytes_moved(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
-    moved = 0
+def _bytes_moved(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
+    moved = 0.0
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         for tier, once in sent(block, decision).items():
             ways = 1 if _from_slots(plan, index, tier, profile) else 2
@@ -255,6 +252,7 @@ def _bytes_moved(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
             # Written once per micro-batch, fetched to be added to in all but the first, and for the update.
             moved += 2 * profile.micro_batches * unit.gradient_bytes
         if state.optimizer_tier is not Tier.DEVICE:
-            moved += 2 * unit.state_bytes
+            codec = machine.link(state.optimizer_tier).state_codec
+            moved += 2 * unit.state_bytes * (1.0 if codec is None else codec.ratio)
     if abs(moved - plan.bytes_moved_per_step) > 1:
         yield "BYTES_MOVED", f"the decisions move {moved} bytes, the plan says {plan.bytes_moved_per_step}"

@@ -39,11 +39,12 @@ from memtrain.planner.decisions import (
     gradient_slot_bytes,
     state_extent_bytes,
     streams_update,
-    unit_elements,
     update_slot_bytes,
     update_slots,
+    update_workspace_bytes,
 )
 from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 
 Expression: TypeAlias = Any
@@ -251,8 +252,7 @@ class Choices:
         row(kept, gradients_from(len(self.x)), profile.epilogue_peak_bytes)
         row(every, profile.persistent_backward_bytes + profile.prologue_peak_bytes)
         for u, unit in enumerate(profile.units):
-            workspace = math.ceil(profile.update_workspace_bytes_per_element * unit_elements(profile, unit))
-            here = workspace * self.unit_sum(u, lambda _, d: d.optimizer_tier is Tier.DEVICE)
+            here = self.unit_sum(u, partial(_workspace, profile))
             place = place_of(unit)
             held: Expression | float = 0.0
             if self.ahead and place >= 0:
@@ -264,12 +264,13 @@ class Choices:
         return pulp.lpSum(self.block_sum(index, kept_slot_bytes) for index in range(len(self.x)))
 
     def _rings(self) -> Expression:
-        """Bytes of all rings, wherever they lie."""
+        """Bytes of all rings, wherever they lie, and of coding."""
         profile = self.profile
+        coding = sum(each.staging_bytes for each in self.space.coded)
         total = self._ring_bytes(self.saved_ring, _swapped_bytes, "saved")
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
-        return total + pulp.lpSum(
+        return (total + coding) + pulp.lpSum(
             update_slots(profile) * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
         )
 
@@ -292,9 +293,14 @@ class Choices:
         for tier in self.space.billed_tiers:
             used = [self.rings] if tier is self.space.staging_tier else []
             used += [self.block_sum(i, partial(_block_extents, tier)) for i in range(len(self.x))]
-            in_tier = partial(_unit_extents, self.profile, tier)
+            coded = next((each for each in self.space.coded if each.tier is tier), None)
+            in_tier = partial(_unit_extents, self.profile, tier, coded)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
+
+
+def _workspace(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
+    return update_workspace_bytes(profile, unit, streamed=decision.optimizer_tier is not Tier.DEVICE)
 
 
 def _swapped_bytes(block: BlockProfile, decision: BlockDecision) -> int:
@@ -305,6 +311,8 @@ def _block_extents(tier: Tier, block: BlockProfile, decision: BlockDecision) -> 
     return sum(size for where, size in activation_extents(block, decision) if where is tier)
 
 
-def _unit_extents(profile: ModelProfile, tier: Tier, unit: UnitProfile, decision: StateDecision) -> int:
+def _unit_extents(
+    profile: ModelProfile, tier: Tier, coded: CodedTier | None, unit: UnitProfile, decision: StateDecision
+) -> int:
     gradients = gradient_extent_bytes(profile, unit) if decision.gradient_tier is tier else 0
-    return gradients + (state_extent_bytes(profile, unit) if decision.optimizer_tier is tier else 0)
+    return gradients + (state_extent_bytes(profile, unit, coded) if decision.optimizer_tier is tier else 0)

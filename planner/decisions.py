@@ -30,7 +30,7 @@ from memtrain.planner.block_parts import (
     saved_slot_bytes,
 )
 from memtrain.planner.machine import Budget, BudgetError, Machine
-from memtrain.planner.plan import Plan, Staging
+from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
 
@@ -145,6 +145,8 @@ class Space:
     """Possible sizes of an update shard, in elements; only the default when no state may leave."""
     on_cpu: bool
     """What stays on the device is copied into slabs, and rings lie in the device's memory."""
+    coded: tuple[CodedTier, ...] = ()
+    """Of ``tiers`` those whose optimizer state is coded."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -210,6 +212,16 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
         tiers=tiers,
         shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
         on_cpu=machine.on_cpu,
+        coded=tuple(
+            CodedTier(
+                tier=tier,
+                codec=codec.name,
+                segment_bytes=codec.segment_bytes,
+                staging_bytes=codec.staging_bytes,
+            )
+            for tier in tiers
+            if (codec := machine.link(tier).state_codec) is not None
+        ),
     )
 
 
@@ -306,17 +318,29 @@ def gradient_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
     return _whole_pages(unit.gradient_bytes, _most_parameters(profile, unit))
 
 
-def state_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
+def state_extent_bytes(profile: ModelProfile, unit: UnitProfile, coded: CodedTier | None = None) -> int:
     """The most that the unit's optimizer state takes on a tier: in the records every state tensor of every
-    piece has pages of its own.
+    piece has pages of its own. Where it is coded there is room for what does not shrink, and a page more for
+    each segment; a record ends in a segment of its own.
 
     A parameter is one piece, and one more wherever a shard ends within it: once in the elements of the
     smallest shard at most, less what may be left over at its end. Where a state tensor does not have its
-    parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate.
+    parameter's shape (never so for an elementwise optimizer), its size is the profile's estimate, or what the
+    optimizer says that it is.
     """
+    pieces = _most_pieces(profile, unit)
+    if unit.updates:
+        plain = sum(update.record_bytes for update in unit.updates)
+    else:
+        plain = _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
+    if coded is None or not plain:
+        return plain
+    return plain + PAGE_BYTES * (pieces + plain // coded.segment_bytes)
+
+
+def _most_pieces(profile: ModelProfile, unit: UnitProfile) -> int:
     cuts = unit_elements(profile, unit) // (SHARD_ELEMENTS[0] - SHARD_GRANULE) if profile.elementwise else 0
-    pieces = _most_parameters(profile, unit) + cuts
-    return _whole_pages(unit.state_bytes, pieces * _state_tensors(profile))
+    return _most_parameters(profile, unit) + cuts
 
 
 def _whole_pages(size_bytes: int, parts: int) -> int:
@@ -345,7 +369,13 @@ def update_slots(profile: ModelProfile) -> int:
 
 
 def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
-    """One slot of the update ring: state, gradient and workspace of one shard."""
+    """One slot of the update ring: state, gradient and workspace of one shard.
+
+    Where the profile knows the parameters one by one it is exact: what the largest run of them fills, without
+    workspace, of which there is one however many slots there are.
+    """
+    if any(unit.updates for unit in profile.units):
+        return max(size for unit in profile.units for size in whole_shards(unit, shard_elements))
     per_element = (
         profile.state_bytes_per_element
         + profile.gradient_bytes_per_element
@@ -359,6 +389,29 @@ def update_slot_bytes(profile: ModelProfile, shard_elements: int) -> int:
     return round_up(-int(-shard_elements * per_element // 1), PAGE_BYTES) + padding
 
 
+def whole_shards(unit: UnitProfile, shard_elements: int) -> list[int]:
+    """Bytes that the shards of a unit fill in a slot: parameters in order, as many as have at most
+    ``shard_elements`` elements together; one at least."""
+    shards: list[int] = []
+    room = 0
+    for update in unit.updates:
+        if not shards or update.elements > room:
+            shards.append(0)
+            room = shard_elements
+        shards[-1] += update.record_bytes + update.gradient_bytes
+        room -= update.elements
+    return shards
+
+
+def update_workspace_bytes(profile: ModelProfile, unit: UnitProfile, *, streamed: bool) -> int:
+    """Temporaries of a unit's update outside of slots. A shard that is streamed in pieces has them in its
+    slot."""
+    if unit.updates:
+        return unit.workspace_bytes
+    per_element = 0.0 if streamed else profile.update_workspace_bytes_per_element
+    return -int(-per_element * unit_elements(profile, unit) // 1)
+
+
 def staging_for(
     profile: ModelProfile,
     blocks: tuple[BlockDecision, ...],
@@ -368,6 +421,7 @@ def staging_for(
     input_slots: int,
     shard_elements: int,
     on_cpu: bool,
+    coded: tuple[CodedTier, ...] = (),
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -394,6 +448,7 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=resident * on_cpu,
+        coded=coded,
     )
 
 

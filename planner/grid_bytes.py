@@ -78,6 +78,16 @@ class GridSettings:
         if self.projection is None:
             return
         _check("projection", self.projection, (*SPECTRAL, *SEEDED, *COORDINATE))
+        if self.projection in COORDINATE and (self.side != "std" or self.basis_dtype != "fp32"):
+            raise ValueError(
+                f"{self.projection} chooses its side itself and has no basis to hold: leave out "
+                f"side={self.side!r}, basis_dtype={self.basis_dtype!r}"
+            )
+        if self.lazy and self.projection not in SPECTRAL:
+            raise ValueError(
+                f"lazy=True asks whether the basis moves, and {self.projection} follows no gradient: use "
+                "svd, eigh or power"
+            )
         if (self.rank is None) == (self.density is None):
             raise ValueError(
                 f"{self.projection} takes either rank or density, got rank={self.rank}, "

@@ -15,6 +15,28 @@ MACHINE_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateCodec:
+    """Optimizer state that is coded on its way to a tier: measured through codec and tier, in plain bytes."""
+
+    name: str
+    ratio: float
+    """Coded bytes by plain ones, of a sample like AdamW's fp32 moments. A run's report says its own."""
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+    cpu_seconds_per_byte: float
+    """Processor time of one byte one way: coding, checksum, system call."""
+    segment_bytes: int
+    """State is coded in so many bytes at a time, each of which takes one page more than its own at most."""
+    staging_bytes: int
+    """Memory that coding takes, where the rings are."""
+
+    def __post_init__(self) -> None:
+        for name in ("ratio", "read_bytes_per_second", "write_bytes_per_second", "segment_bytes"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"codec {self.name}: {name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Link:
     """The way between the device and one tier."""
 
@@ -31,11 +53,34 @@ class Link:
     latency_seconds: float = 0.0
     source: str = "given"
     """``preset: ...``, ``measured 2026-11-22``, or ``given``."""
+    state_codec: StateCodec | None = None
+    """How optimizer state is coded that goes there; None: it is not."""
 
     def __post_init__(self) -> None:
         for name in ("read_bytes_per_second", "write_bytes_per_second", "mixed_bytes_per_second"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"link to {self.tier.value}: {name} must be > 0, got {getattr(self, name)}")
+
+    def state_load(self, size_bytes: float, *, read: bool) -> float:
+        """Bytes of other traffic that occupy the link as long as so many of optimizer state."""
+        codec = self.state_codec
+        if codec is None:
+            return size_bytes
+        if read:
+            return size_bytes * self.read_bytes_per_second / codec.read_bytes_per_second
+        return size_bytes * self.write_bytes_per_second / codec.write_bytes_per_second
+
+    @property
+    def state_ratio(self) -> float:
+        """Bytes that move for one of optimizer state."""
+        return 1.0 if self.state_codec is None else self.state_codec.ratio
+
+    @property
+    def state_cpu_seconds_per_byte(self) -> float:
+        """Processor time that one byte of optimizer state costs one way."""
+        return (
+            self.cpu_seconds_per_byte if self.state_codec is None else self.state_codec.cpu_seconds_per_byte
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +132,19 @@ class Machine:
         with reading("a machine"):
             data: dict[str, Any] = json.loads(text)
             check_version(data, MACHINE_VERSION, "machine")
-            data["links"] = tuple(Link(**{**link, "tier": Tier(link["tier"])}) for link in data["links"])
+            data["links"] = tuple(map(_read_link, data["links"]))
             return cls(**data)
 
     @property
     def digest(self) -> str:
         """Hash of the canonical form."""
         return short_digest(plain(self))
+
+
+def _read_link(data: dict[str, Any]) -> Link:
+    codec = data.get("state_codec")
+    read = {} if codec is None else {"state_codec": StateCodec(**codec)}
+    return Link(**{**data, "tier": Tier(data["tier"]), **read})
 
 
 class BudgetError(ValueError):

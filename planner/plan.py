@@ -14,9 +14,20 @@ from typing import Any
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 _DIGITS = 9
 """Of seconds in a plan."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodedTier:
+    """A tier on which optimizer state lies coded."""
+
+    tier: Tier
+    codec: str
+    segment_bytes: int
+    staging_bytes: int
+    """As ``machine.StateCodec`` has them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +61,12 @@ class Staging:
     device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
+    coded: tuple[CodedTier, ...] = ()
+    """Tiers whose optimizer state is coded on its way, for which there is memory where the rings are."""
+
+    def coded_on(self, tier: Tier) -> CodedTier | None:
+        """How optimizer state on ``tier`` is coded; None where it is not."""
+        return next((each for each in self.coded if each.tier is tier), None)
 
     @property
     def kept_slab_bytes(self) -> int:
@@ -58,12 +75,13 @@ class Staging:
 
     @property
     def total_bytes(self) -> int:
-        """The four rings of transfers together."""
+        """The four rings of transfers together, and what coding takes."""
         return (
             self.saved_slots * self.saved_slot_bytes
             + self.input_slots * self.input_slot_bytes
             + self.gradient_slots * self.gradient_slot_bytes
             + self.update_slots * self.update_slot_bytes
+            + sum(each.staging_bytes for each in self.coded)
         )
 
 
@@ -174,7 +192,8 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         for s in data["states"]
     )
     staging = data["staging"]
-    data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"])})
+    coded = tuple(CodedTier(**{**each, "tier": Tier(each["tier"])}) for each in staging["coded"])
+    data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"]), "coded": coded})
     data["update_schedule"] = UpdateSchedule(data["update_schedule"])
     data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
     for key in ("peaks", "capacities", "shortfall_bytes"):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 5
+PROFILE_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +146,24 @@ class BlockProfile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterUpdate:
+    """A parameter that is stepped whole, by an optimizer that says what it keeps for it."""
+
+    elements: int
+    record_bytes: int
+    """Its state, master weights among it, on a tier and in an update slot: every tensor in whole pages."""
+    gradient_bytes: int
+    """Its gradient in an update slot: whole pages, twice them where it is widened there."""
+    workspace_bytes: int
+    """Temporaries of its step, outside the slot."""
+    refresh_bytes: int = 0
+    """Temporaries while its basis is renewed, of which there are one parameter's at a time."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class UnitProfile:
     """Parameters that are needed together: one block's, or those before or after the blocks."""
 
@@ -165,9 +183,19 @@ class UnitProfile:
     parameters: tuple[str, ...] = ()
     """Qualified names, trainable or not; a tied parameter in the first unit alone. Empty in a profile that
     was written by hand: it can be planned for, but not installed."""
+    updates: tuple[ParameterUpdate, ...] = ()
+    """Of the parameters whose state may leave memory, in order; empty where an update may be cut, or the
+    optimizer does not say what it keeps: then the profile's bytes per element count."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The most that updating ``updates`` together takes outside of slots."""
+        return sum(p.workspace_bytes for p in self.updates) + max(
+            (p.refresh_bytes for p in self.updates), default=0
+        )
 
 
 _Record = TypeVar("_Record", NearlyFree, Prefixes, BlockProfile, UnitProfile, "ModelProfile")
@@ -252,7 +280,14 @@ class ModelProfile:
             check_version(data, PROFILE_VERSION, "profile")
             data["blocks"] = tuple(_read_block(block) for block in data["blocks"])
             data["units"] = tuple(
-                UnitProfile(**{**unit, "parameters": tuple(unit["parameters"])}) for unit in data["units"]
+                UnitProfile(
+                    **{
+                        **unit,
+                        "parameters": tuple(unit["parameters"]),
+                        "updates": tuple(ParameterUpdate(**each) for each in unit["updates"]),
+                    }
+                )
+                for unit in data["units"]
             )
             return cls(**data)
 

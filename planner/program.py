@@ -40,6 +40,7 @@ class Program(Choices):
         super().__init__(request, schedule)
         on_cpu = self.machine.on_cpu
         self.cpu = {k.tier: k.cpu_seconds_per_byte * on_cpu for k in self.machine.links}
+        self.state_cpu = {k.tier: k.state_cpu_seconds_per_byte * on_cpu for k in self.machine.links}
         self.copy = on_cpu / self.machine.dram_copy_bytes_per_second
         self._objective()
 
@@ -87,18 +88,20 @@ class Program(Choices):
                 unit,
                 lambda p, d: (
                     (
-                        p.state_bytes * (d.optimizer_tier is tier)
+                        link.state_load(p.state_bytes, read=True) * (d.optimizer_tier is tier)
                         + p.gradient_bytes * (d.gradient_tier is tier)
                     )
                     / rate
                 ),
             )
         rate = link.write_bytes_per_second
-        return self.unit_sum(unit, lambda p, d: p.state_bytes * (d.optimizer_tier is tier) / rate)
+        return self.unit_sum(
+            unit, lambda p, d: link.state_load(p.state_bytes, read=False) * (d.optimizer_tier is tier) / rate
+        )
 
     def _update_compute(self, unit: int) -> Expression:
         def seconds(p: UnitProfile, d: StateDecision) -> float:
-            moved = 2 * p.state_bytes * self.cpu.get(d.optimizer_tier, 0.0)
+            moved = 2 * p.state_bytes * self.state_cpu.get(d.optimizer_tier, 0.0)
             return p.update_seconds + moved + p.gradient_bytes * self.cpu.get(d.gradient_tier, 0.0)
 
         return self.unit_sum(unit, seconds)
@@ -111,7 +114,7 @@ class Program(Choices):
         for shard, chosen in self.shard.items():
             if shard:
                 largest = max(
-                    (p.state_bytes + p.gradient_bytes * read)
+                    (link.state_load(p.state_bytes, read=read) + p.gradient_bytes * read)
                     / _pieces(unit_elements(self.profile, p) / shard)
                     for p in self.profile.units
                 )

@@ -86,11 +86,12 @@ def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> T
     Raises:
         KeyError: a decision names a tier that ``machine`` has no link to.
     """
-    jobs = _Schedule(profile, machine, decisions).jobs
+    schedule = _Schedule(profile, machine, decisions)
+    jobs = schedule.jobs
     starts, ends = run(jobs, machine)
     return Timeline(
         step_seconds=round(max(ends, default=0.0), 9),
-        bytes_moved=round(sum(job.amount for job in jobs if job.resource != COMPUTE)),
+        bytes_moved=round(schedule.moved),
         events=tuple(
             Event(
                 name=job.name, resource=job.resource, start_seconds=round(start, 9), end_seconds=round(end, 9)
@@ -108,6 +109,10 @@ class _Schedule:
         self.jobs: list[Job] = []
         on_cpu = machine.on_cpu
         self._cpu = {k.tier: k.cpu_seconds_per_byte * on_cpu for k in machine.links}
+        self._links = {k.tier: k for k in machine.links}
+        self._on_cpu = on_cpu
+        self.moved = 0.0
+        """Bytes over all links; a queue's amount is larger or smaller where they are coded."""
         self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
         staging = decisions.staging
         self._saved_ring = _Ring(staging.saved_slots)
@@ -128,10 +133,14 @@ class _Schedule:
             for unit, decision in self._units:
                 self._update(unit, decision, step_begins)
 
-    def _add(self, name: str, resource: str, amount: float, after: tuple[int, ...] = ()) -> int:
+    def _add(
+        self, name: str, resource: str, amount: float, after: tuple[int, ...] = (), moved: float | None = None
+    ) -> int:
         self.jobs.append(Job(name, resource, amount, after))
         if resource == COMPUTE:
             self._last_compute = len(self.jobs) - 1
+        else:
+            self.moved += amount if moved is None else moved
         return len(self.jobs) - 1
 
     def _after_compute(self) -> tuple[int, ...]:
@@ -291,15 +300,17 @@ class _Schedule:
 
     def _update(self, unit: UnitProfile, decision: StateDecision, after: tuple[int, ...]) -> None:
         """One unit's optimizer step: read shard k+1, step k, write k-1."""
-        reads = [
-            (tier, size)
-            for tier, size in (
-                (decision.optimizer_tier, unit.state_bytes),
-                (decision.gradient_tier, unit.gradient_bytes),
-            )
-            if tier is not Tier.DEVICE and size
-        ]
         streamed = decision.optimizer_tier is not Tier.DEVICE and unit.state_bytes > 0
+        reads: list[tuple[Tier, float, float]] = []  # tier, amount for its queue, bytes that move
+        seconds, state = unit.update_seconds, float(unit.state_bytes)
+        if streamed:
+            link = self._links[decision.optimizer_tier]
+            reads.append((link.tier, link.state_load(state, read=True), state * link.state_ratio))
+            seconds += 2 * state * link.state_cpu_seconds_per_byte * self._on_cpu
+        if decision.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
+            size = float(unit.gradient_bytes)
+            reads.append((decision.gradient_tier, size, size))
+            seconds += size * self._cpu[decision.gradient_tier]
         if not reads:
             if unit.update_seconds:
                 self._add(f"update {unit.name}", COMPUTE, unit.update_seconds)
@@ -312,18 +323,17 @@ class _Schedule:
         )
         for _ in range(pieces):
             slot, free = self._update_ring.take()
+            needs = (*free, *after, *written)
             fetched = tuple(
                 self._add(
-                    f"read update {unit.name}", f"read:{tier.value}", size / pieces, (*free, *after, *written)
+                    f"read update {unit.name}", f"read:{tier.value}", load / pieces, needs, moved / pieces
                 )
-                for tier, size in reads
+                for tier, load, moved in reads
             )
-            seconds = unit.update_seconds + sum(size * self._cpu[tier] for tier, size in reads)
-            if streamed:
-                seconds += unit.state_bytes * self._cpu[decision.optimizer_tier]
             step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, fetched)
             self._update_ring.free_after[slot] = (step,)
             if streamed:
-                where = f"write:{decision.optimizer_tier.value}"
-                write = self._add(f"write update {unit.name}", where, unit.state_bytes / pieces, (step,))
+                where, load = f"write:{link.tier.value}", link.state_load(state, read=False)
+                moved = state * link.state_ratio / pieces
+                write = self._add(f"write update {unit.name}", where, load / pieces, (step,), moved)
                 self._update_ring.free_after[slot] = (write,)

@@ -32,3 +32,6 @@ if ! pip install -c constraints.txt "$TORCH" 2>/dev/null; then
     pip install -c constraints.txt --extra-index-url "$CPU_INDEX" "$TORCH"
 fi
 pip install -c constraints.txt --no-build-isolation -e '.[hf,plots,dev]'
+# memtrain's optimizers on a CPU, compiled now: the compiler takes 160 MiB, which a run under a budget may not
+# have. Without a compiler they run as plain torch; it says so itself, and set-up goes on.
+"$VENV/bin/python" -m memtrain.optim.kernels.native || true

@@ -157,8 +157,10 @@ class FewBitActivation(nn.Module):
         super().__init__()
         self.activation = activation_called(activation)
         self.table = self.activation.table(bits) if table is None else table
-        self.register_buffer("borders", torch.tensor(self.table.borders), persistent=False)
-        self.register_buffer("levels", torch.tensor(self.table.levels), persistent=False)
+        self.register_buffer(
+            "borders", torch.tensor(self.table.borders, dtype=torch.float32), persistent=False
+        )
+        self.register_buffer("levels", torch.tensor(self.table.levels, dtype=torch.float32), persistent=False)
 
     def forward(self, values: Tensor) -> Tensor:
         return fewbit(values, self.activation.function, self.table, self.borders, self.levels)
@@ -192,12 +194,12 @@ def fewbit(
     A second derivative raises LossyBackwardError.
     """
     if borders is None or levels is None:
-        borders = torch.tensor(table.borders, device=values.device)
-        levels = torch.tensor(table.levels, device=values.device)
+        borders = torch.tensor(table.borders, dtype=torch.float32, device=values.device)
+        levels = torch.tensor(table.levels, dtype=torch.float32, device=values.device)
     # Modules are cast as a whole (model.bfloat16()); bins and levels are not rounded with them.
     if borders.dtype != torch.float32 or levels.dtype != torch.float32:
-        borders = torch.tensor(table.borders, device=values.device)
-        levels = torch.tensor(table.levels, device=values.device)
+        borders = torch.tensor(table.borders, dtype=torch.float32, device=values.device)
+        levels = torch.tensor(table.levels, dtype=torch.float32, device=values.device)
     result: Tensor = _FewBit.apply(  # type: ignore[no-untyped-call]
         values, function, table.bits, table.parity, borders, levels
     )

@@ -194,7 +194,7 @@ def _uniform(shape: torch.Size, first_group: int, word: Tensor) -> Tensor:
     first = first_group * half
     places = torch.arange(first, first + groups * half, dtype=torch.int32, device=word.device)
     bits = mix_(mix_(places).bitwise_xor_(word)).view(groups, half)
-    uniform = torch.empty(shape, device=word.device)
+    uniform = torch.empty(shape, dtype=torch.float32, device=word.device)
     uniform[:, half:] = (bits >> 16).bitwise_and_(0xFFFF)
     uniform[:, :half] = bits.bitwise_and_(0xFFFF)
     return uniform.add_(0.5).mul_(2.0**-16)

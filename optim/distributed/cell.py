@@ -53,8 +53,7 @@ class ShardedCell(Cell):
         self._mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
         self.of_experts = len(parameter.shape) == 3
         self.pieces = Pieces.of(settings.split or 1, rows)
-        self.shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
-        self.numel = self.shape.numel()
+        self.shape = self.own_shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
         self.low_is_sharded = True
         if self.projected is not None:
             projector = sharded_projector(settings.projection_part, parameter.shape, rows, self.pieces)
@@ -129,7 +128,7 @@ class ShardedCell(Cell):
 
     def extremes(self, gradient: Tensor) -> tuple[float, float]:
         """See :class:`Cell`; the answer is the same in all processes."""
-        ends = torch.full((2,), -torch.inf, device=gradient.device)
+        ends = torch.full((2,), -torch.inf, dtype=torch.float32, device=gradient.device)
         if gradient.numel():
             least, largest = gradient.float().aminmax()
             ends = torch.stack((-least, largest))

@@ -31,11 +31,11 @@ from torch import Tensor
 
 from memtrain.optim.distributed.pieces import FusedPower, FusedRandom, Pieces
 from memtrain.optim.distributed.rows import Rows
-from memtrain.optim.projection.base import MatrixOverlap, Overlap, ProjectionError, Projector, Stored
+from memtrain.optim.projection.base import ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.orthonormal import orthonormal, orthonormal_elements
+from memtrain.optim.projection.orthonormal import orthonormal, orthonormal_elements, squares_well
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
 from memtrain.optim.projection.workspace import Workspace, eigh_library_bytes, qr_library_bytes
@@ -97,22 +97,6 @@ class _ShardedMatrix(MatrixProjector):
         self.low_is_sharded = self.of_experts or LEFT not in self.sides
         if self.low_is_sharded:
             self.low_shape = torch.Size((rows.count, *self.low_shape[1:]))
-
-    def overlap(self, old: Stored, new: Stored) -> Overlap:
-        """See :class:`MatrixProjector`; products over rows are summed."""
-        return MatrixOverlap(
-            **{side: self._summed_overlap(side, old[side], new[side]) for side in self.sides}
-        )
-
-    def _summed_overlap(self, side: str, old: Tensor, new: Tensor) -> Tensor:
-        old, new = old.float(), new.float()
-        overlap = self._over_rows(side, new.mT @ old)
-        if self.orthonormal:
-            return overlap
-        # Not solve(): see MatrixProjector.
-        gram = self._over_rows(side, old.mT @ old)
-        least_squares: Tensor = overlap @ torch.linalg.pinv(gram, hermitian=True)
-        return least_squares
 
     def _over_rows(self, side: str, product: Tensor) -> Tensor:
         return self.rows.sum_(product) if self._cuts(side) else product
@@ -180,6 +164,9 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
         return torch.float64 if self.kind == "svd" else torch.float32
 
     def _leading_vectors(self, side: str, gradient: Tensor) -> Tensor:
+        largest = self.rows.largest_(_scale(gradient))
+        if not bool(squares_well(largest)):
+            gradient = gradient / largest
         left = side == LEFT
         gram = self._gram_of_rows(gradient) if left else self.rows.sum_(gradient.mT @ gradient)
         leading: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -self.rank :].flip(-1)
@@ -260,12 +247,12 @@ class ShardedCoordinates(CoordinateProjector):
         if self.low_is_sharded:
             return super().down(opened, gradient)
         here, index = self._here(opened)
-        low = torch.zeros(self.low_shape, device=gradient.device)
+        low = torch.zeros(self.low_shape, dtype=torch.float32, device=gradient.device)
         low[here] = self._laid_out(gradient)[index].float()
         return low
 
     def write_(self, full: Tensor, opened: Stored, low: Tensor) -> Tensor:
-        """See :class:`CoordinateProjector`; what belongs to other processes is left out."""
+        """See :class:`CoordinateProjector`; the entries that this process has."""
         if self.low_is_sharded:
             return super().write_(full, opened, low)
         here, index = self._here(opened)

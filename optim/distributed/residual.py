@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields
 from torch import Tensor
 
 from memtrain.optim.distributed.rows import Rows
-from memtrain.optim.projection import Projector
 from memtrain.optim.residual import Residual
 
 
@@ -28,12 +27,6 @@ class ShardedResidual(Residual):
         """The same for these rows."""
         given = {field.name: getattr(residual, field.name) for field in fields(Residual)}
         return cls(**given, rows=rows, low_is_sharded=low_is_sharded, of_experts=of_experts)
-
-    def leaves_nothing(self, projector: Projector) -> bool:
-        """See :class:`Residual`; an R that is whole is no smaller for there being fewer rows here."""
-        if self.low_is_sharded:
-            return super().leaves_nothing(projector)
-        return projector.low_shape.numel() == self.rows.total * projector.shape[1:].numel()
 
     def norm_of_low(self, low: Tensor, axes: tuple[int, ...]) -> Tensor:
         """See :class:`Residual`."""

@@ -3,10 +3,13 @@
     python -m memtrain.optim.kernels.native        # compiles all of them now
 
 One g++ call a source, 1.5 to 5 s and 100 to 160 MiB, once a machine; a job under a tight memory limit had
-better not be the first to call. The library is kept in ``$XDG_CACHE_HOME/memtrain/kernels`` (``~/.cache``)
-under a hash of its sources, flags, compiler and processor. It uses torch's own OpenMP threads, and as many
-as ``torch.get_num_threads()`` says. Where there is no compiler, or it fails, a NativeKernelWarning says so
-once and the kernels run their plain-torch reference by chunks.
+better not be the first to call, so ``make setup`` compiles, and ``memtrain.prepare`` and the trainer call
+``compile_missing`` before their budget counts. The library is kept in ``$XDG_CACHE_HOME/memtrain/kernels``
+(``~/.cache``) under a hash of its sources, flags, compiler and processor. It uses torch's own OpenMP threads,
+and as many as ``torch.get_num_threads()`` says. Where there is no compiler, or it fails, a
+NativeKernelWarning says so once and the kernels run their plain-torch reference by chunks. Of several
+processes one compiles and the others wait for it, where the file system locks directories; elsewhere each
+compiles, and replaces the whole library.
 
 Why not torch.compile: an 8-bit AdamW step of 2,048 x 2,048 took 14.4 ms with it against 3.5 ms here (two idle
 cores, medians), its first call 10 s, each shape is compiled anew, and it needs the same compiler.
@@ -17,15 +20,19 @@ Every call gets raw addresses: operands must be contiguous, on the CPU, and aliv
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import functools
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +50,9 @@ if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
+_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
+_NO_LOCKS = (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class NativeKernelWarning(RuntimeWarning):
@@ -164,36 +174,95 @@ def _library(source: str) -> ctypes.CDLL | None:
             # A machine that died, or a disk that was full, may have left half a library.
             path.unlink(missing_ok=True)
             return ctypes.CDLL(str(_compiled(source)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home
-        said = getattr(error, "stderr", None) or error
+    except _FAILURES as error:
         warnings.warn(
             f"the CPU kernel {source} could not be compiled or loaded and runs as plain torch, ten to twenty "
-            "times slower; install g++ or set CXX. " + str(said).strip()[-500:],
+            f"times slower; {_remedy(error)}",
             NativeKernelWarning,
             stacklevel=4,
         )
         return None
 
 
+def _remedy(error: Exception) -> str:
+    """What to do, and what was said."""
+    said = str(getattr(error, "stderr", None) or error).strip()[-500:]
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        return f"set XDG_CACHE_HOME to a folder that can be written and has room. {said}"
+    return f"install g++ or set CXX. {said}"
+
+
 def _compiled(source: str) -> Path:
     """The shared library, compiled if this machine has not compiled these sources before."""
+    compiler, path = _library_path(source)
+    if not path.exists():
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _one_at_a_time(path.parent):
+            if not path.exists():
+                _compile(compiler, source, path)
+    return path
+
+
+def _library_path(source: str) -> tuple[str, Path]:
+    """The compiler, and where what it makes of ``source`` is kept."""
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *_COMPILERS)))), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler: looked for $CXX, {', '.join(_COMPILERS)}")
-    path = cache_directory() / f"{source}-{_digest(source, compiler)}.so"
-    if not path.exists():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-            made = Path(directory) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
-            _run(command, timeout=_TIMEOUT_SECONDS)
-            made.replace(path)  # whole or not at all, also when several processes compile
-    return path
+    return compiler, cache_directory() / f"{source}-{_digest(source, compiler)}.so"
+
+
+def _compile(compiler: str, source: str, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made = Path(directory) / path.name
+        command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
+        _run(command, timeout=_TIMEOUT_SECONDS)
+        made.replace(path)  # whole or not at all, also where several processes compile
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """One process compiles and the others wait; where directories cannot be locked (NFS) nobody waits."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def compile_all() -> list[Path]:
     """The libraries of all sources. Raises what the compiler's failure raises."""
-    return [_compiled(path.stem) for path in sorted(_SOURCES.glob("*.cpp"))]
+    return [_compiled(source) for source in _names()]
+
+
+def compile_missing() -> list[str]:
+    """Compile what this machine has not compiled yet, and say so on stderr; the names of what was missing.
+
+    For the moment before memory is counted: the compiler is a process of its own, but a memory limit of the
+    job's group counts it too. A failure is told when a kernel is first called, as ever.
+    """
+    try:
+        missing = [source for source in _names() if not _library_path(source)[1].exists()]
+        if missing:
+            print(
+                f"memtrain: compiling CPU kernels ({', '.join(missing)}), once on this machine; "
+                "`python -m memtrain.optim.kernels.native` does it beforehand",
+                file=sys.stderr,
+                flush=True,
+            )
+        for source in missing:
+            _compiled(source)
+    except _FAILURES:
+        return []
+    return missing
+
+
+def _names() -> list[str]:
+    return [path.stem for path in sorted(_SOURCES.glob("*.cpp"))]
 
 
 def cache_directory() -> Path:
@@ -230,5 +299,19 @@ def _processor() -> str:
     )
 
 
+def main() -> int:
+    """The command line: compile everything; 1 where that fails, with the remedy."""
+    try:
+        print(*compile_all(), sep="\n")
+    except _FAILURES as error:
+        print(
+            f"the CPU kernels were not compiled and will run as plain torch, ten to twenty times slower; "
+            f"{_remedy(error)}",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    print(*compile_all(), sep="\n")
+    sys.exit(main())

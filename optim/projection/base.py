@@ -57,6 +57,8 @@ class Projector(Protocol):
     gradient. None where R has no such axis (two-sided, or single entries)."""
     orthonormal: bool
     """Whether ``up(down(G))`` is an orthogonal projection, and so orthogonal to ``G - up(down(G))``."""
+    complete: bool
+    """Whether R has as many entries as the gradient, so that nothing is left out."""
     needs_gradient: bool
     """Whether a refresh looks at the gradient; otherwise the basis follows from the key alone."""
 

@@ -42,6 +42,7 @@ class CoordinateProjector:
         low = [self.size] if self.kind == "randk" else list(shape)
         low[self.axis] = self.active
         self.low_shape = torch.Size(low)
+        self.complete = self.active == self.size
         self.low_axis = None if self.kind == "randk" else self.axis
 
     def empty(self, device: torch.device | str) -> Stored:

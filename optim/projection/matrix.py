@@ -37,6 +37,7 @@ class MatrixProjector:
         rows = self.rank if LEFT in self.sides else m
         columns = self.rank if RIGHT in self.sides else n
         self.low_shape = torch.Size((*batch, rows, columns))
+        self.complete = self.low_shape.numel() == shape.numel()
         self.low_axis = None if len(self.sides) == 2 else (-2 if LEFT in self.sides else -1)
 
     def basis_shape(self, side: str) -> tuple[int, ...]:
@@ -70,16 +71,21 @@ class MatrixProjector:
 
         Without the pseudo-inverse a Gaussian overlap would multiply moments by about ``d / r``.
         """
-        return MatrixOverlap(**{side: self._overlap_of(old[side], new[side]) for side in self.sides})
+        return MatrixOverlap(**{side: self._overlap_of(side, old[side], new[side]) for side in self.sides})
 
-    def _overlap_of(self, old: Tensor, new: Tensor) -> Tensor:
+    def _overlap_of(self, side: str, old: Tensor, new: Tensor) -> Tensor:
         old, new = old.float(), new.float()
-        overlap = new.mT @ old
+        overlap = self._over_rows(side, new.mT @ old)
         if self.orthonormal:
             return overlap
         # Not solve(): few random signs are often dependent, and then the Gram matrix is singular.
-        least_squares: Tensor = overlap @ torch.linalg.pinv(old.mT @ old, hermitian=True)
+        gram = self._over_rows(side, old.mT @ old)
+        least_squares: Tensor = overlap @ torch.linalg.pinv(gram, hermitian=True)
         return least_squares
+
+    def _over_rows(self, side: str, product: Tensor) -> Tensor:
+        """A product over the rows of a side's bases, of which this process may have some; here it has all."""
+        return product
 
 
 def _sides(projection: Projection, shape: torch.Size) -> tuple[str, ...]:

@@ -55,6 +55,12 @@ def largest_entry(columns: Tensor) -> Tensor:
     return largest
 
 
+def squares_well(largest: Tensor) -> Tensor:
+    """Whether a Gram matrix of numbers up to ``largest`` neither overflows fp32 nor loses what counts. Others
+    are to be scaled first, which takes a copy of them."""
+    return (largest > 1e-15) & (largest < 1e15)
+
+
 def _inverse_factor(gram: Tensor) -> Tensor:
     """``L^-1 D`` where ``D gram D = L L^T`` has a diagonal of ones; ``gram`` is overwritten."""
     scale = gram.diagonal(dim1=-2, dim2=-1).clamp_min(torch.finfo(gram.dtype).tiny).rsqrt_()

@@ -21,7 +21,12 @@ from torch import Tensor
 
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.orthonormal import largest_entry, orthonormal, orthonormal_elements
+from memtrain.optim.projection.orthonormal import (
+    largest_entry,
+    orthonormal,
+    orthonormal_elements,
+    squares_well,
+)
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, gaussian
 from memtrain.optim.projection.workspace import (
     Workspace,
@@ -68,6 +73,7 @@ class SpectralProjector(MatrixProjector):
             _replace_(stored[side], find(oriented, stored[side], draw), stays[side])
 
     def _by_eigenvectors(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
+        gradient = _squarable(gradient)
         _, vectors = torch.linalg.eigh(gradient @ gradient.mT)
         leading: Tensor = vectors[..., -self.rank :].flip(-1)
         return leading
@@ -154,6 +160,14 @@ def _replace_(basis: Tensor, new: Tensor, stays: list[bool]) -> None:
     for expert, stay in enumerate(stays):
         if not stay:
             basis[expert].copy_(new[expert])
+
+
+def _squarable(gradient: Tensor) -> Tensor:
+    """The gradient, or a scaled copy where its Gram matrix would overflow or underflow."""
+    largest = largest_entry(gradient)
+    if bool(((largest == 0) | squares_well(largest)).all()):
+        return gradient
+    return gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
 
 
 def _normalised_(columns: Tensor) -> Tensor:

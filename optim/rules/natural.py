@@ -60,7 +60,7 @@ class Natural:
         gram = columns.mT @ columns
         damping = self.damping * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         damping = damping.clamp_min(torch.finfo(gram.dtype).tiny)
-        damped = gram + damping * torch.eye(len(history), device=gram.device)
+        damped = gram + damping * torch.eye(len(history), dtype=gram.dtype, device=gram.device)
         # lu rather than Cholesky: with nearly equal gradients rounding may cost the last pivot its sign.
         solved = torch.linalg.solve(damped, columns.mT @ g)
         natural: Tensor = (g - columns @ solved) / self.damping

@@ -1,24 +1,27 @@
 """Groups of parameters that are needed together, and what each holds: gradients, and the optimizer's state.
 
 What the optimizer keeps and takes per element is measured in one step of another one of its class, over a
-probe of one tensor: the user's own is not stepped. One that has a method ``stand_ins`` (memtrain's own) is
-asked what it keeps for each parameter.
+probe of one tensor: the user's own is not stepped. Each parameter has the figures of its kind: its group's
+settings, its dtype and its device. One that has a method ``stand_ins`` (memtrain's own) is asked what it
+keeps for each parameter.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memtrain.planner.profile import UnitProfile
+from memtrain.planner.profile import ParameterUpdate, UnitProfile
 from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.blocks import FirstPass
 from memtrain.planner.tracing.live_bytes import LiveBytes, tensors_in
+from memtrain.planner.units import round_up
 
 SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: moving them would cost more."""
@@ -35,30 +38,50 @@ class OptimizerStep:
     tensors: int
     """Of the state of one parameter, scalars left out."""
     workspace: float
+    """Temporaries of the arithmetic."""
+    widening: float
+    """What a slot holds of the gradient beyond its own bytes, to widen it."""
     seconds: float
+
+
+@dataclass(frozen=True)
+class OptimizerSteps:
+    """One step of each kind of settings and parameters: groups may run different algorithms."""
+
+    of: dict[int, OptimizerStep]
+    """By ``id`` of the parameter."""
+    state: float
+    """Here and below the largest per element: what a plan reckons with where it cuts parameters."""
+    tensors: int
+    workspace: float
+    """With what widening and a refresh take."""
 
 
 def measure_optimizer(
     optimizer: torch.optim.Optimizer, master_weights: bool, known: KnownStates | None = None
-) -> OptimizerStep:
-    """The largest figures over every kind of settings and parameters: groups may run different algorithms."""
+) -> OptimizerSteps:
+    """Measure each kind once."""
     kinds: dict[Any, OptimizerStep] = {}
+    by_parameter: dict[int, OptimizerStep] = {}
     elements = probe_elements(optimizer)
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key not in ("params", "param_names")}
         shape: tuple[int, ...] = (1024, elements // 1024)
         if known is not None:
             shape = known.matrix_of(group["params"], elements) or shape
-        for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
+        for parameter in group["params"]:
+            dtype, device = parameter.dtype, parameter.device
             kind = repr(settings), dtype, device
             if kind not in kinds:
                 kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, shape)
+            by_parameter[id(parameter)] = kinds[kind]
     steps = kinds.values()
-    return OptimizerStep(
+    widest = max(step.workspace + step.widening for step in steps)
+    return OptimizerSteps(
+        of=by_parameter,
         state=max([step.state for step in steps] if known is None else [known.state_per_element]),
         tensors=max([step.tensors for step in steps] if known is None else [known.tensors]),
-        workspace=max([step.workspace for step in steps]) + (known.refresh_per_element if known else 0.0),
-        seconds=max(step.seconds for step in steps),
+        workspace=widest + (known.refresh_per_element if known else 0.0),
     )
 
 
@@ -69,21 +92,23 @@ class KnownStates:
     """
 
     def __init__(self, stand_ins: Any, parameters: list[Tensor], master_weights: bool) -> None:
-        self.state_bytes: dict[int, int] = {}
-        """By ``id`` of the parameter."""
+        self.sizes: dict[int, tuple[int, ...]] = {}
+        """Of the tensors of each state, masters among them, by ``id`` of the parameter."""
+        self.refresh_bytes: dict[int, int] = {}
         self.state_per_element = self.refresh_per_element = 0.0
         self.tensors = 0
         self._projected: set[int] = set()
         for parameter in parameters:
             master = master_weights and parameter.dtype in (torch.bfloat16, torch.float16)
             kept = stand_ins.kept(parameter, torch.float32 if master else parameter.dtype)
-            size = kept.state_bytes + (4 * parameter.numel() if master else 0)
-            self.state_bytes[id(parameter)] = size
+            sizes = ((4 * parameter.numel(),) if master else ()) + tuple(kept.sizes)
+            self.sizes[id(parameter)] = sizes
+            self.refresh_bytes[id(parameter)] = kept.refresh_bytes
             if kept.projected:
                 self._projected.add(id(parameter))
-            self.tensors = max(self.tensors, kept.tensors + master)
+            self.tensors = max(self.tensors, len(sizes))
             if parameter.numel() >= SMALL:
-                self.state_per_element = max(self.state_per_element, size / parameter.numel())
+                self.state_per_element = max(self.state_per_element, sum(sizes) / parameter.numel())
                 self.refresh_per_element = max(
                     self.refresh_per_element, kept.refresh_bytes / parameter.numel()
                 )
@@ -143,7 +168,8 @@ def _measure_step(
         state=sum(t.nbytes for t in kept) / elements + (4 if master_weights else 0),
         tensors=len(kept) + master_weights,
         # Whole pages: scalars such as the step count do not grow with the shard.
-        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / elements + widening,
+        workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / elements,
+        widening=widening,
         seconds=seconds / elements,
     )
 
@@ -170,15 +196,26 @@ def parameter_units(
     model: nn.Module,
     blocks: list[tuple[str, nn.Module]],
     trace: FirstPass,
-    step: OptimizerStep,
+    steps: OptimizerSteps,
     known: KnownStates | None = None,
+    *,
+    whole: bool = False,
 ) -> list[UnitProfile]:
-    """Every parameter once, in the first unit that needs it."""
+    """Every parameter once, in the first unit that needs it.
+
+    Args:
+        whole: parameters are not cut: what the update of each takes is listed where it is known.
+    """
 
     def state_of(parameter: nn.Parameter) -> float:
-        if known is None:
-            return parameter.numel() * step.state
-        return known.state_bytes.get(id(parameter), 0)
+        if known is not None:
+            return sum(known.sizes.get(id(parameter), ()))
+        found = steps.of.get(id(parameter))
+        return parameter.numel() * found.state if found is not None else 0.0
+
+    def seconds_of(parameter: nn.Parameter) -> float:
+        found = steps.of.get(id(parameter))
+        return parameter.numel() * found.seconds if found is not None else 0.0
 
     names = {id(p): name for name, p in model.named_parameters()}
     inside = {id(p) for _, block in blocks for p in block.parameters()}
@@ -203,8 +240,21 @@ def parameter_units(
                 gradient_bytes=sum(p.nbytes for p in large),
                 state_bytes=round(sum(map(state_of, large))),
                 resident_state_bytes=round(sum(p.nbytes + state_of(p) for p in small)),
-                update_seconds=sum(p.numel() for p in (*large, *small)) * step.seconds,
+                update_seconds=sum(map(seconds_of, (*large, *small))),
                 parameters=tuple(names[id(p)] for p in own),
+                updates=tuple(_update(p, steps, known) for p in large) if whole and known is not None else (),
             )
         )
     return units
+
+
+def _update(parameter: nn.Parameter, steps: OptimizerSteps, known: KnownStates) -> ParameterUpdate:
+    step = steps.of[id(parameter)]
+    gradient = round_up(parameter.nbytes, _PAGE_BYTES)
+    return ParameterUpdate(
+        elements=parameter.numel(),
+        record_bytes=sum(round_up(size, _PAGE_BYTES) for size in known.sizes[id(parameter)]),
+        gradient_bytes=2 * gradient if step.widening else gradient,
+        workspace_bytes=math.ceil(parameter.numel() * step.workspace),
+        refresh_bytes=known.refresh_bytes[id(parameter)],
+    )

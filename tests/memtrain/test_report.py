@@ -136,6 +136,51 @@ def test_a_summary_reads_back(tmp_path: Path) -> None:
         Summary.read(path)
 
 
+# Written before there were versions, and before a run looked at the optimizer's bytes.
+OLD_SUMMARY = """{
+ "name": "old", "device": "cpu", "steps": 4, "budget_bytes": 2000, "predicted_peak_bytes": 900,
+ "measured_peak_bytes": 1000, "process_peak_bytes": 1500, "predicted_step_seconds": 1.0,
+ "measured_step_seconds": 2.0, "tokens_per_second": 3.0, "heldout_loss_before": 4.0,
+ "heldout_loss_after": 3.5, "checkpoint": "runs/old/checkpoint/step-4",
+ "phases": [{"name": "train", "start_seconds": 0.5, "end_seconds": 2.5}]
+}"""
+
+
+def test_an_older_summary_says_what_its_run_did_not_measure(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(OLD_SUMMARY)
+    old = Summary.read(path)
+    assert (old.predicted_optimizer_bytes, old.measured_optimizer_bytes) == (None, None)
+    assert [row[0] for row in comparison_rows(old)[1]] == ["peak of cpu (GiB)", "step time (s)"]
+    path.write_text(old.to_json())
+    assert Summary.read(path) == old
+
+
+def test_a_summary_of_the_first_version_may_have_them(tmp_path: Path) -> None:
+    data = json.loads(summary().to_json())
+    del data["version"]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(data))
+    assert Summary.read(path) == summary()
+
+
+def test_a_later_summary_is_refused_by_its_version(tmp_path: Path) -> None:
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({**json.loads(summary().to_json()), "version": 3}))
+    with pytest.raises(ValueError, match="version 3, this memtrain reads 1 and 2"):
+        Summary.read(path)
+
+
+@pytest.mark.parametrize("field", ["predicted_optimizer_bytes", "checkpoint"])
+def test_a_summary_of_this_version_is_whole(tmp_path: Path, field: str) -> None:
+    data = json.loads(summary().to_json())
+    del data[field]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="is not a summary of a run"):
+        Summary.read(path)
+
+
 def write_run(folder: Path) -> None:
     (folder / "summary.json").write_text(summary().to_json())
     (folder / "plan.json").write_text(feasible_plan().to_json())

@@ -14,6 +14,7 @@ import memtrain
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import FRUGAL, AdamW8bit, Apollo, GaLore, classify, param_groups
 from memtrain.optimizers import measured_state_bytes
+from memtrain.planner.decisions import state_extent_bytes
 from tests.memtrain.test_session import EVERYTHING_AWAY, Net, loop, prepare
 
 GAP = 4
@@ -97,6 +98,37 @@ def test_a_checkpoint_within_a_refresh_period(tmp_path: Path, kind: str) -> None
         torch.set_rng_state(middle)
         loop(session.model, session.optimizer, steps=3)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_the_update_ring_is_what_shards_fill_to_the_byte(tmp_path: Path, kind: str, master: bool) -> None:
+    torch.manual_seed(0)
+    model = Net().to(torch.bfloat16 if master else torch.float32)
+    options = memtrain.PlannerOptions(force=EVERYTHING_AWAY)
+    optimizer = OPTIMIZERS[kind](model)
+    with prepare(model, optimizer, tmp_path, options=options, master_weights=master) as session:
+        staging, profile = session.plan.staging, session.profile
+        layouts = [each for shard, each in session.optimizer.layout.shards.items() if not shard.small]
+        assert staging.update_slot_bytes == max(each.slot_bytes for each in layouts)
+        ring = session.optimizer._updates.ring_bytes
+        assert ring == staging.update_slots * staging.update_slot_bytes
+        records = sum(each.record_bytes for each in layouts)
+        assert records == sum(state_extent_bytes(profile, unit) for unit in profile.units)
+        assert records == sum(update.record_bytes for unit in profile.units for update in unit.updates)
+
+
+def test_each_parameter_has_the_seconds_and_temporaries_of_its_kind(tmp_path: Path) -> None:
+    """A table that is updated whole does not take the products of what is projected."""
+    model, optimizer = build("galore")
+    with prepare(model, optimizer, tmp_path) as session:
+        profile = session.profile
+        table, matrix = profile.units[0].updates[0], profile.units[1].updates[0]
+        assert table.elements == model.table.weight.numel()
+        assert table.refresh_bytes == 0 < matrix.refresh_bytes
+        assert table.workspace_bytes == 0
+        rates = [unit.update_seconds / sum(u.elements for u in unit.updates) for unit in profile.units[:2]]
+        assert rates[0] != rates[1]
 
 
 def test_the_update_ring_follows_the_largest_parameter(tmp_path: Path) -> None:

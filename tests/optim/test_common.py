@@ -155,6 +155,26 @@ def test_state_dict_round_trip_is_bitwise(entry):
     assert equal(weights_of(model), weights_of(twin))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torch_s_default_dtype_makes_no_difference(entry, dtype):
+    """With bf16 for the default a counter would stop at 256."""
+    ends = []
+    for default in (torch.float32, dtype):
+        model, generator = small_model(), torch.Generator().manual_seed(3)
+        optimizer = entry(model.parameters())
+        torch.set_default_dtype(default)
+        try:
+            for _ in range(GAP + 2):
+                for p in model.parameters():
+                    p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+                optimizer.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        ends.append((weights_of(model), snapshot(optimizer)))
+    assert equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_groups_make_no_difference(entry):
     """Four groups of one parameter are one group of four, as far as nothing is spread over a group."""
     one, four = small_model(), small_model()

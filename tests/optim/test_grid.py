@@ -1,5 +1,7 @@
 """GridOptimizer as a torch.optim.Optimizer, and the parameters that break optimizers."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,18 @@ def test_lr_as_tensor_and_schedulers(extra, path):
             scheduler.step()
     assert first.param_groups[0]["lr"] == pytest.approx(0.1 / 32)
     torch.testing.assert_close(by_float, by_tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_lr_as_tensor_of_one_dimension(path):
+    """torch's optimizers take it, for parameters of any shape."""
+    weights = [nn.Parameter(torch.ones(shape)) for shape in ((), (5,), (6, 5))]
+    optimizer = GridOptimizer(weights, lr=torch.tensor([0.1]), weight_decay=0.5, path=path)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for weight in weights:  # 1 - .1 * .5 of it, and a step of .1
+        torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.85))
 
 
 def test_one_cycle_moves_betas_or_momentum():
@@ -190,12 +204,21 @@ def test_weights_and_gradients_of_any_strides():
         torch.testing.assert_close(straight, turned, rtol=1e-5, atol=1e-6)
 
 
-def test_sparse_gradients_are_refused_by_name():
-    embedding = nn.Embedding(6, 4, sparse=True)
-    optimizer = GridOptimizer(embedding.named_parameters())
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_sparse_gradients_are_refused_by_name_before_anything_is_updated(path):
+    first, embedding = weight_of(6, 5), nn.Embedding(6, 4, sparse=True)
+    before = first.detach().clone()
+    optimizer = GridOptimizer([("first", first), *embedding.named_parameters()], path=path)
+    optimizer.add_param_group({"params": [("other", other := weight_of(6, 5))]})
+    for weight in (first, other):
+        weight.grad = torch.ones(6, 5)
     embedding(torch.tensor([1, 2])).sum().backward()
+    optimizer.param_groups.reverse()
     with pytest.raises(ValueError, match=r"parameter 'weight' \(6, 4\) has a gradient of layout"):
         optimizer.step()
+    assert torch.equal(first, before)
+    assert torch.equal(other, before)
+    assert [group["step"] for group in optimizer.param_groups] == [0, 0]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -207,8 +230,9 @@ def test_a_gradient_that_is_not_finite_at_a_refresh(value):
     basis = optimizer.state[weight]["projector.right"].clone()
     before = weight.detach().clone()
     weight.grad = torch.full((6, 5), value)
-    with pytest.warns(NonFiniteGradientWarning, match=r"parameter 'w' \(6, 5\) has a gradient that is not"):
+    with pytest.warns(NonFiniteGradientWarning, match=r"parameter 'w' \(6, 5\) has a gradient") as warned:
         optimizer.step()
+    assert warned[0].filename == __file__
     assert torch.equal(optimizer.state[weight]["projector.right"], basis)
     assert torch.equal(weight, before)
     assert optimizer.param_groups[0]["skipped_refreshes"] == 1
@@ -413,9 +437,12 @@ def test_parameters_of_a_group_may_be_replaced_and_cast():
     others[0].grad, others[0].data = None, others[0].data.bfloat16()
     run(optimizer, others, 1, 3)
     assert others[0].dtype == torch.bfloat16
-    others[0].grad, others[0].data = None, torch.zeros(9, 7)
-    with pytest.raises(ValueError, match=r"state 'exp_avg.value' is \(3, 7\).* and \(9, 7\)"):
-        run(optimizer, others, 1, 4)
+    for shape in ((9, 7), (7, 3)):
+        others[0].grad, others[0].data = None, torch.zeros(shape)
+        with pytest.raises(
+            ValueError, match=rf"state 'exp_avg.value' is \(3, 7\).* and {re.escape(str(shape))}"
+        ):
+            run(optimizer, others, 1, 4)
 
 
 def test_groups_may_be_taken_out():
@@ -425,7 +452,10 @@ def test_groups_may_be_taken_out():
     alone = GridOptimizer([{"params": [weight_of(4)]}, {"params": [twin], **GALORE}], lr=0.1)
     run(optimizer, [gone, kept], 2)
     run(alone, [twin], 2)
-    del optimizer.param_groups[0]
+    del optimizer.param_groups[0], optimizer.state[gone]
+    assert optimizer.paths() == {"0: parameter 0 of its group, (6, 5)": "low-rank adam kernel"}
+    assert optimizer.state_bytes()["projector"] == 5 * 2 * 4
+    assert list(optimizer.state_dict()["state"]) == [0]
     run(optimizer, [kept], 3, 2)
     run(alone, [twin], 3, 2)
     torch.testing.assert_close(kept, twin)

@@ -7,12 +7,12 @@ from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.refresh import RefreshPolicy, leading_cosine
 
 
-def schedule(policy, steps, *, offset=0, cosine=None, missing=()):
+def schedule(policy, steps, *, offset=0, cosine=None, missing=(), stored=None, start=0):
     """The steps at which a parameter refreshes that has no gradient at ``missing``."""
-    stored, done = policy.empty(), []
-    for step in range(steps):
+    stored, done = policy.empty() if stored is None else stored, []
+    for step in range(start, steps):
         if step not in missing and policy.is_due(stored, step):
-            policy.done_(stored, step, offset=offset, cosine=cosine if done else None)
+            policy.done_(stored, step, offset=offset, cosine=cosine if step else None)
             done.append(step)
     return done
 
@@ -46,7 +46,16 @@ def test_the_schedule_may_lie_on_any_device():
         for step in range(7):
             policy.done_(stored, step, offset=0, cosine=step / 10)
     torch.testing.assert_close(stored["cosines"], torch.tensor([0.2, 0.3, 0.4, 0.5, 0.6]))
-    assert int(stored["gap"]) == 4
+    assert int(stored["growth"]) == 2
+
+
+def test_a_gap_that_is_changed_counts_from_the_next_refresh_on():
+    """Also where a lazy schedule has doubled the old one."""
+    stored = RefreshPolicy(gap=2, lazy=True).empty()
+    schedule(RefreshPolicy(gap=2, lazy=True), 12, cosine=0.9, stored=stored)
+    # Twice as long by now; four and then three of the last five changes are small, which doubles it twice.
+    later = schedule(RefreshPolicy(gap=5, lazy=True), 81, cosine=0.1, stored=stored, start=12)
+    assert later == [12, 20, 40, 80]
 
 
 def test_cosine_ignores_the_sign_of_a_singular_vector():

@@ -8,8 +8,10 @@ import pytest
 
 from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
 from memtrain.planner.baselines import Search
+from memtrain.planner.bill import make_bill
 from memtrain.planner.block_parts import activation_extents
 from memtrain.planner.bounding import compute_seconds
+from memtrain.planner.check import Rule, check
 from memtrain.planner.choices import Request
 from memtrain.planner.decisions import (
     Decisions,
@@ -18,9 +20,12 @@ from memtrain.planner.decisions import (
     gradient_passes,
     open_space,
     state_extent_bytes,
+    update_slot_bytes,
+    update_workspace_bytes,
+    whole_shards,
 )
 from memtrain.planner.machine import Budget
-from memtrain.planner.profile import UnitProfile
+from memtrain.planner.profile import ModelProfile, ParameterUpdate, UnitProfile
 from memtrain.planner.program import solve_program
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
@@ -122,3 +127,71 @@ def test_a_plan_gives_its_choice_back(device: str, tier: Tier) -> None:
     assert (again.blocks, again.states, again.staging) == (plan.blocks, plan.states, plan.staging)
     assert again.update_schedule is plan.update_schedule
     assert again.staging_tier is tier is space.staging_tier
+
+
+def whole_profile() -> ModelProfile:
+    """A block whose two matrices are projected, and a table that is not: 3 and 8 MiB in a slot."""
+    projected = ParameterUpdate(
+        elements=1 << 19, record_bytes=MiB, gradient_bytes=MiB, workspace_bytes=MiB, refresh_bytes=3 * MiB
+    )
+    table = ParameterUpdate(elements=1 << 20, record_bytes=8 * MiB, gradient_bytes=2 * MiB, workspace_bytes=0)
+    fields = {"weight_bytes": 2 * MiB, "gradient_bytes": 2 * MiB, "update_seconds": 0.001}
+    return make_profile(
+        1,
+        units=(
+            UnitProfile(name="prologue", block=None, state_bytes=8 * MiB, updates=(table,), **fields),
+            UnitProfile(
+                name="layers.0", block=0, state_bytes=2 * MiB, updates=(projected, projected), **fields
+            ),
+        ),
+        elementwise=False,
+        largest_parameter_elements=1 << 20,
+        state_bytes_per_element=8.0,
+        update_workspace_bytes_per_element=100.0,
+    )
+
+
+def test_parameters_that_are_updated_whole_have_their_own_bytes() -> None:
+    profile = whole_profile()
+    table, block = profile.units
+    # As many in a run as have the shard's elements; one at least.
+    assert whole_shards(block, 1 << 20) == [4 * MiB]
+    assert whole_shards(block, (1 << 20) - 1) == [2 * MiB, 2 * MiB]
+    assert whole_shards(table, 1 << 19) == [10 * MiB]
+    assert update_slot_bytes(profile, 1 << 20) == 10 * MiB
+    assert [state_extent_bytes(profile, unit) for unit in (table, block)] == [8 * MiB, 2 * MiB]
+    # One basis is renewed at a time; whether the slots stream makes no difference.
+    for streamed in (False, True):
+        assert update_workspace_bytes(profile, block, streamed=streamed) == 5 * MiB
+        assert update_workspace_bytes(profile, table, streamed=streamed) == 0
+
+
+@pytest.mark.parametrize("away", ["nvme", "device"])
+def test_a_plan_for_whole_parameters_is_billed_by_them(away: str) -> None:
+    profile, machine = whole_profile(), make_machine()
+    moved = {"gradient_tier": away, "optimizer_tier": away}
+    options = PlannerOptions(force={"block": {"action": "keep"}, "state": moved})
+    plan = make_plan(profile, machine, BUDGET, options=options)
+    assert check(plan, profile, machine, BUDGET) == ()
+    staging = plan.staging
+    ring = (3, 10 * MiB) if away == "nvme" else (0, 0)
+    assert (staging.update_slots, staging.update_slot_bytes) == ring
+    lines = {(line.category, line.tier): line.size_bytes for line in plan.bill}
+    assert lines.get(("optimizer state", Tier.NVME), 0) == (10 * MiB if away == "nvme" else 0)
+    if away == "nvme":
+        smaller = dataclasses.replace(staging, update_slot_bytes=10 * MiB - 4096)
+        faults = check(dataclasses.replace(plan, staging=smaller), profile, machine, BUDGET)
+        assert any(f.rule is Rule.STAGING and "needs 3 of 10485760" in f.detail for f in faults)
+
+
+def test_temporaries_of_a_whole_update_are_a_position_of_the_bill() -> None:
+    """100 MiB of temporaries are more than the block's 10 + 4: they are the transients at the peak."""
+    profile = whole_profile()
+    table, block = profile.units
+    large = dataclasses.replace(block.updates[0], workspace_bytes=100 * MiB)
+    profile = dataclasses.replace(profile, units=(table, dataclasses.replace(block, updates=(large,))))
+    plan = make_plan(profile, make_machine(), BUDGET, options=forced("nvme"))
+    decisions = Decisions.of(plan, on_cpu=True)
+    lines = {line.category: line.size_bytes for line in make_bill(profile, decisions, (), 0.0)}
+    assert lines["transients"] == 103 * MiB
+    assert check(plan, profile, make_machine(), BUDGET) == ()

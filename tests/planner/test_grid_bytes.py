@@ -81,6 +81,11 @@ def test_what_no_optimizer_has_is_refused() -> None:
         named_settings("galore", rank=8, density=0.5)
     with pytest.raises(ValueError, match="rank 50 exceeds 40"):
         parameter_bytes((100, 40), named_settings("galore", rank=50))
+    for wrong in (dict(side="left"), dict(basis_dtype="bf16")):
+        with pytest.raises(ValueError, match="columns chooses its side itself and has no basis"):
+            named_settings("galore", rank=8, projection="columns", **wrong)
+    with pytest.raises(ValueError, match="gaussian follows no gradient: use svd"):
+        named_settings("galore", rank=8, projection="gaussian", lazy=True)
 
 
 # -- against the optimizers --------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from memtrain.planner.profile import ModelProfile
+from memtrain.planner.profile import PROFILE_VERSION, ModelProfile, ParameterUpdate
 from tests.planner.toys import make_block, make_nearly_free, make_prefixes, make_profile
 
 
@@ -61,8 +61,8 @@ def test_prefixes_that_cannot_be_are_named(changes: dict[str, Any], message: str
 
 
 def test_another_version_is_refused() -> None:
-    old = make_profile(1).to_json().replace('"version":5', '"version":4')
-    with pytest.raises(ValueError, match="profile version 4, this memtrain reads 5"):
+    old = make_profile(1).to_json().replace(f'"version":{PROFILE_VERSION}', '"version":4')
+    with pytest.raises(ValueError, match=f"profile version 4, this memtrain reads {PROFILE_VERSION}"):
         ModelProfile.from_json(old)
 
 
@@ -81,3 +81,13 @@ def test_negative_and_impossible_numbers_are_named() -> None:
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="profile"):
         ModelProfile.from_json(text)
+
+
+def test_parameters_that_are_updated_whole_read_back() -> None:
+    update = ParameterUpdate(elements=5, record_bytes=4096, gradient_bytes=8192, workspace_bytes=7)
+    profile = make_profile(1)
+    unit = dataclasses.replace(profile.units[0], updates=(update,))
+    profile = dataclasses.replace(profile, units=(unit,))
+    assert ModelProfile.from_json(profile.to_json()) == profile
+    with pytest.raises(ValueError, match=r"ParameterUpdate.record_bytes must be >= 0, got -1"):
+        dataclasses.replace(update, record_bytes=-1)

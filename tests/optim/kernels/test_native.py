@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,11 +72,31 @@ def test_half_a_library_in_the_cache_is_compiled_again(
     assert path.stat().st_size > 1000
 
 
-def test_processes_that_compile_at_once_do_not_disturb_one_another(
+def test_of_two_that_compile_at_once_one_waits(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads stand in for processes: a lock belongs to the opened directory, and each opens its own."""
+    fast_compiler(monkeypatch)
+    run, compiling, both = native._run, list[str](), threading.Barrier(2)
+
+    def counted(command: list[str], *, timeout: float) -> str:
+        if "-o" in command:
+            compiling.append(command[-1])
+        elif not both.broken:
+            both.wait(30)  # neither looks for the library before the other has begun
+        return run(command, timeout=timeout)
+
+    monkeypatch.setattr(native, "_run", counted)
+    with ThreadPoolExecutor(2) as threads:
+        made = set(threads.map(native._compiled, ["sign", "sign"]))
+    assert len(made) == len(compiling) == 1
+    assert list(fresh.iterdir()) == list(made)
+
+
+def test_where_directories_cannot_be_locked_compilers_do_not_disturb_one_another(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each in its own directory, and the last to finish replaces the others' whole library."""
     fast_compiler(monkeypatch)
+    monkeypatch.setattr(native.fcntl, "flock", _no_locks)
     run, others = native._run, []
 
     def while_another_compiles(command: list[str], *, timeout: float) -> str:
@@ -85,6 +109,48 @@ def test_processes_that_compile_at_once_do_not_disturb_one_another(
     assert native._compiled("sign") == others[1]
     assert [path.name for path in fresh.iterdir()] == [others[1].name]
     assert native.function("sign", "plain") is not None
+
+
+def _no_locks(descriptor: int, operation: int) -> None:
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
+def test_what_is_missing_is_compiled_and_said(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast_compiler(monkeypatch)
+    names = [path.stem for path in sorted(native._SOURCES.glob("*.cpp"))]
+    native._compiled("sign")
+    assert native.compile_missing() == [name for name in names if name != "sign"]
+    said = capsys.readouterr().err
+    assert "compiling CPU kernels (adamw, adamw8bit, " in said
+    assert "sign," not in said
+    assert native.compile_missing() == []
+    assert capsys.readouterr().err == ""
+
+
+def test_what_cannot_be_compiled_is_told_when_it_is_called(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    assert native.compile_missing() == []
+    assert native.main() == 1
+    assert "install g++ or set CXX. no C++ compiler: looked for $CXX" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_a_cache_that_cannot_be_written_names_the_remedy(fresh: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.warns(native.NativeKernelWarning, match="set XDG_CACHE_HOME to a folder"):
+            assert native.function("sign", "plain") is None
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_the_remedy_for_a_read_only_cache_is_another_place() -> None:
+    assert "set XDG_CACHE_HOME" in native._remedy(OSError(errno.EROFS, "read-only file system", "/cache"))
+    assert "install g++" in native._remedy(FileNotFoundError("no C++ compiler"))
 
 
 @pytest.mark.parametrize("failure", ["no home", "no directory"])

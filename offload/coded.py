@@ -1,0 +1,408 @@
+"""A store whose extents hold coded bytes: what waits on a tier takes less of it, and comes back bit for bit.
+
+The arithmetic is a codec's that the caller brings (``memtrain.optim.storage.lossless``). An extent is coded
+in segments of ``SEGMENT_BYTES``, each a chunk of the store beneath it, whose checksums are those of the coded
+bytes. Room is reserved for the largest that a segment can become, so nothing runs out of it later: coding
+saves bytes moved and written, not room.
+
+Workers code and decode in memory of their own, outside of every lock, and wait for the tier there: with two
+in each direction one codes while the other's bytes are under way.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from memtrain.offload.errors import CorruptExtentError, ExtentStateError, OffloadError, TierIOError
+from memtrain.offload.extents import Extent
+from memtrain.offload.io import Direction
+from memtrain.offload.slab import Slab
+from memtrain.offload.store import Store
+from memtrain.offload.targets import BLOCK_BYTES
+from memtrain.planner.units import MiB, round_up
+
+SEGMENT_BYTES = 4 * MiB  # coded, it is still a transfer that the disks measured move at their full rate
+WORKERS = 2  # a direction: one codes while the other's bytes move
+
+
+class Coder(Protocol):
+    """Codes and decodes in memory of its own; for one thread at a time."""
+
+    @property
+    def ways(self) -> Mapping[Any, int]:
+        """Parts coded so far by the way they were stored in, as they are being one of them."""
+        ...
+
+    def encode(self, plain: torch.Tensor, into: torch.Tensor) -> int:
+        """Code ``plain`` to the beginning of ``into``; how many bytes it became."""
+        ...
+
+    def decode(self, coded: torch.Tensor, into: torch.Tensor) -> None:
+        """Fill ``into``. Raises ValueError where ``coded`` is not what ``encode`` made of as many bytes."""
+        ...
+
+
+class Codec(Protocol):
+    """What makes coders, and what they need."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def working_bytes(self) -> int:
+        """Memory of one coder at most."""
+        ...
+
+    def bound_bytes(self, nbytes: int) -> int:
+        """The most that ``nbytes`` can become."""
+        ...
+
+    def coder(self) -> Coder: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodingStatistics:
+    """What a coded store has moved so far."""
+
+    plain_bytes_read: int
+    coded_bytes_read: int
+    plain_bytes_written: int
+    coded_bytes_written: int
+    encode_seconds: float
+    """Processor time; of the next one too."""
+    decode_seconds: float
+    ways: Mapping[str, int]
+    """Parts written by the way they were coded in, ``plain`` being what did not shrink."""
+
+    @property
+    def ratio(self) -> float:
+        """Coded bytes by plain ones of what was written; 1 before anything was."""
+        return self.coded_bytes_written / self.plain_bytes_written if self.plain_bytes_written else 1.0
+
+
+@dataclass(slots=True, eq=False)
+class CodedExtent:
+    """The reserved place of one tensor's coded bytes; made by ``CodedStore.allocate``."""
+
+    name: str
+    nbytes: int
+    """Of the tensor."""
+    inner: Extent
+    lengths: list[int | None]
+    """Coded bytes of each segment; None before its first write."""
+    pending: list[CodedTicket] = field(default_factory=list)
+    freed: bool = False
+
+
+class CodedTicket:
+    """One read or write under way, as ``store.Ticket``."""
+
+    __slots__ = ("_event", "_left", "after", "buffer", "direction", "error", "extent", "nbytes")
+
+    def __init__(
+        self,
+        direction: Direction,
+        extent: CodedExtent,
+        buffer: torch.Tensor,
+        after: tuple[CodedTicket, ...],
+    ) -> None:
+        self._event = threading.Event()
+        self._left = len(extent.lengths)
+        self.direction = direction
+        self.extent = extent
+        self.buffer: torch.Tensor | None = buffer
+        self.nbytes = buffer.numel()
+        self.after = after
+        """Earlier ones that must be over before it begins."""
+        self.error: OffloadError | None = None
+
+    @property
+    def what(self) -> str:
+        """For messages."""
+        return f"{self.direction.value} of tensor {self.extent.name} on {self.extent.inner.tier.value}"
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """The buffer of one that is under way."""
+        assert self.buffer is not None
+        return self.buffer
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._event.is_set()
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Return when the plain bytes are where they should be.
+
+        Raises:
+            TierIOError: the tier failed, stalled, or ``timeout_seconds`` passed.
+            CorruptExtentError: what was read is not what was written.
+            ExtentStateError: what was to be read was never written.
+        """
+        if not self._event.wait(timeout_seconds):
+            raise TierIOError(f"{self.what} is not finished within the time that wait() was given")
+        if self.error is not None:
+            raise self.error
+
+    def settle(self) -> None:
+        """Return when it is over, however it ended."""
+        self._event.wait()
+
+    def segment_done(self, error: OffloadError | None) -> bool:
+        """Note the end of one segment; whether it was the last. Until then workers use the buffer."""
+        self.error = self.error or error
+        self._left -= 1
+        return self._left == 0
+
+    def end(self) -> None:
+        """Let waiters go."""
+        self.buffer, self.after = None, ()
+        self._event.set()
+
+
+@dataclass(slots=True)
+class _Bench:
+    """Where one segment at a time is coded."""
+
+    slot: torch.Tensor
+    coder: Coder
+
+
+class CodedStore:
+    """``Store`` for whole extents, coded. Thread-safe; closing it leaves the store beneath it open.
+
+    Args:
+        store: what holds the coded bytes.
+        codec: how they are coded.
+    """
+
+    def __init__(self, store: Store, codec: Codec) -> None:
+        self._store, self.codec = store, codec
+        self.tier = store.tier
+        self._slot_bytes = segment_room(codec, SEGMENT_BYTES)
+        self._slab = Slab(2 * WORKERS * self._slot_bytes)
+        slots = torch.split(self._slab.buffer, self._slot_bytes)
+        self._coders = [codec.coder() for _ in slots]
+        self._benches: dict[Direction, queue.SimpleQueue[_Bench]] = {}
+        self._pools: dict[Direction, ThreadPoolExecutor] = {}
+        for place, direction in enumerate(Direction):
+            benches: queue.SimpleQueue[_Bench] = queue.SimpleQueue()
+            for number in range(place * WORKERS, (place + 1) * WORKERS):
+                benches.put(_Bench(slots[number], self._coders[number]))
+            self._benches[direction] = benches
+            name = f"memtrain-{self.tier.value}-{'decode' if direction is Direction.READ else 'encode'}"
+            self._pools[direction] = ThreadPoolExecutor(WORKERS, name)
+        self._lock = threading.Lock()
+        self._plain = dict.fromkeys(Direction, 0)
+        self._coded = dict.fromkeys(Direction, 0)
+        self._seconds = dict.fromkeys(Direction, 0.0)
+        self._closed = False
+        self._pid = os.getpid()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory that coding takes: segments on their way, and the coders' own."""
+        return staging_bytes(self.codec)
+
+    def allocate(
+        self, name: str, nbytes: int, *, dtype: str | None = None, shape: tuple[int, ...] | None = None
+    ) -> CodedExtent:
+        """As ``Store.allocate``, of the most that the tensor can become."""
+        if nbytes < 0:
+            raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
+        segments = _segments(nbytes)
+        whole = (len(segments) - 1) * self._slot_bytes
+        room = whole + segment_room(self.codec, segments[-1][1])
+        inner = self._store.allocate(name, room, dtype=dtype, shape=shape)
+        return CodedExtent(name, nbytes, inner, [None] * len(segments))
+
+    def write(self, extent: CodedExtent, buffer: torch.Tensor, offset: int = 0) -> CodedTicket:
+        """Code and move all of the tensor. Raises ExtentStateError: the extent is freed."""
+        return self._enqueue(Direction.WRITE, extent, buffer, offset)
+
+    def read(self, extent: CodedExtent, buffer: torch.Tensor, offset: int = 0) -> CodedTicket:
+        """Move and decode all of the tensor. Raises ExtentStateError: freed, or never written."""
+        return self._enqueue(Direction.READ, extent, buffer, offset)
+
+    def free(self, extent: CodedExtent) -> None:
+        """Give the extent's room back, when what is under way on it has ended as usual.
+
+        Raises:
+            ExtentStateError: it was freed already.
+        """
+        with self._lock:
+            self._check_usable(extent)
+            extent.freed = True
+            if not extent.pending:
+                self._store.free(extent.inner)
+
+    def statistics(self) -> CodingStatistics:
+        """Bytes and seconds so far."""
+        with self._lock:
+            ways: dict[str, int] = {}
+            for coder in self._coders:
+                for way, count in coder.ways.items():
+                    name = str(getattr(way, "name", way)).lower()
+                    ways[name] = ways.get(name, 0) + count
+            return CodingStatistics(
+                plain_bytes_read=self._plain[Direction.READ],
+                coded_bytes_read=self._coded[Direction.READ],
+                plain_bytes_written=self._plain[Direction.WRITE],
+                coded_bytes_written=self._coded[Direction.WRITE],
+                encode_seconds=self._seconds[Direction.WRITE],
+                decode_seconds=self._seconds[Direction.READ],
+                ways=ways,
+            )
+
+    def close(self) -> None:
+        """Finish what the workers have begun, fail what they have not, give the memory back. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True  # segments that were not begun end with an error, one after the other
+        for pool in self._pools.values():
+            pool.shutdown(wait=True)
+        self._slab.close()
+
+    def _enqueue(
+        self, direction: Direction, extent: CodedExtent, buffer: torch.Tensor, offset: int
+    ) -> CodedTicket:
+        self._check_buffer(extent, buffer, offset)
+        move = self._write_segment if direction is Direction.WRITE else self._read_segment
+        with self._lock:
+            self._check_open()
+            self._check_usable(extent)
+            writes = direction is Direction.WRITE
+            after = tuple(t for t in extent.pending if writes or t.direction is Direction.WRITE)
+            if not writes and not after and None in extent.lengths:
+                raise ExtentStateError(
+                    f"tensor {extent.name} on {self.tier.value} cannot be read: the extent was never written"
+                )
+            ticket = CodedTicket(direction, extent, buffer, after)
+            extent.pending.append(ticket)
+            for number in range(len(extent.lengths)):
+                self._pools[direction].submit(self._run, move, ticket, number)
+        return ticket
+
+    def _run(self, move: Callable[[CodedTicket, int, _Bench], int], ticket: CodedTicket, number: int) -> None:
+        """One segment, in a worker. Waiting for earlier operations cannot last for ever: queues hold them in
+        order, so the earliest unfinished one always has a worker."""
+        coded, error = 0, None
+        benches = self._benches[ticket.direction]
+        try:
+            for earlier in ticket.after:
+                earlier.settle()
+            if self._closed:
+                raise OffloadError(f"{ticket.what} was given up: the store is closed")
+            bench = benches.get()
+            try:
+                coded = move(ticket, number, bench)
+            finally:
+                benches.put(bench)
+        except OffloadError as failure:
+            error = failure
+        except Exception as failure:  # a codec's own fault must not leave a waiter for ever
+            error = OffloadError(f"{ticket.what}: the codec {self.codec.name} failed: {failure!r}")
+            error.__cause__ = failure
+        self._finish(ticket, coded, error)
+
+    def _write_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
+        extent, (start, length) = ticket.extent, _segments(ticket.nbytes)[number]
+        extent.lengths[number] = None  # what was there must not be read beside new segments if this fails
+        began = time.thread_time()
+        coded = bench.coder.encode(ticket.plain[start : start + length], bench.slot)
+        self._worked(ticket.direction, began)
+        place = number * self._slot_bytes
+        # What was there before may have been longer, and a write replaces whole chunks.
+        self._store.discard(extent.inner, place, segment_room(self.codec, length))
+        extent.lengths[number] = coded
+        self._store.write(extent.inner, bench.slot[:coded], place).wait()
+        return coded
+
+    def _read_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
+        extent, (start, length) = ticket.extent, _segments(ticket.nbytes)[number]
+        coded, place = extent.lengths[number], number * self._slot_bytes
+        if coded is None:
+            raise ExtentStateError(f"{ticket.what}: it was never written, or its last write failed")
+        self._store.read(extent.inner, bench.slot[:coded], place).wait()
+        began = time.thread_time()
+        try:
+            bench.coder.decode(bench.slot[:coded], ticket.plain[start : start + length])
+        except ValueError as error:
+            where = extent.inner.arena_offset + place
+            raise CorruptExtentError(
+                f"{ticket.what} at offset {where}: its bytes are those that were written, but not what the "
+                f"codec {self.codec.name} makes ({error}). Memory failed while they were coded: resume from "
+                f"the last checkpoint"
+            ) from error
+        self._worked(ticket.direction, began)
+        return coded
+
+    def _worked(self, direction: Direction, began: float) -> None:
+        with self._lock:
+            self._seconds[direction] += time.thread_time() - began
+
+    def _finish(self, ticket: CodedTicket, coded: int, error: OffloadError | None) -> None:
+        extent, direction = ticket.extent, ticket.direction
+        with self._lock:
+            self._coded[direction] += coded
+            if not ticket.segment_done(error):
+                return
+            if ticket.error is None:
+                self._plain[direction] += ticket.nbytes
+            extent.pending.remove(ticket)
+            if extent.freed and not extent.pending:
+                self._store.free(extent.inner)
+        ticket.end()
+
+    def _check_buffer(self, extent: CodedExtent, buffer: torch.Tensor, offset: int) -> None:
+        what = f"tensor {extent.name} on {self.tier.value}"
+        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_cuda:
+            raise ValueError(
+                f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of "
+                f"shape {tuple(buffer.shape)} on {buffer.device}"
+            )
+        if offset or buffer.numel() != extent.nbytes:
+            raise ValueError(
+                f"{what} is coded: it is written and read whole, all {extent.nbytes} bytes from 0, got "
+                f"{buffer.numel()} at {offset}"
+            )
+
+    def _check_usable(self, extent: CodedExtent) -> None:
+        if extent.freed:
+            raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
+
+    def _check_open(self) -> None:
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the coded {self.tier.value} store belongs to process {self._pid}; a forked child may not "
+                f"use it"
+            )
+        if self._closed:
+            raise OffloadError(f"the coded {self.tier.value} store is closed")
+
+
+def segment_room(codec: Codec, nbytes: int) -> int:
+    """What a segment of ``nbytes`` takes on a tier at most, in whole blocks."""
+    return round_up(codec.bound_bytes(nbytes), BLOCK_BYTES)
+
+
+def staging_bytes(codec: Codec) -> int:
+    """Memory of a coded store: segments on their way, and the coders' own."""
+    return 2 * WORKERS * (segment_room(codec, SEGMENT_BYTES) + codec.working_bytes)
+
+
+def _segments(nbytes: int) -> list[tuple[int, int]]:
+    """``(offset, length)`` of each; an empty tensor is one that is empty."""
+    starts = range(0, max(nbytes, 1), SEGMENT_BYTES)
+    return [(start, min(SEGMENT_BYTES, nbytes - start)) for start in starts]
