@@ -5,6 +5,7 @@ from memtrain.optim.named import FRUGAL, AdamW, AdamW8bit, Apollo, ApolloMini, F
 from memtrain.optim.projection import ProjectionError
 from memtrain.optim.roles import ParameterRole, Role, classify, param_groups, role_table
 from memtrain.optim.small_gradients import SmallGradients
+from memtrain.optim.two_pass import TwoPassClipping
 
 __all__ = [
     "FRUGAL",
@@ -21,6 +22,7 @@ __all__ = [
     "ProjectionError",
     "Role",
     "SmallGradients",
+    "TwoPassClipping",
     "classify",
     "param_groups",
     "role_table",

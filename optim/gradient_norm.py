@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TINY = 1e-6
+"""Added to the norm that divides, as torch.nn.utils.clip_grad_norm_ does."""
+
 
 def norm_of(parts: list[tuple[Tensor, Any]]) -> Tensor:
     """Of all together, fp32.
@@ -14,10 +17,21 @@ def norm_of(parts: list[tuple[Tensor, Any]]) -> Tensor:
     Args:
         parts: each with the process group that has the rest of it, or None.
     """
-    norms: dict[Any, list[Tensor]] = {}
-    for part, group in parts:
-        norms.setdefault(group, []).append(torch.linalg.vector_norm(part, dtype=torch.float32))
-    joined = {group: _joined(each) for group, each in norms.items()}
+    return joined_norm([(own_norm(part), group) for part, group in parts])
+
+
+def own_norm(part: Tensor) -> Tensor:
+    """Of one tensor, fp32."""
+    norm: Tensor = torch.linalg.vector_norm(part, dtype=torch.float32)
+    return norm
+
+
+def joined_norm(norms: list[tuple[Tensor, Any]]) -> Tensor:
+    """What :func:`norm_of` gives, from the :func:`own_norm` of each part."""
+    by_group: dict[Any, list[Tensor]] = {}
+    for norm, group in norms:
+        by_group.setdefault(group, []).append(norm)
+    joined = {group: _joined(each) for group, each in by_group.items()}
     # In the order in which the groups came, which all processes have in common.
     for group, norm in joined.items():
         if group is not None:

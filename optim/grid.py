@@ -235,7 +235,7 @@ class GridOptimizer(Optimizer):
                 loss = closure()
         self.replan()
         for group in self.param_groups:
-            self._refuse_sparse(group["params"])
+            self.refuse_sparse(group["params"])
         for group in self.param_groups:
             self.update_(group["params"])
             group[_STEP] += 1
@@ -300,7 +300,7 @@ class GridOptimizer(Optimizer):
             ValueError: a gradient is sparse; then nothing has been updated.
         """
         parameters = list(parameters)
-        self._refuse_sparse(parameters)
+        self.refuse_sparse(parameters)
         works: dict[Path, list[Work]] = {}
         for parameter in parameters:
             pending, gradient = self.pending.get(parameter), parameter.grad
@@ -328,7 +328,11 @@ class GridOptimizer(Optimizer):
         for path, batch in works.items():
             path.update_(batch)
 
-    def _refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
+    def refuse_sparse(self, parameters: Iterable[Tensor]) -> None:
+        """
+        Raises:
+            ValueError: a gradient is.
+        """
         for parameter in parameters:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise ValueError(

@@ -95,7 +95,12 @@ class RefreshPolicy:
         stored[DUE].fill_(step + gap - (step - offset) % gap)
 
 
-def leading_cosine(old: Tensor, new: Tensor) -> float:
-    """|cosine| between the first columns of two bases ``[..., d, r]``, the mean over a stack."""
+def leading_cosines(old: Tensor, new: Tensor) -> Tensor:
+    """|cosine| between the first columns of two bases ``[..., d, r]``, of each matrix of a stack."""
     a, b = old[..., 0].float(), new[..., 0].float()
-    return float(torch.cosine_similarity(a, b, dim=-1).abs().mean())
+    return torch.cosine_similarity(a, b, dim=-1).abs()
+
+
+def leading_cosine(old: Tensor, new: Tensor) -> float:
+    """The mean of :func:`leading_cosines`."""
+    return float(leading_cosines(old, new).mean())

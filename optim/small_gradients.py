@@ -47,11 +47,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from memtrain.optim.cell import Cell, State, Turn
-from memtrain.optim.gradient_norm import norm_of
+from memtrain.optim.gradient_norm import TINY, norm_of
 from memtrain.optim.grid import GridOptimizer, Pending
-
-_TINY = 1e-6
-"""Added to the norm that divides, as torch.nn.utils.clip_grad_norm_ does."""
 
 
 class SmallGradients:
@@ -250,7 +247,7 @@ class SmallGradients:
         self._refuse_in_backward("clip_grad_norm_()", "the norm is known after the last of them")
         kept = self._accumulated()
         total = norm_of(kept)
-        factor = (max_norm / (total + _TINY)).clamp(max=1.0)
+        factor = (max_norm / (total + TINY)).clamp(max=1.0)
         for each, _ in kept:
             each.mul_(factor.to(each.device))
         return total
@@ -331,8 +328,10 @@ class SmallGradients:
     def _refuse_pending(self, what: str) -> None:
         if self.optimizer.pending:
             raise RuntimeError(
-                f"{what} between backward and step(): what has been accumulated belongs to no state. Call it "
-                "after step(), or drop what there is by zero_grad()"
+                f"{what} between backward and step(): what has been accumulated belongs to no state, as "
+                "gradients belong to none of torch's. Call it after step(); or drop what there is by "
+                "zero_grad(), and run the micro-batches of this step again after a resume, which gives the "
+                "same bits"
             )
 
 

@@ -92,7 +92,8 @@ def _refuse(arguments: Any) -> None:
         ("optim_target_modules", "roles decide what is projected: give overrides={pattern: role}"),
         ("optim_args", "give settings to trainer_optimizer by name"),
         ("deepspeed", "DeepSpeed hands its optimizers flat partitions, which have no rows to project"),
-        ("fsdp", "sharded parameters are not tried out with the Trainer yet; use memtrain.optim in a loop"),
+        # On CPUs accelerate 1.15 runs DistributedDataParallel in its place: the combination cannot be tried.
+        ("fsdp", "this is not tested; use fully_shard and memtrain.optim in a loop, which is"),
     ):
         if getattr(arguments, field, None):
             raise ValueError(f"TrainingArguments.{field}={getattr(arguments, field)!r}: {remedy}")

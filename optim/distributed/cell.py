@@ -16,19 +16,25 @@ from math import prod
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from memtrain.optim.cell import Cell, Projected, State
+from memtrain.optim.distributed.pieces import Pieces
 from memtrain.optim.distributed.projectors import sharded_projector
 from memtrain.optim.distributed.residual import ShardedResidual
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection import Stored
 from memtrain.optim.projection.matrix import LEFT
-from memtrain.optim.rules import Adam, AdamMini, Lion, Momentum
+from memtrain.optim.refresh import leading_cosines
+from memtrain.optim.residual import Residual
+from memtrain.optim.rules import Adafactor, Adam, AdamMini, Lion, Momentum
 from memtrain.optim.settings import Settings
 from memtrain.optim.storage.blocks import BLOCK
 
 _ENTRY_BY_ENTRY = (Adam, Lion, Momentum)
+_BY_MATRIX = (*_ENTRY_BY_ENTRY, Adafactor)
+_OF_EXPERTS = ("projector.left", "projector.right", "residual.norm")
+"""What each expert of a stack has one of, beside moments and master."""
 
 
 class ShardedCell(Cell):
@@ -41,18 +47,24 @@ class ShardedCell(Cell):
     is_whole = False
 
     def __init__(self, settings: Settings, parameter: DTensor) -> None:
-        if settings.split not in (None, 1):
-            raise ValueError(f"split={settings.split} with a sharded parameter: leave it out for this group")
         # Checks, and formats, which must not depend on how many processes there are.
         super().__init__(settings, parameter.shape, parameter.dtype)
         self.rows = rows = Rows.of(parameter)
-        self._mesh = parameter.device_mesh
+        self._mesh, self._placements = parameter.device_mesh, tuple(parameter.placements)
+        self.of_experts = len(parameter.shape) == 3
+        self.pieces = Pieces.of(settings.split or 1, rows)
         self.shape = self.own_shape = self.low_shape = torch.Size((rows.count, *parameter.shape[1:]))
         self.low_is_sharded = True
         if self.projected is not None:
-            projector = sharded_projector(settings.projection_part, parameter.shape, rows)
+            projector = sharded_projector(settings.projection_part, parameter.shape, rows, self.pieces)
+            self._check_residual(self.projected.residual)
             self.low_shape, self.low_is_sharded = projector.low_shape, projector.low_is_sharded
-            residual = ShardedResidual.of(self.projected.residual, rows, low_is_sharded=self.low_is_sharded)
+            residual = ShardedResidual.of(
+                self.projected.residual,
+                rows,
+                low_is_sharded=self.low_is_sharded,
+                of_experts=self.of_experts,
+            )
             self.projected = Projected(projector, self.projected.refresh, residual)
         self.moments = self.rule.moments(self.low_shape)
         if self.low_is_sharded:
@@ -65,7 +77,21 @@ class ShardedCell(Cell):
             return self.rows.start * prod(self.shape[1:])
         return self.rows.start * prod(self.moments[moment].shape[1:]) if self.low_is_sharded else 0
 
+    def _check_residual(self, residual: Residual) -> None:
+        if self.pieces.count > 1 and residual.kind in ("scaled", "scale_only"):
+            raise ValueError(
+                f"residual {residual.kind!r} with split={self.pieces.count} of a sharded parameter: its "
+                "norms are of pieces, which processes cut. Leave split out for this group"
+            )
+
     def _check_rule(self) -> None:
+        if self.of_experts:
+            if not isinstance(self.rule, _BY_MATRIX):
+                raise ValueError(
+                    f"history={self.settings.history} for a stack that is sharded by experts: histories of "
+                    "experts do not lie one after the other. Leave history out for this group"
+                )
+            return
         mini_of_vector = isinstance(self.rule, AdamMini) and len(self.low_shape) == 1
         if not isinstance(self.rule, _ENTRY_BY_ENTRY) or mini_of_vector:
             raise ValueError(
@@ -90,9 +116,9 @@ class ShardedCell(Cell):
         """See :class:`Cell`."""
         if not isinstance(tensor, DTensor):
             return tensor
-        if tuple(tensor.placements) != (Shard(0),):
+        if tuple(tensor.placements) != self._placements:
             # A gradient that autograd has left whole, or as summands.
-            tensor = tensor.redistribute(placements=[Shard(0)])
+            tensor = tensor.redistribute(placements=self._placements)
         local: Tensor = tensor.to_local()
         return local.detach()
 
@@ -112,11 +138,16 @@ class ShardedCell(Cell):
 
     def leading_cosine(self, old: Stored, new: Stored) -> float:
         """See :class:`Cell`; the answer is the same in all processes."""
+        if self.of_experts:
+            side = next(iter(old))
+            total = self.rows.sum_(leading_cosines(old[side], new[side]).sum().reshape(1))
+            return float(total) / self.rows.total
         if LEFT not in old:
             return super().leading_cosine(old, new)
-        a, b = old[LEFT][:, 0].float(), new[LEFT][:, 0].float()
-        product, a_square, b_square = self.rows.sum_(torch.stack((a @ b, a @ a, b @ b)))
-        return float(product.abs() / (a_square * b_square).sqrt().clamp_min(1e-8))
+        a, b = old[LEFT][:, :1].float(), new[LEFT][:, :1].float()
+        products = torch.stack([self.pieces.products(*pair).flatten() for pair in ((a, b), (a, a), (b, b))])
+        product, a_square, b_square = self.rows.sum_(products)
+        return float((product.abs() / (a_square * b_square).sqrt().clamp_min(1e-8)).mean())
 
     def norm_group(self, *, low: bool) -> dist.ProcessGroup | None:
         """See :class:`Cell`."""
@@ -140,6 +171,8 @@ class ShardedCell(Cell):
         part = name.partition(".")[0]
         if part in self.moments:
             return self.low_is_sharded
+        if self.of_experts and name in _OF_EXPERTS:
+            return True
         return part == "master" or name == "projector.left"
 
     def _exported(self, name: str, tensor: Tensor) -> Tensor:
@@ -153,7 +186,7 @@ class ShardedCell(Cell):
         shape = torch.Size((total, *tensor.shape[1:]))
         strides = tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
         return DTensor.from_local(
-            tensor, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=strides
+            tensor, self._mesh, self._placements, run_check=False, shape=shape, stride=strides
         )
 
     def _rows_of_blocks(self, moment: str, piece: str, flat: Tensor) -> Tensor:

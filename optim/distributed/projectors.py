@@ -5,16 +5,21 @@ Each process has rows ``G_k`` of the gradient ``[m, n]``. Where the projection s
 ``full``, ``rows``, ``block``, ``randk``) ``R = sum_k P_k^T G_k`` is summed over the processes, r x n numbers
 in place of m x n, and R and its moments are whole in each: ``side="right"`` avoids the sum and the copies.
 
-What a refresh costs:
+What a refresh sends:
 
     seeded     nothing: each process draws the basis and keeps its rows
     power      left: the sums ``G_k^T P_k`` (n x r) and a gather of ``G_k Y`` (m x r) for the QR decomposition
                right: the sum of ``G_k^T (G_k P)`` (n x r)
-    eigh       right: the sum of the Gram matrices ``G_k^T G_k`` (n x n); left would need rows of G times rows
-               of another process, and is refused
-    svd        refused: it is eigh's basis at best, and needs the whole gradient
+    eigh       right: the sum of the Gram matrices ``G_k^T G_k`` (n x n)
+               left: every G_k in turn to all, for ``G_k G_j^T``, each process having one at a time beside
+               its own; and a gather of the Gram matrix (m x m)
+    svd        as eigh, with Gram matrices in fp64: singular vectors as exact as those of a decomposition in
+               fp32, up to their signs, which are any there, too
 
-The QR decomposition is computed by each process from the same numbers; each keeps its own rows.
+Of a stack ``[E, m, n]`` each process has some experts whole: they are projected, and renewed, where they are.
+``randk`` alone draws its entries from all of the stack, and sums R as it does that of a matrix.
+
+What is made orthonormal, or decomposed, is so by each process from the same numbers; each keeps its own rows.
 """
 
 from __future__ import annotations
@@ -24,15 +29,16 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from memtrain.optim.distributed.pieces import FusedPower, FusedRandom, Pieces
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.projection.base import ProjectionError, Projector, Stored
 from memtrain.optim.projection.config import COORDINATE, RANDOM, Projection
 from memtrain.optim.projection.coordinates import INDEX, CoordinateProjector
 from memtrain.optim.projection.matrix import LEFT, RIGHT, MatrixProjector
-from memtrain.optim.projection.orthonormal import squares_well
+from memtrain.optim.projection.orthonormal import orthonormal, orthonormal_elements, squares_well
 from memtrain.optim.projection.random import LEFT_STREAM, RIGHT_STREAM, RandomProjector, gaussian
 from memtrain.optim.projection.spectral import SpectralProjector
-from memtrain.optim.projection.workspace import Workspace, qr_library_bytes
+from memtrain.optim.projection.workspace import Workspace, eigh_library_bytes, qr_library_bytes
 from memtrain.optim.storage import RandomKey
 
 _COLD_ITERATIONS = 2
@@ -46,38 +52,58 @@ class ShardedProjector(Projector, Protocol):
     """Whether R has the rows of the parameter; otherwise it is whole in every process."""
 
 
-def sharded_projector(projection: Projection, shape: torch.Size, rows: Rows) -> ShardedProjector:
-    """The projector of the rows of a parameter ``[m, n]``.
+def sharded_projector(
+    projection: Projection, shape: torch.Size, rows: Rows, pieces: Pieces
+) -> ShardedProjector:
+    """The projector of the rows of a parameter ``[m, n]``, which may be fused of pieces, or of the experts
+    of a stack.
 
     Raises:
-        ProjectionError: the kind needs more than sums over the processes.
+        ProjectionError: the shape is none of these, or the pieces do not go with the projection.
     """
-    if len(shape) != 2:
+    if len(shape) not in (2, 3):
         raise ProjectionError(
-            f"projection {projection.kind!r} of a sharded parameter is for matrices [m, n], got shape "
-            f"{tuple(shape)}: put it into a group without projection"
+            f"projection {projection.kind!r} is for matrices [m, n] or stacks [E, m, n], got shape "
+            f"{tuple(shape)}: put the parameter into a group without projection"
         )
     if projection.kind in COORDINATE:
+        if pieces.count > 1 and projection.kind in ("rows", "block"):
+            raise ProjectionError(
+                f"projection {projection.kind!r} with split={pieces.count} of a sharded parameter "
+                f"{tuple(shape)}: use 'columns' or 'randk', or leave split out for this group"
+            )
+        # Columns, and entries of all pieces together, are chosen without regard to pieces.
         return ShardedCoordinates(projection, shape, rows)
+    if pieces.count > 1:
+        return (FusedRandom if projection.kind in RANDOM else FusedPower)(projection, shape, rows, pieces)
     if projection.kind in RANDOM:
         return ShardedRandom(projection, shape, rows)
-    return ShardedSpectral(projection, shape, rows)
+    return (ShardedSpectral if len(shape) == 2 else SpectralExperts)(projection, shape, rows)
 
 
 class _ShardedMatrix(MatrixProjector):
-    """Rows of a left basis, all of a right one. Before a class of whole bases in the order of resolution."""
+    """Rows of a left basis, all of a right one; of a stack the bases of this process's experts. Before a
+    class of whole bases in the order of resolution."""
 
     def __init__(self, projection: Projection, shape: torch.Size, rows: Rows) -> None:
         super().__init__(projection, shape)
         self.rows = rows
-        self.low_is_sharded = LEFT not in self.sides
-        self.shape = torch.Size((rows.count, shape[1]))
-        self.dimensions = {LEFT: rows.count, RIGHT: shape[1]}
+        self.of_experts = len(shape) == 3
+        self.shape = torch.Size((rows.count, *shape[1:]))
+        if self.of_experts:
+            self.batch = (rows.count,)
+        else:
+            self.dimensions = {LEFT: rows.count, RIGHT: shape[1]}
+        self.low_is_sharded = self.of_experts or LEFT not in self.sides
         if self.low_is_sharded:
-            self.low_shape = torch.Size((rows.count, self.low_shape[1]))
+            self.low_shape = torch.Size((rows.count, *self.low_shape[1:]))
 
     def _over_rows(self, side: str, product: Tensor) -> Tensor:
-        return self.rows.sum_(product) if side == LEFT else product
+        return self.rows.sum_(product) if self._cuts(side) else product
+
+    def _cuts(self, side: str) -> bool:
+        """Whether this process has a part of the vectors of a basis."""
+        return side == LEFT and not self.of_experts
 
 
 class ShardedRandom(_ShardedMatrix, RandomProjector):
@@ -102,40 +128,52 @@ class ShardedRandom(_ShardedMatrix, RandomProjector):
         return stored if self.orthonormal else self._own(self._whole.open(stored, device))
 
     def _own(self, whole: Stored) -> Stored:
-        return {side: each[self.rows.slice] if side == LEFT else each for side, each in whole.items()}
+        return {
+            side: each[self.rows.slice] if self.of_experts or self._cuts(side) else each
+            for side, each in whole.items()
+        }
+
+
+class SpectralExperts(_ShardedMatrix, SpectralProjector):
+    """Of a stack: nothing is sent but whether there are bases."""
+
+    def _is_cold(self, last: Tensor) -> bool:
+        return not bool(self.rows.largest_(last.any().float().reshape(1)))
+
+    def _sketch(self, key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return super()._sketch(key, (self.rows.total, *shape[1:]), device)[self.rows.slice]
 
 
 class ShardedSpectral(_ShardedMatrix, SpectralProjector):
-    """See the module."""
-
-    def __init__(self, projection: Projection, shape: torch.Size, rows: Rows) -> None:
-        super().__init__(projection, shape, rows)
-        if self.kind == "svd" or (self.kind == "eigh" and LEFT in self.sides):
-            remedy = "'power'" if LEFT in self.sides else "'eigh' or 'power'"
-            raise ProjectionError(
-                f"projection {self.kind!r}, {' and '.join(self.sides)} side, needs the whole gradient of a "
-                f"parameter {tuple(shape)}, which is sharded by rows: use projection {remedy}"
-            )
+    """Of a matrix: see the module."""
 
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
         """See :class:`Projector`."""
         assert gradient is not None
         gradient = gradient.float()
         for side in self.sides:
-            if self.kind == "eigh":
-                basis = self._leading_eigenvectors(gradient)
-            else:
+            if self.kind == "power":
                 draw = key.fold(LEFT_STREAM if side == LEFT else RIGHT_STREAM)
                 basis = self._power_iteration(side, gradient, stored[side], draw)
+            else:
+                basis = self._leading_vectors(side, gradient.to(self._gram_dtype))
             stored[side].copy_(basis)
 
-    def _leading_eigenvectors(self, gradient: Tensor) -> Tensor:
+    @property
+    def _gram_dtype(self) -> torch.dtype:
+        return torch.float64 if self.kind == "svd" else torch.float32
+
+    def _leading_vectors(self, side: str, gradient: Tensor) -> Tensor:
         largest = self.rows.largest_(_scale(gradient))
         if not bool(squares_well(largest)):
             gradient = gradient / largest
-        _, vectors = torch.linalg.eigh(self.rows.sum_(gradient.mT @ gradient))
-        leading: Tensor = vectors[..., -self.rank :].flip(-1)
-        return leading
+        left = side == LEFT
+        gram = self._gram_of_rows(gradient) if left else self.rows.sum_(gradient.mT @ gradient)
+        leading: Tensor = torch.linalg.eigh(gram).eigenvectors[:, -self.rank :].flip(-1)
+        return leading[self.rows.slice] if left else leading
+
+    def _gram_of_rows(self, gradient: Tensor) -> Tensor:
+        return self.rows.gather(torch.cat([gradient @ part.mT for part in self.rows.each(gradient)], dim=1))
 
     def _power_iteration(self, side: str, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
         left = side == LEFT
@@ -158,36 +196,50 @@ class ShardedSpectral(_ShardedMatrix, SpectralProjector):
         return basis
 
     def _orthonormal(self, summand: Tensor) -> Tensor:
-        q: Tensor = torch.linalg.qr(self.rows.sum_(summand)).Q
-        return q
+        return orthonormal(self.rows.sum_(summand))
 
     def _orthonormal_rows(self, own: Tensor) -> Tensor:
-        q: Tensor = torch.linalg.qr(self.rows.gather(own)).Q
-        return q[self.rows.slice]
+        return orthonormal(self.rows.gather(own))[self.rows.slice]
 
     def refresh_workspace(self, gradient_dtype: torch.dtype, *, first: bool = False) -> Workspace:
-        """See :class:`Projector`; a left basis is gathered, padded to equal shards, and decomposed whole."""
+        """See :class:`Projector`; a left basis, or its Gram matrix, is gathered, padded to equal shards, and
+        decomposed whole."""
+        if self.kind != "power":
+            return self._gram_workspace(gradient_dtype)
         here = super().refresh_workspace(gradient_dtype, first=first)
         if LEFT not in self.sides:
             return here
         rows, r = self.rows, self.rank
-        gathered = ((1 + rows.world) * rows.chunk + rows.total) * r + r * r
+        gathered = (1 + rows.world) * rows.chunk * r + orthonormal_elements(rows.total, r)
         return Workspace(
             tensor_bytes=here.tensor_bytes + gathered * torch.float32.itemsize,
             library_bytes=qr_library_bytes(rows.total, r),
         )
 
+    def _gram_workspace(self, gradient_dtype: torch.dtype) -> Workspace:
+        """The gradient widened, another process's beside it; the Gram matrix while it is gathered, and while
+        it is decomposed."""
+        rows, n, item = self.rows, self.dimensions[RIGHT], self._gram_dtype.itemsize
+        d = rows.total if LEFT in self.sides else n
+        gathering = (rows.count + (2 + rows.world) * rows.chunk) * d if LEFT in self.sides else 2 * n * n
+        widened = 0 if gradient_dtype == self._gram_dtype else rows.count * n
+        received = rows.chunk * n if LEFT in self.sides else 0
+        return Workspace(
+            tensor_bytes=(widened + max(received + gathering, 2 * d * d + d)) * item,
+            library_bytes=eigh_library_bytes(d) * item // torch.float32.itemsize,
+        )
+
 
 class ShardedCoordinates(CoordinateProjector):
-    """See the module; indices are of the whole parameter."""
+    """See the module; indices are of the whole parameter, or, but for ``randk``, of each expert."""
 
     def __init__(self, projection: Projection, shape: torch.Size, rows: Rows) -> None:
         super().__init__(projection, shape)
-        self.low_is_sharded = self.kind == "columns"
-        self.shape = torch.Size((rows.count, shape[1]))
+        self.low_is_sharded = self.kind == "columns" or (len(shape) == 3 and self.kind != "randk")
+        self.shape = torch.Size((rows.count, *shape[1:]))
         if self.low_is_sharded:
-            self.low_shape = torch.Size((rows.count, self.low_shape[1]))
-        unit = shape[1] if self.kind == "randk" else 1
+            self.low_shape = torch.Size((rows.count, *self.low_shape[1:]))
+        unit = shape[1:].numel() if self.kind == "randk" else 1
         self._first, self._end = rows.start * unit, (rows.start + rows.count) * unit
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:

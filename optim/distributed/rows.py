@@ -1,16 +1,19 @@
 """Which rows of a parameter this process has, and the sums and gathers over the processes that share it.
 
 FSDP2 (``fully_shard``) cuts parameters along their first dimension as ``torch.chunk`` does: process k of W
-has the rows from ``k * ceil(m / W)`` on, the last processes fewer, or none.
+has the rows from ``k * ceil(m / W)`` on, the last processes fewer, or none. The rows of a stack are its
+experts. With a mesh of copies and shards (HSDP) FSDP2 averages gradients over the copies itself; all that is
+sent here stays among the shards of one copy.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 @dataclass(frozen=True)
@@ -23,27 +26,34 @@ class Rows:
     chunk: int
     """Rows of the first process: as many as any has."""
     world: int
+    """Processes that share the parameter."""
+    rank: int
+    """Of this process among them."""
     group: dist.ProcessGroup
 
     @classmethod
     def of(cls, parameter: DTensor) -> Rows:
-        """Of a parameter that is sharded by rows over a one-dimensional mesh.
+        """Of a parameter that is sharded by rows over one dimension of its mesh, and copied over others.
 
         Raises:
             ValueError: it is laid out in another way.
         """
         mesh, placements = parameter.device_mesh, tuple(parameter.placements)
-        if mesh.ndim != 1 or placements != (Shard(0),):
+        shards = [place for place, placement in enumerate(placements) if placement == Shard(0)]
+        if len(shards) != 1 or any(
+            p != Replicate() for place, p in enumerate(placements) if place != shards[0]
+        ):
             raise ValueError(
-                f"placements {placements} on a mesh of {mesh.ndim} dimensions: Shard(0) on one dimension is "
-                "served, as of fully_shard(module) with a one-dimensional mesh"
+                f"placements {placements}: Shard(0) over one dimension of the mesh and Replicate() over the "
+                "others are served, as of fully_shard with a mesh of shards, or of copies and shards. Leave "
+                "tensor-parallel layers to an optimizer of torch"
             )
-        total, world = parameter.shape[0], mesh.size()
+        total, world, rank = parameter.shape[0], mesh.size(shards[0]), mesh.get_local_rank(shards[0])
         chunk = -(-total // world)
-        start = min(mesh.get_local_rank() * chunk, total)
+        start = min(rank * chunk, total)
         count = min(chunk, total - start)
         assert parameter.to_local().shape[0] == count
-        return cls(total, start, count, chunk, world, mesh.get_group())
+        return cls(total, start, count, chunk, world, rank, mesh.get_group(shards[0]))
 
     @property
     def slice(self) -> slice:
@@ -76,3 +86,13 @@ class Rows:
         whole = own.new_empty((self.world * self.chunk, *own.shape[1:]))
         dist.all_gather_single(whole, padded, group=self.group)
         return whole[: self.total]
+
+    def each(self, own: Tensor) -> Iterator[Tensor]:
+        """The ``own`` of every process that has rows, one after the other, so that no more than two are here
+        at a time."""
+        for process in range(-(-self.total // self.chunk)):
+            count = min(self.chunk, self.total - process * self.chunk)
+            part = own.contiguous() if process == self.rank else own.new_empty((count, *own.shape[1:]))
+            if self.world > 1:
+                dist.broadcast(part, group=self.group, group_src=process)
+            yield part

@@ -79,10 +79,10 @@ class SpectralProjector(MatrixProjector):
         return leading
 
     def _by_power_iteration(self, gradient: Tensor, last: Tensor, key: RandomKey) -> Tensor:
-        cold = not bool(last.any())
+        cold = self._is_cold(last)
         if cold:
             shape = (*self.batch, gradient.shape[-1], self.rank)
-            sketch = gaussian(key, shape, gradient.device).to(gradient.dtype)
+            sketch = self._sketch(key, shape, gradient.device).to(gradient.dtype)
             basis = orthonormal((gradient @ sketch).float())
             del sketch
         else:
@@ -91,6 +91,12 @@ class SpectralProjector(MatrixProjector):
             basis = basis.to(gradient.dtype)
             basis = orthonormal((gradient @ _normalised_(gradient.mT @ basis)).float())
         return basis
+
+    def _is_cold(self, last: Tensor) -> bool:
+        return not bool(last.any())
+
+    def _sketch(self, key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return gaussian(key, shape, device)
 
     @property
     def _work_dtype(self) -> torch.dtype:

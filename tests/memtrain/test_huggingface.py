@@ -34,11 +34,11 @@ def make_arguments(folder: Path, **changes: Any) -> Any:
     return transformers.TrainingArguments(**{**values, **changes})
 
 
-def make_trainer(folder: Path, name: str = "galore", **settings: Any) -> Any:
+def make_trainer(folder: Path, name: str = "galore", *, batch: int = 2, **settings: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(3, 64, (32, 12), generator=generator)
     data = [{"input_ids": row, "labels": row} for row in rows]
-    arguments = make_arguments(folder)
+    arguments = make_arguments(folder, per_device_train_batch_size=batch)
     by_name = {"adamw-8bit": {}, "frugal": {"density": 0.25, "update_gap": 3}}
     chosen = {**by_name.get(name, {"rank": 4, "update_proj_gap": 3}), **settings}
     return transformers.Trainer(

@@ -38,6 +38,17 @@ def test_lazy_doubles_the_gap_after_five_small_changes():
     assert schedule(policy, 60, cosine=0.1) == list(range(0, 60, 2))
 
 
+def test_the_schedule_may_lie_on_any_device():
+    """Machinery that moves states moves it, and tensors of its own making must follow."""
+    policy = RefreshPolicy(gap=2, lazy=True)
+    stored = policy.empty()
+    with torch.device("meta"):
+        for step in range(7):
+            policy.done_(stored, step, offset=0, cosine=step / 10)
+    torch.testing.assert_close(stored["cosines"], torch.tensor([0.2, 0.3, 0.4, 0.5, 0.6]))
+    assert int(stored["growth"]) == 2
+
+
 def test_a_gap_that_is_changed_counts_from_the_next_refresh_on():
     """Also where a lazy schedule has doubled the old one."""
     stored = RefreshPolicy(gap=2, lazy=True).empty()

@@ -111,9 +111,9 @@ def test_full_rank_adam_is_not_adam(kind):
 # A quadratic whose solution has rank 16, in subspaces of rank 8: without refresh half of it is out of reach.
 
 
-def remaining_loss(*, rank=16, lr=0.02, steps=1500, noise=0.0, seed=0, **settings):
+def remaining_loss(*, rank=16, lr=0.02, steps=1500, **settings):
     """|W - W*|^2 relative to the start, after lr has gone down linearly; 64 x 64."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     solution = torch.randn(64, rank, generator=generator) @ torch.randn(rank, 64, generator=generator)
     solution /= rank**0.5
     weight = nn.Parameter(torch.zeros(64, 64))
@@ -122,8 +122,6 @@ def remaining_loss(*, rank=16, lr=0.02, steps=1500, noise=0.0, seed=0, **setting
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         weight.grad = (weight - solution).detach()
-        if noise:
-            weight.grad += noise * torch.randn(64, 64, generator=generator)
         optimizer.step()
     return float((weight.detach() - solution).square().sum() / solution.square().sum())
 
@@ -163,26 +161,6 @@ def test_refreshes_reach_what_lies_outside_of_the_first_subspace(settings, least
 )
 def test_sign_of_the_residual_finds_the_rest(settings, least, most):
     assert least <= remaining_loss(**{"update_gap": 100, **settings}) <= most
-
-
-@pytest.mark.parametrize(
-    ("projection", "basis_dtype"), [("svd", "fp32"), ("power", "fp32"), ("power", "bf16")]
-)
-@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
-def test_rotated_moments_beat_kept_ones_where_the_subspace_drifts(projection, basis_dtype, noise):
-    """Rank 48 passes by in subspaces of 8, a new one each 20 steps: moments of old coordinates mislead."""
-    settings = dict(projection=projection, basis_dtype=basis_dtype, rank=8, update_gap=20, noise=noise)
-    for seed in (0, 1):
-        kept, rotated = (
-            remaining_loss_of_rank_48(**settings, seed=seed, refresh=refresh)
-            for refresh in ("keep", "rotate")
-        )
-        assert rotated < 0.5 * kept
-
-
-def remaining_loss_of_rank_48(**settings):
-    settings.pop("rank")
-    return remaining_loss(rank=48, **settings)
 
 
 def remaining_signal(projection, sigma, **settings):

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.small_gradients import SmallGradients
+from memtrain.optim.two_pass import TwoPassClipping
 
 MICRO, ROWS = 2, 12
 
@@ -31,16 +32,22 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def make_net(large: bool = False) -> Net:
+def make_net(large: bool = False, copies: int = 1) -> Net:
     torch.manual_seed(0)
     net = Net(large)
-    shard(net)
+    shard(net, copies)
     return net
 
 
-def shard(net: Net) -> None:
+def shard(net: Net, copies: int = 1) -> None:
+    """Over all processes, or over those of each of some copies (HSDP)."""
     if dist.is_initialized():
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        world = dist.get_world_size()
+        if copies == 1:
+            mesh = init_device_mesh("cpu", (world,))
+        else:
+            names = ("copies", "shards")
+            mesh = init_device_mesh("cpu", (copies, world // copies), mesh_dim_names=names)
         fully_shard(net.wide, mesh=mesh)
         fully_shard(net, mesh=mesh)
 
@@ -67,21 +74,33 @@ def make_optimizer(net: Net, **settings: Any) -> GridOptimizer:
 
 def train(net: Net, optimizer: GridOptimizer, start: int, steps: int, **options: Any) -> list[float]:
     """Every process takes its share of each batch; norms where they are clipped."""
-    clip, hooks = options.pop("clip", None), options.pop("hooks", True)
-    gradients = SmallGradients(optimizer, **options) if hooks else None
+    clip, hooks, two_pass = options.pop("clip", None), options.pop("hooks", True), options.pop("two_pass", 0)
+    gradients = SmallGradients(optimizer, **options) if hooks and not two_pass else None
+    clipping = TwoPassClipping(optimizer, two_pass) if two_pass else None
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     norms = []
     micro = 1 if options.get("update") == "backward" else MICRO
     for step in range(start, start + steps):
         generator = torch.Generator().manual_seed(step)
-        for _ in range(micro):
-            x = torch.randn(ROWS, net.wide.in_features, generator=generator).chunk(world)[rank]
-            (net(x).square().mean() / micro).backward()
+        drawn = [torch.randn(ROWS, net.wide.in_features, generator=generator) for _ in range(micro)]
+        parts = [x.chunk(world)[rank] for x in drawn]
+        if clipping:
+            clipping.step(lambda x=parts[0]: backward(net, x))
+            norms.append(float(clipping.norm))
+            continue
+        for x in parts:
+            backward(net, x, micro)
         if clip and gradients:
             norms.append(float(gradients.clip_grad_norm_(clip)))
         optimizer.step()
         optimizer.zero_grad()
     return norms
+
+
+def backward(net: nn.Module, x: Tensor, of: int = 1) -> Tensor:
+    loss = net(x).square().mean() / of
+    loss.backward()
+    return loss
 
 
 def whole(net: nn.Module) -> Tensor:

@@ -1,4 +1,7 @@
-"""Distributed checkpoints: written by two processes, read by three and by one, which go on as the two do."""
+"""Distributed checkpoints: written by two processes, read by three and by one, which go on as the two do.
+
+And written by four that are two copies of two shards.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -27,9 +30,13 @@ BEFORE, AFTER = 3, 3
 """Steps. A refresh comes every second, so that the checkpoint is in the middle of a period."""
 
 
+TWO_COPIES: dict[str, dict[str, Any]] = {"two copies": {"projection": "power", "side": "full"}}
+
+
 def build(name: str) -> tuple[Net, GridOptimizer]:
-    net = make_net("states" in name)
-    return net, make_optimizer(net, **POINTS[name])
+    copies = 2 if name in TWO_COPIES and dist.get_world_size() == 4 else 1
+    net = make_net("states" in name, copies)
+    return net, make_optimizer(net, **(POINTS | TWO_COPIES)[name])
 
 
 def all_states(optimizer: GridOptimizer) -> dict[str, Tensor]:
@@ -40,8 +47,8 @@ def all_states(optimizer: GridOptimizer) -> dict[str, Tensor]:
     return found
 
 
-def write(folder: str) -> None:
-    for name in POINTS:
+def write(folder: str, names: list[str]) -> None:
+    for name in names:
         net, optimizer = build(name)
         train(net, optimizer, 0, BEFORE)
         model, state = get_state_dict(net, optimizer)
@@ -49,13 +56,13 @@ def write(folder: str) -> None:
         found = {"states": all_states(optimizer), "saved": whole(net).clone()}
         train(net, optimizer, BEFORE, AFTER, hooks=False)
         if dist.get_rank() == 0:
-            torch.save({**found, "end": whole(net)}, f"{folder}/{name}.two")
+            torch.save({**found, "end": whole(net)}, f"{folder}/{name}.written")
         else:
             whole(net)
 
 
 def read(folder: str) -> None:
-    for name in POINTS:
+    for name in POINTS | TWO_COPIES:
         net, optimizer = build(name)
         model, state = get_state_dict(net, optimizer)
         dcp.load({"model": model, "optimizer": state}, checkpoint_id=f"{folder}/{name}")
@@ -71,20 +78,21 @@ def read(folder: str) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("checkpoints")
-    run_world(2, folder, write, str(folder))
+    run_world(2, folder, write, str(folder), list(POINTS))
+    run_world(4, folder, write, str(folder), list(TWO_COPIES))
     run_world(3, folder, read, str(folder))
     run_world(1, folder, read, str(folder))
     return folder
 
 
-@pytest.mark.parametrize("name", POINTS)
+@pytest.mark.parametrize("name", POINTS | TWO_COPIES)
 @pytest.mark.parametrize("world", [1, 3])
 def test_another_number_of_processes_goes_on(name: str, world: int, folder: Path) -> None:
-    two = torch.load(folder / f"{name}.two", weights_only=True)
+    written = torch.load(folder / f"{name}.written", weights_only=True)
     other = torch.load(folder / f"{name}.{world}", weights_only=True)
-    assert torch.equal(two["saved"], other["saved"])
-    assert two["states"].keys() == other["states"].keys()
-    for key, tensor in two["states"].items():
+    assert torch.equal(written["saved"], other["saved"])
+    assert written["states"].keys() == other["states"].keys()
+    for key, tensor in written["states"].items():
         assert torch.equal(tensor, other["states"][key]), key
-    moved = (two["end"] - two["saved"]).norm()
-    assert (two["end"] - other["end"]).norm() <= (2e-3 if "states" in name else 1e-5) * moved
+    moved = (written["end"] - written["saved"]).norm()
+    assert (written["end"] - other["end"]).norm() <= (2e-3 if "states" in name else 1e-5) * moved

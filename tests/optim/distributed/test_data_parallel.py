@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memtrain.optim.distributed.data_parallel import share_projections
 from memtrain.optim.small_gradients import SmallGradients
-from tests.optim.distributed.sharded_nets import Net, make_optimizer, whole
+from memtrain.optim.two_pass import TwoPassClipping
+from tests.optim.distributed.sharded_nets import Net, backward, make_optimizer, whole
 from tests.optim.distributed.worlds import run_world
 
 STEPS, MICRO, ROWS = 5, 3, 8
@@ -64,6 +65,13 @@ def in_world(path: str) -> None:
     with pytest.raises(RuntimeError, match=r"did not come through its hook.*share_projections") as refused:
         optimizer.step()
     found["refused"] = str(refused.value)
+    net = Net()
+    before = whole(net)
+    clipping = TwoPassClipping(make_optimizer(net, projection="columns", residual="sign"), 1.0)
+    model = DistributedDataParallel(net)
+    with pytest.raises(RuntimeError, match=r"averages gradients after the hooks have run. Use fully_shard"):
+        clipping.step(lambda: backward(model, torch.randn(2, 24)))
+    assert torch.equal(whole(net), before)
     each = [torch.empty_like(found["power"]) for _ in range(dist.get_world_size())]
     dist.all_gather(each, found["power"])
     found["agree"] = torch.equal(*each)

@@ -11,25 +11,30 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from memtrain.optim.distributed.projectors import ShardedRandom
 from memtrain.optim.distributed.rows import Rows
 from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
 from memtrain.optim.projection import Projection
-from tests.optim.distributed.sharded_nets import Net, make_late, make_net, make_optimizer, train, whole
+from tests.optim.distributed.sharded_nets import make_late, make_net, make_optimizer, train, whole
 from tests.optim.distributed.worlds import run_world
 
 STEPS = 3
+OPTIONS = ("whole", "update", "clip", "hooks", "two_pass")
 
 POINTS: dict[str, dict[str, Any]] = {
     "adamw": {"weight_decay": 0.1},
     "power": {"projection": "power"},
     "power left": {"projection": "power", "side": "left"},
     "power full": {"projection": "power", "side": "full"},
+    "power kept": {"projection": "power", "refresh": "keep"},
     "power lazy": {"projection": "power", "lazy": True, "spread": True},
-    "eigh right": {"projection": "eigh", "side": "right"},
+    "eigh": {"projection": "eigh"},
+    "eigh left": {"projection": "eigh", "side": "left"},
+    "svd": {"projection": "svd"},
+    # R of both sides' singular vectors is diagonal but for rounding, which Adam would make steps of.
+    "svd full": {"projection": "svd", "side": "full", "rule": "momentum"},
     "gaussian left": {"projection": "gaussian", "side": "left", "refresh": "rotate"},
     "semi-orthogonal": {"projection": "semi_orthogonal", "side": "full", "refresh": "rotate"},
     "columns": {"projection": "columns", "refresh": "rotate"},
@@ -58,10 +63,13 @@ POINTS: dict[str, dict[str, Any]] = {
     },
     "in backward": {"projection": "power", "update": "backward"},
     "clipped": {"projection": "power", "clip": 0.05},
+    "clipped in two passes": {"projection": "power", "residual": "sgd", "two_pass": 0.05},
     "sharded late": {"projection": "power", "late": True},
     "without hooks": {"projection": "power", "hooks": False},
 }
-FOR_TWO = ["power full", "randk", "int8 states", "clipped"]
+FOR_TWO = ["power full", "eigh left", "svd", "randk", "int8 states", "clipped", "clipped in two passes"]
+FOR_TWO_COPIES = ["adamw", "power full", "power lazy", "svd", "columns", "fira", "bf16 states", "in backward"]
+FOR_TWO_COPIES += ["clipped", "clipped in two passes"]
 
 
 EQUAL_BITS: dict[str, dict[str, Any]] = {
@@ -87,14 +95,7 @@ EQUAL_BITS: dict[str, dict[str, Any]] = {
 FOR_TWO_ROWS = ["8-bit AdamW", "4-bit AdamW", "split master"]
 
 REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
-    "svd": (
-        False,
-        {"projection": "svd", "side": "right"},
-        "'wide'.*'svd', right side, needs the whole gradient.*use projection 'eigh' or 'power'",
-    ),
-    "eigh": (False, {"projection": "eigh", "side": "left"}, "'eigh', left side.*use projection 'power'"),
     "rule": (False, {"projection": "columns", "rule": "adafactor"}, "Adafactor takes means.*side='left'"),
-    "split": (False, {"projection": "power", "split": 2}, "split=2 with a sharded parameter"),
     "blocks": (
         True,
         {"projection": "columns", "rank": 100, "state_dtype": "int8"},
@@ -103,16 +104,18 @@ REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
 }
 
 
-def results(names: Iterable[str] = POINTS, largest: list[int] | None = None) -> dict[str, dict[str, Any]]:
+def results(
+    names: Iterable[str] = POINTS, largest: list[int] | None = None, copies: int = 1
+) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
         settings = dict(POINTS[name])
-        options = {key: settings.pop(key) for key in ("whole", "update", "clip", "hooks") if key in settings}
+        options = {key: settings.pop(key) for key in OPTIONS if key in settings}
         large, late = settings.pop("large", False), settings.pop("late", False)
         if late:
             net, optimizer = make_late(**settings)
         else:
-            net = make_net(large)
+            net = make_net(large, copies)
             optimizer = make_optimizer(net, **settings)
         start = whole(net)
         if largest:
@@ -129,6 +132,17 @@ def save_results(names: list[str], path: str) -> None:
     found["skipped"] = skipped_for_nan_in_one_process()
     found["bits"] = {name: moved_by_equal_gradients(settings) for name, settings in EQUAL_BITS.items()}
     found["two rows"] = {name: moved_by_equal_gradients(EQUAL_BITS[name], 2, 4096) for name in FOR_TWO_ROWS}
+    if dist.get_rank() == 0:
+        torch.save(found, path)
+
+
+def save_of_two_copies(names: list[str], path: str) -> None:
+    with traffic() as largest:
+        found: dict[str, Any] = results(names, largest, copies=2)
+    ends = torch.cat([found[name]["end"] for name in names])
+    each = [torch.empty_like(ends) for _ in range(dist.get_world_size())]
+    dist.all_gather(each, ends)
+    found["agree"] = all(torch.equal(ends, other) for other in each)
     if dist.get_rank() == 0:
         torch.save(found, path)
 
@@ -196,10 +210,10 @@ def refusals() -> dict[str, str]:
         with pytest.raises(ValueError, match=r"sharded|processes") as refused:
             make_optimizer(make_net(large), **settings)
         found[name] = str(refused.value)
-    mesh = init_device_mesh("cpu", (1, dist.get_world_size()), mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with pytest.raises(ValueError, match="placements") as refused:
-        make_optimizer(fully_shard(Net(), mesh=mesh))
-    found["two-dimensional"] = str(refused.value)
+        GridOptimizer([nn.Parameter(distribute_tensor(torch.ones(6, 8), mesh, [Shard(1)]))])
+    found["by columns"] = str(refused.value)
     return found
 
 
@@ -218,6 +232,14 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_points(2, FOR_TWO, tmp_path_factory.mktemp("two"))
 
 
+@pytest.fixture(scope="module")
+def of_two_copies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two copies of the net, each on two processes."""
+    folder: Path = tmp_path_factory.mktemp("copies")
+    run_world(4, folder, save_of_two_copies, FOR_TWO_COPIES, str(folder / "results.pt"))
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
 def run_points(world: int, names: list[str], folder: Path) -> dict[str, Any]:
     run_world(world, folder, save_results, names, str(folder / "results.pt"))
     return torch.load(folder / "results.pt", weights_only=True)
@@ -233,6 +255,15 @@ def test_two_processes_do_as_one(name: str, alone: dict, of_two: dict) -> None:
     check_equal(name, alone[name], of_two[name])
 
 
+@pytest.mark.parametrize("name", FOR_TWO_COPIES)
+def test_two_copies_on_two_processes_each_do_as_one(name: str, alone: dict, of_two_copies: dict) -> None:
+    check_equal(name, alone[name], of_two_copies[name])
+
+
+def test_copies_stay_equal(of_two_copies: dict) -> None:
+    assert of_two_copies["agree"]
+
+
 def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
     assert torch.equal(one["start"], many["start"])
     moved = (one["end"] - one["start"]).norm()
@@ -244,7 +275,8 @@ def check_equal(name: str, one: dict[str, Any], many: dict[str, Any]) -> None:
     torch.testing.assert_close(many["norms"], one["norms"], rtol=1e-5, atol=0)
     if "states" not in name:
         # R, or a sketch of one side, but no gradient, of which there are 24 x 40.
-        assert many["sent"] <= {"eigh right": 40 * 40, "randk": 240}.get(name, 5 * 40)
+        gram = 40 * 40 if "left" in name or "full" in name else 24 * 24
+        assert many["sent"] <= {"eigh": gram, "svd": gram, "randk": 240}.get(name.split()[0], 5 * 40)
 
 
 @pytest.mark.parametrize("name", EQUAL_BITS)
@@ -277,7 +309,7 @@ def test_what_cannot_be_done_on_shards_is_refused(name: str, of_three: dict) -> 
 def test_dependent_signs_can_be_rotated() -> None:
     """Two columns of two signs are parallel half of the time."""
     projection, shape = Projection(kind="rademacher", rank=2, side="left"), torch.Size((2, 3))
-    projector = ShardedRandom(projection, shape, Rows(2, 0, 2, 2, 1, None))
+    projector = ShardedRandom(projection, shape, Rows(2, 0, 2, 2, 1, 0, None))
     old, new = {"left": torch.ones(2, 2)}, {"left": torch.tensor([[1.0, 1], [1, -1]])}
     # Both old coordinates are worth (1, 1) / 2 each, which the new basis sees as (2, 0) / 2.
     expected = torch.tensor([[0.5, 0.5], [0, 0]])
@@ -285,5 +317,5 @@ def test_dependent_signs_can_be_rotated() -> None:
 
 
 def test_other_layouts_are_refused(of_three: dict) -> None:
-    message = "placements \\(Replicate\\(\\), Shard\\(dim=0\\)\\) on a mesh of 2 dimensions"
-    assert re.search(message, of_three["refused"]["two-dimensional"])
+    message = r"placements \(Shard\(dim=1\),?\): Shard\(0\) over one dimension.*tensor-parallel layers"
+    assert re.search(message, of_three["refused"]["by columns"])
