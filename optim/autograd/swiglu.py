@@ -29,6 +29,7 @@ from memtrain.optim.autograd.recomputed import (
     weight_gradient,
     without_autocast,
 )
+from memtrain.optim.kernels import gated_cpu
 from memtrain.optim.kernels import swiglu as kernels
 
 _aten = torch.ops.aten
@@ -76,7 +77,8 @@ def swiglu_forward(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor
         return kernels.swiglu_forward(gate, up)
     if gate.is_cuda and activation in _GELU_KINDS:
         return kernels.geglu_forward(gate, up, approximate=_GELU_KINDS[activation])
-    return ACTIVATIONS[activation].forward(gate).mul_(up)
+    activated = ACTIVATIONS[activation].forward(gate)
+    return gated_cpu.product_(activated, up) if gated_cpu.serves(activated, up) else activated.mul_(up)
 
 
 def swiglu_backward(
@@ -93,10 +95,13 @@ def swiglu_backward(
         return kernels.geglu_backward(dproduct, gate, up, approximate=_GELU_KINDS[activation])
     function = ACTIVATIONS[activation]
     activated = function.forward(gate)
-    product = activated * up
-    dup = activated.mul_(dproduct)
-    dgate = dproduct.mul_(up)
-    return function.backward_(dgate, gate), dup, product
+    if gated_cpu.serves(activated, dproduct, up):
+        dactivated, dup, product = gated_cpu.products_backward_(dproduct, activated, up)
+    else:
+        product = activated * up
+        dup = activated.mul_(dproduct)
+        dactivated = dproduct.mul_(up)
+    return function.backward_(dactivated, gate), dup, product
 
 
 def gated_linear(

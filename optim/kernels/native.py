@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtrain.optim.storage import RandomKey
 
@@ -41,6 +41,8 @@ _FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared".split()
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
+_FLAGS_OF = dict.fromkeys(("gated", "rms_norm"), ("-ffp-contract=off",))
+"""Sources that round where torch's operators do: a fused multiply-add would round once instead of twice."""
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
 
@@ -121,6 +123,12 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(_address(tensor))
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``pointer`` can be had: an ordinary contiguous tensor or parameter on the CPU, neither fake nor
+    distributed."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
 def flag(value: bool) -> ctypes.c_bool:
     """A truth."""
     return ctypes.c_bool(value)
@@ -185,10 +193,14 @@ def _compiled(source: str) -> Path:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as directory:
             made = Path(directory) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
+            command = [compiler, *_flags(source), str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
             _run(command, timeout=_TIMEOUT_SECONDS)
             made.replace(path)  # whole or not at all, also when several processes compile
     return path
+
+
+def _flags(source: str) -> list[str]:
+    return [*_FLAGS, *_FLAGS_OF.get(source, ())]
 
 
 def compile_all() -> list[Path]:
@@ -205,7 +217,7 @@ def cache_directory() -> Path:
 def _digest(source: str, compiler: str) -> str:
     """Of all that the binary depends on."""
     version = _run([compiler, "--version"], timeout=_TIMEOUT_SECONDS)
-    parts = [*_FLAGS, compiler, version, _processor()]
+    parts = [*_flags(source), compiler, version, _processor()]
     for file in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{source}.cpp"):
         parts.append(file.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
