@@ -22,11 +22,8 @@ from torch.nn import functional as F
 
 from memtrain.optim.autograd.recomputed import (
     autocast_dtype,
-    cast,
-    input_gradient,
     plain_linear,
     refuse_double_backward,
-    weight_gradient,
     without_autocast,
 )
 from memtrain.optim.kernels import gated_cpu
@@ -198,16 +195,34 @@ class _ActivatedLinear(torch.autograd.Function):
                 return None, None, None, dbias, None, None
             gate, up, weight = ctx.saved_tensors
             if needs_gate or needs_up:
-                dproduct = input_gradient(rows, weight, grad.shape[:-1], ctx).to(gate.dtype)
+                dproduct = _input_gradient(rows, weight, grad.shape[:-1], ctx).to(gate.dtype)
                 if up is None:
                     dgate = ACTIVATIONS[ctx.activation].backward_(dproduct, gate)
                 else:
                     dgate, dup, product = swiglu_backward(dproduct, gate, up, ctx.activation)
             if needs_weight:
                 product = _product(gate, up, ctx.activation) if product is None else product
-                dweight = weight_gradient(rows, cast(product, ctx.dtype), ctx)
+                dweight = _weight_gradient(rows, _cast(product, ctx.dtype), ctx)
         return (dgate if needs_gate else None, dup if needs_up else None, dweight, dbias, None, None)
 
 
 def _product(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return ACTIVATIONS[activation].forward(gate) if up is None else swiglu_forward(gate, up, activation)
+
+
+def _input_gradient(rows: Tensor, weight: Tensor, shape: torch.Size, ctx: Any) -> Tensor:
+    """``grad @ weight`` as autograd does it, ``[*shape, in]``; ``rows`` is ``grad`` in two dimensions."""
+    weight = _cast(weight, ctx.dtype)
+    product = rows @ (weight.t() if ctx.transposed else weight)
+    return product if len(shape) == 1 else product.view(*shape, product.shape[1])
+
+
+def _weight_gradient(rows: Tensor, x: Tensor, ctx: Any) -> Tensor:
+    """``grad.T @ x`` as autograd computes it."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x.t() @ rows if ctx.transposed else rows.t() @ x
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
