@@ -16,18 +16,12 @@ from torch import Tensor
 
 from memtrain.optim.kernels import native
 
-_DTYPES = (torch.bfloat16, torch.float32)
 _SOURCE = "gated"
 
 
 def serves(*operands: Tensor) -> bool:
     """Whether these are contiguous CPU tensors of one dtype, bf16 or fp32, and the kernels can be compiled."""
-    dtype = operands[0].dtype
-    return (
-        dtype in _DTYPES
-        and all(native.is_plain(t) and t.dtype == dtype for t in operands)
-        and native.function(_SOURCE, "product") is not None
-    )
+    return native.serves_exactly(_SOURCE, *operands)
 
 
 def product_(activated: Tensor, up: Tensor) -> Tensor:

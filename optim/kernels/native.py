@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtrain.optim.storage import RandomKey
 
@@ -123,12 +123,6 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(_address(tensor))
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether ``pointer`` can be had: an ordinary contiguous tensor or parameter on the CPU, neither fake nor
-    distributed."""
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.is_contiguous()
-
-
 def flag(value: bool) -> ctypes.c_bool:
     """A truth."""
     return ctypes.c_bool(value)
@@ -143,6 +137,25 @@ def _address(tensor: Tensor) -> int:
     assert tensor.device.type == "cpu"
     assert tensor.is_contiguous()
     return tensor.data_ptr()
+
+
+def is_plain(*tensors: Tensor) -> bool:
+    """Whether these are CPU tensors with memory of their own: no compiler's, no tracer's, no subclass."""
+    return not torch.compiler.is_compiling() and all(
+        type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors
+    )
+
+
+def serves_exactly(source: str, *operands: Tensor) -> bool:
+    """Whether ``operands`` are what a source that rounds as torch does works on: contiguous, on the CPU, all
+    fp32 or all bf16; and whether it can be compiled."""
+    dtype = operands[0].dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and is_plain(*operands)
+        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in operands)
+        and _library(source) is not None
+    )
 
 
 def function(source: str, name: str) -> Callable[..., None] | None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from memtrain.optim.kernels import native
 from memtrain.optim.kernels.rms_norm import FORMS, Form
 
-_DTYPES = (torch.bfloat16, torch.float32)
 _SOURCE = "rms_norm"
 
 
@@ -37,13 +36,7 @@ class Rows(ctypes.Structure):
 
 def serves(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
     """Whether these are contiguous CPU tensors of one dtype, bf16 or fp32, and the kernels can be compiled."""
-    operands = (x, weight, *others)
-    return (
-        x.dtype in _DTYPES
-        and x.numel() > 0
-        and all(native.is_plain(t) and t.dtype == x.dtype for t in operands)
-        and native.function(_SOURCE, "squares") is not None
-    )
+    return x.numel() > 0 and native.serves_exactly(_SOURCE, x, weight, *others)
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
@@ -54,7 +47,9 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple
     means = wide.mean(-1, keepdim=True)
     y = torch.empty_like(x)
     at = native.pointer(means)  # overwritten by rstd
-    _call("scale_rows", native.pointer(x), native.pointer(weight), at, at, native.pointer(y), _float(eps), shape)
+    _call(
+        "scale_rows", native.pointer(x), native.pointer(weight), at, at, native.pointer(y), _float(eps), shape
+    )
     return y, means
 
 
@@ -79,7 +74,9 @@ def rms_norm_backward(
     """``(dx, dx_through_rstd, dweight)``: the gradient of ``x`` in two terms in fp32, summed in bf16."""
     shape = _rows(x, form)
     rounds_first = form == "round_then_scale"
-    over_rows = torch.empty_like(x, dtype=x.dtype if rounds_first else torch.float32) if needs_weight else None
+    over_rows = (
+        torch.empty_like(x, dtype=x.dtype if rounds_first else torch.float32) if needs_weight else None
+    )
     along = torch.empty_like(x, dtype=torch.float32) if needs_x else None
     operands = [native.pointer(t) for t in (dy, x, weight, rstd)]
     _call("backward_terms", *operands, _pointer(over_rows), _pointer(along), shape)

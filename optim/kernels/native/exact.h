@@ -2,22 +2,16 @@
 // fused multiply-adds, which round once where torch's operators round twice.
 #pragma once
 
-#include "values.h"
-
-static inline void put(float* out, float value) { *out = value; }
-static inline void put(bf16* out, float value) {
-    uint32_t bits = bits_of(value);
-    *out = is_nan(bits) ? bf16(0x7FC0) : bf16((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
+#include "round.h"
 
 template <class T>
 static inline float rounded(float value) {
     T held;
-    put(&held, value);
+    narrow(value, &held);
     return widen(held);
 }
 
-// Calls step(T) with a pointer type: float where wide, else bf16.
+// Calls step with a value of the dtype: fp32 where wide, else bf16.
 template <class Step>
 static inline void with_dtype(bool wide, Step step) {
     if (wide)

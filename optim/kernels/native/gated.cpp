@@ -8,7 +8,7 @@ extern "C" void product(void* activated, const void* up, int64_t numel, bool wid
         for_runs(numel, threads, [&](int64_t start, int count) {
             T* __restrict a = static_cast<T*>(activated) + start;
             const T* __restrict u = static_cast<const T*>(up) + start;
-            for (int i = 0; i < count; i++) put(a + i, widen(a[i]) * widen(u[i]));
+            for (int i = 0; i < count; i++) narrow(widen(a[i]) * widen(u[i]), a + i);
         });
     });
 }
@@ -25,9 +25,9 @@ extern "C" void products_backward(
             const T* __restrict u = static_cast<const T*>(up) + start;
             for (int i = 0; i < count; i++) {
                 const float gradient = widen(d[i]), active = widen(a[i]), other = widen(u[i]);
-                put(p + i, active * other);
-                put(a + i, gradient * active);
-                put(d + i, gradient * other);
+                narrow(active * other, p + i);
+                narrow(gradient * active, a + i);
+                narrow(gradient * other, d + i);
             }
         });
     });

@@ -54,7 +54,7 @@ extern "C" void scale_rows(
             if (means) rstd[row] = 1.0f / std::sqrt(means[row] + eps);
             const float r = rstd[row];
             for (int64_t i = 0; i < shape.columns; i++)
-                put(out + i, norm.normalised(widen(in[i]), r) * norm.scale(i));
+                narrow(norm.normalised(widen(in[i]), r) * norm.scale(i), out + i);
         });
     });
 }
@@ -75,7 +75,7 @@ extern "C" void backward_terms(
                 if (products) {
                     auto* __restrict out = products + start;
                     for (int64_t i = 0; i < shape.columns; i++)
-                        put(out + i, widen(gradient[i]) * norm.normalised(widen(in[i]), r));
+                        narrow(widen(gradient[i]) * norm.normalised(widen(in[i]), r), out + i);
                 }
                 if (along) {
                     float* __restrict out = along + start;
@@ -108,12 +108,12 @@ extern "C" void backward_input(
             if (through) {
                 float* __restrict other = through + start;
                 for (int64_t i = 0; i < shape.columns; i++) {
-                    put(out + i, norm.inner(widen(gradient[i]), i) * r);
+                    narrow(norm.inner(widen(gradient[i]), i) * r, out + i);
                     other[i] = widen(in[i]) * factor;
                 }
             } else {
                 for (int64_t i = 0; i < shape.columns; i++)
-                    put(out + i, norm.inner(widen(gradient[i]), i) * r + widen(in[i]) * factor);
+                    narrow(norm.inner(widen(gradient[i]), i) * r + widen(in[i]) * factor, out + i);
             }
         });
     });
