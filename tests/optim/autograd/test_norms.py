@@ -202,6 +202,38 @@ def test_a_changed_norm_weight_is_noticed() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_changed_weight_of_a_linear_layer_is_noticed(autocast: bool) -> None:
+    x, scale, weight = leaves((4, 8), torch.float32, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = linear(rms_norm(x, scale, EPS), weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"weight of shape \(5, 8\) .*modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_look_at_the_graph_from_outside_holds_nothing() -> None:
+    x, scale, weight = leaves((4, 8), torch.float32, 5)
+    y = rms_norm(x, scale, EPS)
+    node = linear(y, weight).grad_fn
+    assert torch.equal(node._saved_self, y)
+    assert torch.equal(node._saved_mat2, weight.t())
+    assert y.grad_fn.held.output is None
+
+
+def test_a_weights_gradient_may_be_differentiated() -> None:
+    """It is torch's own, and depends on the norm's input through one backward pass of the norm."""
+    inputs = x, scale, weight = leaves((4, 8), torch.float32, 5)
+    results = []
+    for y in (rms_norm(x, scale, EPS), plain_rms_norm(x, scale, RMSNormForm.ROUND_THEN_SCALE)):
+        out = (linear if y.grad_fn.name() == "_RMSNormBackward" else F.linear)(y, weight)
+        (gradient,) = torch.autograd.grad(out.square().sum(), [weight], create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), inputs))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_two_backwards_and_partial_backwards() -> None:
     inputs = x, scale, *weights = leaves((4, 8), torch.float32, 5, 3)
     y = rms_norm(x, scale, EPS)
