@@ -146,18 +146,6 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def serves_exactly(source: str, *operands: Tensor) -> bool:
-    """Whether ``operands`` are what a source that rounds as torch does works on: contiguous, on the CPU, all
-    fp32 or all bf16; and whether it can be compiled."""
-    dtype = operands[0].dtype
-    return (
-        dtype in (torch.bfloat16, torch.float32)
-        and is_plain(*operands)
-        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in operands)
-        and _library(source) is not None
-    )
-
-
 def function(source: str, name: str) -> Callable[..., None] | None:
     """The C function ``name`` of ``native/<source>.cpp``, or None where it cannot be compiled.
 
@@ -173,6 +161,18 @@ def function(source: str, name: str) -> Callable[..., None] | None:
         entry(*arguments, ctypes.c_int(torch.get_num_threads()))
 
     return call
+
+
+def serves_exactly(source: str, *operands: Tensor) -> bool:
+    """Whether ``operands`` are what a source that rounds as torch does works on: contiguous, on the CPU, all
+    fp32 or all bf16; and whether it can be compiled."""
+    dtype = operands[0].dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and is_plain(*operands)
+        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in operands)
+        and _library(source) is not None
+    )
 
 
 @functools.cache
