@@ -6,7 +6,8 @@ alone are saved and backward computes the others again: of a bf16 Llama layer, 4
 feature and token. Without a gate (``linear(gelu(x))``, GPT-2) 2 of 4.
 
 Forward and every gradient run the operators that autograd runs, in its order: bit-equal to the plain
-expression in fp32, bf16 and under autocast. On CUDA SwiGLU and GeGLU go through the kernels of
+expression in fp32, bf16 and under autocast; on a CPU the products of one pass are compiled
+(``memtrain.optim.kernels.gated_cpu``). On CUDA SwiGLU and GeGLU go through the kernels of
 ``memtrain.optim.kernels.swiglu``, one pass each way, which round where these operators round.
 """
 
