@@ -7,7 +7,8 @@ input is saved in its own dtype with the reciprocal root mean square of each row
 
 Three ways to write an RMSNorm are in use, and they round differently (``RMSNormForm``). Forward and every
 gradient follow the named form operator by operator, in the order in which autograd would run them, so that
-both are bit-equal to the plain module. On CUDA the form of Llama goes through the kernels of
+both are bit-equal to the plain module; on a CPU in two compiled passes
+(``memtrain.optim.kernels.rms_norm_cpu``), where there is a compiler. On CUDA the form of Llama goes through the kernels of
 ``memtrain.optim.kernels.rms_norm``, whose backward rounds once where autograd rounds twice.
 """
 
@@ -28,6 +29,7 @@ from memtrain.optim.autograd.recomputed import (
     taken,
 )
 from memtrain.optim.kernels import rms_norm as kernels
+from memtrain.optim.kernels import rms_norm_cpu
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -227,6 +229,8 @@ class _RMSNorm(RecomputedOutput):
     ) -> Tensor:
         if _has_kernel(x, form):
             y, rstd = kernels.rms_norm_forward(x, weight, eps)
+        elif rms_norm_cpu.serves(x, weight):
+            y, rstd = rms_norm_cpu.rms_norm_forward(x, weight, eps, form.value)
         else:
             y, rstd = rms_norm_forward(x, weight, eps, form)
         ctx.form = form
@@ -237,6 +241,8 @@ class _RMSNorm(RecomputedOutput):
     @staticmethod
     def output_again(ctx: Any, saved: tuple[Tensor, ...]) -> Tensor:
         x, weight, rstd = saved
+        if rms_norm_cpu.serves(x, weight):
+            return rms_norm_cpu.output_again(x, weight, rstd, ctx.form.value)
         normalised = x.to(_wide(x.dtype)) * rstd
         if ctx.form is RMSNormForm.ROUND_THEN_SCALE:
             normalised = ctx.held.kept = normalised.to(x.dtype)
@@ -251,9 +257,14 @@ class _RMSNorm(RecomputedOutput):
         if _has_kernel(x, ctx.form):
             dx, dweight = kernels.rms_norm_backward(dy, x, weight, rstd)
             return dx, None, dweight, None, None
-        gradients = rms_norm_backward(
-            dy, x, weight, rstd, ctx.form, normalised, needs_x=needs_x, needs_weight=needs_weight
-        )
+        if rms_norm_cpu.serves(x, weight, dy):
+            gradients = rms_norm_cpu.rms_norm_backward(
+                dy, x, weight, rstd, ctx.form.value, needs_x=needs_x, needs_weight=needs_weight
+            )
+        else:
+            gradients = rms_norm_backward(
+                dy, x, weight, rstd, ctx.form, normalised, needs_x=needs_x, needs_weight=needs_weight
+            )
         return (*gradients, None, None)
 
 

@@ -7,7 +7,8 @@ layer by folding the norm's scale into that layer's weight; here weights stay as
 
 How the two find each other: ``linear`` looks at its input's ``grad_fn``. A view, a copy or an in-place change
 has another ``grad_fn`` or version, so a tensor that is not exactly what the function returned is saved as
-usual. Nothing is attached to tensors, and the graph is the ordinary one: hooks, gradient accumulation and the
+usual. Nothing is attached to tensors. The product and its backward are torch's own, run inside saved-tensor
+hooks that keep the producer's node in the place of ``x``; hooks around it therefore see neither ``x`` nor the weight. Gradient accumulation and the
 order of the engine are those of ``torch.nn.functional.linear``, and so, to the bit, are the gradients.
 
 In backward the first linear layer unpacks the producer's saved tensors and computes the output; the other
@@ -90,20 +91,22 @@ def is_recomputed(x: Tensor) -> bool:
 
 def _output_again(node: Any) -> Tensor:
     held: Held = node.held
-    if held.output is None:
-        saved = unpacked(node)
-        with torch.no_grad():
-            held.output = node._forward_cls.output_again(node, saved)
+    if held.output is not None:
+        return held.output
+    with torch.no_grad():
+        if torch._C._current_graph_task_id() == -1:  # somebody looks at the graph from outside
+            output: Tensor = node._forward_cls.output_again(node, node.saved_tensors)
+            return output
+        held.output = node._forward_cls.output_again(node, unpacked(node))
     return held.output
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Tensor:
     """``x @ weight.T + bias`` that does not save an ``x`` which a ``RecomputedOutput`` made.
 
-    Any other ``x`` is given to ``torch.nn.functional.linear``, as everything is under ``torch.compile``,
-    whose partitioner decides for itself what is saved. The result, and every gradient, is bit-equal to that
-    of ``torch.nn.functional.linear``, under autocast as well (where the weight is cast again in backward, and
-    the copy is not saved).
+    It is torch's own function with torch's own backward; only what that would save of such an ``x`` is made
+    again when it is asked for, and so, under autocast, is the weight's copy. Under ``torch.compile``, whose
+    partitioner decides for itself what is saved, nothing is changed.
 
     Args:
         x: ``[..., in]``.
@@ -111,12 +114,67 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
         bias: ``[out]``.
 
     Raises:
-        RuntimeError: in backward under ``create_graph=True``.
+        RuntimeError: in backward, if the weight has been changed in place since.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not is_recomputed(x):
         return plain_linear(x, weight, bias, transposed=transposed)
-    result: Tensor = _Linear.apply(x, weight, bias, transposed)  # type: ignore[no-untyped-call]
-    return result
+    node = x.grad_fn
+    if (dtype := autocast_dtype(x)) is not None:
+        x = x.to(dtype)  # as autocast would; here, so that its place is known
+    place = x.data_ptr()
+
+    def pack(saved: Tensor) -> _Again | _Weight:
+        if saved.data_ptr() == place:
+            return _Again(node, saved)
+        return _Weight(weight, saved)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        return plain_linear(x, weight, bias, transposed=transposed)
+
+
+class _Again:
+    """Stands for a saved output of ``node``: its rows, in a dtype that it was cast to."""
+
+    __slots__ = ("dtype", "node", "shape")
+
+    def __init__(self, node: Any, saved: Tensor) -> None:
+        self.node, self.shape, self.dtype = node, saved.shape, saved.dtype
+
+    def get(self) -> Tensor:
+        output = _output_again(self.node)
+        if output.dtype != self.dtype:
+            output = output.to(self.dtype)
+        return output.view(self.shape)
+
+
+class _Weight:
+    """Stands for a saved weight or its transpose; where autocast made a copy of it, the copy is made again.
+
+    Autograd does not look at versions behind hooks, so this does.
+    """
+
+    __slots__ = ("dtype", "flipped", "saved", "version", "weight")
+
+    def __init__(self, weight: Tensor, saved: Tensor) -> None:
+        self.weight, self.version, self.dtype = weight, weight._version, saved.dtype
+        self.saved = saved if saved.dtype == weight.dtype else None
+        self.flipped = saved.shape != weight.shape or saved.stride() != weight.stride()
+
+    def get(self) -> Tensor:
+        if self.weight._version != self.version:
+            raise RuntimeError(
+                f"a weight of shape {tuple(self.weight.shape)} that backward needs has been modified by an "
+                f"inplace operation (version {self.version}, now {self.weight._version}): call backward "
+                "before the change"
+            )
+        if self.saved is not None:
+            return self.saved
+        copy = self.weight.detach().to(self.dtype)
+        return copy.t() if self.flipped else copy
+
+
+def _unpack(packed: _Again | _Weight) -> Tensor:
+    return packed.get()
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, transposed: bool = False) -> Tensor:
@@ -152,52 +210,3 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     if not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """``tensor`` in ``dtype``; as it is for None."""
-    return tensor if dtype is None else tensor.to(dtype)
-
-
-class _Linear(torch.autograd.Function):
-    """Written for few Python instructions: behind products that clear the caches each costs several times
-    what it does in a loop. Gradients may leave in autocast's dtype; the engine casts them to that of the
-    input."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        ctx.transposed, ctx.dtype = transposed, autocast_dtype(x)
-        ctx.save_for_backward(weight)
-        if ctx.dtype is None:
-            return plain_linear(x, weight, bias, transposed=transposed)
-        with without_autocast(x):
-            bias = None if bias is None else bias.to(ctx.dtype)
-            return plain_linear(x.to(ctx.dtype), weight.to(ctx.dtype), bias, transposed=transposed)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("memtrain.optim.autograd.linear")
-        with without_autocast(grad):
-            (weight,) = ctx.saved_tensors
-            needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-            rows = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
-            grad_x = input_gradient(rows, weight, grad.shape[:-1], ctx) if needs_x else None
-            grad_weight = None
-            if needs_weight:
-                x = cast(_output_again(ctx.next_functions[0][0]), ctx.dtype)
-                grad_weight = weight_gradient(rows, x, ctx)
-            return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
-
-
-def input_gradient(rows: Tensor, weight: Tensor, shape: torch.Size, ctx: Any) -> Tensor:
-    """``grad @ weight`` as autograd does it, ``[*shape, in]``; ``rows`` is ``grad`` in two dimensions."""
-    weight = cast(weight, ctx.dtype)
-    product = rows @ (weight.t() if ctx.transposed else weight)
-    return product if len(shape) == 1 else product.view(*shape, product.shape[1])
-
-
-def weight_gradient(rows: Tensor, x: Tensor, ctx: Any) -> Tensor:
-    """``grad.T @ x`` as autograd computes it."""
-    if x.dim() != 2:
-        x = x.reshape(-1, x.shape[-1])
-    return x.t() @ rows if ctx.transposed else rows.t() @ x

@@ -6,7 +6,8 @@ alone are saved and backward computes the others again: of a bf16 Llama layer, 4
 feature and token. Without a gate (``linear(gelu(x))``, GPT-2) 2 of 4.
 
 Forward and every gradient run the operators that autograd runs, in its order: bit-equal to the plain
-expression in fp32, bf16 and under autocast. On CUDA SwiGLU and GeGLU go through the kernels of
+expression in fp32, bf16 and under autocast; on a CPU the products of one pass are compiled
+(``memtrain.optim.kernels.gated_cpu``). On CUDA SwiGLU and GeGLU go through the kernels of
 ``memtrain.optim.kernels.swiglu``, one pass each way, which round where these operators round.
 """
 
@@ -22,13 +23,11 @@ from torch.nn import functional as F
 
 from memtrain.optim.autograd.recomputed import (
     autocast_dtype,
-    cast,
-    input_gradient,
     plain_linear,
     refuse_double_backward,
-    weight_gradient,
     without_autocast,
 )
+from memtrain.optim.kernels import gated_cpu
 from memtrain.optim.kernels import swiglu as kernels
 
 _aten = torch.ops.aten
@@ -76,7 +75,8 @@ def swiglu_forward(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor
         return kernels.swiglu_forward(gate, up)
     if gate.is_cuda and activation in _GELU_KINDS:
         return kernels.geglu_forward(gate, up, approximate=_GELU_KINDS[activation])
-    return ACTIVATIONS[activation].forward(gate).mul_(up)
+    activated = ACTIVATIONS[activation].forward(gate)
+    return gated_cpu.product_(activated, up) if gated_cpu.serves(activated, up) else activated.mul_(up)
 
 
 def swiglu_backward(
@@ -93,10 +93,13 @@ def swiglu_backward(
         return kernels.geglu_backward(dproduct, gate, up, approximate=_GELU_KINDS[activation])
     function = ACTIVATIONS[activation]
     activated = function.forward(gate)
-    product = activated * up
-    dup = activated.mul_(dproduct)
-    dgate = dproduct.mul_(up)
-    return function.backward_(dgate, gate), dup, product
+    if gated_cpu.serves(activated, dproduct, up):
+        dactivated, dup, product = gated_cpu.products_backward_(dproduct, activated, up)
+    else:
+        product = activated * up
+        dup = activated.mul_(dproduct)
+        dactivated = dproduct.mul_(up)
+    return function.backward_(dactivated, gate), dup, product
 
 
 def gated_linear(
@@ -193,16 +196,34 @@ class _ActivatedLinear(torch.autograd.Function):
                 return None, None, None, dbias, None, None
             gate, up, weight = ctx.saved_tensors
             if needs_gate or needs_up:
-                dproduct = input_gradient(rows, weight, grad.shape[:-1], ctx).to(gate.dtype)
+                dproduct = _input_gradient(rows, weight, grad.shape[:-1], ctx).to(gate.dtype)
                 if up is None:
                     dgate = ACTIVATIONS[ctx.activation].backward_(dproduct, gate)
                 else:
                     dgate, dup, product = swiglu_backward(dproduct, gate, up, ctx.activation)
             if needs_weight:
                 product = _product(gate, up, ctx.activation) if product is None else product
-                dweight = weight_gradient(rows, cast(product, ctx.dtype), ctx)
+                dweight = _weight_gradient(rows, _cast(product, ctx.dtype), ctx)
         return (dgate if needs_gate else None, dup if needs_up else None, dweight, dbias, None, None)
 
 
 def _product(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return ACTIVATIONS[activation].forward(gate) if up is None else swiglu_forward(gate, up, activation)
+
+
+def _input_gradient(rows: Tensor, weight: Tensor, shape: torch.Size, ctx: Any) -> Tensor:
+    """``grad @ weight`` as autograd does it, ``[*shape, in]``; ``rows`` is ``grad`` in two dimensions."""
+    weight = _cast(weight, ctx.dtype)
+    product = rows @ (weight.t() if ctx.transposed else weight)
+    return product if len(shape) == 1 else product.view(*shape, product.shape[1])
+
+
+def _weight_gradient(rows: Tensor, x: Tensor, ctx: Any) -> Tensor:
+    """``grad.T @ x`` as autograd computes it."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x.t() @ rows if ctx.transposed else rows.t() @ x
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)

@@ -48,6 +48,8 @@ _FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared".split()
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
+_FLAGS_OF = dict.fromkeys(("gated", "rms_norm"), ("-ffp-contract=off",))
+"""Sources that round where torch's operators do: a fused multiply-add would round once instead of twice."""
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
 _FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home
@@ -188,6 +190,18 @@ def function(source: str, name: str) -> Callable[..., None] | None:
     return call
 
 
+def serves_exactly(source: str, *operands: Tensor) -> bool:
+    """Whether ``operands`` are what a source that rounds as torch does works on: contiguous, on the CPU, all
+    fp32 or all bf16; and whether it can be compiled."""
+    dtype = operands[0].dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and is_plain(*operands)
+        and all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in operands)
+        and _library(source) is not None
+    )
+
+
 @functools.cache
 def _library(source: str) -> ctypes.CDLL | None:
     try:
@@ -238,7 +252,7 @@ def _library_path(source: str) -> tuple[str, Path]:
 def _compile(compiler: str, source: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
-        command = [compiler, *_FLAGS, str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
+        command = [compiler, *_flags(source), str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
         _run(command, timeout=_TIMEOUT_SECONDS)
         made.replace(path)  # whole or not at all, also where several processes compile
 
@@ -256,6 +270,10 @@ def _one_at_a_time(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _flags(source: str) -> list[str]:
+    return [*_FLAGS, *_FLAGS_OF.get(source, ())]
 
 
 def compile_all() -> list[Path]:
@@ -298,7 +316,7 @@ def cache_directory() -> Path:
 def _digest(source: str, compiler: str) -> str:
     """Of all that the binary depends on."""
     version = _run([compiler, "--version"], timeout=_TIMEOUT_SECONDS)
-    parts = [*_FLAGS, compiler, version, _processor()]
+    parts = [*_flags(source), compiler, version, _processor()]
     for file in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{source}.cpp"):
         parts.append(file.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Form = Literal["round_then_scale", "scale_then_round", "one_plus_weight"]
 """``weight * n.to(x.dtype)``: Llama, Mistral, Qwen; ``(weight * n).to(x.dtype)``: torch.nn.RMSNorm, OLMo 2;
 ``((1 + weight) * n).to(x.dtype)``: Gemma."""
-_FORMS: dict[str, int] = {"round_then_scale": 0, "scale_then_round": 1, "one_plus_weight": 2}
+FORMS: dict[str, int] = {"round_then_scale": 0, "scale_then_round": 1, "one_plus_weight": 2}
 
 MAX_COLUMNS = 1 << 13
 """A row stays in the registers of one block. Backward of 16,384 columns spills 200 bytes a thread on every
@@ -151,8 +151,8 @@ def rms_norm_backward(
 
 
 def _validate(x: Tensor, weight: Tensor, form: Form) -> None:
-    if form not in _FORMS:
-        raise ValueError(f"form must be one of {', '.join(_FORMS)}, got {form!r}")
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if x.dim() < 1 or weight.shape != x.shape[-1:]:
         raise ValueError(f"weight {tuple(weight.shape)} must have the last dimension of x {tuple(x.shape)}")
     if x.is_cuda and x.shape[-1] > MAX_COLUMNS:
@@ -176,7 +176,7 @@ def _triton_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[
             rstd,
             flat.shape[1],
             eps,
-            FORM=_FORMS[form],
+            FORM=FORMS[form],
             BLOCK=block,
             num_warps=num_warps,
         )
@@ -205,7 +205,7 @@ def _triton_backward(
         rows,
         columns,
         rows_per_program,
-        FORM=_FORMS[form],
+        FORM=FORMS[form],
         BLOCK=block,
         num_warps=num_warps,
     )

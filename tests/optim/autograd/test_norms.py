@@ -129,11 +129,8 @@ def test_gradcheck_and_the_refusal_of_a_second_derivative() -> None:
         assert torch.autograd.gradcheck(lambda x, w, f=form: rms_norm(x, w, EPS, form=f), inputs[:2])
     assert torch.autograd.gradcheck(rms, inputs)
     assert torch.autograd.gradcheck(layer, [*inputs[:2], bias, *inputs[2:]])
-    for function, name in ((rms, "linear has no second"), (lambda x, w: rms_norm(x, w, EPS), "rms_norm")):
-        arguments = inputs if function is rms else inputs[:2]
-        out = function(*arguments)
-        out = out[0] if isinstance(out, tuple) else out
-        with pytest.raises(RuntimeError, match=name):
+    for out in (rms(*inputs)[0], rms_norm(*inputs[:2], EPS)):
+        with pytest.raises(RuntimeError, match="rms_norm has no second"):
             torch.autograd.grad(out.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="layer_norm has no second"):
         torch.autograd.grad(layer_norm(inputs[0], None, None).sum(), inputs[0], create_graph=True)
@@ -203,6 +200,38 @@ def test_a_changed_norm_weight_is_noticed() -> None:
         scale.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_changed_weight_of_a_linear_layer_is_noticed(autocast: bool) -> None:
+    x, scale, weight = leaves((4, 8), torch.float32, 5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = linear(rms_norm(x, scale, EPS), weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"weight of shape \(5, 8\) .*modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_look_at_the_graph_from_outside_holds_nothing() -> None:
+    x, scale, weight = leaves((4, 8), torch.float32, 5)
+    y = rms_norm(x, scale, EPS)
+    node = linear(y, weight).grad_fn
+    assert torch.equal(node._saved_self, y)
+    assert torch.equal(node._saved_mat2, weight.t())
+    assert y.grad_fn.held.output is None
+
+
+def test_a_weights_gradient_may_be_differentiated() -> None:
+    """It is torch's own, and depends on the norm's input through one backward pass of the norm."""
+    inputs = x, scale, weight = leaves((4, 8), torch.float32, 5)
+    results = []
+    for y in (rms_norm(x, scale, EPS), plain_rms_norm(x, scale, RMSNormForm.ROUND_THEN_SCALE)):
+        out = (linear if y.grad_fn.name() == "_RMSNormBackward" else F.linear)(y, weight)
+        (gradient,) = torch.autograd.grad(out.square().sum(), [weight], create_graph=True)
+        results.append(torch.autograd.grad(gradient.square().sum(), inputs))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_two_backwards_and_partial_backwards() -> None:
