@@ -22,7 +22,7 @@ from memtrain.optim.storage import RandomKey, random_bits
 SEED = "seed"
 KEY_WORDS = 3
 """seed, parameter, step"""
-LEFT_STREAM, RIGHT_STREAM, PERMUTATION_STREAM = 1, 2, 3
+LEFT_STREAM, RIGHT_STREAM, CHOICE_STREAM = 1, 2, 3
 """Streams of the key that projections draw from; 0 rounds the weight, those from 16 round moments."""
 _BITS = 32
 
