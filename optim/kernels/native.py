@@ -98,6 +98,15 @@ class Matrix(ctypes.Structure):
     _fields_ = (("rows", ctypes.c_int64), ("columns", ctypes.c_int64))
 
 
+class Strata(ctypes.Structure):
+    """``struct Strata``: which entries ``projection/strata.py`` chooses."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("size", "count", "shift")),
+        *((name, ctypes.c_uint32) for name in ("key_first", "key_second")),
+    )
+
+
 def values(tensor: Tensor, key: RandomKey | None = None, correction: Tensor | None = None) -> Values:
     """A weight or a moment, fp32 or bf16; a bf16 one needs a key or a correction."""
     first, second = key.words() if key else (0, 0)

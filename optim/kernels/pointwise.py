@@ -220,10 +220,11 @@ def launch_keys(keys: Keys | None) -> tuple[int, ...]:
     """Three keys, each with both words in one int64, and their offset, for a Triton kernel."""
     if keys is None:
         return 0, 0, 0, 0
-    return *map(_packed, keys), keys.weight.offset
+    return *map(packed_key, keys), keys.weight.offset
 
 
-def _packed(key: RandomKey) -> int:
+def packed_key(key: RandomKey) -> int:
+    """Both words in one int64."""
     first, second = key.words()
     word = first | second << 32
     return word - ((word >> 63) << 64)

@@ -69,6 +69,37 @@ def reference(
 
 
 @triton_kernel
+def split_update(
+    pointers,
+    at,
+    place,
+    inside,
+    chosen,
+    adam,
+    rest,
+    keys,
+    offset,
+    WEIGHT: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SIGN: tl.constexpr,
+):
+    """Entries ``at``, of which those ``chosen`` have their moments at ``place``."""
+    weight_ptr, correction_ptr, gradient_ptr, first_ptr, second_ptr = pointers
+    keep, rate, beta1, gain1, beta2, gain2, root, eps = adam
+    rest_keep, rest_lr = rest
+    weight_key, first_key, second_key = keys
+    old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
+    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    m = load_values(first_ptr, first_ptr, place, chosen, MOMENT)
+    v = load_values(second_ptr, second_ptr, place, chosen, MOMENT)
+    w, m, v = adam_update(old, g, m, v, keep, rate, beta1, gain1, beta2, gain2, root, eps)
+    store_values(first_ptr, first_ptr, place, m, chosen, first_key, offset, MOMENT)
+    store_values(second_ptr, second_ptr, place, v, chosen, second_key, offset, MOMENT)
+    w = tl.where(chosen, w, plain_update(old, g, rest_keep, rest_lr, SIGN))
+    store_values(weight_ptr, correction_ptr, at, w, inside, weight_key, offset, WEIGHT)
+
+
+@triton_kernel
 def _split_adamw_kernel(
     weight_ptr,
     correction_ptr,
@@ -112,15 +143,20 @@ def _split_adamw_kernel(
         place = slot.to(tl.int64) * columns + column
     chosen = inside & (slot >= 0)
     at = row * columns + column
-    old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
-    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = load_values(first_ptr, first_ptr, place, chosen, MOMENT)
-    v = load_values(second_ptr, second_ptr, place, chosen, MOMENT)
-    w, m, v = adam_update(old, g, m, v, keep, rate, beta1, gain1, beta2, gain2, root, eps)
-    store_values(first_ptr, first_ptr, place, m, chosen, first_key, offset, MOMENT)
-    store_values(second_ptr, second_ptr, place, v, chosen, second_key, offset, MOMENT)
-    w = tl.where(chosen, w, plain_update(old, g, rest_keep, rest_lr, SIGN))
-    store_values(weight_ptr, correction_ptr, at, w, inside, weight_key, offset, WEIGHT)
+    split_update(
+        (weight_ptr, correction_ptr, gradient_ptr, first_ptr, second_ptr),
+        at,
+        place,
+        inside,
+        chosen,
+        (keep, rate, beta1, gain1, beta2, gain2, root, eps),
+        (rest_keep, rest_lr),
+        (weight_key, first_key, second_key),
+        offset,
+        WEIGHT,
+        MOMENT,
+        SIGN,
+    )
 
 
 def split_adamw_(

@@ -41,15 +41,16 @@ static inline void chunk_step(const Weights& weights, const Element* gradients, 
     for (int i = 0; i < count; i++) g[i] = widen(gradients[start + i]);
     int first = 0, last = touched;
     if (slot < 0) {  // its number, and so its word and its moments, are those of the last
-        strata.places(strata.count - 1, 1, strata.size, places);
-        strata.places(0, touched - 1, 0, places + 1);
+        strata.places(strata.count - 1, 1, strata.size + start, places);
+        strata.places(0, touched - 1, start, places + 1);
     } else {
         strata.places(slot, touched, start, places);
     }
-    if (places[0] < 0) first++;  // taken in the chunk before
+    // The first may have been taken in the chunk before, the last in the one behind; it may be the first.
+    if (places[0] < 0) first++;
     if (last > first && places[last - 1] >= count) last--;
     int at = first;
-    if (slot < 0 && first == 0) {
+    if (slot < 0 && first == 0 && last > 0) {
         adam_on_chosen(w, g, means, squares, {places, 1, strata.count - 1}, updated, a);
         at = 1;
     }
