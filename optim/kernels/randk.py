@@ -35,7 +35,7 @@ from memtrain.optim.kernels.pointwise import (
 )
 from memtrain.optim.kernels.sign import PlainStep, native_rest
 from memtrain.optim.kernels.split_adamw import split_update
-from memtrain.optim.projection.strata import shift, stratified_indices
+from memtrain.optim.projection.strata import native_strata, shift, stratified_indices
 from memtrain.optim.storage import RandomKey
 
 if TYPE_CHECKING:
@@ -189,12 +189,11 @@ def _cpu(o: Operands, m: Tensor, v: Tensor, choice: RandomKey, step: AdamStep, r
     if kernel is None:
         reference(o, {"value": m}, {"value": v}, choice, step, rest)
         return
-    size = o.weight.numel()
     kernel(
         *o.native(),
         native.values(m, o.key("first")),
         native.values(v, o.key("second")),
-        native.Strata(size, m.numel(), shift(choice, size), *choice.words()),
+        native_strata(choice, m.numel(), o.weight.numel()),
         native.Adam(*step.kernel_numbers()),
         native_rest(rest),
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtrain.optim.kernels import native
 from memtrain.optim.storage import RandomKey, random_bits
 
 _WORD = 0xFFFFFFFF
@@ -38,12 +39,27 @@ def stratified_indices(key: RandomKey, count: int, size: int, device: torch.devi
         return torch.empty(0, dtype=torch.int64, device=device)
     if size // count >= _MAX_STRATUM:
         raise ValueError(f"{count} of {size} places: at least one in {_MAX_STRATUM} is to be chosen")
+    kernel = native.function("randk", "strata_places") if device.type == "cpu" else None
+    if kernel is None:
+        return reference(key, count, size, device)
+    places = torch.empty(count, dtype=torch.int64)
+    kernel(native_strata(key, count, size), native.pointer(places))
+    return places
+
+
+def reference(key: RandomKey, count: int, size: int, device: torch.device) -> Tensor:
+    """The same, plainly."""
     number = torch.arange(count + 1, device=device)
     # i N + shift could overflow.
     start = number * (size // count) + (number * (size % count) + shift(key, size)) // count
     words = random_bits(key, count, device).long() & _WORD
     place = start[:-1] + (words * start.diff() >> 32)
     return torch.where(place < size, place, place - size)
+
+
+def native_strata(key: RandomKey, count: int, size: int) -> native.Strata:
+    """For a C++ kernel."""
+    return native.Strata(size, count, shift(key, size), *key.words())
 
 
 def shift(key: RandomKey, size: int) -> int:

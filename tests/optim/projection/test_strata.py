@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtrain.optim.projection.strata import shift, stratified_indices
+from memtrain.optim.projection.strata import reference, shift, stratified_indices
 from memtrain.optim.storage import RandomKey, random_bits
 
 CPU = torch.device("cpu")
@@ -30,6 +30,7 @@ def test_one_place_of_each_stratum_and_none_twice(data, size, step):
     count = data.draw(st.integers(1, size))
     places = stratified_indices(key(step), count, size, CPU).tolist()
     assert places == by_hand(key(step), count, size)
+    assert places == reference(key(step), count, size, CPU).tolist()
     assert len(set(places)) == count
     assert places[:-1] == sorted(places[:-1])
 
@@ -37,7 +38,8 @@ def test_one_place_of_each_stratum_and_none_twice(data, size, step):
 @pytest.mark.parametrize(("count", "size"), [(1000, 2**39 + 1), (2**20 - 1, 2**34)])
 def test_large_sizes_do_not_overflow(count, size):
     """The products i N and word * length, which int64 does not always hold."""
-    assert stratified_indices(key(), count, size, CPU).tolist() == by_hand(key(), count, size)
+    for choose in (stratified_indices, reference):
+        assert choose(key(), count, size, CPU).tolist() == by_hand(key(), count, size)
 
 
 def test_strata_beyond_the_kernels_are_refused():
