@@ -45,6 +45,9 @@ _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
 
 
+Function = Callable[..., None]
+
+
 class NativeKernelWarning(RuntimeWarning):
     """A CPU kernel could not be compiled or loaded and runs as plain torch, ten to twenty times slower."""
 
@@ -135,6 +138,11 @@ def flag(value: bool) -> ctypes.c_bool:
     return ctypes.c_bool(value)
 
 
+def real(value: float) -> ctypes.c_float:
+    """A number, in fp32."""
+    return ctypes.c_float(value)
+
+
 def count(tensor: Tensor) -> ctypes.c_int64:
     """The number of elements."""
     return ctypes.c_int64(tensor.numel())
@@ -146,7 +154,7 @@ def _address(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
-def function(source: str, name: str) -> Callable[..., None] | None:
+def function(source: str, name: str) -> Function | None:
     """The C function ``name`` of ``native/<source>.cpp``, or None where it cannot be compiled.
 
     Arguments are structures, ``pointer`` and ctypes numbers; the number of threads is appended.
