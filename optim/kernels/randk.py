@@ -50,9 +50,9 @@ def reference(
     """The arithmetic, plainly: entries are the rows of a matrix of one column."""
     weight, gradient = o.weight.view(-1, 1), o.gradient.view(-1, 1)
     master = {name: tensor.view(-1, 1) for name, tensor in o.master.items()}
-    moments = [{"value": stored["value"].view(-1, 1)} for stored in (first, second)]
-    index = stratified_indices(choice, len(moments[0]["value"]), len(weight), weight.device)
-    split_adamw.reference(Operands(weight, gradient, master, o.keys), *moments, index, "rows", a, rest)
+    m, v = ({"value": stored["value"].view(-1, 1)} for stored in (first, second))
+    index = stratified_indices(choice, len(m["value"]), len(weight), weight.device)
+    split_adamw.reference(Operands(weight, gradient, master, o.keys), m, v, index, "rows", a, rest)
 
 
 @triton_kernel

@@ -33,7 +33,8 @@ def squares_of(gradient: Tensor, *, by_rows: bool) -> Tensor:
 def reference_squares(gradient: Tensor, *, by_rows: bool) -> Tensor:
     """Plainly."""
     axis = -1 if by_rows else -2
-    return torch.linalg.vector_norm(gradient, dim=axis, keepdim=True, dtype=torch.float32).square_()
+    norm: Tensor = torch.linalg.vector_norm(gradient, dim=axis, keepdim=True, dtype=torch.float32)
+    return norm.square_()
 
 
 def add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, keep: float) -> None:

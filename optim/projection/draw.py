@@ -1,8 +1,9 @@
 """Random matrices that are drawn anew whenever they are used: from a key, on every device to the bit.
 
 ``rademacher``  entry e is +scale or -scale by bit ``e mod 32`` of the key's word ``e div 32``.
-``normal``      entry e is one of 4,096 equally likely quantiles of the normal distribution, scaled to variance
-                one, by half ``e mod 2`` of word ``e div 2``: bits 0 to 10 are the magnitude's number, 15 the sign.
+``normal``      entry e is one of 4,096 equally likely quantiles of the normal distribution, scaled to
+                variance one, by half ``e mod 2`` of word ``e div 2``: bits 0 to 10 number the magnitude,
+                bit 15 is the sign.
 
 A sketch wants entries that are independent, of mean zero and of one variance; quantiles from a table are that
 exactly, and nothing in them depends on how a machine rounds a logarithm or a cosine. The largest of them is
@@ -107,7 +108,7 @@ def _table(scale: float, dtype: torch.dtype) -> Tensor:
 def quantiles() -> Tensor:
     """Of the magnitude of a normal number, at the middles of 2,048 equal parts; fp32 on the CPU."""
     middles = (torch.arange(_MAGNITUDES, dtype=torch.float64) + 0.5) / _MAGNITUDES
-    magnitude = torch.special.ndtri((1 + middles) / 2)
+    magnitude: Tensor = torch.special.ndtri((1 + middles) / 2)
     magnitude /= magnitude.square().mean().sqrt()
     # In fixed point, so that a library's last bit makes no difference.
     return (magnitude * _FIXED_POINT).round_().div_(_FIXED_POINT).float()

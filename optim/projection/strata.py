@@ -3,7 +3,8 @@
 The places 0..N-1 are cut into k strata of equal length, N/k rounded up or down, and one place is drawn from
 each (stratified sampling with one unit a stratum; Cochran, Sampling Techniques, 1977, chapter 5):
 
-    start(i) = floor((i N + shift) / k)      place(i) = start(i) + floor(word(i) (start(i+1) - start(i)) / 2^32)
+    start(i) = floor((i N + shift) / k)
+    place(i) = start(i) + floor(word(i) (start(i+1) - start(i)) / 2^32)
 
 The shift, 0..N-1, is drawn as well and turns the strata round the circle of places, so that each place is
 taken with probability k/N exactly, whether k divides N or not; of the last stratum, what lies beyond N-1

@@ -34,9 +34,7 @@ def test_entries_follow_from_their_words():
     assert signs == [2.0 * (words[e // 32] >> e % 32 & 1) - 1 for e in range(80)]
     table = quantiles().tolist()
     halves = [words[e // 2] >> 16 * (e % 2) & 0xFFFF for e in range(6)]
-    assert normal(KEY, (6,), CPU).tolist() == [
-        table[h % 2048] * (-1 if h & 0x8000 else 1) for h in halves
-    ]
+    assert normal(KEY, (6,), CPU).tolist() == [table[h % 2048] * (-1 if h & 0x8000 else 1) for h in halves]
 
 
 def test_quantiles_have_the_moments_of_the_normal_distribution():

@@ -60,7 +60,7 @@ def test_every_place_is_taken_as_often(count):
 
 
 def test_both_ends_have_the_probability_of_the_middle():
-    """Strata that did not turn would take place 0 of 4 in 3 with 5/6 in place of 3/4. Four standard errors."""
+    """Strata that did not turn would take place 0 of 4 in 3 with 5/6 not 3/4: four standard errors."""
     hits = torch.zeros(4)
     for step in range(4000):
         hits[stratified_indices(key(step), 3, 4, CPU)] += 1
