@@ -248,12 +248,12 @@ def _cpu(
     if kernel is None:
         reference(o, {"value": m}, {"value": v}, index, axis, step, rest)
         return
-    where = index.contiguous() if axis == "columns" else _slots(index, len(o.weight))
+    index = index.contiguous()
     kernel(
         *o.native(),
         native.values(m, o.key("first")),
         native.values(v, o.key("second")),
-        native.pointer(where),
+        native.pointer(index),
         native.count(index),
         native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),

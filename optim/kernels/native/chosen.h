@@ -18,36 +18,49 @@ struct Chosen {
     int64_t place;
 };
 
+// A stretch of gradients in fp32: itself, or `into`.
+static inline const float* widened(const float* from, int, float*) { return from; }
+static inline const float* widened(const bf16* from, int count, float* into) {
+    for (int i = 0; i < count; i++) into[i] = widen(from[i]);
+    return into;
+}
+
+// LENGTH entries, of which `count` are there; all of them where they are FULL.
+template <int LENGTH, bool FULL, class Moments>
+static inline void adam_on_some(const float* __restrict weights, const float* __restrict gradients,
+                                const Moments& means, const Moments& squares, const int32_t* __restrict at,
+                                int64_t place, int count, float* __restrict w, const Adam& a) {
+    float g[LENGTH], m[LENGTH], v[LENGTH];
+    if (FULL)
+        count = LENGTH;
+    else
+        for (int i = 0; i < LENGTH; i++) m[i] = v[i] = 0;
+#pragma omp simd
+    for (int i = 0; i < LENGTH; i++) {
+        g[i] = gradients[at[i]];
+        w[i] = weights[at[i]];
+    }
+    means.load(place, count, m);
+    squares.load(place, count, v);
+    adam_run(w, g, m, v, LENGTH, a);
+    means.store(place, count, m);
+    squares.store(place, count, v);
+}
+
 // The new weights of the chosen entries into `updated`, which holds `padded(count)`, their moments in place.
 template <class Moments>
 static inline void adam_on_chosen(const float* __restrict weights, const float* __restrict gradients,
                                   const Moments& means, const Moments& squares, const Chosen& chosen,
                                   float* __restrict updated, const Adam& a) {
-    for (int start = 0; start < chosen.count; start += LANES) {
-        float w[LANES], g[LANES], m[LANES] = {}, v[LANES] = {};
-        const int32_t* at = chosen.positions + start;
-        const int64_t place = chosen.place + start;
-        const bool full = chosen.count - start >= LANES;
-#pragma omp simd
-        for (int i = 0; i < LANES; i++) {
-            g[i] = gradients[at[i]];
-            w[i] = weights[at[i]];
-        }
-        if (full) {
-            means.load(place, LANES, m);
-            squares.load(place, LANES, v);
-        } else {
-            means.load(place, chosen.count - start, m);
-            squares.load(place, chosen.count - start, v);
-        }
-        adam_run(w, g, m, v, LANES, a);
-        for (int i = 0; i < LANES; i++) updated[start + i] = w[i];
-        if (full) {
-            means.store(place, LANES, m);
-            squares.store(place, LANES, v);
-        } else {
-            means.store(place, chosen.count - start, m);
-            squares.store(place, chosen.count - start, v);
-        }
-    }
+    int start = 0;
+    auto some = [&](auto step, int length) {
+        for (; start + length <= chosen.count; start += length)
+            step(weights, gradients, means, squares, chosen.positions + start, chosen.place + start, length,
+                 updated + start, a);
+    };
+    some(adam_on_some<RUN, true, Moments>, RUN);
+    some(adam_on_some<LANES, true, Moments>, LANES);
+    if (start < chosen.count)
+        adam_on_some<LANES, false>(weights, gradients, means, squares, chosen.positions + start, chosen.place + start,
+                                   chosen.count - start, updated + start, a);
 }

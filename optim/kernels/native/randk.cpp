@@ -69,10 +69,10 @@ template <class Weights, class Element, class Moments>
 static inline void chunk_step(const Weights& weights, const Element* gradients, const Moments& means,
                               const Moments& squares, const Strata& strata, int64_t start, int count, const Adam& a,
                               const Rest& rest) {
-    float w[CHUNK], g[CHUNK], updated[CHUNK + 2 * LANES];
+    float w[CHUNK], wide[CHUNK], updated[CHUNK + 2 * LANES];
     const Taken taken(strata, start, count);
     weights.load(start, count, w);
-    for (int i = 0; i < count; i++) g[i] = widen(gradients[start + i]);
+    const float* g = widened(gradients + start, count, wide);
     int at = taken.first;
     if (taken.slot < 0 && at == 0 && taken.last > 0) {
         adam_on_chosen(w, g, means, squares, {taken.places, 1, strata.count - 1}, updated, a);
