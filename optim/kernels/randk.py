@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from memtrain.optim.kernels import native, split_adamw
@@ -18,9 +17,8 @@ from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.pointwise import (
     ADAM_SIGNATURE,
-    FP32,
     KEY_SIGNATURE,
-    RANDOM_BF16,
+    MOMENT_VARIANTS,
     WEIGHT_VARIANTS,
     AdamStep,
     Keys,
@@ -164,9 +162,7 @@ def randk_adamw_(
 def _triton(o: Operands, m: Tensor, v: Tensor, choice: RandomKey, step: AdamStep, rest: PlainStep) -> None:
     size = o.weight.numel()
     _randk_adamw_kernel[(-(-size // _BLOCK),)](
-        o.weight,
-        o.master.get("correction", o.weight),
-        o.gradient,
+        *o.triton(),
         m,
         v,
         size,
@@ -191,8 +187,7 @@ def _cpu(o: Operands, m: Tensor, v: Tensor, choice: RandomKey, step: AdamStep, r
         return
     kernel(
         *o.native(),
-        native.values(m, o.key("first")),
-        native.values(v, o.key("second")),
+        *o.native_moments(m, v),
         native_strata(choice, m.numel(), o.weight.numel()),
         native.Adam(*step.kernel_numbers()),
         native_rest(rest),
@@ -201,15 +196,13 @@ def _cpu(o: Operands, m: Tensor, v: Tensor, choice: RandomKey, step: AdamStep, r
 
 def _variants() -> Iterator[KernelVariant]:
     for weight in WEIGHT_VARIANTS:
-        for moments, code in ((torch.float32, FP32), (torch.bfloat16, RANDOM_BF16)):
-            pointer = "*fp32" if code == FP32 else "*bf16"
-            moved = split_adamw.bytes_per_element(weight.kind, weight.dtype, moments, density=0.25)
+        for moments in MOMENT_VARIANTS:
+            moved = split_adamw.bytes_per_element(weight.kind, weight.dtype, moments.dtype, density=0.25)
             yield KernelVariant(
-                label=f"{weight.label} weight, {pointer[1:]} moments",
+                label=f"{weight.label} weight, {moments.label} moments",
                 signature={
                     **weight.signature,
-                    "first_ptr": pointer,
-                    "second_ptr": pointer,
+                    **moments.signature,
                     **dict.fromkeys(("size", "count"), "i32:16"),
                     **dict.fromkeys(("shift", "choice_key"), "i64"),
                     **ADAM_SIGNATURE,
@@ -217,7 +210,7 @@ def _variants() -> Iterator[KernelVariant]:
                     "rest_lr": "fp32",
                     **KEY_SIGNATURE,
                 },
-                constexprs={"WEIGHT": weight.kind, "MOMENT": code, "SIGN": True, "BLOCK": _BLOCK},
+                constexprs={"WEIGHT": weight.kind, "MOMENT": moments.kind, "SIGN": True, "BLOCK": _BLOCK},
                 moved_bytes=moved,
                 least_bytes=moved,
             )

@@ -25,7 +25,7 @@ from memtrain.optim.kernels.pointwise import (
     ADAM_SIGNATURE,
     FP32,
     KEY_SIGNATURE,
-    RANDOM_BF16,
+    MOMENT_VARIANTS,
     WEIGHT_VARIANTS,
     AdamStep,
     Keys,
@@ -221,9 +221,7 @@ def _triton(
     rows, columns = o.weight.shape
     if o.weight.numel():
         _split_adamw_kernel[(rows * -(-columns // _BLOCK),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             m,
             v,
             _slots(index, rows if axis == "rows" else columns).to(torch.int32),
@@ -251,8 +249,7 @@ def _cpu(
     index = index.contiguous()
     kernel(
         *o.native(),
-        native.values(m, o.key("first")),
-        native.values(v, o.key("second")),
+        *o.native_moments(m, v),
         native.pointer(index),
         native.count(index),
         native.flag(axis == "columns"),
@@ -269,17 +266,15 @@ def bytes_per_element(weight: int, gradient: torch.dtype, moments: torch.dtype, 
 
 def _variants() -> Iterator[KernelVariant]:
     for weight in WEIGHT_VARIANTS:
-        for moments, code in ((torch.float32, FP32), (torch.bfloat16, RANDOM_BF16)):
+        for moments in MOMENT_VARIANTS:
             for axis in ("rows", "columns"):
-                pointer = "*fp32" if code == FP32 else "*bf16"
                 # The slots of the columns stay in the cache.
-                moved = bytes_per_element(weight.kind, weight.dtype, moments, density=0.25)
+                moved = bytes_per_element(weight.kind, weight.dtype, moments.dtype, density=0.25)
                 yield KernelVariant(
-                    label=f"{axis}, {weight.label} weight, {pointer[1:]} moments",
+                    label=f"{axis}, {weight.label} weight, {moments.label} moments",
                     signature={
                         **weight.signature,
-                        "first_ptr": pointer,
-                        "second_ptr": pointer,
+                        **moments.signature,
                         "slot_ptr": "*i32",
                         "columns": "i32:16",
                         "active": "i32:16",
@@ -290,7 +285,7 @@ def _variants() -> Iterator[KernelVariant]:
                     },
                     constexprs={
                         "WEIGHT": weight.kind,
-                        "MOMENT": code,
+                        "MOMENT": moments.kind,
                         "SIGN": True,
                         "BY_COLUMNS": axis == "columns",
                         "BLOCK": _BLOCK,
