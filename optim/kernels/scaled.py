@@ -60,6 +60,7 @@ def add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, keep: floa
         native.flag(by_rows),
         native.real(keep),
     )
+    torch.autograd.graph.increment_version(weight)
 
 
 def reference_step_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, keep: float) -> None:
