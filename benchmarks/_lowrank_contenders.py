@@ -4,6 +4,7 @@ A floor is the time of the products that a step cannot do without, measured in t
 shapes and dtypes, and of the bytes that it must move, at the bandwidth measured in the same rounds: the fp32
 gradient read (twice where it is wanted again once R is known), the weight and the moments read and written. R
 and N, the operands of products and the drawing of a basis from its seed are left out: a floor is the lower.
+A second floor adds the drawing, at the rate of the same generator alone in the same rounds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +21,12 @@ from torch import Tensor, nn
 
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.named import FRUGAL, Apollo, Fira, GaLore
+from memtrain.optim.projection.draw import normal
+from memtrain.optim.storage import RandomKey
 
-GALORE, GALORE_TORCH = "GaLore", "galore-torch 1.0"
-BANDWIDTH = "a += b"
+GALORE, GALORE_TORCH, COLUMNS = "GaLore", "galore-torch 1.0", "FRUGAL columns"
+BANDWIDTH, DRAW = "a += b", "draw of a sketch, bfloat16"
+DENSITY = 0.25
 LR, WEIGHT_DECAY, GRADIENT_SCALE = 1e-3, 0.01, 1e-4
 NEVER = 1 << 30
 _FLOAT_BYTES = 4
@@ -48,6 +53,8 @@ class Contender(Probe):
     """By a step, where we can count it."""
     products: tuple[str, ...] = ()
     """Names of probes, each as often as the step needs it."""
+    draws: tuple[str, ...] = ()
+    """Names of probes that draw what the step draws."""
     has_floor: bool = False
 
 
@@ -99,18 +106,27 @@ def probes(shapes: Shapes) -> list[Probe]:
             Probe(name=product_name("up", dtype), step=_product(*up, made)),
         ]
     a, b = torch.zeros(m, n), torch.ones(m, n)
-    return [*found, Probe(name=BANDWIDTH, step=lambda step: a.add_(b))]
+    key, size = RandomKey(seed=0, parameter=0, step=0), (min(m, n), shapes.rank)
+    draw = partial(normal, key, size, torch.device("cpu"), scale=shapes.rank**-0.5, dtype=torch.bfloat16)
+    return [
+        *found,
+        Probe(name=BANDWIDTH, step=lambda step: a.add_(b)),
+        Probe(name=DRAW, step=lambda step: draw()),
+    ]
 
 
 def _product(first: Tensor, second: Tensor, out: Tensor) -> Callable[[int], object]:
     return lambda step: torch.mm(first, second, out=out)
 
 
-def floor_seconds(contender: Contender, shapes: Shapes, seconds: dict[str, list[float]]) -> list[float]:
+def floor_seconds(
+    contender: Contender, shapes: Shapes, seconds: dict[str, list[float]], *, with_draws: bool = False
+) -> list[float]:
     """Of each round."""
     rate = [_ADD_BYTES * shapes.numel / each for each in seconds[BANDWIDTH]]
     assert contender.moved_bytes is not None
-    products = [seconds[name] for name in contender.products]
+    names = (*contender.products, *contender.draws) if with_draws else contender.products
+    products = [seconds[name] for name in names]
     return [
         sum(each[index] for each in products) + contender.moved_bytes / rate[index]
         for index in range(len(rate))
@@ -123,15 +139,19 @@ def projected(shapes: Shapes) -> list[Contender]:
     down, up = (product_name(way, torch.bfloat16) for way in ("down", "up"))
     once = dict(scale=0.25, update_proj_gap=NEVER)
     many = dict(update_gap=NEVER)
-    randk: dict[str, Any] = dict(projection="randk", density=shapes.low_numel / shapes.numel)
+    share = dict(density=DENSITY, moments=DENSITY * shapes.numel)
+    split = dict(dtype=torch.bfloat16, master="split24")
     return [
         galore_torch(shapes, gap=NEVER),
         _ours(GALORE, shapes, GaLore, (down, up), **bf16, **once),
         _ours("Fira", shapes, Fira, (down, up), reads=2, **bf16, **once),
-        _ours("Apollo", shapes, Apollo, (down,), reads=2, **bf16, update_proj_gap=NEVER),
+        _ours("Apollo", shapes, Apollo, (down,), reads=2, draws=(DRAW,), **bf16, update_proj_gap=NEVER),
         _ours("FRUGAL svd", shapes, FRUGAL, (down, up, up), reads=2, projection="svd", **bf16, **many),
         _ours("FRUGAL power", shapes, FRUGAL, (down, up, up), reads=2, **bf16, **many),
-        _ours("FRUGAL randk", shapes, FRUGAL, (), **randk, **many),
+        _ours(COLUMNS, shapes, FRUGAL, (), projection="columns", **share, **many),
+        _ours("FRUGAL rows", shapes, FRUGAL, (), projection="rows", **share, **many),
+        _ours("FRUGAL randk", shapes, FRUGAL, (), projection="randk", **share, **many),
+        _ours(f"{COLUMNS}, split24", shapes, FRUGAL, (), projection="columns", **share, **split, **many),
     ]
 
 
@@ -155,9 +175,15 @@ def _ours(
     products: tuple[str, ...],
     *,
     reads: int = 1,
+    draws: tuple[str, ...] = (),
+    moments: float | None = None,
+    dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Contender:
-    weight, gradient = operands((shapes.rows, shapes.columns), torch.float32)
+    """``moments``: elements of one moment, R's where there is none given."""
+    weight, gradient = operands((shapes.rows, shapes.columns), dtype)
+    # Read and written, with the int8 correction of a split master.
+    weight_bytes = 2 * (dtype.itemsize + (settings.get("master") == "split24"))
     parameter = nn.Parameter(weight)
     parameter.grad = gradient
     optimizer = make([parameter], lr=LR, weight_decay=WEIGHT_DECAY, **settings)
@@ -165,10 +191,12 @@ def _ours(
         name=name,
         step=lambda step: optimizer.step(),
         tensors=lambda: [parameter, gradient, *optimizer.state[parameter].values()],
-        formula_bytes=2 * _FLOAT_BYTES * shapes.numel + sum(optimizer.state_bytes().values()),
+        formula_bytes=2 * dtype.itemsize * shapes.numel + sum(optimizer.state_bytes().values()),
         # Gradient; weight there and back; two moments there and back.
-        moved_bytes=_FLOAT_BYTES * ((reads + 2) * shapes.numel + 4 * shapes.low_numel),
+        moved_bytes=(reads * dtype.itemsize + weight_bytes) * shapes.numel
+        + 4 * _FLOAT_BYTES * (shapes.low_numel if moments is None else moments),
         products=products,
+        draws=draws,
         has_floor=True,
     )
 

@@ -7,7 +7,7 @@ which is slow, right, and what paths are tested against. A path gets all its par
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from memtrain.optim.cell import STEP, Cell, part
 from memtrain.optim.kernels.adamw import adamw_
 from memtrain.optim.kernels.adamw8bit import adamw8bit_
 from memtrain.optim.kernels.pointwise import AdamStep
+from memtrain.optim.kernels.randk import randk_adamw_
 from memtrain.optim.kernels.sign import LionStep, PlainStep, lion_
 from memtrain.optim.kernels.split_adamw import split_adamw_
 from memtrain.optim.lowrank_path import KernelLowRank
@@ -117,16 +118,18 @@ class KernelLion(KernelPath):
 
 
 class KernelCoordinates(KernelPath):
-    """FRUGAL on rows, columns or blocks of a matrix: one pass over gradient and weight."""
+    """FRUGAL on rows, columns, blocks of a matrix, or single entries: one pass over gradient and weight."""
 
     name = "split adamw kernel"
 
     def serves(self, cell: Cell) -> bool:
         """See :class:`Path`."""
-        if cell.projected is None or len(cell.shape) != 2 or cell.settings.split not in (None, 1):
+        if cell.projected is None or cell.settings.split not in (None, 1):
             return False
         projector, _, residual = cell.projected
-        split = isinstance(projector, CoordinateProjector) and projector.kind in _AXES
+        split = isinstance(projector, CoordinateProjector) and (
+            projector.kind == "randk" or len(cell.shape) == 2
+        )
         rest = residual.kind in ("sign", "sgd") and residual.scale > 0 and residual.residual_scale > 0
         return (
             split
@@ -140,7 +143,7 @@ class KernelCoordinates(KernelPath):
         """See :class:`KernelPath`."""
         assert work.cell.projected is not None
         projector, _, residual = work.cell.projected
-        opened = projector.open(part(work.state, "projector"), work.weight.device)
+        assert isinstance(projector, CoordinateProjector)
         lr, decay = float(work.turn.lr), work.cell.settings.weight_decay
         # A kernel decays by its own lr times its own decay: the product is the same on both sides.
         active = _adam_step(work, lr=lr * residual.scale, decay=decay / residual.scale)
@@ -149,18 +152,14 @@ class KernelCoordinates(KernelPath):
             weight_decay=decay / residual.residual_scale,
             rule="sign" if residual.kind == "sign" else "sgd",
         )
-        split_adamw_(
-            work.weight,
-            work.gradient,
-            work.moment("exp_avg"),
-            work.moment("exp_avg_sq"),
-            opened[INDEX],
-            _AXES[projector.kind],
-            active,
-            rest,
-            master=work.moment("master"),
-            keys=work.keys(),
-        )
+        operands = (work.weight, work.gradient, work.moment("exp_avg"), work.moment("exp_avg_sq"))
+        others: dict[str, Any] = {"master": work.moment("master"), "keys": work.keys()}
+        stored = part(work.state, "projector")
+        if projector.kind == "randk":
+            randk_adamw_(*operands, projector.choice_key(stored), active, rest, **others)
+        else:
+            index = projector.open(stored, work.weight.device)[INDEX]
+            split_adamw_(*operands, index, _AXES[projector.kind], active, rest, **others)
 
 
 def _adam_step(work: Work, *, lr: float, decay: float) -> AdamStep:

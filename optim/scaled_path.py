@@ -20,12 +20,10 @@ from memtrain.optim.kernels import lowrank_products, native
 from memtrain.optim.kernels.lowrank_adam import adam_direction
 from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, project_down_
 from memtrain.optim.kernels.lowrank_up import project_up_
+from memtrain.optim.kernels.scaled import add_scaled_, squares_of
 from memtrain.optim.projection.matrix import RIGHT, MatrixProjector
 from memtrain.optim.rules import Adam
 from memtrain.optim.work import KernelPath, Work, usual_adam
-
-_CHUNK_ELEMENTS = 1 << 17
-"""512 KiB of fp32: a chunk of the weight stays in the cache between its passes."""
 
 
 class KernelScaled(KernelPath):
@@ -65,8 +63,7 @@ class KernelScaled(KernelPath):
         direction = adam_direction(low, mean, square, step=work.step, betas=rule.betas, eps=rule.eps)
         cell.store_moments_(work.state, moments, work.turn)
         scaling = residual.scaling(low, direction, projector)
-        axis = -1 if right else -2
-        norm = torch.linalg.vector_norm(gradient, dim=axis, keepdim=True, dtype=torch.float32)
+        norm = squares_of(gradient, by_rows=right).sqrt_()
         memory = part(work.state, "residual")
         if residual.kind == "scale_only":
             scaling.mul_(residual.scale**0.5)
@@ -91,7 +88,7 @@ class KernelScaled(KernelPath):
                 return
             project_up_(weight, basis, combined, right=right, factor=lr, decay=decay)
             decay = 1.0
-        _add_scaled_(weight, gradient, scaling, decay=decay, factor=lr)
+        add_scaled_(weight, gradient, scaling.mul_(lr), keep=decay)
 
 
 def _rest_norm(norm: Tensor, low: Tensor, basis: Tensor, right: bool) -> Tensor:
@@ -114,17 +111,3 @@ def _gram(basis: Tensor) -> Tensor:
         project_down_(found, basis, basis, right=False)
         return found
     return basis.float().mT @ basis.float()
-
-
-def _add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, decay: float, factor: float) -> None:
-    """``weight = decay * weight - factor * scaling * gradient``, by chunks of rows."""
-    rows, columns = weight.shape
-    chunk = max(1, _CHUNK_ELEMENTS // columns)
-    scaled = torch.empty(min(chunk, rows), columns, dtype=weight.dtype, device=weight.device)
-    for start in range(0, rows, chunk):
-        held, read = weight[start : start + chunk], gradient[start : start + chunk]
-        by = scaling[start : start + chunk] if len(scaling) == rows else scaling
-        product = torch.mul(read, by, out=scaled[: len(held)])
-        if decay != 1:
-            held.mul_(decay)
-        held.add_(product, alpha=-factor)

@@ -22,7 +22,7 @@ from memtrain.optim.kernels.pointwise import (
     ADAM_SIGNATURE,
     FP32,
     KEY_SIGNATURE,
-    RANDOM_BF16,
+    MOMENT_VARIANTS,
     WEIGHT_VARIANTS,
     AdamStep,
     Keys,
@@ -136,9 +136,7 @@ def adamw_(
 def _triton(o: Operands, m: Tensor, v: Tensor, step: AdamStep) -> None:
     if o.weight.numel():
         _adamw_kernel[(-(-o.weight.numel() // _BLOCK),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             m,
             v,
             o.weight.numel(),
@@ -157,8 +155,7 @@ def _cpu(o: Operands, m: Tensor, v: Tensor, step: AdamStep) -> None:
         return
     kernel(
         *o.native(),
-        native.values(m, o.key("first")),
-        native.values(v, o.key("second")),
+        *o.native_moments(m, v),
         native.count(o.weight),
         native.Adam(*step.kernel_numbers()),
     )
@@ -177,20 +174,18 @@ def bytes_per_element(weight: int, gradient: torch.dtype, moments: torch.dtype) 
 
 def _variants() -> Iterator[KernelVariant]:
     for weight in WEIGHT_VARIANTS:
-        for moments, code in ((torch.float32, FP32), (torch.bfloat16, RANDOM_BF16)):
-            pointer = "*fp32" if code == FP32 else "*bf16"
-            moved = bytes_per_element(weight.kind, weight.dtype, moments)
+        for moments in MOMENT_VARIANTS:
+            moved = bytes_per_element(weight.kind, weight.dtype, moments.dtype)
             yield KernelVariant(
-                label=f"{weight.label} weight, {pointer[1:]} moments",
+                label=f"{weight.label} weight, {moments.label} moments",
                 signature={
                     **weight.signature,
-                    "first_ptr": pointer,
-                    "second_ptr": pointer,
+                    **moments.signature,
                     "count": "i32:16",
                     **ADAM_SIGNATURE,
                     **KEY_SIGNATURE,
                 },
-                constexprs={"WEIGHT": weight.kind, "MOMENT": code, "BLOCK": _BLOCK},
+                constexprs={"WEIGHT": weight.kind, "MOMENT": moments.kind, "BLOCK": _BLOCK},
                 moved_bytes=moved,
                 least_bytes=moved,
             )

@@ -143,9 +143,7 @@ def _triton(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
     if blocks:
         weight_key, _, _, offset = launch_keys(o.keys)
         _adamw8bit_kernel[(-(-blocks // _BLOCKS_PER_PROGRAM),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             first["codes"],
             first["scales"],
             second["codes"],

@@ -57,6 +57,9 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
 _NO_LOCKS = (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
+Function = Callable[..., None]
+
+
 class NativeKernelWarning(RuntimeWarning):
     """A CPU kernel could not be compiled or loaded and runs as plain torch, ten to twenty times slower."""
 
@@ -127,6 +130,15 @@ class Matrix(ctypes.Structure):
     _fields_ = (("rows", ctypes.c_int64), ("columns", ctypes.c_int64))
 
 
+class Strata(ctypes.Structure):
+    """``struct Strata``: which entries ``projection/strata.py`` chooses."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("size", "count", "shift")),
+        *((name, ctypes.c_uint32) for name in ("key_first", "key_second")),
+    )
+
+
 def values(tensor: Tensor, key: RandomKey | None = None, correction: Tensor | None = None) -> Values:
     """A weight or a moment, fp32 or bf16; a bf16 one needs a key or a correction."""
     first, second = key.words() if key else (0, 0)
@@ -155,6 +167,11 @@ def flag(value: bool) -> ctypes.c_bool:
     return ctypes.c_bool(value)
 
 
+def real(value: float) -> ctypes.c_float:
+    """A number, in fp32."""
+    return ctypes.c_float(value)
+
+
 def count(tensor: Tensor) -> ctypes.c_int64:
     """The number of elements."""
     return ctypes.c_int64(tensor.numel())
@@ -173,7 +190,7 @@ def is_plain(*tensors: Tensor) -> bool:
     )
 
 
-def function(source: str, name: str) -> Callable[..., None] | None:
+def function(source: str, name: str) -> Function | None:
     """The C function ``name`` of ``native/<source>.cpp``, or None where it cannot be compiled.
 
     Arguments are structures, ``pointer`` and ctypes numbers; the number of threads is appended.

@@ -107,10 +107,18 @@ class Operands:
         """One of the keys, if there are any."""
         return getattr(self.keys, which) if self.keys else None
 
+    def native_moments(self, first: Tensor, second: Tensor) -> tuple[native.Values, native.Values]:
+        """Moments in fp32 or bf16, for a C++ kernel."""
+        return native.values(first, self.key("first")), native.values(second, self.key("second"))
+
     def native(self) -> tuple[native.Values, native.Gradient]:
         """For a C++ kernel."""
         described = native.values(self.weight, self.key("weight"), self.master.get("correction"))
         return described, native.gradient(self.gradient)
+
+    def triton(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``weight_ptr, correction_ptr, gradient_ptr`` of a Triton kernel."""
+        return self.weight, self.master.get("correction", self.weight), self.gradient
 
     def pieces(self) -> Iterator[tuple[slice, Operands]]:
         """Flat parts that stay in the cache, and where they lie."""
@@ -212,6 +220,25 @@ WEIGHT_VARIANTS = (
     WeightVariant("bf16", RANDOM_BF16, torch.bfloat16),
     WeightVariant("split24", SPLIT24, torch.bfloat16),
 )
+
+
+class MomentVariant(NamedTuple):
+    """A format of the moments, for ahead-of-time compilation."""
+
+    label: str
+    kind: int
+    dtype: torch.dtype
+
+    @property
+    def signature(self) -> dict[str, str]:
+        """Types of ``first_ptr`` and ``second_ptr``."""
+        return dict.fromkeys(("first_ptr", "second_ptr"), f"*{self.label}")
+
+
+MOMENT_VARIANTS = (
+    MomentVariant("fp32", FP32, torch.float32),
+    MomentVariant("bf16", RANDOM_BF16, torch.bfloat16),
+)
 ADAM_SIGNATURE = dict.fromkeys("keep rate beta1 gain1 beta2 gain2 root eps".split(), "fp32")
 KEY_SIGNATURE = {"weight_key": "i64", "first_key": "i64", "second_key": "i64", "offset": "i32:16"}
 
@@ -220,10 +247,11 @@ def launch_keys(keys: Keys | None) -> tuple[int, ...]:
     """Three keys, each with both words in one int64, and their offset, for a Triton kernel."""
     if keys is None:
         return 0, 0, 0, 0
-    return *map(_packed, keys), keys.weight.offset
+    return *map(packed_key, keys), keys.weight.offset
 
 
-def _packed(key: RandomKey) -> int:
+def packed_key(key: RandomKey) -> int:
+    """Both words in one int64."""
     first, second = key.words()
     word = first | second << 32
     return word - ((word >> 63) << 64)

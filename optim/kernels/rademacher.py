@@ -1,6 +1,6 @@
 """Projection ``z = x S`` by random signs that are never stored: CompAct's way down, and a seeded projector's.
 
-The signs are those of ``projection.random.rademacher`` to the bit: entry ``e`` of the row-major ``[n, r]``
+The signs are those of ``projection.draw.rademacher`` to the bit: entry ``e`` of the row-major ``[n, r]``
 matrix is bit ``e mod 32`` of the key's word ``e div 32``. One word makes 32 signs, so a tile costs a hash
 for every 32 entries, where a Gaussian one would cost more than the product itself. The kernel makes them
 inside the product for ranks that are multiples of 32; others, and a CPU, make the matrix once and multiply.
@@ -20,7 +20,7 @@ from memtrain.optim.kernels.aot import KernelSpec, KernelVariant
 from memtrain.optim.kernels.lazy import triton_kernel
 from memtrain.optim.kernels.lowrank_down import precision
 from memtrain.optim.kernels.pointwise import Keys, launch_keys, random_word
-from memtrain.optim.projection.random import rademacher
+from memtrain.optim.projection.draw import rademacher, reference_rademacher
 from memtrain.optim.storage import RandomKey
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _BITS = 32
 
 def reference(x: Tensor, key: RandomKey, rank: int) -> Tensor:
     """The projection, plainly, in fp32."""
-    return x.float() @ rademacher(key, (x.shape[-1], rank), x.device)
+    return x.float() @ reference_rademacher(key, (x.shape[-1], rank), x.device)
 
 
 @triton_kernel
@@ -83,7 +83,7 @@ def rademacher_project(x: Tensor, key: RandomKey, rank: int, *, scale: float = 1
         raise ValueError(f"rank must be at least 1, got {rank}")
     if lazy.takes_triton(x) and x.dtype != torch.float64 and rank % _BITS == 0:
         return _triton_project(x.contiguous(), key, rank, scale)
-    return x @ rademacher(key, (x.shape[-1], rank), x.device).mul_(scale).to(x.dtype)
+    return x @ rademacher(key, (x.shape[-1], rank), x.device, scale=scale, dtype=x.dtype)
 
 
 def _triton_project(x: Tensor, key: RandomKey, rank: int, scale: float = 1.0) -> Tensor:

@@ -212,9 +212,7 @@ def _triton(o: Operands, step: PlainStep) -> None:
     if o.weight.numel():
         weight_key, _, _, offset = launch_keys(o.keys)
         _sign_kernel[(-(-o.weight.numel() // _BLOCK),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             o.weight.numel(),
             step.keep,
             step.lr,
@@ -230,9 +228,7 @@ def _triton_lion(o: Operands, m: Tensor, step: LionStep) -> None:
     if o.weight.numel():
         weight_key, first_key, _, offset = launch_keys(o.keys)
         _lion_kernel[(-(-o.weight.numel() // _BLOCK),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             m,
             o.weight.numel(),
             step.plain.keep,

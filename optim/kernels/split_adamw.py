@@ -25,7 +25,7 @@ from memtrain.optim.kernels.pointwise import (
     ADAM_SIGNATURE,
     FP32,
     KEY_SIGNATURE,
-    RANDOM_BF16,
+    MOMENT_VARIANTS,
     WEIGHT_VARIANTS,
     AdamStep,
     Keys,
@@ -66,6 +66,37 @@ def reference(
     form.store_(dict(first), m, signed=True, key=o.key("first"))
     form.store_(dict(second), v, signed=False, key=o.key("second"))
     holder.store_(o.weight, master, new.index_copy_(dim, index, active), key=o.key("weight"))
+
+
+@triton_kernel
+def split_update(
+    pointers,
+    at,
+    place,
+    inside,
+    chosen,
+    adam,
+    rest,
+    keys,
+    offset,
+    WEIGHT: tl.constexpr,
+    MOMENT: tl.constexpr,
+    SIGN: tl.constexpr,
+):
+    """Entries ``at``, of which those ``chosen`` have their moments at ``place``."""
+    weight_ptr, correction_ptr, gradient_ptr, first_ptr, second_ptr = pointers
+    keep, rate, beta1, gain1, beta2, gain2, root, eps = adam
+    rest_keep, rest_lr = rest
+    weight_key, first_key, second_key = keys
+    old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
+    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    m = load_values(first_ptr, first_ptr, place, chosen, MOMENT)
+    v = load_values(second_ptr, second_ptr, place, chosen, MOMENT)
+    w, m, v = adam_update(old, g, m, v, keep, rate, beta1, gain1, beta2, gain2, root, eps)
+    store_values(first_ptr, first_ptr, place, m, chosen, first_key, offset, MOMENT)
+    store_values(second_ptr, second_ptr, place, v, chosen, second_key, offset, MOMENT)
+    w = tl.where(chosen, w, plain_update(old, g, rest_keep, rest_lr, SIGN))
+    store_values(weight_ptr, correction_ptr, at, w, inside, weight_key, offset, WEIGHT)
 
 
 @triton_kernel
@@ -112,15 +143,20 @@ def _split_adamw_kernel(
         place = slot.to(tl.int64) * columns + column
     chosen = inside & (slot >= 0)
     at = row * columns + column
-    old = load_values(weight_ptr, correction_ptr, at, inside, WEIGHT)
-    g = tl.load(gradient_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    m = load_values(first_ptr, first_ptr, place, chosen, MOMENT)
-    v = load_values(second_ptr, second_ptr, place, chosen, MOMENT)
-    w, m, v = adam_update(old, g, m, v, keep, rate, beta1, gain1, beta2, gain2, root, eps)
-    store_values(first_ptr, first_ptr, place, m, chosen, first_key, offset, MOMENT)
-    store_values(second_ptr, second_ptr, place, v, chosen, second_key, offset, MOMENT)
-    w = tl.where(chosen, w, plain_update(old, g, rest_keep, rest_lr, SIGN))
-    store_values(weight_ptr, correction_ptr, at, w, inside, weight_key, offset, WEIGHT)
+    split_update(
+        (weight_ptr, correction_ptr, gradient_ptr, first_ptr, second_ptr),
+        at,
+        place,
+        inside,
+        chosen,
+        (keep, rate, beta1, gain1, beta2, gain2, root, eps),
+        (rest_keep, rest_lr),
+        (weight_key, first_key, second_key),
+        offset,
+        WEIGHT,
+        MOMENT,
+        SIGN,
+    )
 
 
 def split_adamw_(
@@ -185,9 +221,7 @@ def _triton(
     rows, columns = o.weight.shape
     if o.weight.numel():
         _split_adamw_kernel[(rows * -(-columns // _BLOCK),)](
-            o.weight,
-            o.master.get("correction", o.weight),
-            o.gradient,
+            *o.triton(),
             m,
             v,
             _slots(index, rows if axis == "rows" else columns).to(torch.int32),
@@ -212,12 +246,11 @@ def _cpu(
     if kernel is None:
         reference(o, {"value": m}, {"value": v}, index, axis, step, rest)
         return
-    where = index.contiguous() if axis == "columns" else _slots(index, len(o.weight))
+    index = index.contiguous()
     kernel(
         *o.native(),
-        native.values(m, o.key("first")),
-        native.values(v, o.key("second")),
-        native.pointer(where),
+        *o.native_moments(m, v),
+        native.pointer(index),
         native.count(index),
         native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),
@@ -233,17 +266,15 @@ def bytes_per_element(weight: int, gradient: torch.dtype, moments: torch.dtype, 
 
 def _variants() -> Iterator[KernelVariant]:
     for weight in WEIGHT_VARIANTS:
-        for moments, code in ((torch.float32, FP32), (torch.bfloat16, RANDOM_BF16)):
+        for moments in MOMENT_VARIANTS:
             for axis in ("rows", "columns"):
-                pointer = "*fp32" if code == FP32 else "*bf16"
                 # The slots of the columns stay in the cache.
-                moved = bytes_per_element(weight.kind, weight.dtype, moments, density=0.25)
+                moved = bytes_per_element(weight.kind, weight.dtype, moments.dtype, density=0.25)
                 yield KernelVariant(
-                    label=f"{axis}, {weight.label} weight, {pointer[1:]} moments",
+                    label=f"{axis}, {weight.label} weight, {moments.label} moments",
                     signature={
                         **weight.signature,
-                        "first_ptr": pointer,
-                        "second_ptr": pointer,
+                        **moments.signature,
                         "slot_ptr": "*i32",
                         "columns": "i32:16",
                         "active": "i32:16",
@@ -254,7 +285,7 @@ def _variants() -> Iterator[KernelVariant]:
                     },
                     constexprs={
                         "WEIGHT": weight.kind,
-                        "MOMENT": code,
+                        "MOMENT": moments.kind,
                         "SIGN": True,
                         "BY_COLUMNS": axis == "columns",
                         "BLOCK": _BLOCK,

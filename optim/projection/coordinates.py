@@ -1,8 +1,9 @@
 """Projection on coordinates: columns, rows, a block of neighbouring rows, or single entries.
 
 The cheapest orthonormal projections: down is a gather, up a scatter, and only a key is stored. ``columns``,
-``rows`` and ``randk`` take the first k images of a keyed permutation (FRUGAL, arXiv 2411.07837, keeps two
-int64 indices for each entry of randk: twice the bytes of two fp32 moments). ``block`` goes round: the next k
+``rows`` and ``randk`` take one of every 1/density neighbours by a hash (``strata.py``; FRUGAL, arXiv
+2411.07837, draws freely and keeps two int64 indices for each entry of randk: twice the bytes of two fp32
+moments). ``block`` goes round: the next k
 rows at every refresh, so that ``1/density`` refreshes cover the parameter.
 
 Departure: FRUGAL's ``block`` switches whole tensors on and off, which makes the bytes of a parameter change
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from memtrain.optim.projection.base import CoordinateOverlap, Overlap, Stored
 from memtrain.optim.projection.config import Projection
-from memtrain.optim.projection.permutation import permuted_indices
-from memtrain.optim.projection.random import KEY_WORDS, PERMUTATION_STREAM, SEED, read_key, write_key_
+from memtrain.optim.projection.random import CHOICE_STREAM, KEY_WORDS, SEED, read_key, write_key_
+from memtrain.optim.projection.strata import stratified_indices
 from memtrain.optim.projection.workspace import Workspace
 from memtrain.optim.storage import RandomKey
 
@@ -67,11 +68,11 @@ class CoordinateProjector:
         if self.kind == "block":
             start = int(stored[START])
             return {INDEX: torch.arange(start, start + self.active, device=device)}
-        key = read_key(stored[SEED]).fold(PERMUTATION_STREAM)
-        index = permuted_indices(key, self.active, self.size, device)
-        # In order, so that neighbouring rows have neighbouring moments; a million entries of randk would
-        # take longer to sort than to update.
-        return {INDEX: index if self.kind == "randk" else index.sort().values}
+        return {INDEX: stratified_indices(self.choice_key(stored), self.active, self.size, device)}
+
+    def choice_key(self, stored: Stored) -> RandomKey:
+        """From which columns, rows or entries are chosen."""
+        return read_key(stored[SEED]).fold(CHOICE_STREAM)
 
     def down(self, opened: Stored, gradient: Tensor) -> Tensor:
         """See :class:`Projector`."""

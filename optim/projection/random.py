@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memtrain.optim.projection.base import Stored
 from memtrain.optim.projection.config import Projection
+from memtrain.optim.projection.draw import normal, rademacher
 from memtrain.optim.projection.matrix import LEFT, MatrixProjector
 from memtrain.optim.projection.workspace import Workspace, draw_bytes, qr_library_bytes
 from memtrain.optim.storage import RandomKey, random_bits
@@ -22,9 +23,8 @@ from memtrain.optim.storage import RandomKey, random_bits
 SEED = "seed"
 KEY_WORDS = 3
 """seed, parameter, step"""
-LEFT_STREAM, RIGHT_STREAM, PERMUTATION_STREAM = 1, 2, 3
+LEFT_STREAM, RIGHT_STREAM, CHOICE_STREAM = 1, 2, 3
 """Streams of the key that projections draw from; 0 rounds the weight, those from 16 round moments."""
-_BITS = 32
 
 
 class RandomProjector(MatrixProjector):
@@ -61,10 +61,12 @@ class RandomProjector(MatrixProjector):
         if self.orthonormal:
             return stored
         key = read_key(stored[SEED])
-        draw = gaussian if self.kind == "gaussian" else rademacher
+        draw = normal if self.kind == "gaussian" else rademacher
         scale = 1 / math.sqrt(self.rank)
         return {
-            side: (draw(_of_side(key, side), self.basis_shape(side), device) * scale).to(self.basis_dtype)
+            side: draw(
+                _of_side(key, side), self.basis_shape(side), device, scale=scale, dtype=self.basis_dtype
+            )
             for side in self.sides
         }
 
@@ -82,15 +84,6 @@ class RandomProjector(MatrixProjector):
         return Workspace(
             tensor_bytes=max(draw_bytes(d * r * batch), decomposing), library_bytes=qr_library_bytes(d, r)
         )
-
-
-def rademacher(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Signs, +1 or -1 in fp32, thirty-two from each word."""
-    count = math.prod(shape)
-    words = random_bits(key, -(-count // _BITS), device)
-    shifts = torch.arange(_BITS, dtype=torch.int32, device=device)
-    bits = (words.unsqueeze(1) >> shifts) & 1
-    return bits.reshape(-1)[:count].reshape(shape).float().mul_(2).sub_(1)
 
 
 def gaussian(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Tensor:

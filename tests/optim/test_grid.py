@@ -8,6 +8,7 @@ from torch import nn
 
 from memtrain.optim.grid import GridOptimizer, NonFiniteGradientWarning
 from memtrain.optim.projection import ProjectionError
+from memtrain.optim.settings import Settings
 
 GALORE = dict(projection="power", rank=2, update_gap=3)
 
@@ -470,3 +471,13 @@ def test_what_would_change_the_update_is_not_ignored(key):
     with pytest.raises(ValueError, match=f"{key}=True in a group: these optimizers have no {key}"):
         GridOptimizer([{"params": [weight_of(6, 5)], key: True}])
     GridOptimizer([{"params": [weight_of(6, 5)], key: False, "foreach": None}])
+
+
+def test_settings_are_checked_whatever_was_checked_before():
+    """1.0 equals 1 and True: what was found of one says nothing of the others."""
+    group = dict(params=[], lr=0.1, projection="power", rank=1)
+    assert Settings.of_group(group) is Settings.of_group(dict(group))
+    with pytest.raises(ValueError, match=r"rank must be an int, got 1\.0"):
+        Settings.of_group({**group, "rank": 1.0})
+    with pytest.raises(ValueError, match=r"rank must be an int, got \[1\]"):
+        Settings.of_group({**group, "rank": [1]})

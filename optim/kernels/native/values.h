@@ -59,9 +59,11 @@ struct Fp32 {
     float* data;
 
     void load(int64_t start, int count, float* __restrict value) const {
+#pragma omp simd
         for (int i = 0; i < count; i++) value[i] = data[start + i];
     }
     void store(int64_t start, int count, const float* __restrict value) const {
+#pragma omp simd
         for (int i = 0; i < count; i++) data[start + i] = value[i];
     }
 };
@@ -72,6 +74,7 @@ struct RandomBf16 {
     uint64_t offset;  // of data[0] within its parameter
 
     void load(int64_t start, int count, float* __restrict value) const {
+#pragma omp simd
         for (int i = 0; i < count; i++) value[i] = widen(data[start + i]);
     }
     void store(int64_t start, int count, const float* __restrict value) const {
