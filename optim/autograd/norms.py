@@ -8,8 +8,8 @@ input is saved in its own dtype with the reciprocal root mean square of each row
 Three ways to write an RMSNorm are in use, and they round differently (``RMSNormForm``). Forward and every
 gradient follow the named form operator by operator, in the order in which autograd would run them, so that
 both are bit-equal to the plain module; on a CPU in two compiled passes
-(``memtrain.optim.kernels.rms_norm_cpu``), where there is a compiler. On CUDA the form of Llama goes through the kernels of
-``memtrain.optim.kernels.rms_norm``, whose backward rounds once where autograd rounds twice.
+(``memtrain.optim.kernels.rms_norm_cpu``), where there is a compiler. On CUDA the form of Llama goes through
+the kernels of ``memtrain.optim.kernels.rms_norm``, whose backward rounds once where autograd rounds twice.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ layer by folding the norm's scale into that layer's weight; here weights stay as
 How the two find each other: ``linear`` looks at its input's ``grad_fn``. A view, a copy or an in-place change
 has another ``grad_fn`` or version, so a tensor that is not exactly what the function returned is saved as
 usual. Nothing is attached to tensors. The product and its backward are torch's own, run inside saved-tensor
-hooks that keep the producer's node in the place of ``x``; hooks around it therefore see neither ``x`` nor the weight. Gradient accumulation and the
-order of the engine are those of ``torch.nn.functional.linear``, and so, to the bit, are the gradients.
+hooks that keep the producer's node in the place of ``x``; hooks around it therefore see neither ``x`` nor the
+weight. Gradient accumulation and the order of the engine are those of ``torch.nn.functional.linear``, and so,
+to the bit, are the gradients.
 
 In backward the first linear layer unpacks the producer's saved tensors and computes the output; the other
 ones and the producer itself use the same. Saved-tensor hooks therefore see each tensor packed once and
