@@ -97,7 +97,9 @@ def _rest_norm(norm: Tensor, low: Tensor, basis: Tensor, right: bool) -> Tensor:
     kept: Tensor = torch.linalg.vector_norm(low, dim=axis, keepdim=True).square_()
     if basis.dtype != torch.float32:
         # What rounding has left of orthonormality, some 1e-3: bf16 is enough for it, but not for P^T P.
-        excess = _gram(basis).sub_(torch.eye(basis.shape[1], dtype=torch.float32, device=basis.device)).to(basis.dtype)
+        excess = _gram(basis)
+        excess.diagonal().sub_(1)
+        excess = excess.to(basis.dtype)
         back = torch.empty_like(low)
         project_down_(back, low, excess, right=right)
         kept.sub_(back.mul_(low).sum(axis, keepdim=True))

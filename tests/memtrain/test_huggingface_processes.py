@@ -28,8 +28,8 @@ def in_world(rank: int, port: int, folder: Path) -> None:
     cut.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
     ends = {"whole": weights(whole.model), "cut": weights(cut.model)}
     torch.save(ends, folder / f"{rank}.pt")
-    # Without teardown: in torch 2.13 the last owner of a gloo group, here DDP's reducer, joins under the GIL a
-    # thread that may be waiting for the GIL.
+    # Without teardown: in torch 2.13 the last owner of a gloo group, here DDP's reducer, joins under the GIL
+    # a thread that may be waiting for the GIL.
     os._exit(0)
 
 
