@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import memtrain
 from memtrain.forms import LOSSY, POLICIES, BlockForms
 from memtrain.offload.saved_group import SavedGroup
 from memtrain.offload.unmoved import FixedTensors
 from memtrain.optim.autograd import apply_to, revert
+from memtrain.optim.autograd.sites import PROBE_TOKENS
 from memtrain.planner.actions import EXACT
 from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.trace import profile_model
@@ -313,6 +314,26 @@ def test_a_model_that_cannot_be_tried_has_no_forms_and_says_why() -> None:
     forms = BlockForms(model, find_blocks(model), given, [EXACT])
     reason = "Net cannot be tried on 8 tokens of the sample batch (RuntimeError: only long rows)"
     assert forms.missing("layers.1") == {EXACT: reason}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_model_is_tried_on_few_tokens_whatever_the_batch_is_wrapped_in(mask: bool) -> None:
+    """What is tried holds every activation: with all tokens that is more than training takes."""
+    model = llama(layers=2)
+    seen: list[torch.Size] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    given = {"attention_mask": torch.zeros(ROWS, 1, TOKENS, TOKENS)} if mask else {}
+    forms = BlockForms(model, find_blocks(model), BatchEncoding({**given, **batch()}), [EXACT])
+    assert all(shape[1] == PROBE_TOKENS for shape in seen)
+    assert mask or list(forms.of("model.layers.0")) == [EXACT]
+
+
+def test_a_batch_that_cannot_be_made_shorter_is_not_tried() -> None:
+    model = Net()
+    forms = BlockForms(model, find_blocks(model), (batch()["input_ids"][0],), [EXACT])
+    assert forms.missing("layers.1") == {
+        EXACT: "the sample batch has no tensor of rows and tokens that could be made shorter"
+    }
 
 
 def test_a_model_that_was_treated_by_hand_is_left_as_it_is() -> None:
