@@ -156,9 +156,7 @@ def _on_few_tokens(model: nn.Module, batch: Any) -> Callable[[], Any]:
     few = tree_map_only(Tensor, cut, whole)
 
     def run() -> Any:
-        if (
-            shape is None
-        ):  # a probe holds every activation: of a whole batch too much
+        if shape is None:  # a probe holds every activation: of a whole batch too much
             raise ValueError("the sample batch has no tensor of rows and tokens that could be made shorter")
         try:
             if isinstance(few, Mapping):
