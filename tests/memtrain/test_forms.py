@@ -345,6 +345,15 @@ def test_a_model_that_was_treated_by_hand_is_left_as_it_is() -> None:
     assert untreated(model)
 
 
+def test_a_session_of_a_model_that_was_treated_by_hand_names_the_remedy(tmp_path: Path) -> None:
+    model = llama(layers=2)
+    apply_to(model)
+    with pytest.raises(memtrain.PrepareError, match=r"call revert\(model\) first\. The plan has"):
+        prepare(model, tmp_path, {})
+    revert(model)
+    prepare(model, tmp_path, {}).close()
+
+
 def test_what_no_block_can_have_is_reported(tmp_path: Path) -> None:
     model = llama(layers=2)
     model.model.layers[0].mlp.act_fn = nn.Hardswish()
@@ -360,6 +369,6 @@ def _fields(profile: ModelProfile) -> dict[str, Any]:
 
 
 def test_a_form_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(memtrain.session.PrepareError, match="no form 'int2'; lossy ones are int8, int4"):
+    with pytest.raises(memtrain.PrepareError, match="no form 'int2'; lossy ones are int8, int4"):
         prepare(llama(), tmp_path, {}, exact_only=False, allow_lossy=("int2",))
     assert LOSSY == ("int8", "int4", "fewbit2", "fewbit3", "fewbit4")
