@@ -58,9 +58,9 @@ class Checkpoints:
             ) from error
         if resume == "auto" and digest != self.recipe.digest:
             raise RecipeError(
-                f"{folder} belongs to a run whose model, data, training, optimizer or schedule differ: "
-                f"set checkpoint.resume=never to start anew, checkpoint.resume={folder} to take it up "
-                "nevertheless, or another output.directory"
+                f"{folder} belongs to a run whose model, data, training, optimizer, schedule or lossy forms "
+                f"differ: set checkpoint.resume=never to start anew, checkpoint.resume={folder} to take it "
+                "up nevertheless, or another output.directory"
             )
         if steps > self.recipe.training.steps:
             raise RecipeError(

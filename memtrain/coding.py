@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memtrain.offload.codec import Codec, CodingStatistics
+from memtrain.offload.codec import SEGMENT_BYTES, Codec, CodingStatistics, staging_bytes
 from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget, Machine
@@ -59,6 +59,16 @@ def refuse_other_codecs(machine: Machine, codecs: Mapping[Tier, Codec], budget: 
                 f"measured with {measured or 'none'}: leave machine out, or measure it for the same codecs "
                 f"with measure_machine(codecs=...)"
             )
+
+        if measured is not None and link.state_codec is not None:
+            needs = SEGMENT_BYTES, staging_bytes(codecs[link.tier])
+            had = link.state_codec.segment_bytes, link.state_codec.staging_bytes
+            if had != needs:
+                raise CodecError(
+                    f"{link.tier.value}: codec {measured} works in segments of {needs[0]} bytes and takes "
+                    f"{needs[1]}, machine {machine.name} was measured when these were {had[0]} and {had[1]}: "
+                    f"leave machine out, or measure it again with measure_machine(refresh=True)"
+                )
 
 
 def coding_text(tier: Tier, name: str, done: CodingStatistics) -> str:

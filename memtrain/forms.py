@@ -144,15 +144,20 @@ def _why_not(form: str, rows: Sequence[Row]) -> str:
 
 def _on_few_tokens(model: nn.Module, batch: Any) -> Callable[[], Any]:
     """Runs the model on the first tokens of the first row: of every tensor that has as many rows and tokens
-    as the first one of two dimensions."""
-    shapes = [leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() >= 2]
+    as the one of the fewest dimensions, two at least."""
+    whole = dict(batch) if isinstance(batch, Mapping) else batch  # a tokenizer's BatchEncoding is no dict
+    shapes = [leaf.shape for leaf in tree_leaves(whole) if isinstance(leaf, Tensor) and leaf.dim() >= 2]
+    shape = min(shapes, key=len, default=None)
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor[:1, :PROBE_TOKENS] if shapes and tensor.shape[:2] == shapes[0][:2] else tensor
+        alike = shape is not None and tensor.dim() >= 2 and tensor.shape[:2] == shape[:2]
+        return tensor[:1, :PROBE_TOKENS] if alike else tensor
 
-    few = tree_map_only(Tensor, cut, batch)
+    few = tree_map_only(Tensor, cut, whole)
 
     def run() -> Any:
+        if shape is None:  # a probe holds every activation: of a whole batch too much
+            raise ValueError("the sample batch has no tensor of rows and tokens that could be made shorter")
         try:
             if isinstance(few, Mapping):
                 return model(**few)

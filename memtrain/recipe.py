@@ -225,10 +225,13 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Hash of what decides the numbers: not of the budget, the threads, the output or the logging."""
+        """Hash of what decides the numbers: not of the budget, the threads, the output or the logging; of the
+        planner where it may lose some of them."""
         data = self.model_dump(mode="json", include={"model", "data", "training", "optimizer", "schedule"})
         for key in ("threads", "device", "log_every"):
             del data["training"][key]
+        if self.planner.allow_lossy:
+            data["planner"] = self.planner.model_dump(mode="json", include={"allow_lossy", "error_budget"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:

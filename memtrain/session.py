@@ -40,6 +40,7 @@ from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.shards import Unit
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
+from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.kernels import native
 from memtrain.planner import resident
@@ -140,8 +141,9 @@ def prepare(
         OffloadError: a tier cannot serve.
         BudgetError: the budget gives a tier that the machine does not have.
         RunFileError: a file of ``directory`` cannot be written.
-        PrepareError: a session of the model is open; gradient checkpointing is on; parameters are on
-            several devices, on one that is neither a CPU nor a CUDA device, or not on that of ``machine``.
+        PrepareError: a session of the model is open; gradient checkpointing is on; apply_to() has treated
+            what a session watches; parameters are on several devices, on one that is neither a CPU nor a
+            CUDA device, or not on that of ``machine``.
         CodecError: a codec is unknown, for a tier without a budget, or not the one that ``machine`` was
             measured with.
         MissingZstandardError: a codec's library is not installed.
@@ -232,9 +234,14 @@ def prepare(
             codecs=coding,
             began_peak_bytes=peak.before_bytes,
         )
-    except BaseException:
+    except BaseException as error:
         if handle is not None:
             handle.uninstall()
+        if isinstance(error, ChangedModuleError):
+            raise PrepareError(
+                f"{error}. A session watches modules that apply_to() passes by: call revert(model) first. "
+                "The plan has the exact form of blocks itself, and lossy ones by options.allow_lossy"
+            ) from error
         raise
 
 

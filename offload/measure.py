@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from memtrain.offload.codec import Codec
+from memtrain.offload.codec import SEGMENT_BYTES, Codec, staging_bytes
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.errors import OffloadError, SwapDirectoryError
 from memtrain.offload.measure_codec import measure_codec
@@ -253,7 +253,8 @@ def _cache_path(
     disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
     what = f"{machine_identity()} {platform.node()} {disk} {device}"
     what += "" if cxl_node is None else f" cxl {cxl_node}"
-    what += "".join(f" {tier.value} coded {codec.name}" for tier, codec in sorted(codecs.items()))
+    for tier, codec in sorted(codecs.items()):  # with its memory, which another version may need more of
+        what += f" {tier.value} coded {codec.name} {SEGMENT_BYTES} {staging_bytes(codec)}"
     key = hashlib.sha256(what.encode()).hexdigest()[:16]
     return base / "memtrain" / f"machine-{key}.json"
 

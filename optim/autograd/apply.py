@@ -216,6 +216,8 @@ def _offer(site: Site, treatment: Treatment | None) -> tuple[Offer | None, str]:
         offer = treatment.offer(site)
     except NotServedError as error:
         return None, str(error)
+    except Exception as error:  # whatever a module may raise that is run alone, on numbers not its own
+        return None, f"it cannot be tried alone ({type(error).__name__}: {error})"
     return offer, offer.equal
 
 

@@ -242,10 +242,17 @@ def parameter_units(
                 resident_state_bytes=round(sum(p.nbytes + state_of(p) for p in small)),
                 update_seconds=sum(map(seconds_of, (*large, *small))),
                 parameters=tuple(names[id(p)] for p in own),
-                updates=tuple(_update(p, steps, known) for p in large) if whole and known is not None else (),
+                updates=_updates(large, steps, known) if whole and known is not None else (),
             )
         )
     return units
+
+
+def _updates(
+    parameters: list[nn.Parameter], steps: OptimizerSteps, known: KnownStates
+) -> tuple[ParameterUpdate, ...]:
+    """Of those that are in a group: the optimizer says of the others what it has against them."""
+    return tuple(_update(p, steps, known) for p in parameters if id(p) in steps.of)
 
 
 def _update(parameter: nn.Parameter, steps: OptimizerSteps, known: KnownStates) -> ParameterUpdate:

@@ -129,7 +129,14 @@ def test_a_checkpoint_goes_between_coded_and_plain(tmp_path: Path) -> None:
 
 def test_a_machine_that_was_measured_otherwise_is_refused(tmp_path: Path) -> None:
     budget = memtrain.Budget(device="3GiB", nvme=f"{tmp_path}:1GiB")
+    links = [
+        dataclasses.replace(link, state_codec=dataclasses.replace(link.state_codec, staging_bytes=1 << 20))
+        for link in coding_machine().links
+        if link.state_codec is not None
+    ]
+    older = dataclasses.replace(coding_machine(), links=tuple(links))
     for machine, codecs, message in (
+        (older, CODING, "nvme: codec exponent works in segments of 4194304 bytes and takes .* and 1048576"),
         (MACHINE, CODING, "nvme: codec exponent is asked for, machine .* was measured with none"),
         (coding_machine(), None, "nvme: codec none is asked for, machine .* was measured with exponent"),
     ):

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BatchEncoding, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import memtrain
 from memtrain.forms import LOSSY, POLICIES, BlockForms
 from memtrain.offload.saved_group import SavedGroup
 from memtrain.offload.unmoved import FixedTensors
 from memtrain.optim.autograd import apply_to, revert
+from memtrain.optim.autograd.sites import PROBE_TOKENS
 from memtrain.planner.actions import EXACT
 from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.trace import profile_model
@@ -315,6 +316,26 @@ def test_a_model_that_cannot_be_tried_has_no_forms_and_says_why() -> None:
     assert forms.missing("layers.1") == {EXACT: reason}
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_model_is_tried_on_few_tokens_whatever_the_batch_is_wrapped_in(mask: bool) -> None:
+    """What is tried holds every activation: with all tokens that is more than training takes."""
+    model = llama(layers=2)
+    seen: list[torch.Size] = []
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, __: seen.append(args[0].shape))
+    given = {"attention_mask": torch.zeros(ROWS, 1, TOKENS, TOKENS)} if mask else {}
+    forms = BlockForms(model, find_blocks(model), BatchEncoding({**given, **batch()}), [EXACT])
+    assert all(shape[1] == PROBE_TOKENS for shape in seen)
+    assert mask or list(forms.of("model.layers.0")) == [EXACT]
+
+
+def test_a_batch_that_cannot_be_made_shorter_is_not_tried() -> None:
+    model = Net()
+    forms = BlockForms(model, find_blocks(model), (batch()["input_ids"][0],), [EXACT])
+    assert forms.missing("layers.1") == {
+        EXACT: "the sample batch has no tensor of rows and tokens that could be made shorter"
+    }
+
+
 def test_a_model_that_was_treated_by_hand_is_left_as_it_is() -> None:
     model = llama(layers=2)
     apply_to(model)
@@ -322,6 +343,15 @@ def test_a_model_that_was_treated_by_hand_is_left_as_it_is() -> None:
     assert "are treated already; revert first" in forms.missing("model.layers.0")[EXACT]
     revert(model)
     assert untreated(model)
+
+
+def test_a_session_of_a_model_that_was_treated_by_hand_names_the_remedy(tmp_path: Path) -> None:
+    model = llama(layers=2)
+    apply_to(model)
+    with pytest.raises(memtrain.PrepareError, match=r"call revert\(model\) first\. The plan has"):
+        prepare(model, tmp_path, {})
+    revert(model)
+    prepare(model, tmp_path, {}).close()
 
 
 def test_what_no_block_can_have_is_reported(tmp_path: Path) -> None:
@@ -339,6 +369,6 @@ def _fields(profile: ModelProfile) -> dict[str, Any]:
 
 
 def test_a_form_that_does_not_exist_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(memtrain.session.PrepareError, match="no form 'int2'; lossy ones are int8, int4"):
+    with pytest.raises(memtrain.PrepareError, match="no form 'int2'; lossy ones are int8, int4"):
         prepare(llama(), tmp_path, {}, exact_only=False, allow_lossy=("int2",))
     assert LOSSY == ("int8", "int4", "fewbit2", "fewbit3", "fewbit4")

@@ -92,6 +92,10 @@ def test_what_a_plan_may_lose_reaches_the_planner() -> None:
     options = parse_recipe(with_value("planner", planner)).planner.options()
     assert (options.exact_only, options.allow_lossy, options.error_budget) == (False, ("int8", "int4"), 0.01)
     assert typing.get_args(Lossy) == LOSSY
+    recipes = [{"exact_only": False}, {**planner, "error_budget": None}, planner]
+    digests = [parse_recipe(with_value("planner", wanted)).digest for wanted in recipes]
+    assert len(set(digests)) == 3  # a run is not taken up unawares by one that loses otherwise
+    assert digests[0] == parse_recipe(minimal()).digest
 
 
 def test_an_unknown_key_that_resembles_none_gets_the_list() -> None:

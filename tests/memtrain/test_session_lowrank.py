@@ -12,6 +12,7 @@ from torch import nn
 
 import memtrain
 from memtrain import session as session_module
+from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import FRUGAL, AdamW8bit, Apollo, GaLore, classify, param_groups
 from memtrain.optimizers import measured_state_bytes
@@ -164,3 +165,11 @@ def test_kernels_are_compiled_before_anything_is_measured(
         prepare(model, optimizer, tmp_path)
     with pytest.raises(AssertionError, match="measured first"):
         prepare(model, torch.optim.AdamW(model.parameters()), tmp_path)
+
+
+def test_a_parameter_that_the_optimizer_does_not_have_is_named(tmp_path: Path) -> None:
+    model, _ = build("galore")
+    left_out = max(model.named_parameters(), key=lambda named: named[1].numel())[0]
+    members = [p for name, p in model.named_parameters() if name != left_out]
+    with pytest.raises(PlanMismatchError, match=f"{left_out} needs a gradient but is in no parameter group"):
+        prepare(model, GaLore([{"params": members}], lr=1e-2, rank=16), tmp_path)

@@ -299,3 +299,35 @@ def test_other_treatments_register_themselves() -> None:
     ]
     assert applied.bytes_spared_per_token == 4.0
     assert step(model)[0].isfinite()
+
+
+class Residual(nn.Module):
+    """Looks like a norm, and cannot be called with one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * self.weight + y
+
+
+class WithResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.residual = nn.LayerNorm(8), Residual()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed: Tensor = self.norm(x)
+        result: Tensor = self.residual(normed, x)
+        return result
+
+
+def test_a_module_that_cannot_be_tried_alone_is_kept_and_the_others_are_treated() -> None:
+    model = WithResidual()
+    applied = apply_to(model, example=lambda: model(torch.randn(1, 4, 8)))
+    assert [(row.name, row.treatment) for row in applied.rows] == [
+        ("norm", "recompute"),
+        ("residual", "keep"),
+    ]
+    assert "it cannot be tried alone (TypeError" in applied.rows[1].note
