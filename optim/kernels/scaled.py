@@ -49,7 +49,7 @@ def add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, keep: floa
         reference_step_(weight, gradient, scaling, keep=keep)
         return
     rows, columns = weight.shape
-    by_rows = scaling.numel() == rows
+    by_rows = scaling.shape == (rows, 1)  # not by their number: a square matrix has as many columns
     # Named, so that it lives until the call returns.
     held = (scaling if by_rows else scaling.expand(1, columns)).contiguous()
     kernel(
