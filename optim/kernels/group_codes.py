@@ -50,8 +50,8 @@ def encode_groups(
     form = _Format(group, bits, word is not None, 0 if word is None else int(word) & 0xFFFFFFFF)
     encode(
         native.gradient(values),
-        native.pointer(codes),
-        native.pointer(scales),
+        native.pointer(codes, torch.int8, torch.uint8),
+        native.pointer(scales, torch.bfloat16),
         native.count(values),
         form,
     )
@@ -63,8 +63,8 @@ def decode_groups_(values: Tensor, codes: Tensor, scales: Tensor, *, group: int,
     decode = native.function("groups", "decode_groups")
     assert decode is not None
     decode(
-        native.pointer(codes),
-        native.pointer(scales),
+        native.pointer(codes, torch.int8, torch.uint8),
+        native.pointer(scales, torch.bfloat16),
         native.gradient(values),
         native.count(values),
         _Format(group, bits, False, 0),

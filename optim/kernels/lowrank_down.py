@@ -98,7 +98,10 @@ def project_down_(
     check(low, gradient, basis, right=right)
     if low.dtype != torch.float32:
         raise ValueError(f"low must be fp32, got {low.dtype}")
-    if gradient.is_cuda:
+    if not gradient.numel():  # a sum of nothing
+        if not accumulate:
+            low.zero_()
+    elif gradient.is_cuda:
         _triton_down(low, gradient, basis, right, accumulate)
     elif low.numel() and lowrank_products.serves(basis, gradient):
         lowrank_products.project_down_(low, gradient, basis, right=right, accumulate=accumulate)

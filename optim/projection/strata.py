@@ -44,7 +44,7 @@ def stratified_indices(key: RandomKey, count: int, size: int, device: torch.devi
     if kernel is None:
         return reference(key, count, size, device)
     places = torch.empty(count, dtype=torch.int64)
-    kernel(native_strata(key, count, size), native.pointer(places))
+    kernel(native_strata(key, count, size), native.pointer(places, torch.int64))
     return places
 
 
