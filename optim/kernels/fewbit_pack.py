@@ -230,7 +230,7 @@ def _native_serves(values: Tensor, *others: Tensor) -> bool:
 
 
 def _native_pack(values: Tensor, borders: Tensor, bits: int, even: bool) -> Tensor:
-    packed = torch.empty(packed_bytes(values.numel(), bits), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(values.numel(), bits), dtype=torch.uint8, device="cpu")
     run = native.function("fewbit", "fewbit_pack")
     assert run is not None
     run(

@@ -43,8 +43,10 @@ def encode_groups(
         word: int32 ``[1]``: round at random by it; None: to the nearest.
     """
     groups = -(-values.numel() // group)
-    codes = torch.empty(groups, group * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.empty(groups, dtype=torch.bfloat16)
+    codes = torch.empty(
+        groups, group * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="cpu"
+    )
+    scales = torch.empty(groups, dtype=torch.bfloat16, device="cpu")
     encode = native.function("groups", "encode_groups")
     assert encode is not None
     form = _Format(group, bits, word is not None, 0 if word is None else int(word) & 0xFFFFFFFF)

@@ -251,7 +251,7 @@ def _cpu_direction(
         return
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     parts = (torch.split(t.view(-1), _CPU_CHUNK_ELEMENTS) for t in (low, exp_avg, exp_avg_sq, direction))
-    root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS), dtype=torch.float32)
+    root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS), dtype=torch.float32, device="cpu")
     for gradient, mean, square, out in zip(*parts, strict=True):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -170,7 +170,7 @@ def _cpu_down(low: Tensor, gradient: Tensor, basis: Tensor, right: bool, accumul
         return
     rows, columns = gradient.shape
     chunk = _CPU_ROWS_RIGHT if right else _CPU_ROWS_LEFT
-    cast = torch.empty(min(chunk, rows), columns, dtype=basis.dtype)
+    cast = torch.empty(min(chunk, rows), columns, dtype=basis.dtype, device="cpu")
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         rounded = cast[: len(gradient[part])].copy_(gradient[part])

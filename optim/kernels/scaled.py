@@ -23,7 +23,7 @@ def squares_of(gradient: Tensor, *, by_rows: bool) -> Tensor:
     if kernel is None:
         return reference_squares(gradient, by_rows=by_rows)
     rows, columns = gradient.shape
-    squares = torch.empty((rows, 1) if by_rows else (1, columns), dtype=torch.float32)
+    squares = torch.empty((rows, 1) if by_rows else (1, columns), dtype=torch.float32, device="cpu")
     kernel(
         native.gradient(gradient), native.Matrix(rows, columns), native.flag(by_rows), native.pointer(squares)
     )

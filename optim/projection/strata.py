@@ -43,7 +43,7 @@ def stratified_indices(key: RandomKey, count: int, size: int, device: torch.devi
     kernel = native.function("randk", "strata_places") if device.type == "cpu" else None
     if kernel is None:
         return reference(key, count, size, device)
-    places = torch.empty(count, dtype=torch.int64)
+    places = torch.empty(count, dtype=torch.int64, device="cpu")
     kernel(native_strata(key, count, size), native.pointer(places, torch.int64))
     return places
 
