@@ -93,7 +93,7 @@ class Cell:
         """The state before the first update. Counters and keys lie on the CPU, all else with the weight."""
         device = weight.device
         weight = weight.detach().view(self.shape)
-        state: State = {STEP: torch.zeros((), dtype=torch.float32)}
+        state: State = {STEP: torch.zeros((), dtype=torch.float32, device="cpu")}
         for name, spec in self.moments.items():
             _put(state, name, self.formats[name].empty(spec.shape, signed=spec.signed, device=device))
         _put(state, "master", self.master.empty(weight))

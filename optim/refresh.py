@@ -58,10 +58,10 @@ class RefreshPolicy:
 
     def empty(self) -> Stored:
         """On the CPU, where Python reads it; due at once."""
-        stored = {DUE: torch.zeros((), dtype=torch.int64)}
+        stored = {DUE: torch.zeros((), dtype=torch.int64, device="cpu")}
         if self.lazy:
-            stored[GROWTH] = torch.ones((), dtype=torch.int64)
-            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET, dtype=torch.float32)
+            stored[GROWTH] = torch.ones((), dtype=torch.int64, device="cpu")
+            stored[COSINES] = torch.full((LAZY_QUEUE,), _NONE_YET, dtype=torch.float32, device="cpu")
         return stored
 
     def size_bytes(self) -> int:

@@ -166,7 +166,10 @@ def _cpu(o: Operands, first: Stored, second: Stored, step: AdamStep) -> None:
         return
     states = (first["codes"], first["scales"], second["codes"], second["scales"])
     kernel(
-        *o.native(), *map(native.pointer, states), native.count(o.weight), native.Adam(*step.kernel_numbers())
+        *o.native(),
+        *(native.pointer(each, each.dtype) for each in states),
+        native.count(o.weight),
+        native.Adam(*step.kernel_numbers()),
     )
 
 

@@ -203,13 +203,15 @@ def fewbit_backward(packed: Tensor, levels: Tensor, gradient: Tensor, *, bits: i
         levels: fp32, one for each bin.
 
     Raises:
-        ValueError: the number of bytes does not fit.
+        ValueError: the number of bytes, or of levels, does not fit.
     """
     expected = packed_bytes(gradient.numel(), bits)
     if packed.numel() != expected:
         raise ValueError(
             f"{gradient.numel()} values of {bits} bits take {expected} bytes, got {packed.numel()}"
         )
+    if levels.numel() > 1 << bits:
+        raise ValueError(f"{levels.numel()} levels for {bits} bits, which number {1 << bits} bins")
     if bits <= _KERNEL_BITS and gradient.numel() % 8 == 0:
         if lazy.takes_triton(gradient):
             return _triton_backward(packed, levels, gradient.contiguous(), bits)
@@ -228,12 +230,12 @@ def _native_serves(values: Tensor, *others: Tensor) -> bool:
 
 
 def _native_pack(values: Tensor, borders: Tensor, bits: int, even: bool) -> Tensor:
-    packed = torch.empty(packed_bytes(values.numel(), bits), dtype=torch.uint8)
+    packed = torch.empty(packed_bytes(values.numel(), bits), dtype=torch.uint8, device="cpu")
     run = native.function("fewbit", "fewbit_pack")
     assert run is not None
     run(
         native.gradient(values),
-        native.pointer(packed),
+        native.pointer(packed, torch.uint8),
         native.pointer(borders),
         ctypes.c_int64(values.numel() // 8),
         _Table(bits, even, borders.numel()),
@@ -246,7 +248,7 @@ def _native_backward(packed: Tensor, levels: Tensor, gradient: Tensor, bits: int
     run = native.function("fewbit", "fewbit_apply")
     assert run is not None
     run(
-        native.pointer(packed),
+        native.pointer(packed, torch.uint8),
         native.pointer(levels),
         native.gradient(gradient),
         native.gradient(result),

@@ -38,4 +38,5 @@ def _call(name: str, *operands: Tensor) -> None:
     run = native.function(_SOURCE, name)
     assert run is not None
     wide = native.flag(operands[0].dtype == torch.float32)
-    run(*map(native.pointer, operands), native.count(operands[0]), wide)
+    dtype = operands[0].dtype
+    run(*(native.pointer(each, dtype) for each in operands), native.count(operands[0]), wide)

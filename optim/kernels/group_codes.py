@@ -43,15 +43,17 @@ def encode_groups(
         word: int32 ``[1]``: round at random by it; None: to the nearest.
     """
     groups = -(-values.numel() // group)
-    codes = torch.empty(groups, group * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8)
-    scales = torch.empty(groups, dtype=torch.bfloat16)
+    codes = torch.empty(
+        groups, group * bits // 8, dtype=torch.int8 if bits == 8 else torch.uint8, device="cpu"
+    )
+    scales = torch.empty(groups, dtype=torch.bfloat16, device="cpu")
     encode = native.function("groups", "encode_groups")
     assert encode is not None
     form = _Format(group, bits, word is not None, 0 if word is None else int(word) & 0xFFFFFFFF)
     encode(
         native.gradient(values),
-        native.pointer(codes),
-        native.pointer(scales),
+        native.pointer(codes, torch.int8, torch.uint8),
+        native.pointer(scales, torch.bfloat16),
         native.count(values),
         form,
     )
@@ -63,8 +65,8 @@ def decode_groups_(values: Tensor, codes: Tensor, scales: Tensor, *, group: int,
     decode = native.function("groups", "decode_groups")
     assert decode is not None
     decode(
-        native.pointer(codes),
-        native.pointer(scales),
+        native.pointer(codes, torch.int8, torch.uint8),
+        native.pointer(scales, torch.bfloat16),
         native.gradient(values),
         native.count(values),
         _Format(group, bits, False, 0),

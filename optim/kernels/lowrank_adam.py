@@ -239,12 +239,19 @@ def _cpu_direction(
     wide = direction.dtype == torch.float32
     known = wide or direction.dtype == torch.bfloat16
     if known and (run := native.function("lowrank_adam", "lowrank_adam")) is not None:
-        pointers = map(native.pointer, (low, exp_avg, exp_avg_sq, direction))
-        run(*pointers, ctypes.c_int32(wide), native.count(low), native.Direction(*_numbers(step, betas, eps)))
+        pointers = map(native.pointer, (low, exp_avg, exp_avg_sq))
+        out = native.pointer(direction, direction.dtype)
+        run(
+            *pointers,
+            out,
+            ctypes.c_int32(wide),
+            native.count(low),
+            native.Direction(*_numbers(step, betas, eps)),
+        )
         return
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     parts = (torch.split(t.view(-1), _CPU_CHUNK_ELEMENTS) for t in (low, exp_avg, exp_avg_sq, direction))
-    root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS), dtype=torch.float32)
+    root = torch.empty(min(low.numel(), _CPU_CHUNK_ELEMENTS), dtype=torch.float32, device="cpu")
     for gradient, mean, square, out in zip(*parts, strict=True):
         mean.lerp_(gradient, 1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

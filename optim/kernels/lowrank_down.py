@@ -98,7 +98,10 @@ def project_down_(
     check(low, gradient, basis, right=right)
     if low.dtype != torch.float32:
         raise ValueError(f"low must be fp32, got {low.dtype}")
-    if gradient.is_cuda:
+    if not gradient.numel():  # a sum of nothing
+        if not accumulate:
+            low.zero_()
+    elif gradient.is_cuda:
         _triton_down(low, gradient, basis, right, accumulate)
     elif low.numel() and lowrank_products.serves(basis, gradient):
         lowrank_products.project_down_(low, gradient, basis, right=right, accumulate=accumulate)
@@ -167,7 +170,7 @@ def _cpu_down(low: Tensor, gradient: Tensor, basis: Tensor, right: bool, accumul
         return
     rows, columns = gradient.shape
     chunk = _CPU_ROWS_RIGHT if right else _CPU_ROWS_LEFT
-    cast = torch.empty(min(chunk, rows), columns, dtype=basis.dtype)
+    cast = torch.empty(min(chunk, rows), columns, dtype=basis.dtype, device="cpu")
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         rounded = cast[: len(gradient[part])].copy_(gradient[part])

@@ -91,8 +91,8 @@ def _product(
 ) -> tuple[native.Product, tuple[Tensor, Tensor]]:
     """The description, and the memory that it points to."""
     (rows, columns), (length, rank) = shape, basis.shape
-    packed = torch.empty(_blocks(length) * _blocks(rank) * _SIDE * _SIDE, dtype=torch.bfloat16)
-    scratch = torch.empty(scratch_bytes * torch.get_num_threads(), dtype=torch.uint8)
+    packed = torch.empty(_blocks(length) * _blocks(rank) * _SIDE * _SIDE, dtype=torch.bfloat16, device="cpu")
+    scratch = torch.empty(scratch_bytes * torch.get_num_threads(), dtype=torch.uint8, device="cpu")
     pointers = (each.data_ptr() for each in (basis, packed, scratch))
     return native.Product(rows, columns, rank, *pointers, scratch_bytes, right), (packed, scratch)
 

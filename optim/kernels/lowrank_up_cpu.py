@@ -63,7 +63,9 @@ def project_up_on_cpu_(
     gradient, low, residual_factor = residual or (None, None, 0.0)
     low = None if low is None else low.to(basis.dtype)
     rows, columns = weight.shape
-    buffers = torch.empty(2 if residual else 1, min(rows, _CPU_CHUNK), columns, dtype=basis.dtype)
+    buffers = torch.empty(
+        2 if residual else 1, min(rows, _CPU_CHUNK), columns, dtype=basis.dtype, device="cpu"
+    )
     apply = _apply_native(weight, basis, gradient, nearest) or _apply_plain
     for start in range(0, rows, _CPU_CHUNK):
         part = slice(start, min(start + _CPU_CHUNK, rows))

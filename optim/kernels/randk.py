@@ -33,7 +33,7 @@ from memtrain.optim.kernels.pointwise import (
 )
 from memtrain.optim.kernels.sign import PlainStep, native_rest
 from memtrain.optim.kernels.split_adamw import split_update
-from memtrain.optim.projection.strata import native_strata, shift, stratified_indices
+from memtrain.optim.projection.strata import check_strata, native_strata, shift, stratified_indices
 from memtrain.optim.storage import RandomKey
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def randk_adamw_(
     m, v = first["value"], second["value"]
     if not 1 <= m.numel() <= weight.numel():
         raise ValueError(f"1 to {weight.numel()} entries of the weight may be active, got {m.numel()}")
+    check_strata(m.numel(), weight.numel())
     moment_kind(m)
     check_state("first", m, [m.numel()], m.dtype)
     check_state("second", v, m.shape, m.dtype)

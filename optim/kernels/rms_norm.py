@@ -227,9 +227,9 @@ def row_programs(device: torch.device) -> int:
 
 def _cpu_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Tensor, Tensor]:
     """By chunks of rows, whose fp32 intermediates stay in the cache."""
-    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, form))
+    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, form), device="cpu")
     scale = _scale(weight, form)
-    rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
+    rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device="cpu")
     for x_part, y_part, rstd_part in _row_chunks(x, y, rstd):
         wide = x_part.float()
         torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=rstd_part)
@@ -243,7 +243,7 @@ def _cpu_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple[Ten
 
 def _cpu_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     x, scale = x.contiguous(), _scale(weight, form)
-    dx, dweight = torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32)
+    dx, dweight = torch.empty_like(x), torch.zeros(weight.shape, dtype=torch.float32, device="cpu")
     for dy_part, x_part, rstd_part, dx_part in _row_chunks(dy, x, rstd, dx):
         normalised = x_part.float() * rstd_part
         gradient = dy_part.float()

@@ -40,12 +40,19 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple
     """``(y, rstd)``; ``rstd`` is ``[..., 1]`` in fp32."""
     shape = _rows(x, form)
     wide = torch.empty_like(x, dtype=torch.float32)
-    _call("squares", native.pointer(x), native.pointer(wide), shape)
+    _call("squares", native.pointer(x, x.dtype), native.pointer(wide), shape)
     means = wide.mean(-1, keepdim=True)
     y = torch.empty_like(x)
     at = native.pointer(means)  # overwritten by rstd
     _call(
-        "scale_rows", native.pointer(x), native.pointer(weight), at, at, native.pointer(y), _float(eps), shape
+        "scale_rows",
+        native.pointer(x, x.dtype),
+        native.pointer(weight, x.dtype),
+        at,
+        at,
+        native.pointer(y, x.dtype),
+        _float(eps),
+        shape,
     )
     return y, means
 
@@ -53,7 +60,13 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float, form: Form) -> tuple
 def output_again(x: Tensor, weight: Tensor, rstd: Tensor, form: Form) -> Tensor:
     """``y`` from what forward gave."""
     y = torch.empty_like(x)
-    operands = native.pointer(x), native.pointer(weight), None, native.pointer(rstd), native.pointer(y)
+    operands = (
+        native.pointer(x, x.dtype),
+        native.pointer(weight, x.dtype),
+        None,
+        native.pointer(rstd),
+        native.pointer(y, x.dtype),
+    )
     _call("scale_rows", *operands, _float(0.0), _rows(x, form))
     return y
 
@@ -75,15 +88,28 @@ def rms_norm_backward(
         torch.empty_like(x, dtype=x.dtype if rounds_first else torch.float32) if needs_weight else None
     )
     along = torch.empty_like(x, dtype=torch.float32) if needs_x else None
-    operands = [native.pointer(t) for t in (dy, x, weight, rstd)]
-    _call("backward_terms", *operands, _pointer(over_rows), _pointer(along), shape)
+    operands = [*(native.pointer(t, x.dtype) for t in (dy, x, weight)), native.pointer(rstd)]
+    _call(
+        "backward_terms",
+        *operands,
+        _pointer(over_rows, x.dtype if rounds_first else torch.float32),
+        _pointer(along),
+        shape,
+    )
     dweight = None if over_rows is None else over_rows.sum_to_size(weight.shape).to(weight.dtype)
     if along is None:
         return None, None, dweight
     sums = along.sum(-1, keepdim=True)
     dx = torch.empty_like(x)
     through = along if x.dtype == torch.float32 else None
-    _call("backward_input", *operands, native.pointer(sums), native.pointer(dx), _pointer(through), shape)
+    _call(
+        "backward_input",
+        *operands,
+        native.pointer(sums),
+        native.pointer(dx, x.dtype),
+        _pointer(through),
+        shape,
+    )
     return dx, through, dweight
 
 
@@ -92,8 +118,8 @@ def _rows(x: Tensor, form: Form) -> Rows:
     return Rows(x.numel() // columns, columns, x.dtype == torch.float32, FORMS[form])
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else native.pointer(tensor)
+def _pointer(tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> ctypes.c_void_p | None:
+    return None if tensor is None else native.pointer(tensor, dtype)
 
 
 def _float(value: float) -> ctypes.c_float:

@@ -23,7 +23,7 @@ def squares_of(gradient: Tensor, *, by_rows: bool) -> Tensor:
     if kernel is None:
         return reference_squares(gradient, by_rows=by_rows)
     rows, columns = gradient.shape
-    squares = torch.empty((rows, 1) if by_rows else (1, columns), dtype=torch.float32)
+    squares = torch.empty((rows, 1) if by_rows else (1, columns), dtype=torch.float32, device="cpu")
     kernel(
         native.gradient(gradient), native.Matrix(rows, columns), native.flag(by_rows), native.pointer(squares)
     )
@@ -49,7 +49,7 @@ def add_scaled_(weight: Tensor, gradient: Tensor, scaling: Tensor, *, keep: floa
         reference_step_(weight, gradient, scaling, keep=keep)
         return
     rows, columns = weight.shape
-    by_rows = scaling.numel() == rows
+    by_rows = scaling.shape == (rows, 1)  # not by their number: a square matrix has as many columns
     # Named, so that it lives until the call returns.
     held = (scaling if by_rows else scaling.expand(1, columns)).contiguous()
     kernel(

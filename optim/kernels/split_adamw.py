@@ -250,7 +250,7 @@ def _cpu(
     kernel(
         *o.native(),
         *o.native_moments(m, v),
-        native.pointer(index),
+        native.pointer(index, torch.int64),
         native.count(index),
         native.flag(axis == "columns"),
         native.Matrix(*o.weight.shape),

@@ -49,8 +49,8 @@ class CoordinateProjector:
     def empty(self, device: torch.device | str) -> Stored:
         """On the CPU: what persists is read by Python."""
         if self.kind == "block":
-            return {START: torch.full((), _NEVER, dtype=torch.int64)}
-        return {SEED: torch.zeros(KEY_WORDS, dtype=torch.int64)}
+            return {START: torch.full((), _NEVER, dtype=torch.int64, device="cpu")}
+        return {SEED: torch.zeros(KEY_WORDS, dtype=torch.int64, device="cpu")}
 
     def refresh_(self, stored: Stored, gradient: Tensor | None, *, key: RandomKey) -> None:
         """See :class:`Projector`."""

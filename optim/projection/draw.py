@@ -96,7 +96,7 @@ def reference_normal(
 
 
 def _rounded(scale: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(scale, dtype=torch.float64).to(dtype))
+    return float(torch.tensor(scale, dtype=torch.float64, device="cpu").to(dtype))
 
 
 def _table(scale: float, dtype: torch.dtype) -> Tensor:
@@ -107,7 +107,7 @@ def _table(scale: float, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def quantiles() -> Tensor:
     """Of the magnitude of a normal number, at the middles of 2,048 equal parts; fp32 on the CPU."""
-    middles = (torch.arange(_MAGNITUDES, dtype=torch.float64) + 0.5) / _MAGNITUDES
+    middles = (torch.arange(_MAGNITUDES, dtype=torch.float64, device="cpu") + 0.5) / _MAGNITUDES
     magnitude: Tensor = torch.special.ndtri((1 + middles) / 2)
     magnitude /= magnitude.square().mean().sqrt()
     # In fixed point, so that a library's last bit makes no difference.
@@ -122,5 +122,5 @@ def _compiled(
     kernel = native.function("draw", name) if served else None
     if kernel is None:
         return None
-    out = torch.empty(shape, dtype=dtype)
+    out = torch.empty(shape, dtype=dtype, device="cpu")
     return out, functools.partial(kernel, native.values(out, key), native.count(out))

@@ -39,7 +39,7 @@ class RandomProjector(MatrixProjector):
     def empty(self, device: torch.device | str) -> Stored:
         """The words of a key on the CPU, or a zero basis."""
         if not self.orthonormal:
-            return {SEED: torch.zeros(KEY_WORDS, dtype=torch.int64)}
+            return {SEED: torch.zeros(KEY_WORDS, dtype=torch.int64, device="cpu")}
         return {
             side: torch.zeros(self.basis_shape(side), dtype=self.basis_dtype, device=device)
             for side in self.sides
@@ -101,7 +101,7 @@ def gaussian(key: RandomKey, shape: tuple[int, ...], device: torch.device) -> Te
 
 def write_key_(words: Tensor, key: RandomKey) -> None:
     """Into int64 ``[3]``; the stream is the projector's own affair."""
-    words.copy_(torch.tensor([key.seed, key.parameter, key.step]))
+    words.copy_(torch.tensor([key.seed, key.parameter, key.step], device="cpu"))
 
 
 def read_key(words: Tensor) -> RandomKey:

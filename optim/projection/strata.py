@@ -24,8 +24,8 @@ from memtrain.optim.storage import RandomKey, random_bits
 _WORD = 0xFFFFFFFF
 _SHIFT_STREAM = 1 << 32
 """Of the key, apart from the places' words: outside of the streams that anything else draws from."""
-_MAX_STRATUM = 1 << 30
-"""Places, so that offsets within a stratum are int32 in kernels."""
+_MAX_STRATUM = 1 << 29
+"""Places, so that in kernels a stratum, the one behind it and a chunk are less than int32's."""
 
 
 def stratified_indices(key: RandomKey, count: int, size: int, device: torch.device) -> Tensor:
@@ -38,14 +38,19 @@ def stratified_indices(key: RandomKey, count: int, size: int, device: torch.devi
         raise ValueError(f"count must be in 0..{size}, got {count}")
     if not count:
         return torch.empty(0, dtype=torch.int64, device=device)
-    if size // count >= _MAX_STRATUM:
-        raise ValueError(f"{count} of {size} places: at least one in {_MAX_STRATUM} is to be chosen")
+    check_strata(count, size)
     kernel = native.function("randk", "strata_places") if device.type == "cpu" else None
     if kernel is None:
         return reference(key, count, size, device)
-    places = torch.empty(count, dtype=torch.int64)
-    kernel(native_strata(key, count, size), native.pointer(places))
+    places = torch.empty(count, dtype=torch.int64, device="cpu")
+    kernel(native_strata(key, count, size), native.pointer(places, torch.int64))
     return places
+
+
+def check_strata(count: int, size: int) -> None:
+    """Raises ValueError: strata are too long for kernels."""
+    if size // count >= _MAX_STRATUM:
+        raise ValueError(f"{count} of {size} places: at least one in {_MAX_STRATUM} is to be chosen")
 
 
 def reference(key: RandomKey, count: int, size: int, device: torch.device) -> Tensor:

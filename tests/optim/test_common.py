@@ -175,6 +175,28 @@ def test_torch_s_default_dtype_makes_no_difference(entry, dtype):
     assert ends[0][1] == ends[1][1]
 
 
+def test_torch_s_default_device_makes_no_difference(entry):
+    """Counters, keys and what kernels work in lie on the CPU all the same."""
+    ends = []
+    for default in (None, "meta"):
+        model, generator = small_model(), torch.Generator().manual_seed(3)
+        optimizer = entry(model.parameters())
+        gradients = [
+            [torch.randn(p.shape, generator=generator) for p in model.parameters()] for _ in range(GAP + 2)
+        ]
+        torch.set_default_device(default)
+        try:
+            for step in gradients:
+                for p, gradient in zip(model.parameters(), step, strict=True):
+                    p.grad = gradient
+                optimizer.step()
+        finally:
+            torch.set_default_device(None)
+        ends.append((weights_of(model), snapshot(optimizer)))
+    assert equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_groups_make_no_difference(entry):
     """Four groups of one parameter are one group of four, as far as nothing is spread over a group."""
     one, four = small_model(), small_model()

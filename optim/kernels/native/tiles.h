@@ -35,6 +35,7 @@ struct TileRegisters {  // of one thread, while this lives
             shape[16 + 2 * tile] = 64;
             shape[48 + tile] = 16;
         }
+        __asm__ volatile("" : : "r"(shape) : "memory");  // gcc 12 takes it that 8 bytes of the shape are read
         _tile_loadconfig(shape);
     }
     ~TileRegisters() { _tile_release(); }
@@ -44,6 +45,8 @@ struct TileRegisters {  // of one thread, while this lives
 static inline void multiply(const bf16* first, const bf16* second, int64_t steps, float* sums, int64_t stride,
                             bool add) {
     const int64_t bytes = 4 * stride;
+    // Panels and sums are in memory: gcc 12 does not know that loads of tiles read any.
+    __asm__ volatile("" : : : "memory");
     if (add) {
         _tile_loadd(0, sums, bytes);
         _tile_loadd(1, sums + 16, bytes);

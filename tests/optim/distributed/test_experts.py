@@ -26,7 +26,12 @@ POINTS: dict[str, dict[str, Any]] = {
     "columns": {"projection": "columns", "residual": "sign"},
     "rows": {"projection": "rows", "residual": "sign", "refresh": "rotate"},
     "block": {"projection": "block", "residual": "sgd"},
-    "randk": {"projection": "randk", "density": 0.2, "residual": "sign"},
+    "randk": {
+        "projection": "randk",
+        "density": 0.2,
+        "residual": "sign",
+        "path": "reference",
+    },  # not C++, which fuses
     "fira": {"projection": "power", "residual": "scaled"},
     "apollo mini": {
         "projection": "gaussian",

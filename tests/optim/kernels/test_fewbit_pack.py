@@ -78,3 +78,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fewbit_pack.fewbit_forward(torch.ones(8), torch.ones(1), bits=2, activation="relu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="8 values of 2 bits take 2 bytes, got 3"):
         fewbit_pack.fewbit_backward(torch.zeros(3, dtype=torch.uint8), torch.ones(4), torch.ones(8), bits=2)
+
+
+def test_more_levels_than_bins_are_refused():
+    packed, gradient = torch.zeros(4, dtype=torch.uint8), torch.zeros(16)
+    with pytest.raises(ValueError, match="400 levels for 2 bits"):
+        fewbit_pack.fewbit_backward(packed, torch.zeros(400), gradient, bits=2)

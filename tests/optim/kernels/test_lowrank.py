@@ -336,3 +336,17 @@ def test_what_does_not_fit_is_refused() -> None:
         lowrank_adam.adam_direction(low, low.clone(), low.clone(), step=0)
     with pytest.raises(ValueError, match="exp_avg_sq must be fp32"):
         lowrank_adam.adam_direction(low, low.clone(), low.bfloat16(), step=1)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_projection_of_nothing_is_zero(right, dtype):
+    """Not what lay in memory."""
+    shape, low = ((5, 0), (5, 3)) if right else ((0, 5), (3, 5))
+    found = torch.full(low, 7.0)
+    lowrank_down.project_down_(
+        found, torch.zeros(shape), torch.zeros(0, 3, dtype=dtype), right=right, accumulate=True
+    )
+    assert (found == 7).all()
+    lowrank_down.project_down_(found, torch.zeros(shape), torch.zeros(0, 3, dtype=dtype), right=right)
+    assert not found.any()

@@ -100,6 +100,9 @@ def test_operands_that_do_not_fit_are_refused() -> None:
         randk.randk_adamw_(
             case.weight, case.gradient, case.first, make(11, (6, 13)).second, CHOICE, STEP, REST
         )
+    many, one = torch.zeros(1).expand(1 << 29), {"value": torch.zeros(1)}
+    with pytest.raises(ValueError, match="1 of 536870912 places: at least one in 536870912 is to be chosen"):
+        randk.randk_adamw_(many, many, one, one, CHOICE, STEP, REST)
 
 
 @pytest.mark.venv_optim

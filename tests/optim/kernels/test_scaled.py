@@ -5,7 +5,7 @@ import torch
 
 from memtrain.optim.kernels.scaled import add_scaled_, reference_squares, reference_step_, squares_of
 
-SHAPES = [(1, 1), (0, 5), (3, 401), (200, 7), (131, 1030)]
+SHAPES = [(1, 1), (0, 5), (3, 401), (200, 7), (131, 1030), (33, 33)]  # the last: rows or columns?
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
