@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/quality.py --minutes 60
 
 Every method trains the same weights on the same tokens (``_quality_child.py``). Its learning rate is the best
-of three with seed 0; seeds 1 and 2 then run with it. Methods are compared with AdamW seed by seed. A run is
+with seed 0 of three, and of halves or doubles of them while the best lies at an end; seeds 1 and 2 then run
+with it. Methods are compared with AdamW seed by seed. A run is
 one line of ``results/quality_runs.jsonl`` and never done twice while its settings stay: the benchmark goes on
 where it was stopped, two runs at a time, each on one thread (all is arithmetic; times are not claimed).
 
@@ -30,6 +31,8 @@ from typing import Any
 from _harness import BENCHMARKS, RESULTS, ROOT, BenchmarkError, last_json_line, publish, table
 
 SEEDS = (0, 1, 2)
+WIDENINGS = 2
+"""How often a grid of rates is widened at most."""
 RUNS = RESULTS / "quality_runs.jsonl"
 TASKS = ("scratch", "continue")
 MiB = 1 << 20
@@ -68,25 +71,33 @@ def methods() -> dict[str, tuple[float, ...]]:
     return {name: method.rates for name, method in METHODS.items()}
 
 
-def best_rate(task: str, method: str, rates: tuple[float, ...], done: dict[Run, Any]) -> float | None:
-    """Of seed 0; None while a rate is missing."""
-    runs = [Run(task, method, lr, SEEDS[0]) for lr in rates]
-    if any(run not in done for run in runs):
-        return None
-    return min(runs, key=lambda run: done[run]["heldout_nats"]).lr
+def rate_search(
+    task: str, method: str, rates: tuple[float, ...], done: dict[Run, Any]
+) -> tuple[float | None, list[Run]]:
+    """The best rate of seed 0, once it lies between two others; until then None and what to run."""
+    tried = sorted(rates)
+    for _ in range(WIDENINGS + 1):
+        runs = [Run(task, method, lr, SEEDS[0]) for lr in tried]
+        if todo := [run for run in runs if run not in done]:
+            return None, todo
+        best = min(runs, key=lambda run: done[run]["heldout_nats"]).lr
+        if best == tried[0]:
+            tried.insert(0, best / 2)
+        elif best == tried[-1]:
+            tried.append(best * 2)
+        else:
+            break
+    return best, []
 
 
 def missing(tasks: tuple[str, ...], done: dict[Run, Any]) -> Iterator[Run]:
-    """What can be run next: all rates of seed 0, then the other seeds of the best rate."""
+    """What can be run next: rates with seed 0 until one is the best, then the other seeds with it."""
     for task in tasks:
         for method, rates in methods().items():
-            best = best_rate(task, method, rates, done)
-            wanted = (
-                [Run(task, method, lr, SEEDS[0]) for lr in rates]
-                if best is None
-                else [Run(task, method, best, seed) for seed in SEEDS]
-            )
-            yield from (run for run in wanted if run not in done)
+            best, todo = rate_search(task, method, rates, done)
+            if best is not None:
+                todo = [Run(task, method, best, seed) for seed in SEEDS]
+            yield from (run for run in todo if run not in done)
 
 
 def execute(run: Run, digest: str) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def compare(task: str, done: dict[Run, Any]) -> tuple[list[list[str]], list[str]
     by_seed: dict[str, list[float]] = {}
     rates: dict[str, float] = {}
     for method, tried in methods().items():
-        best = best_rate(task, method, tried, done)
+        best, _ = rate_search(task, method, tried, done)
         runs = [Run(task, method, best, seed) for seed in SEEDS if best is not None]
         if runs and all(run in done for run in runs):
             by_seed[method], rates[method] = [done[run]["heldout_nats"] for run in runs], runs[0].lr
