@@ -118,7 +118,7 @@ def heldout_loss(model: nn.Module, task: Task) -> float:
 def loss_of(model: nn.Module, windows: Windows, index: int) -> torch.Tensor:
     """Of one batch."""
     ids = torch.from_numpy(windows.batch(index))
-    with torch.autocast("cpu", torch.bfloat16):  # of the fp32 model: three times as many steps in the same time
+    with torch.autocast("cpu", torch.bfloat16):  # thrice as many steps of the fp32 model in the same time
         loss: torch.Tensor = model(input_ids=ids, labels=ids).loss
     return loss
 

@@ -16,6 +16,7 @@ rotated moments is a unit problem (``tests/optim``), where it shows by orders of
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -49,9 +50,10 @@ class Run:
 
 
 def settings_digest() -> str:
-    """Of the files that decide what a run is: one of another digest is no answer to the same question."""
+    """Of the code that decides what a run is: one of another digest is no answer to the same question."""
     files = (BENCHMARKS / "_quality_child.py", BENCHMARKS / "_quality_methods.py")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    trees = [ast.dump(ast.parse(file.read_text())) for file in files]  # without comments
+    return hashlib.sha256("".join(trees).encode()).hexdigest()[:16]
 
 
 def finished(digest: str) -> dict[Run, dict[str, Any]]:
