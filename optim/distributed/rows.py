@@ -52,7 +52,10 @@ class Rows:
         chunk = -(-total // world)
         start = min(rank * chunk, total)
         count = min(chunk, total - start)
-        assert parameter.to_local().shape[0] == count
+        if (held := parameter.to_local().shape[0]) != count:
+            raise ValueError(
+                f"this process holds {held} of {total} rows, FSDP2 would give it {count}: use fully_shard"
+            )
         return cls(total, start, count, chunk, world, rank, mesh.get_group(shards[0]))
 
     @property

@@ -183,10 +183,12 @@ def count(tensor: Tensor) -> ctypes.c_int64:
 
 
 def _address(tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> int:
-    # C++ would read or write beyond the end of another dtype. 0.4 us.
-    assert tensor.dtype in dtypes, f"{tensor.dtype} where C++ has {dtypes}"
-    assert tensor.device.type == "cpu"
-    assert tensor.is_contiguous()
+    # C++ would read or write beyond the end of anything else. Raised: ``python -O`` drops assertions.
+    if tensor.dtype not in dtypes or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise TypeError(
+            f"C++ has contiguous CPU operands of {', '.join(map(str, dtypes))} here, got {tensor.dtype} on "
+            f"{tensor.device} with strides {tensor.stride()}: a mistake of memtrain's, please report it"
+        )
     return tensor.data_ptr()
 
 
