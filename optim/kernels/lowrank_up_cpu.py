@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memtrain.optim.kernels import lowrank_products, native
 from memtrain.optim.storage.masters import join24, split24
-from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
+from memtrain.optim.storage.random import RandomKey, random_bits, random_bytes, stochastic_round
 
 Residual = tuple[Tensor, Tensor, float]
 """gradient, low, residual_factor"""
@@ -125,10 +125,9 @@ def _apply_plain(
     value.mul_(decay).add_(products[0], alpha=-factor)
     if gradient is not None:
         value.add_((gradient - products[1].float()).sign_(), alpha=-residual_factor)
-    bits = None if key is None else random_bits(key, value.numel())
     if correction is not None:
-        high, low = split24(value, bits)
+        high, low = split24(value, None if key is None else random_bytes(key, value.numel()))
         weight.copy_(high)
         correction.copy_(low)
     elif value is not weight:
-        weight.copy_(value if bits is None else stochastic_round(value, bits))
+        weight.copy_(value if key is None else stochastic_round(value, random_bits(key, value.numel())))

@@ -279,6 +279,13 @@ def random_word(key, offset):
 
 
 @triton_kernel
+def random_byte(key, offset):
+    """One for each int64 offset, of the word that four of them share; int32."""
+    shift = (offset & 3).to(tl.uint32) * 8
+    return ((random_word(key, offset >> 2) >> shift) & 0xFF).to(tl.int32)
+
+
+@triton_kernel
 def load_values(data_ptr, correction_ptr, offset, inside, KIND: tl.constexpr):
     """fp32 values of any kind; see storage/masters.py."""
     data = tl.load(data_ptr + offset, mask=inside, other=0.0)
@@ -302,7 +309,7 @@ def store_values(data_ptr, correction_ptr, offset, value, inside, key, key_offse
             random = (random_word(key, offset + key_offset) & 0xFFFF).to(tl.int32)
             high = (bits + random) >> 16
         else:
-            random = (random_word(key, offset + key_offset) & 0xFF).to(tl.int32)
+            random = random_byte(key, offset + key_offset)
             top = (bits + tl.where(key == 0, 128, random)) >> 8
             high = (top + 128) >> 8
         high = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, high)

@@ -13,7 +13,7 @@ half of that above. A correction scaled by the weight's unit in the last place (
 2602.23349, in steps of 1/254 of it) needs that case apart and is not idempotent. The weight is the value's
 nearest bf16; a tie goes away from zero, since lo = +128 does not exist.
 
-With a key the 24 bits are rounded at random as well. Without one, steps below 1.5e-5 of a weight are lost: a
+With a key the 24 bits are rounded at random as well, by a byte an element. Without one, steps below 1.5e-5 of a weight are lost: a
 norm's scale of 1 would not move at a learning rate of 1e-5.
 """
 
@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from memtrain.optim.storage.random import RandomKey, random_bits, stochastic_round
+from memtrain.optim.storage.random import RandomKey, random_bits, random_bytes, stochastic_round
 
 Stored = dict[str, Tensor]
 
@@ -90,7 +90,7 @@ class Split24Master:
         return join24(weight.detach(), stored["correction"])
 
     def store_(self, weight: Tensor, stored: Stored, value: Tensor, *, key: RandomKey | None = None) -> None:
-        high, low = split24(value, None if key is None else random_bits(key, value.numel(), value.device))
+        high, low = split24(value, None if key is None else random_bytes(key, value.numel(), value.device))
         weight.detach().copy_(high)
         stored["correction"].copy_(low)
 
@@ -120,13 +120,13 @@ class Fp32Master:
         return 4 * shape.numel()
 
 
-def split24(value: Tensor, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """fp32 -> (bf16, int8), to nearest or, given int32 words for all elements, at random.
+def split24(value: Tensor, raise_by: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """fp32 -> (bf16, int8), to nearest or, given int32 numbers 0 to 255 for all elements, at random.
 
     NaN becomes (NaN, 0); what rounds beyond bf16's largest becomes infinite.
     """
-    raise_by = 128 if bits is None else bits.reshape(value.shape) & 0xFF
-    top = (value.contiguous().view(torch.int32) + raise_by) >> 8
+    raised = 128 if raise_by is None else raise_by.reshape(value.shape)
+    top = (value.contiguous().view(torch.int32) + raised) >> 8
     high = (top + 128) >> 8
     low = (top - (high << 8)).to(torch.int8)
     weight = torch.where(value.isnan(), torch.nan, high.to(torch.int16).view(torch.bfloat16))

@@ -110,6 +110,19 @@ def random_bits(key: RandomKey, count: int, device: torch.device | str = "cpu") 
     return mix_(bits)
 
 
+def random_bytes(key: RandomKey, count: int, device: torch.device | str = "cpu") -> Tensor:
+    """A byte for each of the elements ``key.offset .. key.offset + count - 1``: a word of ``key`` serves four
+    neighbours, the one of the lowest offset having its lowest byte. A quarter of the hashes.
+
+    Returns:
+        int32 ``[count]``, 0 to 255.
+    """
+    behind = key.offset % 4
+    words = random_bits(replace(key, offset=key.offset // 4), -(-(behind + count) // 4), device)
+    shifts = torch.arange(0, 32, 8, dtype=torch.int32, device=device)
+    return ((words.unsqueeze(1) >> shifts) & 0xFF).view(-1)[behind : behind + count]
+
+
 def stochastic_round(value: Tensor, bits: Tensor) -> Tensor:
     """fp32 to bf16, up or down with the probabilities that make the expectation the value.
 

@@ -3,11 +3,11 @@
 // optim/projection/strata.py.
 #include "chosen.h"
 
-constexpr int CHUNK = 1024;  // elements whose weights, gradients and positions lie in the first cache
-
 struct Strata {
     int64_t size, count, shift;
     Key key;
+
+    int64_t begin(int64_t stratum) const { return int64_t((__int128(stratum) * size + shift) / count); }
 
     // The last stratum that begins at or before an element; -1: the part of the last that lies at the beginning.
     int64_t of(int64_t element) const {
@@ -47,21 +47,28 @@ struct Strata {
     }
 };
 
-// Places within a chunk of elements, and the strata that they are of.
+// The chosen of a chunk of elements.
 struct Taken {
-    int32_t places[CHUNK + 3 * LANES];
-    int first, last;  // of the places
-    int64_t slot;     // of places[0]; -1 for the last stratum, of which some lies at the beginning
+    Chosen chosen;
+    int64_t slot;  // of the first
+    int64_t stray = -1;  // the place of the last stratum's, if it lies in this chunk, at the beginning of all
 
     Taken(const Strata& strata, int64_t start, int count) : slot(strata.of(start)) {
+        int32_t places[CHUNK + 3 * LANES];
         const int touched = int(strata.of(start + count - 1) - slot) + 1;
-        if (slot < 0) strata.places(strata.count - 1, 1, strata.size + start, places);
+        if (slot < 0) {
+            const int64_t last = strata.place(strata.count - 1);
+            if (last >= start && last < start + count && last < strata.begin(0)) stray = last;
+        }
         const int behind = slot < 0;
-        strata.places(slot + behind, touched, start, places + behind);
+        slot += behind;
+        strata.places(slot, touched - behind, start, places);
+        uint8_t taken[CHUNK + 1] = {};
         // The first may have been taken in the chunk before, the last in the one behind; it may be the first.
-        first = places[0] < 0, last = touched;
-        if (last > first && places[last - 1] >= count) last--;
-        for (int i = last; i < last + LANES; i++) places[i] = 0;
+        const int before = touched > behind && places[0] < 0;
+        for (int i = before; i < touched - behind; i++) taken[places[i] < count ? places[i] : CHUNK] = 1;
+        slot += before;
+        chosen.read(taken);
     }
 };
 
@@ -69,19 +76,14 @@ template <class Weights, class Element, class Moments>
 static inline void chunk_step(const Weights& weights, const Element* gradients, const Moments& means,
                               const Moments& squares, const Strata& strata, int64_t start, int count, const Adam& a,
                               const Rest& rest) {
-    float w[CHUNK], wide[CHUNK], updated[CHUNK + 2 * LANES];
     const Taken taken(strata, start, count);
-    weights.load(start, count, w);
-    const float* g = widened(gradients + start, count, wide);
-    int at = taken.first;
-    if (taken.slot < 0 && at == 0 && taken.last > 0) {
-        adam_on_chosen(w, g, means, squares, {taken.places, 1, strata.count - 1}, updated, a);
-        at = 1;
-    }
-    adam_on_chosen(w, g, means, squares, {taken.places + at, taken.last - at, taken.slot + at}, updated + at, a);
-    rest_run(w, g, count, rest);
-    for (int i = taken.first; i < taken.last; i++) w[taken.places[i]] = updated[i];
-    weights.store(start, count, w);
+    const auto step = [&] {
+        chosen_step(weights, gradients, means, squares, taken.chosen, start, count, taken.slot, a, rest);
+    };
+    if (taken.stray < 0) return step();
+    const Stray<Weights> stray(weights, gradients, means, squares, taken.stray, strata.count - 1, a);
+    step();
+    stray.put();
 }
 
 // All chosen places, in order but for the last, which may lie at the beginning.

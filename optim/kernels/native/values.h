@@ -55,8 +55,18 @@ struct Key {  // RandomKey.words(); both zero: none
     Words from(uint64_t place) const { return {first, second, uint32_t(place), uint32_t(place >> 32)}; }
 };
 
+constexpr int LINE = 64;  // bytes
+
+// Asks for memory ahead of its use: the hardware's own prefetching ends at the end of a page of 4 KiB, and pauses
+// while a run is computed with.
+static inline void fetch(const void* from, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += LINE) __builtin_prefetch(static_cast<const char*>(from) + byte);
+}
+
 struct Fp32 {
     float* data;
+
+    void fetch(int64_t start, int count) const { ::fetch(data + start, 4 * count); }
 
     void load(int64_t start, int count, float* __restrict value) const {
 #pragma omp simd
@@ -73,6 +83,7 @@ struct RandomBf16 {
     Key key;
     uint64_t offset;  // of data[0] within its parameter
 
+    void fetch(int64_t start, int count) const { ::fetch(data + start, 2 * count); }
     void load(int64_t start, int count, float* __restrict value) const {
 #pragma omp simd
         for (int i = 0; i < count; i++) value[i] = widen(data[start + i]);
@@ -93,6 +104,10 @@ struct Split24 {
     Key key;
     uint64_t offset;
 
+    void fetch(int64_t start, int count) const {
+        ::fetch(data + start, 2 * count);
+        ::fetch(correction + start, count);
+    }
     void load(int64_t start, int count, float* __restrict value) const {
         const bf16* __restrict in = data + start;
         const int8_t* __restrict low = correction + start;
@@ -103,11 +118,21 @@ struct Split24 {
         }
     }
     void store(int64_t start, int count, const float* __restrict value) const {
-        const Words random = key.from(offset + uint64_t(start));
-        if (key.given())
-            store_raised(start, count, value, [random](int i) { return random[i] & 0xFFu; });
-        else
-            store_raised(start, count, value, [](int) { return 128u; });
+        if (!key.given()) return store_raised(start, count, value, [](int) { return 128u; });
+        constexpr int MOST = 4 * RUN;
+        for (int done = 0; done < count; done += MOST) {
+            const int some = count - done < MOST ? count - done : MOST;
+            // A word serves four elements, a byte each, the lowest first: little-endian.
+            const uint64_t place = offset + uint64_t(start + done);
+            const Words random = key.from(place / 4);
+            const int behind = int(place % 4), needed = (behind + some + 3) / 4;
+            uint32_t words[MOST / 4 + 1], raise[MOST];
+            for (int i = 0; i < needed; i++) words[i] = random[i];
+            // Widened beforehand: bytes may alias what store_raised writes.
+            const uint8_t* bytes = reinterpret_cast<const uint8_t*>(words) + behind;
+            for (int i = 0; i < some; i++) raise[i] = bytes[i];
+            store_raised(start + done, some, value + done, [&](int i) { return raise[i]; });
+        }
     }
     template <class Raise>  // by what the bit pattern is raised before the last 8 bits are cut
     void store_raised(int64_t start, int count, const float* __restrict value, Raise raise) const {
