@@ -30,7 +30,7 @@ from memtrain.optim.cell import Cell, State, Turn
 from memtrain.optim.loading import Verbatim, check_state
 from memtrain.optim.lowrank_path import KernelLowRank
 from memtrain.optim.paths import path_of
-from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings
+from memtrain.optim.settings import PROJECTED_FIELDS, RULE_FIELDS, RULES, Settings, Unchanged
 from memtrain.optim.work import Path, Work
 
 if TYPE_CHECKING:
@@ -58,19 +58,22 @@ class Plan:
     cells: list[Cell]
     paths: list[Path | None]
     offsets: list[int]
+    unchanged: Unchanged
 
-    def holds(self, settings: Settings, parameters: list[Tensor]) -> bool:
-        """Whether it still is that of the group. Looked at every step: kernels that are handed a state of
-        another size than they were made for write beyond its end."""
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Whether it still is that of the group."""
         return (
-            settings == self.settings
-            and len(parameters) == len(self.parameters)
-            and all(
-                parameter is known
-                and parameter.dtype is cell.dtype
-                and cell.own(parameter).shape == cell.own_shape
-                for parameter, known, cell in zip(parameters, self.parameters, self.cells, strict=True)
-            )
+            self.unchanged(group) or Settings.of_group(group) == self.settings
+        ) and self.holds_parameters(group["params"])
+
+    def holds_parameters(self, parameters: list[Tensor]) -> bool:
+        """Looked at every step: kernels that are handed a state of another size than they were made for
+        write beyond its end."""
+        return len(parameters) == len(self.parameters) and all(
+            parameter is known
+            and parameter.dtype is cell.dtype
+            and cell.own(parameter).shape == cell.own_shape
+            for parameter, known, cell in zip(parameters, self.parameters, self.cells, strict=True)
         )
 
 
@@ -197,7 +200,8 @@ class GridOptimizer(Optimizer):
             projected = [index for index, cell in enumerate(cells) if cell.projected is not None]
             for turn, index in enumerate(projected):
                 offsets[index] = turn * settings.refresh_part.gap // len(projected)
-        return Plan(settings, list(group["params"]), cells, [path_of(cell) for cell in cells], offsets)
+        paths = [path_of(cell) for cell in cells]
+        return Plan(settings, list(group["params"]), cells, paths, offsets, Unchanged(group))
 
     def _renew(self, index: int) -> None:
         """A group whose settings a scheduler has changed, or whose parameters were replaced, cast or added.
@@ -208,7 +212,7 @@ class GridOptimizer(Optimizer):
         group, old = self.param_groups[index], self._plans[index]
         plan = self._plan(group)
         numbers = {name: getattr(plan.settings, name) for name in _NUMBERS}
-        if not old.holds(old.settings, plan.parameters) or replace(old.settings, **numbers) != plan.settings:
+        if not old.holds_parameters(plan.parameters) or replace(old.settings, **numbers) != plan.settings:
             for number, parameter in enumerate(plan.parameters):
                 if self.state.get(parameter):
                     own, cell = plan.cells[number].own(parameter), plan.cells[number]
@@ -237,7 +241,7 @@ class GridOptimizer(Optimizer):
         for group in self.param_groups:
             self.refuse_sparse(group["params"])
         for group in self.param_groups:
-            self.update_(group["params"])
+            self._update_(group["params"])
             group[_STEP] += 1
         self.pending.clear()
         return loss
@@ -252,7 +256,7 @@ class GridOptimizer(Optimizer):
         """
         del self._plans[len(self.param_groups) :]
         for index, group in enumerate(self.param_groups):
-            if not self._plans[index].holds(Settings.of_group(group), group["params"]):
+            if not self._plans[index].holds(group):
                 self._renew(index)
 
     def cell_of(self, parameter: Tensor) -> Cell:
@@ -301,6 +305,9 @@ class GridOptimizer(Optimizer):
         """
         parameters = list(parameters)
         self.refuse_sparse(parameters)
+        self._update_(parameters)
+
+    def _update_(self, parameters: list[Tensor]) -> None:
         works: dict[Path, list[Work]] = {}
         for parameter in parameters:
             pending, gradient = self.pending.get(parameter), parameter.grad
@@ -319,7 +326,7 @@ class GridOptimizer(Optimizer):
                     f"{self.name_of(parameter)} has a gradient that is not finite at its refresh: basis and "
                     "parameter stay, and the refresh is tried again at the next step",
                     NonFiniteGradientWarning,
-                    stacklevel=6,  # through torch's wrappers, to who called step
+                    stacklevel=5,  # through torch's wrappers, to who called step
                 )
             elif path is not None and path.takes(weight, gradient):
                 works.setdefault(path, []).append(Work(weight, gradient, state, cell, turn))

@@ -38,8 +38,10 @@ class Work:
         """As its format stores it."""
         return part(self.state, name)
 
-    def keys(self) -> Keys:
-        """From which the reference rounds, too."""
+    def keys(self) -> Keys | None:
+        """From which the reference rounds, too; None where nothing is rounded."""
+        if self.cell.dtype == torch.float32 and formats_of(self.cell) == {"fp32"}:
+            return None
         # Where a path serves a part of a parameter, its moments have the shape of the weight.
         key = self.cell.key(self.turn).skip(self.cell.first_entry(None))
         return Keys(key, key.fold(MOMENT_STREAM), key.fold(MOMENT_STREAM + 1))

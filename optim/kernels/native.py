@@ -205,13 +205,16 @@ def function(source: str, name: str) -> Function | None:
     Arguments are structures, ``pointer`` and ctypes numbers; the number of threads is appended.
     """
     library = _library(source)
-    if library is None:
-        return None
-    entry = getattr(library, name)
+    return None if library is None else _entry(library, name)
+
+
+@functools.cache
+def _entry(library: ctypes.CDLL, name: str) -> Function:
+    entry, threads = getattr(library, name), torch.get_num_threads
     entry.restype = None
 
     def call(*arguments: Any) -> None:
-        entry(*arguments, ctypes.c_int(torch.get_num_threads()))
+        entry(*arguments, threads())  # as a C int, which is what ctypes takes a number for
 
     return call
 

@@ -47,12 +47,12 @@ class AdamStep:
     def __post_init__(self) -> None:
         if self.step < 1:
             raise ValueError(f"AdamStep.step counts from 1, got {self.step}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"AdamStep.{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("lr", "eps", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"AdamStep.{name} must not be negative, got {getattr(self, name)}")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            if not 0 <= beta < 1:
+                raise ValueError(f"AdamStep.{name} must be in [0, 1), got {beta}")
+        for name, value in (("lr", self.lr), ("eps", self.eps), ("weight_decay", self.weight_decay)):
+            if not value >= 0:
+                raise ValueError(f"AdamStep.{name} must not be negative, got {value}")
 
     @property
     def correction1(self) -> float:

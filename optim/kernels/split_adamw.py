@@ -196,9 +196,10 @@ def split_adamw_(
             f"got weight {tuple(weight.shape)}, {axis!r}, {index.dtype} {tuple(index.shape)}"
         )
     size = weight.shape[0 if axis == "rows" else 1]
-    # On CUDA the look would wait for the device.
-    if not index.is_cuda and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-        raise ValueError(f"indices of {axis} must be in 0..{size - 1}, got {index.min()}..{index.max()}")
+    if not index.is_cuda and index.numel():  # on CUDA the look would wait for the device
+        least, largest = map(int, index.aminmax())
+        if not 0 <= least <= largest < size:
+            raise ValueError(f"indices of {axis} must be in 0..{size - 1}, got {least}..{largest}")
     m, v = first["value"], second["value"]
     low = [len(index), weight.shape[1]] if axis == "rows" else [weight.shape[0], len(index)]
     moment_kind(m)
