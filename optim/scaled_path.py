@@ -17,8 +17,8 @@ from torch import Tensor
 
 from memtrain.optim.cell import Cell, part
 from memtrain.optim.kernels import lowrank_products, native
-from memtrain.optim.kernels.lowrank_adam import adam_direction
-from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, project_down_
+from memtrain.optim.kernels.lowrank_adam import Summed, adam_summed
+from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, check, project_down_
 from memtrain.optim.kernels.lowrank_up import project_up_
 from memtrain.optim.kernels.scaled import add_scaled_, squares_of
 from memtrain.optim.projection.matrix import RIGHT, MatrixProjector
@@ -57,53 +57,88 @@ class KernelScaled(KernelPath):
         weight, gradient = work.weight.detach(), work.gradient.contiguous()
         basis = projector.open(part(work.state, "projector"), weight.device)[side].contiguous()
         moments = cell.load_moments(work.state)
-        low = torch.empty(projector.low_shape, dtype=torch.float32, device=weight.device)
-        project_down_(low, gradient, basis, right=right)
+        low, squares = _down(gradient, basis, right)
+        moments = cell.load_moments(work.state)
         mean, square = moments["exp_avg"], moments["exp_avg_sq"]
-        direction = adam_direction(low, mean, square, step=work.step, betas=rule.betas, eps=rule.eps)
+        rest = residual.kind == "scaled"
+        found = adam_summed(
+            low,
+            mean,
+            square,
+            by_rows=right,
+            step=work.step,
+            betas=rule.betas,
+            eps=rule.eps,
+            back=_excess(low, basis, right) if rest and basis.dtype != torch.float32 else None,
+            keep=rest,
+        )
         cell.store_moments_(work.state, moments, work.turn)
-        scaling = residual.scaling(low, direction, projector)
-        norm = squares_of(gradient, by_rows=right).sqrt_()
+        scaling = _scaling(found, by_channel=residual.granularity == "channel")
         memory = part(work.state, "residual")
-        if residual.kind == "scale_only":
+        if not rest:
             scaling.mul_(residual.scale**0.5)
-            scaling.mul_(residual.limit_(torch.linalg.vector_norm(scaling * norm), memory))
-        else:
-            rest = _rest_norm(norm, low, basis, right)
-            scaling.mul_(residual.limit_(torch.linalg.vector_norm(scaling * rest), memory))
-            scaling.mul_(residual.residual_scale)
-            combined = direction.mul_(residual.scale).sub_(low.mul_(scaling))
-            if lowrank_products.serves(basis, weight, gradient):
-                by = (lr * scaling).expand((len(weight), 1) if right else (1, weight.shape[1]))
-                lowrank_products.project_up_(
-                    weight,
-                    basis,
-                    combined,
-                    right=right,
-                    numbers=native.Up(decay, lr, 0.0),
-                    gradient=gradient,
-                    scaling=by.contiguous(),
-                )
-                torch.autograd.graph.increment_version(weight)
-                return
-            project_up_(weight, basis, combined, right=right, factor=lr, decay=decay)
-            decay = 1.0
-        add_scaled_(weight, gradient, scaling.mul_(lr), keep=decay)
+            scaling.mul_(residual.limit_(_norm(scaling, squares), memory)).mul_(lr)
+            add_scaled_(weight, gradient, scaling, keep=decay)
+            return
+        # |G - P R|^2 by row or column: |G|^2 - |R|^2 + R^T (P^T P - I) R.
+        left_out = squares.sub_(found.low_squares).sub_(found.common).clamp_min_(0)
+        scaling.mul_(residual.limit_(_norm(scaling, left_out), memory)).mul_(residual.residual_scale)
+        combined = found.direction
+        assert combined is not None
+        add_scaled_(combined, low, scaling, keep=residual.scale)
+        scaling.mul_(lr)
+        if lowrank_products.serves(basis, weight, gradient):
+            lowrank_products.project_up_(
+                weight,
+                basis,
+                combined,
+                right=right,
+                numbers=native.Up(decay, lr, 0.0),
+                gradient=gradient,
+                scaling=scaling.expand((len(weight), 1) if right else (1, weight.shape[1])).contiguous(),
+            )
+            torch.autograd.graph.increment_version(weight)
+            return
+        project_up_(weight, basis, combined, right=right, factor=lr, decay=decay)
+        add_scaled_(weight, gradient, scaling, keep=1.0)
 
 
-def _rest_norm(norm: Tensor, low: Tensor, basis: Tensor, right: bool) -> Tensor:
-    """|G - P R| by row or column: the root of ``|G|^2 - |R|^2 + R^T (P^T P - I) R``."""
-    axis = -1 if right else -2
-    kept: Tensor = torch.linalg.vector_norm(low, dim=axis, keepdim=True).square_()
-    if basis.dtype != torch.float32:
-        # What rounding has left of orthonormality, some 1e-3: bf16 is enough for it, but not for P^T P.
-        excess = _gram(basis)
-        excess.diagonal().sub_(1)
-        excess = excess.to(basis.dtype)
-        back = torch.empty_like(low)
-        project_down_(back, low, excess, right=right)
-        kept.sub_(back.mul_(low).sum(axis, keepdim=True))
-    return norm.square().sub_(kept).clamp_min_(0).sqrt_()
+def _down(gradient: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]:
+    """R, and the squares of the rows of the gradient (``right``) or of its columns."""
+    (rows, columns), rank = gradient.shape, basis.shape[1]
+    shape, squares_shape = ((rows, rank), (rows, 1)) if right else ((rank, columns), (1, columns))
+    low = torch.empty(shape, dtype=torch.float32, device=gradient.device)
+    if not lowrank_products.serves(basis, gradient):
+        project_down_(low, gradient, basis, right=right)
+        return low, squares_of(gradient, by_rows=right)
+    check(low, gradient, basis, right=right)
+    squares = torch.empty(squares_shape, dtype=torch.float32, device="cpu")
+    lowrank_products.project_down_(low, gradient, basis, right=right, accumulate=False, squares=squares)
+    return low, squares
+
+
+def _scaling(found: Summed, *, by_channel: bool) -> Tensor:
+    """|N| / |R| of every row or column, or of the matrix."""
+    above, below = found.direction_squares, found.low_squares
+    if not by_channel:
+        above, below = above.sum().view(1, 1), below.sum().view(1, 1)
+    return torch.where(below > 0, above.div(below).sqrt_(), 0)
+
+
+def _norm(scaling: Tensor, squares: Tensor) -> Tensor:
+    """Of the whole, from those of its rows or columns before they are scaled."""
+    return scaling.square().mul(squares).sum().sqrt_()
+
+
+def _excess(low: Tensor, basis: Tensor, right: bool) -> Tensor:
+    """``(I - P^T P) R``: what rounding has left of orthonormality, some 1e-3 of R. bf16 is enough for it, but
+    not for P^T P."""
+    excess = _gram(basis).neg_()
+    excess.diagonal().add_(1)
+    excess = excess.to(basis.dtype)
+    back = torch.empty_like(low)
+    project_down_(back, low, excess, right=right)
+    return back
 
 
 def _gram(basis: Tensor) -> Tensor:

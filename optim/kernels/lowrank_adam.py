@@ -16,7 +16,7 @@ is decoupled and comes first, eps is added to the corrected root.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,6 +95,14 @@ def adam_direction(
     Raises:
         ValueError: unlike shapes, other dtypes, ``step`` below 1.
     """
+    _check(low, exp_avg, exp_avg_sq, step)
+    direction = torch.empty_like(low, dtype=dtype)
+    run = _triton_direction if low.is_cuda else _cpu_direction
+    run(low, exp_avg, exp_avg_sq, direction, step, betas, eps)
+    return direction
+
+
+def _check(low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> None:
     for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         if moment.shape != low.shape or moment.dtype != torch.float32 or not moment.is_contiguous():
             raise ValueError(
@@ -105,10 +113,59 @@ def adam_direction(
         raise ValueError(f"low must be fp32 and contiguous, got {low.dtype}")
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
-    direction = torch.empty_like(low, dtype=dtype)
-    run = _triton_direction if low.is_cuda else _cpu_direction
-    run(low, exp_avg, exp_avg_sq, direction, step, betas, eps)
-    return direction
+
+
+class Summed(NamedTuple):
+    """Of every row (``by_rows``, ``[m, 1]``) or column (``[1, n]``) of a low-dimensional gradient R, fp32."""
+
+    direction: Tensor | None
+    """Adam's, whole; None where it was not to be kept."""
+    low_squares: Tensor
+    direction_squares: Tensor
+    common: Tensor
+    """Of R times ``back``; zeros without it."""
+
+
+def adam_summed(
+    low: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    by_rows: bool,
+    step: int,
+    betas: tuple[float, float],
+    eps: float,
+    back: Tensor | None = None,
+    keep: bool = True,
+) -> Summed:
+    """As :func:`adam_direction` in fp32, and sums of squares and products: on a CPU in the same pass.
+
+    Args:
+        back: fp32, contiguous, of the shape of ``low``.
+        keep: whether the direction is wanted itself.
+    """
+    run = native.function("lowrank_adam", "lowrank_adam_summed") if low.device.type == "cpu" else None
+    if run is None:
+        direction = adam_direction(low, exp_avg, exp_avg_sq, step=step, betas=betas, eps=eps)
+        axis = -1 if by_rows else -2
+        second = torch.zeros_like(low) if back is None else back
+        sums = ((a * b).sum(axis, keepdim=True) for a, b in ((low, low), (direction,) * 2, (low, second)))
+        return Summed(direction, *sums)
+    _check(low, exp_avg, exp_avg_sq, step)
+    rows, columns = low.shape
+    direction = torch.empty_like(low) if keep else None
+    sums = torch.empty((3, rows, 1) if by_rows else (3, 1, columns), dtype=torch.float32, device="cpu")
+    none = ctypes.c_void_p()
+    run(
+        *map(native.pointer, (low, exp_avg, exp_avg_sq)),
+        none if direction is None else native.pointer(direction),
+        none if back is None else native.pointer(back),
+        native.Matrix(rows, columns),
+        native.flag(by_rows),
+        native.pointer(sums),
+        native.Direction(*_numbers(step, betas, eps)),
+    )
+    return Summed(direction, *sums)
 
 
 def lowrank_adam_step_(

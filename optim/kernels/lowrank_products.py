@@ -41,14 +41,33 @@ def serves(basis: Tensor, *operands: Tensor) -> bool:
     return on_cpu and known and _has_tiles()
 
 
-def project_down_(low: Tensor, gradient: Tensor, basis: Tensor, *, right: bool, accumulate: bool) -> None:
-    """``lowrank_down.project_down_`` for operands that it has checked and :func:`serves` has."""
+def project_down_(
+    low: Tensor,
+    gradient: Tensor,
+    basis: Tensor,
+    *,
+    right: bool,
+    accumulate: bool,
+    squares: Tensor | None = None,
+) -> None:
+    """``lowrank_down.project_down_`` for operands that it has checked and :func:`serves` has.
+
+    Args:
+        squares: fp32, a number for each row of the gradient with a right basis, for each column with a left
+            one: its sum of squares is written there.
+    """
     strip = 1 if right else _STRIP
     room = strip * (_STEPS * _BF16_BYTES + _blocks(basis.shape[1]) * _FP32_BYTES) * _SIDE * _SIDE
     down = native.function("lowrank_products", "lowrank_down")
     assert down is not None
     product, _kept = _product(gradient.shape, basis, right, room)
-    down(product, native.pointer(low), native.gradient(gradient), ctypes.c_int32(accumulate))
+    down(
+        product,
+        native.pointer(low),
+        native.gradient(gradient),
+        ctypes.c_void_p() if squares is None else native.pointer(squares),
+        ctypes.c_int32(accumulate),
+    )
 
 
 def project_up_(

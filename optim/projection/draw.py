@@ -57,8 +57,7 @@ def normal(
     if drawn is None:
         return reference_normal(key, shape, device, scale=scale, dtype=dtype)
     out, fill = drawn
-    table = _table(scale, dtype).float()  # named, so that it lives until the call returns
-    fill(native.pointer(table))
+    fill(native.pointer(_table(scale, dtype)))
     return out
 
 
@@ -91,7 +90,7 @@ def reference_normal(
     count = math.prod(shape)
     words = random_bits(key, -(-count // 2), device)
     halves = torch.stack((words, words >> 16), dim=1).view(-1)[:count]
-    magnitude = _table(scale, dtype).to(device)[halves & (_MAGNITUDES - 1)]
+    magnitude = _table(scale, dtype).to(device, dtype)[halves & (_MAGNITUDES - 1)]
     return torch.where((halves & 0x8000) != 0, -magnitude, magnitude).view(shape)
 
 
@@ -99,9 +98,11 @@ def _rounded(scale: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(scale, dtype=torch.float64, device="cpu").to(dtype))
 
 
+@functools.lru_cache(maxsize=16)
 def _table(scale: float, dtype: torch.dtype) -> Tensor:
-    """The quantiles are scaled and rounded, on the CPU, and not the entries: so all devices have the same."""
-    return (quantiles().double() * scale).to(dtype)
+    """The quantiles are scaled and rounded to ``dtype``, on the CPU, and not the entries: so all devices have
+    the same. fp32; shared, not to be written to."""
+    return (quantiles().double() * scale).to(dtype).float()
 
 
 @functools.cache

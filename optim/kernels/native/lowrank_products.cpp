@@ -70,50 +70,59 @@ static void put(float* low, int64_t stride, const float* sums, int64_t sums_stri
     }
 }
 
-// R [rows, rank] = G Q
+// R [rows, rank] = G Q; and, where wanted, the squares of the rows of G.
 template <class Number>
-static void down_right(const Product& p, const Number* gradient, float* low, bool add, char* scratch) {
+static void down_right(const Product& p, const Number* gradient, float* low, float* squares, bool add, char* scratch) {
     const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.columns), width = vectors * SIDE;
     bf16* cast = reinterpret_cast<bf16*>(scratch);
     float* sums = reinterpret_cast<float*>(cast + STEPS * PAIR);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; row += SIDE) {
         const int64_t rows = std::min<int64_t>(SIDE, p.rows - row);
+        float lanes[SIDE][16] = {};
         for (int64_t step = 0; step < steps; step += STEPS) {
             const int64_t count = std::min<int64_t>(STEPS, steps - step);
             const Number* from = gradient + row * p.columns + step * SIDE;
-            pack<true, false>(from, p.columns, rows, p.columns - step * SIDE, count, cast);
+            pack<true, false>(from, p.columns, rows, p.columns - step * SIDE, count, cast, squares ? lanes[0] : nullptr);
             for (int64_t v = 0; v < vectors; v++)
                 multiply(cast, p.packed + (v * steps + step) * PAIR, count, sums + v * SIDE, width, step > 0);
         }
         put(low + row * p.rank, p.rank, sums, width, rows, p.rank, add);
+        for (int64_t i = 0; squares && i < rows; i++) {
+            float sum = 0;
+            for (int lane = 0; lane < 16; lane++) sum += lanes[i][lane];
+            squares[row + i] = sum;
+        }
     }
 }
 
-// R [rank, columns] = P^T G
+// R [rank, columns] = P^T G; and, where wanted, the squares of the columns of G.
 template <class Number>
-static void down_left(const Product& p, const Number* gradient, float* low, bool add, char* scratch) {
+static void down_left(const Product& p, const Number* gradient, float* low, float* squares, bool add, char* scratch) {
     const int64_t vectors = blocks_of(p.rank), steps = blocks_of(p.rows), width = strip_columns(p);
     bf16* cast = reinterpret_cast<bf16*>(scratch);
     float* sums = reinterpret_cast<float*>(cast + STRIP * STEPS * PAIR);
 #pragma omp for schedule(static)
     for (int64_t start = 0; start < p.columns; start += width) {
         const int64_t columns = std::min(width, p.columns - start), blocks = blocks_of(columns);
+        float lanes[STRIP * SIDE] = {};
         for (int64_t step = 0; step < steps; step += STEPS) {
             const int64_t count = std::min<int64_t>(STEPS, steps - step);
             for (int64_t b = 0; b < blocks; b++)
                 pack<false, true>(gradient + step * SIDE * p.columns + start + b * SIDE, p.columns,
-                                  columns - b * SIDE, p.rows - step * SIDE, count, cast + b * STEPS * PAIR);
+                                  columns - b * SIDE, p.rows - step * SIDE, count, cast + b * STEPS * PAIR,
+                                  squares ? lanes + b * SIDE : nullptr);
             for (int64_t v = 0; v < vectors; v++)
                 for (int64_t b = 0; b < blocks; b++)
                     multiply(p.packed + (v * steps + step) * PAIR, cast + b * STEPS * PAIR, count,
                              sums + v * SIDE * width + b * SIDE, width, step > 0);
         }
         put(low + start, p.columns, sums, width, p.rank, columns, add);
+        if (squares) std::copy(lanes, lanes + columns, squares + start);
     }
 }
 
-extern "C" void lowrank_down(Product p, float* low, Gradient gradient, int32_t add, int threads) {
+extern "C" void lowrank_down(Product p, float* low, Gradient gradient, float* squares, int32_t add, int threads) {
     with_gradient(gradient, [&](auto* gradients) {
 #pragma omp parallel num_threads(useful_threads(p.rows * p.columns, threads))
         {
@@ -121,10 +130,10 @@ extern "C" void lowrank_down(Product p, float* low, Gradient gradient, int32_t a
             char* scratch = p.scratch + omp_get_thread_num() * p.scratch_bytes;
             if (p.right) {
                 pack_all<false, true>(p.basis, p.rank, p.rank, p.columns, p.packed);
-                down_right(p, gradients, low, add, scratch);
+                down_right(p, gradients, low, squares, add, scratch);
             } else {
                 pack_all<false, false>(p.basis, p.rank, p.rank, p.rows, p.packed);
-                down_left(p, gradients, low, add, scratch);
+                down_left(p, gradients, low, squares, add, scratch);
             }
         }
     });

@@ -90,6 +90,32 @@ static inline __m512i row_of(const bf16* from, int64_t count) {
     return _mm512_maskz_loadu_epi16(lanes, from);
 }
 
+// sum += the squares of those 32, two by two.
+static inline __m512 squares_of(const float* from, int64_t count, __m512 sum) {
+    const __m512 low = _mm512_maskz_loadu_ps(first_lanes(count), from);
+    const __m512 high = _mm512_maskz_loadu_ps(first_lanes(count - 16), from + 16);
+    return _mm512_fmadd_ps(high, high, _mm512_fmadd_ps(low, low, sum));
+}
+
+static inline __m512 squares_of(const bf16* from, int64_t count, __m512 sum) {
+    const __m512i row = row_of(from, count);
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(row, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(row, _mm512_set1_epi32(int32_t(0xFFFF0000u))));
+    return _mm512_fmadd_ps(odd, odd, _mm512_fmadd_ps(even, even, sum));
+}
+
+// sum += the squares of 16.
+static inline __m512 squares_beside(const float* from, int64_t count, __m512 sum) {
+    const __m512 value = _mm512_maskz_loadu_ps(first_lanes(count), from);
+    return _mm512_fmadd_ps(value, value, sum);
+}
+
+static inline __m512 squares_beside(const bf16* from, int64_t count, __m512 sum) {
+    const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(count), from);
+    const __m512 value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    return _mm512_fmadd_ps(value, value, sum);
+}
+
 // 16 numbers of one row beside those of another, pair by pair.
 static inline __m512i pairs_of(const float* even, const float* odd, int64_t even_count, int64_t odd_count) {
     const __m512 low = _mm512_maskz_loadu_ps(first_lanes(even_count), even);
@@ -116,10 +142,12 @@ static inline void store_transposed(const __m512i* rows, bf16* tile) {
 
 // One panel of a matrix whose rows follow one another by `stride`: 32 places along the axis that stays, `steps`
 // pairs of tiles along the summed one, of which `places` and `length` numbers exist. The summed axis lies along
-// the rows of the memory (ALONG) or across them.
+// the rows of the memory (ALONG) or across them. Where `squares` is not null those of the places are added to it:
+// [32, 16] partial sums of each ALONG the rows, [32] across them.
 template <bool ALONG, bool SECOND, class Number>
 static inline void pack(const Number* from, int64_t stride, int64_t places, int64_t length, int64_t steps,
-                        bf16* panel) {
+                        bf16* panel, float* squares = nullptr) {
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t step = 0; step < steps; step++)
         for (int half = 0; half < 2; half++) {
             __m512i rows[16];
@@ -128,11 +156,19 @@ static inline void pack(const Number* from, int64_t stride, int64_t places, int6
                     const int64_t place = 16 * half + row;
                     const Number* start = from + place * stride + step * SIDE;
                     rows[row] = place < places ? row_of(start, length - step * SIDE) : _mm512_setzero_si512();
+                    if (squares && place < places) {
+                        float* sum = squares + 16 * place;
+                        _mm512_storeu_ps(sum, squares_of(start, length - step * SIDE, _mm512_loadu_ps(sum)));
+                    }
                 } else {
                     const int64_t even = step * SIDE + 2 * row, count = places - 16 * half;
                     const Number* start = from + even * stride + 16 * half;
                     rows[row] = pairs_of(start, start + stride, even < length ? count : 0,
                                          even + 1 < length ? count : 0);
+                    if (squares) {
+                        sums[half] = squares_beside(start, even < length ? count : 0, sums[half]);
+                        sums[half] = squares_beside(start + stride, even + 1 < length ? count : 0, sums[half]);
+                    }
                 }
             }
             bf16* tile = panel + step * PAIR + half * TILE;
@@ -140,5 +176,10 @@ static inline void pack(const Number* from, int64_t stride, int64_t places, int6
                 store_transposed(rows, tile);
             else
                 for (int row = 0; row < 16; row++) _mm512_storeu_si512(tile + row * SIDE, rows[row]);
+        }
+    if (!ALONG && squares)
+        for (int half = 0; half < 2; half++) {
+            float* sum = squares + 16 * half;
+            _mm512_storeu_ps(sum, _mm512_add_ps(sums[half], _mm512_loadu_ps(sum)));
         }
 }
