@@ -12,6 +12,8 @@ and scaled gradient go into the weight in one pass.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, check, project_dow
 from memtrain.optim.kernels.lowrank_up import project_up_
 from memtrain.optim.kernels.scaled import add_scaled_, squares_of
 from memtrain.optim.projection.matrix import RIGHT, MatrixProjector
+from memtrain.optim.residual import NORM, Residual
 from memtrain.optim.rules import Adam
 from memtrain.optim.work import KernelPath, Work, usual_adam
 
@@ -73,16 +76,10 @@ class KernelScaled(KernelPath):
             keep=rest,
         )
         cell.store_moments_(work.state, moments, work.turn)
-        scaling = _scaling(found, by_channel=residual.granularity == "channel")
-        memory = part(work.state, "residual")
+        scaling = _limited(residual, found.sums, squares, part(work.state, "residual"))
         if not rest:
-            scaling.mul_(residual.scale**0.5)
-            scaling.mul_(residual.limit_(_norm(scaling, squares), memory)).mul_(lr)
-            add_scaled_(weight, gradient, scaling, keep=decay)
+            add_scaled_(weight, gradient, scaling.mul_(lr), keep=decay)
             return
-        # |G - P R|^2 by row or column: |G|^2 - |R|^2 + R^T (P^T P - I) R.
-        left_out = squares.sub_(found.low_squares).sub_(found.common).clamp_min_(0)
-        scaling.mul_(residual.limit_(_norm(scaling, left_out), memory)).mul_(residual.residual_scale)
         combined = found.direction
         assert combined is not None
         add_scaled_(combined, low, scaling, keep=residual.scale)
@@ -95,7 +92,7 @@ class KernelScaled(KernelPath):
                 right=right,
                 numbers=native.Up(decay, lr, 0.0),
                 gradient=gradient,
-                scaling=scaling.expand((len(weight), 1) if right else (1, weight.shape[1])).contiguous(),
+                scaling=scaling,
             )
             torch.autograd.graph.increment_version(weight)
             return
@@ -117,17 +114,37 @@ def _down(gradient: Tensor, basis: Tensor, right: bool) -> tuple[Tensor, Tensor]
     return low, squares
 
 
-def _scaling(found: Summed, *, by_channel: bool) -> Tensor:
-    """|N| / |R| of every row or column, or of the matrix."""
-    above, below = found.direction_squares, found.low_squares
-    if not by_channel:
-        above, below = above.sum().view(1, 1), below.sum().view(1, 1)
-    return torch.where(below > 0, above.div(below).sqrt_(), 0)
+def _limited(residual: Residual, sums: Tensor, squares: Tensor, memory: dict[str, Tensor]) -> Tensor:
+    """By what each row or column of the gradient is to be multiplied, |N| / |R| within the limiter.
 
-
-def _norm(scaling: Tensor, squares: Tensor) -> Tensor:
-    """Of the whole, from those of its rows or columns before they are scaled."""
-    return scaling.square().mul(squares).sum().sqrt_()
+    The norm that the limiter looks at follows from those of rows or columns; for the residual from
+    ``|G - P R|^2 = |G|^2 - |R|^2 + R^T (P^T P - I) R`` of each.
+    """
+    rest = residual.kind == "scaled"
+    before, after = (1.0, residual.residual_scale) if rest else (residual.scale**0.5, 1.0)
+    by_channel = residual.granularity == "channel"
+    last = memory.get(NORM)
+    kernel = native.function("scaled", "limited") if squares.device.type == "cpu" else None
+    if kernel is not None:
+        scaling = torch.empty_like(squares)
+        kernel(
+            native.pointer(sums),
+            native.pointer(squares),
+            ctypes.c_void_p() if last is None else native.pointer(last),
+            native.pointer(scaling),
+            native.Limit(squares.numel(), before, after, residual.limiter or 0.0, by_channel, rest),
+        )
+        return scaling
+    low, direction, common = sums
+    if by_channel:
+        ratio = torch.where(low > 0, direction / low, 0)
+    else:
+        ratio = torch.where(low.sum() > 0, direction.sum() / low.sum(), 0).expand_as(low)
+    scaling = ratio.sqrt().mul_(before)
+    if rest:
+        squares = (squares - low - common).clamp_min_(0)
+    norm = scaling.square().mul_(squares).sum().sqrt_()
+    return scaling.mul_(residual.limit_(norm, memory)).mul_(after)
 
 
 def _excess(low: Tensor, basis: Tensor, right: bool) -> Tensor:

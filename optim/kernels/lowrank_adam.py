@@ -116,14 +116,13 @@ def _check(low: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int) -> None:
 
 
 class Summed(NamedTuple):
-    """Of every row (``by_rows``, ``[m, 1]``) or column (``[1, n]``) of a low-dimensional gradient R, fp32."""
+    """What :func:`adam_summed` found, fp32."""
 
     direction: Tensor | None
-    """Adam's, whole; None where it was not to be kept."""
-    low_squares: Tensor
-    direction_squares: Tensor
-    common: Tensor
-    """Of R times ``back``; zeros without it."""
+    """Adam's; None where it was not to be kept."""
+    sums: Tensor
+    """``[3, m, 1]`` of rows or ``[3, 1, n]`` of columns: squares of R, squares of the direction, and products
+    of R and ``back``, zero without it."""
 
 
 def adam_summed(
@@ -150,7 +149,7 @@ def adam_summed(
         axis = -1 if by_rows else -2
         second = torch.zeros_like(low) if back is None else back
         sums = ((a * b).sum(axis, keepdim=True) for a, b in ((low, low), (direction,) * 2, (low, second)))
-        return Summed(direction, *sums)
+        return Summed(direction, torch.stack(tuple(sums)))
     _check(low, exp_avg, exp_avg_sq, step)
     rows, columns = low.shape
     direction = torch.empty_like(low) if keep else None
@@ -165,7 +164,7 @@ def adam_summed(
         native.pointer(sums),
         native.Direction(*_numbers(step, betas, eps)),
     )
-    return Summed(direction, *sums)
+    return Summed(direction, sums)
 
 
 def lowrank_adam_step_(

@@ -130,6 +130,17 @@ class Matrix(ctypes.Structure):
     _fields_ = (("rows", ctypes.c_int64), ("columns", ctypes.c_int64))
 
 
+class Limit(ctypes.Structure):
+    """``struct Limit``: of a norm's growth from step to step."""
+
+    _fields_ = (
+        ("channels", ctypes.c_int64),
+        *((name, ctypes.c_float) for name in ("before", "after", "limiter")),
+        ("by_channel", ctypes.c_int32),
+        ("rest", ctypes.c_int32),
+    )
+
+
 class Strata(ctypes.Structure):
     """``struct Strata``: which entries ``projection/strata.py`` chooses."""
 

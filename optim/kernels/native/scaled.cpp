@@ -83,3 +83,34 @@ extern "C" void scaled_step(float* weight, Gradient gradient, const float* scali
         }
     });
 }
+
+struct Limit {
+    int64_t channels;     // rows or columns
+    float before, after;  // factors of the scaling, inside and outside of the norm that is limited
+    float limiter;        // 0: none
+    int32_t by_channel, rest;
+};
+
+// sums: [3, channels], of R the squares, those of its direction, and what a basis that is not quite orthonormal adds
+// to the first; gradient: the gradient's squares. The scalings, and the last norm, where there is a limiter.
+extern "C" void limited(const float* sums, const float* gradient, float* last, float* scaling, Limit l, int) {
+    const float *low = sums, *direction = low + l.channels, *common = direction + l.channels;
+    double above = 0, below = 0, norm = 0;
+    for (int64_t i = 0; i < l.channels; i++) above += direction[i], below += low[i];
+    const float whole = below > 0 ? float(std::sqrt(above / below)) : 0.0f;
+    for (int64_t i = 0; i < l.channels; i++) {
+        const float each = low[i] > 0 ? std::sqrt(direction[i] / low[i]) : 0.0f;
+        const float scaled = (l.by_channel ? each : whole) * l.before;
+        const float left = gradient[i] - low[i] - common[i], squares = l.rest ? (left < 0 ? 0 : left) : gradient[i];
+        norm += double(scaled) * scaled * squares;
+        scaling[i] = scaled;
+    }
+    float factor = l.after;
+    if (l.limiter > 0) {
+        const double root = std::sqrt(norm), growth = *last > 0 ? root / *last : 0;
+        const double limit = growth > l.limiter || growth != growth ? l.limiter / growth : 1;
+        *last = float(root * limit);
+        factor *= float(limit);
+    }
+    for (int64_t i = 0; i < l.channels; i++) scaling[i] *= factor;
+}
