@@ -62,9 +62,9 @@ class Plan:
 
     def holds(self, group: dict[str, Any]) -> bool:
         """Whether it still is that of the group."""
-        return (
-            self.unchanged(group) or Settings.of_group(group) == self.settings
-        ) and self.holds_parameters(group["params"])
+        return (self.unchanged(group) or Settings.of_group(group) == self.settings) and self.holds_parameters(
+            group["params"]
+        )
 
     def holds_parameters(self, parameters: list[Tensor]) -> bool:
         """Looked at every step: kernels that are handed a state of another size than they were made for

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memtrain.optim.cell import Cell, part
 from memtrain.optim.kernels import lowrank_products, native
-from memtrain.optim.kernels.lowrank_adam import Summed, adam_summed
+from memtrain.optim.kernels.lowrank_adam import adam_summed
 from memtrain.optim.kernels.lowrank_down import MAX_ELEMENTS, check, project_down_
 from memtrain.optim.kernels.lowrank_up import project_up_
 from memtrain.optim.kernels.scaled import add_scaled_, squares_of

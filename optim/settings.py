@@ -191,8 +191,8 @@ class Settings:
 
 
 class Unchanged:
-    """Whether a group still holds the very values that it held, which takes a look at each: making settings of
-    them takes 10 us, as much as a small step may take in all."""
+    """Whether a group still holds the very values that it held: every step asks, and a look at each takes 2 us
+    where settings made of them, and compared, take 10."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
         values = self._values(group)

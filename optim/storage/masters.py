@@ -13,8 +13,8 @@ half of that above. A correction scaled by the weight's unit in the last place (
 2602.23349, in steps of 1/254 of it) needs that case apart and is not idempotent. The weight is the value's
 nearest bf16; a tie goes away from zero, since lo = +128 does not exist.
 
-With a key the 24 bits are rounded at random as well, by a byte an element. Without one, steps below 1.5e-5 of a weight are lost: a
-norm's scale of 1 would not move at a learning rate of 1e-5.
+With a key the 24 bits are rounded at random as well, by a byte an element. Without one, steps below 1.5e-5 of
+a weight are lost: a norm's scale of 1 would not move at a learning rate of 1e-5.
 """
 
 from __future__ import annotations

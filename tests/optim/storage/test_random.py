@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtrain.optim.storage import RandomKey, random_bits, stochastic_round
+from memtrain.optim.storage.random import random_bytes
 
 KEY = RandomKey(seed=7, parameter=3, step=11)
 M32 = 0xFFFFFFFF
@@ -127,3 +128,15 @@ def test_above_the_largest_it_may_become_infinite() -> None:
     value = torch.full((2,), torch.finfo(torch.float32).max)
     bits = torch.tensor([0, 0xFFFF], dtype=torch.int32)
     assert stochastic_round(value, bits).tolist() == [torch.finfo(torch.bfloat16).max, math.inf]
+
+
+def test_bytes_are_those_of_words_that_four_neighbours_share():
+    """Also from an offset inside of a word, and from one behind the low half of the count."""
+    whole = random_bytes(KEY, 41)
+    words = [word % 2**32 for word in random_bits(KEY, 11).tolist()]
+    assert whole.tolist() == [words[place // 4] >> 8 * (place % 4) & 0xFF for place in range(41)]
+    for start in (1, 2, 3, 4, 7):
+        assert torch.equal(random_bytes(KEY.skip(start), 30), whole[start : start + 30])
+    far = dataclasses.replace(KEY, offset=(1 << 34) + 2)
+    expected = random_bits(dataclasses.replace(KEY, offset=1 << 32), 1).item() >> 16 & 0xFF
+    assert random_bytes(far, 1).item() == expected
