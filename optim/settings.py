@@ -191,8 +191,8 @@ class Settings:
 
 
 class Unchanged:
-    """Whether a group still holds the very values that it held: every step asks, and a look at each takes less
-    than settings made of them and compared."""
+    """Whether a group still holds the very values that it held: every step asks, and a look at each is
+    quicker than settings made of them and compared."""
 
     def __init__(self, group: Mapping[str, Any]) -> None:
         values = self._values(group)
