@@ -86,6 +86,8 @@ class ParameterStreamer:
         self._at = 0
         """Where in the schedule the pass is."""
         self._latest: StreamedUnit | None = None
+        """What was used last, and whether everything that follows it has been asked for."""
+        self._read_ahead = False
         placed = dict(placed or {})
         with ExitStack() as undo:
             self._units = self._make_units(units, tiers, engine, placed, undo)
@@ -359,9 +361,10 @@ class ParameterStreamer:
         with self._pool.lock:
             self._pool.use(unit)
             if unit is not self._latest:
-                self._latest = unit
+                self._latest, self._read_ahead = unit, False
                 self._pool.send_idle(unit)
-            self._pool.prefetch(self._following(unit), keep=[unit])
+            if not self._read_ahead:
+                self._read_ahead = self._pool.prefetch(self._following(unit), keep=[unit])
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
         """What is used after ``unit``, as many as there may be windows for."""

@@ -135,9 +135,13 @@ class WindowPool:
                         for weight in unit.weights:
                             away.forbid(weight.parameter, weight.where)
 
-    def prefetch(self, units: Iterable[StreamedUnit], keep: Iterable[StreamedUnit]) -> None:
+    def prefetch(self, units: Iterable[StreamedUnit], keep: Iterable[StreamedUnit]) -> bool:
         """Start reading units, in order, as far as there are windows: empty ones, or those of units that are
-        neither among them nor in ``keep``. Never waits, never raises what a tier did: ``use`` will."""
+        neither among them nor in ``keep``. Never waits, never raises what a tier did: ``use`` will.
+
+        Returns:
+            Whether nothing is left to do for them.
+        """
         wanted = list(units)
         staying = {id(unit) for unit in (*keep, *wanted)}
         with self.lock:
@@ -146,14 +150,14 @@ class WindowPool:
                     continue
                 window = self._spare(staying)
                 if window is None:
-                    return
+                    return False
                 self._occupy(unit, window)
                 try:
                     self._read(unit)
                 except OffloadError:
                     self._withdraw(unit)
-                    return
-            self._go_on()
+                    return False
+            return self._device.shares_memory or self._go_on()
 
     def _read(self, unit: StreamedUnit) -> None:
         assert unit.window is not None
@@ -180,15 +184,15 @@ class WindowPool:
                 if weight.extent.nbytes:
                     window.arrivals.append(self._device.copy_in(window.host[part], window.buffer[part]))
 
-    def _go_on(self) -> None:
-        """What has been read starts for the device."""
-        for unit in self.units:
-            if unit.reads and all(ticket.done() for ticket in unit.reads):
-                try:
+    def _go_on(self) -> bool:
+        """What has been read starts for the device. Whether that is all there was."""
+        reading = [unit for unit in self.units if unit.reads]
+        for unit in reading:
+            if all(ticket.done() for ticket in unit.reads):
+                with suppress(OffloadError):  # it will be raised where the unit is used
                     wait_all(unit.reads)
-                except OffloadError:
-                    continue  # it will be raised where the unit is used
-                self._copy_in(unit)
+                    self._copy_in(unit)
+        return not reading
 
     def _occupy(self, unit: StreamedUnit, window: Window) -> None:
         window.unit, unit.window = unit, window
