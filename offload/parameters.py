@@ -46,7 +46,9 @@ class ParameterStreamer:
 
     Args:
         model: its root, whose forward a training step calls.
-        blocks: ``(name, module)`` in forward order.
+        blocks: ``(name, module)`` in forward order: modules that run one after the other, each of which has
+            all its weights in memory while it runs. Where a block is too large for that, its parts may stand
+            here, down to the tiles of a ``TiledLinear``, and be units of their own.
         units: every parameter, in forward order of the units.
         tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
         engine: the stores of the tiers.
@@ -314,15 +316,18 @@ class ParameterStreamer:
         (``parameter._version``) need no mark.
 
         Raises:
-            OffloadError: the unit is not held.
+            OffloadError: the unit is not held, or an earlier write of it failed.
         """
         found = self._find(unit)
         if found is None:
             return
         if not found.users:
             raise OffloadError(f"unit {unit} is not held: mark it inside streamer.hold({unit!r})")
-        for weight in found.weights:
-            weight.saved_version = None
+        try:
+            self._pool.settle(found)  # what is under way may have been read before the change
+        finally:
+            for weight in found.weights:
+                weight.saved_version = None
 
     def flush(self) -> None:
         """Every change is on its tier when this returns.

@@ -16,7 +16,8 @@ from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import SavedTensorModifiedError, WeightWindowError
 from memtrain.offload.parameters import ParameterStreamer
-from memtrain.optim.autograd import apply_to
+from memtrain.optim.autograd import TiledLinear, apply_to
+from memtrain.optim.autograd.tiled_linear import Tile
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from tests.offload.latest_store import make_plan
 from tests.offload.streamed import (
@@ -342,3 +343,46 @@ def test_a_graph_made_while_weights_are_held() -> None:
         penalty.backward()
         weight = model.model.layers[2].mlp.up_proj.weight
         assert torch.equal(weight.grad, plain.model.layers[2].mlp.up_proj.weight.grad)
+
+
+def test_parts_of_a_block_that_is_too_large() -> None:
+    plain, model = llama(depth=2), llama(depth=2)
+    expected = passes(plain)
+    layers = list(enumerate(model.model.layers))
+    parts = [
+        (f"model.layers.{index}.{part}", layer.get_submodule(part))
+        for index, layer in layers
+        for part in ("self_attn", "mlp")
+    ]
+    units = [(name, [(f"{name}.{n}", p) for n, p in part.named_parameters()]) for name, part in parts]
+    with open_engine() as engine:
+        streamer = ParameterStreamer(
+            model, parts, units, tiers=dict.fromkeys(dict(parts), Tier.HOST), engine=engine, slots=2
+        )
+        streamer.install()
+        assert streamer.window_bytes == 4 * 3 * WIDTH * 384
+        assert_same(expected, passes(model))
+        streamer.remove()
+
+
+def test_a_layer_that_is_too_large_comes_tile_by_tile() -> None:
+    torch.manual_seed(0)
+    layers = [TiledLinear(nn.Linear(512, 512), out_tiles=2, in_tiles=2) for _ in range(2)]
+    plain = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+    model = copy.deepcopy(plain)
+    rows = torch.randn(3, 512)
+    tiles = [(name, module) for name, module in model.named_modules() if isinstance(module, Tile)]
+    units = [(name, [(f"{name}.weight", tile.weight)]) for name, tile in tiles]
+    with open_engine() as engine:
+        streamer = ParameterStreamer(
+            model, tiles, units, tiers=dict.fromkeys(dict(tiles), Tier.HOST), engine=engine, slots=2
+        )
+        streamer.install()
+        assert streamer.window_bytes == 4 * 256 * 256
+        for one in (plain, model):
+            one(rows).square().mean().backward()
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+        assert streamer.statistics().peak_in_use == 2
+        streamer.remove()
+        assert_same(list(plain.state_dict().values()), list(model.state_dict().values()))
