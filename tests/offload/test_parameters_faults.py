@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 from pathlib import Path
 from typing import Any
 
@@ -263,3 +264,21 @@ def test_a_parameter_is_born_away_only_from_the_meta_device() -> None:
     away.put(parameter, torch.ones(3, 2))
     away.permit(parameter)
     assert parameter.sum() == 6
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_transfers_that_are_late_and_out_of_order(
+    slots: int, schedule: UpdateSchedule, tmp_path: Path
+) -> None:
+    plain, model = llama(tied=True), llama(tied=True)
+    expected = plain_steps(plain, adamw, steps=2)
+    numbers = random.Random(slots)
+    plan = {number: Fault(delay_seconds=numbers.choice([0.0, 0.0, 0.004])) for number in range(1500)}
+    backend = FaultyBackend(ThreadPoolBackend(4), plan, reorder=3, seed=slots, hold_seconds=0.002)
+    with open_engine(tmp_path, backend=backend) as engine:
+        streamer = stream(model, engine, slots=slots, tier=Tier.NVME)
+        with streamed_optimizer(model, streamer, engine, adamw, schedule=schedule) as optimizer:
+            assert_same(expected, streamed_steps(model, optimizer, steps=2))
+            assert_same_weights(plain, streamer, model)
+        streamer.remove()
