@@ -269,6 +269,8 @@ def test_a_weight_that_is_away_is_named(present: bool, use: Callable[[nn.Paramet
     model = llama(depth=2)
     with open_engine() as engine:
         streamer = stream(model, engine, slots=2)
+        with streamer.hold("model.layers.0"):
+            pass
         if present:
             streamer.fetch("model.layers.0")
         else:
