@@ -12,6 +12,21 @@ import torch
 from torch import Tensor, nn
 
 
+class Tile(nn.Module):
+    """Part of a weight, and its part of the product.
+
+    A module, so that what brings weights to the modules that use them can bring one tile at a time.
+    """
+
+    def __init__(self, weight: Tensor, *, requires_grad: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., columns]`` to ``[..., rows]``."""
+        return nn.functional.linear(x, self.weight)
+
+
 class TiledLinear(nn.Module):
     """``nn.Linear`` whose weight is ``out_tiles`` x ``in_tiles`` parameters.
 
@@ -36,9 +51,7 @@ class TiledLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.out_tiles, self.in_tiles = out_tiles, in_tiles
         needs_grad = linear.weight.requires_grad
-        self.tiles = nn.ParameterList(
-            nn.Parameter(tile.detach().clone(), requires_grad=needs_grad) for tile in self._cut(linear.weight)
-        )
+        self.tiles = nn.ModuleList(Tile(tile, requires_grad=needs_grad) for tile in self._cut(linear.weight))
         self.bias = linear.bias
         self.register_state_dict_post_hook(_merge_tiles)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_split_tiles)  # type: ignore[no-untyped-call]
@@ -50,8 +63,9 @@ class TiledLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """``[out, in]``, a copy."""
-        rows = (self.tiles[r : r + self.in_tiles] for r in range(0, len(self.tiles), self.in_tiles))
-        return torch.cat([torch.cat([tile.detach() for tile in row], 1) for row in rows])
+        weights = [tile.weight.detach() for tile in self.tiles]
+        rows = (weights[r : r + self.in_tiles] for r in range(0, len(weights), self.in_tiles))
+        return torch.cat([torch.cat(row, 1) for row in rows])
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
@@ -59,9 +73,9 @@ class TiledLinear(nn.Module):
         outputs = []
         for row in range(self.out_tiles):
             tiles = self.tiles[row * self.in_tiles : (row + 1) * self.in_tiles]
-            total = nn.functional.linear(parts[0], tiles[0])
+            total = tiles[0](parts[0])
             for part, tile in zip(parts[1:], tiles[1:], strict=True):
-                total = total + nn.functional.linear(part, tile)
+                total = total + tile(part)
             outputs.append(total)
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return out if self.bias is None else out + self.bias
@@ -72,7 +86,7 @@ class TiledLinear(nn.Module):
 
 def _merge_tiles(module: TiledLinear, state: dict[str, Any], prefix: str, _: Any) -> None:
     for index in range(len(module.tiles)):
-        del state[f"{prefix}tiles.{index}"]
+        del state[f"{prefix}tiles.{index}.weight"]
     state[f"{prefix}weight"] = module.merged_weight()
 
 
@@ -80,4 +94,4 @@ def _split_tiles(module: TiledLinear, state: dict[str, Any], prefix: str, *_: An
     weight = state.pop(f"{prefix}weight", None)
     if weight is not None:
         for index, tile in enumerate(module._cut(weight)):
-            state[f"{prefix}tiles.{index}"] = tile
+            state[f"{prefix}tiles.{index}.weight"] = tile
