@@ -45,10 +45,9 @@ def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
     at_once: dict[tuple[str, int], set[str]] = defaultdict(set)
     for unit, event, count in _moments(plan, profile):
         at_once[event, count].add(unit)
-    least = max((len(together) for together in at_once.values()), default=0)
-    least = max(least, min(2, len(units)))
     slots, size = staging.weight_slots, staging.weight_slot_bytes
-    if slots < least or size < need or (slots > len(units)):
+    least = max(2, *map(len, at_once.values())) if units else 0
+    if slots < least or size < need or slots > max(least, len(units)):
         yield f"{slots} windows of {size} bytes for weights, {len(units)} units need {least} of {need}"
 
 

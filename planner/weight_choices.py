@@ -52,13 +52,11 @@ class WeightChoices:
         """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
         movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
         self._largest = max((self._units[u].weight_extent_bytes for u in movable), default=0)
-        self.ring = {n: self._binary(f"weight_slots_{n}") for n in (0, 1, *WEIGHT_SLOT_COUNTS) if movable}
+        self.ring = {n: self._binary(f"weight_slots_{n}") for n in (0, *WEIGHT_SLOT_COUNTS) if movable}
         if movable:
             self._add(pulp.lpSum(self.ring.values()) == 1)
             for index in movable:
                 self._add(self.away(index) <= 1 - self.ring[0])
-            away = pulp.lpSum(self.away(index) for index in movable)
-            self._add(away <= 1 + len(movable) * (1 - self.ring[1]))
         self.window_bytes = self._window_bytes(movable)
 
     def _binary(self, name: str) -> pulp.LpVariable:

@@ -47,12 +47,12 @@ def away_bytes(profile: ModelProfile, states: Sequence[StateDecision]) -> int:
 
 
 def weight_slots(profile: ModelProfile, states: Sequence[StateDecision], wanted: int) -> tuple[int, int]:
-    """Windows, and bytes of each: no more than units take turns, no fewer than one turn needs at once."""
+    """Windows, and bytes of each: no more than units take turns, no fewer than two and what one turn needs."""
     units = {i: u for i, u in enumerate(profile.units) if is_away(states[i])}
     if not units:
         return 0, 0
     together = max(len(turn) for turn in _pass(profile, states))
-    count = max(min(wanted, len(units)), together)
+    count = max(min(wanted, len(units)), together, WEIGHT_SLOT_COUNTS[0])
     return count, max(unit.weight_extent_bytes for unit in units.values())
 
 
