@@ -151,9 +151,8 @@ def _weight_facts(plan: Plan) -> list[str]:
         return []
     places = " and ".join(f"{count} on {tier}" for tier, count in away.items())
     size = f"{plan.staging.weight_slot_bytes / MiB:.1f} MiB"
-    return [
-        f"weights: of {len(plan.states)} units {places}, through {plan.staging.weight_slots} windows of {size}"
-    ]
+    slots = plan.staging.weight_slots
+    return [f"weights: of {len(plan.states)} units {places}, through {slots} windows of {size}"]
 
 
 def infeasible_text(plan: Plan) -> str:

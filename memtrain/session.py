@@ -362,8 +362,8 @@ class Session:
         try:
             if streamer.window_bytes != staging.weight_slot_bytes:
                 raise PlanMismatchError(
-                    f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model needs "
-                    f"{streamer.window_bytes}: make a plan for this model"
+                    f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model "
+                    f"needs {streamer.window_bytes}: make a plan for this model"
                 )
             streamer.install()
         except BaseException:
@@ -470,7 +470,7 @@ class Session:
         found = self._weights.statistics()
         return [
             f"weights of {len(self._weights.streamed)} units streamed through {found.windows} windows of "
-            f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, of which {found.waits} were waited for; "
+            f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
             f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
         ]
 

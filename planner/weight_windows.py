@@ -47,7 +47,7 @@ def away_bytes(profile: ModelProfile, states: Sequence[StateDecision]) -> int:
 
 
 def weight_slots(profile: ModelProfile, states: Sequence[StateDecision], wanted: int) -> tuple[int, int]:
-    """Windows, and bytes of each: no more than units take turns, no fewer than two and what one turn needs."""
+    """Windows, and bytes of each: no more than units take turns, no fewer than two and what a turn needs."""
     units = {i: u for i, u in enumerate(profile.units) if is_away(states[i])}
     if not units:
         return 0, 0

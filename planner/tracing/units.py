@@ -261,7 +261,9 @@ def _movable(parameters: list[nn.Parameter], master_weights: bool) -> dict[str, 
         "movable_weight_bytes": sum(p.nbytes for p in parameters),
         "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
         "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),
-        "overwritten": master_weights and all(p.requires_grad and p.dtype in low for p in parameters),
+        "overwritten": bool(parameters)
+        and master_weights
+        and all(p.requires_grad and p.dtype in low for p in parameters),
     }
 
 
