@@ -254,6 +254,7 @@ class Session:
         optimizer: stands for the one that was given; step this one.
         plan, profile, machine, budget: what was decided, and from what.
         engine: the stores of the tiers.
+        weights: what streams weights that the plan has on tiers; None where all stay on the device.
     """
 
     def __init__(
@@ -327,13 +328,13 @@ class Session:
         )
         undo(self.engine.close)
         units = _units(model, self.profile)
-        self._weights = self._stream_weights(blocks, units)
-        if self._weights is not None:
-            undo(self._weights.remove)
+        self.weights = self._stream_weights(blocks, units)
+        if self.weights is not None:
+            undo(self.weights.remove)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self._weights
+            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self.weights
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -465,11 +466,11 @@ class Session:
         return "\n".join(lines + self.coding_lines())
 
     def _weight_lines(self) -> list[str]:
-        if self._weights is None:
+        if self.weights is None:
             return []
-        found = self._weights.statistics()
+        found = self.weights.statistics()
         return [
-            f"weights of {len(self._weights.streamed)} units streamed through {found.windows} windows of "
+            f"weights of {len(self.weights.streamed)} units streamed through {found.windows} windows of "
             f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
             f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
         ]

@@ -83,7 +83,7 @@ def test_streamed_weights_train_bit_for_bit(
     }
     session = prepare(model, tmp_path, force, schedule)
     staging = session.plan.staging
-    streamer = session._weights
+    streamer = session.weights
     assert isinstance(streamer, ParameterStreamer)
     # With a tied table the epilogue has nothing but a norm, which is small and stays.
     assert streamer.streamed == (STREAMED[:-1] if tied else STREAMED)
@@ -123,7 +123,7 @@ def test_frozen_weights_are_never_written(tmp_path: Path) -> None:
     with prepare(model, tmp_path, {"state": {"weight_tier": "nvme"}, "block": {"action": "keep"}}) as session:
         written = [unit.written_extent_bytes > 0 for unit in session.profile.units]
         assert written == [False] * DEPTH + [True, False]
-        streamer = session._weights
+        streamer = session.weights
         assert streamer is not None
         before = streamer.statistics().bytes_written
         torch.manual_seed(1)
@@ -137,7 +137,7 @@ def test_frozen_weights_are_never_written(tmp_path: Path) -> None:
 
 def test_where_all_weights_stay_nothing_is_installed(tmp_path: Path) -> None:
     with prepare(llama(), tmp_path, {"block": {"action": "keep"}}) as session:
-        assert session._weights is None
+        assert session.weights is None
         assert {state.weight_tier for state in session.plan.states} == {Tier.DEVICE}
         assert "weights" not in session.report()
 
