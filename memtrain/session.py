@@ -358,7 +358,13 @@ class Session:
             return None
         staging = self.plan.staging
         streamer = ParameterStreamer(
-            self.model, blocks, units, tiers=tiers, engine=self.engine, slots=staging.weight_slots
+            self.model,
+            blocks,
+            units,
+            tiers=tiers,
+            engine=self.engine,
+            slots=staging.weight_slots,
+            borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
         )
         try:
             if streamer.window_bytes != staging.weight_slot_bytes:
