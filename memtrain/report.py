@@ -64,6 +64,7 @@ def plan_facts(plan: Plan) -> list[str]:
         f"plan {plan.digest[:12]}: {status} ({plan.solver})",
         f"blocks: {actions}",
         f"optimizer: {_optimizer_text(plan)}",
+        *_weight_facts(plan),
         f"predicted: {plan.step_seconds:.2f} s a step (lower bound {plan.lower_bound_seconds:.2f} s), "
         f"{format_gib(plan.bytes_moved_per_step)} moved a step",
     ]
@@ -141,6 +142,17 @@ def _optimizer_text(plan: Plan) -> str:
         counts[where] = counts.get(where, 0) + 1
     parts = [f"{count} units with {where}" for where, count in counts.items()]
     return "; ".join([*parts, f"update {plan.update_schedule.value}"])
+
+
+def _weight_facts(plan: Plan) -> list[str]:
+    """Where weights are that take turns on the device; nothing where all of them stay."""
+    away = Counter(s.weight_tier.value for s in plan.states if s.weight_tier is not Tier.DEVICE)
+    if not away:
+        return []
+    places = " and ".join(f"{count} on {tier}" for tier, count in away.items())
+    size = f"{plan.staging.weight_slot_bytes / MiB:.1f} MiB"
+    slots = plan.staging.weight_slots
+    return [f"weights: of {len(plan.states)} units {places}, through {slots} windows of {size}"]
 
 
 def infeasible_text(plan: Plan) -> str:

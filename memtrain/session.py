@@ -38,6 +38,7 @@ from memtrain.offload.measure import measure_machine
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
+from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import Unit
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.optim.autograd.treatments import ChangedModuleError
@@ -53,7 +54,7 @@ from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
-from memtrain.planner.units import format_gib
+from memtrain.planner.units import MiB, format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts
@@ -253,6 +254,7 @@ class Session:
         optimizer: stands for the one that was given; step this one.
         plan, profile, machine, budget: what was decided, and from what.
         engine: the stores of the tiers.
+        weights: what streams weights that the plan has on tiers; None where all stay on the device.
     """
 
     def __init__(
@@ -325,11 +327,14 @@ class Session:
             codecs=self._codecs,
         )
         undo(self.engine.close)
+        units = _units(model, self.profile)
+        self.weights = self._stream_weights(blocks, units)
+        if self.weights is not None:
+            undo(self.weights.remove)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
-        units = _units(model, self.profile)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config
+            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self.weights
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -343,6 +348,36 @@ class Session:
         if self._reclaimer is not None:
             undo(self._reclaimer.remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _stream_weights(
+        self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit]
+    ) -> ParameterStreamer | None:
+        """Weights that the plan has on tiers leave, and come when they are used; None where all stay."""
+        tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
+        if set(tiers.values()) <= {Tier.DEVICE}:
+            return None
+        staging = self.plan.staging
+        streamer = ParameterStreamer(
+            self.model,
+            blocks,
+            units,
+            tiers=tiers,
+            engine=self.engine,
+            slots=staging.weight_slots,
+            borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
+        )
+        try:
+            if streamer.window_bytes != staging.weight_slot_bytes:
+                raise PlanMismatchError(
+                    f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model "
+                    f"needs {streamer.window_bytes}: make a plan for this model"
+                )
+            streamer.install()
+        except BaseException:
+            streamer.remove()
+            raise
+        resident.trim()  # of what the weights took
+        return streamer
 
     def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
         return Reclaimer(
@@ -428,12 +463,23 @@ class Session:
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
+        lines += self._weight_lines()
         for tier, statistics_ in self.engine.statistics().items():
             lines.append(
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
         return "\n".join(lines + self.coding_lines())
+
+    def _weight_lines(self) -> list[str]:
+        if self.weights is None:
+            return []
+        found = self.weights.statistics()
+        return [
+            f"weights of {len(self.weights.streamed)} units streamed through {found.windows} windows of "
+            f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
+            f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
+        ]
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""

@@ -56,6 +56,8 @@ class ParameterStreamer:
             one read ahead, and more of the last blocks are still there for backward.
         placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
             such a parameter is away (``away.born_away``), or on the meta device still.
+        borrowed: units before the blocks whose weights are used behind them too, by no module of their own: a
+            table that the model multiplies with.
 
     Raises:
         PlanMismatchError: too few slots for modules that use several units at once, a parameter that cannot
@@ -76,6 +78,7 @@ class ParameterStreamer:
         engine: Engine,
         slots: int,
         placed: Mapping[str, Extent] | None = None,
+        borrowed: Collection[str] = (),
     ) -> None:
         self._model = model
         self._blocks = [module for _, module in blocks]
@@ -94,7 +97,7 @@ class ParameterStreamer:
         with ExitStack() as undo:
             self._units = self._make_units(units, tiers, engine, placed, undo)
             self._users = WeightUsers(
-                model, self._blocks, self._names, self._units, [name for name, _ in blocks]
+                model, self._blocks, self._names, self._units, [name for name, _ in blocks], borrowed
             )
             self._schedule = [*self._units.values()]
             self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
@@ -296,8 +299,8 @@ class ParameterStreamer:
                 tier keeps what it had.
         """
         found = self._find(unit)
-        if found is None:
-            yield
+        if found is None or not any(weight.parameter.requires_grad for weight in found.weights):
+            yield  # what is updated of a frozen unit is small, and in memory
             return
         blind = found.window is None and all(weight.name in replaced for weight in found.weights)
         bring = (lambda each: self._pool.use(each, read=False)) if blind else self._bring

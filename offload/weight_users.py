@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -20,6 +20,7 @@ class WeightUsers:
         blocks: in forward order.
         names: of all units, in forward order.
         units: those that are streamed.
+        borrowed: names of units that are used behind the last block, whoever owns them.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class WeightUsers:
         names: Sequence[str],
         units: Mapping[str, StreamedUnit],
         block_names: Sequence[str],
+        borrowed: Collection[str] = (),
     ) -> None:
         self._model = model
         self._blocks = set(blocks)
@@ -39,7 +41,9 @@ class WeightUsers:
         place = {name: number for number, name in enumerate(names)}
         last = max((place[name] for name in block_names if name in place), default=-1)
         self.after_blocks = [
-            unit for unit in units.values() if place[unit.name] > last or self._is_shared(unit)
+            unit
+            for unit in units.values()
+            if place[unit.name] > last or unit.name in borrowed or self._is_shared(unit)
         ]
         """Units outside the blocks whose weights are used when the last block is done: those behind it, and
         those that tied modules share."""

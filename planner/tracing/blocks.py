@@ -76,10 +76,13 @@ class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.stage = -1
         self.first: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        """The same, the last time."""
 
     def note(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             self.first.setdefault(storage_id(tensor), self.stage)
+            self.last[storage_id(tensor)] = self.stage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note(tensors_in((args, kwargs)))
@@ -147,6 +150,8 @@ class FirstPass:
     first_input: Tensor | None = None
     last_output: Tensor | None = None
     early: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
+    """Parameters that are read, or whose module runs, after the blocks."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     """Trainable."""
 
@@ -209,4 +214,6 @@ def first_pass(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Calla
         unread = ready if id(parameter) in inside else -1
         if reads.first.get(storage_id(parameter), unread) < ready:
             trace.early.add(id(parameter))
+        if reads.last.get(storage_id(parameter)) == len(blocks):
+            trace.late.add(id(parameter))
     return trace

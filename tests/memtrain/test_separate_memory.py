@@ -252,6 +252,16 @@ def test_every_action_and_tier_of_activations(
     )
 
 
+@pytest.mark.parametrize(
+    ("tier", "schedule", "master"), [("host", "sequential", True), ("nvme", "ahead", False)]
+)
+def test_streamed_weights(
+    references: References, late: LateDevice, tmp_path: Path, tier: str, schedule: str, master: bool
+) -> None:
+    force = {"block": BLOCKS["swap host"], "state": STATE_AWAY | {"weight_tier": tier}}
+    assert_trains_like_plain(references, tmp_path, force, schedule=schedule, master=master)
+
+
 @pytest.mark.parametrize(("schedule", "master"), [("sequential", True), ("ahead", False)])
 @pytest.mark.parametrize("optimizer_tier", ["device", "host", "nvme"])
 @pytest.mark.parametrize("gradient_tier", ["device", "host", "nvme"])

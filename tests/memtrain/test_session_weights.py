@@ -1,0 +1,159 @@
+"""``prepare`` under plans that stream weights: bit-equal to plain PyTorch, inside the bill, as predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memtrain
+from memtrain.offload.errors import PlanMismatchError, WeightAwayError
+from memtrain.offload.parameters import ParameterStreamer
+from memtrain.planner.actions import Tier
+from memtrain.report import plan_text
+from tests.memtrain.test_session import MACHINE
+from tests.offload.streamed import DEPTH, STREAMED, llama
+
+STEPS = 3
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(step))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def optimizer_for(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+    """An ordinary loop with accumulation and clipping."""
+    found = []
+    for step in range(STEPS):
+        for micro in range(2):
+            loss = model(**batch(2 * step + micro)).loss
+            (loss / 2).backward()
+            found.append(loss.item())
+        found.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def plain(model: nn.Module) -> tuple[list[float], dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    return loop(model, optimizer_for(model)), model.state_dict()
+
+
+def prepare(
+    model: nn.Module, folder: Path, force: dict[str, Any], schedule: str = "auto", **arguments: Any
+) -> memtrain.Session:
+    return memtrain.prepare(
+        model,
+        optimizer_for(model),
+        batch(0),
+        budget=memtrain.Budget(device="3GiB", nvme=f"{folder}:256MiB"),
+        micro_batches=2,
+        machine=MACHINE,
+        chunked_loss=False,
+        options=memtrain.PlannerOptions(force=force, update_schedule=schedule),
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize(
+    ("tied", "schedule", "action", "state"),
+    [
+        (False, "sequential", "keep", "device"),
+        (True, "ahead", "recompute", "nvme"),
+        (False, "ahead", "swap", "nvme"),
+    ],
+)
+def test_streamed_weights_train_bit_for_bit(
+    tmp_path: Path, tied: bool, schedule: str, action: str, state: str
+) -> None:
+    losses, weights = plain(llama(tied=tied))
+    model = llama(tied=tied)
+    force = {
+        "block": {"action": action},
+        "state": {"weight_tier": "nvme", "optimizer_tier": state, "gradient_tier": state},
+    }
+    session = prepare(model, tmp_path, force, schedule)
+    staging = session.plan.staging
+    streamer = session.weights
+    assert isinstance(streamer, ParameterStreamer)
+    # With a tied table the epilogue has nothing but a norm, which is small and stays.
+    assert streamer.streamed == (STREAMED[:-1] if tied else STREAMED)
+    assert streamer.window_bytes == staging.weight_slot_bytes
+    assert f"{len(streamer.streamed)} on nvme, through {staging.weight_slots} windows" in plan_text(
+        session.plan
+    )
+    with pytest.raises(WeightAwayError):
+        model.model.layers[0].mlp.up_proj.weight.sum()  # type: ignore[union-attr]
+    written_before = streamer.statistics().bytes_written  # as they left
+    torch.manual_seed(1)
+    assert loop(session.model, session.optimizer) == losses
+    session.flush()
+    streamer.flush()
+    found = streamer.statistics()
+    assert found.peak_in_use == found.windows == staging.weight_slots
+    assert f"streamed through {found.windows} windows" in session.report()
+    # Each unit is written once a step.
+    once = sum(u.movable_weight_bytes for u in session.profile.units)
+    assert found.bytes_written - written_before == STEPS * once
+    peaks = session.measure()
+    # The libraries are most of it: what is predicted of the rest is within a few MiB.
+    assert peaks["peak_bytes"] == pytest.approx(peaks["predicted_peak_bytes"], rel=0.08)
+    session.close()
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_frozen_weights_are_never_written(tmp_path: Path) -> None:
+    def frozen() -> nn.Module:
+        model = llama()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name or name.startswith("model.layers.3."))
+        return model
+
+    losses, weights = plain(frozen())
+    model = frozen()
+    with prepare(model, tmp_path, {"state": {"weight_tier": "nvme"}, "block": {"action": "keep"}}) as session:
+        written = [unit.written_extent_bytes > 0 for unit in session.profile.units]
+        assert written == [False] * DEPTH + [True, False]
+        streamer = session.weights
+        assert streamer is not None
+        before = streamer.statistics().bytes_written
+        torch.manual_seed(1)
+        assert loop(session.model, session.optimizer) == losses
+        session.flush()
+        streamer.flush()
+        moved = streamer.statistics().bytes_written - before
+        assert moved == STEPS * session.profile.units[DEPTH].movable_weight_bytes
+        # A norm is trained in every block: updating it does not bring the block's weights.
+        for unit in streamer.streamed[2:]:
+            streamer.fetch(unit)
+        reads = streamer.statistics().reads
+        with streamer.updating("model.layers.0", ()):
+            assert streamer.statistics().reads == reads
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_where_all_weights_stay_nothing_is_installed(tmp_path: Path) -> None:
+    with prepare(llama(), tmp_path, {"block": {"action": "keep"}}) as session:
+        assert session.weights is None
+        assert {state.weight_tier for state in session.plan.states} == {Tier.DEVICE}
+        assert "weights" not in session.report()
+
+
+def test_a_plan_with_other_windows_is_refused_and_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(ParameterStreamer, "window_bytes", property(lambda self: 4096))
+    with pytest.raises(PlanMismatchError, match=r"windows of \d+ bytes for weights, this model needs 4096"):
+        prepare(model, tmp_path, {"block": {"action": "keep"}, "state": {"weight_tier": "nvme"}})
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
