@@ -6,23 +6,24 @@
 
 Weights are read from safetensors files, or drawn: then they are what the plain constructor would have drawn
 from the same state of the generator. On their way one weight at most is in memory (none, where it is read),
-and two pieces of 8 MiB. Buffers are made for real.
+and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, are in memory as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtrain.constructing import Blueprint
 from memtrain.offload import away
 from memtrain.offload.errors import OffloadError, TierFullError
+from memtrain.offload.shards import SMALL
 from memtrain.offload.store import Store
 from memtrain.offload.stored_weights import StoredWeights, room_bytes
 from memtrain.offload.tensorfile import Entry
@@ -34,7 +35,6 @@ from memtrain.weight_folder import WeightFilesError, WeightFolder, match
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Source = "str | Path | PretrainedConfig | Callable[[], nn.Module]"
 _KEY = "_memtrain_stored_weights"
 
 
@@ -105,8 +105,16 @@ def stored_weights(model: nn.Module) -> StoredWeights | None:
 def _drawn(make: Callable[[], nn.Module], budget: Budget) -> StreamedModel:
     blueprint = Blueprint(make)
     with _on_a_tier(blueprint.model, budget) as weights:
-        model = blueprint.draw(weights.put)
-        _take_away(model, weights)
+        small: dict[str, Tensor] = {}
+
+        def put(name: str, tensor: Tensor) -> None:
+            if tensor.numel() < SMALL:
+                small[name] = tensor.clone()
+            else:
+                weights.put(name, tensor)
+
+        model = blueprint.draw(put)
+        _settle(model, weights, small)
     return StreamedModel(model=model, weights=weights)
 
 
@@ -125,20 +133,25 @@ def _read(folder: Path, budget: Budget, dtype: torch.dtype | None) -> StreamedMo
     with WeightFolder(folder) as files:
         found = match(model, files)
         with _on_a_tier(model, budget) as weights:
+            small: dict[str, Tensor] = {}
             for name, parameter in model.named_parameters():
-                entry = Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
-                weights.put_parts(entry, files.parts(found.sources[name]))
-            _fill_buffers(model, files, found.sources)
-            _take_away(model, weights)
+                source = found.sources[name]
+                if parameter.numel() < SMALL:
+                    small[name] = _whole(files, source, parameter)
+                else:
+                    entry = Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
+                    weights.put_parts(entry, files.parts(source))
+            for name, buffer in model.named_buffers():
+                if name in found.sources:
+                    buffer.copy_(_whole(files, found.sources[name], buffer))
+            _settle(model, weights, small)
     return StreamedModel(model=model, weights=weights, unexpected=found.unexpected)
 
 
-@torch.no_grad()
-def _fill_buffers(model: nn.Module, files: WeightFolder, sources: dict[str, str]) -> None:
-    for name, buffer in model.named_buffers():
-        if name in sources:
-            parts = [part.to(buffer.dtype, copy=True) for part in files.parts(sources[name])]
-            buffer.copy_(torch.cat(parts).view(buffer.shape) if parts else buffer)
+def _whole(files: WeightFolder, source: str, like: Tensor) -> Tensor:
+    """A tensor of the files, in memory, in the shape and dtype of ``like``."""
+    parts = [part.to(like.dtype, copy=True) for part in files.parts(source)]
+    return torch.cat(parts).view(like.shape) if parts else torch.empty_like(like)
 
 
 def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
@@ -154,13 +167,14 @@ def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Modu
 
 
 @contextmanager
-def _on_a_tier(model: nn.Module, budget: Budget) -> Any:
-    """A store with room for the model's parameters, for what happens inside to fill; closed if that fails."""
-    entries = [
+def _on_a_tier(model: nn.Module, budget: Budget) -> Iterator[StoredWeights]:
+    """A tier with room for the model's weights, for what happens inside to fill; closed if that fails."""
+    nbytes = room_bytes(
         Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
         for name, parameter in model.named_parameters()
-    ]
-    weights = StoredWeights(_open_store(budget, room_bytes(entries)))
+        if parameter.numel() >= SMALL
+    )
+    weights = StoredWeights(_open_store(budget, nbytes))
     with ExitStack() as undo:
         undo.callback(weights.close)
         yield weights
@@ -169,8 +183,9 @@ def _on_a_tier(model: nn.Module, budget: Budget) -> Any:
 
 
 def _open_store(budget: Budget, nbytes: int) -> Store:
+    """All that the budget has of a tier: a session will put there what else belongs to the tier."""
     room = {Tier.HOST: budget.host_bytes, Tier.CXL: budget.cxl_bytes, Tier.NVME: budget.nvme_bytes}
-    tier = next((tier for tier, size in room.items() if size >= nbytes), None)
+    tier = next((tier for tier, size in room.items() if size >= max(1, nbytes)), None)
     if tier is None:
         given = ", ".join(f"{tier.value} {size} bytes" for tier, size in room.items() if size) or "none"
         raise TierFullError(
@@ -179,21 +194,27 @@ def _open_store(budget: Budget, nbytes: int) -> Store:
         )
     if tier is Tier.NVME:
         assert budget.nvme_directory is not None
-        return NvmeStore(budget.nvme_directory, nbytes)
-    return MemoryStore(tier, nbytes, budget.cxl_node if tier is Tier.CXL else None)
+        return NvmeStore(budget.nvme_directory, budget.nvme_bytes)
+    return MemoryStore(tier, room[tier], budget.cxl_node if tier is Tier.CXL else None)
 
 
-def _take_away(model: nn.Module, weights: StoredWeights) -> None:
-    """Leave the parameters without values, and say so to whoever wants them."""
+def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor]) -> None:
+    """Give small weights their values, and take from the others what is under them, and say so to whoever
+    wants it."""
+    tier = weights.store.tier.value
     for name, parameter in model.named_parameters():
+        if name in small:
+            parameter.data = small[name]
+            continue
         away.put(parameter, away.without_bytes(parameter))
         away.forbid(
             parameter,
-            f"{name}, which is on {weights.store.tier.value}: weights of a streamed model are in memory while a "
-            "session computes with them; save with memtrain's checkpoints",
+            f"{name}, which are on {tier}: the weights of a streamed model are in memory in turn, while a "
+            "session computes with them. Prepare the model first",
         )
     for module in model.modules():
-        module.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+        if any(away.is_away(parameter) for parameter in module.parameters()):
+            module.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
     model.__dict__[_KEY] = weights
 
 

@@ -64,8 +64,9 @@ class StoredWeights:
         """
         if entry.name in self._extents:
             raise OffloadError(f"{entry.name} was written before: write each weight once")
-        dtype = str(entry.dtype).removeprefix("torch.")
-        extent = self.store.allocate(entry.name, entry.size_bytes, dtype=dtype, shape=entry.shape)
+        extent = self.store.allocate(
+            f"weight {entry.name}", entry.size_bytes, dtype=str(entry.dtype), shape=entry.shape
+        )
         try:
             offset = 0
             for piece in self._filled(entry.dtype, parts):
@@ -86,7 +87,7 @@ class StoredWeights:
         buffer = Slab(max(1, extent.nbytes)).buffer[: extent.nbytes]
         if extent.nbytes:
             self.store.read(extent, buffer).wait()
-        return buffer.view(getattr(torch, extent.dtype)).view(extent.shape)
+        return buffer.view(getattr(torch, extent.dtype.removeprefix("torch."))).view(extent.shape)
 
     def finish(self) -> None:
         """Wait until everything is on the tier, and give the pieces' memory back. Raises TierIOError."""
