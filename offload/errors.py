@@ -57,3 +57,11 @@ class StagingError(OffloadError):
 
 class TokenRangeError(PlanMismatchError):
     """A block's tokens cannot be treated apart: names the block, the tensor and the remedy."""
+
+
+class WeightAwayError(OffloadError):
+    """A weight was used while its bytes are on a tier: names parameter, tier and what to do."""
+
+
+class WeightWindowError(OffloadError):
+    """Every window for streamed weights is in use: names who uses them and what to do."""

@@ -187,7 +187,7 @@ class GradientStore:
             self._before_overwrite(home.unit)
             self._write(home, gradient.detach())
             home.identity += 1
-            parameter.grad = OffloadedGrad(parameter.detach(), home)
+            parameter.grad = OffloadedGrad(parameter, home)
 
         return leave
 

@@ -13,8 +13,9 @@ bit for bit.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,10 +28,11 @@ from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
+from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import MASTER_KEY, Unit
 from memtrain.offload.state_dicts import from_state_dict, to_state_dict
 from memtrain.offload.update import Update
-from memtrain.offload.update_runner import UpdateRunner
+from memtrain.offload.update_runner import InMemory, UpdateRunner
 from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.plan import Plan
 
@@ -69,6 +71,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         plan: staging, schedule, and the tiers of each unit's gradients and state.
         units: parameters in forward order; every trainable parameter of the optimizer must be in one.
         config: master weights and so on.
+        weights: what streams weights of the units, where some are on tiers; installed before, removed after.
 
     Raises:
         PlanMismatchError: units and optimizer do not fit each other or the plan, or the slots are too small.
@@ -87,10 +90,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         plan: Plan,
         units: Sequence[Unit],
         config: OptimizerConfig | None = None,
+        weights: ParameterStreamer | None = None,
     ) -> None:
         self._complete = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
+        self._weights = weights
         self.config = config or OptimizerConfig()
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
@@ -141,6 +146,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.layout,
                 self._records,
                 self.gradients,
+                weights or InMemory(),
                 slots=staging.update_slots,
                 slot_bytes=staging.update_slot_bytes,
             )
@@ -349,11 +355,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 continue
             keys = {tensor.key for tensor in self.layout.specs[name].tensors}
             if name in self.layout.masters:
-                entries.append((name, MASTER_KEY, parameter.detach().float))
+                entries.append((name, MASTER_KEY, functools.partial(self._weight, name)))
             entries += [(name, key, value) for key, value in state.items() if key in keys]
             scalars[name] = {key: value for key, value in state.items() if key not in keys}
         self._access.load(entries, scalars)
         optimizer.state.clear()
+
+    def _weight(self, name: str) -> Tensor:
+        """In fp32."""
+        parameter = self.index.parameters[name]
+        with nullcontext() if self._weights is None else self._weights.hold(self.index.unit_of[name]):
+            return parameter.detach().float()
 
     # -- one update
     # --------------------------------------------------------------------------------------------

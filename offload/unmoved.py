@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from memtrain.offload.away import is_away
 from memtrain.offload.errors import OffloadError, SavedTensorModifiedError
 
 
@@ -34,7 +35,10 @@ class FixedTensors:
     def refresh(self) -> None:
         """Look at the model's parameters and buffers again."""
         tensors = [
-            p for module in self._model.modules() for p in module._parameters.values() if p is not None
+            p
+            for module in self._model.modules()
+            for p in module._parameters.values()
+            if p is not None and not is_away(p)
         ]
         tensors += [b for module in self._model.modules() for b in module._buffers.values() if b is not None]
         self._addresses = frozenset(t.untyped_storage().data_ptr() for t in tensors)

@@ -55,6 +55,12 @@ class Update:
             name for name, version in self._versions.items() if version != records.weight_versions.get(name)
         }
         """Parameters whose weights somebody has written since their last update (or may have)."""
+        self.replaced = {
+            name
+            for name in self.gradients
+            if name in layout.masters and name in records.initialised and name not in self._rewritten
+        }
+        """Parameters whose new weights do not depend on the old ones: they are rounded masters."""
         self.waiting: dict[str, list[Shard]] = {}
         """Shards still to be stepped, by unit."""
         self._pieces_left = {name: len(layout.index.pieces[name]) for name in self.gradients}

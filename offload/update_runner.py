@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +20,28 @@ from memtrain.offload.slab import Ring
 from memtrain.offload.update import Update
 
 
+class WeightHome(Protocol):
+    """Where weights are that an update changes."""
+
+    def updating(self, unit: str, replaced: Collection[str]) -> AbstractContextManager[None]:
+        """The unit's weights may be changed inside; those of ``replaced`` are overwritten, and not read."""
+
+
+class InMemory:
+    """Weights that are always there."""
+
+    def updating(self, unit: str, replaced: Collection[str]) -> AbstractContextManager[None]:
+        """Nothing to do."""
+        return nullcontext()
+
+
 class UpdateRunner:
     """Owns the ring of update slots and the update that waits.
 
     Args:
         device: where it is stepped.
         layout, records, gradients: what is stepped.
+        weights: has those of a unit there while it is stepped.
         slots, slot_bytes: the ring; 0 slots where no shard moves.
     """
 
@@ -34,11 +51,13 @@ class UpdateRunner:
         layout: OptimizerLayout,
         records: RecordStore,
         gradients: GradientStore,
+        weights: WeightHome,
         *,
         slots: int,
         slot_bytes: int,
     ) -> None:
         self._index = layout.index
+        self._weights = weights
         self._update: Update | None = None
         self._streamed: dict[str, list[Shard]] = {}
         """Of the shards that wait, those that need a slot, by unit: ``ensure`` is called before every module
@@ -111,7 +130,12 @@ class UpdateRunner:
             return
         shards = update.waiting.pop(unit)
         self._streamed.pop(unit, None)
-        self._guarded(lambda: self._pipeline.run(shards, list(_in_order(update.waiting))))
+
+        def run() -> None:
+            with self._weights.updating(unit, update.replaced):
+                self._pipeline.run(shards, list(_in_order(update.waiting)))
+
+        self._guarded(run)
         if not update.waiting:
             self._update = None
 

@@ -1,0 +1,515 @@
+"""Weights on tiers, brought unit by unit to where forward, backward and updates use them.
+
+ZeRO-Infinity (Rajbhandari et al. 2021) and its kin gather weights by hooks around modules and release them
+behind; Harmony and MegaTrain stream them by layers. Here, too, the forward of a block, and of any module
+outside the blocks that owns streamed weights, has them in a window (``weight_windows.py``) while it runs.
+Two things differ:
+
+- Autograd is never given memory of a window. What it saves of a weight (``weight.t()``) is replaced by a
+  description, and brought back when backward asks for it. So a graph holds no weights, whatever its shape:
+  blocks called twice, several graphs, recomputation, ``retain_graph`` need no rules of their own.
+- Nothing is released at the end of a block. A unit stays until its window is wanted by another one, and the
+  unit that was used longest ago leaves first; the last blocks of a forward pass are still there when backward
+  begins.
+
+Units are read ahead in the direction in which they are used, as far as there are windows. Outside the forward
+of their modules weights may be used inside ``hold`` alone; elsewhere any use raises ``WeightAwayError``,
+whether or not a window happens to have them.
+
+Parameters of fewer than ``SMALL`` elements stay in memory, as their gradients and state do.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from memtrain.offload import away
+from memtrain.offload.engine import Engine
+from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.extents import Extent
+from memtrain.offload.saved_weights import saving_weights
+from memtrain.offload.shards import SMALL, Unit
+from memtrain.offload.slab import PAGE_BYTES
+from memtrain.offload.store import Store
+from memtrain.offload.weight_windows import StreamedUnit, StreamedWeight, WindowPool, WindowStatistics
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import round_up
+
+FEWEST_SLOTS = 2
+"""One unit is used while the next arrives."""
+
+
+def is_streamed(parameter: nn.Parameter) -> bool:
+    """Whether a parameter leaves memory with its unit: smaller ones stay."""
+    return parameter.numel() >= SMALL
+
+
+def own_parameters(units: Sequence[Unit]) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """What of each unit leaves memory with it: a tied parameter with the first unit that names it."""
+    seen: set[int] = set()
+    own: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for unit, members in units:
+        own[unit] = []
+        for name, parameter in members:
+            if id(parameter) not in seen and is_streamed(parameter):
+                own[unit].append((name, parameter))
+            seen.add(id(parameter))
+    return own
+
+
+def window_bytes(members: Iterable[tuple[str, nn.Parameter]]) -> int:
+    """Of the window of a unit with these streamed parameters, and of their extents: whole pages for each."""
+    return sum(
+        round_up(max(parameter.numel() * parameter.dtype.itemsize, 1), PAGE_BYTES) for _, parameter in members
+    )
+
+
+def allocate_weight(store: Store, name: str, parameter: nn.Parameter) -> Extent:
+    """The extent of a parameter's bytes on a tier. Raises TierFullError."""
+    return store.allocate(
+        f"weight {name}",
+        parameter.numel() * parameter.dtype.itemsize,
+        dtype=str(parameter.dtype),
+        shape=tuple(parameter.shape),
+    )
+
+
+class ParameterStreamer:
+    """Streams the weights of some units of a model.
+
+    Args:
+        model: its root, whose forward a training step calls.
+        blocks: ``(name, module)`` in forward order.
+        units: every parameter, in forward order of the units.
+        tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
+        engine: the stores of the tiers.
+        slots: how many units' weights are in memory at once. With 2, one is read ahead; each more is another
+            one read ahead, and more of the last blocks are still there for backward.
+        placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
+            such a parameter is away (``away.born_away``), or on the meta device still.
+
+    Raises:
+        PlanMismatchError: too few slots for modules that use several units at once, a parameter that cannot
+            be streamed, a unit that does not exist.
+        TierFullError: no room for the weights.
+        OffloadError: the tier failed, or the device refuses the memory.
+
+        The model has its weights then, as before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[tuple[str, nn.Module]],
+        units: Sequence[Unit],
+        *,
+        tiers: Mapping[str, Tier],
+        engine: Engine,
+        slots: int,
+        placed: Mapping[str, Extent] | None = None,
+    ) -> None:
+        self._model = model
+        self._blocks = list(blocks)
+        self._names = [name for name, _ in units]
+        self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
+        self._in_model: ExitStack | None = None
+        """What the model's forward pass that runs has brought for its own code."""
+        self._closed = False
+        placed = dict(placed or {})
+        _refuse_unknown(tiers, self._names)
+        with ExitStack() as undo:
+            chosen = {
+                name: members
+                for name, members in own_parameters(units).items()
+                if members and tiers.get(name, Tier.DEVICE) is not Tier.DEVICE
+            }
+            self._units = {
+                name: self._make_unit(name, members, engine.store(tiers[name]), placed, undo)
+                for name, members in chosen.items()
+            }
+            if not self._units:
+                raise PlanMismatchError(
+                    f"no parameter of at least {SMALL} elements is in a unit whose weights are to be "
+                    "streamed: do without, or name other units"
+                )
+            self._unit_of = {
+                id(weight.parameter): unit for unit in self._units.values() for weight in unit.weights
+            }
+            self._after_blocks = self._find_after_blocks()
+            self._schedule = [*self._units.values()]
+            self._schedule += [unit for unit in self._after_blocks if unit is not self._schedule[-1]]
+            self._at = 0
+            """Where in the schedule the pass is."""
+            self._latest: StreamedUnit | None = None
+            self._slots = slots
+            self._check_slots()
+            self._pool = WindowPool(list(self._units.values()), slots, engine.device)
+            undo.callback(self._pool.close)
+            undo.callback(self._bring_home)
+            self._send_out(self._pool, engine.device.place, placed)
+            self._made = undo.pop_all()
+
+    # making -----------------------------------------------------------------------------------
+
+    def _make_unit(
+        self,
+        name: str,
+        members: Sequence[tuple[str, nn.Parameter]],
+        store: Store,
+        placed: Mapping[str, Extent],
+        undo: ExitStack,
+    ) -> StreamedUnit:
+        known = [parameter_name in placed for parameter_name, _ in members]
+        if any(known) and not all(known):
+            raise PlanMismatchError(
+                f"of unit {name} some parameters are on {store.tier.value} already, and "
+                f"{members[known.index(False)][0]} is not: place all of a unit that are streamed, or none"
+            )
+        weights: list[StreamedWeight] = []
+        start = 0
+        for parameter_name, parameter in members:
+            _refuse_unfit(parameter_name, parameter, parameter_name in placed)
+            extent = placed.get(parameter_name)
+            if extent is None:
+                extent = allocate_weight(store, parameter_name, parameter)
+            undo.callback(store.free, extent)
+            weights.append(
+                StreamedWeight(
+                    name=parameter_name,
+                    parameter=parameter,
+                    extent=extent,
+                    start=start,
+                    where=_where(name, store.tier, parameter_name),
+                )
+            )
+            start += round_up(max(extent.nbytes, 1), PAGE_BYTES)
+        return StreamedUnit(name=name, store=store, weights=weights)
+
+    def _send_out(self, pool: WindowPool, place: torch.device, placed: Mapping[str, Extent]) -> None:
+        """Write the weights to their extents through the windows, and leave the parameters without bytes."""
+        for unit in self._units.values():
+            for weight in unit.weights:
+                if weight.parameter.is_meta:
+                    away.born_away(weight.parameter, place, weight.where)
+                weight.empty = away.without_bytes(weight.parameter)
+            if unit.weights[0].name not in placed:
+                # Held here until their bytes are in the window: the parameters' data are views of it at once.
+                sources = [weight.parameter.detach() for weight in unit.weights]
+                pool.use(unit, read=False)
+                for weight, source in zip(unit.weights, sources, strict=True):
+                    assert weight.present is not None
+                    weight.present.copy_(source)
+                pool.send(unit)
+            for weight in unit.weights:
+                away.forbid(weight.parameter, weight.where)
+        pool.flush()
+
+    def _check_slots(self) -> None:
+        needed = max(FEWEST_SLOTS, *(len(names) for names in self._used_together()))
+        if self._slots < needed:
+            raise PlanMismatchError(
+                f"weight_slots must be at least {needed} for this model, got {self._slots}: raise it, or let "
+                "units stay on the device"
+            )
+
+    def _used_together(self) -> Iterator[set[str]]:
+        """Units that are used at one time, by modules that run inside each other."""
+        blocks = {module for _, module in self._blocks}
+
+        def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:
+            held = held | {unit.name for unit in self._units_of(module, recurse=module in blocks)}
+            yield held
+            if module not in blocks:
+                for child in module.children():
+                    yield from below(child, held)
+
+        yield {unit.name for unit in (*self._units_of(self._model, recurse=False), *self._after_blocks)}
+        yield from below(self._model, set())
+
+    def _units_of(self, module: nn.Module, *, recurse: bool) -> list[StreamedUnit]:
+        """The streamed units that have parameters of the module."""
+        if recurse:
+            own = [p for child in module.modules() for p in child._parameters.values()]
+        else:
+            own = list(module._parameters.values())
+        found = {unit.name: unit for p in own if (unit := self._unit_of.get(id(p))) is not None}
+        return list(found.values())
+
+    def _find_after_blocks(self) -> list[StreamedUnit]:
+        """Units outside the blocks whose weights are used when the last block is done: those behind it, and
+        those that tied modules share."""
+        inside = {child for _, module in self._blocks for child in module.modules()}
+        owners: dict[int, int] = {}
+        for module in self._model.modules():
+            if module not in inside:
+                for parameter in module._parameters.values():
+                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        numbers = [self._names.index(name) for name, _ in self._blocks if name in self._names]
+        last = max(numbers, default=-1)
+        return [
+            unit
+            for unit in self._units.values()
+            if self._names.index(unit.name) > last
+            or any(owners.get(id(weight.parameter), 0) > 1 for weight in unit.weights)
+        ]
+
+    # the model --------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Have the weights brought by the forward of the modules that use them."""
+        blocks = {module for _, module in self._blocks}
+        inside = {child for module in blocks for child in module.modules()} - blocks
+        for module in self._model.modules():
+            units = self._units_of(module, recurse=module in blocks)
+            if module is self._model:
+                self._wrap(module, self._run_model, units)
+            elif module is self._blocks[-1][1]:
+                self._wrap(module, self._run_last, units)
+            elif module not in inside and units:
+                self._wrap(module, self._run, units)
+
+    def _wrap(self, module: nn.Module, run: Callable[..., Any], units: list[StreamedUnit]) -> None:
+        original = module.__dict__.get("forward")
+        wrapped = functools.partial(run, units, original or module.forward)
+        self._originals.append((module, original))
+        module.forward = functools.update_wrapper(wrapped, module.forward)
+
+    def _run(
+        self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        with self._using(units):
+            return forward(*args, **kwargs)
+
+    def _run_last(
+        self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The last block: the model's own code may use what comes behind it without calling its module."""
+        output = self._run(units, forward, *args, **kwargs)
+        if self._in_model is not None:
+            self._in_model.enter_context(self._using(self._after_blocks))
+        return output
+
+    def _run_model(
+        self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        before = self._in_model
+        with ExitStack() as self._in_model:
+            self._at = 0
+            self._in_model.enter_context(self._using(units))
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                self._in_model = before
+
+    def remove(self) -> None:
+        """Make the model what it was: its own forwards, weights in memory of their own. May be called twice.
+
+        Raises:
+            OffloadError: a weight could not be read back. Its unit, and those behind it, are on the tier
+                still, and the call may be repeated.
+        """
+        self._unwrap()
+        if not self._closed:
+            self._bring_home()
+            self._closed = True
+            self._made.close()
+
+    def close(self) -> None:
+        """Give windows and tier back without bringing the weights home: any use of them raises from now on.
+        For a model that is done with, and need not fit into memory. May be called twice."""
+        self._unwrap()
+        if not self._closed:
+            self._closed = True
+            for unit in self._units.values():
+                for weight in unit.weights:
+                    away.forbid(
+                        weight.parameter, f"{weight.name}, which are gone: what streamed them is closed"
+                    )
+            self._made.close()
+
+    def _unwrap(self) -> None:
+        for module, original in reversed(self._originals):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+        self._originals.clear()
+
+    def _bring_home(self) -> None:
+        """Give every parameter its bytes in memory of its own."""
+        if self._closed:
+            return
+        for unit in self._units.values():
+            if not unit.ready and not all(away.is_away(weight.parameter) for weight in unit.weights):
+                continue  # never sent out, or home already
+            self._pool.use(unit)
+            homes = [weight.present.clone() for weight in unit.weights if weight.present is not None]
+            self._pool.drop(unit)
+            for weight, home in zip(unit.weights, homes, strict=True):
+                away.put(weight.parameter, home)
+                away.permit(weight.parameter)
+
+    # weights ----------------------------------------------------------------------------------
+
+    @property
+    def streamed(self) -> tuple[str, ...]:
+        """The units whose weights are on a tier, in forward order."""
+        return tuple(self._units)
+
+    @property
+    def window_bytes(self) -> int:
+        """Of one window: the largest streamed unit, in whole pages per parameter."""
+        return self._pool.window_bytes
+
+    def statistics(self) -> WindowStatistics:
+        """What has been moved, and how many windows that took, so far."""
+        return self._pool.statistics()
+
+    def fetch(self, unit: str) -> None:
+        """Have the unit in a window, and start reading what comes behind it. It may leave again at any time:
+        ``hold`` it to use it."""
+        found = self._find(unit)
+        if found is not None:
+            self._bring(found)
+
+    def hold(self, unit: str) -> AbstractContextManager[None]:
+        """The unit's weights may be used inside, and changed in place; changes are written back later.
+
+        What is changed behind the back of autograd, in ``parameter.data`` or by address, needs
+        ``mark_dirty``. Several units at once take as many slots.
+        """
+        found = self._find(unit)
+        return nullcontext() if found is None else self._using([found])
+
+    @contextmanager
+    def updating(self, unit: str, replaced: Collection[str]) -> Iterator[None]:
+        """As ``hold``, for an update.
+
+        Args:
+            replaced: parameters of which every byte is written inside, and none is read. Where those are all
+                that is streamed of the unit, nothing is read from the tier. If the update then fails, the
+                tier keeps what it had.
+        """
+        found = self._find(unit)
+        if found is None:
+            yield
+            return
+        blind = found.window is None and all(weight.name in replaced for weight in found.weights)
+        bring = (lambda each: self._pool.use(each, read=False)) if blind else self._bring
+        try:
+            with self._pool.using([found], bring):
+                self._pool.settle(found)
+                yield
+        except BaseException:
+            if blind:
+                self._pool.drop(found)
+            raise
+        self._pool.send(found)
+
+    def mark_dirty(self, unit: str) -> None:
+        """All weights of the unit are written back before it leaves. Changes in place that autograd counts
+        (``parameter._version``) need no mark.
+
+        Raises:
+            OffloadError: the unit is not held.
+        """
+        found = self._find(unit)
+        if found is None:
+            return
+        if not found.users:
+            raise OffloadError(f"unit {unit} is not held: mark it inside streamer.hold({unit!r})")
+        for weight in found.weights:
+            weight.saved_version = None
+
+    def flush(self) -> None:
+        """Every change is on its tier when this returns.
+
+        Raises:
+            OffloadError: a write failed; the weights are in memory still, and the call may be repeated.
+        """
+        self._pool.flush()
+
+    # coming and going -------------------------------------------------------------------------
+
+    def _find(self, unit: str) -> StreamedUnit | None:
+        """None where the unit's weights are in memory. Raises PlanMismatchError for a unit that is none."""
+        if unit not in self._names:
+            raise PlanMismatchError(f"there is no unit {unit!r}: there are {', '.join(self._names)}")
+        if self._closed:
+            return None
+        return self._units.get(unit)
+
+    @contextmanager
+    def _using(self, units: Sequence[StreamedUnit]) -> Iterator[None]:
+        with self._pool.using(units, self._bring), saving_weights(self, self._pool.find, self._recall):
+            yield
+
+    def _recall(self, unit: StreamedUnit, weight: StreamedWeight) -> Tensor:
+        """For backward. A graph outlives ``remove``: the weights are home then."""
+        if self._closed:
+            return weight.parameter.detach()
+        with self._pool.lock:
+            self._bring(unit)
+            assert weight.present is not None
+            return weight.present
+
+    def _bring(self, unit: StreamedUnit) -> None:
+        """Have the unit in a window; send away what has changed elsewhere, and read ahead."""
+        with self._pool.lock:
+            self._pool.use(unit)
+            if unit is not self._latest:
+                self._latest = unit
+                self._pool.send_idle(unit)
+            self._pool.prefetch(self._following(unit), keep=[unit])
+
+    def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
+        """What is used after ``unit``, as many as there may be windows for."""
+        count = self._slots - 1
+        places = [place for place, each in enumerate(self._schedule) if each is unit]
+        if torch._C._current_graph_task_id() == -1:  # no backward pass runs
+            self._at = next((place for place in places if place >= self._at), places[0])
+            return self._schedule[self._at + 1 : self._at + 1 + count]
+        self._at = next((place for place in reversed(places) if place <= self._at), places[-1])
+        return self._schedule[max(0, self._at - count) : self._at][::-1]
+
+
+def _where(unit: str, tier: Tier, name: str) -> str:
+    return (
+        f"{name}, which are on {tier.value}: they are in memory while a module of unit {unit} runs its "
+        f"forward. To use them elsewhere, hold the unit: with streamer.hold({unit!r}): ..."
+    )
+
+
+def _refuse_unknown(tiers: Mapping[str, Tier], names: Sequence[str]) -> None:
+    unknown = [name for name in tiers if name not in names]
+    if unknown:
+        raise PlanMismatchError(
+            f"a tier is given for the weights of {unknown[0]!r}, which is no unit: there are "
+            f"{', '.join(names)}"
+        )
+
+
+def _refuse_unfit(name: str, parameter: nn.Parameter, placed: bool) -> None:
+    if away.is_away(parameter) and not placed:
+        raise PlanMismatchError(f"{name} is streamed already: remove or close what streams it first")
+    if not away.is_away(parameter) and type(parameter) is not nn.Parameter:
+        raise PlanMismatchError(
+            f"{name} is a {type(parameter).__name__}, and only a plain nn.Parameter can be streamed: let its "
+            "unit stay on the device"
+        )
+    if not parameter.is_contiguous() or parameter.layout is not torch.strided:
+        raise PlanMismatchError(
+            f"{name} is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}) and "
+            "has no one run of bytes to stream: replace its data by parameter.data.contiguous()"
+        )
+    if parameter.is_meta and not placed:
+        raise PlanMismatchError(
+            f"{name} is on the meta device and has no bytes: load the model first, or pass its "
+            "extent in placed"
+        )

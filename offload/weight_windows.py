@@ -1,0 +1,529 @@
+"""Windows: the memory in which streamed weights are while they are used, a bounded number of units at once.
+
+A unit's weights lie in extents of a tier, one each. Brought into a window, they are read straight to where
+the arithmetic uses them, and the parameters' data are views of the window; turned out, the parameters are
+left without bytes and the window goes to another unit. Only what has changed is written back, by the
+parameters' version counters: what is frozen is never written.
+
+A window is handed on only when its write is on the tier and when nobody but the parameters refers to its
+memory. So a view of a weight that somebody keeps costs a window, and never shows another unit's weights.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from memtrain.offload import away
+from memtrain.offload.device import Device, Event
+from memtrain.offload.errors import OffloadError, WeightWindowError
+from memtrain.offload.extents import Extent
+from memtrain.offload.slab import PAGE_BYTES, Slab
+from memtrain.offload.store import Store, Ticket, wait_all
+from memtrain.planner.actions import Tier
+from memtrain.planner.units import round_up
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class StreamedWeight:
+    """One parameter of a streamed unit."""
+
+    name: str
+    parameter: nn.Parameter
+    extent: Extent
+    start: int
+    """Of its bytes in the unit's window: a whole page."""
+    where: str
+    """What is said of it to whom uses it while it is away."""
+    empty: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Its data while it is away."""
+    present: Tensor | None = None
+    """Its data while its unit has a window."""
+    saved_version: int | None = None
+    """Version of the parameter whose bytes are on the tier; None: none, or not known to be there."""
+
+    @property
+    def span(self) -> slice:
+        """Its bytes in the window."""
+        return slice(self.start, self.start + self.extent.nbytes)
+
+    @property
+    def version(self) -> int:
+        """Counts changes in place, whoever makes them."""
+        return self.parameter._version
+
+    @property
+    def dirty(self) -> bool:
+        """Whether the tier has other bytes than the window."""
+        return self.saved_version != self.version
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class StreamedUnit:
+    """A unit whose weights live on a tier."""
+
+    name: str
+    store: Store
+    weights: list[StreamedWeight]
+    window: Window | None = None
+    ready: bool = False
+    """The parameters' data are views of the window."""
+    reads: list[Ticket] = field(default_factory=list)
+    writes: list[tuple[StreamedWeight, int, Ticket]] = field(default_factory=list)
+    """Under way: what is written, and the version that it has."""
+    users: int = 0
+    """Who uses the weights right now."""
+    touched: int = 0
+    """When it was last used, in touches."""
+    references: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
+    """The storages of the views, and how often each is referred to when nobody else does."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the window that it needs: whole pages for each parameter."""
+        last = self.weights[-1]
+        return round_up(last.start + max(last.extent.nbytes, 1), PAGE_BYTES)
+
+    @property
+    def tier(self) -> Tier:
+        """Where its weights live."""
+        return self.store.tier
+
+    @property
+    def dirty(self) -> bool:
+        """Whether something of it must be written before it leaves."""
+        return self.ready and any(weight.dirty for weight in self.weights)
+
+    @property
+    def viewed(self) -> bool:
+        """Whether somebody beside the parameters refers to the window's memory."""
+        return any(_references(storage) > own for storage, own in self.references)
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
+class Window:
+    """Memory for one unit."""
+
+    number: int
+    buffer: Tensor
+    """Where the arithmetic is, uint8."""
+    host: Tensor
+    """What the tier reads and writes: the same, where the device shares the host's memory."""
+    unit: StreamedUnit | None = None
+    arrivals: list[Event] | None = None
+    """Copies from host to buffer, once they are queued."""
+
+    def finish_copies(self) -> None:
+        """Return when the device has left the host's part."""
+        for copy in self.arrivals or ():
+            copy.synchronize()
+        self.arrivals = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowStatistics:
+    """What the windows have done so far."""
+
+    windows: int
+    window_bytes: int
+    in_use: int
+    peak_in_use: int
+    reads: int
+    """Units that were read from their tiers."""
+    waits: int
+    """Of those, units that were needed before they had been read."""
+    bytes_read: int
+    bytes_written: int
+
+
+class WindowPool:
+    """``count`` windows, and which unit is in which. Thread-safe: CUDA runs backward in threads of its own.
+
+    Args:
+        units: in forward order.
+        count: of windows, at least 1.
+        device: where the weights are used.
+
+    Raises:
+        OffloadError: the device refuses the memory.
+    """
+
+    def __init__(self, units: Sequence[StreamedUnit], count: int, device: Device) -> None:
+        self.units = list(units)
+        self.lock = threading.RLock()
+        self.window_bytes = max(unit.nbytes for unit in units)
+        self._device = device
+        self._closed = False
+        self._clock = 0
+        self._reads = self._waits = self._peak = self._bytes_read = self._bytes_written = 0
+        with ExitStack() as made:
+            self._slab = Slab(count * self.window_bytes)
+            made.callback(self._slab.close)
+            device.register(self._slab)
+            made.callback(device.unregister, self._slab)
+            parts = torch.split(self._slab.buffer, self.window_bytes)
+            self.windows = [
+                Window(
+                    number=number,
+                    buffer=part if device.shares_memory else device.empty(self.window_bytes),
+                    host=part,
+                )
+                for number, part in enumerate(parts)
+            ]
+            self._made = made.pop_all()
+
+    # in ---------------------------------------------------------------------------------------
+
+    def use(self, unit: StreamedUnit, *, read: bool = True) -> None:
+        """Have the unit's weights in a window when this returns, and count it as the last one used.
+
+        Args:
+            read: False leaves anything in a window that is new: the caller overwrites all of it.
+
+        Raises:
+            WeightWindowError: every window is in use.
+            OffloadError: the tier failed; the weights are still there, or still in the window they were in.
+        """
+        with self.lock:
+            self._clock += 1
+            unit.touched = self._clock
+            if unit.ready:
+                return
+            try:
+                known = read or unit.window is not None
+                if unit.window is None:
+                    self._occupy(unit, self._claim(unit))
+                    if read:
+                        self._read(unit)
+                self._waits += any(not ticket.done() for ticket in unit.reads)
+                self._arrive(unit)
+                self._attach(unit, known=known)
+            except BaseException:
+                self.drop(unit)
+                raise
+
+    @contextmanager
+    def using(self, units: Sequence[StreamedUnit], bring: Callable[[StreamedUnit], None]) -> Iterator[None]:
+        """The units' weights may be used inside, by anybody, and stay.
+
+        Args:
+            bring: has one in its window, as ``use`` does.
+        """
+        held: list[StreamedUnit] = []
+        try:
+            for unit in units:
+                with self.lock:
+                    bring(unit)
+                    held.append(unit)
+                    unit.users += 1
+                    if unit.users == 1:
+                        for weight in unit.weights:
+                            away.permit(weight.parameter)
+            yield
+        finally:
+            with self.lock:
+                for unit in held:
+                    unit.users -= 1
+                    if unit.users == 0 and not self._closed:
+                        for weight in unit.weights:
+                            away.forbid(weight.parameter, weight.where)
+
+    def prefetch(self, units: Iterable[StreamedUnit], keep: Iterable[StreamedUnit]) -> None:
+        """Start reading units, in order, as far as there are windows: empty ones, or those of units that are
+        neither among them nor in ``keep``. Never waits, never raises what a tier did: ``use`` will."""
+        wanted = list(units)
+        staying = {id(unit) for unit in (*keep, *wanted)}
+        with self.lock:
+            for unit in wanted:
+                if unit.window is not None:
+                    continue
+                window = self._spare(staying)
+                if window is None:
+                    return
+                self._occupy(unit, window)
+                try:
+                    self._read(unit)
+                except OffloadError:
+                    self._withdraw(unit)
+                    return
+            self._go_on()
+
+    def _read(self, unit: StreamedUnit) -> None:
+        assert unit.window is not None
+        self._reads += 1
+        for weight in unit.weights:
+            unit.reads.append(unit.store.read(weight.extent, unit.window.host[weight.span]))
+
+    def _arrive(self, unit: StreamedUnit) -> None:
+        """What the device is given from now on sees the unit's bytes."""
+        assert unit.window is not None
+        wait_all(unit.reads)
+        self._copy_in(unit)
+        unit.reads.clear()
+        for copy in unit.window.arrivals or ():
+            copy.wait()
+
+    def _copy_in(self, unit: StreamedUnit) -> None:
+        window = unit.window
+        assert window is not None
+        if window.arrivals is None and not self._device.shares_memory and unit.reads:
+            window.arrivals = []
+            for weight in unit.weights:
+                part = weight.span
+                if weight.extent.nbytes:
+                    window.arrivals.append(self._device.copy_in(window.host[part], window.buffer[part]))
+
+    def _go_on(self) -> None:
+        """What has been read starts for the device."""
+        for unit in self.units:
+            if unit.reads and all(ticket.done() for ticket in unit.reads):
+                try:
+                    wait_all(unit.reads)
+                except OffloadError:
+                    continue  # it will be raised where the unit is used
+                self._copy_in(unit)
+
+    def _occupy(self, unit: StreamedUnit, window: Window) -> None:
+        window.unit, unit.window = unit, window
+        window.arrivals = None
+        unit.touched = self._clock
+        self._peak = max(self._peak, sum(one.unit is not None for one in self.windows))
+
+    def _attach(self, unit: StreamedUnit, *, known: bool) -> None:
+        window = unit.window
+        assert window is not None
+        for weight in unit.weights:
+            if known:
+                self._bytes_read += weight.extent.nbytes
+            weight.saved_version = weight.version if known else None
+            weight.present = self._view(window, weight)
+            away.put(weight.parameter, weight.present)
+        unit.ready = True
+        storages = {storage._cdata: storage for storage in map(_storage, unit.weights)}
+        unit.references = [(storage, 0) for storage in storages.values()]
+        unit.references = [(storage, _references(storage)) for storage, _ in unit.references]
+
+    def _view(self, window: Window, weight: StreamedWeight) -> Tensor:
+        part, empty = window.buffer[weight.span], weight.empty
+        if part.device.type == "cpu" and part.numel():
+            # A storage of its own, of the parameter's own bytes: that is what torch.save and others look at.
+            part = torch.frombuffer(part.numpy(), dtype=torch.uint8)
+        return part.view(empty.dtype).as_strided(empty.shape, empty.stride())
+
+    # out --------------------------------------------------------------------------------------
+
+    def send_idle(self, current: StreamedUnit) -> None:
+        """Start writing what has changed of units that nobody uses, but for ``current``."""
+        with self.lock:
+            for window in self.windows:
+                other = window.unit
+                if other is not None and other is not current and not other.users and not other.writes:
+                    self.send(other)
+
+    def send(self, unit: StreamedUnit) -> None:
+        """Start writing what has changed of the unit, unless it is being written."""
+        with self.lock:
+            window = unit.window
+            if window is None or not unit.ready or unit.writes:
+                return
+            changed = [weight for weight in unit.weights if weight.dirty]
+            if not changed:
+                return
+            self._copy_out(window, changed)
+            for weight in changed:
+                version = weight.version
+                weight.saved_version = None  # until it is there
+                ticket = unit.store.write(weight.extent, window.host[weight.span])
+                unit.writes.append((weight, version, ticket))
+
+    def _copy_out(self, window: Window, changed: Sequence[StreamedWeight]) -> None:
+        if self._device.shares_memory:
+            return
+        window.finish_copies()
+        copies = [
+            self._device.copy_out(window.buffer[weight.span], window.host[weight.span])
+            for weight in changed
+            if weight.extent.nbytes
+        ]
+        for copy in copies:
+            copy.synchronize()
+
+    def settle(self, unit: StreamedUnit) -> None:
+        """Wait for what is being written of the unit.
+
+        Raises:
+            OffloadError: a write failed; the weight is in the window still, and will be written again.
+        """
+        with self.lock:
+            writes, unit.writes = unit.writes, []
+            for weight, version, ticket in writes:
+                try:
+                    ticket.wait()
+                except OffloadError:
+                    continue
+                weight.saved_version = version
+                self._bytes_written += weight.extent.nbytes
+            wait_all(ticket for _, _, ticket in writes)
+
+    def flush(self) -> None:
+        """Everything that has changed is on its tier when this returns. Raises the first error."""
+        with self.lock:
+            errors: list[OffloadError] = []
+            for unit in self.units:
+                self.send(unit)
+            for unit in self.units:
+                try:
+                    self._clean(unit)
+                except OffloadError as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+
+    def _clean(self, unit: StreamedUnit) -> None:
+        self.settle(unit)  # may have begun before the last change
+        self.send(unit)
+        self.settle(unit)
+
+    def turn_out(self, unit: StreamedUnit) -> None:
+        """Take the unit's window away, having written what has changed. Raises OffloadError if that fails:
+        the unit then stays."""
+        with self.lock:
+            if unit.window is None:
+                return
+            if unit.ready:
+                self._clean(unit)
+            self._withdraw(unit)
+
+    def drop(self, unit: StreamedUnit) -> None:
+        """Take the unit's window away and forget what was written there: the tier has what it had."""
+        with self.lock:
+            if unit.window is not None:
+                self._withdraw(unit)
+
+    def _withdraw(self, unit: StreamedUnit) -> None:
+        window = unit.window
+        assert window is not None
+        tickets = [*unit.reads, *(ticket for _, _, ticket in unit.writes)]
+        for ticket in tickets:
+            _settled(ticket)
+        window.finish_copies()
+        unit.reads.clear()
+        unit.writes.clear()
+        if unit.ready:
+            for weight in unit.weights:
+                away.put(weight.parameter, weight.empty)
+                weight.present = None
+        unit.ready, unit.references = False, []
+        unit.window = window.unit = window.arrivals = None
+
+    # which ------------------------------------------------------------------------------------
+
+    def _claim(self, unit: StreamedUnit) -> Window:
+        """A window at any price but that of a unit in use: the one least recently used."""
+        for window in self.windows:
+            if window.unit is None:
+                return window
+        occupants = [window.unit for window in self.windows if window.unit is not None]
+        for other in sorted(occupants, key=lambda other: other.touched):
+            if other.users or other.viewed:
+                continue
+            window = other.window
+            assert window is not None
+            self.turn_out(other)
+            return window
+        raise WeightWindowError(_all_in_use(unit, occupants))
+
+    def _spare(self, staying: set[int]) -> Window | None:
+        """A window that costs no waiting."""
+        for window in self.windows:
+            if window.unit is None:
+                return window
+        occupants = [window.unit for window in self.windows if window.unit is not None]
+        for other in sorted(occupants, key=lambda other: other.touched):
+            if other.users or id(other) in staying or other.reads or other.viewed:
+                continue
+            if other.dirty and not other.writes:
+                try:
+                    self.send(other)
+                except OffloadError:
+                    continue  # it will be raised where the window is needed
+            if any(not ticket.done() for _, _, ticket in other.writes):
+                continue
+            window = other.window
+            try:
+                self.settle(other)
+            except OffloadError:
+                continue
+            if not other.dirty:
+                self._withdraw(other)
+                return window
+        return None
+
+    def find(self, address: int) -> tuple[StreamedUnit, StreamedWeight] | None:
+        """Whose bytes are at ``address`` of the device's memory; None where it is no window's."""
+        for window in self.windows:
+            offset = address - window.buffer.data_ptr()
+            if 0 <= offset < self.window_bytes:
+                unit = window.unit
+                if unit is None or not unit.ready:
+                    return None
+                for weight in unit.weights:
+                    if weight.span.start <= offset < weight.span.stop:
+                        return unit, weight
+                return None
+        return None
+
+    def statistics(self) -> WindowStatistics:
+        """So far."""
+        with self.lock:
+            return WindowStatistics(
+                windows=len(self.windows),
+                window_bytes=self.window_bytes,
+                in_use=sum(window.unit is not None for window in self.windows),
+                peak_in_use=self._peak,
+                reads=self._reads,
+                waits=self._waits,
+                bytes_read=self._bytes_read,
+                bytes_written=self._bytes_written,
+            )
+
+    def close(self) -> None:
+        """Forget what is in the windows, and give their memory back. May be called twice."""
+        with self.lock:
+            self._closed = True
+            for unit in self.units:
+                self.drop(unit)
+            self.windows.clear()
+        self._made.close()
+
+
+def _storage(weight: StreamedWeight) -> torch.UntypedStorage:
+    assert weight.present is not None
+    return weight.present.untyped_storage()
+
+
+def _references(storage: torch.UntypedStorage) -> int:
+    count: int = torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def _settled(ticket: Ticket) -> None:
+    with suppress(OffloadError):  # another error is on its way, or nobody wants these bytes any more
+        ticket.wait()
+
+
+def _all_in_use(unit: StreamedUnit, occupants: Sequence[StreamedUnit]) -> str:
+    running = [other.name for other in occupants if other.users]
+    viewed = [other.weights[0].name.rpartition(".")[0] or other.name for other in occupants if other.viewed]
+    why = [f"weights of {', '.join(running)} are being used"] if running else []
+    why += [f"views of weights of {', '.join(viewed)} are kept by somebody"] if viewed else []
+    return (
+        f"the weights of {unit.name} have no window: all {len(occupants)} are taken, for "
+        f"{' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's forward), "
+        "or plan with more weight_slots"
+    )
