@@ -22,7 +22,7 @@ Parameters of fewer than ``SMALL`` elements stay in memory, as their gradients a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -35,49 +35,10 @@ from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.extents import Extent
 from memtrain.offload.saved_weights import saving_weights
 from memtrain.offload.shards import SMALL, Unit
-from memtrain.offload.slab import PAGE_BYTES
-from memtrain.offload.store import Store
-from memtrain.offload.weight_windows import StreamedUnit, StreamedWeight, WindowPool, WindowStatistics
+from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, make_unit, own_parameters
+from memtrain.offload.weight_users import WeightUsers
+from memtrain.offload.weight_windows import WindowPool, WindowStatistics
 from memtrain.planner.actions import Tier
-from memtrain.planner.units import round_up
-
-FEWEST_SLOTS = 2
-"""One unit is used while the next arrives."""
-
-
-def is_streamed(parameter: nn.Parameter) -> bool:
-    """Whether a parameter leaves memory with its unit: smaller ones stay."""
-    return parameter.numel() >= SMALL
-
-
-def own_parameters(units: Sequence[Unit]) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """What of each unit leaves memory with it: a tied parameter with the first unit that names it."""
-    seen: set[int] = set()
-    own: dict[str, list[tuple[str, nn.Parameter]]] = {}
-    for unit, members in units:
-        own[unit] = []
-        for name, parameter in members:
-            if id(parameter) not in seen and is_streamed(parameter):
-                own[unit].append((name, parameter))
-            seen.add(id(parameter))
-    return own
-
-
-def window_bytes(members: Iterable[tuple[str, nn.Parameter]]) -> int:
-    """Of the window of a unit with these streamed parameters, and of their extents: whole pages for each."""
-    return sum(
-        round_up(max(parameter.numel() * parameter.dtype.itemsize, 1), PAGE_BYTES) for _, parameter in members
-    )
-
-
-def allocate_weight(store: Store, name: str, parameter: nn.Parameter) -> Extent:
-    """The extent of a parameter's bytes on a tier. Raises TierFullError."""
-    return store.allocate(
-        f"weight {name}",
-        parameter.numel() * parameter.dtype.itemsize,
-        dtype=str(parameter.dtype),
-        shape=tuple(parameter.shape),
-    )
 
 
 class ParameterStreamer:
@@ -115,164 +76,98 @@ class ParameterStreamer:
         placed: Mapping[str, Extent] | None = None,
     ) -> None:
         self._model = model
-        self._blocks = list(blocks)
+        self._blocks = [module for _, module in blocks]
         self._names = [name for name, _ in units]
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._in_model: ExitStack | None = None
         """What the model's forward pass that runs has brought for its own code."""
         self._closed = False
+        self._slots = slots
+        self._at = 0
+        """Where in the schedule the pass is."""
+        self._latest: StreamedUnit | None = None
         placed = dict(placed or {})
-        _refuse_unknown(tiers, self._names)
         with ExitStack() as undo:
-            chosen = {
-                name: members
-                for name, members in own_parameters(units).items()
-                if members and tiers.get(name, Tier.DEVICE) is not Tier.DEVICE
-            }
-            self._units = {
-                name: self._make_unit(name, members, engine.store(tiers[name]), placed, undo)
-                for name, members in chosen.items()
-            }
-            if not self._units:
-                raise PlanMismatchError(
-                    f"no parameter of at least {SMALL} elements is in a unit whose weights are to be "
-                    "streamed: do without, or name other units"
-                )
-            self._unit_of = {
-                id(weight.parameter): unit for unit in self._units.values() for weight in unit.weights
-            }
-            self._after_blocks = self._find_after_blocks()
+            self._units = self._make_units(units, tiers, engine, placed, undo)
+            self._users = WeightUsers(
+                model, self._blocks, self._names, self._units, [name for name, _ in blocks]
+            )
             self._schedule = [*self._units.values()]
-            self._schedule += [unit for unit in self._after_blocks if unit is not self._schedule[-1]]
-            self._at = 0
-            """Where in the schedule the pass is."""
-            self._latest: StreamedUnit | None = None
-            self._slots = slots
-            self._check_slots()
-            self._pool = WindowPool(list(self._units.values()), slots, engine.device)
+            self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
+            fewest = self._users.fewest_slots()
+            if slots < fewest:
+                raise PlanMismatchError(
+                    f"weight_slots must be at least {fewest} for this model, got {slots}: raise it, or let "
+                    "units stay on the device"
+                )
+            self._pool = WindowPool(self._schedule[: len(self._units)], slots, engine.device)
             undo.callback(self._pool.close)
-            undo.callback(self._bring_home)
-            self._send_out(self._pool, engine.device.place, placed)
+            fresh = [unit for unit in self._units.values() if unit.weights[0].name not in placed]
+            undo.callback(self._bring_home, fresh)
+            for unit in self._units.values():
+                for weight in unit.weights:
+                    if weight.parameter.is_meta:
+                        away.born_away(weight.parameter, engine.device.place, weight.where)
+                    weight.empty = away.without_bytes(weight.parameter)
+                if unit in fresh:
+                    self._send_out(unit)
+                for weight in unit.weights:
+                    away.forbid(weight.parameter, weight.where)
+            self._pool.flush()
             self._made = undo.pop_all()
+        for unit in self._units.values():
+            for weight in unit.weights:
+                if weight.name in placed:  # the caller's until here
+                    self._made.callback(unit.store.free, weight.extent)
 
     # making -----------------------------------------------------------------------------------
 
-    def _make_unit(
+    def _make_units(
         self,
-        name: str,
-        members: Sequence[tuple[str, nn.Parameter]],
-        store: Store,
+        units: Sequence[Unit],
+        tiers: Mapping[str, Tier],
+        engine: Engine,
         placed: Mapping[str, Extent],
         undo: ExitStack,
-    ) -> StreamedUnit:
-        known = [parameter_name in placed for parameter_name, _ in members]
-        if any(known) and not all(known):
+    ) -> dict[str, StreamedUnit]:
+        unknown = [name for name in tiers if name not in self._names]
+        if unknown:
             raise PlanMismatchError(
-                f"of unit {name} some parameters are on {store.tier.value} already, and "
-                f"{members[known.index(False)][0]} is not: place all of a unit that are streamed, or none"
+                f"a tier is given for the weights of {unknown[0]!r}, which is no unit: there are "
+                f"{', '.join(self._names)}"
             )
-        weights: list[StreamedWeight] = []
-        start = 0
-        for parameter_name, parameter in members:
-            _refuse_unfit(parameter_name, parameter, parameter_name in placed)
-            extent = placed.get(parameter_name)
-            if extent is None:
-                extent = allocate_weight(store, parameter_name, parameter)
-            undo.callback(store.free, extent)
-            weights.append(
-                StreamedWeight(
-                    name=parameter_name,
-                    parameter=parameter,
-                    extent=extent,
-                    start=start,
-                    where=_where(name, store.tier, parameter_name),
-                )
-            )
-            start += round_up(max(extent.nbytes, 1), PAGE_BYTES)
-        return StreamedUnit(name=name, store=store, weights=weights)
-
-    def _send_out(self, pool: WindowPool, place: torch.device, placed: Mapping[str, Extent]) -> None:
-        """Write the weights to their extents through the windows, and leave the parameters without bytes."""
-        for unit in self._units.values():
-            for weight in unit.weights:
-                if weight.parameter.is_meta:
-                    away.born_away(weight.parameter, place, weight.where)
-                weight.empty = away.without_bytes(weight.parameter)
-            if unit.weights[0].name not in placed:
-                # Held here until their bytes are in the window: the parameters' data are views of it at once.
-                sources = [weight.parameter.detach() for weight in unit.weights]
-                pool.use(unit, read=False)
-                for weight, source in zip(unit.weights, sources, strict=True):
-                    assert weight.present is not None
-                    weight.present.copy_(source)
-                pool.send(unit)
-            for weight in unit.weights:
-                away.forbid(weight.parameter, weight.where)
-        pool.flush()
-
-    def _check_slots(self) -> None:
-        needed = max(FEWEST_SLOTS, *(len(names) for names in self._used_together()))
-        if self._slots < needed:
+        made = {
+            name: make_unit(name, members, engine.store(tiers[name]), placed, undo)
+            for name, members in own_parameters(units).items()
+            if members and tiers.get(name, Tier.DEVICE) is not Tier.DEVICE
+        }
+        if not made:
             raise PlanMismatchError(
-                f"weight_slots must be at least {needed} for this model, got {self._slots}: raise it, or let "
-                "units stay on the device"
+                f"no parameter of at least {SMALL} elements is in a unit whose weights are to be streamed: "
+                "do without, or name other units"
             )
+        return made
 
-    def _used_together(self) -> Iterator[set[str]]:
-        """Units that are used at one time, by modules that run inside each other."""
-        blocks = {module for _, module in self._blocks}
-
-        def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:
-            held = held | {unit.name for unit in self._units_of(module, recurse=module in blocks)}
-            yield held
-            if module not in blocks:
-                for child in module.children():
-                    yield from below(child, held)
-
-        yield {unit.name for unit in (*self._units_of(self._model, recurse=False), *self._after_blocks)}
-        yield from below(self._model, set())
-
-    def _units_of(self, module: nn.Module, *, recurse: bool) -> list[StreamedUnit]:
-        """The streamed units that have parameters of the module."""
-        if recurse:
-            own = [p for child in module.modules() for p in child._parameters.values()]
-        else:
-            own = list(module._parameters.values())
-        found = {unit.name: unit for p in own if (unit := self._unit_of.get(id(p))) is not None}
-        return list(found.values())
-
-    def _find_after_blocks(self) -> list[StreamedUnit]:
-        """Units outside the blocks whose weights are used when the last block is done: those behind it, and
-        those that tied modules share."""
-        inside = {child for _, module in self._blocks for child in module.modules()}
-        owners: dict[int, int] = {}
-        for module in self._model.modules():
-            if module not in inside:
-                for parameter in module._parameters.values():
-                    owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-        numbers = [self._names.index(name) for name, _ in self._blocks if name in self._names]
-        last = max(numbers, default=-1)
-        return [
-            unit
-            for unit in self._units.values()
-            if self._names.index(unit.name) > last
-            or any(owners.get(id(weight.parameter), 0) > 1 for weight in unit.weights)
-        ]
+    def _send_out(self, unit: StreamedUnit) -> None:
+        """Write the unit's weights to their extents through a window."""
+        # Held here until their bytes are in the window: the parameters' data are views of it at once.
+        sources = [weight.parameter.detach() for weight in unit.weights]
+        self._pool.use(unit, read=False)
+        for weight, source in zip(unit.weights, sources, strict=True):
+            assert weight.present is not None
+            weight.present.copy_(source)
+        self._pool.send(unit)
 
     # the model --------------------------------------------------------------------------------
 
     def install(self) -> None:
         """Have the weights brought by the forward of the modules that use them."""
-        blocks = {module for _, module in self._blocks}
-        inside = {child for module in blocks for child in module.modules()} - blocks
-        for module in self._model.modules():
-            units = self._units_of(module, recurse=module in blocks)
-            if module is self._model:
-                self._wrap(module, self._run_model, units)
-            elif module is self._blocks[-1][1]:
-                self._wrap(module, self._run_last, units)
-            elif module not in inside and units:
-                self._wrap(module, self._run, units)
+        self._wrap(self._model, self._run_model, self._users.of(self._model))
+        for module, units in self._users.outside_blocks():
+            self._wrap(module, self._run, units)
+        for module in self._blocks:
+            run = self._run_last if module is self._blocks[-1] else self._run
+            self._wrap(module, run, self._users.of(module))
 
     def _wrap(self, module: nn.Module, run: Callable[..., Any], units: list[StreamedUnit]) -> None:
         original = module.__dict__.get("forward")
@@ -292,7 +187,7 @@ class ParameterStreamer:
         """The last block: the model's own code may use what comes behind it without calling its module."""
         output = self._run(units, forward, *args, **kwargs)
         if self._in_model is not None:
-            self._in_model.enter_context(self._using(self._after_blocks))
+            self._in_model.enter_context(self._pool.using(self._users.after_blocks, self._bring))
         return output
 
     def _run_model(
@@ -316,7 +211,7 @@ class ParameterStreamer:
         """
         self._unwrap()
         if not self._closed:
-            self._bring_home()
+            self._bring_home(list(self._units.values()))
             self._closed = True
             self._made.close()
 
@@ -341,12 +236,12 @@ class ParameterStreamer:
                 module.forward = original
         self._originals.clear()
 
-    def _bring_home(self) -> None:
-        """Give every parameter its bytes in memory of its own."""
+    def _bring_home(self, units: Sequence[StreamedUnit]) -> None:
+        """Give their parameters bytes in memory of their own."""
         if self._closed:
             return
-        for unit in self._units.values():
-            if not unit.ready and not all(away.is_away(weight.parameter) for weight in unit.weights):
+        for unit in units:
+            if not unit.ready and not away.is_away(unit.weights[0].parameter):
                 continue  # never sent out, or home already
             self._pool.use(unit)
             homes = [weight.present.clone() for weight in unit.weights if weight.present is not None]
@@ -477,39 +372,3 @@ class ParameterStreamer:
             return self._schedule[self._at + 1 : self._at + 1 + count]
         self._at = next((place for place in reversed(places) if place <= self._at), places[-1])
         return self._schedule[max(0, self._at - count) : self._at][::-1]
-
-
-def _where(unit: str, tier: Tier, name: str) -> str:
-    return (
-        f"{name}, which are on {tier.value}: they are in memory while a module of unit {unit} runs its "
-        f"forward. To use them elsewhere, hold the unit: with streamer.hold({unit!r}): ..."
-    )
-
-
-def _refuse_unknown(tiers: Mapping[str, Tier], names: Sequence[str]) -> None:
-    unknown = [name for name in tiers if name not in names]
-    if unknown:
-        raise PlanMismatchError(
-            f"a tier is given for the weights of {unknown[0]!r}, which is no unit: there are "
-            f"{', '.join(names)}"
-        )
-
-
-def _refuse_unfit(name: str, parameter: nn.Parameter, placed: bool) -> None:
-    if away.is_away(parameter) and not placed:
-        raise PlanMismatchError(f"{name} is streamed already: remove or close what streams it first")
-    if not away.is_away(parameter) and type(parameter) is not nn.Parameter:
-        raise PlanMismatchError(
-            f"{name} is a {type(parameter).__name__}, and only a plain nn.Parameter can be streamed: let its "
-            "unit stay on the device"
-        )
-    if not parameter.is_contiguous() or parameter.layout is not torch.strided:
-        raise PlanMismatchError(
-            f"{name} is not contiguous (shape {tuple(parameter.shape)}, strides {parameter.stride()}) and "
-            "has no one run of bytes to stream: replace its data by parameter.data.contiguous()"
-        )
-    if parameter.is_meta and not placed:
-        raise PlanMismatchError(
-            f"{name} is on the meta device and has no bytes: load the model first, or pass its "
-            "extent in placed"
-        )

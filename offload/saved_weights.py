@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memtrain.offload.errors import SavedTensorModifiedError
 from memtrain.offload.unmoved import Unmoved
-from memtrain.offload.weight_windows import StreamedUnit, StreamedWeight
+from memtrain.offload.weight_units import StreamedUnit, StreamedWeight
 
 _OWNER = "_memtrain_weights"  # attribute of our pack hook
 

@@ -14,115 +14,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtrain.offload import away
-from memtrain.offload.device import Device, Event
+from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError, WeightWindowError
-from memtrain.offload.extents import Extent
-from memtrain.offload.slab import PAGE_BYTES, Slab
-from memtrain.offload.store import Store, Ticket, wait_all
-from memtrain.planner.actions import Tier
-from memtrain.planner.units import round_up
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class StreamedWeight:
-    """One parameter of a streamed unit."""
-
-    name: str
-    parameter: nn.Parameter
-    extent: Extent
-    start: int
-    """Of its bytes in the unit's window: a whole page."""
-    where: str
-    """What is said of it to whom uses it while it is away."""
-    empty: Tensor = field(default_factory=lambda: torch.empty(0))
-    """Its data while it is away."""
-    present: Tensor | None = None
-    """Its data while its unit has a window."""
-    saved_version: int | None = None
-    """Version of the parameter whose bytes are on the tier; None: none, or not known to be there."""
-
-    @property
-    def span(self) -> slice:
-        """Its bytes in the window."""
-        return slice(self.start, self.start + self.extent.nbytes)
-
-    @property
-    def version(self) -> int:
-        """Counts changes in place, whoever makes them."""
-        return self.parameter._version
-
-    @property
-    def dirty(self) -> bool:
-        """Whether the tier has other bytes than the window."""
-        return self.saved_version != self.version
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class StreamedUnit:
-    """A unit whose weights live on a tier."""
-
-    name: str
-    store: Store
-    weights: list[StreamedWeight]
-    window: Window | None = None
-    ready: bool = False
-    """The parameters' data are views of the window."""
-    reads: list[Ticket] = field(default_factory=list)
-    writes: list[tuple[StreamedWeight, int, Ticket]] = field(default_factory=list)
-    """Under way: what is written, and the version that it has."""
-    users: int = 0
-    """Who uses the weights right now."""
-    touched: int = 0
-    """When it was last used, in touches."""
-    references: list[tuple[torch.UntypedStorage, int]] = field(default_factory=list)
-    """The storages of the views, and how often each is referred to when nobody else does."""
-
-    @property
-    def nbytes(self) -> int:
-        """Of the window that it needs: whole pages for each parameter."""
-        last = self.weights[-1]
-        return round_up(last.start + max(last.extent.nbytes, 1), PAGE_BYTES)
-
-    @property
-    def tier(self) -> Tier:
-        """Where its weights live."""
-        return self.store.tier
-
-    @property
-    def dirty(self) -> bool:
-        """Whether something of it must be written before it leaves."""
-        return self.ready and any(weight.dirty for weight in self.weights)
-
-    @property
-    def viewed(self) -> bool:
-        """Whether somebody beside the parameters refers to the window's memory."""
-        return any(_references(storage) > own for storage, own in self.references)
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class Window:
-    """Memory for one unit."""
-
-    number: int
-    buffer: Tensor
-    """Where the arithmetic is, uint8."""
-    host: Tensor
-    """What the tier reads and writes: the same, where the device shares the host's memory."""
-    unit: StreamedUnit | None = None
-    arrivals: list[Event] | None = None
-    """Copies from host to buffer, once they are queued."""
-
-    def finish_copies(self) -> None:
-        """Return when the device has left the host's part."""
-        for copy in self.arrivals or ():
-            copy.synchronize()
-        self.arrivals = None
+from memtrain.offload.slab import Slab
+from memtrain.offload.store import Ticket, wait_all
+from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, Window, references
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,7 +208,7 @@ class WindowPool:
         unit.ready = True
         storages = {storage._cdata: storage for storage in map(_storage, unit.weights)}
         unit.references = [(storage, 0) for storage in storages.values()]
-        unit.references = [(storage, _references(storage)) for storage, _ in unit.references]
+        unit.references = [(storage, references(storage)) for storage, _ in unit.references]
 
     def _view(self, window: Window, weight: StreamedWeight) -> Tensor:
         part, empty = window.buffer[weight.span], weight.empty
@@ -505,11 +407,6 @@ class WindowPool:
 def _storage(weight: StreamedWeight) -> torch.UntypedStorage:
     assert weight.present is not None
     return weight.present.untyped_storage()
-
-
-def _references(storage: torch.UntypedStorage) -> int:
-    count: int = torch._C._storage_Use_Count(storage._cdata)
-    return count
 
 
 def _settled(ticket: Ticket) -> None:

@@ -1,0 +1,80 @@
+"""Which modules use which streamed units, and how many units that takes at one time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from memtrain.offload.weight_units import StreamedUnit
+
+FEWEST_SLOTS = 2
+"""One unit is used while the next arrives."""
+
+
+class WeightUsers:
+    """The modules of a model by what they use.
+
+    Args:
+        model: its root.
+        blocks: in forward order.
+        names: of all units, in forward order.
+        units: those that are streamed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        names: Sequence[str],
+        units: Mapping[str, StreamedUnit],
+        block_names: Sequence[str],
+    ) -> None:
+        self._model = model
+        self._blocks = set(blocks)
+        self._units = units
+        self._unit_of = {id(weight.parameter): unit for unit in units.values() for weight in unit.weights}
+        inside = {child for block in blocks for child in block.modules()}
+        self._outside = [module for module in model.modules() if module not in inside]
+        place = {name: number for number, name in enumerate(names)}
+        last = max((place[name] for name in block_names if name in place), default=-1)
+        self.after_blocks = [
+            unit for unit in units.values() if place[unit.name] > last or self._is_shared(unit)
+        ]
+        """Units outside the blocks whose weights are used when the last block is done: those behind it, and
+        those that tied modules share."""
+
+    def of(self, module: nn.Module) -> list[StreamedUnit]:
+        """What the module's forward uses: of a block everything in it, of others what they own themselves."""
+        if module in self._blocks:
+            own = [p for child in module.modules() for p in child._parameters.values()]
+        else:
+            own = list(module._parameters.values())
+        found = {unit.name: unit for p in own if (unit := self._unit_of.get(id(p))) is not None}
+        return list(found.values())
+
+    def outside_blocks(self) -> Iterator[tuple[nn.Module, list[StreamedUnit]]]:
+        """Modules that use streamed weights, neither blocks, nor in one, nor the model itself."""
+        for module in self._outside:
+            if module is not self._model and (units := self.of(module)):
+                yield module, units
+
+    def fewest_slots(self) -> int:
+        """Units that must be in memory at one time."""
+        return max(FEWEST_SLOTS, *(len(names) for names in self._together()))
+
+    def _together(self) -> Iterator[set[str]]:
+        def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:
+            held = held | {unit.name for unit in self.of(module)}
+            yield held
+            if module not in self._blocks:
+                for child in module.children():
+                    yield from below(child, held)
+
+        yield {unit.name for unit in (*self.of(self._model), *self.after_blocks)}
+        yield from below(self._model, set())
+
+    def _is_shared(self, unit: StreamedUnit) -> bool:
+        weights = {id(weight.parameter) for weight in unit.weights}
+        owned = [id(p) for module in self._outside for p in module._parameters.values()]
+        return any(owned.count(weight) > 1 for weight in weights)
