@@ -11,7 +11,7 @@ and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from memtrain.constructing import Blueprint
 from memtrain.offload import away
 from memtrain.offload.errors import OffloadError, TierFullError
-from memtrain.offload.shards import SMALL
+from memtrain.offload.shards import SMALL, Unit
 from memtrain.offload.store import Store
 from memtrain.offload.stored_weights import StoredWeights, room_bytes
 from memtrain.offload.tensorfile import Entry
@@ -100,6 +100,28 @@ def stored_weights(model: nn.Module) -> StoredWeights | None:
     """Where the weights of a streamed model are; None for any other model."""
     found: StoredWeights | None = model.__dict__.get(_KEY)
     return found
+
+
+def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> list[Unit]:
+    """Every parameter in a unit, as far as it can be told before the model has run: what its modules own
+    before the first block is the prologue's, and behind it the epilogue's."""
+    inside = {id(parameter) for _, block in blocks for parameter in block.parameters()}
+    first = blocks[0][1]
+    before: dict[int, tuple[str, nn.Parameter]] = {}
+    after: dict[int, tuple[str, nn.Parameter]] = {}
+    place = before
+    for path, module in model.named_modules():
+        if module is first:
+            place = after
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) not in inside and id(parameter) not in before:
+                place.setdefault(id(parameter), (name, parameter))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_blocks: list[Unit] = [
+        (name, [(names[id(parameter)], parameter) for parameter in block.parameters()])
+        for name, block in blocks
+    ]
+    return [("prologue", list(before.values())), *of_blocks, ("epilogue", list(after.values()))]
 
 
 def _drawn(make: Callable[[], nn.Module], budget: Budget) -> StreamedModel:

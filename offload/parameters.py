@@ -54,6 +54,8 @@ class ParameterStreamer:
             one read ahead, and more of the last blocks are still there for backward.
         placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
             such a parameter is away (``away.born_away``), or on the meta device still.
+        read_ahead: False reads a unit when it is used and never before, so that what runs meanwhile can be
+            timed.
 
     Raises:
         PlanMismatchError: too few slots for modules that use several units at once, a parameter that cannot
@@ -74,8 +76,10 @@ class ParameterStreamer:
         engine: Engine,
         slots: int,
         placed: Mapping[str, Extent] | None = None,
+        read_ahead: bool = True,
     ) -> None:
         self._model = model
+        self._read_ahead = read_ahead
         self._blocks = [module for _, module in blocks]
         self._names = [name for name, _ in units]
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
@@ -169,6 +173,15 @@ class ParameterStreamer:
             run = self._run_last if module is self._blocks[-1] else self._run
             self._wrap(module, run, self._users.of(module))
 
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """As ``install``, for what runs inside."""
+        self.install()
+        try:
+            yield
+        finally:
+            self._unwrap()
+
     def _wrap(self, module: nn.Module, run: Callable[..., Any], units: list[StreamedUnit]) -> None:
         original = module.__dict__.get("forward")
         wrapped = functools.partial(run, units, original or module.forward)
@@ -228,6 +241,25 @@ class ParameterStreamer:
                     )
             self._made.close()
 
+    def release(self) -> dict[str, Extent]:
+        """Leave the weights on their tiers, and give the windows back: for another streamer of the model, which
+        takes the extents as ``placed``. Until then any use of the weights raises.
+
+        Returns:
+            The extents by parameter; the caller's from now on.
+
+        Raises:
+            OffloadError: a change could not be written; nothing else has been done then.
+        """
+        self.flush()
+        self._unwrap()
+        self._closed = True
+        self._made.pop_all()
+        self._pool.close()
+        return {
+            weight.name: weight.extent for unit in self._units.values() for weight in unit.weights
+        }
+
     def _unwrap(self) -> None:
         for module, original in reversed(self._originals):
             if original is None:
@@ -261,6 +293,26 @@ class ParameterStreamer:
     def window_bytes(self) -> int:
         """Of one window: the largest streamed unit, in whole pages per parameter."""
         return self._pool.window_bytes
+
+    def unit_of(self, parameter: Tensor) -> str | None:
+        """The unit of a streamed weight; None for any other tensor."""
+        unit = self._users.unit_of(parameter)
+        return None if unit is None else unit.name
+
+    def weight_at(self, tensor: Tensor) -> nn.Parameter | None:
+        """The streamed weight in whose memory ``tensor`` lies, while its unit is in a window."""
+        found = self._pool.find(tensor.data_ptr())
+        return None if found is None else found[1].parameter
+
+    def fill_windows(self) -> int:
+        """Send every unit away, and have all memory of the windows resident. Its bytes.
+
+        Raises:
+            OffloadError: a change could not be written.
+        """
+        for unit in self._units.values():
+            self._pool.turn_out(unit)
+        return self._pool.fill()
 
     def statistics(self) -> WindowStatistics:
         """What has been moved, and how many windows that took, so far."""
@@ -361,7 +413,8 @@ class ParameterStreamer:
             if unit is not self._latest:
                 self._latest = unit
                 self._pool.send_idle(unit)
-            self._pool.prefetch(self._following(unit), keep=[unit])
+            if self._read_ahead:
+                self._pool.prefetch(self._following(unit), keep=[unit])
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
         """What is used after ``unit``, as many as there may be windows for."""
