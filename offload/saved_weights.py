@@ -90,6 +90,7 @@ def saving_weights(
         return saved.get() if type(saved) is SavedWeight else outer_unpack(saved)
 
     setattr(pack, _OWNER, owner)
+    pack.takes_weights = True  # type: ignore[attr-defined]  # optim/autograd/recomputed.py asks
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 

@@ -24,7 +24,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class StreamedWeight:
     """One parameter of a streamed unit."""
 
@@ -58,7 +58,7 @@ class StreamedWeight:
         return self.saved_version != self.version
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class StreamedUnit:
     """A unit whose weights live on a tier."""
 
@@ -100,7 +100,7 @@ class StreamedUnit:
         return any(references(storage) > own for storage, own in self.references)
 
 
-@dataclass(kw_only=True, eq=False, slots=True)
+@dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class Window:
     """Memory for one unit."""
 
@@ -139,9 +139,12 @@ def own_parameters(units: Sequence[Unit]) -> dict[str, list[tuple[str, nn.Parame
 
 
 def window_bytes(members: Iterable[tuple[str, nn.Parameter]]) -> int:
-    """Of the window of a unit with these streamed parameters, and of their extents: whole pages for each."""
+    """Of the window of a unit with these parameters, and of their extents: whole pages for each of those that
+    are streamed."""
     return sum(
-        round_up(max(parameter.numel() * parameter.dtype.itemsize, 1), PAGE_BYTES) for _, parameter in members
+        round_up(parameter.numel() * parameter.dtype.itemsize, PAGE_BYTES)
+        for _, parameter in members
+        if is_streamed(parameter)
     )
 
 

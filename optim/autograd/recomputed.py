@@ -123,11 +123,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed:
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)  # as autocast would; here, so that its place is known
     place = x.data_ptr()
+    around = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if around is not None and not getattr(around[0], "takes_weights", False):
+        around = None
 
     def pack(saved: Tensor) -> _Again | _Weight:
         if saved.data_ptr() == place:
             return _Again(node, saved)
-        return _Weight(weight, saved)
+        return _Weight(weight, saved, around)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         return plain_linear(x, weight, bias, transposed=transposed)
@@ -151,14 +154,16 @@ class _Again:
 class _Weight:
     """Stands for a saved weight or its transpose; where autocast made a copy of it, the copy is made again.
 
-    Autograd does not look at versions behind hooks, so this does.
+    Autograd does not look at versions behind hooks, so this does. Hooks around that have weights elsewhere
+    between the passes are handed what is kept of this one.
     """
 
-    __slots__ = ("dtype", "flipped", "saved", "version", "weight")
+    __slots__ = ("around", "dtype", "flipped", "kept", "version", "weight")
 
-    def __init__(self, weight: Tensor, saved: Tensor) -> None:
-        self.weight, self.version, self.dtype = weight, weight._version, saved.dtype
-        self.saved = saved if saved.dtype == weight.dtype else None
+    def __init__(self, weight: Tensor, saved: Tensor, around: tuple[Any, ...] | None) -> None:
+        self.weight, self.version, self.dtype, self.around = weight, weight._version, saved.dtype, around
+        kept = saved if saved.dtype == weight.dtype else weight
+        self.kept = kept if around is None else around[0](kept)
         self.flipped = saved.shape != weight.shape or saved.stride() != weight.stride()
 
     def get(self) -> Tensor:
@@ -168,9 +173,10 @@ class _Weight:
                 f"inplace operation (version {self.version}, now {self.weight._version}): call backward "
                 "before the change"
             )
-        if self.saved is not None:
-            return self.saved
-        copy = self.weight.detach().to(self.dtype)
+        kept: Tensor = self.kept if self.around is None else self.around[1](self.kept)
+        if kept.dtype == self.dtype:
+            return kept
+        copy = kept.detach().to(self.dtype)
         return copy.t() if self.flipped else copy
 
 
