@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -29,6 +29,10 @@ class TracedWeights:
             for unit in units:
                 held.enter_context(self._streamer.hold(unit))
             yield
+
+    def present_in(self, module: nn.Module) -> AbstractContextManager[None]:
+        """As ``present``, for all that the module has."""
+        return self.present(module.parameters())
 
     def key(self, tensor: Tensor) -> int:
         """Of a streamed weight its identity: it has a storage only for a while."""
