@@ -17,7 +17,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,6 +58,8 @@ from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts
 from memtrain.runfiles import make_folder, write_text
+from memtrain.streamed_model import stored_weights
+from memtrain.streamed_tracing import TracedWeights, traced_weights
 from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125
@@ -173,7 +175,8 @@ def prepare(
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
     peak = _PeakSinceNow(device)
-    handle = _install_loss(model, sample_batch) if chunked_loss else None
+    blocks = find_blocks(model, block_names)
+    handle: ChunkedLossHandle | None = None
     try:
         if machine is None:
             machine = measure_machine(
@@ -185,22 +188,27 @@ def prepare(
         refuse_other_codecs(machine, coding, budget)
         work = torch.float32 if master_weights else None
         options = options or PlannerOptions()
-        blocks = find_blocks(model, block_names)
-        forms = _find_forms(model, blocks, sample_batch, options)
-        profile = profile_model(
-            model,
-            sample_batch,
-            optimizer=optimizer,
-            elementwise=all(
-                is_elementwise(optimizer, group, work or group["params"][0].dtype)
-                for group in optimizer.param_groups
-            ),
-            micro_batches=micro_batches,
-            master_weights=master_weights,
-            loss_fn=loss_fn,
-            block_names=block_names,
-            rehearsal=BlockRehearsal(model, forms),
+        elementwise = all(
+            is_elementwise(optimizer, group, work or group["params"][0].dtype)
+            for group in optimizer.param_groups
         )
+        with _weights_brought(model, blocks, device) as weights:
+            if chunked_loss:
+                handle = _install_loss(model, sample_batch, weights)
+            with nullcontext() if weights is None else weights.installed():
+                forms = _find_forms(model, blocks, sample_batch, options, weights)
+                profile = profile_model(
+                    model,
+                    sample_batch,
+                    optimizer=optimizer,
+                    elementwise=elementwise,
+                    micro_batches=micro_batches,
+                    master_weights=master_weights,
+                    loss_fn=loss_fn,
+                    block_names=block_names,
+                    rehearsal=BlockRehearsal(model, forms),
+                    weights=weights,
+                )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
             profile, prepare_peak_bytes=max(reached_bytes, peak.known_bytes(libraries_bytes))
@@ -491,23 +499,41 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(iter(devices))
 
 
+def _weights_brought(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], device: Device
+) -> AbstractContextManager[TracedWeights | None]:
+    """For a streamed model, what brings its weights while it is measured."""
+    stored = stored_weights(model)
+    return nullcontext() if stored is None else traced_weights(model, blocks, stored, device)
+
+
 def _find_forms(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], sample_batch: Any, options: PlannerOptions
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    sample_batch: Any,
+    options: PlannerOptions,
+    weights: TracedWeights | None,
 ) -> BlockForms:
     """The exact form always, lossy ones where the options name them. Raises PrepareError for a wrong name."""
+    present = nullcontext if weights is None else weights.present_in
     try:
-        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy))
+        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy), present=present)
     except ValueError as error:
         raise PrepareError(f"options.allow_lossy: {error}") from error
 
 
-def _install_loss(model: nn.Module, sample_batch: Any) -> ChunkedLossHandle | None:
+def _install_loss(
+    model: nn.Module, sample_batch: Any, weights: TracedWeights | None
+) -> ChunkedLossHandle | None:
     """Only for a Hugging Face causal LM that computes its own loss from labels."""
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         return None
     if not hasattr(sample_batch, "keys") or sample_batch.get("labels") is None:
         return None
-    return install_chunked_loss(model)
+    if weights is None:
+        return install_chunked_loss(model)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return install_chunked_loss(model, probing=weights.probing(head))
 
 
 def _set_use_cache(model: nn.Module, value: bool | None) -> bool | None:

@@ -51,7 +51,8 @@ class ParameterStreamer:
         tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
         engine: the stores of the tiers.
         slots: how many units' weights are in memory at once. With 2, one is read ahead; each more is another
-            one read ahead, and more of the last blocks are still there for backward.
+            one read ahead, and more of the last blocks are still there for backward. None: the fewest that
+            the model can do with.
         placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
             such a parameter is away (``away.born_away``), or on the meta device still.
         read_ahead: False reads a unit when it is used and never before, so that what runs meanwhile can be
@@ -74,7 +75,7 @@ class ParameterStreamer:
         *,
         tiers: Mapping[str, Tier],
         engine: Engine,
-        slots: int,
+        slots: int | None,
         placed: Mapping[str, Extent] | None = None,
         read_ahead: bool = True,
     ) -> None:
@@ -86,7 +87,6 @@ class ParameterStreamer:
         self._in_model: ExitStack | None = None
         """What the model's forward pass that runs has brought for its own code."""
         self._closed = False
-        self._slots = slots
         self._at = 0
         """Where in the schedule the pass is."""
         self._latest: StreamedUnit | None = None
@@ -99,6 +99,7 @@ class ParameterStreamer:
             self._schedule = [*self._units.values()]
             self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
             fewest = self._users.fewest_slots()
+            self._slots = slots = fewest if slots is None else slots
             if slots < fewest:
                 raise PlanMismatchError(
                     f"weight_slots must be at least {fewest} for this model, got {slots}: raise it, or let "
