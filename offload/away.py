@@ -26,8 +26,8 @@ _SETTABLE = "requires_grad grad grad_dtype _backward_hooks _post_accumulate_grad
 _METHODS = (
     "size dim ndimension numel nelement stride element_size storage_offset get_device is_contiguous "
     "is_floating_point is_complex is_signed is_conj is_neg is_inference is_same_size is_pinned _is_view "
-    "untyped_storage requires_grad_ register_hook register_post_accumulate_grad_hook new_empty new_zeros new_ones new_full "
-    "__hash__ __len__"
+    "untyped_storage requires_grad_ register_hook register_post_accumulate_grad_hook new_empty new_zeros "
+    "new_ones new_full __hash__ __len__"
 ).split()
 _FUNCTIONS = (
     "numel is_floating_point is_complex is_conj is_neg is_inference is_same_size empty_like zeros_like "
