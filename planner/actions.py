@@ -125,12 +125,15 @@ class BlockDecision:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateDecision:
-    """Where the gradients and the optimizer's state of one unit of parameters live."""
+    """Where the gradients, the optimizer's state and the weights of one unit of parameters live."""
 
     unit: str
     gradient_tier: Tier = Tier.DEVICE
     optimizer_tier: Tier = Tier.DEVICE
     """Moments, and master weights where the regime has them."""
+    weight_tier: Tier = Tier.DEVICE
+    """On another tier than the device they come to it only for as long as they are used: into a window, of
+    which there are a few that all such units take turns in (``Staging.weight_slots``)."""
 
 
 class UpdateSchedule(str, Enum):

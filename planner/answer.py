@@ -19,5 +19,5 @@ class Answer:
     blocks: tuple[BlockDecision, ...] = ()
     """Empty when no choice was found."""
     states: tuple[StateDecision, ...] = ()
-    knobs: tuple[int, int, int] = (0, 0, 0)
-    """saved_slots, input_slots, shard_elements."""
+    knobs: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """saved_slots, input_slots, weight_slots, shard_elements."""

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
@@ -28,11 +29,12 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.simulate import simulate
+from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, WEIGHT_SLOT_COUNTS
 
 Blocks = tuple[BlockDecision, ...]
 States = tuple[StateDecision, ...]
-Knobs = tuple[int, int, int, UpdateSchedule]
-"""saved_slots, input_slots, shard_elements, schedule."""
+Knobs = tuple[int, int, int, int, UpdateSchedule]
+"""saved_slots, input_slots, weight_slots, shard_elements, schedule."""
 
 MAX_TOGETHER = 1000
 """Several changes at once are tried only where they are few: a model of a handful of blocks."""
@@ -79,7 +81,7 @@ class Search:
 
     def build(self, blocks: Blocks, states: States, knobs: Knobs) -> Decisions:
         """A complete choice, with the staging it needs."""
-        saved_slots, input_slots, shard, schedule = knobs
+        saved_slots, input_slots, weight_slots, shard, schedule = knobs
         staging = staging_for(
             self.profile,
             blocks,
@@ -89,6 +91,7 @@ class Search:
             shard_elements=shard,
             on_cpu=self.space.on_cpu,
             coded=self.space.coded,
+            wanted_weight_slots=weight_slots,
         )
         return Decisions(
             blocks=blocks,
@@ -118,28 +121,39 @@ class Search:
 
 
 def default_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
-    """Two slots, and the second smallest shard."""
-    return 2, 2, space.shards[min(1, len(space.shards) - 1)], schedule
+    """Two slots, a window that is read ahead into, and the second smallest shard."""
+    return 2, 2, DEFAULT_WEIGHT_SLOTS, space.shards[min(1, len(space.shards) - 1)], schedule
+
+
+def least_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
+    """Those that take the least memory."""
+    return 1, 1, WEIGHT_SLOT_COUNTS[0], space.shards[0], schedule
 
 
 def uniform(search: Search) -> None:
     """The same action for the first m blocks, keep (or what is nearest to it) for the others.
 
     For every action and every placement of gradients and state the least m that fits is tried: from there
-    on more blocks of the same action only cost time.
+    on more blocks of the same action only cost time. Weights stay, as far as they may; where nothing fits so,
+    they go.
     """
-    space = search.space
-    schedule = space.schedules[-1]
-    for states in _state_placements(space):
-        used = UpdateSchedule.SEQUENTIAL if _all_on_device(states) and len(space.schedules) > 1 else schedule
-        for wanted in _block_wishes(space):
-            for knobs in (default_knobs(space, used), (1, 1, space.shards[0], used)):
-                least = _least_prefix(search, wanted, states, knobs)
-                if least is not None:
-                    search.offer(search.build(_prefix(space, wanted, least), states, knobs))
-                    break
-    if search.best is None:
-        search.offer(smallest(search))
+    for placed in weight_placements(search.space):
+        for states in _state_placements(search.space):
+            _uniform_blocks(search, placed(states))
+        if search.best is not None:
+            return
+    search.offer(smallest(search))
+
+
+def _uniform_blocks(search: Search, states: States) -> None:
+    space, schedule = search.space, search.space.schedules[-1]
+    used = UpdateSchedule.SEQUENTIAL if _all_on_device(states) and len(space.schedules) > 1 else schedule
+    for wanted in _block_wishes(space):
+        for knobs in (default_knobs(space, used), least_knobs(space, used)):
+            least = _least_prefix(search, wanted, states, knobs)
+            if least is not None:
+                search.offer(search.build(_prefix(space, wanted, least), states, knobs))
+                break
 
 
 def greedy(search: Search) -> None:
@@ -161,24 +175,25 @@ def smallest(search: Search) -> Decisions:
     Used when nothing fits: its excess over the budget is the shortfall.
     """
     space = search.space
-    knobs: Knobs = (1, 1, space.shards[0], space.schedules[0])
+    knobs = least_knobs(space, space.schedules[0])
     candidates = [search.build(blocks, states, knobs) for blocks, states in wishes(space)]
     best = min(candidates, key=lambda d: _shortness(search, d))
     changed = True
     while changed:
         changed = False
         for blocks, states in _flips(best, space):
-            other = search.build(blocks, states, (1, 1, space.shards[0], best.update_schedule))
+            other = search.build(blocks, states, least_knobs(space, best.update_schedule))
             if _shortness(search, other) < _shortness(search, best):
                 best, changed = other, True
     return best
 
 
 def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:
-    """Every uniform action with every uniform placement of gradients and state."""
-    for states in _state_placements(space):
-        for wanted in _block_wishes(space):
-            yield _prefix(space, wanted, len(space.blocks)), states
+    """Every uniform action with every uniform placement of gradients, state and weights."""
+    for placed in weight_placements(space):
+        for states in _state_placements(space):
+            for wanted in _block_wishes(space):
+                yield _prefix(space, wanted, len(space.blocks)), placed(states)
 
 
 def _shortness(search: Search, decisions: Decisions) -> tuple[float, int, int, int]:
@@ -223,6 +238,25 @@ def _state_placements(space: Space) -> list[States]:
     return list(dict.fromkeys(placements))
 
 
+def weight_placements(space: Space) -> list[Callable[[States], States]]:
+    """Ways to place weights, given the rest: all on the device, the blocks' on a tier, everybody's on a tier,
+    as far as each unit allows."""
+    found: dict[tuple[Tier, ...], None] = {}
+    kinds = dict.fromkeys([Tier.DEVICE, *(tier for tiers in space.weights for tier in tiers)])
+    for wanted, blocks_alone in itertools.product(kinds, (True, False)):
+        found[
+            tuple(
+                wanted if wanted in tiers and (space.in_block[index] or not blocks_alone) else tiers[0]
+                for index, tiers in enumerate(space.weights)
+            )
+        ] = None
+    return [partial(_with_weights, tiers=tiers) for tiers in found]
+
+
+def _with_weights(states: States, tiers: tuple[Tier, ...]) -> States:
+    return tuple(dataclasses.replace(d, weight_tier=t) for d, t in zip(states, tiers, strict=True))
+
+
 def _prefix(space: Space, wanted: BlockDecision, count: int) -> Blocks:
     """``wanted`` for the first ``count`` blocks, the others keep; where a block cannot, its first choice."""
     blocks = []
@@ -253,7 +287,8 @@ def _least_prefix(search: Search, wanted: BlockDecision, states: States, knobs: 
 
 
 def _flips(best: Decisions, space: Space) -> Iterator[tuple[Blocks, States]]:
-    """One block or one unit changed, and all units changed at once."""
+    """One block or one unit changed, and all units changed at once. Weights of single units only where some
+    are away: the first would bring windows and free nothing."""
     for members in _alike(best.blocks, space):
         for index in members:
             for choice in _steps(space.blocks[index], best.blocks[index]):
@@ -261,11 +296,32 @@ def _flips(best: Decisions, space: Space) -> Iterator[tuple[Blocks, States]]:
                     yield (*best.blocks[:index], choice, *best.blocks[index + 1 :]), best.states
     for index, choices in enumerate(space.states):
         for state in choices:
-            if state != best.states[index]:
-                yield best.blocks, (*best.states[:index], state, *best.states[index + 1 :])
-    for states in _state_placements(space):
+            placed = dataclasses.replace(state, weight_tier=best.states[index].weight_tier)
+            if placed != best.states[index]:
+                yield best.blocks, (*best.states[:index], placed, *best.states[index + 1 :])
+    weights = partial(_with_weights, tiers=tuple(d.weight_tier for d in best.states))
+    for states in map(weights, _state_placements(space)):
         if states != best.states:
             yield best.blocks, states
+    for placed_states in (placed(best.states) for placed in weight_placements(space)):
+        if placed_states != best.states:
+            yield best.blocks, placed_states
+    if best.staging.weight_slots:
+        for index in _weights_alike(best.states, space):
+            for tier in space.weights[index]:
+                if tier is not best.states[index].weight_tier:
+                    one = dataclasses.replace(best.states[index], weight_tier=tier)
+                    yield best.blocks, (*best.states[:index], one, *best.states[index + 1 :])
+
+
+def _weights_alike(states: States, space: Space) -> Iterator[int]:
+    """Of units whose weights are in one place and may be in the same ones, ``PLACES`` spread over them."""
+    groups: dict[Any, list[int]] = {}
+    for index, tiers in enumerate(space.weights):
+        if len(tiers) > 1:
+            groups.setdefault((space.in_block[index], tiers, states[index].weight_tier), []).append(index)
+    for members in groups.values():
+        yield from _spread(members)
 
 
 def _alike(blocks: Blocks, space: Space) -> list[list[int]]:
@@ -275,12 +331,12 @@ def _alike(blocks: Blocks, space: Space) -> list[list[int]]:
     for index in reversed(range(len(blocks))):
         kinds = tuple(dataclasses.replace(c, block=0) for c in space.blocks[index])
         groups.setdefault((dataclasses.replace(blocks[index], block=0), kinds), []).append(index)
-    chosen = []
-    for members in groups.values():
-        count = min(PLACES, len(members))
-        steps = (round(n * (len(members) - 1) / max(1, count - 1)) for n in range(count))
-        chosen.append([members[step] for step in steps])
-    return chosen
+    return [_spread(members) for members in groups.values()]
+
+
+def _spread(members: list[int]) -> list[int]:
+    count = min(PLACES, len(members))
+    return [members[round(n * (len(members) - 1) / max(1, count - 1))] for n in range(count)]
 
 
 def _steps(choices: tuple[BlockDecision, ...], present: BlockDecision) -> Iterator[BlockDecision]:
@@ -310,9 +366,11 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
     changes: list[Callable[[Knobs], Knobs]] = [
         *(lambda k, n=n: (n, *k[1:]) for n in (1, *SLOT_COUNTS)),
         *(lambda k, n=n: (k[0], n, *k[2:]) for n in (1, *SLOT_COUNTS)),
-        *(lambda k, s=s: (*k[:2], s, k[3]) for s in space.shards),
-        *(lambda k, s=s: (*k[:3], s) for s in space.schedules),
+        *(lambda k, s=s: (*k[:3], s, k[4]) for s in space.shards),
+        *(lambda k, s=s: (*k[:4], s) for s in space.schedules),
     ]
+    if _best(search).staging.weight_slots:
+        changes += [partial(_with_weight_slots, slots=slots) for slots in WEIGHT_SLOT_COUNTS]
     for change in changes:
         best = _best(search)
         yield search.build(best.blocks, best.states, change(knobs_of(best, space)))
@@ -338,6 +396,11 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
             yield search.build(blocks, placed, (ring, ring, *knobs[2:]))
 
 
+def _with_weight_slots(knobs: Knobs, slots: int) -> Knobs:
+    saved, moved, _, shard, schedule = knobs
+    return saved, moved, slots, shard, schedule
+
+
 def knobs_of(decisions: Decisions, space: Space) -> Knobs:
     """The knobs that ``decisions`` were built with; a default where a ring is unused."""
     staging = decisions.staging
@@ -345,7 +408,8 @@ def knobs_of(decisions: Decisions, space: Space) -> Knobs:
     return (
         staging.saved_slots or default[0],
         staging.input_slots or default[1],
-        staging.update_shard_elements if staging.update_slots else default[2],
+        staging.weight_slots or default[2],
+        staging.update_shard_elements if staging.update_slots else default[3],
         decisions.update_schedule,
     )
 

@@ -1,9 +1,10 @@
 """The bill: how many bytes each tier holds, position by position, and at its peak.
 
 A step is walked through once: forward of prologue and blocks, the epilogue, backward, and the update. At
-each position the device holds what is always there (libraries, weights, staging, resident state), what has
-been kept so far, and what that position needs for a moment. With several micro-batches the last one is the
-largest, because all resident gradients are present; so one micro-batch is enough.
+each position the device holds what is always there (libraries, weights that stay, windows for those that do
+not, staging, resident state), what has been kept so far, and what that position needs for a moment. With
+several micro-batches the last one is the largest, because all resident gradients are present; so one
+micro-batch is enough.
 
 On a CPU what stays on the device lives in slabs that are there throughout (``Staging``): activations kept and
 gradients do not vary by position, and the heap holds nothing longer than a block's forward or backward.
@@ -39,6 +40,7 @@ from memtrain.planner.decisions import (
 )
 from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile
+from memtrain.planner.weight_windows import away_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -216,7 +218,8 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
     own_rings = decisions.staging_tier is Tier.DEVICE
     return {
         "libraries": profile.baseline_bytes,
-        "weights": profile.weight_bytes,
+        "weights": profile.weight_bytes - away_bytes(profile, decisions.states),
+        "weight windows": decisions.staging.weight_window_bytes,
         "optimizer state": state,
         "staging": decisions.staging.total_bytes if own_rings else mirror_bytes(profile, decisions),
         "gradients": decisions.staging.gradient_slab_bytes,
@@ -242,6 +245,8 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
     """
     blocks = zip(profile.blocks, decisions.blocks, strict=True)
     units = list(zip(profile.units, decisions.states, strict=True))
+    # Beside a GPU every window has a part in host memory, which the tier reads and writes.
+    rings = decisions.staging.total_bytes + decisions.staging.weight_window_bytes
     return {
         "activations": sum(
             size for block, d in blocks for where, size in activation_extents(block, d) if where is tier
@@ -252,7 +257,8 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
             for u, d in units
             if d.optimizer_tier is tier
         ),
-        "staging": decisions.staging.total_bytes if decisions.staging_tier is tier else 0,
+        "weights": sum(u.weight_extent_bytes for u, d in units if d.weight_tier is tier),
+        "staging": rings if decisions.staging_tier is tier else 0,
     }
 
 

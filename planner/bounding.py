@@ -50,8 +50,11 @@ def improve_and_bound(search: Search, deadline: float) -> Bound:
     for schedule, answer in answers:
         if answer is not None and answer.blocks:
             default = default_knobs(search.space, schedule)
-            knobs = tuple(a or d for a, d in zip(answer.knobs, default[:3], strict=True))
-            search.offer(search.build(answer.blocks, answer.states, (knobs[0], knobs[1], knobs[2], schedule)))
+            saved, moved, weights, shard = (
+                found or usual for found, usual in zip(answer.knobs, default[:4], strict=True)
+            )
+            knobs = saved, moved, weights, shard, schedule
+            search.offer(search.build(answer.blocks, answer.states, knobs))
     greedy(search)
     # A schedule that was not reached is bounded by nothing but the arithmetic.
     proved = min((a.bound_seconds if a is not None else 0.0 for _, a in answers), default=0.0)

@@ -29,6 +29,7 @@ from memtrain.planner.check_blocks import (
     whole_pages,
 )
 from memtrain.planner.check_timeline import timeline_faults
+from memtrain.planner.check_weights import impossible_weights, resident_weights, weights_on, window_faults
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -45,6 +46,7 @@ class Rule(str, Enum):
     TIER_EXISTS = "only tiers that machine and budget have"
     RECOMPUTABLE = "recompute, and other forms, only where they are possible"
     ERROR_BUDGET = "what lossy forms lose is what the plan says, and within its error budget"
+    MOVABLE = "weights leave the device only where they may"
     STAGING = "staging slots large enough and present"
     BILL = "the bill sums to the peaks and covers every byte"
     DEVICE_PEAK = "the device's peak is what the decisions need"
@@ -54,6 +56,7 @@ class Rule(str, Enum):
     OVERLAP = "one resource does one thing at a time"
     DEPENDENCY = "nothing starts before what it needs"
     DURATION = "nothing is faster than profile and links allow"
+    WINDOWS = "no more units of weights in memory than there are windows"
     BYTES_MOVED = "bytes moved are those of the decisions"
     STEP_SECONDS = "the step ends with its last event"
     GAP = "bound, gap and status agree"
@@ -119,8 +122,10 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
             for reason in impossible(measured, block, exact_only=plan.exact_only):
                 yield Rule.RECOMPUTABLE, f"block {block.block} ({measured.name}): {reason}"
     for state in plan.states:
-        for tier in {state.gradient_tier, state.optimizer_tier} - usable:
+        for tier in {state.gradient_tier, state.optimizer_tier, state.weight_tier} - usable:
             yield Rule.TIER_EXISTS, f"unit {state.unit} uses {tier.value}"
+    if [s.unit for s in plan.states] == [u.name for u in profile.units]:
+        yield from ((Rule.MOVABLE, reason) for reason in impossible_weights(plan, profile))
 
 
 def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
@@ -140,6 +145,9 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
     yield from _ring(
         "gradient", PAGE if gradients_leave else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2
     )
+    yield from ((Rule.STAGING, detail) for detail in window_faults(plan, profile))
+    if staging.weight_slot_bytes % PAGE:
+        yield Rule.STAGING, f"window of {staging.weight_slot_bytes} bytes is not a multiple of {PAGE}"
     elements = staging.update_shard_elements
     if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
         yield (
@@ -237,8 +245,9 @@ def _ring(name: str, need: int, slots: int, slot_bytes: int, least: int) -> Iter
 def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     """Walks the step in time, counting what comes and goes; what lives in slabs does neither."""
     on_cpu = _on_cpu(machine)
-    resident = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
+    resident = profile.baseline_bytes + resident_weights(plan, profile) + profile.allocator_slack_bytes
     s = plan.staging
+    resident += s.weight_slots * s.weight_slot_bytes
     resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
     resident += sum(s.kept_bytes)
     gradient: dict[object, int] = defaultdict(int)
@@ -303,7 +312,8 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
         return {Tier.DEVICE: whole, Tier.HOST: 0}
     again = sum(copies * size for slots, size, copies in rings if slots)
     again += profile.largest_gradient_bytes if s.gradient_slots else 0
-    return {Tier.DEVICE: again, Tier.HOST: whole}
+    # What weights pass through lies on both sides.
+    return {Tier.DEVICE: again, Tier.HOST: whole + s.weight_slots * s.weight_slot_bytes}
 
 
 def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str = "") -> int:
@@ -327,8 +337,9 @@ def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str =
 
 
 def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) -> int:
-    """What a tier must hold: rings, an extent per block, one per gradient, and the records of state."""
-    total = _staged(plan, profile, machine).get(tier, 0)
+    """What a tier must hold: rings, an extent per block, those of weights and gradients, and the records of
+    state."""
+    total = _staged(plan, profile, machine).get(tier, 0) + weights_on(plan, profile, tier)
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if tier in sent(block, decision):
             # An extent for what goes there together; a swapped block has one even if it saved nothing.
@@ -390,7 +401,8 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
     staged = _staged(plan, profile, machine)
     for tier, category, size in (
         (Tier.DEVICE, "libraries", profile.baseline_bytes),
-        (Tier.DEVICE, "weights", profile.weight_bytes),
+        (Tier.DEVICE, "weights", resident_weights(plan, profile)),
+        (Tier.DEVICE, "weight windows", plan.staging.weight_slots * plan.staging.weight_slot_bytes),
         (Tier.DEVICE, "staging", staged[Tier.DEVICE]),
         (Tier.HOST, "staging", staged[Tier.HOST]),
     ):

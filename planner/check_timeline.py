@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from memtrain.planner.actions import Action, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, running, sent
+from memtrain.planner.check_weights import moved_weights, weight_faults
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -36,6 +37,7 @@ def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iter
     for index in range(len(profile.blocks)):
         yield from _block(plan, profile, machine, events, index)
     yield from _units(plan, profile, machine, events)
+    yield from weight_faults(plan, profile, machine, events)
     yield from _bytes_moved(plan, profile, machine)
     end = max((event.end_seconds for event in plan.timeline), default=0.0)
     if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
@@ -248,7 +250,7 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
 
 
 def _bytes_moved(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
-    moved = 0.0
+    moved = float(moved_weights(plan, profile))
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         for tier, once in sent(block, decision).items():
             ways = 1 if _from_slots(plan, index, tier, profile) else 2

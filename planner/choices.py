@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
 
 import pulp
 
@@ -47,19 +46,10 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.weight_choices import Expression, WeightChoices
+from memtrain.planner.weight_windows import BEYOND, place_of
 
-Expression: TypeAlias = Any
-"""An affine expression of PuLP, which is not typed."""
 RINGS = (1, *SLOT_COUNTS)
-BEYOND = 1 << 30
-"""The place of the epilogue: after every block."""
-
-
-def place_of(unit: UnitProfile) -> int:
-    """Where forward needs the unit: its block's index, -1 before the blocks, ``BEYOND`` after them."""
-    if unit.block is not None:
-        return unit.block
-    return BEYOND if unit.name == "epilogue" else -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,10 +90,10 @@ class Choices:
     def _binary(self, name: str) -> pulp.LpVariable:
         return self.problem.add_variable(name, cat=pulp.LpBinary)
 
-    def time(self) -> pulp.LpVariable:
-        """A new variable that is a time in seconds."""
+    def time(self, *, least: float | None = 0) -> pulp.LpVariable:
+        """A new variable that is a time in seconds; with ``least`` None one that may lie before the step."""
         self._times += 1
-        return self.problem.add_variable(f"time_{self._times:05d}", lowBound=0)
+        return self.problem.add_variable(f"time_{self._times:05d}", lowBound=least)
 
     def add(self, constraint: pulp.LpConstraint | bool) -> None:
         """One more row."""
@@ -126,6 +116,7 @@ class Choices:
         shards = self.space.shards if streams else ()
         self.shard = {s: self._binary(f"shard_{s}") for s in sorted({0, *shards})}
         self.gradient_ring = self._binary("gradient_ring")
+        self.weights = WeightChoices(self.request, self.problem)
         for one_of in (
             *self.x,
             *self.z,
@@ -213,6 +204,7 @@ class Choices:
         on_cpu = self.machine.on_cpu
         self.rings = self._rings()
         always += self.rings if on_cpu else self._mirrors()
+        always += self.weights.window_bytes - self.weights.freed_bytes()
         if on_cpu:
             always += self.kept_slabs()
             always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
@@ -293,11 +285,12 @@ class Choices:
 
     def _capacities(self) -> None:
         for tier in self.space.billed_tiers:
-            used = [self.rings] if tier is self.space.staging_tier else []
+            used = [self.rings + self.weights.window_bytes] if tier is self.space.staging_tier else []
             used += [self.block_sum(i, partial(_block_extents, tier)) for i in range(len(self.x))]
             coded = next((each for each in self.space.coded if each.tier is tier), None)
             in_tier = partial(_unit_extents, self.profile, tier, coded)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
+            used.append(self.weights.extent_bytes(tier))
             self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
 
     def _errors(self) -> None:

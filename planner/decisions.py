@@ -34,7 +34,9 @@ from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
+from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, weight_slots
 
+STATE_FIELDS = ("gradient_tier", "optimizer_tier", "weight_tier")
 GRADIENT_SLOTS = 4
 GRADIENT_SLOT_BYTES = 4 * MiB
 """Four pieces of 4 MiB: pieces of 4 to 8 MiB reach a local disk's bandwidth (reference: fio, direct I/O)."""
@@ -89,7 +91,7 @@ class PlannerOptions:
     allow: frozenset[Action] = frozenset(Action)
     force: Mapping[str, Wish] = field(default_factory=dict)
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
-    "state": {"optimizer_tier": "nvme"}, "state.prologue": {"gradient_tier": "device"}}``. An entry for one
+    "state": {"optimizer_tier": "nvme"}, "state.prologue": {"weight_tier": "device"}}``. An entry for one
     block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision; a
     number of tokens must be one of the profile's prefixes, or None for ``recomputed_tokens``: all."""
     exact_only: bool = True
@@ -137,7 +139,7 @@ class PlannerOptions:
 
 def _check_force(key: str, entry: Wish) -> None:
     kind, _, which = key.partition(".")
-    known = {"block": (*WHOLE_FIELDS, *TOKEN_FIELDS, "form"), "state": ("gradient_tier", "optimizer_tier")}
+    known = {"block": (*WHOLE_FIELDS, *TOKEN_FIELDS, "form"), "state": STATE_FIELDS}
     if kind not in known or (kind == "block" and which and not which.isdigit()):
         raise ValueError(f"force key {key!r}: use block, block.INDEX, state or state.UNIT")
     for name, value in entry.items():
@@ -158,6 +160,12 @@ class Space:
 
     blocks: tuple[tuple[BlockDecision, ...], ...]
     states: tuple[tuple[StateDecision, ...], ...]
+    """Places of gradients and optimizer state; weights are chosen beside them."""
+    weights: tuple[tuple[Tier, ...], ...]
+    """Per unit the places of its weights, the device first where it is open: any of them with any of
+    ``states``."""
+    in_block: tuple[bool, ...]
+    """Per unit whether it is a block's."""
     schedules: tuple[UpdateSchedule, ...]
     tiers: tuple[Tier, ...]
     shards: tuple[int, ...]
@@ -205,6 +213,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
         for index, block in enumerate(profile.blocks)
     )
     states = tuple(_state_choices(unit, tiers, options) for unit in profile.units)
+    weights = tuple(_weight_choices(unit, tiers, options) for unit in profile.units)
     for key in options.force:
         kind, _, which = key.partition(".")
         if kind == "block" and which and int(which) >= len(profile.blocks):
@@ -228,6 +237,8 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
     return Space(
         blocks=blocks,
         states=states,
+        weights=weights,
+        in_block=tuple(unit.block is not None for unit in profile.units),
         schedules=schedules,
         tiers=tiers,
         shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
@@ -285,23 +296,46 @@ def _state_choices(
 ) -> tuple[StateDecision, ...]:
     gradient_places = (Tier.DEVICE, *tiers) if unit.gradient_bytes else (Tier.DEVICE,)
     state_places = (Tier.DEVICE, *tiers) if unit.state_bytes else (Tier.DEVICE,)
-    wanted = options.force.get(f"state.{unit.name}")
-    if wanted is None:
-        # A general wish speaks of units that have something to move; a frozen unit has nothing.
-        general = options.force.get("state", {})
-        has = {"gradient_tier": unit.gradient_bytes > 0, "optimizer_tier": unit.state_bytes > 0}
-        wanted = {key: value for key, value in general.items() if has[key]}
+    wanted = {key: value for key, value in _wish_for(unit, options).items() if key != "weight_tier"}
     choices = tuple(
         decision
         for g, o in itertools.product(gradient_places, state_places)
         if matches(decision := StateDecision(unit=unit.name, gradient_tier=g, optimizer_tier=o), wanted)
     )
     if not choices:
-        raise ValueError(
-            f"unit {unit.name}: force={dict(wanted)} leaves nothing; tiers are "
-            f"{[t.value for t in (Tier.DEVICE, *tiers)]}"
-        )
+        raise _nothing_left(unit, wanted, tiers)
     return choices
+
+
+def _weight_choices(unit: UnitProfile, tiers: tuple[Tier, ...], options: PlannerOptions) -> tuple[Tier, ...]:
+    places = (Tier.DEVICE, *tiers) if unit.movable_weight_bytes else (Tier.DEVICE,)
+    wish = _wish_for(unit, options)
+    wanted = {key: value for key, value in wish.items() if key == "weight_tier"}
+    choices = tuple(
+        tier for tier in places if matches(StateDecision(unit=unit.name, weight_tier=tier), wanted)
+    )
+    if not choices:
+        raise _nothing_left(unit, wanted, tiers)
+    return choices
+
+
+def _wish_for(unit: UnitProfile, options: PlannerOptions) -> Wish:
+    """What is forced of a unit. A general wish speaks of units that have something to move; a frozen unit has
+    neither gradients nor state."""
+    own = options.force.get(f"state.{unit.name}")
+    if own is not None:
+        return own
+    has = dict(
+        zip(STATE_FIELDS, (unit.gradient_bytes, unit.state_bytes, unit.movable_weight_bytes), strict=True)
+    )
+    return {key: value for key, value in options.force.get("state", {}).items() if has[key]}
+
+
+def _nothing_left(unit: UnitProfile, wanted: Wish, tiers: tuple[Tier, ...]) -> ValueError:
+    return ValueError(
+        f"unit {unit.name}: force={dict(wanted)} leaves nothing; tiers are "
+        f"{[t.value for t in (Tier.DEVICE, *tiers)]}"
+    )
 
 
 def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
@@ -454,6 +488,7 @@ def staging_for(
     shard_elements: int,
     on_cpu: bool,
     coded: tuple[CodedTier, ...] = (),
+    wanted_weight_slots: int = DEFAULT_WEIGHT_SLOTS,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -468,6 +503,7 @@ def staging_for(
         if d.gradient_tier is not Tier.DEVICE
     ]
     updates = any(streams_update(d) for d in states)
+    windows, window_bytes = weight_slots(profile, states, wanted_weight_slots)
     return Staging(
         saved_slots=min(saved_slots, len(saved)),
         saved_slot_bytes=max(saved, default=0),
@@ -480,6 +516,8 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=resident * on_cpu,
+        weight_slots=windows,
+        weight_slot_bytes=window_bytes,
         coded=coded,
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from memtrain.planner.actions import PLAIN, Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -61,6 +61,10 @@ class Staging:
     device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
+    weight_slots: int = 0
+    """Windows of the device for weights that live on tiers: how many units' are there at once."""
+    weight_slot_bytes: int = 0
+    """The largest of those units, every parameter in whole pages."""
     coded: tuple[CodedTier, ...] = ()
     """Tiers whose optimizer state is coded on its way, for which there is memory where the rings are."""
 
@@ -72,6 +76,11 @@ class Staging:
     def kept_slab_bytes(self) -> int:
         """What holds activations that stay on a CPU: on the bill as activations, not as staging."""
         return sum(self.kept_bytes)
+
+    @property
+    def weight_window_bytes(self) -> int:
+        """The device's windows for weights: on the bill as such, and not as staging."""
+        return self.weight_slots * self.weight_slot_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -102,7 +111,8 @@ class BillLine:
     """Bytes of one category in one tier at that tier's peak."""
 
     category: str
-    """libraries, weights, gradients, optimizer state, activations, transients, staging, slack."""
+    """libraries, weights, weight windows, gradients, optimizer state, activations, transients, staging,
+    slack."""
     tier: Tier
     size_bytes: int
 
@@ -192,6 +202,7 @@ def _plan_of(data: dict[str, Any]) -> Plan:
             unit=s["unit"],
             gradient_tier=Tier(s["gradient_tier"]),
             optimizer_tier=Tier(s["optimizer_tier"]),
+            weight_tier=Tier(s["weight_tier"]),
         )
         for s in data["states"]
     )

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from memtrain.planner.actions import PLAIN
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 6
+PROFILE_VERSION = 7
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,9 +236,35 @@ class UnitProfile:
     updates: tuple[ParameterUpdate, ...] = ()
     """Of the parameters whose state may leave memory, in order; empty where an update may be cut, or the
     optimizer does not say what it keeps: then the profile's bytes per element count."""
+    movable_weight_bytes: int = 0
+    """Of ``weight_bytes`` what may leave the device: smaller parameters stay. 0: none of them."""
+    weight_extent_bytes: int = 0
+    """What may leave on a tier, or in a window of the device: every parameter in whole pages."""
+    written_extent_bytes: int = 0
+    """Of those the parameters that an update changes; the others are never written again."""
+    overwritten: bool = False
+    """An update makes all of ``weight_extent_bytes`` anew from fp32 masters and need not read them."""
+    borrows: tuple[str, ...] = ()
+    """Units whose weights are used here too, for they hold a parameter that is tied to one of this unit's
+    modules: a head that is the prologue's table."""
 
     def __post_init__(self) -> None:
         _non_negative(self)
+        for name, most in (
+            ("movable_weight_bytes", "weight_bytes"),
+            ("movable_weight_bytes", "weight_extent_bytes"),
+            ("written_extent_bytes", "weight_extent_bytes"),
+        ):
+            if getattr(self, name) > getattr(self, most):
+                raise ValueError(
+                    f"{self.name}: {name} {getattr(self, name)} is part of {most} {getattr(self, most)} and "
+                    "cannot be more"
+                )
+        if self.weight_extent_bytes and not self.movable_weight_bytes:
+            raise ValueError(
+                f"{self.name}: weight_extent_bytes is {self.weight_extent_bytes} and movable_weight_bytes 0: "
+                "what does not leave has no extent"
+            )
 
     @property
     def workspace_bytes(self) -> int:
@@ -304,6 +330,16 @@ class ModelProfile:
             raise ValueError(f"{self.model}: a profile needs at least one block")
         if self.micro_batches < 1:
             raise ValueError(f"{self.model}: micro_batches must be >= 1, got {self.micro_batches}")
+        movable = sum(unit.movable_weight_bytes for unit in self.units)
+        if movable > self.weight_bytes:
+            raise ValueError(
+                f"{self.model}: weights of {movable} bytes may leave the device, yet weight_bytes is "
+                f"{self.weight_bytes}"
+            )
+        known = {unit.name for unit in self.units}
+        for unit in self.units:
+            if not known.issuperset(unit.borrows):
+                raise ValueError(f"{unit.name} borrows of {unit.borrows}; units are {sorted(known)}")
 
     def in_a_step(self, slowdown: float) -> ModelProfile:
         """The profile a step is predicted from: every part's seconds times ``Machine.arithmetic_slowdown``.
@@ -334,6 +370,7 @@ class ModelProfile:
                     **{
                         **unit,
                         "parameters": tuple(unit["parameters"]),
+                        "borrows": tuple(unit["borrows"]),
                         "updates": tuple(ParameterUpdate(**each) for each in unit["updates"]),
                     }
                 )

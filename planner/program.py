@@ -12,6 +12,7 @@ Index letters: ``l`` block, ``u`` unit, ``t`` tier, ``n`` slots of a ring, ``s``
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 
@@ -20,7 +21,7 @@ import pulp
 from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.answer import Answer
 from memtrain.planner.block_parts import copied_bytes, joined_bytes, recompute_seconds, traffic
-from memtrain.planner.choices import BEYOND, Choices, Expression, Request, place_of
+from memtrain.planner.choices import Choices, Request
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     gradient_passes,
@@ -29,8 +30,11 @@ from memtrain.planner.decisions import (
     update_slots,
 )
 from memtrain.planner.profile import UnitProfile
+from memtrain.planner.program_chains import ReadChains
 from memtrain.planner.queues import mixed_fraction
 from memtrain.planner.simulate import MAX_PIECES
+from memtrain.planner.weight_choices import Expression
+from memtrain.planner.weight_windows import BEYOND, place_of
 
 
 class Program(Choices):
@@ -104,7 +108,24 @@ class Program(Choices):
             moved = 2 * p.state_bytes * self.state_cpu.get(d.optimizer_tier, 0.0)
             return p.update_seconds + moved + p.gradient_bytes * self.cpu.get(d.gradient_tier, 0.0)
 
-        return self.unit_sum(unit, seconds)
+        written = (self.weights.written(t, unit).arithmetic for t in self.space.tiers)
+        return self.unit_sum(unit, seconds) + pulp.lpSum(written)
+
+    def _held(self, tier: Tier, *, read: bool, in_use: int | None = None) -> Expression:
+        """Seconds of a queue that the windows for weights stand for."""
+        return self.weights.held(tier, read=read, in_use=in_use).queue
+
+    def _held_arithmetic(self) -> Expression:
+        """Seconds of arithmetic that reading what windows hold would take."""
+        return pulp.lpSum(self.weights.held(t, read=True).arithmetic for t in self.space.tiers)
+
+    def _unit_before(self, place: int) -> int | None:
+        """A unit that is used in the turn before that of ``place`` in a forward."""
+        last = len(self.profile.blocks) - 1 if place == BEYOND else place - 1
+        return next(iter(self._units_at(last)), None)
+
+    def _units_at(self, place: int) -> list[int]:
+        return [u for u, unit in enumerate(self.profile.units) if place_of(unit) == place]
 
     def _update_slots(self, tier: Tier, *, read: bool) -> Expression:
         """Seconds of traffic that the update's slots can hold: what may be read ahead, or written behind."""
@@ -136,29 +157,50 @@ class Program(Choices):
         profile, tiers = self.profile, self.space.tiers
         now: Expression = pulp.LpAffineExpression()
         write_end: dict[Tier, Expression] = {t: pulp.LpAffineExpression() for t in tiers}
-        read_end: dict[Tier, Expression] = {t: pulp.LpAffineExpression() for t in tiers}
-        reads: dict[Tier, Expression] = {t: pulp.LpAffineExpression() for t in tiers}
         writes: dict[Tier, Expression] = {t: pulp.LpAffineExpression() for t in tiers}
+        runs_ahead = first and self.ahead
+        # What the windows hold as the pass begins is not read.
+        reads: dict[Tier, Expression] = {t: -1 * self._held(t, read=True) for t in tiers}
+        held = {t: {"weights": self._held(t, read=True)} if self.weights.open_on(t) else {} for t in tiers}
+        present = {t: dict(held[t]) for t in tiers}
+        for t in tiers if runs_ahead else ():
+            held[t]["update"] = self._update_slots(t, read=True)
+            present[t]["update"] = pulp.LpAffineExpression()
+        chains = {t: ReadChains(self, pulp.LpAffineExpression(), present[t]) for t in tiers}
+
+        def fetch(place: int, now: Expression) -> Expression:
+            """Weights that live on a tier come before what needs them."""
+            before = self._unit_before(place)
+            for u in self._units_at(place):
+                for t in tiers:
+                    if t not in self.space.weights[u]:
+                        continue
+                    held[t]["weights"] = self._held(t, read=True, in_use=before)
+                    weights, there = self.weights.read(t, u), self.time()
+                    self.add(there >= now)
+                    for came in chains[t].come("weights", weights.queue, now, held[t]):
+                        self.add(there >= came)
+                    now = there + weights.arithmetic
+                    reads[t] = reads[t] + weights.queue
+            return now
 
         def update(place: int, now: Expression) -> Expression:
-            if not (first and self.ahead):
+            now = fetch(place, now)
+            if not runs_ahead:
                 return now
-            for u, unit in enumerate(profile.units):
-                if place_of(unit) != place:
-                    continue
+            for u in self._units_at(place):
                 done = self.time()
                 self.add(done >= now + self._update_compute(u))
                 for t in tiers:
                     read, write = self._update_work(t, u, read=True), self._update_work(t, u, read=False)
-                    fetched, stored = self.time(), self.time()
-                    self.add(fetched >= read_end[t] + read)
-                    self.add(fetched >= now + read - self._update_slots(t, read=True))
-                    self.add(done >= fetched)
-                    self.add(stored >= write_end[t] + write)
-                    self.add(done >= stored - self._update_slots(t, read=False))
+                    weights, stored = self.weights.written(t, u).queue, self.time()
+                    for fetched in chains[t].come("update", read, now, held[t]):
+                        self.add(done >= fetched)
+                    self.add(stored >= write_end[t] + write + weights)
+                    behind = self._update_slots(t, read=False) + self._held(t, read=False)
+                    self.add(done >= stored - weights - behind)
                     reads[t] = reads[t] + read
-                    writes[t] = writes[t] + write
-                    behind = self._update_slots(t, read=False)
+                    writes[t] = writes[t] + write + weights
                     self.add(
                         self._busy(t) * done
                         >= reads[t]
@@ -166,7 +208,7 @@ class Program(Choices):
                         - behind
                         - self._slots(t, self.machine.link(t).write_bytes_per_second)
                     )
-                    read_end[t], write_end[t] = fetched, stored
+                    write_end[t] = stored
                 now = pulp.LpAffineExpression(done)
             return now
 
@@ -182,7 +224,9 @@ class Program(Choices):
             self.add(done >= now + arithmetic + out)
             for t in tiers:
                 work, rate = self._work(t, index, read=False), self.machine.link(t).write_bytes_per_second
-                behind = self._update_slots(t, read=False) if first and self.ahead else 0.0
+                behind = 0.0
+                if runs_ahead:
+                    behind = self._update_slots(t, read=False) + self._held(t, read=False)
                 free = write_end[t] - self._slots(t, rate, index) - behind
                 self.add(done >= free + arithmetic + out)
                 stored = self.time()
@@ -192,15 +236,22 @@ class Program(Choices):
                 write_end[t] = pulp.LpAffineExpression(stored)
             now = pulp.LpAffineExpression(done)
         now = update(BEYOND, now) + profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
-        return self._backward(now, first=first)
+        return self._backward(now, first=first) - self._held_arithmetic()
 
     def _backward(self, turn: Expression, *, first: bool) -> Expression:
         profile, tiers = self.profile, self.space.tiers
         rates = {t: self.machine.link(t).read_bytes_per_second for t in tiers}
         # What the slots still hold at the turn is not read: neither its time nor its processor time counts.
         now = turn - pulp.lpSum(self._slots(t, rates[t]) * rates[t] * self.cpu[t] for t in tiers)
-        read_end = {t: turn - self._slots(t, rates[t]) for t in tiers}
-        reads = {t: -1 * self._slots(t, rates[t]) for t in tiers}
+        now = now - self._held_arithmetic()
+        head = next(iter(self._units_at(BEYOND)), None)
+        held = {
+            t: {"weights": self._held(t, read=True, in_use=head)} if self.weights.open_on(t) else {}
+            for t in tiers
+        }
+        present = {t: {"activations": self._slots(t, rates[t])} | held[t] for t in tiers}
+        chains = {t: ReadChains(self, turn, present[t]) for t in tiers}
+        reads = {t: -1 * pulp.lpSum(present[t].values()) for t in tiers}
         moves = 1 if first else 2
 
         def gradient_seconds(p: UnitProfile, d: StateDecision) -> float:
@@ -208,8 +259,11 @@ class Program(Choices):
             return p.gradient_bytes * (passes * self.copy + self.cpu.get(d.gradient_tier, 0.0) * moves)
 
         def store(place: int) -> Expression:
-            here = (u for u, unit in enumerate(profile.units) if place_of(unit) == place)
-            return pulp.lpSum(self.unit_sum(u, gradient_seconds) for u in here)
+            return pulp.lpSum(self.unit_sum(u, gradient_seconds) for u in self._units_at(place))
+
+        def weights(tier: Tier, place: int) -> tuple[Expression, Expression]:
+            found = [self.weights.read(tier, u) for u in self._units_at(place)]
+            return pulp.lpSum(a.queue for a in found), pulp.lpSum(a.arithmetic for a in found)
 
         now = now + store(BEYOND)
         later: Expression | None = None
@@ -218,22 +272,33 @@ class Program(Choices):
                 index, lambda b, d: recompute_seconds(b, d) + joined_bytes(b, d) * self.copy
             ) + self.block_sum(index, lambda b, d: b.in_form(d.form).backward_seconds)
             fetch = self.block_sum(index, lambda b, d: sum(s * self.cpu[w] for w, s in traffic(b, d)))
+            fetch += pulp.lpSum(weights(t, index)[1] for t in tiers)
             over = self.time()
             self.add(over >= now + again + fetch)
             for t in tiers:
-                work = self._work(t, index, read=True)
-                fetched = self.time()
-                self.add(fetched - read_end[t] - work >= 0)
                 if later is not None:
-                    self.add(fetched >= later - self._slots(t, rates[t], index + 1) + work)
-                self.add(over >= fetched + again)
-                read_end[t] = pulp.LpAffineExpression(fetched)
-                reads[t] = reads[t] + work
+                    held[t]["activations"] = self._slots(t, rates[t], index + 1)
+                work = {"activations": self._work(t, index, read=True)}
+                if self.weights.open_on(t):
+                    used = next(iter(self._units_at(index + 1)), None)
+                    held[t]["weights"] = self._held(t, read=True, in_use=used)
+                    work["weights"] = weights(t, index)[0]
+                for kind, seconds in work.items():
+                    for fetched in chains[t].come(kind, seconds, later, held[t]):
+                        self.add(over >= fetched + again)
+                    reads[t] = reads[t] + seconds
             later = over
             now = over + store(index)
-        now = now + profile.prologue_backward_seconds + store(-1)
+        last = profile.prologue_backward_seconds + store(-1)
+        last += pulp.lpSum(weights(t, -1)[1] for t in tiers)
         end = self.time()
-        self.add(end >= now)
+        self.add(end >= now + last)
+        for t in tiers:
+            if self.weights.open_on(t):
+                work_before = weights(t, -1)[0]
+                for fetched in chains[t].come("weights", work_before, None, held[t]):
+                    self.add(end >= fetched + profile.prologue_backward_seconds)
+                reads[t] = reads[t] + work_before
         self._gradient_rows(turn, end, reads, first=first)
         return pulp.LpAffineExpression(end)
 
@@ -256,10 +321,14 @@ class Program(Choices):
     def _sequential_update(self) -> Expression:
         end = self.time()
         units = range(len(self.z))
-        self.add(end >= pulp.lpSum(self._update_compute(u) for u in units))
+        fetch = [self.weights.read_for_update(t, u).arithmetic for t in self.space.tiers for u in units]
+        computing = pulp.lpSum(self._update_compute(u) for u in units) + pulp.lpSum(fetch)
+        self.add(end >= computing - self._held_arithmetic())
         for t in self.space.tiers:
-            read = pulp.lpSum(self._update_work(t, u, read=True) for u in units)
+            read = pulp.lpSum(self._update_work(t, u, read=True) for u in units) - self._held(t, read=True)
+            read += pulp.lpSum(self.weights.read_for_update(t, u).queue for u in units)
             write = pulp.lpSum(self._update_work(t, u, read=False) for u in units)
+            write += pulp.lpSum(self.weights.written(t, u).queue for u in units)
             self.add(end >= read)
             self.add(end >= write)
             self.add(self._busy(t) * end >= read + write)
@@ -305,12 +374,17 @@ def solve_program(request: Request, schedule: UpdateSchedule, time_limit_seconds
             for row, choices in zip(program.x, program.space.blocks, strict=True)
         ),
         states=tuple(
-            next(d for v, d in zip(row, choices, strict=True) if v.name in chosen)
-            for row, choices in zip(program.z, program.space.states, strict=True)
+            dataclasses.replace(
+                next(d for v, d in zip(row, choices, strict=True) if v.name in chosen), weight_tier=tier
+            )
+            for row, choices, tier in zip(
+                program.z, program.space.states, program.weights.chosen(chosen), strict=True
+            )
         ),
         knobs=(
             next(n for n, v in program.saved_ring.items() if v.name in chosen),
             next(n for n, v in program.input_ring.items() if v.name in chosen),
+            next((n for n, v in program.weights.ring.items() if v.name in chosen), 0),
             next(s for s, v in program.shard.items() if v.name in chosen),
         ),
     )

@@ -25,6 +25,7 @@ from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.queues import COMPUTE, Job, run
+from memtrain.planner.weight_jobs import WeightJobs
 
 MAX_PIECES = 32
 """A unit's shards beyond this many are simulated as so many larger ones: the pipeline's ramp, one piece in
@@ -125,13 +126,15 @@ class _Schedule:
         self._gradient_written: dict[tuple[str, int], int] = {}
         self._open: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
         self._units = list(zip(profile.units, decisions.states, strict=True))
+        self._weights = WeightJobs(profile, decisions, self._cpu, self._add)
         ahead = decisions.update_schedule is UpdateSchedule.AHEAD
         for micro_batch in range(profile.micro_batches):
             self._micro_batch(micro_batch, update=ahead and micro_batch == 0)
         if not ahead:
             step_begins = self._after_compute()
-            for unit, decision in self._units:
-                self._update(unit, decision, step_begins)
+            for index, (unit, decision) in enumerate(self._units):
+                self._update(index, unit, decision, step_begins)
+                self._weights.over(self._after_compute())
 
     def _add(
         self, name: str, resource: str, amount: float, after: tuple[int, ...] = (), moved: float | None = None
@@ -147,10 +150,19 @@ class _Schedule:
         return () if self._last_compute is None else (self._last_compute,)
 
     def _of(self, block: int | None, name: str) -> Iterator[tuple[UnitProfile, StateDecision]]:
-        for unit, decision in self._units:
+        for _, unit, decision in self._numbered(block, name):
+            yield unit, decision
+
+    def _numbered(self, block: int | None, name: str) -> Iterator[tuple[int, UnitProfile, StateDecision]]:
+        for index, (unit, decision) in enumerate(self._units):
             here = "epilogue" if unit.name == "epilogue" else "prologue"
             if unit.block == block and (block is not None or here == name):
-                yield unit, decision
+                yield index, unit, decision
+
+    def _updates_here(self, block: int | None, name: str) -> None:
+        """Updates that run ahead of a forward."""
+        for index, unit, decision in self._numbered(block, name):
+            self._update(index, unit, decision, ())
 
     def _micro_batch(self, micro_batch: int, *, update: bool) -> None:
         profile = self.profile
@@ -169,14 +181,15 @@ class _Schedule:
             self._backward(index, saved, moved, present, micro_batch)
         self._open_gradients(None, "prologue", micro_batch)
         seconds = profile.prologue_backward_seconds + self._gradient_copy(None, "prologue", micro_batch)
-        self._add("backward prologue", COMPUTE, seconds)
+        weights, fetch = self._weights.needed()
+        self._weights.over((self._add("backward prologue", COMPUTE, seconds + fetch, weights),))
         self._gradients(None, "prologue", micro_batch)
 
     def _part(self, block: int | None, name: str, seconds: float, verb: str, *, update: bool) -> None:
         if update:
-            for unit, decision in self._of(block, name):
-                self._update(unit, decision, ())
-        self._add(f"{verb} {name}", COMPUTE, seconds)
+            self._updates_here(block, name)
+        weights, fetch = self._weights.needed()
+        self._weights.over((self._add(f"{verb} {name}", COMPUTE, seconds + fetch, weights),))
 
     def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
         """Seconds to copy gradients that stay into their slab, or to add them to what is there."""
@@ -191,21 +204,22 @@ class _Schedule:
         """Forward of a block, which waits for a slot for each tier that it sends something to."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         if update:
-            for unit, state in self._of(index, block.name):
-                self._update(unit, state, ())
+            self._updates_here(index, block.name)
+        weights, fetch = self._weights.needed()
         parts = sorted(self._traffic(index))  # by the tier's name, as the executor takes slots
         seconds = block.in_form(decision.form).forward_seconds
         seconds += copied_bytes(block, decision) * self._copy_seconds_per_byte
-        seconds += sum(size * self._cpu[tier] for tier, size in parts)
+        seconds += sum(size * self._cpu[tier] for tier, size in parts) + fetch
         if not parts:
-            self._add(f"forward {block.name}", COMPUTE, seconds)
+            self._weights.over((self._add(f"forward {block.name}", COMPUTE, seconds, weights),))
             return
         ring, held = (
             (self._saved_ring, saved) if decision.action is Action.SWAP else (self._input_ring, moved)
         )
         taken = [ring.take() for _ in parts]
         free = tuple(job for _, jobs in taken for job in jobs)
-        forward = self._add(f"forward {block.name}", COMPUTE, seconds, free)
+        forward = self._add(f"forward {block.name}", COMPUTE, seconds, (*free, *weights))
+        self._weights.over((forward,))
         for (tier, size), (slot, _) in zip(parts, taken, strict=True):
             write = self._add(f"write {block.name}", f"write:{tier.value}", size, (forward,))
             ring.free_after[slot] = (write,)
@@ -223,8 +237,9 @@ class _Schedule:
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         self._open_gradients(index, block.name, micro_batch)
         fetched = present.get(index, [])
-        reads = tuple(job for job, _ in fetched)
-        fetch = sum(self._cpu[group.tier] * group.size_bytes for _, group in fetched)
+        weights, fetch = self._weights.needed()
+        reads = (*weights, *(job for job, _ in fetched))
+        fetch += sum(self._cpu[group.tier] * group.size_bytes for _, group in fetched)
         if is_recomputed(decision):
             seconds = recompute_seconds(block, decision) + fetch
             seconds += joined_bytes(block, decision) * self._copy_seconds_per_byte
@@ -233,6 +248,7 @@ class _Schedule:
         seconds = block.in_form(decision.form).backward_seconds + fetch
         seconds += self._gradient_copy(index, block.name, micro_batch)
         backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)
+        self._weights.over((backward,))
         for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
             self._hand_over(index, backward, ring, held, present)
         self._gradients(index, block.name, micro_batch)
@@ -300,11 +316,14 @@ class _Schedule:
                 if ahead < pieces:
                     self._open_piece(unit, tier, pieces, ahead, micro_batch, ())
 
-    def _update(self, unit: UnitProfile, decision: StateDecision, after: tuple[int, ...]) -> None:
-        """One unit's optimizer step: read shard k+1, step k, write k-1."""
+    def _update(self, index: int, unit: UnitProfile, decision: StateDecision, after: tuple[int, ...]) -> None:
+        """One unit's optimizer step on weights that are there: read shard k+1, step k, write k-1."""
         streamed = decision.optimizer_tier is not Tier.DEVICE and unit.state_bytes > 0
         reads: list[tuple[Tier, float, float]] = []  # tier, amount for its queue, bytes that move
-        seconds, state = unit.update_seconds, float(unit.state_bytes)
+        # Ahead, the forward that follows in the same turn pays for the weights' way in.
+        weights, fetch = self._weights.needed()
+        seconds = unit.update_seconds + self._weights.writing_seconds(index) + fetch * bool(after)
+        state = float(unit.state_bytes)
         if streamed:
             link = self._links[decision.optimizer_tier]
             reads.append((link.tier, link.state_load(state, read=True), state * link.state_ratio))
@@ -314,8 +333,8 @@ class _Schedule:
             reads.append((decision.gradient_tier, size, size))
             seconds += size * self._cpu[decision.gradient_tier]
         if not reads:
-            if unit.update_seconds:
-                self._add(f"update {unit.name}", COMPUTE, unit.update_seconds)
+            if unit.update_seconds or self._weights.is_written(index):
+                self._weights.updated(index, self._add(f"update {unit.name}", COMPUTE, seconds, weights))
             return
         shard = self.decisions.staging.update_shard_elements
         pieces = max(1, min(MAX_PIECES, -(-unit_elements(self.profile, unit) // shard)))
@@ -332,10 +351,11 @@ class _Schedule:
                 )
                 for tier, load, moved in reads
             )
-            step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, fetched)
+            step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, (*fetched, *weights))
             self._update_ring.free_after[slot] = (step,)
             if streamed:
                 where, load = f"write:{link.tier.value}", link.state_load(state, read=False)
                 moved = state * link.state_ratio / pieces
                 write = self._add(f"write update {unit.name}", where, load / pieces, (step,), moved)
                 self._update_ring.free_after[slot] = (write,)
+        self._weights.updated(index, step)

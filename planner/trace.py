@@ -88,7 +88,9 @@ def profile_model(
         resident.trim()
         known = KnownStates.of(optimizer, master_weights)
         step = measure_optimizer(optimizer, master_weights, known)
-        units = parameter_units(model, blocks, trace, step, known, whole=not elementwise)
+        units = parameter_units(
+            model, blocks, trace, step, known, whole=not elementwise, master_weights=master_weights
+        )
     parameters = list({id(p): p for p in model.parameters()}.values())
     baseline, slack = _baseline(model, optimizer, weights)
     trainable = [p for p in parameters if p.requires_grad]

@@ -78,10 +78,13 @@ class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights = weights
         self.stage = -1
         self.first: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        """The same, the last time."""
 
     def note(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
             self.first.setdefault(self._weights.key(tensor), self.stage)
+            self.last[self._weights.key(tensor)] = self.stage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note(tensors_in((args, kwargs)))
@@ -149,6 +152,8 @@ class FirstPass:
     first_input: Tensor | None = None
     last_output: Tensor | None = None
     early: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
+    """Parameters that are read, or whose module runs, after the blocks."""
     parameters: list[nn.Parameter] = field(default_factory=list)
     """Trainable."""
 
@@ -217,4 +222,6 @@ def first_pass(
         unread = ready if id(parameter) in inside else -1
         if reads.first.get(weights.key(parameter), unread) < ready:
             trace.early.add(id(parameter))
+        if reads.last.get(weights.key(parameter)) == len(blocks):
+            trace.late.add(id(parameter))
     return trace

@@ -200,10 +200,12 @@ def parameter_units(
     known: KnownStates | None = None,
     *,
     whole: bool = False,
+    master_weights: bool = False,
 ) -> list[UnitProfile]:
     """Every parameter once, in the first unit that needs it.
 
     Args:
+        master_weights: weights of lower precision are rounded from fp32 copies.
         whole: parameters are not cut: what the update of each takes is listed where it is known.
     """
 
@@ -225,11 +227,13 @@ def parameter_units(
     members: list[tuple[str, int | None, list[nn.Parameter]]] = [("prologue", None, early)]
     members += [(name, index, list(block.parameters())) for index, (name, block) in enumerate(blocks)]
     members.append(("epilogue", None, late))
-    taken: set[int] = set()
+    unit_of: dict[int, str] = {}
     units = []
     for name, index, parameters in members:
-        own = [p for p in parameters if id(p) not in taken]
-        taken.update(id(p) for p in own)
+        own = [p for p in parameters if id(p) not in unit_of]
+        used = parameters if index is not None else [p for p in others if id(p) in trace.late]
+        borrowed = [unit_of[id(p)] for p in used if id(p) in unit_of] if name != "prologue" else []
+        unit_of.update((id(p), name) for p in own)
         large = [p for p in own if p.requires_grad and p.numel() >= SMALL]
         small = [p for p in own if p.requires_grad and p.numel() < SMALL]
         units.append(
@@ -243,9 +247,22 @@ def parameter_units(
                 update_seconds=sum(map(seconds_of, (*large, *small))),
                 parameters=tuple(names[id(p)] for p in own),
                 updates=_updates(large, steps, known) if whole and known is not None else (),
+                borrows=tuple(dict.fromkeys(borrowed)),
+                **_movable([p for p in own if p.numel() >= SMALL], master_weights),
             )
         )
     return units
+
+
+def _movable(parameters: list[nn.Parameter], master_weights: bool) -> dict[str, Any]:
+    """Of a unit's parameters that are large enough to leave the device with it."""
+    low = (torch.bfloat16, torch.float16)
+    return {
+        "movable_weight_bytes": sum(p.nbytes for p in parameters),
+        "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
+        "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),
+        "overwritten": master_weights and all(p.requires_grad and p.dtype in low for p in parameters),
+    }
 
 
 def _updates(

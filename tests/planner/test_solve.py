@@ -25,6 +25,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
+from memtrain.planner.weight_windows import WEIGHT_SLOT_COUNTS
 from tests.planner.toys import (
     make_block,
     make_form,
@@ -44,15 +45,19 @@ def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options
     space = open_space(profile, machine, budget, options)
     search = Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
     rings = range(1, max(1, len(space.tiers)) * len(profile.blocks) + 1)
-    for schedule, blocks, states, saved, moved, shard in itertools.product(
+    windows = WEIGHT_SLOT_COUNTS if any(len(tiers) > 1 for tiers in space.weights) else (2,)
+    for schedule, blocks, states, weights, saved, moved, slots, shard in itertools.product(
         space.schedules,
         itertools.product(*space.blocks),
         itertools.product(*space.states),
+        itertools.product(*space.weights),
         rings,
         rings,
+        windows,
         space.shards,
     ):
-        search.offer(search.build(blocks, states, (saved, moved, shard, schedule)))
+        placed = tuple(replace(d, weight_tier=t) for d, t in zip(states, weights, strict=True))
+        search.offer(search.build(blocks, placed, (saved, moved, slots, shard, schedule)))
     return search.best_cost[0]
 
 

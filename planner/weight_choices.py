@@ -1,0 +1,171 @@
+"""Weights in the mixed-integer program: where each unit's are, how many windows there are, and what follows.
+
+Part of ``choices`` (bytes, which are the bill's) and ``program`` (seconds). A window may hold a unit that a
+pass finds there: of what a pass reads, as much as all windows hold is given away where it begins and where it
+turns round, so that the rows stay below every plan. What a unit borrows of another one is not counted: it may
+be there already.
+
+Index letters: ``u`` unit, ``t`` tier, ``n`` windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import pulp
+
+from memtrain.planner.actions import Tier
+from memtrain.planner.profile import UnitProfile
+from memtrain.planner.weight_windows import WEIGHT_SLOT_COUNTS
+
+if TYPE_CHECKING:
+    from memtrain.planner.choices import Request
+
+Expression: TypeAlias = Any
+"""An affine expression of PuLP, which is not typed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Amount:
+    """What moves on one tier: seconds of its queue, and seconds of the arithmetic."""
+
+    queue: Expression
+    arithmetic: Expression
+
+
+class WeightChoices:
+    """Binary variables and expressions; all of them constants where every unit has one place.
+
+    Args:
+        request: what is planned.
+        problem: rows are added to it.
+    """
+
+    def __init__(self, request: Request, problem: Any) -> None:
+        self._units, self._machine = request.profile.units, request.machine
+        self._open = request.space.weights
+        self._problem = problem
+        self._cpu = {k.tier: k.cpu_seconds_per_byte * request.machine.on_cpu for k in request.machine.links}
+        self.places = [self._places(index) for index in range(len(self._units))]
+        """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
+        movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
+        self._largest = max((self._units[u].weight_extent_bytes for u in movable), default=0)
+        self.ring = {n: self._binary(f"weight_slots_{n}") for n in (0, 1, *WEIGHT_SLOT_COUNTS) if movable}
+        if movable:
+            self._add(pulp.lpSum(self.ring.values()) == 1)
+            for index in movable:
+                self._add(self.away(index) <= 1 - self.ring[0])
+            away = pulp.lpSum(self.away(index) for index in movable)
+            self._add(away <= 1 + len(movable) * (1 - self.ring[1]))
+        self.window_bytes = self._window_bytes(movable)
+
+    def _binary(self, name: str) -> pulp.LpVariable:
+        return self._problem.add_variable(name, cat=pulp.LpBinary)
+
+    def _add(self, constraint: Any) -> None:
+        # PuLP folds a row without variables to a bool: such a row holds, or the options are at odds.
+        if not isinstance(constraint, bool):
+            self._problem.addConstraint(constraint)
+
+    def _places(self, index: int) -> list[Expression]:
+        tiers = self._open[index]
+        if len(tiers) == 1:
+            return [pulp.LpAffineExpression(constant=1)]
+        found = [self._binary(f"w_{index:03d}_{tier.value}") for tier in tiers]
+        self._add(pulp.lpSum(found) == 1)
+        return found
+
+    def open_on(self, tier: Tier) -> bool:
+        """Whether any unit's weights may be there."""
+        return any(tier in tiers for tiers in self._open)
+
+    def chosen(self, names: Container[str]) -> list[Tier]:
+        """The place of each unit's weights, once the solver has set the variables that are named to 1."""
+        return [
+            tiers[0]
+            if len(tiers) == 1
+            else next(t for v, t in zip(row, tiers, strict=True) if v.name in names)
+            for row, tiers in zip(self.places, self._open, strict=True)
+        ]
+
+    def sum(self, index: int, value: Callable[[UnitProfile, Tier], float]) -> Expression:
+        """The value of whichever place the weights of unit ``index`` get."""
+        unit = self._units[index]
+        found = ((v, value(unit, t)) for v, t in zip(self.places[index], self._open[index], strict=True))
+        return pulp.lpSum(worth * v for v, worth in found if worth)
+
+    def away(self, index: int) -> Expression:
+        """1 if the unit takes turns in windows."""
+        return self.sum(index, lambda _, t: float(t is not Tier.DEVICE))
+
+    def freed_bytes(self) -> Expression:
+        """Of the device, windows not counted."""
+        units = range(len(self._units))
+        return pulp.lpSum(
+            self.sum(u, lambda p, t: p.movable_weight_bytes * (t is not Tier.DEVICE)) for u in units
+        )
+
+    def extent_bytes(self, tier: Tier) -> Expression:
+        """What weights take of ``tier``."""
+        units = range(len(self._units))
+        return pulp.lpSum(self.sum(u, lambda p, t: p.weight_extent_bytes * (t is tier)) for u in units)
+
+    def _window_bytes(self, movable: list[int]) -> Expression:
+        """Windows times the largest unit that takes turns in them."""
+        if not movable:
+            return pulp.LpAffineExpression()
+        total = self._problem.add_variable("window_bytes", lowBound=0)
+        smallest = min(self._units[u].weight_extent_bytes for u in movable)
+        self._add(total >= pulp.lpSum(n * smallest * v for n, v in self.ring.items()))
+        for u in movable:
+            mine = self._units[u].weight_extent_bytes * self.away(u)
+            for n, v in self.ring.items():
+                self._add(total >= n * mine - n * self._largest * (1 - v))
+        return pulp.LpAffineExpression(total)
+
+    # -- seconds --------------------------------------------------------------------------------------
+
+    def read(self, tier: Tier, index: int) -> Amount:
+        """Unit ``index`` comes into a window."""
+        return self._amount(tier, index, lambda p: p.weight_extent_bytes, read=True)
+
+    def read_for_update(self, tier: Tier, index: int) -> Amount:
+        """The same where nothing but its update needs it."""
+
+        def size(unit: UnitProfile) -> int:
+            return unit.weight_extent_bytes if unit.written_extent_bytes and not unit.overwritten else 0
+
+        return self._amount(tier, index, size, read=True)
+
+    def written(self, tier: Tier, index: int) -> Amount:
+        """What its update has changed leaves."""
+        return self._amount(tier, index, lambda p: p.written_extent_bytes, read=False)
+
+    def _amount(self, tier: Tier, index: int, size: Callable[[UnitProfile], int], *, read: bool) -> Amount:
+        link = self._machine.link(tier)
+        rate = link.read_bytes_per_second if read else link.write_bytes_per_second
+
+        def seconds(unit: UnitProfile, where: Tier) -> float:
+            return size(unit) / rate + link.latency_seconds if where is tier and size(unit) else 0.0
+
+        return Amount(
+            queue=self.sum(index, seconds),
+            arithmetic=self.sum(index, lambda p, t: size(p) * self._cpu[tier] * (t is tier)),
+        )
+
+    def held(self, tier: Tier, *, read: bool, in_use: int | None = None) -> Amount:
+        """The most that windows can hold of one tier: read ahead or found there, or not yet written; without
+        the window of unit ``in_use``."""
+        if not self.open_on(tier):
+            return Amount(queue=pulp.LpAffineExpression(), arithmetic=pulp.LpAffineExpression())
+        link = self._machine.link(tier)
+        rate = link.read_bytes_per_second if read else link.write_bytes_per_second
+        slots = pulp.lpSum(n * v for n, v in self.ring.items())
+        if in_use is not None:
+            slots = slots - self.away(in_use)
+        return Amount(
+            queue=(self._largest / rate + 2 * link.latency_seconds) * slots,
+            arithmetic=self._largest * self._cpu[tier] * slots,
+        )
