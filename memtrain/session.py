@@ -38,7 +38,9 @@ from memtrain.offload.measure import measure_machine
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
+from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import Unit
+from memtrain.offload.stored_weights import StoredWeights
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
@@ -58,7 +60,7 @@ from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts
 from memtrain.runfiles import make_folder, write_text
-from memtrain.streamed_model import stored_weights
+from memtrain.streamed_model import bring_home, stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
 from memtrain.weight_guard import WeightGuard
 
@@ -261,6 +263,7 @@ class Session:
         optimizer: stands for the one that was given; step this one.
         plan, profile, machine, budget: what was decided, and from what.
         engine: the stores of the tiers.
+        weights: what brings weights that are on tiers; None where all are in memory.
     """
 
     def __init__(
@@ -306,6 +309,7 @@ class Session:
     ) -> None:
         model, plan, budget = self.model, self.plan, self.budget
         undo = self._undo.callback
+        stored = stored_weights(model)
         undo(_set_use_cache, model, _set_use_cache(model, False))
         device.limit(budget.device_bytes - self._libraries_bytes)
         undo(device.limit, None)
@@ -331,13 +335,15 @@ class Session:
             nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
             host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
             codecs=self._codecs,
+            lent={stored.store.tier: stored.store} if stored is not None else None,
         )
         undo(self.engine.close)
+        units = _units(model, self.profile)
+        self.weights = self._make_streamer(blocks, units, stored)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
-        units = _units(model, self.profile)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config
+            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self.weights
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -351,6 +357,33 @@ class Session:
         if self._reclaimer is not None:
             undo(self._reclaimer.remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _make_streamer(
+        self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], stored: StoredWeights | None
+    ) -> ParameterStreamer | None:
+        """What brings weights that the plan has on tiers, installed; None where it has none there."""
+        tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
+        if stored is not None:
+            for unit, members in units:
+                if tiers[unit] is Tier.DEVICE:
+                    bring_home(stored, members)
+        if all(tier is Tier.DEVICE for tier in tiers.values()):
+            return None
+        streamer = ParameterStreamer(
+            self.model,
+            blocks,
+            units,
+            tiers=tiers,
+            engine=self.engine,
+            slots=self.plan.staging.weight_slots,
+            placed=None if stored is None else stored.extents,
+        )
+        if stored is None:
+            self._undo.callback(streamer.remove)
+        else:
+            self._undo.callback(lambda: stored.take_back(streamer.release()))
+        streamer.install()
+        return streamer
 
     def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
         return Reclaimer(
@@ -453,7 +486,8 @@ class Session:
     def close(self) -> None:
         """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
 
-        A pending update is finished. Gradients that had left become ordinary tensors. Optimizer state is not
+        A pending update is finished. Gradients that had left become ordinary tensors, and weights that had left
+        are in memory again; those of a streamed model go back to its tier. Optimizer state is not
         brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
         self._undo.close()

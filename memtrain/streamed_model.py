@@ -11,7 +11,7 @@ and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,16 @@ def stored_weights(model: nn.Module) -> StoredWeights | None:
     """Where the weights of a streamed model are; None for any other model."""
     found: StoredWeights | None = model.__dict__.get(_KEY)
     return found
+
+
+@torch.no_grad()
+def bring_home(stored: StoredWeights, members: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Have weights in memory for good. Raises OffloadError where the tier fails."""
+    for name, parameter in members:
+        if name in stored.extents:
+            away.put(parameter, stored.read(name))
+            away.permit(parameter)
+            stored.drop(name)
 
 
 def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> list[Unit]:

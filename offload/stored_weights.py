@@ -89,6 +89,14 @@ class StoredWeights:
             self.store.read(extent, buffer).wait()
         return buffer.view(getattr(torch, extent.dtype.removeprefix("torch."))).view(extent.shape)
 
+    def drop(self, name: str) -> None:
+        """Give a weight's room back."""
+        self.store.free(self._extents.pop(name))
+
+    def take_back(self, extents: Mapping[str, Extent]) -> None:
+        """Weights that have been lent, or that somebody else has written to the store."""
+        self._extents.update(extents)
+
     def finish(self) -> None:
         """Wait until everything is on the tier, and give the pieces' memory back. Raises TierIOError."""
         under_way = [ticket for ticket in self._tickets if ticket is not None]
