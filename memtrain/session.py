@@ -263,7 +263,6 @@ class Session:
         optimizer: stands for the one that was given; step this one.
         plan, profile, machine, budget: what was decided, and from what.
         engine: the stores of the tiers.
-        weights: what brings weights that are on tiers; None where all are in memory.
     """
 
     def __init__(
@@ -339,11 +338,11 @@ class Session:
         )
         undo(self.engine.close)
         units = _units(model, self.profile)
-        self.weights = self._make_streamer(blocks, units, stored)
+        self._weights = self._stream_weights(blocks, units, stored)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self.weights
+            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self._weights
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -358,10 +357,15 @@ class Session:
             undo(self._reclaimer.remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
 
-    def _make_streamer(
+    @property
+    def weights(self) -> ParameterStreamer | None:
+        """What brings weights that are on tiers; None where all are in memory."""
+        return self._weights
+
+    def _stream_weights(
         self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], stored: StoredWeights | None
     ) -> ParameterStreamer | None:
-        """What brings weights that the plan has on tiers, installed; None where it has none there."""
+        """Weights that the plan has on tiers leave, and come when they are used; None where all stay."""
         tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
         if stored is not None:
             for unit, members in units:
@@ -369,20 +373,27 @@ class Session:
                     bring_home(stored, members)
         if all(tier is Tier.DEVICE for tier in tiers.values()):
             return None
+        staging = self.plan.staging
         streamer = ParameterStreamer(
             self.model,
             blocks,
             units,
             tiers=tiers,
             engine=self.engine,
-            slots=self.plan.staging.weight_slots,
+            slots=staging.weight_slots,
             placed=None if stored is None else stored.extents,
         )
         if stored is None:
             self._undo.callback(streamer.remove)
         else:
             self._undo.callback(lambda: stored.take_back(streamer.release()))
+        if streamer.window_bytes != staging.weight_slot_bytes:
+            raise PlanMismatchError(
+                f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model needs "
+                f"{streamer.window_bytes}: make a plan for this model"
+            )
         streamer.install()
+        resident.trim()  # of what the weights took
         return streamer
 
     def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
@@ -538,7 +549,9 @@ def _weights_brought(
 ) -> AbstractContextManager[TracedWeights | None]:
     """For a streamed model, what brings its weights while it is measured."""
     stored = stored_weights(model)
-    return nullcontext() if stored is None else traced_weights(model, blocks, stored, device)
+    if stored is None or not stored.extents:
+        return nullcontext()
+    return traced_weights(model, blocks, stored, device)
 
 
 def _find_forms(

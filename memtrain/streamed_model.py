@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -250,9 +250,11 @@ def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor
     model.__dict__[_KEY] = weights
 
 
-def _refuse_state_dict(module: nn.Module, *_: object) -> NoReturn:
-    raise StreamedModelError(
-        f"state_dict() of {type(module).__name__}, whose weights are streamed, would need all of them in "
-        "memory: use memtrain.offload.snapshot.save_checkpoint(), which writes the files of "
-        "save_pretrained() one weight at a time"
-    )
+def _refuse_state_dict(module: nn.Module, *_: object) -> None:
+    if any(away.is_away(parameter) for parameter in module.parameters()):
+        raise StreamedModelError(
+            f"state_dict() of {type(module).__name__}, whose weights are streamed, would need all of them in "
+            "memory: use memtrain.offload.snapshot.save_checkpoint(), which writes the files of "
+            "save_pretrained() one weight at a time, or hold one unit, session.weights.hold(name), and ask "
+            "its modules"
+        )
