@@ -181,7 +181,8 @@ class _Run(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _settle(self, number: int) -> None:
         """Let go of values that nobody sees, and hand on final ones."""
-        assert self._expected is not None and self._put is not None
+        assert self._expected is not None
+        assert self._put is not None
         life, event = self._expected[number], len(self.lives[number].events) - 1
         if life.dies_after(event):
             del self._values[number]
@@ -257,10 +258,10 @@ def _registered_by(register: Callable[[nn.Parameter], None]) -> Iterator[None]:
     """Every parameter that a module is given goes through ``register`` first."""
     original = nn.Module.register_parameter
 
-    def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None:
             register(param)
-        original(module, name, param)
+        original(self, name, param)
 
     nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
     try:

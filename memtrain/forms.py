@@ -10,7 +10,7 @@ and whether it keeps what its name promises at the batch that is trained on, is 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class BlockForms:
         sample_batch: Any,
         names: Sequence[str],
         *,
-        present: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+        present: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
     ) -> None:
         self._present = present
         self._blocks = dict(blocks)

@@ -497,9 +497,9 @@ class Session:
     def close(self) -> None:
         """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
 
-        A pending update is finished. Gradients that had left become ordinary tensors, and weights that had left
-        are in memory again; those of a streamed model go back to its tier. Optimizer state is not
-        brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
+        A pending update is finished. Gradients that had left become ordinary tensors, and weights that had
+        left are in memory again; those of a streamed model go back to its tier. Optimizer state is not brought
+        back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
         self._undo.close()
 
@@ -562,7 +562,7 @@ def _find_forms(
     weights: TracedWeights | None,
 ) -> BlockForms:
     """The exact form always, lossy ones where the options name them. Raises PrepareError for a wrong name."""
-    present = nullcontext if weights is None else weights.present_in
+    present = None if weights is None else weights.present_in
     try:
         return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy), present=present)
     except ValueError as error:

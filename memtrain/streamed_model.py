@@ -1,4 +1,4 @@
-"""A model whose weights are on a tier from the start: constructed and filled without ever being whole in memory.
+"""A model whose weights are on a tier from the start: it is never whole in memory.
 
     streamed = memtrain.streamed_model("models/llama-2-7b", dtype=torch.bfloat16, budget=budget)
     optimizer = torch.optim.AdamW(streamed.model.parameters())
@@ -39,7 +39,7 @@ _KEY = "_memtrain_stored_weights"
 
 
 class StreamedModelError(OffloadError):
-    """What needs all weights of a streamed model at once, or a tier for them; the message names the remedy."""
+    """What would need all weights of a streamed model at once; the message names the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,7 +192,7 @@ def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Modu
     arguments = {} if dtype is None else {"dtype": dtype}
 
     def make() -> nn.Module:
-        model: nn.Module = AutoModelForCausalLM.from_config(config, **arguments)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
         return model
 
     return make

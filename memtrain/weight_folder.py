@@ -30,7 +30,7 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class WeightFilesError(OffloadError):
-    """Files of weights cannot be streamed into a model; the message names files or weights, and the remedy."""
+    """Files that cannot be streamed into a model; the message names files or weights, and the remedy."""
 
 
 class WeightFolder:
@@ -104,9 +104,7 @@ class WeightFolder:
             files: dict[str, str] = json.loads(path.read_text())["weight_map"]
             names = set(files.values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise WeightFilesError(
-                f"{path} cannot be read ({error!r}): download the folder again"
-            ) from error
+            raise WeightFilesError(f"{path} cannot be read ({error!r}): download the folder again") from error
         if strange := [name for name in names if Path(name).name != name]:
             raise WeightFilesError(f"{path} leads out of its folder, to {strange[0]!r}: take another folder")
         return files
@@ -203,7 +201,7 @@ def _renamed(
         if name in known:
             here, pattern = name, None
         else:
-            here, pattern = rename_source_key(name, renamings, converters, prefix, known)  # type: ignore[arg-type]
+            here, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if pattern is not None:
             composed.append(name)
         elif here in stored:
@@ -214,9 +212,7 @@ def _renamed(
     return stored, faults + twice
 
 
-def _differences(
-    names: list[str], tensor: Tensor, found: list[str], folder: WeightFolder
-) -> Iterator[str]:
+def _differences(names: list[str], tensor: Tensor, found: list[str], folder: WeightFolder) -> Iterator[str]:
     """What keeps the tensors ``found`` from being the weight ``names``."""
     for source in found:
         dtype, shape = folder.dtype(source), folder.shape(source)

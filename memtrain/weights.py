@@ -74,8 +74,8 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
     """
     if device.type != "cpu":
         raise RecipeError(
-            f"model.streamed trains on the CPU, training.device is {device}: set training.device=cpu, or load "
-            "the model whole with model.streamed=false"
+            f"model.streamed trains on the CPU, training.device is {device}: set training.device=cpu, or "
+            "load the model whole with model.streamed=false"
         )
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -95,8 +95,8 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
         assert section.path is not None
         if not Path(section.path).is_dir():
             raise RecipeError(
-                f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with safetensors "
-                "files; `make data` fetches the model of the main recipe"
+                f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with "
+                "safetensors files; `make data` fetches the model of the main recipe"
             )
         streamed = streamed_model(section.path, dtype=dtype, budget=budget)
     _ready_to_train(streamed.model)

@@ -243,8 +243,8 @@ class ParameterStreamer:
             self._made.close()
 
     def release(self) -> dict[str, Extent]:
-        """Leave the weights on their tiers, and give the windows back: for another streamer of the model, which
-        takes the extents as ``placed``. Until then any use of the weights raises.
+        """Leave the weights on their tiers, and give the windows back: for another streamer of the model,
+        which takes the extents as ``placed``. Until then any use of the weights raises.
 
         Returns:
             The extents by parameter; the caller's from now on.
@@ -257,9 +257,7 @@ class ParameterStreamer:
         self._closed = True
         self._made.pop_all()
         self._pool.close()
-        return {
-            weight.name: weight.extent for unit in self._units.values() for weight in unit.weights
-        }
+        return {weight.name: weight.extent for unit in self._units.values() for weight in unit.weights}
 
     def _unwrap(self) -> None:
         for module, original in reversed(self._originals):

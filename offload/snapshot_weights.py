@@ -180,9 +180,7 @@ def raise_differences(what: str, faults: list[str]) -> None:
         )
 
 
-def _stored(
-    model: nn.Module, weights: StreamedWeights | None
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _stored(model: nn.Module, weights: StreamedWeights | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by the name that is stored, and that name by each other one.
 
     Of names that are tied, Hugging Face models say which are the copies.

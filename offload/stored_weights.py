@@ -1,4 +1,4 @@
-"""The way of a model's weights to a tier, before there is a plan: one extent for each, filled a piece at a time.
+"""A model's weights on their way to a tier, before there is a plan: an extent for each, filled in pieces.
 
 Never more than two pieces are in memory here, however large the tensor; whoever makes the pieces (a file that
 is read, a generator that draws) goes on while the one before is written. The extents are what weights are
@@ -83,7 +83,8 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         """A weight in memory of its own. Raises OffloadError as ``Ticket.wait`` does."""
         extent = self._extents[name]
-        assert extent.dtype is not None and extent.shape is not None
+        assert extent.dtype is not None
+        assert extent.shape is not None
         buffer = Slab(max(1, extent.nbytes)).buffer[: extent.nbytes]
         if extent.nbytes:
             self.store.read(extent, buffer).wait()

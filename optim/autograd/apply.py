@@ -163,7 +163,7 @@ def apply_to(
     policy: Policy = EXACT,
     *,
     example: Callable[[], Any] | None = None,
-    present: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext,
+    present: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
 ) -> Applied:
     """Put the policy's treatments in place.
 
@@ -190,7 +190,7 @@ def apply_to(
                 continue
             name = policy.treatment_of(site)
             treatment = None if name == KEEP else find_treatment(site.kind, name)
-            with present(site.module):
+            with nullcontext() if present is None else present(site.module):
                 offer, note = _offer(site, treatment)
             if offer is not None:
                 accepted.append((site, offer))

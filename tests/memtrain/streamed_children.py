@@ -1,7 +1,7 @@
 """Processes that stream a model, for tests that measure or kill them.
 
-    python streamed_children.py build SWAP_DIRECTORY
-    python streamed_children.py read SWAP_DIRECTORY FOLDER
+python streamed_children.py build SWAP_DIRECTORY
+python streamed_children.py read SWAP_DIRECTORY FOLDER
 """
 
 import json
@@ -33,10 +33,7 @@ def main(command, swap, *rest):
     warm = AutoConfig.for_model("llama", **SMALLEST, vocab_size=2048)
     streamed_model(warm, dtype=torch.bfloat16, budget=budget).close()
     before = resident.read()
-    if command == "read":
-        source = rest[0]
-    else:
-        source = llama(int(rest[0]))
+    source = rest[0] if command == "read" else llama(int(rest[0]))
     torch.manual_seed(0)
     with streamed_model(source, dtype=torch.bfloat16, budget=budget) as streamed:
         after = resident.read()

@@ -161,7 +161,9 @@ def test_weights_have_memory_one_at_a_time():
             return run.construct(self._make)
 
     counting = Counting(lambda: nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in range(8))))
-    counting.draw(lambda name, tensor: alive.append(sum(t.nbytes for t in counting.values.values()) + tensor.nbytes))
+    counting.draw(
+        lambda name, tensor: alive.append(sum(t.nbytes for t in counting.values.values()) + tensor.nbytes)
+    )
     assert alive == [4 << 20] * 8
 
 
@@ -196,7 +198,9 @@ def test_two_parameters_in_the_same_memory_are_refused():
         pair[1].weight = nn.Parameter(pair[0].weight.data)
         return pair
 
-    with pytest.raises(ConstructionError, match=r"0\.weight and 1\.weight are two parameters in the same memory"):
+    with pytest.raises(
+        ConstructionError, match=r"0\.weight and 1\.weight are two parameters in the same memory"
+    ):
         Blueprint(make)
 
 

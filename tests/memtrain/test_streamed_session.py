@@ -204,7 +204,9 @@ def test_weights_that_the_plan_keeps_come_home(budget):
 def test_a_full_disk_is_a_typed_error_and_leaves_nothing(tmp_path, budget):
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("a file system can be mounted by root alone")
     try:

@@ -113,10 +113,16 @@ def test_a_source_that_fails_leaves_nothing(weights):
     with pytest.raises(ZeroDivisionError):
         weights.put_parts(entry("w", torch.float32, 6000), parts())
     weights.finish()
-    assert not weights.extents and weights.store.used_bytes == 0
+    assert not weights.extents
+    assert weights.store.used_bytes == 0
     weights.put("w", torch.ones(6000))
     weights.finish()
     assert torch.equal(weights.read("w"), torch.ones(6000))
+
+
+def put_and_finish(weights, values):
+    weights.put("w", values)
+    weights.finish()
 
 
 @pytest.mark.parametrize("elements", [100, 20000])
@@ -124,13 +130,13 @@ def test_a_failed_write_is_told_with_the_weight_s_name(tmp_path, elements):
     backend = FaultyBackend(ThreadPoolBackend(1), {0: Fault(error=errno.ENOSPC)})
     with StoredWeights(NvmeStore(tmp_path, 64 * U, backend=backend)) as weights:
         with pytest.raises(TierIOError, match="tensor weight w") as raised:
-            weights.put("w", torch.zeros(elements))
-            weights.finish()
+            put_and_finish(weights, torch.zeros(elements))
         assert raised.value.errno == errno.ENOSPC
 
 
 def test_two_pieces_of_memory_and_none_when_it_is_finished(weights):
     weights.put("w", torch.zeros(9000))
-    assert weights._slab is not None and weights._slab.nbytes == 2 * PIECE
+    assert weights._slab is not None
+    assert weights._slab.nbytes == 2 * PIECE
     weights.finish()
     assert weights._slab is None
