@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from memtrain.api import PlannerOptions as PlannerOptions
     from memtrain.api import PrepareError as PrepareError
     from memtrain.api import Session as Session
+    from memtrain.api import StreamedModel as StreamedModel
     from memtrain.api import Tier as Tier
     from memtrain.api import prepare as prepare
+    from memtrain.api import streamed_model as streamed_model
 
 __version__ = "0.1.0"
 
@@ -32,9 +34,11 @@ __all__ = [
     "PlannerOptions",
     "PrepareError",
     "Session",
+    "StreamedModel",
     "Tier",
     "__version__",
     "prepare",
+    "streamed_model",
 ]
 
 

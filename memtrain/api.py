@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from memtrain.session import PrepareError as PrepareError
     from memtrain.session import Session as Session
     from memtrain.session import prepare as prepare
+    from memtrain.streamed_model import StreamedModel as StreamedModel
+    from memtrain.streamed_model import streamed_model as streamed_model
 
 _HOMES = {
     "Budget": "memtrain.planner.machine",
@@ -30,8 +32,10 @@ _HOMES = {
     "PlannerOptions": "memtrain.planner.solve",
     "PrepareError": "memtrain.session",
     "Session": "memtrain.session",
+    "StreamedModel": "memtrain.streamed_model",
     "Tier": "memtrain.planner.actions",
     "prepare": "memtrain.session",
+    "streamed_model": "memtrain.streamed_model",
 }
 
 __all__ = [
@@ -43,8 +47,10 @@ __all__ = [
     "PlannerOptions",
     "PrepareError",
     "Session",
+    "StreamedModel",
     "Tier",
     "prepare",
+    "streamed_model",
 ]
 
 

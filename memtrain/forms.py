@@ -10,7 +10,7 @@ and whether it keeps what its name promises at the batch that is trained on, is 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class BlockForms:
         blocks: as ``find_blocks`` names them.
         sample_batch: a mapping (``model(**batch)``), a tuple or list (``model(*batch)``) or one tensor.
         names: of ``POLICIES``.
+        present: as of ``apply_to``.
 
     Raises:
         ValueError: there is no such form; lists those that there are.
@@ -62,7 +63,10 @@ class BlockForms:
         blocks: Sequence[tuple[str, nn.Module]],
         sample_batch: Any,
         names: Sequence[str],
+        *,
+        present: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
     ) -> None:
+        self._present = present
         self._blocks = dict(blocks)
         self._forwards: dict[tuple[str, str], dict[nn.Module, Any]] = {}
         self._missing: dict[str, dict[str, str]] = {name: {} for name in self._blocks}
@@ -74,7 +78,7 @@ class BlockForms:
 
     def _find(self, model: nn.Module, form: str, example: Callable[[], Any]) -> None:
         try:
-            rows = apply_to(model, POLICIES[form], example=example).rows
+            rows = apply_to(model, POLICIES[form], example=example, present=self._present).rows
         except ValueError as error:
             for missing in self._missing.values():
                 missing[form] = str(error)

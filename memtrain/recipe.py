@@ -48,6 +48,9 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     """``model_type`` and what its configuration class takes; the weights are random, from the seed."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    streamed: bool = False
+    """The weights are never whole in memory: they go straight to the fastest tier that has room for them, and
+    the plan says which of them stay in memory. A ``path`` must then be a folder with safetensors files."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -214,6 +217,13 @@ class Recipe(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     output: OutputSection = OutputSection()
 
+    @model_validator(mode="after")
+    def _place_for_streamed_weights(self) -> Recipe:
+        tiers = (self.budget.host, self.budget.cxl, self.budget.nvme)
+        if self.model.streamed and not any(tiers):
+            raise ValueError("model.streamed needs a tier for the weights: give budget.nvme")
+        return self
+
     @property
     def output_directory(self) -> Path:
         """The run's folder."""
@@ -225,11 +235,12 @@ class Recipe(Section):
 
     @property
     def digest(self) -> str:
-        """Hash of what decides the numbers: not of the budget, the threads, the output or the logging; of the
-        planner where it may lose some of them."""
+        """Hash of what decides the numbers: not of the budget, the threads, the output, the logging or where
+        weights lie; of the planner where it may lose some of them."""
         data = self.model_dump(mode="json", include={"model", "data", "training", "optimizer", "schedule"})
         for key in ("threads", "device", "log_every"):
             del data["training"][key]
+        del data["model"]["streamed"]
         if self.planner.allow_lossy:
             data["planner"] = self.planner.model_dump(mode="json", include={"allow_lossy", "error_budget"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

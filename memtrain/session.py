@@ -17,7 +17,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,6 +40,7 @@ from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import Unit
+from memtrain.offload.stored_weights import StoredWeights
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
@@ -59,6 +60,8 @@ from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts
 from memtrain.runfiles import make_folder, write_text
+from memtrain.streamed_model import bring_home, stored_weights
+from memtrain.streamed_tracing import TracedWeights, traced_weights
 from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125
@@ -174,7 +177,8 @@ def prepare(
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
     peak = _PeakSinceNow(device)
-    handle = _install_loss(model, sample_batch) if chunked_loss else None
+    blocks = find_blocks(model, block_names)
+    handle: ChunkedLossHandle | None = None
     try:
         if machine is None:
             machine = measure_machine(
@@ -186,22 +190,27 @@ def prepare(
         refuse_other_codecs(machine, coding, budget)
         work = torch.float32 if master_weights else None
         options = options or PlannerOptions()
-        blocks = find_blocks(model, block_names)
-        forms = _find_forms(model, blocks, sample_batch, options)
-        profile = profile_model(
-            model,
-            sample_batch,
-            optimizer=optimizer,
-            elementwise=all(
-                is_elementwise(optimizer, group, work or group["params"][0].dtype)
-                for group in optimizer.param_groups
-            ),
-            micro_batches=micro_batches,
-            master_weights=master_weights,
-            loss_fn=loss_fn,
-            block_names=block_names,
-            rehearsal=BlockRehearsal(model, forms),
+        elementwise = all(
+            is_elementwise(optimizer, group, work or group["params"][0].dtype)
+            for group in optimizer.param_groups
         )
+        with _weights_brought(model, blocks, device) as weights:
+            if chunked_loss:
+                handle = _install_loss(model, sample_batch, weights)
+            with nullcontext() if weights is None else weights.installed():
+                forms = _find_forms(model, blocks, sample_batch, options, weights)
+                profile = profile_model(
+                    model,
+                    sample_batch,
+                    optimizer=optimizer,
+                    elementwise=elementwise,
+                    micro_batches=micro_batches,
+                    master_weights=master_weights,
+                    loss_fn=loss_fn,
+                    block_names=block_names,
+                    rehearsal=BlockRehearsal(model, forms),
+                    weights=weights,
+                )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
             profile, prepare_peak_bytes=max(reached_bytes, peak.known_bytes(libraries_bytes))
@@ -300,6 +309,7 @@ class Session:
     ) -> None:
         model, plan, budget = self.model, self.plan, self.budget
         undo = self._undo.callback
+        stored = stored_weights(model)
         undo(_set_use_cache, model, _set_use_cache(model, False))
         device.limit(budget.device_bytes - self._libraries_bytes)
         undo(device.limit, None)
@@ -325,16 +335,15 @@ class Session:
             nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
             host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
             codecs=self._codecs,
+            lent={stored.store.tier: stored.store} if stored is not None else None,
         )
         undo(self.engine.close)
         units = _units(model, self.profile)
-        self.weights = self._stream_weights(blocks, units)
-        if self.weights is not None:
-            undo(self.weights.remove)
+        self._weights = self._stream_weights(blocks, units, stored)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self.weights
+            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self._weights
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -349,12 +358,21 @@ class Session:
             undo(self._reclaimer.remove)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
 
+    @property
+    def weights(self) -> ParameterStreamer | None:
+        """What brings weights that are on tiers; None where all are in memory."""
+        return self._weights
+
     def _stream_weights(
-        self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit]
+        self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], stored: StoredWeights | None
     ) -> ParameterStreamer | None:
         """Weights that the plan has on tiers leave, and come when they are used; None where all stay."""
         tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
-        if set(tiers.values()) <= {Tier.DEVICE}:
+        if stored is not None:
+            for unit, members in units:
+                if tiers[unit] is Tier.DEVICE:
+                    bring_home(stored, members)
+        if all(tier is Tier.DEVICE for tier in tiers.values()):
             return None
         staging = self.plan.staging
         streamer = ParameterStreamer(
@@ -365,17 +383,18 @@ class Session:
             engine=self.engine,
             slots=staging.weight_slots,
             borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
+            placed=None if stored is None else stored.extents,
         )
-        try:
-            if streamer.window_bytes != staging.weight_slot_bytes:
-                raise PlanMismatchError(
-                    f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model "
-                    f"needs {streamer.window_bytes}: make a plan for this model"
-                )
-            streamer.install()
-        except BaseException:
-            streamer.remove()
-            raise
+        if stored is None:
+            self._undo.callback(streamer.remove)
+        else:
+            self._undo.callback(lambda: stored.take_back(streamer.release()))
+        if streamer.window_bytes != staging.weight_slot_bytes:
+            raise PlanMismatchError(
+                f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model needs "
+                f"{streamer.window_bytes}: make a plan for this model"
+            )
+        streamer.install()
         resident.trim()  # of what the weights took
         return streamer
 
@@ -491,8 +510,9 @@ class Session:
     def close(self) -> None:
         """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
 
-        A pending update is finished. Gradients that had left become ordinary tensors. Optimizer state is not
-        brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
+        A pending update is finished. Gradients that had left become ordinary tensors, and weights that had
+        left are in memory again; those of a streamed model go back to its tier. Optimizer state is not brought
+        back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
         self._undo.close()
 
@@ -537,23 +557,43 @@ def _device_of(model: nn.Module) -> torch.device:
     return next(iter(devices))
 
 
+def _weights_brought(
+    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], device: Device
+) -> AbstractContextManager[TracedWeights | None]:
+    """For a streamed model, what brings its weights while it is measured."""
+    stored = stored_weights(model)
+    if stored is None or not stored.extents:
+        return nullcontext()
+    return traced_weights(model, blocks, stored, device)
+
+
 def _find_forms(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], sample_batch: Any, options: PlannerOptions
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    sample_batch: Any,
+    options: PlannerOptions,
+    weights: TracedWeights | None,
 ) -> BlockForms:
     """The exact form always, lossy ones where the options name them. Raises PrepareError for a wrong name."""
+    present = None if weights is None else weights.present_in
     try:
-        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy))
+        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy), present=present)
     except ValueError as error:
         raise PrepareError(f"options.allow_lossy: {error}") from error
 
 
-def _install_loss(model: nn.Module, sample_batch: Any) -> ChunkedLossHandle | None:
+def _install_loss(
+    model: nn.Module, sample_batch: Any, weights: TracedWeights | None
+) -> ChunkedLossHandle | None:
     """Only for a Hugging Face causal LM that computes its own loss from labels."""
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         return None
     if not hasattr(sample_batch, "keys") or sample_batch.get("labels") is None:
         return None
-    return install_chunked_loss(model)
+    if weights is None:
+        return install_chunked_loss(model)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return install_chunked_loss(model, probing=weights.probing(head))
 
 
 def _set_use_cache(model: nn.Module, value: bool | None) -> bool | None:

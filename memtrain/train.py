@@ -54,7 +54,8 @@ from memtrain.report import (
 )
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
-from memtrain.weights import load_model
+from memtrain.streamed_model import StreamedModel
+from memtrain.weights import load_model, load_streamed
 
 Batch = dict[str, torch.Tensor]
 _REFUSALS = (
@@ -141,6 +142,7 @@ class Trainer:
     def __init__(self, recipe: Recipe, sampler: MemorySampler) -> None:
         self.recipe, self.sampler, self.peaks = recipe, sampler, PeakMeter()
         self.phases: list[Phase] = []
+        self.streamed: StreamedModel | None = None
         self.output = recipe.output_directory
         self.checkpoints = Checkpoints(self.output / "checkpoint", recipe)
         resume_from = self.checkpoints.find_resume()
@@ -161,19 +163,39 @@ class Trainer:
         self.heldout_windows = Windows(heldout, seed=None, **shape)
         with self._phase("load"):
             resident.drop_library_pages()  # what importing mapped would stand beside the model at the peak
-            model = load_model(recipe.model, self.device)
-        _check_vocabulary(model, train, heldout)
-        with self._phase("plan"):
-            self.session = self._make_session(model)
+            model = self._load()
+        try:
+            _check_vocabulary(model, train, heldout)
+            with self._phase("plan"):
+                self.session = self._make_session(model)
+        except BaseException:
+            if self.streamed is not None:
+                self.streamed.close()
+            raise
         self.done_steps = 0
         if resume_from is not None:
             try:
                 self.done_steps = self.checkpoints.load(resume_from, self.session)
             except BaseException:
-                self.session.close()
+                self.close()
                 raise
             print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
         self._refuse_overrun()
+
+    def _load(self) -> torch.nn.Module:
+        recipe = self.recipe
+        if not recipe.model.streamed:
+            return load_model(recipe.model, self.device)
+        self.streamed = load_streamed(recipe.model, self.device, recipe.memory_budget())
+        if self.streamed.unexpected:
+            print(f"not used of the files: {', '.join(self.streamed.unexpected)}", flush=True)
+        return self.streamed.model
+
+    def close(self) -> None:
+        """Give tiers and memory back."""
+        self.session.close()
+        if self.streamed is not None:
+            self.streamed.close()
 
     def _make_session(self, model: torch.nn.Module) -> Session:
         recipe, training = self.recipe, self.recipe.training
@@ -200,7 +222,7 @@ class Trainer:
         """The budget covers installing the plan and taking up a checkpoint too, which no plan foresees."""
         reached = self._process_peak_bytes()
         if reached > self.recipe.memory_budget().device_bytes:
-            self.session.close()
+            self.close()
             raise memtrain.InfeasibleError(overrun(self.session.plan, reached))
 
     def _process_peak_bytes(self) -> int:
@@ -375,7 +397,7 @@ def train(recipe: Recipe) -> Summary:
         try:
             summary = trainer.run()
         finally:
-            trainer.session.close()
+            trainer.close()
     output = recipe.output_directory
     write_text(output / "summary.json", summary.to_json())
     rows = zip(sampler.seconds, sampler.resident_bytes, strict=True)

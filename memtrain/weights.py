@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
+from memtrain.offload.errors import OffloadError
+from memtrain.planner.machine import Budget
 from memtrain.recipe import ModelSection, RecipeError
+from memtrain.streamed_model import StreamedModel, streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +60,52 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path {section.path!r} cannot be loaded: {error}") from error
         own_weights(model)
-    model.config.use_cache = False
-    model.train()
+    _ready_to_train(model)
     moved: PreTrainedModel = model.to(device)
     return moved
+
+
+def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -> StreamedModel:
+    """As ``load_model``, with the weights on a tier and never whole in memory.
+
+    Raises:
+        RecipeError: as ``load_model``; the device is no CPU.
+        OffloadError: the weights cannot be streamed, or no tier can serve.
+    """
+    if device.type != "cpu":
+        raise RecipeError(
+            f"model.streamed trains on the CPU, training.device is {device}: set training.device=cpu, or "
+            "load the model whole with model.streamed=false"
+        )
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = getattr(torch, section.dtype)
+    if section.config is not None:
+        configuration = _configuration(section.config)
+
+        def make() -> nn.Module:
+            with _refusals_of_the_configuration():
+                made: nn.Module = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
+            return made
+
+        streamed = streamed_model(make, budget=budget)
+    else:
+        assert section.path is not None
+        if not Path(section.path).is_dir():
+            raise RecipeError(
+                f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with "
+                "safetensors files; `make data` fetches the model of the main recipe"
+            )
+        streamed = streamed_model(section.path, dtype=dtype, budget=budget)
+    _ready_to_train(streamed.model)
+    return streamed
+
+
+def _ready_to_train(model: Any) -> None:
+    model.config.use_cache = False
+    model.train()
 
 
 def _configuration(fields: dict[str, Any]) -> Any:
@@ -87,6 +133,8 @@ def _refusals_of_the_configuration() -> Iterator[None]:
     """Configurations and constructors refuse what the recipe's fields say with errors of every type."""
     try:
         yield
+    except OffloadError:
+        raise  # of a tier, while weights are drawn
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # theirs go over several lines
         raise RecipeError(f"model.config: no model can be made of these values: {reason}") from error

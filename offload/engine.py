@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from memtrain.offload.codec import Codec, CodingStatistics
 from memtrain.offload.coded import CodedStore
@@ -18,10 +18,16 @@ class Engine:
 
     Args:
         codecs: how optimizer state is coded on its way to a tier, where it is.
+        lent: tiers whose stores are somebody else's, and stay open.
     """
 
     def __init__(
-        self, stores: Mapping[Tier, Store], device: Device, codecs: Mapping[Tier, Codec] | None = None
+        self,
+        stores: Mapping[Tier, Store],
+        device: Device,
+        codecs: Mapping[Tier, Codec] | None = None,
+        *,
+        lent: Collection[Tier] = (),
     ) -> None:
         for tier, store in stores.items():
             if store.tier is not tier:
@@ -29,6 +35,7 @@ class Engine:
         self._stores = dict(stores)
         self._codecs = dict(codecs or {})
         self._coded: dict[Tier, CodedStore] = {}
+        self._lent = frozenset(lent)
         self.device = device
 
     @property
@@ -68,7 +75,8 @@ class Engine:
         """Wait for the device's copies, then close every store, also when the device or a store fails; the
         first failure is raised. May be called twice."""
         errors: list[BaseException] = []
-        stores = (*self._coded.values(), *self._stores.values())
+        own = (store for tier, store in self._stores.items() if tier not in self._lent)
+        stores = (*self._coded.values(), *own)
         for close in (self.device.synchronize, *(store.close for store in stores)):
             try:
                 close()
@@ -90,6 +98,7 @@ def open_engine(
     nvme_bytes: int | None = None,
     host_bytes: int | None = None,
     codecs: Mapping[Tier, Codec] | None = None,
+    lent: Mapping[Tier, Store] | None = None,
 ) -> Engine:
     """Build the stores that a budget allows; every byte of them is reserved, or this raises.
 
@@ -100,6 +109,7 @@ def open_engine(
         nvme_bytes: reserve only this much of the swap directory (what the plan uses), at most the budget's.
         host_bytes: the same of host memory, of which staging takes its part too.
         codecs: as of ``Engine``.
+        lent: stores that exist and stay open, in place of the budget's.
 
     Raises:
         SwapDirectoryError, TierFullError, PlacementError: a tier cannot serve.
@@ -114,15 +124,16 @@ def open_engine(
     ):
         if size is not None and not 0 <= size <= limit:
             raise ValueError(f"{name}_bytes must be within budget.{name}, 0 to {limit}, got {size}")
-    engine = Engine({}, opened, codecs)
+    lent = lent or {}
+    engine = Engine(lent, opened, codecs, lent=lent.keys())
     try:
         host = budget.host_bytes if host_bytes is None else host_bytes
-        if host:
+        if host and Tier.HOST not in lent:
             engine._stores[Tier.HOST] = MemoryStore(Tier.HOST, host)
-        if budget.cxl_bytes:
+        if budget.cxl_bytes and Tier.CXL not in lent:
             engine._stores[Tier.CXL] = MemoryStore(Tier.CXL, budget.cxl_bytes, budget.cxl_node)
         size = budget.nvme_bytes if nvme_bytes is None else nvme_bytes
-        if budget.nvme_directory is not None and size:
+        if budget.nvme_directory is not None and size and Tier.NVME not in lent:
             engine._stores[Tier.NVME] = NvmeStore(budget.nvme_directory, size)
     except BaseException:
         engine.close()

@@ -53,11 +53,14 @@ class ParameterStreamer:
         tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
         engine: the stores of the tiers.
         slots: how many units' weights are in memory at once. With 2, one is read ahead; each more is another
-            one read ahead, and more of the last blocks are still there for backward.
+            one read ahead, and more of the last blocks are still there for backward. None: the fewest that
+            the model can do with.
         placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
             such a parameter is away (``away.born_away``), or on the meta device still.
         borrowed: units before the blocks whose weights are used behind them too, by no module of their own: a
             table that the model multiplies with.
+        read_ahead: False reads a unit when it is used and never before, so that what runs meanwhile can be
+            timed.
 
     Raises:
         PlanMismatchError: too few slots for modules that use several units at once, a parameter that cannot
@@ -76,23 +79,24 @@ class ParameterStreamer:
         *,
         tiers: Mapping[str, Tier],
         engine: Engine,
-        slots: int,
+        slots: int | None,
         placed: Mapping[str, Extent] | None = None,
         borrowed: Collection[str] = (),
+        read_ahead: bool = True,
     ) -> None:
         self._model = model
+        self._reads_ahead = read_ahead
         self._blocks = [module for _, module in blocks]
         self._names = [name for name, _ in units]
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
         self._in_model: ExitStack | None = None
         """What the model's forward pass that runs has brought for its own code."""
         self._closed = False
-        self._slots = slots
         self._at = 0
         """Where in the schedule the pass is."""
         self._latest: StreamedUnit | None = None
         """What was used last, and whether everything that follows it has been asked for."""
-        self._read_ahead = False
+        self._asked = False
         placed = dict(placed or {})
         with ExitStack() as undo:
             self._units = self._make_units(units, tiers, engine, placed, undo)
@@ -102,6 +106,7 @@ class ParameterStreamer:
             self._schedule = [*self._units.values()]
             self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
             fewest = self._users.fewest_slots()
+            self._slots = slots = fewest if slots is None else slots
             if slots < fewest:
                 raise PlanMismatchError(
                     f"weight_slots must be at least {fewest} for this model, got {slots}: raise it, or let "
@@ -176,6 +181,15 @@ class ParameterStreamer:
             run = self._run_last if module is self._blocks[-1] else self._run
             self._wrap(module, run, self._users.of(module))
 
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """As ``install``, for what runs inside."""
+        self.install()
+        try:
+            yield
+        finally:
+            self._unwrap()
+
     def _wrap(self, module: nn.Module, run: Callable[..., Any], units: list[StreamedUnit]) -> None:
         original = module.__dict__.get("forward")
         wrapped = functools.partial(run, units, original or module.forward)
@@ -235,6 +249,23 @@ class ParameterStreamer:
                     )
             self._made.close()
 
+    def release(self) -> dict[str, Extent]:
+        """Leave the weights on their tiers, and give the windows back: for another streamer of the model,
+        which takes the extents as ``placed``. Until then any use of the weights raises.
+
+        Returns:
+            The extents by parameter; the caller's from now on.
+
+        Raises:
+            OffloadError: a change could not be written; nothing else has been done then.
+        """
+        self.flush()
+        self._unwrap()
+        self._closed = True
+        self._made.pop_all()
+        self._pool.close()
+        return {weight.name: weight.extent for unit in self._units.values() for weight in unit.weights}
+
     def _unwrap(self) -> None:
         for module, original in reversed(self._originals):
             if original is None:
@@ -268,6 +299,26 @@ class ParameterStreamer:
     def window_bytes(self) -> int:
         """Of one window: the largest streamed unit, in whole pages per parameter."""
         return self._pool.window_bytes
+
+    def unit_of(self, parameter: Tensor) -> str | None:
+        """The unit of a streamed weight; None for any other tensor."""
+        unit = self._users.unit_of(parameter)
+        return None if unit is None else unit.name
+
+    def weight_at(self, tensor: Tensor) -> nn.Parameter | None:
+        """The streamed weight in whose memory ``tensor`` lies, while its unit is in a window."""
+        found = self._pool.find(tensor.data_ptr())
+        return None if found is None else found[1].parameter
+
+    def fill_windows(self) -> int:
+        """Send every unit away, and have all memory of the windows resident. Its bytes.
+
+        Raises:
+            OffloadError: a change could not be written.
+        """
+        for unit in self._units.values():
+            self._pool.turn_out(unit)
+        return self._pool.fill()
 
     def statistics(self) -> WindowStatistics:
         """What has been moved, and how many windows that took, so far."""
@@ -369,10 +420,10 @@ class ParameterStreamer:
         with self._pool.lock:
             self._pool.use(unit)
             if unit is not self._latest:
-                self._latest, self._read_ahead = unit, False
+                self._latest, self._asked = unit, False
                 self._pool.send_idle(unit)
-            if not self._read_ahead:
-                self._read_ahead = self._pool.prefetch(self._following(unit), keep=[unit])
+            if self._reads_ahead and not self._asked:
+                self._asked = self._pool.prefetch(self._following(unit), keep=[unit])
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
         """What is used after ``unit``, as many as there may be windows for."""

@@ -30,6 +30,7 @@ from memtrain.offload.optimizer_state import OffloadedState
 from memtrain.offload.shards import MASTER_KEY
 from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
 from memtrain.offload.snapshot_weights import (
+    StreamedWeights,
     load_weights,
     raise_differences,
     write_pretrained_files,
@@ -44,7 +45,8 @@ _STATE_FILE = re.compile(r"optimizer-\d{5}-of-\d{5}\.safetensors")
 
 
 class Session(Protocol):
-    """What is saved: ``memtrain.Session``, or any three such."""
+    """What is saved: ``memtrain.Session``, or any three such. ``weights`` beside them is what streams the
+    model's weights, where something does."""
 
     model: nn.Module
     optimizer: OffloadedOptimizer
@@ -70,7 +72,7 @@ def save_checkpoint(
     session.flush()
     source = Path(source_folder) if source_folder is not None else None
     with publish(folder) as writer:
-        write_weights(writer, session.model)
+        write_weights(writer, session.model, _weights_of(session))
         write_pretrained_files(writer, session.model, source)
         _write_optimizer(writer, session)
         writer.write_text("rng.json", json.dumps(rng_state()))
@@ -100,7 +102,7 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     _check_groups(saved, optimizer, session.model)
     with _StateFiles(folder, files) as state:
         _check_state(saved, state, optimizer)
-        load_weights(_weight_files(folder, files), session.model)
+        load_weights(_weight_files(folder, files), session.model, _weights_of(session))
         entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
         optimizer.load_state(entries, decode(saved["scalars"]))
     _set_groups(optimizer, saved)
@@ -153,6 +155,10 @@ def latest_checkpoint(directory: Path | str) -> Path | None:
     return max(
         folders, key=lambda path: ((path / "manifest.json").stat().st_mtime_ns, path.name), default=None
     )
+
+
+def _weights_of(session: Session) -> StreamedWeights | None:
+    return getattr(session, "weights", None)
 
 
 # -- the optimizer's files ---------------------------------------------------------------------------------

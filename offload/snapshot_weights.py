@@ -1,17 +1,17 @@
 """A model's weights as the safetensors files that ``from_pretrained`` reads, and back into a model in place.
 
 Tensors that lie in the same memory are stored once; the other names are kept in the header, as
-``safetensors.torch.save_model`` keeps them.
+``safetensors.torch.save_model`` keeps them. Weights that are streamed are brought unit by unit.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -34,13 +34,29 @@ _TOKENIZER_FILES = (
 )
 
 
-def write_weights(writer: FolderWriter, model: nn.Module) -> None:
+class StreamedWeights(Protocol):
+    """What has the weights of a unit there: ``ParameterStreamer``."""
+
+    def unit_of(self, parameter: Tensor) -> str | None:
+        """The unit of a streamed weight."""
+
+    def hold(self, unit: str) -> AbstractContextManager[None]:
+        """Its weights are there inside."""
+
+    def mark_dirty(self, unit: str) -> None:
+        """They have been changed."""
+
+
+def write_weights(writer: FolderWriter, model: nn.Module, weights: StreamedWeights | None = None) -> None:
     """Write ``model.safetensors``, in several files with an index where it is large.
+
+    Args:
+        weights: what streams some of them; they are brought one unit at a time.
 
     Raises:
         CheckpointError: the state dict holds what is no tensor.
     """
-    tensors, aliases = _stored(model)
+    tensors, aliases = _stored(model, weights)
     entries = [Entry(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
     shards = split(entries, SHARD_BYTES) or [[]]
     names = [
@@ -51,7 +67,7 @@ def write_weights(writer: FolderWriter, model: nn.Module) -> None:
         stored = {entry.name for entry in shard}
         metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in stored}}
         with writer.create(name) as file:
-            write_tensors(file, shard, (tensors[entry.name] for entry in shard), metadata)
+            write_tensors(file, shard, present((tensors[e.name] for e in shard), weights), metadata)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
@@ -86,8 +102,26 @@ def write_pretrained_files(writer: FolderWriter, model: nn.Module, source_folder
         writer.write_text("generation_config.json", generation.to_json_string(use_diff=True))
 
 
-def load_weights(paths: Iterable[Path], model: nn.Module) -> None:
+def present(tensors: Iterable[Tensor], weights: StreamedWeights | None) -> Iterator[Tensor]:
+    """Each tensor while its values are there: until the next one is asked for. Units are changed as seldom as
+    the order of the tensors allows."""
+    held, unit = ExitStack(), None
+    with held:
+        for tensor in tensors:
+            wanted = None if weights is None else weights.unit_of(tensor)
+            if wanted is not None and wanted != unit:
+                held.close()
+                assert weights is not None
+                held.enter_context(weights.hold(wanted))
+                unit = wanted
+            yield tensor
+
+
+def load_weights(paths: Iterable[Path], model: nn.Module, weights: StreamedWeights | None = None) -> None:
     """Copy the tensors of ``paths`` into the model's own, one chunk at a time.
+
+    Args:
+        weights: as of ``write_weights``.
 
     Raises:
         PlanMismatchError: lists names, dtypes and shapes that differ; the model is then as it was.
@@ -98,17 +132,24 @@ def load_weights(paths: Iterable[Path], model: nn.Module) -> None:
         aliases = {
             alias: kept for file in files for alias, kept in file.metadata.items() if alias != "format"
         }
-        work = _match(model, home, aliases)
-        for name, tensor in work.items():
+        work = _match(_groups(model, weights), model, home, aliases)
+        for name, tensor in zip(work, present(work.values(), weights), strict=True):
             home[name].read_into(name, tensor)
+            if weights is not None and (unit := weights.unit_of(tensor)) is not None:
+                weights.mark_dirty(unit)
 
 
-def _match(model: nn.Module, home: dict[str, TensorFile], aliases: dict[str, str]) -> dict[str, Tensor]:
+def _match(
+    groups: list[tuple[list[str], Tensor]],
+    model: nn.Module,
+    home: dict[str, TensorFile],
+    aliases: dict[str, str],
+) -> dict[str, Tensor]:
     """Where each stored tensor belongs."""
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     work: dict[str, Tensor] = {}
     faults: list[str] = []
-    for names, tensor in _groups(model):
+    for names, tensor in groups:
         stored = sorted({aliases.get(n, n) for n in names if aliases.get(n, n) in home})
         if not stored:
             faults += [f"{names[0]} is missing in the checkpoint"] if not ignored.issuperset(names) else []
@@ -139,7 +180,7 @@ def raise_differences(what: str, faults: list[str]) -> None:
         )
 
 
-def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _stored(model: nn.Module, weights: StreamedWeights | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors by the name that is stored, and that name by each other one.
 
     Of names that are tied, Hugging Face models say which are the copies.
@@ -148,7 +189,7 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for names, tensor in _groups(model):
+    for names, tensor in _groups(model, weights):
         if ignored.issuperset(names):
             continue
         kept = next((name for name in names if name not in copies), names[0])
@@ -157,9 +198,13 @@ def _stored(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+def _groups(model: nn.Module, weights: StreamedWeights | None) -> list[tuple[list[str], Tensor]]:
     """The state dict's tensors, each with all names that it has."""
     groups: dict[Any, tuple[list[str], Tensor]] = {}
+    if weights is not None:
+        for name, tensor in _saved_tensors(model):
+            groups.setdefault(id(tensor), ([], tensor))[0].append(name)
+        return list(groups.values())
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise CheckpointError(
@@ -169,3 +214,17 @@ def _groups(model: nn.Module) -> list[tuple[list[str], Tensor]]:
         here = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else name
         groups.setdefault(here, ([], value))[0].append(name)
     return list(groups.values())
+
+
+def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a state dict holds, in its order, of a model whose weights are not all in memory: tensors are the
+    same where they are the same object, for without bytes they have no address."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        buffers = {
+            name: value
+            for name, value in module._buffers.items()
+            if name not in module._non_persistent_buffers_set
+        }
+        for name, tensor in (*module._parameters.items(), *buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor

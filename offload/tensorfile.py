@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -143,22 +143,31 @@ class TensorFile:
     @torch.no_grad()
     def read_into(self, name: str, target: Tensor) -> None:
         """Copy a tensor into one of its dtype and shape, on any device, through a chunk of memory."""
-        entry, offset = self.entries[name], self._offsets[name]
+        entry = self.entries[name]
         assert (target.dtype, tuple(target.shape)) == (entry.dtype, entry.shape), entry
         if not target.is_contiguous():
             target.copy_(self.read(name))
             return
+        flat, start = target.detach().view(-1), 0
+        for part in self.parts(name):
+            flat[start : start + part.numel()].copy_(part)
+            start += part.numel()
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """A tensor's elements, flat, a chunk at a time; each is in the memory of the one before.
+
+        Raises:
+            CorruptCheckpointError: the file ends before the tensor does.
+        """
+        entry, offset = self.entries[name], self._offsets[name]
         if self._chunk is None:
             self._chunk = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-        flat = target.detach().view(-1)
-        step = CHUNK_BYTES // entry.dtype.itemsize
-        for start in range(0, flat.numel(), step):
-            part = flat[start : start + step]
-            chunk = self._chunk[: part.nbytes]
-            self._fill(chunk, offset + start * entry.dtype.itemsize)
-            part.copy_(chunk.view(entry.dtype))
-        if entry.size_bytes:
-            os.posix_fadvise(self._descriptor, offset, entry.size_bytes, os.POSIX_FADV_DONTNEED)
+        step = CHUNK_BYTES // entry.dtype.itemsize * entry.dtype.itemsize
+        for start in range(0, entry.size_bytes, step):
+            chunk = self._chunk[: min(step, entry.size_bytes - start)]
+            self._fill(chunk, offset + start)
+            os.posix_fadvise(self._descriptor, offset + start, chunk.numel(), os.POSIX_FADV_DONTNEED)
+            yield chunk.view(entry.dtype)
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from memtrain.offload.weight_units import StreamedUnit
 
@@ -47,6 +47,10 @@ class WeightUsers:
         ]
         """Units outside the blocks whose weights are used when the last block is done: those behind it, and
         those that tied modules share."""
+
+    def unit_of(self, parameter: Tensor) -> StreamedUnit | None:
+        """Of a streamed weight; None for any other tensor."""
+        return self._unit_of.get(id(parameter))
 
     def of(self, module: nn.Module) -> list[StreamedUnit]:
         """What the module's forward uses: of a block everything in it, of others what they own themselves."""

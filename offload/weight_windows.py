@@ -22,7 +22,7 @@ from torch import Tensor
 from memtrain.offload import away
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError, WeightWindowError
-from memtrain.offload.slab import Slab
+from memtrain.offload.slab import PAGE_BYTES, Slab
 from memtrain.offload.store import Ticket, wait_all
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, Window, references
 
@@ -383,6 +383,14 @@ class WindowPool:
                         return unit, weight
                 return None
         return None
+
+    def fill(self) -> int:
+        """Touch every page of windows that no unit is in; bytes of all windows."""
+        with self.lock:
+            for window in self.windows:
+                assert window.unit is None
+                window.buffer[::PAGE_BYTES] = 0
+            return len(self.windows) * self.window_bytes
 
     def statistics(self) -> WindowStatistics:
         """So far."""

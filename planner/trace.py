@@ -26,11 +26,12 @@ from memtrain.planner import resident
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.tracing.around_blocks import measure_around
 from memtrain.planner.tracing.block_measures import measure_blocks
-from memtrain.planner.tracing.blocks import find_blocks, first_pass, unique_bytes
+from memtrain.planner.tracing.blocks import find_blocks, first_pass
 from memtrain.planner.tracing.left_as_found import left_as_found
 from memtrain.planner.tracing.live_bytes import tensors_in
 from memtrain.planner.tracing.rehearsal import Rehearsal
 from memtrain.planner.tracing.units import KnownStates, measure_optimizer, parameter_units
+from memtrain.planner.tracing.weights import InMemory, Weights, unique_bytes
 
 _PAGE_BYTES = 4096
 
@@ -46,6 +47,7 @@ def profile_model(
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     block_names: Sequence[str] | None = None,
     rehearsal: Rehearsal | None = None,
+    weights: Weights | None = None,
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
@@ -64,20 +66,24 @@ def profile_model(
         block_names: as ``names`` of ``find_blocks``.
         rehearsal: what will carry the plan out; without it the profile allows no nearly free recompute and no
             token prefixes.
+        weights: brings those that are not in memory; each block is measured with its own there.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.
         TypeError: no loss can be had from the model's output.
         ValueError: the optimizer cannot be measured (it needs a closure, for example).
     """
+    weights = weights or InMemory()
     blocks = find_blocks(model, block_names)
+    inside = {id(p) for _, block in blocks for p in block.parameters()}
     run = _runner(model, sample_batch, loss_fn)
     with left_as_found(model):
-        trace = first_pass(model, blocks, run)
+        trace = first_pass(model, blocks, run, weights)
         resident.trim()  # here and below: what one part has freed does not stand beside what the next needs
-        profiles, last = measure_blocks(model, blocks, trace, rehearsal)
+        profiles, last = measure_blocks(model, blocks, trace, rehearsal, weights)
         resident.trim()
-        around = measure_around(blocks, trace, run, last)
+        with weights.present(p for p in model.parameters() if id(p) not in inside):
+            around = measure_around(blocks, trace, run, last)
         del last
         resident.trim()
         known = KnownStates.of(optimizer, master_weights)
@@ -86,7 +92,7 @@ def profile_model(
             model, blocks, trace, step, known, whole=not elementwise, master_weights=master_weights
         )
     parameters = list({id(p): p for p in model.parameters()}.values())
-    baseline, slack = _baseline(model, optimizer)
+    baseline, slack = _baseline(model, optimizer, weights)
     trainable = [p for p in parameters if p.requires_grad]
     return ModelProfile(
         model=type(model).__name__,
@@ -96,7 +102,7 @@ def profile_model(
         micro_batches=micro_batches,
         baseline_bytes=baseline,
         allocator_slack_bytes=slack,
-        weight_bytes=unique_bytes([*parameters, *model.buffers()]),
+        weight_bytes=unique_bytes([*parameters, *model.buffers()], weights),
         **around,
         update_workspace_bytes_per_element=step.workspace,
         state_bytes_per_element=step.state,
@@ -131,7 +137,7 @@ def _runner(
     return run
 
 
-def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Weights) -> tuple[int, int]:
     """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and what
     the allocator keeps beyond them (CUDA).
 
@@ -140,7 +146,8 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
     """
     gc.collect()
     parameters = list(model.parameters())
-    tensors = [*parameters, *model.buffers(), *(p.grad for p in parameters)]
+    present = [parameter for parameter in parameters if weights.stays(parameter)]
+    tensors = [*present, *model.buffers(), *(p.grad for p in parameters)]
     tensors += tensors_in(list(optimizer.state.values()))
     if parameters[0].is_cuda:
         device = parameters[0].device
@@ -148,9 +155,10 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, 
         reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
         free, total = torch.cuda.mem_get_info(device)
         return max(0, total - free - reserved), reserved - allocated
-    for parameter in parameters:
+    for parameter in present:
         with torch.no_grad():
             parameter.detach().reshape(-1)[:: _PAGE_BYTES // parameter.element_size()].sum()
     # What the allocator holds back of freed memory is no slack: a session asks for it where it is needed.
     resident.trim()
-    return max(0, resident.rss_bytes() - unique_bytes(tensors)), 0
+    others = unique_bytes(tensors) + weights.memory_bytes()
+    return max(0, resident.rss_bytes() - others), 0

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +159,11 @@ def _bytes(value: float | None) -> str:
 
 
 def apply_to(
-    model: nn.Module, policy: Policy = EXACT, *, example: Callable[[], Any] | None = None
+    model: nn.Module,
+    policy: Policy = EXACT,
+    *,
+    example: Callable[[], Any] | None = None,
+    present: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
 ) -> Applied:
     """Put the policy's treatments in place.
 
@@ -167,6 +172,7 @@ def apply_to(
 
     Args:
         example: runs the model (or one layer) once; None: ``model(input_ids=...)`` of a Hugging Face model.
+        present: has the weights of a module in memory that is tried alone, where they are not always there.
 
     Raises:
         ValueError: the model has been treated already (``revert`` first); nothing fits the policy;
@@ -184,7 +190,8 @@ def apply_to(
                 continue
             name = policy.treatment_of(site)
             treatment = None if name == KEEP else find_treatment(site.kind, name)
-            offer, note = _offer(site, treatment)
+            with nullcontext() if present is None else present(site.module):
+                offer, note = _offer(site, treatment)
             if offer is not None:
                 accepted.append((site, offer))
             rows.append(

@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +70,18 @@ class ChunkedLossHandle:
         self._installed = None
 
 
-def install_chunked_loss(model: nn.Module, *, chunk_tokens: int = DEFAULT_CHUNK_TOKENS) -> ChunkedLossHandle:
+def install_chunked_loss(
+    model: nn.Module,
+    *,
+    chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    probing: AbstractContextManager[None] | None = None,
+) -> ChunkedLossHandle:
     """Make ``model(..., labels=...)`` compute its loss by chunks of tokens.
 
     The output is of the model's own class, with ``loss`` and ``logits=None``. Without labels the model is
     what it was, so generation works. ``num_items_in_batch``, ``shift_labels`` and ``ignore_index`` mean what
-    they mean to Hugging Face. Runs the model three times on eight tokens, in eval mode and without gradients.
+    they mean to Hugging Face. Runs the model three times on eight tokens, in eval mode and without gradients,
+    inside ``probing``: there weights must be in memory, those of the output embedding all the time.
 
     Raises:
         UnsupportedHeadError: names what the model or its loss does that this cannot do exactly.
@@ -85,7 +91,7 @@ def install_chunked_loss(model: nn.Module, *, chunk_tokens: int = DEFAULT_CHUNK_
     signature = inspect.signature(original)
     if "labels" not in signature.parameters:
         raise UnsupportedHeadError(f"{type(model).__name__}.forward takes no labels, so it computes no loss")
-    with _probing(model), torch.no_grad():
+    with probing or nullcontext(), _probing(model), torch.no_grad():
         logit_map = _measured_logit_map(model, head, original)
         installed = _chunked_forward(model, head, original, signature, logit_map, chunk_tokens)
         _compare_losses(model, head, original, installed)
@@ -173,11 +179,14 @@ def _shifted(labels: Tensor, options: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _standing_in(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    before = head.__dict__.get("forward")
     head.__dict__["forward"] = forward
     try:
         yield
     finally:
         del head.__dict__["forward"]
+        if before is not None:
+            head.__dict__["forward"] = before
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from memtrain.planner.tracing.blocks import BlockCall, FirstPass
 from memtrain.planner.tracing.form_measures import Lone, MeasuredForm, measure_forms
 from memtrain.planner.tracing.live_bytes import LiveBytes, storage_id
 from memtrain.planner.tracing.rehearsal import Rehearsal
+from memtrain.planner.tracing.weights import Weights
 
 _FORM_FIELDS = ("saved_bytes", "saved_tensors", "forward_transient_bytes", "backward_transient_bytes")
 
@@ -29,9 +30,11 @@ def measure_blocks(
     blocks: list[tuple[str, nn.Module]],
     trace: FirstPass,
     rehearsal: Rehearsal | None,
+    weights: Weights,
 ) -> tuple[list[BlockProfile], Tensor]:
-    """Each block alone on the output of the one before. Returns profiles and the last hidden state."""
-    outside = {storage_id(t) for t in (*model.parameters(), *model.buffers())}
+    """Each block alone on the output of the one before, its weights in memory. Returns profiles and the last
+    hidden state."""
+    outside = {weights.key(t) for t in (*model.parameters(), *model.buffers())}
     inside = {id(p) for _, block in blocks for p in block.parameters()}
     needs = any(p.requires_grad for p in model.parameters() if id(p) in trace.early - inside)
     assert trace.first_input is not None
@@ -41,25 +44,26 @@ def measure_blocks(
     seconds: dict[Any, list[tuple[float, float]]] = {}
     kinds = []
     for (name, block), call in zip(blocks, trace.calls, strict=True):
-        kind = _kind(block, call, hidden, needs)
-        if rehearsal is not None:
-            kind = kind, tuple(rehearsal.forms(name).items())
-        if kind not in counted:
-            excluded = outside | {storage_id(t) for t in call.shared()}
-            reason = _not_recomputable(block, call, hidden, needs)
-            counted[kind] = _count(block, call, hidden, needs, excluded)
-            counted[kind] |= {"recomputable": not reason, "reason": reason}
-            largest_bytes = counted[kind].pop("largest_bytes")
-            if rehearsal is not None and counted[kind]["recomputable"]:
-                given = call.given(_given(hidden, needs))
-                attention_bytes = counted[kind]["attention_bytes"]
-                counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes, attention_bytes)
+        with weights.present(block.parameters()):
+            kind = _kind(block, call, hidden, needs)
             if rehearsal is not None:
-                lone = _lone(block, call, hidden, needs, excluded)
-                forms[kind] = measure_forms(rehearsal, name, lone, counted[kind]["saved_bytes"])
-        kinds.append(kind)
-        forward, backward, hidden = _time(block, call, hidden, needs)
-        seconds.setdefault(kind, []).append((forward, backward))
+                kind = kind, tuple(rehearsal.forms(name).items())
+            if kind not in counted:
+                excluded = outside | {storage_id(t) for t in call.shared()}
+                reason = _not_recomputable(block, call, hidden, needs)
+                counted[kind] = _count(block, call, hidden, needs, excluded)
+                counted[kind] |= {"recomputable": not reason, "reason": reason}
+                largest_bytes = counted[kind].pop("largest_bytes")
+                if rehearsal is not None and counted[kind]["recomputable"]:
+                    given = call.given(_given(hidden, needs))
+                    attention_bytes = counted[kind]["attention_bytes"]
+                    counted[kind] |= _rehearse(rehearsal, name, block, given, largest_bytes, attention_bytes)
+                if rehearsal is not None:
+                    lone = _lone(block, call, hidden, needs, excluded)
+                    forms[kind] = measure_forms(rehearsal, name, lone, counted[kind]["saved_bytes"])
+            kinds.append(kind)
+            forward, backward, hidden = _time(block, call, hidden, needs)
+            seconds.setdefault(kind, []).append((forward, backward))
         needs = needs or any(p.requires_grad for p in block.parameters())
     profiles = []
     for (name, _), kind in zip(blocks, kinds, strict=True):

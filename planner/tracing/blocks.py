@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtrain.planner.tracing.live_bytes import storage_id, tensors_in
+from memtrain.planner.tracing.weights import InMemory, Weights
 
 
 class BlocksNotFoundError(ValueError):
@@ -45,7 +46,7 @@ def find_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[tu
         return found
     repeated = [_children(name, module) for name, module in modules.items()]
     repeated = [c for c in repeated if len(c) > 1 and len({type(block) for _, block in c}) == 1]
-    best = max(repeated, key=lambda c: sum(unique_bytes(b.parameters()) for _, b in c), default=None)
+    best = max(repeated, key=lambda c: sum(_parameter_bytes(b) for _, b in c), default=None)
     if best is None or not any(True for _, block in best for _ in block.parameters()):
         raise BlocksNotFoundError(
             f"{type(model).__name__} holds no ModuleList or Sequential of at least two blocks of one class "
@@ -60,20 +61,21 @@ def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(f"{name}.{key}" if name else key, child) for key, child in module.named_children()]
 
 
-def unique_bytes(tensors: Any) -> int:
-    """Of the storages of ``tensors``, each counted once; None among them is passed over."""
-    return sum({storage_id(t): t.untyped_storage().nbytes() for t in tensors if t is not None}.values())
+def _parameter_bytes(block: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in block.parameters())
 
 
 class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """For every storage that an operator is given, the stage of the model at which that first happened.
+    """For every weight or storage that an operator is given, the stage of the model at which that first
+    happened.
 
     A stage is the index of the block that runs or ran last: -1 before the first block, and the number of
     blocks once the last one has returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Weights) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._weights = weights
         self.stage = -1
         self.first: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -81,8 +83,8 @@ class _FirstReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def note(self, tensors: list[Tensor]) -> None:
         for tensor in tensors:
-            self.first.setdefault(storage_id(tensor), self.stage)
-            self.last[storage_id(tensor)] = self.stage
+            self.first.setdefault(self._weights.key(tensor), self.stage)
+            self.last[self._weights.key(tensor)] = self.stage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.note(tensors_in((args, kwargs)))
@@ -156,7 +158,12 @@ class FirstPass:
     """Trainable."""
 
 
-def first_pass(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Callable[[], Tensor]) -> FirstPass:
+def first_pass(
+    model: nn.Module,
+    blocks: list[tuple[str, nn.Module]],
+    run: Callable[[], Tensor],
+    weights: Weights | None = None,
+) -> FirstPass:
     """Run the whole model once without gradients and note what each block is given, and what is early.
 
     A parameter is early when it is read, or its module runs, before the stage at which its unit is sure to
@@ -165,7 +172,8 @@ def first_pass(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Calla
     too, for kernels that no operator shows. What is never read outside the blocks may be read first for
     another batch, and counts as early.
     """
-    reads = _FirstReads()
+    weights = weights or InMemory()
+    reads = _FirstReads(weights)
     trace = FirstPass(parameters=[p for p in model.parameters() if p.requires_grad])
     order = {id(block): index for index, (_, block) in enumerate(blocks)}
 
@@ -212,8 +220,8 @@ def first_pass(model: nn.Module, blocks: list[tuple[str, nn.Module]], run: Calla
     for parameter in model.parameters():
         ready = inside.get(id(parameter), len(blocks))
         unread = ready if id(parameter) in inside else -1
-        if reads.first.get(storage_id(parameter), unread) < ready:
+        if reads.first.get(weights.key(parameter), unread) < ready:
             trace.early.add(id(parameter))
-        if reads.last.get(storage_id(parameter)) == len(blocks):
+        if reads.last.get(weights.key(parameter)) == len(blocks):
             trace.late.add(id(parameter))
     return trace

@@ -1,0 +1,260 @@
+"""A model whose weights are on a tier from the start: it is never whole in memory.
+
+    streamed = memtrain.streamed_model("models/llama-2-7b", dtype=torch.bfloat16, budget=budget)
+    optimizer = torch.optim.AdamW(streamed.model.parameters())
+    session = memtrain.prepare(streamed.model, optimizer, sample_batch, budget=budget)
+
+Weights are read from safetensors files, or drawn: then they are what the plain constructor would have drawn
+from the same state of the generator. On their way one weight at most is in memory (none, where it is read),
+and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, are in memory as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memtrain.constructing import Blueprint
+from memtrain.offload import away
+from memtrain.offload.errors import OffloadError, TierFullError
+from memtrain.offload.shards import SMALL, Unit
+from memtrain.offload.store import Store
+from memtrain.offload.stored_weights import StoredWeights, room_bytes
+from memtrain.offload.tensorfile import Entry
+from memtrain.offload.tiers import MemoryStore, NvmeStore
+from memtrain.planner.actions import Tier
+from memtrain.planner.machine import Budget
+from memtrain.weight_folder import WeightFilesError, WeightFolder, match
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_KEY = "_memtrain_stored_weights"
+
+
+class StreamedModelError(OffloadError):
+    """What would need all weights of a streamed model at once; the message names the remedy."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamedModel:
+    """A model and where its weights are. A context manager.
+
+    Attributes:
+        model: its parameters have shapes, dtypes and gradients as ever; their values are on the tier.
+        weights: the tier's part of it.
+        unexpected: tensors of the files that the model has no use for.
+    """
+
+    model: nn.Module
+    weights: StoredWeights
+    unexpected: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Give the tier back; the weights are gone. May be called twice."""
+        self.weights.close()
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def streamed_model(
+    source: str | Path | PretrainedConfig | Callable[[], nn.Module],
+    *,
+    budget: Budget,
+    dtype: torch.dtype | None = None,
+) -> StreamedModel:
+    """Construct a model and put its weights on a tier, one by one.
+
+    Args:
+        source: a folder with ``config.json`` and safetensors files; a configuration of a causal LM of
+            transformers, whose weights are drawn from torch's generator; or any constructor, likewise.
+        budget: its fastest tier beside the device that has room for all weights takes them.
+        dtype: of the weights, for a folder or a configuration; None: the configuration's.
+
+    Raises:
+        StreamedModelError: no tier of the budget has room, or ``dtype`` was given for a constructor.
+        ConstructionError: the constructor does not allow it; says what and the remedy.
+        WeightFilesError: the files and the model differ; lists what.
+        TierFullError, TierIOError, SwapDirectoryError: the tier cannot serve.
+    """
+    if isinstance(source, (str, Path)):
+        return _read(Path(source), budget, dtype)
+    if not isinstance(source, nn.Module) and callable(source):
+        if dtype is not None:
+            raise StreamedModelError("dtype is the constructor's business: leave it out")
+        return _drawn(source, budget)
+    return _drawn(_constructor(source, dtype), budget)
+
+
+def stored_weights(model: nn.Module) -> StoredWeights | None:
+    """Where the weights of a streamed model are; None for any other model."""
+    found: StoredWeights | None = model.__dict__.get(_KEY)
+    return found
+
+
+@torch.no_grad()
+def bring_home(stored: StoredWeights, members: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Have weights in memory for good. Raises OffloadError where the tier fails."""
+    for name, parameter in members:
+        if name in stored.extents:
+            away.put(parameter, stored.read(name))
+            away.permit(parameter)
+            stored.drop(name)
+
+
+def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> list[Unit]:
+    """Every parameter in a unit, as far as it can be told before the model has run: what its modules own
+    before the first block is the prologue's, and behind it the epilogue's."""
+    inside = {id(parameter) for _, block in blocks for parameter in block.parameters()}
+    first = blocks[0][1]
+    before: dict[int, tuple[str, nn.Parameter]] = {}
+    after: dict[int, tuple[str, nn.Parameter]] = {}
+    place = before
+    for path, module in model.named_modules():
+        if module is first:
+            place = after
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if id(parameter) not in inside and id(parameter) not in before:
+                place.setdefault(id(parameter), (name, parameter))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of_blocks: list[Unit] = [
+        (name, [(names[id(parameter)], parameter) for parameter in block.parameters()])
+        for name, block in blocks
+    ]
+    return [("prologue", list(before.values())), *of_blocks, ("epilogue", list(after.values()))]
+
+
+def _drawn(make: Callable[[], nn.Module], budget: Budget) -> StreamedModel:
+    blueprint = Blueprint(make)
+    with _on_a_tier(blueprint.model, budget) as weights:
+        small: dict[str, Tensor] = {}
+
+        def put(name: str, tensor: Tensor) -> None:
+            if tensor.numel() < SMALL:
+                small[name] = tensor.clone()
+            else:
+                weights.put(name, tensor)
+
+        model = blueprint.draw(put)
+        _settle(model, weights, small)
+    return StreamedModel(model=model, weights=weights)
+
+
+def _read(folder: Path, budget: Budget, dtype: torch.dtype | None) -> StreamedModel:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise WeightFilesError(f"{folder} holds no config.json: give a folder that save_pretrained() made")
+    config = AutoConfig.from_pretrained(folder)
+    model = Blueprint(_constructor(config, dtype)).model
+    if in_fp32 := getattr(model, "_keep_in_fp32_modules_strict", None):
+        raise WeightFilesError(
+            f"transformers keeps {', '.join(sorted(in_fp32))} of {type(model).__name__} in fp32 whatever the "
+            "dtype: such models cannot be streamed; load it with from_pretrained()"
+        )
+    with WeightFolder(folder) as files:
+        found = match(model, files)
+        with _on_a_tier(model, budget) as weights:
+            small: dict[str, Tensor] = {}
+            for name, parameter in model.named_parameters():
+                source = found.sources[name]
+                if parameter.numel() < SMALL:
+                    small[name] = _whole(files, source, parameter)
+                else:
+                    entry = Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
+                    weights.put_parts(entry, files.parts(source))
+            for name, buffer in model.named_buffers():
+                if name in found.sources:
+                    buffer.copy_(_whole(files, found.sources[name], buffer))
+            _settle(model, weights, small)
+    return StreamedModel(model=model, weights=weights, unexpected=found.unexpected)
+
+
+def _whole(files: WeightFolder, source: str, like: Tensor) -> Tensor:
+    """A tensor of the files, in memory, in the shape and dtype of ``like``."""
+    parts = [part.to(like.dtype, copy=True) for part in files.parts(source)]
+    return torch.cat(parts).view(like.shape) if parts else torch.empty_like(like)
+
+
+def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Module]:
+    from transformers import AutoModelForCausalLM
+
+    arguments = {} if dtype is None else {"dtype": dtype}
+
+    def make() -> nn.Module:
+        model: nn.Module = AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+        return model
+
+    return make
+
+
+@contextmanager
+def _on_a_tier(model: nn.Module, budget: Budget) -> Iterator[StoredWeights]:
+    """A tier with room for the model's weights, for what happens inside to fill; closed if that fails."""
+    nbytes = room_bytes(
+        Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if parameter.numel() >= SMALL
+    )
+    weights = StoredWeights(_open_store(budget, nbytes))
+    with ExitStack() as undo:
+        undo.callback(weights.close)
+        yield weights
+        weights.finish()
+        undo.pop_all()
+
+
+def _open_store(budget: Budget, nbytes: int) -> Store:
+    """All that the budget has of a tier: a session will put there what else belongs to the tier."""
+    room = {Tier.HOST: budget.host_bytes, Tier.CXL: budget.cxl_bytes, Tier.NVME: budget.nvme_bytes}
+    tier = next((tier for tier, size in room.items() if size >= max(1, nbytes)), None)
+    if tier is None:
+        given = ", ".join(f"{tier.value} {size} bytes" for tier, size in room.items() if size) or "none"
+        raise TierFullError(
+            f"the weights take {nbytes} bytes, and no tier beside the device has as much in the budget "
+            f"({given}): give budget.nvme, or raise it, to at least {nbytes} bytes"
+        )
+    if tier is Tier.NVME:
+        assert budget.nvme_directory is not None
+        return NvmeStore(budget.nvme_directory, budget.nvme_bytes)
+    return MemoryStore(tier, room[tier], budget.cxl_node if tier is Tier.CXL else None)
+
+
+def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor]) -> None:
+    """Give small weights their values, and take from the others what is under them, and say so to whoever
+    wants it."""
+    tier = weights.store.tier.value
+    for name, parameter in model.named_parameters():
+        if name in small:
+            parameter.data = small[name]
+            continue
+        away.put(parameter, away.without_bytes(parameter))
+        away.forbid(
+            parameter,
+            f"{name}, which are on {tier}: the weights of a streamed model are in memory in turn, while a "
+            "session computes with them. Prepare the model first",
+        )
+    for module in model.modules():
+        if any(away.is_away(parameter) for parameter in module.parameters()):
+            module.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+    model.__dict__[_KEY] = weights
+
+
+def _refuse_state_dict(module: nn.Module, *_: object) -> None:
+    if any(away.is_away(parameter) for parameter in module.parameters()):
+        raise StreamedModelError(
+            f"state_dict() of {type(module).__name__}, whose weights are streamed, would need all of them in "
+            "memory: use memtrain.offload.snapshot.save_checkpoint(), which writes the files of "
+            "save_pretrained() one weight at a time, or hold one unit, session.weights.hold(name), and ask "
+            "its modules"
+        )
