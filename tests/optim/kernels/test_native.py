@@ -149,8 +149,34 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(fresh: Path, tmp_path: 
 
 
 def test_the_remedy_for_a_read_only_cache_is_another_place() -> None:
-    assert "set XDG_CACHE_HOME" in native._remedy(OSError(errno.EROFS, "read-only file system", "/cache"))
-    assert "install g++" in native._remedy(FileNotFoundError("no C++ compiler"))
+    assert "set XDG_CACHE_HOME" in native.remedy(OSError(errno.EROFS, "read-only file system", "/cache"))
+    assert "install g++" in native.remedy(FileNotFoundError("no C++ compiler"))
+
+
+@pytest.mark.parametrize("failure", ["no home", "no directory"])
+def test_without_a_cache_everything_runs_as_plain_torch(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, failure: str, tmp_path: Path
+) -> None:
+    """Containers run under numbers that no user has; a cache directory may be a file, or read-only."""
+    if failure == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(native.os.path, "expanduser", lambda path: path)
+    else:
+        (tmp_path / "memtrain").write_text("")
+    weight = torch.ones(5)
+    with pytest.warns(native.NativeKernelWarning, match="compiled or loaded"):
+        sign.plain_(weight, torch.ones(5), PlainStep(lr=0.5))
+    assert weight.tolist() == [0.5] * 5
+
+
+def test_flags_and_sources_are_part_of_the_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(name: str) -> str:
+        return native._digest(native._SOURCES / f"{name}.cpp", native._flags(name), "g++")
+
+    before = digest("sign")
+    assert digest("adamw") != before
+    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DOTHER"])
+    assert digest("sign") != before
 
 
 @pytest.mark.parametrize("failure", ["no home", "no directory"])
