@@ -1,4 +1,5 @@
-"""Transients at planned addresses: a CPU allocator for loops whose steps ask for the same bytes in the same order.
+"""Transients at planned addresses: a CPU allocator for loops whose steps ask for the same bytes in the same
+order.
 
     from memtrain.arena import PlannedAllocator
 
@@ -10,8 +11,9 @@
                 optimizer.step()
                 optimizer.zero_grad()
 
-``allocator.py`` decides when a step is recorded, planned or followed; ``trace.py`` makes a plan of recordings, with
-addresses from ``planner.addresses``; ``planned.cpp`` stands in the place of torch's own CPU allocator.
+``allocator.py`` decides when a step is recorded, planned or followed; ``trace.py`` makes a plan of
+recordings, with addresses from ``planner.addresses``; ``planned.cpp`` stands in the place of torch's own CPU
+allocator.
 """
 
 from memtrain.arena.allocator import ArenaError as ArenaError

@@ -1,19 +1,22 @@
-"""The planned allocator: records steps until two are alike, gives every request an address, and has them followed.
+"""The planned allocator: records steps until two are alike, gives every request an address, and has them
+followed.
 
-A recorded step is served by the ordinary allocator, large requests by mappings of their own: what was recorded then
-leaves nothing behind in the heap. A planned step finds all its memory in one mapping, resident before the step
-begins, on huge pages where the kernel has them; it has no page fault and no fragments, and takes what was packed.
+A recorded step is served by the ordinary allocator, large requests by mappings of their own: what was
+recorded then leaves nothing behind in the heap. A planned step finds all its memory in one mapping, resident
+before the step begins, on huge pages where the kernel has them; it has no page fault and no fragments, and
+takes what was packed.
 
-Every request of a planned step is checked against the plan. Where size or order differ, or requests are missing
-at the end, the rest of that step is ordinary, a warning says what differed, and after DEVIATIONS of them in a row
-the step is recorded anew. A block that lives longer than planned keeps its place: whoever was to have it next goes
-elsewhere. Steps that differ by design (another batch shape, accumulating or not) want a ``key`` each.
+Every request of a planned step is checked against the plan. Where size or order differ, or requests are
+missing at the end, the rest of that step is ordinary, a warning says what differed, and after DEVIATIONS of
+them in a row the step is recorded anew. A block that lives longer than planned keeps its place: whoever was
+to have it next goes elsewhere. Steps that differ by design (another batch shape, accumulating or not) want a
+``key`` each.
 
-What outlives its step (a loss that is kept, gradients that are zeroed in the next step, states that an optimizer
-makes) is not planned. Nor is what other threads ask for, or what is smaller than a page.
+What outlives its step (a loss that is kept, gradients that are zeroed in the next step, states that an
+optimizer makes) is not planned. Nor is what other threads ask for, or what is smaller than a page.
 
-Source: MEMO (arXiv 2407.12117), section 4.3, plans addresses by two levels of integer programs and replays them
-through PyTorch's allocator for GPUs; here one packing of the whole step, checked at run time, for CPUs.
+Source: MEMO (arXiv 2407.12117), section 4.3, plans addresses by two levels of integer programs and replays
+them through PyTorch's allocator for GPUs; here one packing of the whole step, checked at run time, for CPUs.
 """
 
 from __future__ import annotations
@@ -60,8 +63,8 @@ class ArenaSettings:
     """
 
     smallest_bytes: int = 4096
-    """Requests below are left to the ordinary allocator and not looked at. Below a page a heap has no faults, and
-    a logged scalar is no deviation."""
+    """Requests below are left to the ordinary allocator and not looked at. Below a page a heap has no faults,
+    and a logged scalar is no deviation."""
     packing_seconds: float = 10.0
     """Wall clock for a plan's addresses; taken only where the first passes do not reach the load."""
     poison: bool = False
@@ -69,7 +72,9 @@ class ArenaSettings:
 
     def __post_init__(self) -> None:
         if self.smallest_bytes < 1:
-            raise ValueError(f"smallest_bytes is {self.smallest_bytes}; it must be at least 1 (1: plan everything)")
+            raise ValueError(
+                f"smallest_bytes is {self.smallest_bytes}; it must be at least 1 (1: plan everything)"
+            )
         if not self.packing_seconds >= 0:
             raise ValueError(f"packing_seconds is {self.packing_seconds}; it cannot be negative")
 
@@ -135,8 +140,8 @@ class _Counts:
 class PlannedAllocator:
     """An arena for the steps of one loop; see the module. ``close`` it, or use it as a context.
 
-    Tensors made in a step may outlive the step and the arena: memory is given back when the last of them is gone.
-    Without a C++ compiler it warns, and every step is an ordinary one.
+    Tensors made in a step may outlive the step and the arena: memory is given back when the last of them is
+    gone. Without a C++ compiler it warns, and every step is an ordinary one.
 
     Args:
         settings: thresholds and limits.
@@ -175,7 +180,8 @@ class PlannedAllocator:
             key: steps of one key ask for the same bytes in the same order.
 
         Raises:
-            ArenaError: a step is open in this thread or of this arena, the arena is closed or another process's,
+            ArenaError: a step is open in this thread or of this arena, the arena is closed or another
+            process's,
                 or another allocator has taken torch's.
         """
         self._refuse()
@@ -239,7 +245,9 @@ class PlannedAllocator:
         if self._closed:
             raise ArenaError("the arena is closed: make a new PlannedAllocator")
         if os.getpid() != self._process:
-            raise ArenaError(f"the arena is process {self._process}'s: make one in this process, {os.getpid()}")
+            raise ArenaError(
+                f"the arena is process {self._process}'s: make one in this process, {os.getpid()}"
+            )
         if self._thread is not None:
             raise ArenaError("the arena has an open step: steps are neither nested nor shared by threads")
 
@@ -287,8 +295,8 @@ class PlannedAllocator:
         elif sequence.recordings == RECORDINGS:
             sequence.given_up = True
             self._warn(
-                f"no two neighbours of {RECORDINGS} recorded steps{_of(key)} ask for the same bytes in the same "
-                "order: they stay with the ordinary allocator. Give steps that differ by design different keys"
+                f"no two neighbours of {RECORDINGS} recorded steps{_of(key)} ask for the same bytes in the "
+                "same order: they stay with the ordinary allocator. Give steps that differ by design keys"
             )
 
     def _fit(self, lib: ctypes.CDLL) -> None:
@@ -302,8 +310,8 @@ class PlannedAllocator:
                 sequence.forget()
                 sequence.given_up = True
             self._warn(
-                f"an arena of {need} bytes cannot be had ({os.strerror(error)}): steps stay with the ordinary "
-                "allocator"
+                f"an arena of {need} bytes cannot be had ({os.strerror(error)}): steps stay with the "
+                "ordinary allocator"
             )
         self._mapped_bytes = 0 if error else need
 
@@ -317,11 +325,11 @@ class PlannedAllocator:
             return
         self._counts.deviating += 1
         sequence.deviations += 1
+        if sequence.deviations == DEVIATIONS:
+            sequence.forget()
         if not sequence.warned:
             sequence.warned = True
             self._warn(f"a step{_of(key)} left its plan: {deviation}")
-        if sequence.deviations == DEVIATIONS:
-            sequence.forget()
 
     def _warn(self, message: str) -> None:
         self._counts.deviations.append(message)
@@ -342,8 +350,8 @@ def _deviation(outcome: Outcome, plan: StepPlan) -> str:
     if outcome.occupied:
         index = outcome.occupied_request
         said.append(
-            f"{outcome.occupied} requests found their place taken by what lived longer than planned, the first "
-            f"request {index} for {plan.sizes[index]} bytes"
+            f"{outcome.occupied} requests found their place taken by what lived longer than planned, the "
+            f"first request {index} for {plan.sizes[index]} bytes"
         )
     if outcome.outliving:
         index = outcome.outliving_request

@@ -1,7 +1,7 @@
 """``planned.cpp`` as Python sees it: compiled when first asked for, and kept (``optim.kernels.native``).
 
-The library is linked against the torch that is installed and uses the headers that came with it, so its name in
-the cache carries torch's version. One g++ call of two seconds, once a machine and torch.
+The library is linked against the torch that is installed and uses the headers that came with it, so its name
+in the cache carries torch's version. One g++ call of two seconds, once a machine and torch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from memtrain.optim.kernels import native
 
 _SOURCE = Path(__file__).parent / "planned.cpp"
 _TORCH = Path(torch.__file__).parent
+
 
 class Request(ctypes.Structure):
     """``struct Request``: one of a plan's."""

@@ -1,8 +1,8 @@
 """From what a step asked for to addresses.
 
-Time is counted in requests: a block is born at the index of its request and has died when that many requests had
-been made. So a plan does not depend on the order of deaths between two requests, which reference counts and other
-threads decide.
+Time is counted in requests: a block is born at the index of its request and has died when that many requests
+had been made. So a plan does not depend on the order of deaths between two requests, which reference counts
+and other threads decide.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Trace:
         for index, death in enumerate(self.deaths):
             if death != ELSEWHERE and not index < death <= len(self.sizes):
                 raise ValueError(
-                    f"request {index} of {len(self.sizes)} dies at {death}: deaths are counted in requests, from "
-                    f"{index + 1} on, or {ELSEWHERE}"
+                    f"request {index} of {len(self.sizes)} dies at {death}: deaths are counted in requests, "
+                    f"from {index + 1} on, or {ELSEWHERE}"
                 )
 
     def is_like(self, other: Trace) -> bool:
@@ -71,11 +71,7 @@ class StepPlan:
     @property
     def outliving_bytes(self) -> int:
         """Bytes of the requests that go elsewhere because they outlive the step."""
-        return sum(
-            size
-            for size, offset in zip(self.sizes, self.offsets, strict=True)
-            if offset == ELSEWHERE
-        )
+        return sum(size for size, offset in zip(self.sizes, self.offsets, strict=True) if offset == ELSEWHERE)
 
 
 def plan_step(trace: Trace, *, time_limit_seconds: float) -> StepPlan:
@@ -91,9 +87,7 @@ def plan_step(trace: Trace, *, time_limit_seconds: float) -> StepPlan:
     ]
     packing = pack(buffers, time_limit_seconds=time_limit_seconds, alignment=ALIGNMENT_BYTES)
     offsets = tuple(packing.offsets.get(str(index), ELSEWHERE) for index in range(len(trace.sizes)))
-    return StepPlan(
-        sizes=tuple(trace.sizes), offsets=offsets, packing=packing, load_bytes=_load(buffers)
-    )
+    return StepPlan(sizes=tuple(trace.sizes), offsets=offsets, packing=packing, load_bytes=_load(buffers))
 
 
 def _load(buffers: Sequence[Buffer]) -> int:

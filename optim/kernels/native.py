@@ -244,8 +244,8 @@ def _library(source: str) -> ctypes.CDLL | None:
 
 
 def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
-    """The shared library that ``flags`` make of a C++ source and the headers beside it, compiled if this machine
-    has not compiled these before.
+    """The shared library that ``flags`` make of a C++ source and the headers beside it, compiled if this
+    machine has not compiled these before.
 
     Raises:
         FAILURES: no compiler, no place to keep the library, or a source that it does not take: ``remedy``.

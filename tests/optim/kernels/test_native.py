@@ -179,29 +179,6 @@ def test_flags_and_sources_are_part_of_the_name(fresh: Path, monkeypatch: pytest
     assert digest("sign") != before
 
 
-@pytest.mark.parametrize("failure", ["no home", "no directory"])
-def test_without_a_cache_everything_runs_as_plain_torch(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, failure: str, tmp_path: Path
-) -> None:
-    """Containers run under numbers that no user has; a cache directory may be a file, or read-only."""
-    if failure == "no home":
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(native.os.path, "expanduser", lambda path: path)
-    else:
-        (tmp_path / "memtrain").write_text("")
-    weight = torch.ones(5)
-    with pytest.warns(native.NativeKernelWarning, match="compiled or loaded"):
-        sign.plain_(weight, torch.ones(5), PlainStep(lr=0.5))
-    assert weight.tolist() == [0.5] * 5
-
-
-def test_flags_and_sources_are_part_of_the_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = native._digest("sign", "g++")
-    assert native._digest("adamw", "g++") != before
-    monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DOTHER"])
-    assert native._digest("sign", "g++") != before
-
-
 @pytest.mark.parametrize("failure", ["none", "broken"])
 def test_without_a_compiler_everything_runs_as_plain_torch(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, failure: str, tmp_path: Path
