@@ -1,18 +1,21 @@
-"""Forward and backward passes of one model under one allocator, in this process; ends with one JSON line.
+"""Forward and backward passes of one model under one allocator, in this process, one for each line of input.
 
-    python benchmarks/_allocator_child.py --model data/models/smollm2-135m --sequence 1024 --planned
+    yes | head -5 | python benchmarks/_allocator_child.py --model data/models/smollm2-135m --sequence 1024
 
-The allocator is the one that the environment loads, with ``--planned`` memtrain's arena on top of it. The
-first steps are not counted: allocators grow in them, and the arena records two. ``digest`` is of the losses
-of all steps and of the last step's gradients.
+The allocator is the one that the environment loads, with ``--planned`` memtrain's arena on top of it. Prints
+``ready`` after three steps that do not count (allocators grow in them, and the arena records two), a JSON
+line for each step, and when the input ends one more for the process. ``digest`` is of the losses of all steps
+and of the last step's gradients.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,25 +23,51 @@ from typing import Any
 import torch
 import xxhash
 
+WARM_UP_STEPS = 3
+
 
 def faults() -> int:
     """Page faults of this process so far that needed no disk."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def memory_bytes(field: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process."""
+def peak_bytes() -> int:
+    """VmHWM of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
-def digest(model: torch.nn.Module, losses: list[float]) -> str:
-    """Of losses and gradients, bit by bit."""
-    hashed = xxhash.xxh3_128(json.dumps([loss.hex() for loss in losses]).encode())
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            hashed.update(parameter.grad.contiguous().view(torch.uint8).numpy())
-    return hashed.hexdigest()
+class Passes:
+    """One model, one batch."""
+
+    def __init__(self, model: str, sequence: int, arena: Any) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._arena = arena
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self._model.config.vocab_size
+        self._tokens = torch.randint(vocabulary, (1, sequence), generator=generator)
+        self.hashed = xxhash.xxh3_128()
+
+    def step(self, *, last: bool = False) -> dict[str, float]:
+        """Forward and backward; what they took. The last step's gradients are hashed."""
+        begin, before, cpu = time.perf_counter(), faults(), time.process_time()
+        with self._arena.step() if self._arena else contextlib.nullcontext():
+            loss = self._model(input_ids=self._tokens, labels=self._tokens).loss
+            loss.backward()
+            self.hashed.update(loss.item().hex().encode())
+            del loss
+            took = {
+                "seconds": time.perf_counter() - begin,
+                "cpu_seconds": time.process_time() - cpu,
+                "page_faults": faults() - before,
+            }
+            if last:
+                for parameter in self._model.parameters():
+                    self.hashed.update(parameter.grad.view(torch.uint8).numpy())
+            self._model.zero_grad(set_to_none=True)
+        return took
 
 
 def main() -> None:
@@ -47,50 +76,24 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--sequence", type=int, required=True)
-    parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--planned", action="store_true")
     args = parser.parse_args()
-
-    from transformers import AutoModelForCausalLM
-
     arena: Any = None
     if args.planned:
         from memtrain.arena import PlannedAllocator
 
         arena = PlannedAllocator()
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, args.sequence), generator=generator)
-    baseline_bytes = memory_bytes("VmRSS")
-    steps: list[dict[str, float]] = []
-    losses: list[float] = []
-    for step in range(args.warm_up + args.steps):
-        last = step == args.warm_up + args.steps - 1
-        begin, before, cpu = time.perf_counter(), faults(), time.process_time()
-        with arena.step() if arena else contextlib.nullcontext():
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            losses.append(loss.item())
-            del loss
-            seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
-            now = faults() - before
-            checked = digest(model, losses) if last else ""
-            model.zero_grad(set_to_none=True)
-        steps.append({"seconds": seconds, "cpu_seconds": cpu_seconds, "page_faults": now})
-    report = {
-        "steps": steps[args.warm_up :],
-        "warm_up": steps[: args.warm_up],
-        "baseline_bytes": baseline_bytes,
-        "peak_bytes": memory_bytes("VmHWM"),
-        "digest": checked,
-        "losses": losses,
-    }
+    passes = Passes(args.model, args.sequence, arena)
+    for _ in range(WARM_UP_STEPS):
+        passes.step()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(passes.step()), flush=True)
+    passes.step(last=True)
+    report = {"peak_bytes": peak_bytes(), "digest": passes.hashed.hexdigest()}
     if arena:
-        said = arena.report()
-        report["arena"] = {name: getattr(said, name) for name in said.__slots__ if name != "deviations"}
-        report["deviations"] = said.deviations
-    print(json.dumps(report))
+        report["arena"] = dataclasses.asdict(arena.report())
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
