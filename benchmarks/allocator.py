@@ -105,7 +105,7 @@ class Contender:
 
 @contextmanager
 def running(name: str, environment: Mapping[str, str], args: argparse.Namespace) -> Iterator[Contender]:
-    """A contender that is ready; it is gone afterwards."""
+    """A contender that is about to say that it is ready; it is gone afterwards."""
     command = [sys.executable, str(BENCHMARKS / "_allocator_child.py"), "--model", str(model_directory())]
     command += ["--sequence", str(args.sequence)]
     if name in (PLANNED, PLANNED_OVER_GLIBC):
@@ -121,9 +121,7 @@ def running(name: str, environment: Mapping[str, str], args: argparse.Namespace)
             env={**os.environ, **common, **environment},
         )
         try:
-            contender = Contender(name=name, process=process, log=log)
-            contender.answer()
-            yield contender
+            yield Contender(name=name, process=process, log=log)
         finally:
             process.kill()
             process.wait()
@@ -137,6 +135,8 @@ def measure(names: Iterable[str], args: argparse.Namespace) -> list[Contender]:
     environments = contenders()
     with ExitStack() as stack:
         group = [stack.enter_context(running(name, environments[name], args)) for name in names]
+        for contender in group:
+            contender.answer()
         for turn in range(args.steps):
             for contender in group[:: -1 if turn % 2 else 1]:
                 contender.step()

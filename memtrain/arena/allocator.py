@@ -304,7 +304,7 @@ class PlannedAllocator:
         need = max((s.plan.packing.height for s in self._sequences.values() if s.plan is not None), default=0)
         if need == self._mapped_bytes:
             return
-        error = lib.memtrain_arena_map(self._arena, need) if need else 0
+        error = lib.memtrain_arena_map(self._arena, need)
         if error:
             for sequence in self._sequences.values():
                 sequence.forget()

@@ -331,11 +331,12 @@ void memtrain_arena_delete(Arena* arena) {
   delete arena;
 }
 
-// Give the arena `bytes` of resident memory in place of what it has. 0, or an errno.
+// Give the arena `bytes` of resident memory, or none, in place of what it has. 0, or an errno.
 int memtrain_arena_map(Arena* arena, uint64_t bytes) {
   std::lock_guard<std::mutex> guard(lock);
   retire(arena->region);
   arena->region = nullptr;
+  if (bytes == 0) return 0;
   size_t index = 0;
   while (index < kRegions && slots[index].region != nullptr) ++index;
   if (index == kRegions) return EMFILE;
