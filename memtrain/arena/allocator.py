@@ -118,7 +118,9 @@ class _Sequence:
     def follow(self, plan: StepPlan) -> None:
         """From now on."""
         self.previous, self.plan = None, plan
-        self.requests = (Request * len(plan.sizes))(*zip(plan.sizes, plan.offsets, strict=True))
+        self.requests = (Request * len(plan.sizes))(
+            *(Request(size, offset) for size, offset in zip(plan.sizes, plan.offsets, strict=True))
+        )
         self.warned = False
 
     def forget(self) -> None:
