@@ -33,5 +33,7 @@ if ! pip install -c constraints.txt "$TORCH" 2>/dev/null; then
 fi
 pip install -c constraints.txt --no-build-isolation -e '.[hf,plots,dev]'
 # memtrain's optimizers on a CPU, compiled now: the compiler takes 160 MiB, which a run under a budget may not
-# have. Without a compiler they run as plain torch; it says so itself, and set-up goes on.
+# have. Without a compiler they run as plain torch; it says so itself, and set-up goes on. So with the planned
+# allocator, a call of two seconds.
 "$VENV/bin/python" -m memtrain.optim.kernels.native || true
+"$VENV/bin/python" -m memtrain.arena || true

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 FRONT = Path(__file__).resolve().parent.parent / "memtrain"
-PACKAGES = ["memtrain.planner", "memtrain.cli", "memtrain.planning", "memtrain.planpage"]
+PACKAGES = ["memtrain.planner", "memtrain.arena", "memtrain.cli", "memtrain.planning", "memtrain.planpage"]
 
 
 def main() -> int:

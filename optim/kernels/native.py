@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ _FLAGS_OF = dict.fromkeys(("gated", "rms_norm"), ("-ffp-contract=off",))
 """Sources that round where torch's operators do: a fused multiply-add would round once instead of twice."""
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
-_FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home
+FAILURES = (OSError, RuntimeError, subprocess.SubprocessError)  # RuntimeError: no home
+"""What compiling and loading raise; ``remedy`` says what to do."""
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST)
 _NO_LOCKS = (errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
@@ -245,24 +246,34 @@ def serves_exactly(source: str, *operands: Tensor) -> bool:
 @functools.cache
 def _library(source: str) -> ctypes.CDLL | None:
     try:
-        path = _compiled(source)
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            # A machine that died, or a disk that was full, may have left half a library.
-            path.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_compiled(source)))
-    except _FAILURES as error:
+        return load(_SOURCES / f"{source}.cpp", _flags(source))
+    except FAILURES as error:
         warnings.warn(
             f"the CPU kernel {source} could not be compiled or loaded and runs as plain torch, ten to twenty "
-            f"times slower; {_remedy(error)}",
+            f"times slower; {remedy(error)}",
             NativeKernelWarning,
             stacklevel=4,
         )
         return None
 
 
-def _remedy(error: Exception) -> str:
+def load(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
+    """The shared library that ``flags`` make of a C++ source and the headers beside it, compiled if this
+    machine has not compiled these before.
+
+    Raises:
+        FAILURES: no compiler, no place to keep the library, or a source that it does not take: ``remedy``.
+    """
+    path = _library_of(source, flags)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        # A machine that died, or a disk that was full, may have left half a library.
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_library_of(source, flags)))
+
+
+def remedy(error: Exception) -> str:
     """What to do, and what was said."""
     said = str(getattr(error, "stderr", None) or error).strip()[-500:]
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
@@ -271,29 +282,31 @@ def _remedy(error: Exception) -> str:
 
 
 def _compiled(source: str) -> Path:
-    """The shared library, compiled if this machine has not compiled these sources before."""
-    compiler, path = _library_path(source)
+    return _library_of(_SOURCES / f"{source}.cpp", _flags(source))
+
+
+def _library_of(source: Path, flags: Sequence[str]) -> Path:
+    compiler, path = _library_path(source, flags)
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _one_at_a_time(path.parent):
             if not path.exists():
-                _compile(compiler, source, path)
+                _compile([compiler, *flags, str(source)], path)
     return path
 
 
-def _library_path(source: str) -> tuple[str, Path]:
+def _library_path(source: Path, flags: Sequence[str]) -> tuple[str, Path]:
     """The compiler, and where what it makes of ``source`` is kept."""
     compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), *_COMPILERS)))), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler: looked for $CXX, {', '.join(_COMPILERS)}")
-    return compiler, cache_directory() / f"{source}-{_digest(source, compiler)}.so"
+    return compiler, cache_directory() / f"{source.stem}-{_digest(source, flags, compiler)}.so"
 
 
-def _compile(compiler: str, source: str, path: Path) -> None:
+def _compile(command: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
         made = Path(directory) / path.name
-        command = [compiler, *_flags(source), str(_SOURCES / f"{source}.cpp"), "-o", str(made)]
-        _run(command, timeout=_TIMEOUT_SECONDS)
+        _run([*command, "-o", str(made)], timeout=_TIMEOUT_SECONDS)
         made.replace(path)  # whole or not at all, also where several processes compile
 
 
@@ -328,7 +341,7 @@ def compile_missing() -> list[str]:
     job's group counts it too. A failure is told when a kernel is first called, as ever.
     """
     try:
-        missing = [source for source in _names() if not _library_path(source)[1].exists()]
+        missing = [source for source in _names() if not _is_compiled(source)]
         if missing:
             print(
                 f"memtrain: compiling CPU kernels ({', '.join(missing)}), once on this machine; "
@@ -338,9 +351,13 @@ def compile_missing() -> list[str]:
             )
         for source in missing:
             _compiled(source)
-    except _FAILURES:
+    except FAILURES:
         return []
     return missing
+
+
+def _is_compiled(source: str) -> bool:
+    return _library_path(_SOURCES / f"{source}.cpp", _flags(source))[1].exists()
 
 
 def _names() -> list[str]:
@@ -353,11 +370,11 @@ def cache_directory() -> Path:
     return base / "memtrain" / "kernels"
 
 
-def _digest(source: str, compiler: str) -> str:
+def _digest(source: Path, flags: Sequence[str], compiler: str) -> str:
     """Of all that the binary depends on."""
     version = _run([compiler, "--version"], timeout=_TIMEOUT_SECONDS)
-    parts = [*_flags(source), compiler, version, _processor()]
-    for file in (*sorted(_SOURCES.glob("*.h")), _SOURCES / f"{source}.cpp"):
+    parts = [*flags, compiler, version, _processor()]
+    for file in (*sorted(source.parent.glob("*.h")), source):
         parts.append(file.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -385,10 +402,10 @@ def main() -> int:
     """The command line: compile everything; 1 where that fails, with the remedy."""
     try:
         print(*compile_all(), sep="\n")
-    except _FAILURES as error:
+    except FAILURES as error:
         print(
             f"the CPU kernels were not compiled and will run as plain torch, ten to twenty times slower; "
-            f"{_remedy(error)}",
+            f"{remedy(error)}",
             file=sys.stderr,
         )
         return 1

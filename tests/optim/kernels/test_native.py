@@ -149,8 +149,8 @@ def test_a_cache_that_cannot_be_written_names_the_remedy(fresh: Path, tmp_path: 
 
 
 def test_the_remedy_for_a_read_only_cache_is_another_place() -> None:
-    assert "set XDG_CACHE_HOME" in native._remedy(OSError(errno.EROFS, "read-only file system", "/cache"))
-    assert "install g++" in native._remedy(FileNotFoundError("no C++ compiler"))
+    assert "set XDG_CACHE_HOME" in native.remedy(OSError(errno.EROFS, "read-only file system", "/cache"))
+    assert "install g++" in native.remedy(FileNotFoundError("no C++ compiler"))
 
 
 @pytest.mark.parametrize("failure", ["no home", "no directory"])
@@ -170,10 +170,13 @@ def test_without_a_cache_everything_runs_as_plain_torch(
 
 
 def test_flags_and_sources_are_part_of_the_name(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = native._digest("sign", "g++")
-    assert native._digest("adamw", "g++") != before
+    def digest(name: str) -> str:
+        return native._digest(native._SOURCES / f"{name}.cpp", native._flags(name), "g++")
+
+    before = digest("sign")
+    assert digest("adamw") != before
     monkeypatch.setattr(native, "_FLAGS", [*native._FLAGS, "-DOTHER"])
-    assert native._digest("sign", "g++") != before
+    assert digest("sign") != before
 
 
 @pytest.mark.parametrize("failure", ["none", "broken"])

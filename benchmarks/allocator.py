@@ -1,0 +1,222 @@
+"""Does an allocator with a plan beat those without? SmolLM2-135M, bf16, sequence 1024, forward and backward.
+
+    sh scripts/setup_allocators.sh       # once: jemalloc and tcmalloc
+    python benchmarks/allocator.py       # about twelve minutes on two idle cores
+
+Every contender is a process of its own. Some of them live side by side, and take their steps in turn, one at
+a time, in alternating order: what slows the machine for a while slows all of them. The planned allocator
+takes part in every such group, and ratios are taken turn by turn. All must have the same losses and
+gradients, bit for bit.
+
+- vs_jemalloc_time: seconds a step with the planned allocator over those with jemalloc, the faster of its two
+  settings; median over turns. As in memtrain's trainer, what is not planned is mimalloc's; over glibc the
+  planned allocator is a contender of its own.
+- peak_over_load: bytes of the arena over the most bytes of its blocks alive at once. Requests below a page,
+  0.02 % of the bytes here, are in neither.
+- page_faults_per_step: median over the planned allocator's steps, of the whole process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from _harness import BENCHMARKS, ROOT, BenchmarkError, GiB, model_directory, publish, spread, table
+
+PLANNED, PLANNED_OVER_GLIBC = "planned", "planned, over glibc"
+JEMALLOC = ("jemalloc, huge pages", "jemalloc, huge pages, keeps all")
+LIBRARIES = Path("/usr/lib")
+
+
+def library(name: str) -> str:
+    """The path of a shared library of the system's. Raises BenchmarkError."""
+    found = sorted(LIBRARIES.glob(f"*/{name}")) + sorted(LIBRARIES.glob(name))
+    if not found:
+        raise BenchmarkError(f"{name} is missing below {LIBRARIES}: run scripts/setup_allocators.sh")
+    return str(found[0])
+
+
+def contenders() -> dict[str, dict[str, str]]:
+    """The environment of each; those that matter most first."""
+    from memtrain.malloc import mimalloc_library, tuned_environment
+
+    mimalloc = tuned_environment({}, mimalloc_library())
+    if mimalloc is None:
+        raise BenchmarkError("cmeel-mimalloc is not installed: run make setup")
+    jemalloc = {"LD_PRELOAD": library("libjemalloc.so.2")}
+    heap = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736"
+    return {
+        PLANNED: mimalloc,
+        JEMALLOC[0]: {**jemalloc, "MALLOC_CONF": "thp:always"},
+        JEMALLOC[1]: {**jemalloc, "MALLOC_CONF": "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"},
+        PLANNED_OVER_GLIBC: {},
+        "tcmalloc": {"LD_PRELOAD": library("libtcmalloc_minimal.so.4")},
+        "mimalloc": mimalloc,
+        "glibc": {},
+        "glibc, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        "glibc without mmap": {"GLIBC_TUNABLES": heap},
+        "glibc without mmap, huge pages": {"GLIBC_TUNABLES": f"{heap}:glibc.malloc.hugetlb=1"},
+    }
+
+
+@dataclass(kw_only=True)
+class Contender:
+    """A child that takes a step when it is told to."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: IO[str]
+    steps: list[dict[str, float]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def answer(self) -> str:
+        """Its next line. Raises BenchmarkError when there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            raise BenchmarkError(f"{self.name} has ended; it last said:\n{self.log.read()[-2000:]}")
+        return line
+
+    def step(self) -> None:
+        """One more."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        self.steps.append(json.loads(self.answer()))
+
+    def finish(self) -> None:
+        """Its report."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.report = json.loads(self.answer())
+
+
+@contextmanager
+def running(name: str, environment: Mapping[str, str], args: argparse.Namespace) -> Iterator[Contender]:
+    """A contender that is about to say that it is ready; it is gone afterwards."""
+    command = [sys.executable, str(BENCHMARKS / "_allocator_child.py"), "--model", str(model_directory())]
+    command += ["--sequence", str(args.sequence)]
+    if name in (PLANNED, PLANNED_OVER_GLIBC):
+        command.append("--planned")
+    common = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **common, **environment},
+        )
+        try:
+            yield Contender(name=name, process=process, log=log)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None and not pipe.closed:
+                    pipe.close()
+
+
+def measure(names: Iterable[str], args: argparse.Namespace) -> list[Contender]:
+    """All of them at once, taking turns."""
+    environments = contenders()
+    with ExitStack() as stack:
+        group = [stack.enter_context(running(name, environments[name], args)) for name in names]
+        for contender in group:
+            contender.answer()
+        for turn in range(args.steps):
+            for contender in group[:: -1 if turn % 2 else 1]:
+                contender.step()
+        for contender in group:
+            contender.finish()
+            print(_line(contender), flush=True)
+    return group
+
+
+def _line(contender: Contender) -> str:
+    seconds = statistics.median(step["seconds"] for step in contender.steps)
+    return f"{contender.name}: {seconds:.2f} s a step, peak {contender.report['peak_bytes'] / GiB:.3f} GiB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--at-a-time", type=int, default=4, help="processes of about 2.5 GiB each")
+    parser.add_argument("--contenders", type=int, default=10, help="only the first so many (at least 3)")
+    args = parser.parse_args()
+    if args.at_a_time < 2 or args.contenders < 3 or args.steps < 1:
+        parser.error("--at-a-time is at least 2, --contenders at least 3, --steps at least 1")
+    others = [name for name in contenders() if name != PLANNED][: args.contenders - 1]
+    size = args.at_a_time - 1
+    groups = [
+        measure([PLANNED, *others[first : first + size]], args) for first in range(0, len(others), size)
+    ]
+    everyone = [contender for group in groups for contender in group]
+    digests = {contender.report["digest"] for contender in everyone}
+    if len(digests) != 1:
+        raise BenchmarkError(
+            f"losses or gradients differ: {[(c.name, c.report['digest']) for c in everyone]}"
+        )
+    ours = [group[0] for group in groups]
+    arena = ours[0].report["arena"]
+    if any(c.report["arena"]["planned_steps"] < args.steps for c in ours):
+        raise BenchmarkError(f"not every step went as planned: {[c.report['arena'] for c in ours]}")
+    ratios: dict[str, dict[str, float]] = {}
+    by_name: defaultdict[str, list[Contender]] = defaultdict(list)
+    for group in groups:
+        for contender in group:
+            by_name[contender.name].append(contender)
+            turns = zip(group[0].steps, contender.steps, strict=True)
+            ratios.setdefault(contender.name, spread([a["seconds"] / b["seconds"] for a, b in turns]))
+    summary = {
+        "vs_jemalloc_time": round(max(ratios[name]["median"] for name in JEMALLOC), 3),
+        "peak_over_load": round(arena["arena_bytes"] / arena["load_bytes"], 5),
+        "page_faults_per_step": statistics.median(step["page_faults"] for c in ours for step in c.steps),
+    }
+    header = (
+        "allocator",
+        *("step min (s)", "median", "max", "CPU s a step", "page faults a step", "VmHWM (GiB)"),
+        "planned over it",
+    )
+    text = table(header, [_row(name, found, ratios[name]) for name, found in by_name.items()])
+    text += (
+        f"\narena {arena['arena_bytes'] / GiB:.4f} GiB for {arena['planned_requests']} requests; alive at "
+        f"once at most {arena['load_bytes'] / GiB:.4f} GiB"
+        f"\nlosses and gradients equal bit for bit in {len(everyone)} processes"
+    )
+    details = [{"name": c.name, "steps": c.steps, "report": c.report} for c in everyone]
+    publish("allocator", text=text, summary=summary, details={"children": details, "ratios": ratios})
+
+
+def _row(name: str, found: list[Contender], ratio: Mapping[str, float]) -> tuple[object, ...]:
+    steps = [step for contender in found for step in contender.steps]
+    seconds = spread([step["seconds"] for step in steps])
+    return (
+        name,
+        *(f"{seconds[key]:.2f}" for key in ("min", "median", "max")),
+        f"{statistics.median(step['cpu_seconds'] for step in steps):.2f}",
+        f"{statistics.median(step['page_faults'] for step in steps):.0f}",
+        f"{max(contender.report['peak_bytes'] for contender in found) / GiB:.3f}",
+        f"{ratio['median']:.3f} ({ratio['min']:.3f} to {ratio['max']:.3f})",
+    )
+
+
+if __name__ == "__main__":
+    main()

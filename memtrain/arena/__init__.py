@@ -1,0 +1,25 @@
+"""Transients at planned addresses: a CPU allocator for loops whose steps ask for the same bytes in the same
+order.
+
+    from memtrain.arena import PlannedAllocator
+
+    with PlannedAllocator() as arena:
+        for batch in batches:
+            with arena.step():
+                loss = model(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+``allocator.py`` decides when a step is recorded, planned or followed; ``trace.py`` makes a plan of
+recordings, with addresses from ``planner.addresses``; ``planned.cpp`` stands in the place of torch's own CPU
+allocator.
+"""
+
+from memtrain.arena.allocator import ArenaError as ArenaError
+from memtrain.arena.allocator import ArenaReport as ArenaReport
+from memtrain.arena.allocator import ArenaSettings as ArenaSettings
+from memtrain.arena.allocator import ArenaWarning as ArenaWarning
+from memtrain.arena.allocator import PlannedAllocator as PlannedAllocator
+
+__all__ = ["ArenaError", "ArenaReport", "ArenaSettings", "ArenaWarning", "PlannedAllocator"]
