@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
 
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError
@@ -15,7 +14,7 @@ from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.pipeline import ShardPipeline, Stages
 from memtrain.offload.shards import Shard
-from memtrain.offload.slab import Ring
+from memtrain.offload.slab import Ring, Slot
 from memtrain.offload.update import Update
 
 
@@ -128,17 +127,9 @@ class UpdateRunner:
         if self._failure is None:
             self.flush()
 
-    @contextmanager
-    def borrow(self) -> Iterator[Tensor | None]:
-        """A slot for other use; None where no record is on a tier."""
-        if self._ring is None:
-            yield None
-            return
-        slot = self._pipeline.borrow()
-        try:
-            yield slot.buffer
-        finally:
-            slot.release()
+    def borrow(self) -> Slot | None:
+        """A slot for other use, which the caller releases; None where no record is on a tier."""
+        return None if self._ring is None else self._pipeline.borrow()
 
     def close(self) -> None:
         """Finish what is pending, and give the memory back."""
