@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
 from memtrain.offload.slab import Slot
@@ -245,7 +245,12 @@ class RecordCursor:
             self.leave()
             if self._records.on_tier(shard):
                 assert self._slot is not None
-                self._finish(self._records.read(shard, self._slot))
+                try:
+                    self._finish(self._records.read(shard, self._slot))
+                except ExtentStateError:
+                    if not change:
+                        raise
+                    self._slot.zero_()  # its last write failed: it is being replaced, and nothing else
                 self._shard = shard
         self._dirty |= change and self._shard is shard
         return self._records.memory(shard, self._slot)

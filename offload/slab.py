@@ -6,9 +6,12 @@ there is a CUDA device the mapping is registered with it (``device.py``).
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
@@ -27,6 +30,23 @@ PAGE_BYTES = 4096
 """Unit of every size and offset here: the page, and the block that direct I/O wants."""
 HUGE_PAGE_BYTES = 2 << 20
 _RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
+
+_NO_ACCESS = 0  # PROT_NONE
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which the mmap module has no name for
+_not_inherited: dict[int, int] = {}
+"""Bytes by address of the memory that a forked child may not touch."""
+
+
+def _take_from_child() -> None:
+    """The child's pages are empty, and now out of reach. The range stays taken: if it were not, as after
+    MADV_DONTFORK, something else could come to lie there, to be read through a view of the slab, and unmapped
+    with it."""
+    libc = ctypes.CDLL(None)
+    for address, nbytes in list(_not_inherited.items()):
+        libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _NO_ACCESS)
+
+
+os.register_at_fork(after_in_child=_take_from_child)
 
 
 class Transfer(Protocol):
@@ -72,11 +92,13 @@ class Slab:
                 f"limit (ulimit -v) or lower the budget"
             ) from error
         mapping.madvise(mmap.MADV_DONTDUMP)
-        if not inherited:
-            mapping.madvise(mmap.MADV_DONTFORK)
         if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        if not inherited:
+            mapping.madvise(_WIPE_ON_FORK)
+            _not_inherited[self.address] = self.nbytes
+            weakref.finalize(mapping, _not_inherited.pop, self.address).atexit = False
         if numa_node is not None:
             numa.bind(self.address, self.nbytes, numa_node)
             self.buffer[::PAGE_BYTES] = 0
