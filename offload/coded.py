@@ -201,6 +201,7 @@ class CodedStore:
         Raises:
             ExtentStateError: it was freed already.
         """
+        self._refuse_child()
         with self._lock:
             self._check_usable(extent)
             extent.freed = True
@@ -240,6 +241,7 @@ class CodedStore:
     def _enqueue(
         self, direction: Direction, extent: CodedExtent, buffer: torch.Tensor, offset: int
     ) -> CodedTicket:
+        self._refuse_child()
         self._check_buffer(extent, buffer, offset)
         move = self._write_segment if direction is Direction.WRITE else self._read_segment
         with self._lock:
@@ -346,11 +348,14 @@ class CodedStore:
         if extent.freed:
             raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
 
-    def _check_open(self) -> None:
+    def _refuse_child(self) -> None:
+        """Before any lock: in a forked child it may be held by a thread that exists only in the parent."""
         if os.getpid() != self._pid:
             raise OffloadError(
                 f"the coded {self.tier.value} store belongs to process {self._pid}; a forked child may not "
                 f"use it"
             )
+
+    def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the coded {self.tier.value} store is closed")

@@ -177,6 +177,7 @@ class Store:
         """
         if nbytes < 0:
             raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
+        self._refuse_child()
         size = reserved(nbytes, self.alignment)
         with self._changed:
             self._check_open()
@@ -229,6 +230,7 @@ class Store:
             ExtentStateError: the extent is freed or another store's, bytes of the range are being moved, or a
                 boundary cuts a chunk.
         """
+        self._refuse_child()
         with self._changed:
             self._check_usable(extent)
             for ticket in self._pending.get(extent, ()):
@@ -243,6 +245,7 @@ class Store:
         Raises:
             ExtentStateError: it was freed already, or is another store's.
         """
+        self._refuse_child()
         with self._changed:
             self._check_usable(extent)
             extent.freed = True
@@ -293,6 +296,7 @@ class Store:
 
     def _enqueue(self, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int) -> Ticket:
         self._check_range(extent, buffer, offset)
+        self._refuse_child()
         ticket = Ticket(self, direction, extent, buffer, offset)
         with self._changed:
             self._check_open()
@@ -420,6 +424,7 @@ class Store:
         """
         if ticket.done():
             return 0.0
+        self._refuse_child()
         now = time.monotonic()
         what = ticket._describe()
         if deadline is not None and now >= deadline:
@@ -486,11 +491,14 @@ class Store:
         if extent.freed:
             raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
 
-    def _check_open(self) -> None:
+    def _refuse_child(self) -> None:
+        """Before any lock: in a forked child it may be held by a thread that exists only in the parent."""
         if os.getpid() != self._pid:
             raise OffloadError(
                 f"the {self.tier.value} store belongs to process {self._pid}; a forked child may not use it"
             )
+
+    def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the {self.tier.value} store is closed")
 

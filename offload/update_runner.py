@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 
@@ -38,6 +39,7 @@ class UpdateRunner:
         slot_bytes: int,
     ) -> None:
         self._index = layout.index
+        self._pid = os.getpid()
         self._update: Update | None = None
         self._streamed: dict[str, list[Shard]] = {}
         """Of the shards that wait, those that need a slot, by unit: ``ensure`` is called before every module
@@ -98,7 +100,7 @@ class UpdateRunner:
         ones be read into slots whose writes have ended meanwhile.
 
         Raises:
-            OffloadError: an update has failed, now or earlier. The weights of any unit may be those of either
+            OffloadError: in a forked child; or an update has failed, now or earlier. The weights of any unit may be those of either
                 step: so every forward pass from then on raises, whatever unit it begins with.
         """
         self._check_alive()
@@ -159,6 +161,10 @@ class UpdateRunner:
             raise
 
     def _check_alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the streamed optimizer belongs to process {self._pid}; a forked child may not use it"
+            )
         if self._failure is not None:
             raise OffloadError(
                 f"an earlier update failed half-way ({self._failure}): weights and state no longer belong "
