@@ -320,7 +320,7 @@ class FaultyBackend:
             fault = self.plan.get(self.submitted)
             self.submitted += 1
             if fault is not None:
-                request.target = _FaultyTarget(request.target, fault)
+                request.target = FaultyTarget(request.target, fault)
             self._held.append(request)
             full = len(self._held) >= self._reorder
             first = len(self._held) == 1
@@ -343,7 +343,9 @@ class FaultyBackend:
             self.inner.submit(request)
 
 
-class _FaultyTarget:
+class FaultyTarget:
+    """For tests: a target of one request, which suffers ``fault``."""
+
     def __init__(self, inner: Target, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault

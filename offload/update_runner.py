@@ -100,8 +100,9 @@ class UpdateRunner:
         ones be read into slots whose writes have ended meanwhile.
 
         Raises:
-            OffloadError: in a forked child; or an update has failed, now or earlier. The weights of any unit may be those of either
-                step: so every forward pass from then on raises, whatever unit it begins with.
+            OffloadError: in a forked child; or an update has failed, now or earlier. The weights of any unit
+                may then be those of either step: so every forward pass from then on raises, whatever unit it
+                begins with.
         """
         self._check_alive()
         update = self._update
