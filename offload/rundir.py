@@ -290,7 +290,15 @@ def _open_private(path: Path) -> int:
 
 
 def _remove_tree(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """What is known to be there goes without a descriptor, which may be what the process has no more of."""
+    for name in (LOCK, ARENA):
+        with contextlib.suppress(OSError):
+            os.unlink(path / name)
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return
+    except OSError:
         shutil.rmtree(path)
 
 
