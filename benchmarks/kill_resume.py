@@ -218,7 +218,8 @@ def kill_and_resume(directory: Path, kills: int, seed: int) -> Tally:
         seconds.append(time.monotonic() - began)
         anew()
     while tally.killed < kills and not tally.faults:
-        code, newly = trial(directory, expected, rng.uniform(0.0, statistics.mean(seconds)))
+        began = time.monotonic()
+        code, newly = trial(directory, expected, rng.uniform(0.0, statistics.mean(seconds[-5:])))
         saved = max(saved, newly)
         if code == -signal.SIGKILL:
             tally.killed += 1
@@ -227,6 +228,7 @@ def kill_and_resume(directory: Path, kills: int, seed: int) -> Tally:
         elif code == 0:
             tally.finished += 1
             saved = 0
+            seconds.append(time.monotonic() - began)  # the machine is quicker now than it was
             anew()
         else:
             tally.faults.append(f"a run ended with {code} ({DIFFERS}: other weights than plain PyTorch's)")

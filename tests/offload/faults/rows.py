@@ -29,10 +29,10 @@ row fault                                            required
 24  another model, dtype, order on resume            refused, with the differences
 === ================================================ ========================================================
 
-By real means where there are any: loop-mounted ext4 (also with 4096-byte blocks, frozen, filled, inside a full
-one, unmounted under the run), truncated images, punched holes, limits of the process, SIGKILL, signals,
-seccomp, another user. The rest by ``FaultyBackend`` and scripted targets; so quotas, as the kernels that this
-was written on have no quota format, and syncs that fail once.
+By real means where there are any: loop-mounted ext4 (also with 4096-byte blocks, frozen, filled, inside a
+full one, unmounted under the run), truncated images, punched holes, limits of the process, SIGKILL,
+signals, seccomp, another user. The rest by ``FaultyBackend`` and scripted targets; so quotas, for which the
+kernel that this was written on has no format, and syncs that fail once.
 """
 
 from __future__ import annotations
@@ -135,6 +135,7 @@ TESTS: dict[int, tuple[str, ...]] = {
         "test_memory_that_a_child_does_not_inherit_is_not_given_to_anything_else_in_it",
         "faults/test_processes.py::test_two_sessions_in_one_process_and_one_directory",
         "faults/test_processes.py::test_two_sessions_in_two_threads",
+        "../memtrain/test_session.py::test_two_sessions_at_once_are_bit_equal",
         "test_swap_directory.py::test_two_stores_in_one_directory_do_not_see_each_other",
     ),
     16: (

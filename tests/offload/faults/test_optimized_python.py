@@ -17,7 +17,7 @@ SCHEDULES = 50
 
 
 def test_assertions_of_the_helpers_hold_here(tmp_path: Path) -> None:
-    """Also under -O, where only what pytest rewrites is checked: weights that were not trained are noticed."""
+    """Also under -O, where only what pytest rewrites is checked: untrained weights are noticed."""
     with open_run_in(tmp_path) as run, pytest.raises(AssertionError):
         assert_trained(run, 1)
 
@@ -28,7 +28,7 @@ def test_all_of_them_under_python_o() -> None:
     files = [path for path in sorted(here.glob("test_*.py")) if path.name != "test_rows.py"]
     command = [
         sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-        # It warns that assertions outside of tests and registered helpers are not executed, which is the point.
+        # It warns that assertions outside of tests and registered helpers are not executed: so it should be.
         "-W", "ignore:assertions not in test modules or plugins:pytest.PytestConfigWarning",
         *map(str, files), *(str(here.parent / name) for name in ELSEWHERE),
     ]  # fmt: skip
