@@ -86,8 +86,12 @@ class UpdateRunner:
             for unit, shards in update.waiting.items()
             if (streamed := [shard for shard in shards if update.needs_slot(shard)])
         }
-        self._update = update
-        self._guarded(lambda: self._pipeline.run(now, []))
+
+        def start() -> None:
+            self._update = update
+            self._pipeline.run(now, [])
+
+        self._guarded(start)
         if not update.waiting:
             self._update = None
         elif not ahead:
@@ -111,9 +115,13 @@ class UpdateRunner:
         if unit not in update.waiting:
             self._read_ahead()
             return
-        shards = update.waiting.pop(unit)
-        self._streamed.pop(unit, None)
-        self._guarded(lambda: self._pipeline.run(shards, list(_in_order(update.waiting))))
+
+        def finish() -> None:
+            shards = update.waiting.pop(unit)
+            self._streamed.pop(unit, None)
+            self._pipeline.run(shards, list(_in_order(update.waiting)))
+
+        self._guarded(finish)
         if not update.waiting:
             self._update = None
 
@@ -154,6 +162,7 @@ class UpdateRunner:
             self._guarded(lambda: self._pipeline.prefetch(_in_order(self._streamed)))
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        """All that an update changes happens in here: Ctrl-C may come between any two lines."""
         try:
             work()
         except BaseException as error:

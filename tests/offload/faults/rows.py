@@ -152,7 +152,7 @@ TESTS: dict[int, tuple[str, ...]] = {
     ),
     18: (
         "faults/test_interruptions.py::test_an_exception_in_backward_costs_that_pass_alone",
-        "faults/test_interruptions.py::test_ctrl_c_at_any_moment_leaves_right_weights_or_an_error",
+        "faults/test_interruptions.py::test_ctrl_c_at_any_moment_leaves_whole_weights_or_an_error",
         "faults/test_interruptions.py::test_a_forward_that_is_given_up_holds_nothing",
         "test_activations.py::test_a_forward_that_raises_gives_its_slot_back",
         "test_pipeline.py::test_every_slot_is_freed_where_every_copy_has_failed",

@@ -169,7 +169,7 @@ def test_signals_in_mid_transfer_change_nothing(tmp_path: Path) -> None:
     def pester() -> None:
         while not stop.wait(0.001):
             for thread in threading.enumerate():
-                if thread.ident is not None and thread is not threading.current_thread():
+                if thread.ident is not None and thread.name.startswith("memtrain-nvme"):
                     signal.pthread_kill(thread.ident, signal.SIGUSR1)
 
     try:
