@@ -167,20 +167,23 @@ def test_two_sessions_in_one_process_and_one_directory(
 def test_two_sessions_in_two_threads(tmp_path: Path) -> None:
     failures: list[BaseException] = []
 
-    def work() -> None:
+    def work(run: Run) -> None:
         try:
-            with open_run_in(tmp_path) as run:
-                run.train(batches(4))
-                assert_trained(run, 4)
+            run.train(batches(4))
+            run.flush()
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ExitStack() as both:  # made one after the other: they draw from one generator
+        runs = [both.enter_context(open_run_in(tmp_path)) for _ in range(2)]
+        threads = [threading.Thread(target=work, args=(run,)) for run in runs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        for run in runs:
+            assert_trained(run, 4)
 
 
 def test_a_session_leaves_no_descriptor_and_no_thread(tmp_path: Path) -> None:
