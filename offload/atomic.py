@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ class FileWriter:
         """Append ``data``, anything with a buffer of bytes."""
         view = memoryview(data)
         while len(view):
-            count = os.write(self._descriptor, view[:CHUNK_BYTES])
+            if not (count := os.write(self._descriptor, view[:CHUNK_BYTES])):
+                raise OSError(errno.EIO, "nothing could be written")
             self._digest.update(view[:count])
             self.size_bytes += count
             view = view[count:]
@@ -148,6 +149,7 @@ def publish(folder: Path) -> Iterator[FolderWriter]:
         writer = FolderWriter(temporary)
         yield writer
         writer.finish()
+        _date_after_others(temporary)
         if folder.exists():
             _exchange(temporary, folder)
         else:
@@ -290,6 +292,21 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _date_after_others(folder: Path) -> None:
+    """What is written last is dated last, although the clock may have been set back since."""
+    latest = 0
+    for other in folder.parent.glob(f"*/{MANIFEST}"):
+        with suppress(FileNotFoundError):  # another writer's, which is being replaced
+            latest = max(latest, other.stat().st_mtime_ns if other.parent != folder else 0)
+    descriptor = os.open(folder / MANIFEST, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if os.fstat(descriptor).st_mtime_ns <= latest:
+            os.utime(descriptor, ns=(latest + 1, latest + 1))
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -35,7 +35,7 @@ from memtrain.offload.errors import CorruptExtentError, ExtentStateError, Offloa
 from memtrain.offload.extents import Extent
 from memtrain.offload.io import Direction
 from memtrain.offload.slab import Slab
-from memtrain.offload.store import Store
+from memtrain.offload.store import Store, Ticket
 
 
 @dataclass(slots=True, eq=False)
@@ -124,6 +124,19 @@ class _Bench:
 
     slot: torch.Tensor
     coder: Coder
+    moving: Ticket | None = None
+    """What may still be using the slot, because waiting for it took too long."""
+
+    def move(self, ticket: Ticket) -> None:
+        """Wait for a transfer of the slot."""
+        self.moving = ticket
+        ticket.wait()
+
+    def settle(self) -> None:
+        """Return when nothing uses the slot. Raises TierIOError: the tier has stalled."""
+        if self.moving is not None and not self.moving.done():
+            self.moving.wait()
+        self.moving = None
 
 
 class CodedStore:
@@ -188,6 +201,7 @@ class CodedStore:
         Raises:
             ExtentStateError: it was freed already.
         """
+        self._refuse_child()
         with self._lock:
             self._check_usable(extent)
             extent.freed = True
@@ -227,6 +241,7 @@ class CodedStore:
     def _enqueue(
         self, direction: Direction, extent: CodedExtent, buffer: torch.Tensor, offset: int
     ) -> CodedTicket:
+        self._refuse_child()
         self._check_buffer(extent, buffer, offset)
         move = self._write_segment if direction is Direction.WRITE else self._read_segment
         with self._lock:
@@ -256,6 +271,7 @@ class CodedStore:
                 raise OffloadError(f"{ticket.what} was given up: the store is closed")
             bench = benches.get()
             try:
+                bench.settle()
                 coded = move(ticket, number, bench)
             finally:
                 benches.put(bench)
@@ -276,7 +292,7 @@ class CodedStore:
         # What was there before may have been longer, and a write replaces whole chunks.
         self._store.discard(extent.inner, place, segment_room(self.codec, length))
         extent.lengths[number] = coded
-        self._store.write(extent.inner, bench.slot[:coded], place).wait()
+        bench.move(self._store.write(extent.inner, bench.slot[:coded], place))
         return coded
 
     def _read_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
@@ -284,7 +300,7 @@ class CodedStore:
         coded, place = extent.lengths[number], number * self._slot_bytes
         if coded is None:
             raise ExtentStateError(f"{ticket.what}: it was never written, or its last write failed")
-        self._store.read(extent.inner, bench.slot[:coded], place).wait()
+        bench.move(self._store.read(extent.inner, bench.slot[:coded], place))
         began = time.thread_time()
         try:
             bench.coder.decode(bench.slot[:coded], ticket.plain[start : start + length])
@@ -332,11 +348,14 @@ class CodedStore:
         if extent.freed:
             raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
 
-    def _check_open(self) -> None:
+    def _refuse_child(self) -> None:
+        """Before any lock: in a forked child it may be held by a thread that exists only in the parent."""
         if os.getpid() != self._pid:
             raise OffloadError(
                 f"the coded {self.tier.value} store belongs to process {self._pid}; a forked child may not "
                 f"use it"
             )
+
+    def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the coded {self.tier.value} store is closed")

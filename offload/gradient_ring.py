@@ -79,7 +79,7 @@ class _Coming:
             if self.copy is not None:
                 self.copy.synchronize()
         finally:
-            self.slot.release()
+            self.slot.release(after=[] if self.ticket is None else [self.ticket])
 
 
 class GradientRing:
@@ -235,7 +235,7 @@ class GradientRing:
         try:
             ticket.wait()
         finally:
-            slot.release()
+            slot.release(after=[ticket])
 
     def drain(self) -> None:
         """Wait until every chunk is on its tier. Raises what went wrong."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import logging
 import os
 import random
 import threading
@@ -27,6 +28,8 @@ import xxhash
 from memtrain.offload.errors import CorruptExtentError, OffloadError, TierIOError
 from memtrain.offload.targets import Target, view_at
 from memtrain.planner.actions import Tier
+
+_log = logging.getLogger(__name__)
 
 _RETRIES = 1000  # of EAGAIN and of calls that move less than a block; about ten seconds in all
 _RETRY_SECONDS = 0.01
@@ -68,6 +71,8 @@ class IORequest:
     done: Callable[[IORequest], None]
     checksum: int | None = None
     error: OffloadError | None = None
+    reread: bool = False
+    """The first read failed, or found other bytes; the second did not."""
 
     @property
     def where(self) -> str:
@@ -80,8 +85,8 @@ def transfer(request: IORequest) -> None:
     """Move every byte of the request and compute, or check, its checksum.
 
     Raises:
-        TierIOError: the target refused, or ended short.
-        CorruptExtentError: a read found other bytes than were written.
+        TierIOError: the target refused, or ended short; a read twice.
+        CorruptExtentError: a read found other bytes than were written, twice.
     """
     address, nbytes = request.buffer.data_ptr(), request.buffer.numel()
     if request.direction is Direction.WRITE:
@@ -89,6 +94,16 @@ def transfer(request: IORequest) -> None:
         request.checksum = xxhash.xxh3_64_intdigest(view_at(address, nbytes), request.seed)
         _move(request, request.target.write, address, nbytes)
         return
+    try:
+        _read(request, address, nbytes)
+    except OffloadError as first:
+        # The fault may be of the moment, or of the way to memory. A read destroys nothing, a write might.
+        _read(request, address, nbytes)
+        request.reread = True
+        _log.warning("%s; a second read found what was written", first)
+
+
+def _read(request: IORequest, address: int, nbytes: int) -> None:
     _move(request, request.target.read, address, nbytes)
     request.checksum = xxhash.xxh3_64_intdigest(view_at(address, nbytes), request.seed)
     if request.checksum != request.expected:
@@ -181,9 +196,17 @@ class ThreadPoolBackend:
         self._threads = [
             threading.Thread(target=self._serve, name=f"{name}-{i}", daemon=True) for i in range(threads)
         ]
-        for thread in self._threads:
-            thread.start()
         _working.add(self)
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError as error:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self.close()
+            raise OffloadError(
+                f"only {len(self._threads)} of {threads} I/O threads could be started ({error}): raise the "
+                f"limits on processes (ulimit -u) and memory (ulimit -v)"
+            ) from error
 
     def submit(self, request: IORequest) -> None:
         with self._wake:
@@ -253,12 +276,12 @@ class Fault:
     """What goes wrong with one request."""
 
     delay_seconds: float = 0.0
+    times: int = 1 << 30
+    """How many calls go wrong before the target does what it should again."""
     error: int | None = None
-    """An errno that the first call raises."""
-    error_times: int = 1 << 30
-    """How many calls raise it before the target answers again."""
+    """An errno that a call raises."""
     short_bytes: int | None = None
-    """The first call moves only this many bytes; 0 is an end of file."""
+    """A call moves only this many bytes; 0 is an end of file."""
     flip_bit: int | None = None
     """This bit of the bytes is wrong: on the tier after a write, in memory after a read."""
     drop: bool = False
@@ -297,7 +320,7 @@ class FaultyBackend:
             fault = self.plan.get(self.submitted)
             self.submitted += 1
             if fault is not None:
-                request.target = _FaultyTarget(request.target, fault)
+                request.target = FaultyTarget(request.target, fault)
             self._held.append(request)
             full = len(self._held) >= self._reorder
             first = len(self._held) == 1
@@ -320,7 +343,9 @@ class FaultyBackend:
             self.inner.submit(request)
 
 
-class _FaultyTarget:
+class FaultyTarget:
+    """For tests: a target of one request, which suffers ``fault``."""
+
     def __init__(self, inner: Target, fault: Fault) -> None:
         self._inner = inner
         self._fault = fault
@@ -330,7 +355,7 @@ class _FaultyTarget:
     def read(self, address: int, nbytes: int, offset: int) -> int:
         count = self._before(nbytes)
         got = self._inner.read(address, count, offset) if count else 0
-        if offset in self._fault.stale:
+        if self._wrong and offset in self._fault.stale:
             old = self._fault.stale[offset][:got]
             view_at(address, len(old))[:] = old
         self._flip(address, got)
@@ -338,23 +363,27 @@ class _FaultyTarget:
 
     def write(self, address: int, nbytes: int, offset: int) -> int:
         count = self._before(nbytes)
-        if self._fault.drop or not count:
+        if (self._wrong and self._fault.drop) or not count:
             return count
         with self._flipped(address, count):
             return self._inner.write(address, count, offset)
 
+    @property
+    def _wrong(self) -> bool:
+        return self._calls <= self._fault.times
+
     def _before(self, nbytes: int) -> int:
         self._calls += 1
         time.sleep(self._fault.delay_seconds)
-        if self._fault.error is not None and self._calls <= self._fault.error_times:
+        if not self._wrong:
+            return nbytes
+        if self._fault.error is not None:
             raise OSError(self._fault.error, os.strerror(self._fault.error))
-        if self._fault.short_bytes is not None and self._calls == 1:
-            return min(nbytes, self._fault.short_bytes)
-        return nbytes
+        return nbytes if self._fault.short_bytes is None else min(nbytes, self._fault.short_bytes)
 
     def _flip(self, address: int, nbytes: int) -> None:
         bit = self._fault.flip_bit
-        if bit is not None and self._calls == 1 and bit // 8 < nbytes:
+        if self._wrong and bit is not None and bit // 8 < nbytes:
             view_at(address + bit // 8, 1)[0] ^= 1 << bit % 8
 
     @contextlib.contextmanager

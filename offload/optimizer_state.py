@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
+from memtrain.offload.slab import Slot
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
 
@@ -233,6 +234,8 @@ class RecordCursor:
         self, records: RecordStore, layouts: Mapping[Shard, ShardLayout], slot: Tensor | None
     ) -> None:
         self._records, self._layouts, self._slot = records, layouts, slot
+        self.transfers: list[Ticket] = []
+        """What may be using the slot."""
         self._shard: Shard | None = None
         self._dirty = False
 
@@ -242,8 +245,12 @@ class RecordCursor:
             self.leave()
             if self._records.on_tier(shard):
                 assert self._slot is not None
-                for ticket in self._records.read(shard, self._slot):
-                    ticket.wait()
+                try:
+                    self._finish(self._records.read(shard, self._slot))
+                except ExtentStateError:
+                    if not change:
+                        raise
+                    self._slot.zero_()  # its last write failed: it is being replaced, and nothing else
                 self._shard = shard
         self._dirty |= change and self._shard is shard
         return self._records.memory(shard, self._slot)
@@ -252,16 +259,20 @@ class RecordCursor:
         """Write the record back if it changed."""
         if self._dirty and self._shard is not None and self._slot is not None:
             ticket = self._records.write(self._shard, self._slot)
-            if ticket is not None:
-                ticket.wait()
+            self._finish([] if ticket is None else [ticket])
         self._shard, self._dirty = None, False
+
+    def _finish(self, transfers: list[Ticket]) -> None:
+        self.transfers = transfers
+        for ticket in transfers:
+            ticket.wait()
 
 
 class StateAccess:
     """Reads and writes whole state tensors, never more than one in memory.
 
     Args:
-        borrow: a context that lends a slot (None where no record is on a tier).
+        borrow: lends a slot (None where no record is on a tier), which is released here.
     """
 
     def __init__(
@@ -269,16 +280,20 @@ class StateAccess:
         records: RecordStore,
         index: FlatIndex,
         layouts: Mapping[Shard, ShardLayout],
-        borrow: Callable[[], Any],
+        borrow: Callable[[], Slot | None],
     ) -> None:
         self._records, self._index, self._layouts, self._borrow = records, index, layouts, borrow
 
     @contextmanager
     def _cursor(self) -> Iterator[RecordCursor]:
-        with self._borrow() as slot:
-            cursor = RecordCursor(self._records, self._layouts, slot)
+        slot = self._borrow()
+        cursor = RecordCursor(self._records, self._layouts, None if slot is None else slot.buffer)
+        try:
             yield cursor
             cursor.leave()
+        finally:
+            if slot is not None:
+                slot.release(after=cursor.transfers)
 
     def read(self, name: str, key: str) -> Tensor:
         """One state tensor of one parameter, where the parameter is."""

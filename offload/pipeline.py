@@ -65,6 +65,12 @@ class _Load:
         """Whether slot and mirror are done with each other."""
         return all(copy.done() for copy in self.copies)
 
+    def finish_reads(self) -> None:
+        """Return when the tier has delivered. What was not waited for to its end stays known."""
+        while self.tickets:
+            self.tickets[0].wait()
+            del self.tickets[0]
+
     def finish_copies(self) -> None:
         """Return when slot and mirror are done with each other."""
         for copy in self.copies:
@@ -79,7 +85,7 @@ class _Load:
             with contextlib.suppress(Exception):  # another error is on its way already
                 copy.synchronize()
         self.copies.clear()
-        self.slot.release()
+        self.slot.release(after=self.tickets)
 
 
 class ShardPipeline:
@@ -152,7 +158,7 @@ class ShardPipeline:
             self._abandon(load)
         for slot, ticket in self._writing:
             settle(ticket)
-            slot.release()
+            slot.release(after=[ticket])
         self._loads.clear()
         self._leaving.clear()
         self._writing.clear()
@@ -172,8 +178,7 @@ class ShardPipeline:
 
     def _arrive(self, shard: Shard, load: _Load) -> Tensor:
         """The shard's bytes where it is stepped: whatever the device is given from now on sees them."""
-        while load.tickets:
-            load.tickets.pop(0).wait()
+        load.finish_reads()
         if self._device.shares_memory:
             return load.slot.buffer
         if load.mirror is None:
@@ -187,8 +192,7 @@ class ShardPipeline:
         """Let the next shard start for the device, if it has been read and there is a mirror for it."""
         load = self._loads.get(shard)
         if load is not None and load.mirror is None and self._mirrors and load.read:
-            while load.tickets:
-                load.tickets.pop(0).wait()
+            load.finish_reads()
             self._copy_in(shard, load)
 
     def _copy_in(self, shard: Shard, load: _Load) -> None:
@@ -275,4 +279,4 @@ class ShardPipeline:
         try:
             ticket.wait()
         finally:
-            slot.release()
+            slot.release(after=[ticket])

@@ -59,13 +59,14 @@ class RunDirectory:
             )
         self.path = self.parent / f"{PREFIX}{self.run_id}"
         self._pid = os.getpid()
-        self.reopened = not self._make()
-        self.descriptor = _open_private(self.path)
-        try:
+        with contextlib.ExitStack() as undo:
+            self.reopened = not self._make()
+            if not self.reopened:
+                undo.callback(_remove_tree, self.path)
+            self.descriptor = _open_private(self.path)
+            undo.callback(os.close, self.descriptor)
             self._lock = self._take_lock()
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+            undo.pop_all()
 
     def create(self, name: str) -> int:
         """A new file, 0600, opened to read and write; a planted file or link of that name is refused."""
@@ -108,8 +109,12 @@ class RunDirectory:
         except OSError as error:
             os.close(descriptor)
             raise SwapDirectoryError(f"{self.path} is in use by another process") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({**_this_process(), "resumable": self.resumable}).encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({**_this_process(), "resumable": self.resumable}).encode(), 0)
+        except OSError:
+            os.close(descriptor)
+            raise
         return descriptor
 
 
@@ -285,7 +290,15 @@ def _open_private(path: Path) -> int:
 
 
 def _remove_tree(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
+    """What is known to be there goes without a descriptor, which may be what the process has no more of."""
+    for name in (LOCK, ARENA):
+        with contextlib.suppress(OSError):
+            os.unlink(path / name)
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return
+    except OSError:
         shutil.rmtree(path)
 
 

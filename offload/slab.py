@@ -6,12 +6,16 @@ there is a CUDA device the mapping is registered with it (``device.py``).
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 import threading
 import time
+import weakref
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -27,6 +31,30 @@ PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
 _RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
 
+_NO_ACCESS = 0  # PROT_NONE
+_WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which the mmap module has no name for
+_not_inherited: dict[int, int] = {}
+"""Bytes by address of the memory that a forked child may not touch."""
+
+
+def _take_from_child() -> None:
+    """The child's pages are empty, and now out of reach. The range stays taken: if it were not, as after
+    MADV_DONTFORK, something else could come to lie there, to be read through a view of the slab, and unmapped
+    with it."""
+    libc = ctypes.CDLL(None)
+    for address, nbytes in list(_not_inherited.items()):
+        libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _NO_ACCESS)
+
+
+os.register_at_fork(after_in_child=_take_from_child)
+
+
+class Transfer(Protocol):
+    """What may still be using a slot's memory."""
+
+    def done(self) -> bool: ...
+    def wait(self) -> None: ...
+
 
 class Slab:
     """``nbytes`` (rounded up to 4096) of anonymous memory.
@@ -34,7 +62,7 @@ class Slab:
     The memory is given back when the slab is closed and the last view of it is gone: a view is never left
     pointing at nothing. A forked child does not inherit staging memory (its pages would be copied one by one
     as the parent writes on, outside every budget, and direct I/O into pages shared by a fork tears on kernels
-    before 6.3): a child that touches it dies of SIGSEGV.
+    before 6.3): a child that touches it dies of SIGSEGV. A core dump leaves it out: it is weights and state.
 
     Args:
         nbytes: at least 1.
@@ -44,6 +72,7 @@ class Slab:
 
     Raises:
         PlacementError: the node does not exist or the pages did not go there.
+        StagingError: the kernel gives no address space (``ulimit -v``).
     """
 
     def __init__(
@@ -55,12 +84,21 @@ class Slab:
         self.numa_node = numa_node
         # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
         # export and a view that is still in use would fault.
-        mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if not inherited:
-            mapping.madvise(mmap.MADV_DONTFORK)
+        try:
+            mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise StagingError(
+                f"the kernel gives no {self.nbytes} bytes of address space ({error.strerror}): raise the "
+                f"limit (ulimit -v) or lower the budget"
+            ) from error
+        mapping.madvise(mmap.MADV_DONTDUMP)
         if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        if not inherited:
+            mapping.madvise(_WIPE_ON_FORK)
+            _not_inherited[self.address] = self.nbytes
+            weakref.finalize(mapping, _not_inherited.pop, self.address).atexit = False
         if numa_node is not None:
             numa.bind(self.address, self.nbytes, numa_node)
             self.buffer[::PAGE_BYTES] = 0
@@ -108,9 +146,14 @@ class Slot:
         self.buffer = buffer
         """The slot's memory, 1-D uint8, page aligned."""
 
-    def release(self) -> None:
-        """Give the slot back. Raises StagingError when it is not held."""
-        self._ring._release(self)
+    def release(self, after: Iterable[Transfer] = ()) -> None:
+        """Give the slot back. Raises StagingError when it is not held.
+
+        Args:
+            after: transfers that may still use the memory, because waiting for them was interrupted or took
+                too long. Nobody gets the slot before they are over.
+        """
+        self._ring._release(self, [transfer for transfer in after if not transfer.done()])
 
 
 class Ring:
@@ -139,6 +182,8 @@ class Ring:
         parts = torch.split(self.slab.buffer, self.slot_bytes)
         self._slots = [Slot(self, index, part) for index, part in enumerate(parts)]
         self._free = deque(self._slots)
+        self._lingering: list[tuple[Slot, list[Transfer]]] = []
+        """Released slots that a transfer still uses."""
         self._waiting: set[threading.Thread] = set()
         self._changed = threading.Condition()
 
@@ -157,6 +202,7 @@ class Ring:
 
         Raises:
             StagingError: larger than a slot, closed, timed out, or no slot can ever become free.
+            TierIOError: the transfer that still uses the only slots left has stalled.
         """
         if nbytes is not None and nbytes > self.slot_bytes:
             raise StagingError(f"{nbytes} bytes do not fit a staging slot of {self.slot_bytes} bytes")
@@ -167,6 +213,7 @@ class Ring:
             try:
                 while (slot := self._take()) is None:
                     self._refuse_deadlock()
+                    self._refuse_stall()
                     pause = _RECHECK_SECONDS
                     if deadline is not None:
                         pause = min(pause, deadline - time.monotonic())
@@ -187,6 +234,7 @@ class Ring:
         twice."""
         with self._changed:
             self._free.clear()
+            self._lingering.clear()
             self._slots.clear()
             try:
                 if self._device is not None and not self.slab.closed:
@@ -199,19 +247,43 @@ class Ring:
         if self.slab.closed:
             raise StagingError("the staging ring is closed")
         if not self._free:
+            self._collect()
+        if not self._free:
             return None
         slot = self._free.popleft()
         slot._holder = threading.current_thread()
         return slot
 
-    def _release(self, slot: Slot) -> None:
+    def _release(self, slot: Slot, transfers: list[Transfer]) -> None:
         with self._changed:
             if slot._holder is None:
                 raise StagingError(f"staging slot {slot.index} was released twice")
             slot._holder = None
-            if not self.slab.closed:
+            if transfers:
+                self._lingering.append((slot, transfers))
+            elif not self.slab.closed:
                 self._free.append(slot)
             self._changed.notify()
+
+    def _collect(self) -> None:
+        """Take back the slots whose transfers have ended meanwhile."""
+        still: list[tuple[Slot, list[Transfer]]] = []
+        for slot, transfers in self._lingering:
+            if all(transfer.done() for transfer in transfers):
+                self._free.append(slot)
+            else:
+                still.append((slot, transfers))
+        self._lingering = still
+
+    def _refuse_stall(self) -> None:
+        """Where nobody holds a slot that could come back: wait for a transfer, or say that it has stalled."""
+        if self._lingering and all(slot._holder is None for slot in self._slots):
+            for transfer in self._lingering[0][1]:
+                try:
+                    transfer.wait()
+                except Exception:
+                    if not transfer.done():
+                        raise
 
     def _refuse_deadlock(self) -> None:
         holders = [slot._holder for slot in self._slots]

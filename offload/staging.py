@@ -110,11 +110,16 @@ class StagedSlot:
         self.copies.clear()
 
     def settle(self) -> None:
-        """Wait for whatever still uses the memory."""
+        """Wait for whatever still uses the memory. A transfer that has not ended, since waiting for it was
+        interrupted or took too long, keeps the slot."""
         self.finish_copies()
-        ticket, self.ticket = self.ticket, None
+        ticket = self.ticket
         if ticket is not None:
-            ticket.wait()
+            try:
+                ticket.wait()
+            finally:
+                if ticket.done():
+                    self.ticket = None
 
 
 class SlotCache:

@@ -8,6 +8,7 @@ waits for earlier ones, the earliest unfinished operation can always go on.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import threading
@@ -23,16 +24,20 @@ from memtrain.offload.extents import Chunk, Extent, FreeList, pieces, reserved
 from memtrain.offload.io import Direction, IOBackend, IORequest
 from memtrain.offload.targets import BLOCK_BYTES, Target
 from memtrain.planner.actions import Tier
-from memtrain.planner.units import MiB
+from memtrain.planner.units import MiB, format_gib
 
 Cut = tuple[int, int, int, int, tuple[int, ...] | None]
 """A chunk to move: offset, generation, piece_bytes, nbytes, checksums to expect of a read."""
+
+_log = logging.getLogger(__name__)
 
 PIECE_BYTES = 4 * MiB
 STALL_SECONDS = 300.0
 """Without one finished piece for so long, a waiter gets an error: slow disks pause for seconds, not for
 minutes.
 """
+REPORT_SECONDS = 30.0
+"""Somebody who waits for so long says so in the log, and what the tier has moved meanwhile; then again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,8 @@ class Statistics:
     write_seconds: float
     used_bytes: int
     peak_used_bytes: int
+    second_reads: int
+    """Pieces whose first read failed or found other bytes, and whose second did not."""
 
 
 class Ticket:
@@ -95,8 +102,9 @@ class Ticket:
             CorruptExtentError: what was read is not what was written.
             ExtentStateError: what was to be read was never written.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while not self._event.wait(self._store._patience(self, deadline)):
+        began = time.monotonic()
+        deadline = None if timeout_seconds is None else began + timeout_seconds
+        while not self._event.wait(self._store._patience(self, began, deadline)):
             pass
         if self._error is not None:
             raise self._error
@@ -127,6 +135,7 @@ class Store:
         stall_seconds: float,
     ) -> None:
         if piece_bytes <= 0 or piece_bytes % BLOCK_BYTES:
+            backend.close()
             raise ValueError(f"piece_bytes must be a positive multiple of {BLOCK_BYTES}, got {piece_bytes}")
         self.tier = tier
         self.capacity_bytes = capacity_bytes
@@ -145,7 +154,9 @@ class Store:
         self._busy_seconds = dict.fromkeys(Direction, 0.0)
         self._busy_since = dict.fromkeys(Direction, 0.0)
         self._active = dict.fromkeys(Direction, 0)
-        self._progress_at = time.monotonic()
+        self._second_reads = 0
+        self._progress_at = self._reported_at = time.monotonic()
+        self._reported_bytes = 0
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
         self._pid = os.getpid()
@@ -162,9 +173,11 @@ class Store:
 
         Raises:
             TierFullError: no room, or none in one run.
+            TierIOError: room that was freed is still being written or read, and the tier has stalled.
         """
         if nbytes < 0:
             raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
+        self._refuse_child()
         size = reserved(nbytes, self.alignment)
         with self._changed:
             self._check_open()
@@ -172,7 +185,7 @@ class Store:
                 # An extent that was freed with a transfer under way gives its room back when that ends.
                 if not any(extent.freed for extent in self._pending):
                     raise TierFullError(self._no_room(name, size))
-                self._changed.wait(self.stall_seconds)
+                self._changed.wait(self._until_stall(f"room for tensor {name} on {self.tier.value}"))
             self._peak_used_bytes = max(self._peak_used_bytes, self.used_bytes)
         extent = Extent(
             name=name,
@@ -217,6 +230,7 @@ class Store:
             ExtentStateError: the extent is freed or another store's, bytes of the range are being moved, or a
                 boundary cuts a chunk.
         """
+        self._refuse_child()
         with self._changed:
             self._check_usable(extent)
             for ticket in self._pending.get(extent, ()):
@@ -231,6 +245,7 @@ class Store:
         Raises:
             ExtentStateError: it was freed already, or is another store's.
         """
+        self._refuse_child()
         with self._changed:
             self._check_usable(extent)
             extent.freed = True
@@ -253,6 +268,7 @@ class Store:
                 write_seconds=seconds[Direction.WRITE],
                 used_bytes=self.used_bytes,
                 peak_used_bytes=self._peak_used_bytes,
+                second_reads=self._second_reads,
             )
 
     def close(self) -> None:
@@ -280,6 +296,7 @@ class Store:
 
     def _enqueue(self, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int) -> Ticket:
         self._check_range(extent, buffer, offset)
+        self._refuse_child()
         ticket = Ticket(self, direction, extent, buffer, offset)
         with self._changed:
             self._check_open()
@@ -356,6 +373,7 @@ class Store:
                     ticket._error = request.error
                 if request.error is None:
                     self._moved_bytes[request.direction] += request.buffer.numel()
+                    self._second_reads += request.reread
                     ticket._checksums[index] = request.checksum or 0
                 ticket._left -= 1
                 # The last piece ends the operation, also a failed one: until then workers use its buffer.
@@ -400,20 +418,48 @@ class Store:
         self._space.free(extent.arena_offset, extent.reserved_bytes)
         self._changed.notify_all()
 
-    def _patience(self, ticket: Ticket, deadline: float | None) -> float:
+    def _patience(self, ticket: Ticket, began: float, deadline: float | None) -> float:
         """How long a waiter may sleep before it looks again. Raises TierIOError when it has waited too
         long.
         """
+        if ticket.done():
+            return 0.0
+        self._refuse_child()
         now = time.monotonic()
-        if deadline is not None and now >= deadline and not ticket.done():
-            raise TierIOError(f"{ticket._describe()} is not finished within the time that wait() was given")
-        stalled = now - self._progress_at
-        if stalled >= self.stall_seconds and not ticket.done():
-            raise TierIOError(
-                f"{ticket._describe()}: the tier has moved nothing for {stalled:.0f} s. Check it (dmesg)"
-            )
-        pause = self.stall_seconds - stalled
+        what = ticket._describe()
+        if deadline is not None and now >= deadline:
+            raise TierIOError(f"{what} is not finished within the time that wait() was given")
+        pause = self._until_stall(what)
+        self._report(what, began, now)
+        pause = min(pause, REPORT_SECONDS)
         return max(0.0, pause if deadline is None else min(pause, deadline - now))
+
+    def _until_stall(self, what: str) -> float:
+        """Seconds until the tier counts as stalled. Raises TierIOError where it does already."""
+        stalled = time.monotonic() - self._progress_at
+        if stalled >= self.stall_seconds:
+            raise TierIOError(f"{what}: the tier has moved nothing for {stalled:.0f} s. Check it (dmesg)")
+        return self.stall_seconds - stalled
+
+    def _report(self, what: str, began: float, now: float) -> None:
+        """Say in the log that ``what`` takes long, whoever waits, once in ``REPORT_SECONDS``."""
+        with self._changed:
+            since = max(began, self._reported_at)
+            if now - since < REPORT_SECONDS:
+                return
+            moved_bytes = sum(self._moved_bytes.values()) - self._reported_bytes
+            self._reported_at, self._reported_bytes = now, self._reported_bytes + moved_bytes
+            under_way = sum(map(len, self._pending.values()))
+        _log.warning(
+            "%s has been waited for %.0f s: %s moved since the last report, %d transfers under way, last "
+            "progress %.0f s ago (an error after %.0f)",
+            what,
+            now - began,
+            format_gib(moved_bytes),
+            under_way,
+            now - self._progress_at,
+            self.stall_seconds,
+        )
 
     def _check_chunks(self, ticket: Ticket) -> None:
         if ticket.direction is Direction.WRITE:
@@ -445,11 +491,14 @@ class Store:
         if extent.freed:
             raise ExtentStateError(f"tensor {extent.name} on {self.tier.value}: its extent was freed")
 
-    def _check_open(self) -> None:
+    def _refuse_child(self) -> None:
+        """Before any lock: in a forked child it may be held by a thread that exists only in the parent."""
         if os.getpid() != self._pid:
             raise OffloadError(
                 f"the {self.tier.value} store belongs to process {self._pid}; a forked child may not use it"
             )
+
+    def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the {self.tier.value} store is closed")
 

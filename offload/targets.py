@@ -7,6 +7,7 @@ checks the count (``io.transfer``, in one place).
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -54,6 +55,8 @@ class FileTarget:
         self.descriptor = descriptor
         self.direct = direct
         self._local = threading.local()
+        self._syncing = threading.Lock()
+        self._failed_syncs = 0
 
     def read(self, address: int, nbytes: int, offset: int) -> int:
         whole = nbytes - nbytes % BLOCK_BYTES
@@ -71,11 +74,24 @@ class FileTarget:
         if tail is not None:
             count = nbytes - whole
             tail[:] = bytes(view_at(address + whole, count)) + bytes(BLOCK_BYTES - count)
+        failed_before = self._failed_syncs
         put = os.pwritev(self.descriptor, self._vectors(address, whole, tail), offset)
         if not self.direct:
-            os.fdatasync(self.descriptor)  # or dirty pages would pile up beyond every budget
+            self._sync(failed_before)  # or dirty pages would pile up beyond every budget
         self._drop_cache(offset, nbytes)
         return min(put, nbytes)
+
+    def _sync(self, failed_before: int) -> None:
+        """The kernel says once that pages could not be written, to whoever asks first, whoever wrote them:
+        it is said to everybody here whose pages may have been among them."""
+        with self._syncing:
+            if self._failed_syncs != failed_before:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            try:
+                os.fdatasync(self.descriptor)
+            except OSError:
+                self._failed_syncs += 1
+                raise
 
     def _vectors(self, address: int, whole: int, tail: mmap.mmap | None) -> list[memoryview | mmap.mmap]:
         vectors: list[memoryview | mmap.mmap] = [view_at(address, whole)] if whole else []

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import warnings
 import weakref
+from collections.abc import Iterator
 
 from memtrain.offload import manifest
-from memtrain.offload.errors import OffloadError
+from memtrain.offload.errors import OffloadError, SwapDirectoryError
 from memtrain.offload.extents import Extent
 from memtrain.offload.io import IOBackend, ThreadPoolBackend
 from memtrain.offload.rundir import ARENA, RunDirectory, enable_direct, open_arena, reap_dead_runs
@@ -53,12 +56,15 @@ class NvmeStore(Store):
         if direct not in ("require", "allow_buffered"):
             raise ValueError(f"direct must be 'require' or 'allow_buffered', got {direct!r}")
         capacity_bytes -= capacity_bytes % BLOCK_BYTES
-        run = RunDirectory(directory, run_id, resumable=resumable)
-        with contextlib.ExitStack() as undo:
+        with _set_up(directory), contextlib.ExitStack() as undo:
+            run = RunDirectory(directory, run_id, resumable=resumable)
             undo.callback(run.close)
             reap_dead_runs(run.parent)
-            descriptor, self.direct = _open(run, capacity_bytes, direct)
+            descriptor, refusal = _open(run, capacity_bytes, direct)
             undo.callback(os.close, descriptor)
+            self.direct = refusal is None
+            if refusal is not None:
+                warnings.warn(f"{refusal}. That was allowed: it goes through the page cache", stacklevel=2)
             saved = manifest.load(run, capacity_bytes) if run.reopened else ("", [])
             if not resumable:
                 run.unlink(ARENA)
@@ -163,19 +169,32 @@ class MemoryStore(Store):
             self.slab.close()
 
 
-def _open(run: RunDirectory, capacity_bytes: int, direct: str) -> tuple[int, bool]:
+@contextlib.contextmanager
+def _set_up(directory: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever else the operating system refuses, too few descriptors or a full disk, is of the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise SwapDirectoryError(
+            f"no run can be set up in swap directory {directory}: {error.strerror or error} "
+            f"[{errno.errorcode.get(error.errno or 0, error.errno)}]"
+        ) from error
+
+
+def _open(run: RunDirectory, capacity_bytes: int, direct: str) -> tuple[int, OffloadError | None]:
+    """The arena's descriptor, and why it is not used with direct I/O."""
     if run.reopened:
         descriptor = manifest.open_saved_arena(run, capacity_bytes)
     else:
         descriptor = open_arena(run, capacity_bytes, direct=False)
     try:
         enable_direct(descriptor, str(run.parent), new=not run.reopened)
-    except OffloadError:
+    except OffloadError as error:
         if direct == "require":
             os.close(descriptor)
             raise
-        return descriptor, False
-    return descriptor, True
+        return descriptor, error
+    return descriptor, None
 
 
 def _close_in(pid: int, descriptor: int) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError
@@ -16,7 +16,7 @@ from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.pipeline import ShardPipeline, Stages
 from memtrain.offload.shards import Shard
-from memtrain.offload.slab import Ring
+from memtrain.offload.slab import Ring, Slot
 from memtrain.offload.update import Update
 
 
@@ -58,6 +58,7 @@ class UpdateRunner:
     ) -> None:
         self._index = layout.index
         self._weights = weights
+        self._pid = os.getpid()
         self._update: Update | None = None
         self._streamed: dict[str, list[Shard]] = {}
         """Of the shards that wait, those that need a slot, by unit: ``ensure`` is called before every module
@@ -104,8 +105,12 @@ class UpdateRunner:
             for unit, shards in update.waiting.items()
             if (streamed := [shard for shard in shards if update.needs_slot(shard)])
         }
-        self._update = update
-        self._guarded(lambda: self._pipeline.run(now, []))
+
+        def start() -> None:
+            self._update = update
+            self._pipeline.run(now, [])
+
+        self._guarded(start)
         if not update.waiting:
             self._update = None
         elif not ahead:
@@ -118,8 +123,9 @@ class UpdateRunner:
         ones be read into slots whose writes have ended meanwhile.
 
         Raises:
-            OffloadError: an update has failed, now or earlier. The weights of any unit may be those of either
-                step: so every forward pass from then on raises, whatever unit it begins with.
+            OffloadError: in a forked child; or an update has failed, now or earlier. The weights of any unit
+                may then be those of either step: so every forward pass from then on raises, whatever unit it
+                begins with.
         """
         self._check_alive()
         update = self._update
@@ -128,14 +134,14 @@ class UpdateRunner:
         if unit not in update.waiting:
             self._read_ahead()
             return
-        shards = update.waiting.pop(unit)
-        self._streamed.pop(unit, None)
 
-        def run() -> None:
+        def finish() -> None:
+            shards = update.waiting.pop(unit)
+            self._streamed.pop(unit, None)
             with self._weights.updating(unit, update.replaced):
                 self._pipeline.run(shards, list(_in_order(update.waiting)))
 
-        self._guarded(run)
+        self._guarded(finish)
         if not update.waiting:
             self._update = None
 
@@ -152,17 +158,9 @@ class UpdateRunner:
         if self._failure is None:
             self.flush()
 
-    @contextmanager
-    def borrow(self) -> Iterator[Tensor | None]:
-        """A slot for other use; None where no record is on a tier."""
-        if self._ring is None:
-            yield None
-            return
-        slot = self._pipeline.borrow()
-        try:
-            yield slot.buffer
-        finally:
-            slot.release()
+    def borrow(self) -> Slot | None:
+        """A slot for other use, which the caller releases; None where no record is on a tier."""
+        return None if self._ring is None else self._pipeline.borrow()
 
     def close(self) -> None:
         """Finish what is pending, and give the memory back."""
@@ -184,6 +182,7 @@ class UpdateRunner:
             self._guarded(lambda: self._pipeline.prefetch(_in_order(self._streamed)))
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        """All that an update changes happens in here: Ctrl-C may come between any two lines."""
         try:
             work()
         except BaseException as error:
@@ -192,6 +191,10 @@ class UpdateRunner:
             raise
 
     def _check_alive(self) -> None:
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the streamed optimizer belongs to process {self._pid}; a forked child may not use it"
+            )
         if self._failure is not None:
             raise OffloadError(
                 f"an earlier update failed half-way ({self._failure}): weights and state no longer belong "

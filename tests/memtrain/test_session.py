@@ -136,6 +136,33 @@ def test_an_ordinary_loop_is_bit_equal(
     assert not list(tmp_path.iterdir())
 
 
+def loop_of_two(models: list[nn.Module], optimizers: list[torch.optim.Optimizer]) -> None:
+    """Forward, backward and updates of two models are mixed."""
+    torch.manual_seed(1)
+    for step in range(3):
+        for micro in range(2):
+            losses = [model(tokens(2 * step + micro)) for model in models]
+            for loss in reversed(losses):
+                (loss / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_two_sessions_at_once_are_bit_equal(tmp_path: Path) -> None:
+    plain, ours = [build() for _ in range(2)], [build() for _ in range(2)]
+    loop_of_two([model for model, _ in plain], [optimizer for _, optimizer in plain])
+    options = memtrain.PlannerOptions(force=EVERYTHING_AWAY, update_schedule="ahead")
+    with (
+        prepare(*ours[0], tmp_path, options=options) as one,
+        prepare(*ours[1], tmp_path, options=options) as other,
+    ):
+        loop_of_two([one.model, other.model], [one.optimizer, other.optimizer])
+    for (model, _), (expected, _) in zip(ours, plain, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), expected.parameters(), strict=True))
+    assert not list(tmp_path.iterdir())
+
+
 def autocast_loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
     found = []
     for step in range(3):

@@ -146,7 +146,10 @@ def test_nothing_moved_is_an_error():
     ) as c:
         transfer(
             request(
-                Direction.READ, Scripted(MemoryTarget(memory.address), 4096, 0), memory.buffer[:N], expected=0
+                Direction.READ,
+                Scripted(MemoryTarget(memory.address), 4096, 0, 4096, 0),
+                memory.buffer[:N],
+                expected=0,
             )
         )
     assert c.value.errno is None
@@ -303,7 +306,7 @@ def test_faults_do_what_they_say(backend):
             1: Fault(flip_bit=9),
             2: Fault(drop=True),
             3: Fault(error=errno.EIO),
-            4: Fault(error=errno.EAGAIN, error_times=2),
+            4: Fault(error=errno.EAGAIN, times=2),
             5: Fault(short_bytes=100),
             6: Fault(short_bytes=0),
             7: Fault(flip_bit=0),

@@ -1,5 +1,6 @@
 """What every tier does alike: round trips, order, refusals, statistics, no thread left."""
 
+import contextlib
 import os
 import random
 import threading
@@ -27,12 +28,15 @@ from tests.offload.tier_stores import CAPACITY, U, faulty_nvme, filled, refuse_d
 def store(request, tmp_path, monkeypatch):
     if request.param == "nvme-buffered":
         monkeypatch.setattr("memtrain.offload.tiers.enable_direct", refuse_direct)
-    made = {
+    fallback = pytest.warns(UserWarning, match="through the page cache")
+    makers = {
         "nvme": lambda: NvmeStore(tmp_path, CAPACITY, piece_bytes=2 * U),
         "nvme-buffered": lambda: NvmeStore(tmp_path, CAPACITY, piece_bytes=2 * U, direct="allow_buffered"),
         "host": lambda: MemoryStore(Tier.HOST, CAPACITY, piece_bytes=2 * U),
         "cxl": lambda: MemoryStore(Tier.CXL, CAPACITY, 0, piece_bytes=2 * U),
-    }[request.param]()
+    }
+    with fallback if request.param == "nvme-buffered" else contextlib.nullcontext():
+        made = makers[request.param]()
     yield made
     made.close()
     assert os.listdir(tmp_path) == []

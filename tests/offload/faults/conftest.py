@@ -1,0 +1,32 @@
+"""What these tests share: a deadline, and helpers whose assertions hold under ``python -O`` too."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+import pytest
+
+pytest.register_assert_rewrite(
+    *(f"tests.offload.faults.{name}" for name in ("disks", "runs_on_disk")),
+    *(f"tests.offload.{name}" for name in ("optimizer_runs", "snapshot_runs", "training", "tier_stores")),
+)
+
+DEADLINE_SECONDS = 120
+"""Of one test, on a busy machine: a hang is a failure here, not a silence."""
+
+
+@pytest.fixture(autouse=True)
+def deadline(request: pytest.FixtureRequest) -> Iterator[None]:
+    def hung(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"no end after {DEADLINE_SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, hung)
+    whole_suite = request.node.name == "test_all_of_them_under_python_o"
+    signal.alarm(8 * DEADLINE_SECONDS if whole_suite else DEADLINE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
