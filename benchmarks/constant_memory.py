@@ -4,7 +4,7 @@
     python benchmarks/constant_memory.py --blocks 2 4      # for trying; nothing is published
 
 Every model is built straight to the disk and trained for three steps with AdamW, bf16 weights and fp32
-masters, each in a process and a memory group of its own with the same hard limit, and the same budget: weights,
+masters, in a process and a memory group of its own with the same hard limit, and the same budget: weights,
 gradients and optimizer state of every block on the disk, activations swapped. What may grow with depth is
 small: norms and their state, a few objects for each block, and the blocks' boundaries in the swap queue.
 ``growth`` is the peak of the deepest over that of the shallowest, less one; 0.03 is allowed.

@@ -511,8 +511,8 @@ class Session:
         """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
 
         A pending update is finished. Gradients that had left become ordinary tensors, and weights that had
-        left are in memory again; those of a streamed model go back to its tier. Optimizer state is not brought
-        back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
+        left are in memory again; those of a streamed model go back to its tier. Optimizer state is not
+        brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
         self._undo.close()
 
