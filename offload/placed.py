@@ -35,8 +35,12 @@ class PlacedFile:
         self._parts: dict[int, tuple[int, int]] = {}
         """By offset: length and checksum, as they were in memory."""
         self.unsettled_bytes = 0
-        if size_bytes:
-            os.posix_fallocate(descriptor, 0, size_bytes)
+        try:
+            if size_bytes:
+                os.posix_fallocate(descriptor, 0, size_bytes)
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, data: Any, offset: int) -> None:
         """Put ``data``, anything with a buffer of bytes, to its place. Each place is written once."""
