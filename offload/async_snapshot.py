@@ -26,10 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from memtrain.offload.atomic import CheckpointError, FolderWriter, publish
+import torch
+
+from memtrain.offload.atomic import CheckpointError, publish
 from memtrain.offload.copy_on_write import CopyOnWrite
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import RecordStore
+from memtrain.offload.placed import SnapshotWriter
 from memtrain.offload.shards import PAGE_BYTES
 from memtrain.offload.slab import Slab
 from memtrain.offload.snapshot import Session
@@ -146,7 +149,7 @@ class AsyncCheckpointer:
 
     def begin(
         self,
-        open_writer: Callable[[], AbstractContextManager[FolderWriter]],
+        open_writer: Callable[[], AbstractContextManager[SnapshotWriter]],
         name: str,
         *,
         progress: dict[str, Any],
@@ -210,7 +213,7 @@ class AsyncCheckpointer:
 
     def _write(
         self,
-        open_writer: Callable[[], AbstractContextManager[FolderWriter]],
+        open_writer: Callable[[], AbstractContextManager[SnapshotWriter]],
         contents: SnapshotContents,
         published: Callable[[], None] | None,
         began: float,
@@ -250,3 +253,18 @@ class AsyncCheckpointer:
             for store, extent in self._records.extents().values()
         ]
         return max([STAGING_BYTES, *(2 * nbytes for nbytes in reads)])
+
+
+def snapshot_bytes(session: Session) -> int:
+    """What a snapshot of ``session`` takes, once all parameters have state; headers and small files apart."""
+    optimizer, seen = session.optimizer, set()
+    total = 0
+    for tensor in session.model.state_dict().values():
+        if (place := (tensor.data_ptr(), tensor.dtype, tensor.shape)) not in seen:
+            seen.add(place)
+            total += tensor.numel() * tensor.dtype.itemsize
+    for name, spec in optimizer.layout.specs.items():
+        for state in spec.tensors:
+            elements = torch.Size(optimizer.records.shape(name, state)).numel()
+            total += elements * state.dtype.itemsize
+    return total

@@ -60,11 +60,10 @@ class CopyOnWrite:
         self, records: Records, spares: Mapping[Store, Sequence[Any]], *, stall_seconds: float = STALL_SECONDS
     ) -> None:
         self._records = records
-        self._stores = {id(spare): store for store, extents in spares.items() for spare in extents}
         self._idle = {store: list(extents) for store, extents in spares.items()}
-        self._homes: dict[Shard, Any] = {}
+        self._homes: dict[Shard, tuple[Store, Any]] = {}
         """The own extents of records that are in a spare."""
-        self._returning: dict[Shard, Any] = {}
+        self._returning: dict[Shard, tuple[Store, Any]] = {}
         """Spares that a record has left while the snapshot still needed them."""
         self._todo: list[Part] = []
         self._left: dict[Shard, set[Part]] = {}
@@ -93,18 +92,20 @@ class CopyOnWrite:
     def place(self, shard: Shard, extent: Any) -> Any:
         """The extent that the record's next generation goes to."""
         with self._changed:
-            held, home = self._held.get(shard), self._homes.get(shard)
+            held, (store, home) = self._held.get(shard), self._homes.get(shard, (None, None))
             if held is None or held.extent is not extent:
                 if home is None or (held is not None and held.extent is home):
                     return extent
-                self._idle[self._stores[id(extent)]].append(extent)
-                return self._homes.pop(shard)
+                self._idle[store].append(extent)
+                del self._homes[shard]
+                return home
             if home is not None:
-                self._returning[shard] = extent
-                return self._homes.pop(shard)
-            if (spare := self._take(shard)) is not None:
-                self._homes[shard] = extent
-                return spare
+                self._returning[shard] = store, extent
+                del self._homes[shard]
+                return home
+            if (taken := self._take(shard)) is not None:
+                self._homes[shard] = taken[0], extent
+                return taken[1]
             self._wait(shard, lambda: shard not in self._held)
             return extent
 
@@ -171,17 +172,14 @@ class CopyOnWrite:
         self.end()
         with self._changed:
             unused = [(store, spare) for store, spares in self._idle.items() for spare in spares]
-            for shard, home in self._homes.items():
-                place = self._records.home(shard)
-                assert place is not None
-                unused.append((place[0], home))
+            unused += self._homes.values()
             self._idle.clear()
             self._homes.clear()
             return unused
 
     # inside -----------------------------------------------------------------------------------
 
-    def _take(self, shard: Shard) -> Any | None:
+    def _take(self, shard: Shard) -> tuple[Store, Any] | None:
         place = self._records.home(shard)
         if place is None or not self._idle.get(place[0]):
             return None
@@ -190,12 +188,12 @@ class CopyOnWrite:
         spare.name = f"optimizer state of {shard.name}, in a spare extent"
         used = len(self._homes) + len(self._returning) + 1
         self.most_spares = max(self.most_spares, used)
-        return spare
+        return store, spare
 
     def _give_back(self, shard: Shard) -> None:
-        spare = self._returning.pop(shard, None)
-        if spare is not None:
-            self._idle[self._stores[id(spare)]].append(spare)
+        if shard in self._returning:
+            store, spare = self._returning.pop(shard)
+            self._idle[store].append(spare)
 
     def _let_go(self) -> None:
         self._todo.clear()

@@ -33,13 +33,12 @@ from memtrain.offload.atomic import (
     MANIFEST,
     CheckpointError,
     CorruptCheckpointError,
-    FolderWriter,
     manifest_text,
     publish,
     verify,
 )
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.placed import PlacedFile, settle_window
+from memtrain.offload.placed import PlacedFile, SnapshotWriter, settle_window
 from memtrain.planner.units import round_up
 
 SEGMENT_BYTES = 1 << 20
@@ -101,7 +100,7 @@ class Stripes:
 
 def protect(
     folder: Path | str,
-    open_writer: Callable[[], AbstractContextManager[FolderWriter]],
+    open_writer: Callable[[], AbstractContextManager[SnapshotWriter]],
     *,
     losses: int = 1,
     group: dist.ProcessGroup | None = None,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import xxhash
@@ -19,6 +20,15 @@ from memtrain.offload.atomic import CorruptCheckpointError
 
 WINDOW_BYTES = 8 << 20
 """Written and not yet on the disk, over all files of a snapshot: what of it a memory cgroup counts."""
+
+
+class SnapshotWriter(Protocol):
+    """A folder in the making: ``atomic.FolderWriter`` on a disk, ``held.MemoryFolder`` in memory."""
+
+    def open(self, name: str) -> int: ...
+    def note(self, name: str, entry: dict[str, Any]) -> None: ...
+    def write_text(self, name: str, text: str) -> None: ...
+    def copy(self, source: Path) -> None: ...
 
 
 class PlacedFile:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrain.offload.atomic import CheckpointError, FolderWriter
+from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.coded import CodedStore
 from memtrain.offload.copy_on_write import CopyOnWrite, Part
 from memtrain.offload.gradient_home import Store
 from memtrain.offload.gradient_ring import settle
-from memtrain.offload.placed import PlacedFile, byte_views, settle_window
+from memtrain.offload.placed import PlacedFile, SnapshotWriter, byte_views, settle_window
 from memtrain.offload.shards import Shard
 from memtrain.offload.snapshot import Session, state_files, write_small_files
 from memtrain.offload.snapshot_weights import WEIGHT_INDEX, weight_files
@@ -65,7 +65,7 @@ class SnapshotContents:
         texts = sum(len(text.encode()) for text in self.small.texts.values())
         return sum(self.sizes.values()) + texts
 
-    def write(self, writer: FolderWriter, keeper: CopyOnWrite) -> None:
+    def write(self, writer: SnapshotWriter, keeper: CopyOnWrite) -> None:
         """Copy every part to its file."""
         for name, size_bytes in self.sizes.items():
             self.files[name] = PlacedFile(name, writer.open(name), size_bytes)
@@ -76,7 +76,7 @@ class SnapshotContents:
             settle_window(self.files.values())
             keeper.copied(part)
 
-    def finish(self, writer: FolderWriter) -> None:
+    def finish(self, writer: SnapshotWriter) -> None:
         """Make the files durable, verify them, and add the small ones."""
         buffer = memoryview(self.staging.numpy().data)
         for name, file in self.files.items():
