@@ -94,7 +94,7 @@ class PlacedFile:
     def _read_back(self, buffer: memoryview) -> str:
         whole, position = xxhash.xxh3_64(), 0
         for offset, (nbytes, expected) in sorted(self._parts.items()):
-            assert offset == position, f"{self.name}: nothing was written to {position}..{offset}"
+            self._refuse_gap(position, offset)
             part, end = xxhash.xxh3_64(), offset + nbytes
             while position < end:
                 count = os.preadv(self._descriptor, [buffer[: end - position]], position)
@@ -109,8 +109,16 @@ class PlacedFile:
                     f"{self.name} holds other bytes at {offset}..{end} than were written: the disk or memory "
                     f"failed (dmesg); what was complete before is untouched"
                 )
-        assert position == self.size_bytes, f"{self.name}: nothing was written after {position}"
+        self._refuse_gap(position, self.size_bytes)
         return whole.hexdigest()
+
+    def _refuse_gap(self, position: int, offset: int) -> None:
+        """What is sealed was written, every byte of it once."""
+        if position != offset:
+            raise CorruptCheckpointError(
+                f"{self.name} was not written between {position} and {offset}, a fault of memtrain's: "
+                f"report it, please; what was complete before is untouched"
+            )
 
 
 def settle_window(files: Iterable[PlacedFile]) -> None:

@@ -31,12 +31,13 @@ def nvme_run(
     tier: Tier = Tier.NVME,
     codecs: Any = None,
     make: Any = adamw,
+    device: Any = None,
     **config: Any,
 ) -> Iterator[Run]:
     """A run whose optimizer state, and gradients, are in a swap file."""
     directory.mkdir(exist_ok=True)
     model = make_model(dtype)
-    with Engine({Tier.NVME: NvmeStore(directory, 64 << 20)}, make_device("cpu"), codecs) as engine:
+    with Engine({Tier.NVME: NvmeStore(directory, 64 << 20)}, device or make_device("cpu"), codecs) as engine:
         plan = make_plan(schedule, gradient_tier=Tier.NVME, optimizer_tier=tier)
         optimizer = wrap(model, make(trainable(model)), engine, plan, **config)
         try:

@@ -14,6 +14,7 @@ from memtrain.offload.errors import OffloadError, TierFullError
 from memtrain.offload.snapshot import latest_checkpoint, load_checkpoint, save_checkpoint
 from memtrain.planner.actions import Tier
 from tests.offload.async_runs import RECORD_BYTES, Gate, assert_same_folders, nvme_run
+from tests.offload.late_device import LateDevice
 from tests.offload.snapshot_runs import AHEAD, SEQUENTIAL, assert_same
 from tests.offload.training import batches
 
@@ -177,3 +178,23 @@ def test_room_for_spares_is_reserved_or_refused(tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match="has a checkpointer already"):
                 AsyncCheckpointer(run)
         assert store.used_bytes == before
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+def test_a_device_with_memory_of_its_own(schedule: object, tmp_path: Path) -> None:
+    """Records are stepped in mirrors and copied back late: what is on the tier is still the old one."""
+    data, late = batches(8), LateDevice(eagerness=0.3)
+    with (
+        nvme_run(tmp_path / "a", schedule) as plain,
+        nvme_run(tmp_path / "b", schedule, device=late) as run,
+        AsyncCheckpointer(run, spare_bytes=spares("one")) as snapshots,
+    ):
+        for step, batch in enumerate(data):
+            plain.train([batch])
+            run.train([batch])
+            snapshots.save(tmp_path / f"async-{step}", progress={"n": step})
+            save_checkpoint(tmp_path / f"sync-{step}", plain, progress={"n": step})
+        snapshots.wait()
+        assert late.faults == []
+        for step in range(len(data)):
+            assert_same_folders(tmp_path / f"sync-{step}", tmp_path / f"async-{step}")
