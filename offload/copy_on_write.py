@@ -92,16 +92,19 @@ class CopyOnWrite:
     def place(self, shard: Shard, extent: Any) -> Any:
         """The extent that the record's next generation goes to."""
         with self._changed:
-            held, (store, home) = self._held.get(shard), self._homes.get(shard, (None, None))
-            if held is None or held.extent is not extent:
-                if home is None or (held is not None and held.extent is home):
-                    return extent
-                self._idle[store].append(extent)
+            held, away = self._held.get(shard), self._homes.get(shard)
+            needed = held is not None and held.extent is extent
+            if away is None and not needed:
+                return extent
+            if away is not None:
+                store, home = away
+                if held is not None and held.extent is home:
+                    return extent  # the snapshot still needs what is at home
                 del self._homes[shard]
-                return home
-            if home is not None:
-                self._returning[shard] = store, extent
-                del self._homes[shard]
+                if needed:
+                    self._returning[shard] = store, extent
+                else:
+                    self._idle[store].append(extent)
                 return home
             if (taken := self._take(shard)) is not None:
                 self._homes[shard] = taken[0], extent

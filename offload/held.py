@@ -111,6 +111,7 @@ class HeldSnapshots:
         self.directory = Path(directory)
         self._child = 0
         """The holder's pid while it is a child of this process that has not been waited for."""
+        self._names: list[str] = []
         self._connection = self._connect_or_start(linger_seconds)
 
     @property
@@ -247,7 +248,7 @@ class HeldSnapshots:
                 f"name another output directory"
             )
         self.holder_pid: int = greeting["pid"]
-        self._names: list[str] = greeting["snapshots"]
+        self._names = greeting["snapshots"]
         return connection
 
     def _running(self) -> bool:

@@ -195,10 +195,8 @@ def restore(
             _attempt_together(partial(_rebuild, folder, code, known, whole, sharing, group), group)
         else:
             share = Path(parity) if parity is not None else None
-            _attempt_together(
-                lambda one=one, share=share: _help(one, code, known, whole, sharing, stream, share, group),
-                group,
-            )
+            work = partial(_help, one, code, known, whole, sharing, stream, share, group)
+            _attempt_together(work, group)
     return lost
 
 
