@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memtrain.offload.snapshot import latest_checkpoint, load_checkpoint, save_checkpoint
 from memtrain.recipe import Recipe, RecipeError
@@ -18,6 +18,7 @@ from memtrain.runfiles import make_folder, writing
 
 if TYPE_CHECKING:
     from memtrain.session import Session
+    from memtrain.snapshots import RunSnapshots
 
 _FOLDER = re.compile(r"step-\d{6,}")
 
@@ -34,8 +35,11 @@ class Checkpoints:
         self._ours: list[Path] = []
         """What this run may keep: what it took up and what it wrote, the oldest first."""
 
-    def find_resume(self) -> Path | None:
+    def find_resume(self, held: Path | None = None) -> Path | None:
         """The checkpoint that the recipe asks to take up, or None to start anew. Nothing is loaded yet.
+
+        Args:
+            held: a snapshot in memory; ``auto`` takes it where it is further than what is on disk.
 
         Raises:
             RecipeError: the folder named holds no checkpoint; ``auto`` found one of a run that computes
@@ -45,7 +49,7 @@ class Checkpoints:
         resume = self.recipe.checkpoint.resume
         if resume == "never":
             return None
-        folder = latest_checkpoint(self.directory) if resume == "auto" else Path(resume)
+        folder = _further(latest_checkpoint(self.directory), held) if resume == "auto" else Path(resume)
         if folder is None:
             return None
         try:
@@ -83,13 +87,37 @@ class Checkpoints:
         own first one is complete. Raises OffloadError and RunFileError.
         """
         make_folder(self.directory)
-        folder = self.directory / f"step-{steps_done:06d}"
-        progress = {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
-        save_checkpoint(folder, session, progress=progress)
+        folder = self._folder(steps_done)
+        save_checkpoint(folder, session, progress=self.progress(steps_done))
+        self._keep(folder)
+        return folder
+
+    def begin(self, snapshots: RunSnapshots, steps_done: int) -> None:
+        """As ``save``, while training goes on. Raises OffloadError and RunFileError, the latter later."""
+        make_folder(self.directory)
+        folder = self._folder(steps_done)
+        snapshots.save(folder, progress=self.progress(steps_done), published=lambda: self._keep(folder))
+
+    def progress(self, steps_done: int) -> dict[str, Any]:
+        """The trainer's part of a checkpoint."""
+        return {"steps_done": steps_done, "recipe_digest": self.recipe.digest}
+
+    def _folder(self, steps_done: int) -> Path:
+        return self.directory / f"step-{steps_done:06d}"
+
+    def _keep(self, folder: Path) -> None:
+        """``folder`` is complete: delete what is now too old."""
         self._ours = [*(one for one in self._ours if one != folder), folder]
         self._ours = self._ours[-self.recipe.checkpoint.keep :]
         for other in self.directory.iterdir():
             if _FOLDER.fullmatch(other.name) and other not in self._ours:
                 with writing(other):
                     shutil.rmtree(other)
-        return folder
+
+
+def _further(one: Path | None, other: Path | None) -> Path | None:
+    """The checkpoint with more steps done; ``one`` where they are equal."""
+    if one is None or other is None:
+        return one or other
+    steps = [int(json.loads((path / "progress.json").read_text())["steps_done"]) for path in (one, other)]
+    return one if steps[0] >= steps[1] else other

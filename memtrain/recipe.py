@@ -188,9 +188,39 @@ class CheckpointSection(Section):
     every: Positive | None = None
     """Steps between checkpoints; one is written at the end in any case."""
     keep: Positive = 1
+    asynchronous: bool = False
+    """Write those of ``every`` while training goes on: the same files."""
+    spare: Size = 0
+    """Room on nvme beyond the plan for generations of optimizer state that a snapshot still needs. Without
+    it an update waits until the snapshot has copied what it overwrites."""
+    hold_every: Positive | None = None
+    """Steps between snapshots in the memory of a process that outlives this one; twice a snapshot's bytes,
+    outside of the budget."""
+    hours_between_failures: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """On average. The report then says how often snapshots should be taken, from what they cost."""
     resume: str = "auto"
-    """``auto`` takes up the output directory's last checkpoint if there is one, ``never`` starts anew,
-    anything else is the folder of a checkpoint."""
+    """``auto`` takes up the output directory's last checkpoint, or the snapshot in memory if that is newer,
+    if there is one; ``never`` starts anew, anything else is the folder of a checkpoint."""
+
+    @property
+    def beside_training(self) -> bool:
+        """Whether anything is written while training goes on."""
+        return self.asynchronous or self.hold_every is not None
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> CheckpointSection:
+        if self.asynchronous and self.every is None:
+            raise ValueError("asynchronous needs checkpoint.every, the steps between checkpoints")
+        for name, given in (
+            ("spare", bool(parse_bytes(self.spare))),
+            ("hours_between_failures", self.hours_between_failures is not None),
+        ):
+            if given and not self.beside_training:
+                raise ValueError(
+                    f"{name} is for snapshots beside training: set checkpoint.asynchronous or "
+                    f"checkpoint.hold_every"
+                )
+        return self
 
 
 class OutputSection(Section):
@@ -222,6 +252,22 @@ class Recipe(Section):
         tiers = (self.budget.host, self.budget.cxl, self.budget.nvme)
         if self.model.streamed and not any(tiers):
             raise ValueError("model.streamed needs a tier for the weights: give budget.nvme")
+        return self
+
+    @model_validator(mode="after")
+    def _snapshots_fit(self) -> Recipe:
+        if self.checkpoint.beside_training and self.tiers.codecs():
+            raise ValueError(
+                "checkpoint.asynchronous and hold_every read coded records whole, in memory that no plan "
+                "counts: set tiers.*.codec to null, or write checkpoints synchronously"
+            )
+        if self.checkpoint.beside_training and self.model.streamed:
+            raise ValueError(
+                "checkpoint.asynchronous and hold_every need weights in memory, model.streamed has them on a "
+                "tier: write checkpoints synchronously, or leave model.streamed out"
+            )
+        if parse_bytes(self.checkpoint.spare) and self.budget.nvme is None:
+            raise ValueError("checkpoint.spare is room on nvme: give budget.nvme, or no spare")
         return self
 
     @property

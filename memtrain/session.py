@@ -109,6 +109,7 @@ def prepare(
     codecs: Mapping[str, str] | None = None,
     directory: Path | str | None = None,
     reached_bytes: int = 0,
+    spare_state_bytes: int = 0,
 ) -> Session:
     """Profile ``model``, plan, and install the plan.
 
@@ -137,6 +138,8 @@ def prepare(
         directory: where the planned run writes its files; profile and plan are left there when given.
         reached_bytes: the most that the job has occupied of the device before this call, where the budget is
             to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
+        spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state that a snapshot
+            still needs (``AsyncCheckpointer``); reserved where the plan keeps state there.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -225,6 +228,7 @@ def prepare(
                 "the plan does not hold for this model, machine and budget: "
                 + "; ".join(map(str, broken[:3]))
             )
+        _check_spare(plan, budget, spare_state_bytes)
         if directory is not None:
             _write(Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json())
         return Session(
@@ -243,6 +247,7 @@ def prepare(
             chunked_loss=handle,
             codecs=coding,
             began_peak_bytes=peak.before_bytes,
+            spare_state_bytes=spare_state_bytes,
         )
     except BaseException as error:
         if handle is not None:
@@ -282,9 +287,11 @@ class Session:
         chunked_loss: ChunkedLossHandle | None,
         codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
+        spare_state_bytes: int,
     ) -> None:
         self.model = model
         self._codecs = codecs
+        self._spare_state_bytes = spare_state_bytes if _streams_state(plan) else 0
         self.plan = plan
         self.profile = profile
         self.machine = machine
@@ -329,6 +336,7 @@ class Session:
             tier: int((plan.peak(tier) - size) * _ARENA_ALLOWANCE)
             for tier, size in ((Tier.NVME, 0), (Tier.HOST, staged))
         }
+        sent[Tier.NVME] += self._spare_state_bytes
         self.engine: Engine = open_engine(
             budget,
             device,
@@ -580,6 +588,20 @@ def _find_forms(
         return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy), present=present)
     except ValueError as error:
         raise PrepareError(f"options.allow_lossy: {error}") from error
+
+
+def _streams_state(plan: Plan) -> bool:
+    return any(state.optimizer_tier is Tier.NVME for state in plan.states)
+
+
+def _check_spare(plan: Plan, budget: Budget, spare_bytes: int) -> None:
+    """Raises PrepareError where the plan leaves less of the nvme budget."""
+    free = budget.nvme_bytes - plan.peak(Tier.NVME)
+    if spare_bytes > free and _streams_state(plan):
+        raise PrepareError(
+            f"{spare_bytes} bytes of nvme are to be spared for snapshots, the plan leaves {free} of "
+            f"{budget.nvme_bytes}: raise budget.nvme by {spare_bytes - free} bytes, or spare less"
+        )
 
 
 def _install_loss(

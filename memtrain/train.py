@@ -13,12 +13,14 @@ if __name__ == "__main__":
     restart_with_allocator()  # before torch is loaded, or it would be loaded twice
 
 import argparse
+import dataclasses
 import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,7 +41,7 @@ from memtrain.optimizers import make_optimizer, measured_state_bytes, predicted_
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.infeasible import overrun
-from memtrain.planner.machine import BudgetError
+from memtrain.planner.machine import Budget, BudgetError
 from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, RecipeError, ScheduleSection, load_recipe
@@ -54,6 +56,7 @@ from memtrain.report import (
 )
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
+from memtrain.snapshots import RunSnapshots
 from memtrain.streamed_model import StreamedModel
 from memtrain.weights import load_model, load_streamed
 
@@ -145,7 +148,17 @@ class Trainer:
         self.streamed: StreamedModel | None = None
         self.output = recipe.output_directory
         self.checkpoints = Checkpoints(self.output / "checkpoint", recipe)
-        resume_from = self.checkpoints.find_resume()
+        self.snapshots = RunSnapshots(recipe.checkpoint, self.output)
+        self._sessions = ExitStack()
+        try:
+            self._begin()
+        except BaseException as error:
+            self.close(finished=isinstance(error, RunFinished))
+            raise
+
+    def _begin(self) -> None:
+        recipe = self.recipe
+        resume_from = self.checkpoints.find_resume(self.snapshots.find_held())
         self._prepare_output()
         training = recipe.training
         torch.manual_seed(training.seed)
@@ -164,22 +177,16 @@ class Trainer:
         with self._phase("load"):
             resident.drop_library_pages()  # what importing mapped would stand beside the model at the peak
             model = self._load()
-        try:
-            _check_vocabulary(model, train, heldout)
-            with self._phase("plan"):
-                self.session = self._make_session(model)
-        except BaseException:
-            if self.streamed is not None:
-                self.streamed.close()
-            raise
+        _check_vocabulary(model, train, heldout)
+        with self._phase("plan"):
+            self.session = self._make_session(model)
+            self._sessions.callback(self.session.close)
         self.done_steps = 0
         if resume_from is not None:
-            try:
-                self.done_steps = self.checkpoints.load(resume_from, self.session)
-            except BaseException:
-                self.close()
-                raise
+            self.done_steps = self.checkpoints.load(resume_from, self.session)
             print(f"resumed after step {self.done_steps} from {resume_from}", flush=True)
+        for line in self.snapshots.attach(self.session, self.sampler.now_seconds()):
+            print(line, flush=True)
         self._refuse_overrun()
 
     def _load(self) -> torch.nn.Module:
@@ -187,15 +194,20 @@ class Trainer:
         if not recipe.model.streamed:
             return load_model(recipe.model, self.device)
         self.streamed = load_streamed(recipe.model, self.device, recipe.memory_budget())
+        self._sessions.callback(self.streamed.close)
         if self.streamed.unexpected:
             print(f"not used of the files: {', '.join(self.streamed.unexpected)}", flush=True)
         return self.streamed.model
 
-    def close(self) -> None:
-        """Give tiers and memory back."""
-        self.session.close()
-        if self.streamed is not None:
-            self.streamed.close()
+    def close(self, *, finished: bool) -> None:
+        """End snapshots and session, and give tiers and memory back. Raises OffloadError of a snapshot that
+        failed, where the run is ``finished``; else an error is on its way already."""
+        with self._sessions:
+            try:
+                self.snapshots.close(finished=finished)
+            except OffloadError:
+                if finished:
+                    raise
 
     def _make_session(self, model: torch.nn.Module) -> Session:
         recipe, training = self.recipe, self.recipe.training
@@ -207,7 +219,7 @@ class Trainer:
             model,
             optimizer,
             self._batch(self.train_windows, 0),
-            budget=recipe.memory_budget(),
+            budget=self._plan_budget(),
             micro_batches=training.accumulation,
             master_weights=recipe.optimizer.master_weights,
             nonfinite=training.nonfinite,
@@ -216,13 +228,20 @@ class Trainer:
             codecs=recipe.tiers.codecs(),
             directory=self.output,
             reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
+            spare_state_bytes=self.snapshots.spare_bytes,
         )
+
+    def _plan_budget(self) -> Budget:
+        """The recipe's, less what snapshots take of the memory that staging is in."""
+        budget, kept = self.recipe.memory_budget(), self.snapshots.memory_bytes
+        if self.device.type == "cpu":
+            return dataclasses.replace(budget, device=max(1, budget.device_bytes - kept))
+        return dataclasses.replace(budget, host=max(0, budget.host_bytes - kept))
 
     def _refuse_overrun(self) -> None:
         """The budget covers installing the plan and taking up a checkpoint too, which no plan foresees."""
         reached = self._process_peak_bytes()
         if reached > self.recipe.memory_budget().device_bytes:
-            self.close()
             raise memtrain.InfeasibleError(overrun(self.session.plan, reached))
 
     def _process_peak_bytes(self) -> int:
@@ -253,13 +272,14 @@ class Trainer:
             before = self.evaluate()
             display.note(f"held-out loss before: {before:.4f}")
             seconds, peak_bytes = self._steps(display)
-            for line in session.coding_lines():
+            step_seconds = statistics.median(seconds[1:] or seconds or [0.0])
+            self.snapshots.wait()
+            for line in [*session.coding_lines(), *self.snapshots.lines(step_seconds)]:
                 display.note(line)
             after = self.evaluate()
             display.note(f"held-out loss after: {after:.4f}")
             with self._phase("save"):
                 saved = self.checkpoints.save(session, recipe.training.steps)
-        step_seconds = statistics.median(seconds[1:] or seconds or [0.0])
         tokens = recipe.training.accumulation * self._tokens_per_batch()
         return Summary(
             name=recipe.name,
@@ -297,17 +317,30 @@ class Trainer:
         started = self.sampler.now_seconds()
         peak_bytes = 0
         for step in range(self.done_steps, recipe.training.steps):
+            beside = self.snapshots.busy
             record = self._step(step)
             seconds.append(record.seconds)
+            self.snapshots.note_step(record.seconds, beside)
             display.show(record)
             peak_bytes = max(peak_bytes, self.session.device_peak_bytes())
-            if _due(recipe.checkpoint.every, step, recipe.training.steps):
-                self.checkpoints.save(self.session, step + 1)
+            self._take_snapshot(step)
             if _due(recipe.evaluation.every, step, recipe.training.steps):
                 display.note(f"held-out loss after step {step + 1}: {self.evaluate():.4f}")
             self._start_peak()
         self.phases.append(Phase(name="train", start_seconds=started, end_seconds=self.sampler.now_seconds()))
         return seconds, peak_bytes
+
+    def _take_snapshot(self, step: int) -> None:
+        """On disk or, between those, in memory, where one is due after step ``step``."""
+        section, last = self.recipe.checkpoint, self.recipe.training.steps
+        if _due(section.every, step, last):
+            if section.asynchronous:
+                self.checkpoints.begin(self.snapshots, step + 1)
+            else:
+                self.snapshots.wait()
+                self.checkpoints.save(self.session, step + 1)
+        elif _due(section.hold_every, step, last):
+            self.snapshots.hold(f"step-{step + 1:06d}", progress=self.checkpoints.progress(step + 1))
 
     def _step(self, step: int) -> StepRecord:
         """One optimizer step over ``accumulation`` micro-batches."""
@@ -396,8 +429,10 @@ def train(recipe: Recipe) -> Summary:
         trainer = Trainer(recipe, sampler)
         try:
             summary = trainer.run()
-        finally:
-            trainer.close()
+        except BaseException:
+            trainer.close(finished=False)
+            raise
+        trainer.close(finished=True)
     output = recipe.output_directory
     write_text(output / "summary.json", summary.to_json())
     rows = zip(sampler.seconds, sampler.resident_bytes, strict=True)

@@ -34,6 +34,7 @@ CHUNK_BYTES = 8 << 20
 _WINDOW_BYTES = 32 << 20
 """Of a file in the page cache. Waiting for the disk more often costs bandwidth, less often memory."""
 _TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{16}")
+_NEW_FILE = os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -58,8 +59,7 @@ class FileWriter:
     """A file of a folder in the making. Errors of the operating system are left to the folder."""
 
     def __init__(self, path: Path) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o644)
+        self._descriptor = os.open(path, os.O_WRONLY | _NEW_FILE, 0o644)
         self._digest = xxhash.xxh3_64()
         self.size_bytes = self._settled_bytes = 0
 
@@ -113,6 +113,14 @@ class FolderWriter:
         finally:
             writer.abandon()
 
+    def open(self, name: str) -> int:
+        """A new file, to read and write at any place; ``note`` it when it is durable."""
+        return os.open(self.path / name, os.O_RDWR | _NEW_FILE, 0o644)
+
+    def note(self, name: str, entry: dict[str, Any]) -> None:
+        """Take a file that was opened with ``open`` into the manifest."""
+        self._files[name] = entry
+
     def write_text(self, name: str, text: str) -> None:
         """The file ``name``, from memory."""
         with self.create(name) as file:
@@ -126,10 +134,15 @@ class FolderWriter:
 
     def finish(self) -> None:
         """Write the manifest, and make the folder's entries durable."""
-        files = json.dumps(self._files, sort_keys=True)
-        manifest = {"files": self._files, "xxh3_64": xxhash.xxh3_64_hexdigest(files.encode())}
-        self.write_text(MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        self.write_text(MANIFEST, manifest_text(self._files))
         _sync_directory(self.path)
+
+
+def manifest_text(files: dict[str, dict[str, Any]]) -> str:
+    """Of a folder with ``files``: their sizes and checksums, and a checksum of these."""
+    text = json.dumps(files, sort_keys=True)
+    manifest = {"files": files, "xxh3_64": xxhash.xxh3_64_hexdigest(text.encode())}
+    return json.dumps(manifest, indent=1, sort_keys=True)
 
 
 @contextmanager

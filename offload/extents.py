@@ -164,11 +164,13 @@ class Extent:
         return (self.identity + generation * _GENERATION_STEP + offset) & _MASK
 
     def covering(self, offset: int, nbytes: int) -> list[Chunk]:
-        """The chunks that make up exactly ``[offset, offset + nbytes)``.
+        """The chunks that make up exactly ``[offset, offset + nbytes)``, or whole pieces of one chunk.
 
         Raises:
-            ExtentStateError: some of it was never written, a write of it failed, or a boundary cuts a chunk.
+            ExtentStateError: some of it was never written, a write of it failed, or a boundary cuts a piece.
         """
+        if (part := self._pieces_of_one(offset, nbytes)) is not None:
+            return [part]
         chunks: list[Chunk] = []
         position, end = offset, offset + nbytes
         while not chunks or position < end:
@@ -200,6 +202,20 @@ class Extent:
         """Every byte of ``chunk`` is on the tier: readers may have it."""
         self.chunks[chunk.offset] = chunk
         self.generation = max(self.generation, chunk.generation)
+
+    def _pieces_of_one(self, offset: int, nbytes: int) -> Chunk | None:
+        """The range as a chunk of its own, where it is whole pieces of a longer one: each piece has its
+        checksum, so they can be read apart."""
+        end = offset + nbytes
+        for chunk in self.chunks.values():
+            if nbytes and chunk.offset <= offset and end <= chunk.end and nbytes < chunk.nbytes:
+                first, before = divmod(offset - chunk.offset, chunk.piece_bytes)
+                count, after = divmod(nbytes, chunk.piece_bytes)
+                if before or (after and end != chunk.end):
+                    return None
+                checksums = chunk.checksums[first : first + count + bool(after)]
+                return Chunk(offset, nbytes, chunk.generation, chunk.piece_bytes, checksums)
+        return None
 
     def _touching(self, start: int, end: int) -> list[Chunk]:
         return [c for c in self.chunks.values() if (c.offset < end and start < c.end) or c.offset == start]

@@ -154,6 +154,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._access = StateAccess(self._records, self.index, self.layout.shards, self._updates.borrow)
             if optimizer.state:
                 self._take_over(optimizer)
+            made.callback(self.await_snapshot)
             self._made = made.pop_all()
         self._complete = True
 
@@ -258,6 +259,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     # -- checkpoints
     # -------------------------------------------------------------------------------------------
 
+    @property
+    def records(self) -> RecordStore:
+        """Where the state lies."""
+        return self._records
+
     def iter_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(parameter, key, tensor)``, one whole tensor in memory at a time. Empty before the first step."""
         self._updates.settle()
@@ -294,6 +300,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if isinstance(tensors, Mapping):
             tensors = ((name, key, value) for (name, key), value in tensors.items())
         self._load(tensors, scalars)
+
+    def await_snapshot(self) -> None:
+        """Return when no snapshot needs weights or state as they are: before either is replaced."""
+        if self._records.keeper is not None:
+            self._records.keeper.settle()
 
     def state_dict(self) -> dict[str, Any]:
         """In PyTorch's form. Offloaded tensors are handles: shape and dtype now, bytes when used, until the
@@ -427,6 +438,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _load(
         self, entries: Iterable[tuple[str, str, Any]], scalars: Mapping[str, Mapping[str, Any]]
     ) -> None:
+        self.await_snapshot()
         try:
             self._access.load(entries, scalars)
         finally:

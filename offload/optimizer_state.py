@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memtrain.offload.coded import CodedStore
 from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
@@ -24,6 +25,22 @@ class StateOwner(Protocol):
     state_count: int
 
     def read_state(self, name: str, key: str) -> Tensor: ...
+
+
+class Keeper(Protocol):
+    """Keeps what an update would overwrite until it has been copied: ``copy_on_write.CopyOnWrite``."""
+
+    def before_step(self, shard: Shard) -> None:
+        """Return when weights of the shard and its record in memory may change."""
+        ...
+
+    def place(self, shard: Shard, extent: Any) -> Any:
+        """The extent that the record's next generation goes to; it waits where there is only this one."""
+        ...
+
+    def settle(self) -> None:
+        """Return when everything may be overwritten."""
+        ...
 
 
 class StaleStateError(OffloadError):
@@ -147,6 +164,8 @@ class RecordStore:
         """Parameters that have state: from their first step, or loaded."""
         self.weight_versions: dict[str, int] = {}
         """PyTorch's version of each weight after its last update: another one means it was written to."""
+        self.keeper: Keeper | None = None
+        """Who still needs what updates are about to overwrite."""
         resident: dict[Shard, int] = {}
         try:
             for shard, layout in layouts.items():
@@ -165,6 +184,57 @@ class RecordStore:
         except BaseException:
             self.close()
             raise
+
+    def before_step(self, shard: Shard) -> None:
+        """To be called before weights of the shard, or its record in memory, change."""
+        if self.keeper is not None:
+            self.keeper.before_step(shard)
+
+    def home(self, shard: Shard) -> tuple[Store, Any] | None:
+        """Store and extent of the record's latest generation; None where it is in memory."""
+        return self._extents.get(shard)
+
+    def extents(self) -> dict[Shard, tuple[Store, Any]]:
+        """Of all records that are on a tier."""
+        return dict(self._extents)
+
+    def make_spares(self, spare_bytes: Mapping[Tier, int]) -> dict[Store, list[Any]]:
+        """Reserve spare extents, each for any record of its tier, in at most ``spare_bytes``.
+
+        Raises:
+            TierFullError: no room; nothing stays allocated.
+            OffloadError: the tier codes, or has no records, or the bytes are less than a record.
+        """
+        spares: dict[Store, list[Any]] = {}
+        try:
+            for tier, limit_bytes in spare_bytes.items():
+                stores = {store for store, _ in self._extents.values() if store.tier is tier}
+                if not stores:
+                    raise OffloadError(f"spares on {tier.value} were asked for, but no state is kept there")
+                (store,) = stores
+                if isinstance(store, CodedStore):
+                    raise OffloadError(
+                        f"optimizer state on {tier.value} is coded, and coded records have no spares: give "
+                        f"none, so that updates wait for a snapshot, or take the codec away"
+                    )
+                each = max(
+                    round_up(extent.nbytes, PAGE_BYTES)
+                    for found, extent in self._extents.values()
+                    if found is store
+                )
+                if limit_bytes < each:
+                    raise OffloadError(
+                        f"{limit_bytes} bytes of spares on {tier.value} do not hold a record of {each} "
+                        f"bytes: give a multiple of that, or none"
+                    )
+                for number in range(min(limit_bytes // each, len(self._extents))):
+                    spares.setdefault(store, []).append(store.allocate(f"spare extent {number}", each))
+        except BaseException:
+            for store, extents in spares.items():
+                for extent in extents:
+                    store.free(extent)
+            raise
+        return spares
 
     def on_tier(self, shard: Shard) -> bool:
         """Whether the shard's record must be read and written."""
@@ -196,6 +266,9 @@ class RecordStore:
         if shard not in self._extents:
             return None
         store, extent = self._extents[shard]
+        if self.keeper is not None:
+            extent = self.keeper.place(shard, extent)
+            self._extents[shard] = (store, extent)
         ticket = store.write(extent, slot[: self._layouts[shard].record_bytes])
         self._written.add(shard)
         return ticket

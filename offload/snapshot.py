@@ -30,6 +30,7 @@ from memtrain.offload.optimizer_state import OffloadedState
 from memtrain.offload.shards import MASTER_KEY
 from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
 from memtrain.offload.snapshot_weights import (
+    SmallFiles,
     StreamedWeights,
     load_weights,
     raise_differences,
@@ -72,11 +73,9 @@ def save_checkpoint(
     session.flush()
     source = Path(source_folder) if source_folder is not None else None
     with publish(folder) as writer:
-        write_weights(writer, session.model, _weights_of(session))
-        write_pretrained_files(writer, session.model, source)
-        _write_optimizer(writer, session)
-        writer.write_text("rng.json", json.dumps(rng_state()))
-        writer.write_text("progress.json", json.dumps(progress))
+        write_weights(writer, session.model, weights_of(session))
+        _write_state(writer, session)
+        write_small_files(writer, session, progress, source)
     return folder
 
 
@@ -102,7 +101,8 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     _check_groups(saved, optimizer, session.model)
     with _StateFiles(folder, files) as state:
         _check_state(saved, state, optimizer)
-        load_weights(_weight_files(folder, files), session.model, _weights_of(session))
+        optimizer.await_snapshot()
+        load_weights(_weight_files(folder, files), session.model, weights_of(session))
         entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
         optimizer.load_state(entries, decode(saved["scalars"]))
     _set_groups(optimizer, saved)
@@ -157,30 +157,58 @@ def latest_checkpoint(directory: Path | str) -> Path | None:
     )
 
 
-def _weights_of(session: Session) -> StreamedWeights | None:
+def weights_of(session: Session) -> StreamedWeights | None:
+    """What streams the session's weights; None where all are in memory."""
     return getattr(session, "weights", None)
 
 
 # -- the optimizer's files ---------------------------------------------------------------------------------
 
 
-def _write_optimizer(writer: FolderWriter, session: Session) -> None:
-    optimizer = session.optimizer
-    names = {id(parameter): name for name, parameter in session.model.named_parameters()}
-    names.update({id(parameter): name for name, parameter in optimizer.index.parameters.items()})
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    scalars = optimizer.scalar_state()
+def write_small_files(
+    writer: SmallFiles, session: Session, progress: dict[str, Any], source_folder: Path | None
+) -> None:
+    """All files of a checkpoint but those of weights and state, as the session is at this moment."""
+    write_pretrained_files(writer, session.model, source_folder)
+    writer.write_text("optimizer.json", json.dumps(_optimizer_document(session), indent=1))
+    writer.write_text("rng.json", json.dumps(rng_state()))
+    writer.write_text("progress.json", json.dumps(progress))
+
+
+def state_files(session: Session) -> dict[str, list[Entry]]:
+    """The files that the optimizer's state goes to, and which tensors go there, in ``iter_state``'s order."""
+    names = _parameter_names(session)
     entries = [
         Entry(name=f"{names[id(parameter)]}/{key}", dtype=value.dtype, shape=tuple(value.shape))
-        for parameter, values in optimizer.state.items()
+        for parameter, values in session.optimizer.state.items()
         for key, value in values.items()
         if isinstance(value, OffloadedState)
     ]
     shards = split(entries, OPTIMIZER_SHARD_BYTES)
-    tensors = _tensors(optimizer, iter(entries))
-    for number, shard in enumerate(shards, 1):
-        with writer.create(f"optimizer-{number:05d}-of-{len(shards):05d}.safetensors") as file:
+    return {
+        f"optimizer-{number:05d}-of-{len(shards):05d}.safetensors": shard
+        for number, shard in enumerate(shards, 1)
+    }
+
+
+def _write_state(writer: FolderWriter, session: Session) -> None:
+    files = state_files(session)
+    tensors = _tensors(session.optimizer, (entry for shard in files.values() for entry in shard))
+    for name, shard in files.items():
+        with writer.create(name) as file:
             write_tensors(file, shard, islice(tensors, len(shard)))
+
+
+def _parameter_names(session: Session) -> dict[int, str]:
+    """By ``id``: the optimizer's names, and for what it does not know the model's."""
+    names = {id(parameter): name for name, parameter in session.model.named_parameters()}
+    names.update({id(parameter): name for name, parameter in session.optimizer.index.parameters.items()})
+    return names
+
+
+def _optimizer_document(session: Session) -> dict[str, Any]:
+    optimizer, names = session.optimizer, _parameter_names(session)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = [
         {
             **{
@@ -193,15 +221,16 @@ def _write_optimizer(writer: FolderWriter, session: Session) -> None:
         for group in optimizer.param_groups
     ]
     kind = type(optimizer.optimizer)
-    document = {
+    return {
         "format_version": FORMAT_VERSION,
         "optimizer": f"{kind.__module__}.{kind.__qualname__}",
         "master_weights": optimizer.config.master_weights,
         "param_groups": groups,
         "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in parameters},
-        "scalars": {name: encode(values, f"state of {name}") for name, values in scalars.items()},
+        "scalars": {
+            name: encode(values, f"state of {name}") for name, values in optimizer.scalar_state().items()
+        },
     }
-    writer.write_text("optimizer.json", json.dumps(document, indent=1))
 
 
 def _tensors(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:

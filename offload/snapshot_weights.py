@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
 
 SHARD_BYTES = 5_000_000_000
 """Of a weight file, as hubs like them."""
+WEIGHT_INDEX = "model.safetensors.index.json"
 _SHOWN = 8  # differences that a message lists
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -47,11 +49,25 @@ class StreamedWeights(Protocol):
         """They have been changed."""
 
 
-def write_weights(writer: FolderWriter, model: nn.Module, weights: StreamedWeights | None = None) -> None:
-    """Write ``model.safetensors``, in several files with an index where it is large.
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """The files that a model's weights go to, and the tensors that belong there."""
+
+    files: Mapping[str, Sequence[Entry]]
+    """Entries by file name."""
+    metadata: Mapping[str, Mapping[str, str]]
+    """Of each file's header."""
+    tensors: Mapping[str, Tensor]
+    """The model's own, by entry."""
+    index: str | None
+    """``model.safetensors.index.json``, where there are several."""
+
+
+def weight_files(model: nn.Module, weights: StreamedWeights | None = None) -> WeightFiles:
+    """What ``write_weights`` writes: ``model.safetensors``, or several files with an index.
 
     Args:
-        weights: what streams some of them; they are brought one unit at a time.
+        weights: what streams some of them: those are named here, and not brought.
 
     Raises:
         CheckpointError: the state dict holds what is no tensor.
@@ -63,20 +79,50 @@ def write_weights(writer: FolderWriter, model: nn.Module, weights: StreamedWeigh
         "model.safetensors" if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
         for n in range(1, len(shards) + 1)
     ]
+    metadata = {}
     for name, shard in zip(names, shards, strict=True):
         stored = {entry.name for entry in shard}
-        metadata = {"format": "pt", **{alias: kept for alias, kept in aliases.items() if kept in stored}}
+        tied = {alias: kept for alias, kept in aliases.items() if kept in stored}
+        metadata[name] = {"format": "pt", **tied}
+    index = {
+        "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
+        "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    return WeightFiles(
+        files=dict(zip(names, shards, strict=True)),
+        metadata=metadata,
+        tensors=tensors,
+        index=text if len(shards) > 1 else None,
+    )
+
+
+def write_weights(writer: FolderWriter, model: nn.Module, weights: StreamedWeights | None = None) -> None:
+    """Write ``weight_files``.
+
+    Args:
+        weights: what streams some of them; they are brought one unit at a time.
+
+    Raises:
+        CheckpointError: the state dict holds what is no tensor.
+    """
+    plan = weight_files(model, weights)
+    for name, entries in plan.files.items():
         with writer.create(name) as file:
-            write_tensors(file, shard, present((tensors[e.name] for e in shard), weights), metadata)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
-            "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
-        }
-        writer.write_text("model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+            found = present((plan.tensors[e.name] for e in entries), weights)
+            write_tensors(file, entries, found, plan.metadata[name])
+    if plan.index is not None:
+        writer.write_text(WEIGHT_INDEX, plan.index)
 
 
-def write_pretrained_files(writer: FolderWriter, model: nn.Module, source_folder: Path | None) -> None:
+class SmallFiles(Protocol):
+    """What small files are written through: ``atomic.FolderWriter``, or what notes them down for one."""
+
+    def write_text(self, name: str, text: str) -> None: ...
+    def copy(self, source: Path) -> None: ...
+
+
+def write_pretrained_files(writer: SmallFiles, model: nn.Module, source_folder: Path | None) -> None:
     """For a Hugging Face model: configuration, and the tokenizer's files as they lie in its source folder.
 
     The key-value cache, which training switches off, is on again in the configuration that is written.

@@ -83,7 +83,7 @@ def write_tensors(
     Raises:
         CheckpointError: a dtype that the format does not have.
     """
-    file.write(_header(entries, metadata))
+    file.write(header(entries, metadata))
     source = iter(tensors)
     for entry in entries:
         tensor = next(source).detach()
@@ -93,20 +93,25 @@ def write_tensors(
         del tensor  # or it would be in memory beside the next one
 
 
-def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file of ``entries`` begins with; their bytes follow one after another.
+
+    Raises:
+        CheckpointError: a dtype that the format does not have.
+    """
+    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in entries:
         if entry.dtype not in _CODES:
             raise CheckpointError(f"{entry}: safetensors files cannot hold this dtype; convert the tensor")
         stop = offset + entry.size_bytes
-        header[entry.name] = {
+        table[entry.name] = {
             "dtype": _CODES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [offset, stop],
         }
         offset = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors' bytes start aligned, as the format recommends
     return struct.pack("<Q", len(text)) + text
 

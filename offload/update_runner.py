@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError
@@ -59,6 +60,7 @@ class UpdateRunner:
         self._index = layout.index
         self._weights = weights
         self._pid = os.getpid()
+        self._records = records
         self._update: Update | None = None
         self._streamed: dict[str, list[Shard]] = {}
         """Of the shards that wait, those that need a slot, by unit: ``ensure`` is called before every module
@@ -66,7 +68,7 @@ class UpdateRunner:
         self._failure: BaseException | None = None
         stages = Stages(
             read=lambda shard, slot: self._pending.read(shard, slot),
-            step=lambda shard, slot: self._pending.step(shard, slot),
+            step=self._step,
             write=records.write,
             needs_slot=lambda shard: self._pending.needs_slot(shard),
             incoming=lambda shard: self._pending.incoming(shard),
@@ -170,6 +172,10 @@ class UpdateRunner:
             if self._ring is not None:
                 self._ring.close()
                 self._ring = None
+
+    def _step(self, shard: Shard, slot: Tensor | None) -> None:
+        self._records.before_step(shard)
+        self._pending.step(shard, slot)
 
     @property
     def _pending(self) -> Update:
