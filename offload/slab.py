@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memtrain.offload import numa
+from memtrain.offload import dax, placement
 from memtrain.offload.errors import StagingError
+from memtrain.offload.placement import HUGE_PAGE_BYTES
+from memtrain.planner.memory_place import MemoryPlace
 from memtrain.planner.units import round_up
 
 if TYPE_CHECKING:
@@ -24,12 +26,11 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4096
 """Unit of every size and offset here: the page, and the block that direct I/O wants."""
-HUGE_PAGE_BYTES = 2 << 20
 _RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
 
 
 class Slab:
-    """``nbytes`` (rounded up to 4096) of anonymous memory.
+    """``nbytes`` (rounded up to 4096) of anonymous memory, or of a dax device (rounded up to its alignment).
 
     The memory is given back when the slab is closed and the last view of it is gone: a view is never left
     pointing at nothing. A forked child does not inherit staging memory (its pages would be copied one by one
@@ -38,33 +39,43 @@ class Slab:
 
     Args:
         nbytes: at least 1.
-        numa_node: bind to this node before the first touch and check where the pages went.
+        place: take all of it there now, and check page by page that it is; a dax device is mapped, and holds
+            what was last written there. Without a place pages are taken from where the kernel thinks best, as
+            they are touched.
         huge_pages: ask for transparent huge pages from 2 MiB on (fewer faults at first touch).
         inherited: let a forked child read it, as it reads any other tensor; for what no direct I/O touches.
 
     Raises:
-        PlacementError: the node does not exist or the pages did not go there.
+        PlacementError: the place does not exist, is full (NodeFullError), or the kernel refuses.
     """
 
     def __init__(
-        self, nbytes: int, numa_node: int | None = None, *, huge_pages: bool = True, inherited: bool = False
+        self,
+        nbytes: int,
+        place: MemoryPlace | None = None,
+        *,
+        huge_pages: bool = True,
+        inherited: bool = False,
     ) -> None:
         if nbytes < 1:
             raise ValueError(f"a slab needs nbytes >= 1, got {nbytes}")
-        self.nbytes = round_up(nbytes, PAGE_BYTES)
-        self.numa_node = numa_node
+        self.place = place
         # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
         # export and a view that is still in use would fault.
-        mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if place is not None and place.dax is not None:
+            mapping = dax.map_device(place.dax, nbytes)
+        else:
+            mapping = _anonymous(round_up(nbytes, PAGE_BYTES), huge_pages=huge_pages)
+        self.nbytes = len(mapping)
         if not inherited:
             mapping.madvise(mmap.MADV_DONTFORK)
-        if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
-        if numa_node is not None:
-            numa.bind(self.address, self.nbytes, numa_node)
-            self.buffer[::PAGE_BYTES] = 0
-            numa.verify(self.address, self.nbytes, numa_node)
+        if place is not None and place.nodes:
+            try:
+                placement.settle(self.address, self.nbytes, place)
+            except BaseException:
+                mapping.madvise(mmap.MADV_DONTNEED)  # at once: the error's traceback keeps the mapping alive
+                raise
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -96,6 +107,13 @@ class Slab:
         self.close()
 
 
+def _anonymous(nbytes: int, *, huge_pages: bool) -> mmap.mmap:
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if huge_pages and nbytes >= HUGE_PAGE_BYTES:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return mapping
+
+
 class Slot:
     """One slot of a ring, held until ``release``."""
 
@@ -121,18 +139,15 @@ class Ring:
 
     Args:
         count, slot_bytes: how many, and of what size.
-        numa_node: as for ``Slab``.
         device: one that copies to and from the slots, and wants their memory registered.
     """
 
-    def __init__(
-        self, count: int, slot_bytes: int, numa_node: int | None = None, *, device: Device | None = None
-    ) -> None:
+    def __init__(self, count: int, slot_bytes: int, *, device: Device | None = None) -> None:
         if count < 1:
             raise ValueError(f"a ring needs count >= 1, got {count}")
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
-        self.slab = Slab(count * self.slot_bytes, numa_node)
+        self.slab = Slab(count * self.slot_bytes)
         self._device = device
         if device is not None:
             device.register(self.slab)
