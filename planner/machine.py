@@ -158,8 +158,8 @@ class Budget:
 
     ``Budget(device="1.2GiB", nvme="/mnt/fast:40GiB")``. On a CPU-only machine ``device`` is the whole
     process, libraries included. Beside a GPU ``host`` covers what is sent there and all staging.
-    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``PLACE:SIZE``, the place being
-    a memory-only NUMA node, several, a policy and nodes, or a dax device (``memory_place``): ``1:64GiB``,
+    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``PLACE:SIZE``: a
+    memory-only NUMA node, several, a policy and nodes, or a dax device (``memory_place``). ``1:64GiB``,
     ``weighted_interleave:1,2:128GiB``, ``/dev/dax0.0:64GiB``. ``host`` may have a place too.
     """
 

@@ -90,8 +90,8 @@ def parse_place(text: str) -> MemoryPlace:
     nodes = numbers.split(",")
     if not all(re.fullmatch(r"[0-9]{1,9}", node) for node in nodes):
         raise ValueError(
-            f"cannot read {text!r} as a place of memory: write a NUMA node such as '1', several such as '1,2' "
-            "or 'weighted_interleave:1,2', or a device such as '/dev/dax0.0'"
+            f"cannot read {text!r} as a place of memory: write a NUMA node such as '1', several such as "
+            "'1,2' or 'weighted_interleave:1,2', or a device such as '/dev/dax0.0'"
         )
     try:
         policy = Policy(word) if word else Policy.PREFERRED if len(nodes) == 1 else Policy.INTERLEAVE
