@@ -41,7 +41,6 @@ for module in $(cat /modules/order); do insmod /modules/$module.ko || echo "no $
 {cxl}
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=512000,cache=loose host /host
 mkdir /dev/shm
-mount -t tmpfs shm /dev/shm
 for place in proc sys dev; do mount -o bind /$place /host/$place; done
 export HOME=/dev/shm TMPDIR=/dev/shm OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={repository}
 chroot /host {python} -W error {program} {arguments} >/dev/ttyS1
