@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -229,14 +230,6 @@ def weighted_interleave_obeys_the_weights() -> None:
         turns = {tuple(nodes[first : first + 4]) for first in range(0, 2048, 4)}
         assert len(turns) == 1, turns
         assert Counter(nodes) == {1: 1536, 2: 512}
-        with filled(1, 24 * MiB):
-            refused(
-                NodeFullError,
-                r"NUMA node 1 cannot take 0\.035 GiB",
-                settled,
-                "weighted_interleave:1,2",
-                48 * MiB,
-            )
     finally:
         (WEIGHTS / "node1").write_text("1")
 
@@ -265,6 +258,16 @@ def a_cxl_device_is_mapped() -> None:
 
 
 # ---- with torch
+
+
+def leave_out_the_compiler() -> None:
+    """torch.optim imports torch's compiler, which nothing here uses and which doubles the import."""
+    import torch
+
+    stub = types.ModuleType("torch._dynamo")
+    stub.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
+    stub.graph_break = lambda *_, **__: None  # type: ignore[attr-defined]
+    sys.modules["torch._dynamo"] = torch._dynamo = stub
 
 
 def nodes_of(tensor: Any) -> set[int]:
@@ -354,6 +357,7 @@ def the_planners_placement_is_carried_out() -> None:
     """Saved activations on the CXL nodes; weights, gradients and optimizer state in DRAM; the same bits."""
     import torch
 
+    leave_out_the_compiler()
     from memtrain.planner.actions import Tier
     from tests.offload.guest_training import train_by_plan, train_plainly
 
