@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.memtrain-setup
 OPTIM_STAMP := .venv-optim/.memtrain-setup
+QEMU_STAMP := .qemu/.memtrain-setup
 MODEL := data/models/smollm2-135m
 CORPUS := data/corpora/torch-sources
 RECIPE := recipes/smollm2_135m_full_cpu.yaml
@@ -24,6 +25,10 @@ $(OPTIM_STAMP): $(STAMP) scripts/setup_optim.sh
 	BASE="$(VENV)" VENV=.venv-optim sh scripts/setup_optim.sh
 	touch $@
 
+# Where it cannot be made the tests that need it are skipped, and say so; in CI they fail.
+$(QEMU_STAMP): scripts/setup_qemu.sh
+	-sh scripts/setup_qemu.sh && touch $@
+
 data: $(MODEL)/config.json $(CORPUS)/meta.json
 
 $(MODEL)/config.json: $(STAMP)
@@ -37,8 +42,9 @@ $(CORPUS)/meta.json: $(STAMP) $(MODEL)/config.json
 quickstart: data
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m memtrain.train $(RECIPE)
 
-# What needs Triton or a peer (marker venv_optim) runs in the environment that has them.
-test: setup $(OPTIM_STAMP)
+# What needs Triton or a peer (marker venv_optim) runs in the environment that has them; what needs memory nodes
+# (marker qemu) in a virtual machine.
+test: setup $(OPTIM_STAMP) $(QEMU_STAMP)
 	$(BIN)/python -m pytest -q
 	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python -m pytest -q -m venv_optim tests/optim
 

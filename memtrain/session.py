@@ -187,7 +187,8 @@ def prepare(
             machine = measure_machine(
                 budget.nvme_directory if budget.nvme_bytes else None,
                 device=str(place),
-                cxl_node=budget.cxl_node,
+                host=budget.host_place,
+                cxl=budget.cxl_place,
                 codecs=coding,
             )
         refuse_other_codecs(machine, coding, budget)

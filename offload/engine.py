@@ -129,9 +129,9 @@ def open_engine(
     try:
         host = budget.host_bytes if host_bytes is None else host_bytes
         if host and Tier.HOST not in lent:
-            engine._stores[Tier.HOST] = MemoryStore(Tier.HOST, host)
+            engine._stores[Tier.HOST] = MemoryStore(Tier.HOST, host, budget.host_place)
         if budget.cxl_bytes and Tier.CXL not in lent:
-            engine._stores[Tier.CXL] = MemoryStore(Tier.CXL, budget.cxl_bytes, budget.cxl_node)
+            engine._stores[Tier.CXL] = MemoryStore(Tier.CXL, budget.cxl_bytes, budget.cxl_place)
         size = budget.nvme_bytes if nvme_bytes is None else nvme_bytes
         if budget.nvme_directory is not None and size and Tier.NVME not in lent:
             engine._stores[Tier.NVME] = NvmeStore(budget.nvme_directory, size)

@@ -32,7 +32,15 @@ class SwapDirectoryError(OffloadError):
 
 
 class PlacementError(OffloadError):
-    """Memory could not be placed on the NUMA node that was asked for."""
+    """Memory could not be placed on the NUMA nodes that were asked for."""
+
+
+class NodeFullError(PlacementError):
+    """A NUMA node has too little free memory: names the node, the bytes wanted and the bytes free."""
+
+
+class UnsupportedPolicyError(PlacementError):
+    """The kernel does not know a policy: names it, the kernel and the first version that does."""
 
 
 class PlanMismatchError(OffloadError):

@@ -45,6 +45,7 @@ from memtrain.offload.targets import BLOCK_BYTES
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Store, wait_all
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Link, Machine
+from memtrain.planner.memory_place import MemoryPlace
 from memtrain.planner.units import MiB, format_gib
 
 _ROUND_SECONDS = 0.5  # long enough that a disk's pauses of some 10 ms weigh little, and 4.5 s in all
@@ -120,7 +121,8 @@ def measure_machine(
     directory: str | os.PathLike[str] | None,
     *,
     device: str = "cpu",
-    cxl_node: int | None = None,
+    host: MemoryPlace | None = None,
+    cxl: MemoryPlace | None = None,
     codecs: Mapping[Tier, Codec] | None = None,
     refresh: bool = False,
     round_seconds: float = _ROUND_SECONDS,
@@ -130,20 +132,21 @@ def measure_machine(
     Args:
         directory: the swap directory; without one the machine has no nvme link.
         device: what computes, as the plan names it. One with memory of its own has a link to the host.
-        cxl_node: the memory-only NUMA node to measure a link to.
+        host: where the host tier lies, where that was said.
+        cxl: the CXL memory to measure a link to.
         codecs: how optimizer state is to be coded on its way to a tier: measured through it too.
         refresh: measure again.
         round_seconds: of each of nine rounds.
 
     Raises:
         SwapDirectoryError, TierFullError: the directory cannot serve.
-        PlacementError: the node cannot.
+        PlacementError: the CXL memory cannot.
         OffloadError: there is no such device.
         ValueError: a codec for a tier that is not measured.
     """
     codecs = codecs or {}
     where = None if directory is None else check_swap_directory(directory)
-    cache = _cache_path(where, device, cxl_node, codecs)
+    cache = _cache_path(where, device, {Tier.HOST: host, Tier.CXL: cxl}, codecs)
     if not refresh and (known := _read_cache(cache)) is not None:
         return known
     source = f"measured {date.today().isoformat()}"
@@ -151,12 +154,12 @@ def measure_machine(
     opened = make_device(device)
     stores: list[tuple[Tier, Callable[[int], Store]]] = []
     if not opened.shares_memory:
-        links.append(_measure_host(opened, source, round_seconds))
-        stores.append((Tier.HOST, partial(MemoryStore, Tier.HOST)))
-    if cxl_node is not None:
-        with MemoryStore(Tier.CXL, _PROBE_BYTES, cxl_node) as store:
+        links.append(_measure_host(opened, source, round_seconds, host))
+        stores.append((Tier.HOST, partial(MemoryStore, Tier.HOST, place=host)))
+    if cxl is not None:
+        with MemoryStore(Tier.CXL, _PROBE_BYTES, cxl) as store:
             links.append(_measure_store(store, source, round_seconds))
-        stores.append((Tier.CXL, partial(MemoryStore, Tier.CXL, numa_node=cxl_node)))
+        stores.append((Tier.CXL, partial(MemoryStore, Tier.CXL, place=cxl)))
     if where is not None:
         with NvmeStore(where, _PROBE_BYTES) as disk:
             links.append(_measure_store(disk, source, round_seconds))
@@ -216,9 +219,11 @@ def _measure_store(store: Store, source: str, round_seconds: float) -> Link:
     )
 
 
-def _measure_host(device: Device, source: str, round_seconds: float) -> Link:
+def _measure_host(
+    device: Device, source: str, round_seconds: float, place: MemoryPlace | None = None
+) -> Link:
     """Host memory behind a device: the slower of the copies and of the tier behind the staging slots."""
-    with MemoryStore(Tier.HOST, _PROBE_BYTES) as store:
+    with MemoryStore(Tier.HOST, _PROBE_BYTES, place) as store:
         link = _measure_store(store, source, round_seconds)
     copies = copy_rates(device, round_seconds)
     return dataclasses.replace(
@@ -247,12 +252,15 @@ def _moved(store: Store) -> int:
 
 
 def _cache_path(
-    directory: Path | None, device: str, cxl_node: int | None, codecs: Mapping[Tier, Codec]
+    directory: Path | None,
+    device: str,
+    places: Mapping[Tier, MemoryPlace | None],
+    codecs: Mapping[Tier, Codec],
 ) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
     what = f"{machine_identity()} {platform.node()} {disk} {device}"
-    what += "" if cxl_node is None else f" cxl {cxl_node}"
+    what += "".join(f" {tier.value} {place}" for tier, place in places.items() if place is not None)
     for tier, codec in sorted(codecs.items()):  # with its memory, which another version may need more of
         what += f" {tier.value} coded {codec.name} {SEGMENT_BYTES} {staging_bytes(codec)}"
     key = hashlib.sha256(what.encode()).hexdigest()[:16]

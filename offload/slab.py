@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from memtrain.offload import numa
+from memtrain.offload import dax, placement
 from memtrain.offload.errors import StagingError
+from memtrain.offload.placement import HUGE_PAGE_BYTES
+from memtrain.planner.memory_place import MemoryPlace
 from memtrain.planner.units import round_up
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 PAGE_BYTES = 4096
 """Unit of every size and offset here: the page, and the block that direct I/O wants."""
-HUGE_PAGE_BYTES = 2 << 20
 _RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
 
 _NO_ACCESS = 0  # PROT_NONE
@@ -57,7 +58,7 @@ class Transfer(Protocol):
 
 
 class Slab:
-    """``nbytes`` (rounded up to 4096) of anonymous memory.
+    """``nbytes`` (rounded up to 4096) of anonymous memory, or of a dax device (rounded up to its alignment).
 
     The memory is given back when the slab is closed and the last view of it is gone: a view is never left
     pointing at nothing. A forked child does not inherit staging memory (its pages would be copied one by one
@@ -66,43 +67,46 @@ class Slab:
 
     Args:
         nbytes: at least 1.
-        numa_node: bind to this node before the first touch and check where the pages went.
+        place: take all of it there now, and check page by page that it is; a dax device is mapped, and holds
+            what was last written there. Without a place pages are taken from where the kernel thinks best, as
+            they are touched.
         huge_pages: ask for transparent huge pages from 2 MiB on (fewer faults at first touch).
         inherited: let a forked child read it, as it reads any other tensor; for what no direct I/O touches.
 
     Raises:
-        PlacementError: the node does not exist or the pages did not go there.
+        PlacementError: the place does not exist, is full (NodeFullError), or the kernel refuses.
         StagingError: the kernel gives no address space (``ulimit -v``).
     """
 
     def __init__(
-        self, nbytes: int, numa_node: int | None = None, *, huge_pages: bool = True, inherited: bool = False
+        self,
+        nbytes: int,
+        place: MemoryPlace | None = None,
+        *,
+        huge_pages: bool = True,
+        inherited: bool = False,
     ) -> None:
         if nbytes < 1:
             raise ValueError(f"a slab needs nbytes >= 1, got {nbytes}")
-        self.nbytes = round_up(nbytes, PAGE_BYTES)
-        self.numa_node = numa_node
+        self.place = place
         # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
         # export and a view that is still in use would fault.
-        try:
-            mapping = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError as error:
-            raise StagingError(
-                f"the kernel gives no {self.nbytes} bytes of address space ({error.strerror}): raise the "
-                f"limit (ulimit -v) or lower the budget"
-            ) from error
+        if place is not None and place.dax is not None:
+            mapping = dax.map_device(place.dax, nbytes)
+        else:
+            mapping = _anonymous(round_up(nbytes, PAGE_BYTES), huge_pages=huge_pages, inherited=inherited)
+        self.nbytes = len(mapping)
         mapping.madvise(mmap.MADV_DONTDUMP)
-        if huge_pages and self.nbytes >= HUGE_PAGE_BYTES:
-            mapping.madvise(mmap.MADV_HUGEPAGE)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         if not inherited:
-            mapping.madvise(_WIPE_ON_FORK)
             _not_inherited[self.address] = self.nbytes
             weakref.finalize(mapping, _not_inherited.pop, self.address).atexit = False
-        if numa_node is not None:
-            numa.bind(self.address, self.nbytes, numa_node)
-            self.buffer[::PAGE_BYTES] = 0
-            numa.verify(self.address, self.nbytes, numa_node)
+        if place is not None and place.nodes:
+            try:
+                placement.settle(self.address, self.nbytes, place)
+            except BaseException:
+                mapping.madvise(mmap.MADV_DONTNEED)  # at once: the error's traceback keeps the mapping alive
+                raise
 
     @property
     def buffer(self) -> torch.Tensor:
@@ -132,6 +136,21 @@ class Slab:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _anonymous(nbytes: int, *, huge_pages: bool, inherited: bool) -> mmap.mmap:
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise StagingError(
+            f"the kernel gives no {nbytes} bytes of address space ({error.strerror}): raise the limit "
+            f"(ulimit -v) or lower the budget"
+        ) from error
+    if huge_pages and nbytes >= HUGE_PAGE_BYTES:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    if not inherited:
+        mapping.madvise(_WIPE_ON_FORK)
+    return mapping
 
 
 class Slot:
@@ -164,18 +183,15 @@ class Ring:
 
     Args:
         count, slot_bytes: how many, and of what size.
-        numa_node: as for ``Slab``.
         device: one that copies to and from the slots, and wants their memory registered.
     """
 
-    def __init__(
-        self, count: int, slot_bytes: int, numa_node: int | None = None, *, device: Device | None = None
-    ) -> None:
+    def __init__(self, count: int, slot_bytes: int, *, device: Device | None = None) -> None:
         if count < 1:
             raise ValueError(f"a ring needs count >= 1, got {count}")
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
-        self.slab = Slab(count * self.slot_bytes, numa_node)
+        self.slab = Slab(count * self.slot_bytes)
         self._device = device
         if device is not None:
             device.register(self.slab)

@@ -18,6 +18,7 @@ from memtrain.offload.slab import Slab
 from memtrain.offload.store import PIECE_BYTES, STALL_SECONDS, Statistics, Store, Ticket, wait_all
 from memtrain.offload.targets import BLOCK_BYTES, FileTarget, MemoryTarget
 from memtrain.planner.actions import Tier
+from memtrain.planner.memory_place import MemoryPlace
 
 __all__ = ["MemoryStore", "NvmeStore", "Statistics", "Store", "Ticket", "wait_all"]
 
@@ -130,18 +131,19 @@ class MemoryStore(Store):
 
     Args:
         tier: ``Tier.HOST`` or ``Tier.CXL``. capacity_bytes: rounded down to 4096; taken from the kernel as
-        it is first written, or at once on a node. numa_node: where the memory must lie; required for
-        ``Tier.CXL``.
+        it is first written, or at once where there is a place. place: where the memory must lie; required for
+        ``Tier.CXL``. Over several nodes in turn (interleave) each extent of more than a few pages is striped
+        over all of them, which is what a long transfer wants.
 
     Raises:
-        PlacementError: the node does not exist or did not take the pages.
+        PlacementError: the place does not exist or did not take the pages.
     """
 
     def __init__(
         self,
         tier: Tier,
         capacity_bytes: int,
-        numa_node: int | None = None,
+        place: MemoryPlace | None = None,
         *,
         threads: int = 2,
         piece_bytes: int = PIECE_BYTES,
@@ -150,10 +152,10 @@ class MemoryStore(Store):
     ) -> None:
         if tier not in (Tier.HOST, Tier.CXL):
             raise ValueError(f"a memory store serves host or cxl, got {tier.value}")
-        if tier is Tier.CXL and numa_node is None:
-            raise ValueError("the cxl tier needs numa_node, the number of its memory-only node")
+        if tier is Tier.CXL and place is None:
+            raise ValueError("the cxl tier needs a place: its memory-only node, or a dax device")
         capacity_bytes -= capacity_bytes % BLOCK_BYTES
-        self.slab = Slab(capacity_bytes, numa_node)
+        self.slab = Slab(capacity_bytes, place)
         super().__init__(
             tier=tier,
             capacity_bytes=capacity_bytes,

@@ -2,7 +2,7 @@
 
     [PLACE:][COUNTx]SIZE[@RATES]    RATES = read[,write[,both at once]] or the name of a preset
 
-``PLACE`` is the swap directory of ``nvme`` and the NUMA node of ``cxl``. One rate stands for both
+``PLACE`` is the swap directory of ``nvme`` and the ``memory_place`` of ``cxl``. One rate stands for both
 directions. Size and rates are those of one device; several are used side by side, so both grow with the
 count. For ``dram`` the part behind ``@`` is one rate, or channels such as ``8xddr5-4800``.
 """

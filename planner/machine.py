@@ -9,6 +9,7 @@ from typing import Any
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
+from memtrain.planner.memory_place import MemoryPlace, parse_place
 from memtrain.planner.units import parse_bytes
 
 MACHINE_VERSION = 2
@@ -157,8 +158,9 @@ class Budget:
 
     ``Budget(device="1.2GiB", nvme="/mnt/fast:40GiB")``. On a CPU-only machine ``device`` is the whole
     process, libraries included. Beside a GPU ``host`` covers what is sent there and all staging.
-    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``NODE:SIZE``, the number of a
-    memory-only NUMA node.
+    ``nvme`` is ``DIRECTORY:SIZE``; without it nothing goes to disk. ``cxl`` is ``PLACE:SIZE``: a
+    memory-only NUMA node, several, a policy and nodes, or a dax device (``memory_place``). ``1:64GiB``,
+    ``weighted_interleave:1,2:128GiB``, ``/dev/dax0.0:64GiB``. ``host`` may have a place too.
     """
 
     device: str | int
@@ -169,8 +171,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.device_bytes <= 0:
             raise ValueError(f"budget.device must be > 0, got {self.device!r}")
-        parse_bytes(self.host)
-        _ = (self.nvme_bytes, self.cxl_bytes)
+        _ = (self.nvme_bytes, self.host_bytes, self.host_place, self.cxl_bytes, self.cxl_place)
 
     @property
     def device_bytes(self) -> int:
@@ -180,7 +181,16 @@ class Budget:
     @property
     def host_bytes(self) -> int:
         """Bytes of DRAM beside the device; 0 on a CPU-only machine, where DRAM is the device."""
-        return parse_bytes(self.host)
+        return parse_bytes(self.host) if self._host_text is None else _split("host", self._host_text)[1]
+
+    @property
+    def host_place(self) -> MemoryPlace | None:
+        """Where the host tier lies; None leaves that to the kernel."""
+        return None if self._host_text is None else _place("host", self._host_text)
+
+    @property
+    def _host_text(self) -> str | None:
+        return self.host if isinstance(self.host, str) and ":" in self.host else None
 
     @property
     def nvme_directory(self) -> str | None:
@@ -193,18 +203,13 @@ class Budget:
         return 0 if self.nvme is None else _split("nvme", self.nvme)[1]
 
     @property
-    def cxl_node(self) -> int | None:
-        """The NUMA node of the CXL memory, or None."""
-        if self.cxl is None:
-            return None
-        node = _split("cxl", self.cxl)[0]
-        if not node.isdigit():
-            raise ValueError(f"budget.cxl must be NODE:SIZE such as '1:64GiB', got {self.cxl!r}")
-        return int(node)
+    def cxl_place(self) -> MemoryPlace | None:
+        """Where the CXL memory lies, or None."""
+        return None if self.cxl is None else _place("cxl", self.cxl)
 
     @property
     def cxl_bytes(self) -> int:
-        """Bytes of the CXL node; 0 without one."""
+        """Bytes of CXL memory; 0 without any."""
         return 0 if self.cxl is None else _split("cxl", self.cxl)[1]
 
     def capacity(self, tier: Tier) -> int:
@@ -220,5 +225,13 @@ class Budget:
 def _split(field: str, text: str) -> tuple[str, int]:
     where, colon, size = text.rpartition(":")
     if not colon or not where:
-        raise ValueError(f"budget.{field} must be WHERE:SIZE such as '/mnt/fast:40GiB', got {text!r}")
+        example = "/mnt/fast:40GiB" if field == "nvme" else "1:64GiB"
+        raise ValueError(f"budget.{field} must be WHERE:SIZE such as {example!r}, got {text!r}")
     return where, parse_bytes(size)
+
+
+def _place(field: str, text: str) -> MemoryPlace:
+    try:
+        return parse_place(_split(field, text)[0])
+    except ValueError as error:
+        raise ValueError(f"budget.{field} {text!r}: {error}") from error

@@ -92,7 +92,9 @@ def doctor(
 def profile(
     swap: Annotated[Path | None, typer.Option(help="Measure the disk of this swap directory.")] = None,
     device: Annotated[str, typer.Option(help="What computes: cpu, cuda or cuda:N.")] = "cpu",
-    cxl_node: Annotated[int | None, typer.Option(help="Measure this memory-only NUMA node.")] = None,
+    cxl: Annotated[
+        str | None, typer.Option(help="Measure this CXL memory: 1, weighted_interleave:1,2 or /dev/dax0.0.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the machine here, as JSON.")
     ] = None,
@@ -101,7 +103,7 @@ def profile(
     """Measure how fast this machine moves bytes: a few seconds. Planning can read the result later."""
     from memtrain.cli.profile import profile as measure
 
-    raise typer.Exit(measure(swap, device=device, cxl_node=cxl_node, output=output, json=json))
+    raise typer.Exit(measure(swap, device=device, cxl=cxl, output=output, json=json))
 
 
 app.command(

@@ -92,15 +92,23 @@ def _devices(found: Findings) -> None:
 
 def _numa(found: Findings) -> None:
     from memtrain.offload import numa
+    from memtrain.offload.dax import dax_devices
 
     nodes, memory_only = numa.online_nodes(), numa.memory_only_nodes()
     found.add("NUMA nodes", ", ".join(map(str, nodes)) or "the kernel shows none")
     for node in memory_only:
         found.add(
-            f"NUMA node {node}", f"memory only, {format_gib(numa.node_free_bytes(node))} free: usable as cxl"
+            f"NUMA node {node}", f"memory only, {format_gib(numa.node_bytes(node))} free: usable as cxl"
         )
-    if not memory_only:
-        found.add("cxl", "no memory-only NUMA node: the tier cannot be used here")
+    devices = dax_devices()
+    for device in devices:
+        size, node = format_gib(device.size_bytes), device.node
+        found.add(device.path, f"{size} beside node {node}, in units of {device.align_bytes}: usable as cxl")
+    if not memory_only and not devices:
+        found.add("cxl", "neither a memory-only NUMA node nor a dax device: the tier cannot be used here")
+    if len(nodes) > 1:
+        policies = [mode.name.lower() for mode in numa.Mode if numa.supports(mode)]
+        found.add("memory policies", ", ".join(policies) or "the kernel takes none")
 
 
 def _memory(found: Findings) -> None:

@@ -10,27 +10,32 @@ from rich.console import Console
 from rich.table import Table
 
 from memtrain.planner.machine import Machine
+from memtrain.planner.memory_place import parse_place
 from memtrain.recipe import RecipeError
 from memtrain.runfiles import replace_text
 
 _DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 
 
-def profile(swap: Path | None, *, device: str, cxl_node: int | None, output: Path | None, json: bool) -> int:
+def profile(swap: Path | None, *, device: str, cxl: str | None, output: Path | None, json: bool) -> int:
     """Measure, print, and write; 0, or 1 where a tier cannot serve.
 
     Raises:
-        RecipeError: a device or an output that cannot be.
+        RecipeError: a device, a place or an output that cannot be.
     """
     if not _DEVICE.fullmatch(device):
         raise RecipeError(f"--device {device!r} is not known: use cpu, cuda or cuda:N")
     if output is not None and not output.resolve().parent.is_dir():
         raise RecipeError(f"-o {output}: folder {output.resolve().parent} does not exist; create it first")
+    try:
+        place = None if cxl is None else parse_place(cxl)
+    except ValueError as error:
+        raise RecipeError(f"--cxl: {error}") from error
     from memtrain.offload.errors import OffloadError
     from memtrain.offload.measure import measure_machine
 
     try:
-        machine = measure_machine(swap, device=device, cxl_node=cxl_node, refresh=True)
+        machine = measure_machine(swap, device=device, cxl=place, refresh=True)
     except OffloadError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

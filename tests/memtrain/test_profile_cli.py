@@ -11,6 +11,7 @@ from memtrain.offload import measure
 from memtrain.offload.errors import SwapDirectoryError
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Machine
+from memtrain.planner.memory_place import MemoryPlace
 from tests.planner.toys import make_machine
 
 
@@ -38,7 +39,7 @@ def test_the_machine_is_measured_anew_and_written(
 ) -> None:
     output = tmp_path / "machine.json"
     assert run_cli("profile", "--swap", str(tmp_path), "-o", str(output)) == 0
-    assert measured == [{"directory": tmp_path, "device": "cpu", "cxl_node": None, "refresh": True}]
+    assert measured == [{"directory": tmp_path, "device": "cpu", "cxl": None, "refresh": True}]
     assert Machine.from_json(output.read_text()) == make_machine(Tier.NVME, dram_copy_bytes_per_second=5e9)
     told = " ".join(capsys.readouterr().out.split())
     assert "memory, one copy 5.00 GB/s" in told
@@ -49,9 +50,9 @@ def test_the_machine_is_measured_anew_and_written(
 def test_json_prints_the_machine_alone(
     measured: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_cli("profile", "--json", "--device", "cuda:1", "--cxl-node", "2") == 0
+    assert run_cli("profile", "--json", "--device", "cuda:1", "--cxl", "2") == 0
     assert measured[0]["device"] == "cuda:1"
-    assert measured[0]["cxl_node"] == 2
+    assert measured[0]["cxl"] == MemoryPlace(nodes=(2,))
     assert json.loads(capsys.readouterr().out)["dram_copy_bytes_per_second"] == 5e9
 
 

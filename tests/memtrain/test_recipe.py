@@ -124,7 +124,7 @@ def test_a_key_of_another_optimizer_is_refused() -> None:
         ("optimizer.name", "Adagrad", r"optimizer: .*Adagrad.*AdamW"),
         ("budget.device", "12 parsecs", r"budget\.device: cannot read '12 parsecs' as a size"),
         ("budget.nvme", "/x:y", r"budget: cannot read 'y' as a size"),
-        ("budget.cxl", "one:1GiB", r"budget: budget\.cxl must be NODE:SIZE"),
+        ("budget.cxl", "one:1GiB", r"budget: budget\.cxl .one:1GiB.: cannot read .one. as a place of memory"),
         ("model.config", {"model_type": "llama"}, "give either model.path"),
         ("name", "../x", r"name: String should match pattern"),
     ],

@@ -13,6 +13,7 @@ from memtrain.offload.measure import measure_machine, probe_swap_directory
 from memtrain.offload.rundir import filesystem_type
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Machine
+from memtrain.planner.memory_place import MemoryPlace
 from tests.offload.late_device import LateDevice
 
 
@@ -96,7 +97,7 @@ def test_a_machine_is_measured_once_and_remembered(swap, cache, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             measure_machine(swap, refresh=True)
         with pytest.raises(ZeroDivisionError):
-            measure_machine(swap, cxl_node=60)  # another machine is another measurement
+            measure_machine(swap, cxl=MemoryPlace(nodes=(60,)))  # another machine is another measurement
     old = json.loads(file.read_text()) | {"version": 1}
     del old["arithmetic_slowdown"]
     file.write_text(json.dumps(old))
@@ -150,7 +151,7 @@ def test_the_slower_of_copies_and_tier_counts(monkeypatch):
 
 def test_a_node_that_does_not_exist_is_refused(swap, cache):
     with pytest.raises(PlacementError, match="NUMA node 60 does not exist"):
-        measure_machine(swap, cxl_node=60)
+        measure_machine(swap, cxl=MemoryPlace(nodes=(60,)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

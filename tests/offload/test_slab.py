@@ -13,6 +13,7 @@ from memtrain.offload import numa
 from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import PlacementError, StagingError
 from memtrain.offload.slab import HUGE_PAGE_BYTES, Ring, Slab
+from memtrain.planner.memory_place import MemoryPlace
 
 
 @pytest.mark.parametrize(("asked", "got"), [(1, 4096), (4096, 4096), (4097, 8192), (3 << 20, 3 << 20)])
@@ -72,13 +73,13 @@ def test_a_forked_child_reads_what_it_inherits(inherited, outcome):
 
 
 def test_slab_on_a_node_lies_there():
-    with Slab(1 << 20, numa_node=0) as slab:
+    with Slab(1 << 20, MemoryPlace(nodes=(0,))) as slab:
         assert set(numa.nodes_of_pages(slab.address, slab.nbytes)) == {0}
 
 
 def test_slab_on_an_absent_node_is_refused_by_name():
     with pytest.raises(PlacementError, match="NUMA node 77 does not exist"):
-        Slab(4096, numa_node=77)
+        Slab(4096, MemoryPlace(nodes=(77,)))
 
 
 def test_bad_sizes():

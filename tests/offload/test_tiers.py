@@ -21,6 +21,7 @@ from memtrain.offload.io import Fault, FaultyBackend, ThreadPoolBackend
 from memtrain.offload.slab import Ring
 from memtrain.offload.tiers import MemoryStore, NvmeStore, wait_all
 from memtrain.planner.actions import Tier
+from memtrain.planner.memory_place import MemoryPlace
 from tests.offload.tier_stores import CAPACITY, U, faulty_nvme, filled, refuse_direct
 
 
@@ -33,7 +34,7 @@ def store(request, tmp_path, monkeypatch):
         "nvme": lambda: NvmeStore(tmp_path, CAPACITY, piece_bytes=2 * U),
         "nvme-buffered": lambda: NvmeStore(tmp_path, CAPACITY, piece_bytes=2 * U, direct="allow_buffered"),
         "host": lambda: MemoryStore(Tier.HOST, CAPACITY, piece_bytes=2 * U),
-        "cxl": lambda: MemoryStore(Tier.CXL, CAPACITY, 0, piece_bytes=2 * U),
+        "cxl": lambda: MemoryStore(Tier.CXL, CAPACITY, MemoryPlace(nodes=(0,)), piece_bytes=2 * U),
     }
     with fallback if request.param == "nvme-buffered" else contextlib.nullcontext():
         made = makers[request.param]()
@@ -232,10 +233,10 @@ def test_space_freed_under_a_transfer_is_waited_for(tmp_path):
 def test_memory_stores_say_what_they_need():
     with pytest.raises(ValueError, match="serves host or cxl, got nvme"):
         MemoryStore(Tier.NVME, U)
-    with pytest.raises(ValueError, match="cxl tier needs numa_node"):
+    with pytest.raises(ValueError, match="cxl tier needs a place"):
         MemoryStore(Tier.CXL, U)
     with pytest.raises(PlacementError, match="NUMA node 50 does not exist"):
-        MemoryStore(Tier.CXL, U, 50)
+        MemoryStore(Tier.CXL, U, MemoryPlace(nodes=(50,)))
     with pytest.raises(ValueError, match="piece_bytes must be a positive multiple of 4096, got 100"):
         MemoryStore(Tier.HOST, U, piece_bytes=100)
 

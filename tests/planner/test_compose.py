@@ -11,6 +11,7 @@ from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.gpus import accelerator
 from memtrain.planner.hardware import Accelerator
 from memtrain.planner.machine import Link, Machine
+from memtrain.planner.memory_place import MemoryPlace
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import GiB, TiB
 from tests.planner.toys import make_block, make_profile
@@ -52,7 +53,7 @@ def test_eight_gpus_share_their_host_and_pairs_of_them_a_bus() -> None:
     assert rates(setup.machine.link(Tier.CXL)) == pytest.approx((2.5, 2.5, 2.5))
     assert setup.budget.host_bytes == int(0.9 * TiB / 8)
     assert setup.budget.nvme == f"{SWAP_PLACE}:{10**12}"
-    assert (setup.budget.cxl_node, setup.budget.cxl_bytes) == (1, 32 * GiB)
+    assert (setup.budget.cxl_place, setup.budget.cxl_bytes) == (MemoryPlace(nodes=(1,)), 32 * GiB)
     assert setup.interconnect.name == "nvlink-3-a800"
 
 

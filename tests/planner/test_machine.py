@@ -4,6 +4,7 @@ import pytest
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.memory_place import MemoryPlace
 from memtrain.planner.units import GiB, MiB
 from tests.planner.toys import make_machine
 
@@ -32,7 +33,7 @@ def test_budget_reads_every_tier() -> None:
     budget = Budget(device="1GiB", cxl="1:2GiB", nvme="/mnt/fast:3MiB")
     sizes = [budget.capacity(t) for t in (Tier.DEVICE, Tier.HOST, Tier.CXL, Tier.NVME)]
     assert sizes == [GiB, 0, 2 * GiB, 3 * MiB]
-    assert (budget.cxl_node, budget.nvme_directory) == (1, "/mnt/fast")
+    assert (budget.cxl_place, budget.nvme_directory) == (MemoryPlace(nodes=(1,)), "/mnt/fast")
 
 
 @pytest.mark.parametrize(

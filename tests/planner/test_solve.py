@@ -131,7 +131,7 @@ def test_nothing_beats_a_plan_over_two_tiers(device: int, slots: int, link: dict
     parts = tuple(make_block(index, attention_bytes=4 * MiB) for index in range(3))
     profile = make_profile(block_profiles=parts, micro_batches=2)
     machine = make_machine(Tier.CXL, Tier.NVME, **link)
-    budget = Budget(device=device * MiB, cxl="node1:1GiB", nvme="/x:1GiB")
+    budget = Budget(device=device * MiB, cxl="1:1GiB", nvme="/x:1GiB")
     both = {"action": "recompute_except_attention", "saved_tier": "cxl", "input_tier": "nvme"}
     options = PlannerOptions(force={"block": both})
     best = brute_force(profile, machine, budget, options)

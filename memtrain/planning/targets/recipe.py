@@ -111,7 +111,7 @@ def _budget(budget: Budget) -> dict[str, str]:
     if budget.host_bytes:
         found["host"] = _size(budget.host_bytes)
     if budget.cxl_bytes:
-        found["cxl"] = f"{budget.cxl_node}:{_size(budget.cxl_bytes)}"
+        found["cxl"] = f"{budget.cxl_place}:{_size(budget.cxl_bytes)}"
     if budget.nvme_bytes:
         place = "" if budget.nvme_directory == SWAP_PLACE else f"{budget.nvme_directory}:"
         found["nvme"] = f"{place}{_size(budget.nvme_bytes)}"
