@@ -227,7 +227,7 @@ def _open_store(budget: Budget, nbytes: int) -> Store:
     if tier is Tier.NVME:
         assert budget.nvme_directory is not None
         return NvmeStore(budget.nvme_directory, budget.nvme_bytes)
-    return MemoryStore(tier, room[tier], budget.cxl_node if tier is Tier.CXL else None)
+    return MemoryStore(tier, room[tier], budget.cxl_place if tier is Tier.CXL else budget.host_place)
 
 
 def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor]) -> None:
