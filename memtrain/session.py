@@ -39,6 +39,7 @@ from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.shards import Unit
+from memtrain.offload.slab import HighWater
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
@@ -56,7 +57,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import form_facts, recompute_facts
+from memtrain.report import form_facts, recompute_facts, staging_lines
 from memtrain.runfiles import make_folder, write_text
 from memtrain.weight_guard import WeightGuard
 
@@ -433,7 +434,12 @@ class Session:
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
+        lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """The most that was used of each ring of staging slots, and of each slab of activations that stay."""
+        return (*self._activations.high_water(), *self.optimizer.high_water())
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""
