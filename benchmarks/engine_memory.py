@@ -1,29 +1,29 @@
 """Host memory of two offload engines' staging, by arithmetic: ours and DeepSpeed's, on ten real models.
 
-Nothing is run or measured here. From each model's configuration come the shapes of its parameters (a model on
-the meta device); from those, what each engine reserves on one process for ZeRO stage 3 with optimizer and
-parameters on NVMe, bf16 weights, AdamW.
+Nothing is run or measured here. From each model's configuration come the shapes of its parameters (a model
+on the meta device); from those, what each engine reserves on one process for ZeRO stage 3 with optimizer
+and parameters on NVMe, bf16 weights, AdamW.
 
-DeepSpeed 0.19.8, from its source, with its default options (D) and with the least that its own rules allow (L):
+DeepSpeed 0.19.8, from its source, with its default options (D) and the least that its own rules allow (L):
 
-- optimizer pool: ``buffer_count`` (4: parameter, gradient, two moments) buffers of fp32, each as large as the
-  largest sub-group. A sub-group takes parameters until it holds ``sub_group_size`` elements: (D) 1e9, (L) 1, so
-  that each parameter is a group of its own.
-- parameter pool: ``buffer_count`` slots of one size that the largest parameter must fit, (D) 5 of 1e8 elements
-  or of the largest parameter, which do not hold a block of more parameters (it then stops with "Not enough
-  buffers"); (L) slots of the largest parameter, one for each swapped parameter of two blocks, the one that
-  computes and the one that comes, and one for embedding or head: so this can be more than (D).
-- gradients: one flat buffer of all parameters in bf16, pinned by torch's allocator, which rounds up to a power
-  of two. The pools are ``posix_memalign``-ed by its own engine, and are not.
+- optimizer pool: ``buffer_count`` (4: parameter, gradient, two moments) buffers of fp32, each as large as
+  the largest sub-group. A sub-group takes parameters until it holds ``sub_group_size`` elements: (D) 1e9,
+  (L) 1, so that each parameter is a group of its own.
+- parameter pool: ``buffer_count`` slots of one size that the largest parameter must fit, (D) 5 of 1e8
+  elements or of the largest parameter, which do not hold a block of more parameters (it then stops with
+  "Not enough buffers"); (L) slots of the largest parameter, one for each swapped parameter of two blocks,
+  the one that computes and the one that comes, and one for embedding or head: so this can be more than (D).
+- gradients: one flat buffer of all parameters in bf16, pinned by torch's allocator, which rounds up to a
+  power of two. The pools are ``posix_memalign``-ed by its own engine, and are not.
 
 memtrain: rings of exact size, rounded to pages:
 
-- optimizer ring: shards of equal size, whatever the shapes: the planner's number of slots, each one shard of
-  state (12 bytes an element) and its fp32 gradient (4).
+- optimizer ring: shards of equal size, whatever the shapes: the planner's number of slots, each one shard
+  of state (12 bytes an element) and its fp32 gradient (4).
 - gradient ring: the planner's chunks.
 - parameters by size classes of the shape histogram, each as many slots as two blocks have parameters of the
-  class, and one of the largest: the same two blocks as (L), at their own sizes. The classes are arithmetic of
-  what exact sizes need.
+  class, and one of the largest: the same two blocks as (L), at their own sizes. What exact sizes
+  would need: a rule for streamed weights, not a ring that runs today.
 
 Tensors below 1 MiB stay in memory in both engines and are left out of both.
 """

@@ -1,20 +1,21 @@
 """Streamed AdamW alone: bytes a second against fio with the same mix, and seconds a step against DeepSpeed.
 
-The state of a parameter is an fp32 master and two fp32 moments: a step reads 12 bytes and writes 12. Weights
-and gradients are bf16 and stay in memory. There is no model, no forward and no backward: every parameter has
-a gradient, ``step()`` is timed until the last byte is on the disk. So is DeepSpeed's: ``engine.step`` with
-gradients in its flat buffer, ZeRO stage 3, optimizer on NVMe, DeepSpeedCPUAdam, one sub-group for each
-``--group`` million parameters, with and without its pipelining; the faster of the two counts.
+The state of a parameter is an fp32 master and two fp32 moments: a step reads 12 bytes and writes 12.
+Weights and gradients are bf16 and stay in memory. There is no model, no forward and no backward: every
+parameter has a gradient, ``step()`` is timed until the last byte is on the disk. So is DeepSpeed's:
+``engine.step`` with gradients in its flat buffer, ZeRO stage 3, optimizer on NVMe, DeepSpeedCPUAdam, one
+sub-group for each ``--group`` million parameters, with and without its pipelining; the faster of the two
+counts.
 
-fio moves the same mix in blocks of our own piece size and as many under way as we have I/O threads, reads and
-writes interleaved at random one to one, with direct I/O in a preallocated file that was written once before;
-``psync`` threads and ``libaio``, the faster counts. fio neither computes nor checks anything; we step AdamW and
-verify a checksum of every byte read.
+fio moves the same mix in blocks of our own piece size and as many under way as we have I/O threads, reads
+and writes interleaved one to one, with direct I/O in a preallocated file that was written once before;
+``psync`` threads and ``libaio``, the faster counts. fio neither computes nor checks anything; we step AdamW
+and verify a checksum of every byte read.
 
-A round runs every side, in an order that turns; ratios are taken within a round, and the median of the rounds
-counts. One billion parameters take 12 GB of disk for us, 12 or more for DeepSpeed and ``--fio-gib`` for fio, and
-4 GB of memory for weights and gradients (DeepSpeed: 8 and more): ``--millions`` scales the model down where
-that is too much, and the JSON line says so.
+A round runs every side, in an order that turns; ratios are taken within a round, and the median of the
+rounds counts. One billion parameters take 12 GB of disk for us, 12 or more for DeepSpeed and ``--fio-gib``
+for fio, and 4 GB of memory for weights and gradients (DeepSpeed: 8 and more): ``--millions`` scales the
+model down where that is too much, and the JSON line says so.
 """
 
 from __future__ import annotations
@@ -215,7 +216,12 @@ def run_side(side: str, args: argparse.Namespace, fio_file: str, directory: str)
     engine = "deepspeed" if side.startswith("deepspeed") else "memtrain"
     python = str(DEEPSPEED_VENV / "bin/python") if engine == "deepspeed" else sys.executable
     command = [python, str(BENCHMARKS / "optimizer_stream.py"), "--child", engine]
-    command += [f"--swap={directory}", f"--count={args.count}", f"--group={args.group}", f"--shard={args.shard}"]
+    command += [
+        f"--swap={directory}",
+        f"--count={args.count}",
+        f"--group={args.group}",
+        f"--shard={args.shard}",
+    ]
     if side == "deepspeed pipelined":
         command.append("--pipelined")
     run = run_child(command, environment=child_environment(engine), timeout_seconds=TIMEOUT_SECONDS)
@@ -228,7 +234,9 @@ def run_side(side: str, args: argparse.Namespace, fio_file: str, directory: str)
     return report
 
 
-def summarize(rounds: list[dict[str, dict[str, Any]]], args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+def summarize(
+    rounds: list[dict[str, dict[str, Any]]], args: argparse.Namespace
+) -> tuple[str, dict[str, Any]]:
     """The table and the JSON line of ``rounds``, each the reports by side."""
     rows = []
     for side in rounds[0]:
@@ -267,7 +275,9 @@ def summarize(rounds: list[dict[str, dict[str, Any]]], args: argparse.Namespace)
 
 def _ratio(reports: dict[str, dict[str, Any]], peer: str) -> float | None:
     """Our bytes a second over the peer's fastest of one round; None where it has not run."""
-    rates = [r["bytes_per_second"] for s, r in reports.items() if s.startswith(peer) and "bytes_per_second" in r]
+    rates = [
+        r["bytes_per_second"] for s, r in reports.items() if s.startswith(peer) and "bytes_per_second" in r
+    ]
     return reports["memtrain"]["bytes_per_second"] / max(rates) if rates else None
 
 
@@ -288,7 +298,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29513, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps({"deepspeed": run_deepspeed, "memtrain": run_memtrain}[args.child](args)), flush=True)
+        print(
+            json.dumps({"deepspeed": run_deepspeed, "memtrain": run_memtrain}[args.child](args)), flush=True
+        )
         return
     args.count = max(1, round(args.millions * 1e6 / PARAMETER_ELEMENTS))
     if args.quick:

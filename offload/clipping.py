@@ -65,7 +65,7 @@ def forget_clips(parameters: Iterable[Tensor]) -> None:
 def note_finite(grads: Iterable[Tensor], total_norm: Tensor, max_norm: float) -> None:
     """``grads`` have just been clipped: where their norm is finite, ``is_finite`` need not look at them.
 
-    Exact: a sum of squares with NaN or inf in it is NaN or inf, and the factor that clips is at most 1. A norm
+    Exact: a sum of squares with NaN or inf in it is NaN or inf, and the clipping factor is at most 1. A norm
     that overflowed though every element is finite says nothing.
     """
     if max_norm >= 0 and torch.isfinite(total_norm):
