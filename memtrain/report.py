@@ -12,12 +12,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.units import GiB, MiB, format_gib
+
+if TYPE_CHECKING:
+    from memtrain.offload.slab import HighWater
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -118,6 +122,20 @@ def form_facts(plan: Plan, profile: ModelProfile) -> list[str]:
         limit = "not limited" if plan.error_budget is None else f"budget {plan.error_budget:.2g}"
         lines.append(f"lossy forms: mean error of gradients {plan.error:.2g} over all saved bytes ({limit})")
     return lines
+
+
+def staging_lines(marks: Sequence[HighWater]) -> list[str]:
+    """A line for each class of staging memory: what there is, and the most that was used of it.
+
+    Slots that were never held, or never filled, are memory that the plan could have done without: it reserves
+    for the largest block, gradient and shard.
+    """
+    return [
+        f"staging {mark.name}: {mark.slots_held} of {mark.slots} slots held at once, "
+        f"{mark.bytes_used / MiB:.2f} of {mark.slot_bytes / MiB:.2f} MiB of a slot used, "
+        f"{mark.size_bytes / MiB:.2f} MiB in all"
+        for mark in marks
+    ]
 
 
 def _blocks(count: int) -> str:

@@ -40,6 +40,7 @@ from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import Unit
+from memtrain.offload.slab import HighWater
 from memtrain.offload.stored_weights import StoredWeights
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
 from memtrain.optim.autograd.treatments import ChangedModuleError
@@ -58,7 +59,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import MiB, format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import form_facts, recompute_facts
+from memtrain.report import form_facts, recompute_facts, staging_lines
 from memtrain.runfiles import make_folder, write_text
 from memtrain.streamed_model import bring_home, stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
@@ -497,6 +498,7 @@ class Session:
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
+        lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
 
     def _weight_lines(self) -> list[str]:
@@ -508,6 +510,10 @@ class Session:
             f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
             f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
         ]
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """The most that was used of each ring of staging slots, and of each slab of activations that stay."""
+        return (*self._activations.high_water(), *self.optimizer.high_water())
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""

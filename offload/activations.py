@@ -45,6 +45,7 @@ from memtrain.offload.saved_group import (
     pack_into,
     unpack,
 )
+from memtrain.offload.slab import HighWater
 from memtrain.offload.staging import SlotCache, Ticket
 from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.unmoved import FixedTensors, shared_storages, unchanged
@@ -127,6 +128,11 @@ class ActivationExecutor:
         """What was found out about the tokens of each block that has run and needed it, by name."""
         found = {name: survey.probe for name, survey in self._surveys.items()}
         return {name: probe for name, probe in found.items() if probe is not None}
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """What was used of the slots for activations so far: ring by ring, and slab by slab of what stays."""
+        kept = dict.fromkeys(self._kept.values())  # blocks with equal places share one
+        return tuple(cache.high_water() for cache in (self._saved, self._input, *kept) if cache is not None)
 
     # installing -------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from memtrain.offload.norms import float_norm
 from memtrain.offload.offloaded_grad import OffloadedGrad
 
 _CLIPPED = "_memtrain_clipped"
+_FINITE = "_memtrain_finite"
 
 
 def clip_float_norm_(grads: Sequence[Tensor], max_norm: float, error_if_nonfinite: bool) -> Tensor:
@@ -54,17 +55,30 @@ def clips_of(grad: Tensor) -> tuple[Tensor, ...]:
 
 
 def forget_clips(parameters: Iterable[Tensor]) -> None:
-    """Remove the factors from gradients that outlive their step: cleared in place, or not at all."""
+    """Remove what clipping left with gradients that outlive their step: cleared in place, or not at all."""
     for parameter in parameters:
-        if parameter.grad is not None and hasattr(parameter.grad, _CLIPPED):
-            delattr(parameter.grad, _CLIPPED)
+        for note in (_CLIPPED, _FINITE):
+            if parameter.grad is not None and hasattr(parameter.grad, note):
+                delattr(parameter.grad, note)
+
+
+def note_finite(grads: Iterable[Tensor], total_norm: Tensor, max_norm: float) -> None:
+    """``grads`` have just been clipped: where their norm is finite, ``is_finite`` need not look at them.
+
+    Exact: a sum of squares with NaN or inf in it is NaN or inf, and the clipping factor is at most 1. A norm
+    that overflowed though every element is finite says nothing.
+    """
+    if max_norm >= 0 and torch.isfinite(total_norm):
+        for grad in grads:
+            if type(grad) is Tensor:
+                setattr(grad, _FINITE, grad._version)
 
 
 def is_finite(grad: Tensor) -> bool:
     """Whether every element is finite."""
     if isinstance(grad, OffloadedGrad):
         return grad.finite()
-    if grad.numel() == 0:
+    if grad.numel() == 0 or getattr(grad, _FINITE, None) == grad._version:
         return True
     # Two numbers instead of a mask as large as the gradient.
     low, high = torch.aminmax(grad)

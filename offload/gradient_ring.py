@@ -17,7 +17,7 @@ from torch import Tensor
 from memtrain.offload.device import Device, Event
 from memtrain.offload.errors import UnsupportedGradientOperation
 from memtrain.offload.gradient_home import Chunk, OffloadedGradient, Ticket
-from memtrain.offload.slab import Ring, Slot
+from memtrain.offload.slab import HighWater, Ring, Slot
 
 
 @dataclass(slots=True, eq=False)
@@ -98,6 +98,10 @@ class GradientRing:
     def size_bytes(self) -> int:
         """What the ring occupies."""
         return self._ring.slab.nbytes
+
+    def high_water(self) -> HighWater:
+        """What was used of the slots so far."""
+        return self._ring.high_water("gradient")
 
     def send(self, home: OffloadedGradient, flat: Tensor) -> None:
         """Start writing a gradient (1-D, contiguous).
@@ -259,6 +263,7 @@ class GradientRing:
 
 
 def _bytes(slot: Slot, chunk: Chunk, dtype: torch.dtype) -> Tensor:
+    slot.note_used(chunk.nbytes)
     return slot.buffer[: (chunk.stop - chunk.start) * dtype.itemsize]
 
 

@@ -23,6 +23,7 @@ from memtrain.offload.gradient_ring import GradientRing
 from memtrain.offload.norms import float_norm
 from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad
 from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
+from memtrain.offload.slab import HighWater
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
 
@@ -114,6 +115,10 @@ class GradientStore:
                 )
                 position += chunk.nbytes
         return tickets
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """What was used of the ring so far; empty where no gradient leaves."""
+        return () if self._ring is None else (self._ring.high_water(),)
 
     def drain(self) -> None:
         """Wait until every gradient is on its tier. Raises what went wrong."""

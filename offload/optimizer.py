@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite
+from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite, note_finite
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
@@ -30,6 +30,7 @@ from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import MASTER_KEY, Unit
+from memtrain.offload.slab import HighWater
 from memtrain.offload.state_dicts import from_state_dict, to_state_dict
 from memtrain.offload.update import Update
 from memtrain.offload.update_runner import InMemory, UpdateRunner
@@ -237,10 +238,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """
         self.flush()
         chosen = self._all_parameters() if parameters is None else list(parameters)
-        if not self.config.master_weights:
-            return torch.nn.utils.clip_grad_norm_(chosen, max_norm, error_if_nonfinite=error_if_nonfinite)
         grads = [p.grad for p in chosen if p.grad is not None]
-        return clip_float_norm_(grads, max_norm, error_if_nonfinite)
+        if self.config.master_weights:
+            total = clip_float_norm_(grads, max_norm, error_if_nonfinite)
+        else:
+            total = torch.nn.utils.clip_grad_norm_(chosen, max_norm, error_if_nonfinite=error_if_nonfinite)
+        if self.config.nonfinite != "ignore":  # one pass over the gradients tells both
+            note_finite(grads, total, max_norm)
+        return total
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """What was used of the rings for gradients and updates so far."""
+        return (*self.gradients.high_water(), *self._updates.high_water())
 
     # -- updates that run ahead
     # --------------------------------------------------------------------------------

@@ -170,6 +170,7 @@ class ShardPipeline:
     def _read(self, shard: Shard, slot: Slot) -> None:
         try:
             self._loads[shard] = _Load(slot, self._stages.read(shard, slot.buffer))
+            slot.note_used(max((part.stop for part in self._stages.incoming(shard)), default=0))
         except BaseException:
             slot.release()
             raise

@@ -145,6 +145,8 @@ class SavedGroup:
         with self._lock:
             self._placed.clear()
             self._sealed = True
+            if self._slot is not None:
+                self._slot.slot.note_used(self._used_bytes)
         self._executor.submit_ready()
 
     def try_submit(self, *, patient: bool = False) -> bool:

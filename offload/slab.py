@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -153,6 +154,24 @@ def _anonymous(nbytes: int, *, huge_pages: bool, inherited: bool) -> mmap.mmap:
     return mapping
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HighWater:
+    """The most that was ever used of a ring: what its slots could have been."""
+
+    name: str
+    slots: int
+    slot_bytes: int
+    slots_held: int
+    """At once."""
+    bytes_used: int
+    """Of any one slot."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What the ring occupies."""
+        return self.slots * self.slot_bytes
+
+
 class Slot:
     """One slot of a ring, held until ``release``."""
 
@@ -164,6 +183,10 @@ class Slot:
         self.index = index
         self.buffer = buffer
         """The slot's memory, 1-D uint8, page aligned."""
+
+    def note_used(self, nbytes: int) -> None:
+        """For ``Ring.high_water``: the holder uses the first ``nbytes``."""
+        self._ring._note_used(nbytes)
 
     def release(self, after: Iterable[Transfer] = ()) -> None:
         """Give the slot back. Raises StagingError when it is not held.
@@ -201,6 +224,8 @@ class Ring:
         self._lingering: list[tuple[Slot, list[Transfer]]] = []
         """Released slots that a transfer still uses."""
         self._waiting: set[threading.Thread] = set()
+        self._slots_held = 0
+        self._bytes_used = 0
         self._changed = threading.Condition()
 
     @property
@@ -240,6 +265,17 @@ class Ring:
             finally:
                 self._waiting.discard(me)
 
+    def high_water(self, name: str) -> HighWater:
+        """What was used of the ring so far, under a name for people."""
+        with self._changed:
+            return HighWater(
+                name=name,
+                slots=self.count,
+                slot_bytes=self.slot_bytes,
+                slots_held=self._slots_held,
+                bytes_used=self._bytes_used,
+            )
+
     def try_acquire(self) -> Slot | None:
         """A free slot, or None. Raises StagingError when the ring is closed."""
         with self._changed:
@@ -268,7 +304,12 @@ class Ring:
             return None
         slot = self._free.popleft()
         slot._holder = threading.current_thread()
+        self._slots_held = max(self._slots_held, self.count - len(self._free))
         return slot
+
+    def _note_used(self, nbytes: int) -> None:
+        with self._changed:
+            self._bytes_used = max(self._bytes_used, nbytes)
 
     def _release(self, slot: Slot, transfers: list[Transfer]) -> None:
         with self._changed:

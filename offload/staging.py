@@ -8,6 +8,7 @@ that *is* a saved tensor) must hold the slot, not be overwritten.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import weakref
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrain.offload.device import Device, Event
 from memtrain.offload.errors import OffloadError
-from memtrain.offload.slab import Ring, Slot
+from memtrain.offload.slab import HighWater, Ring, Slot
 
 
 class Ticket(Protocol):
@@ -94,6 +95,11 @@ class StagedSlot:
         return self._alias is not None and not self._alias.expired()  # type: ignore[no-untyped-call]
 
     @property
+    def in_use(self) -> bool:
+        """Whether anything lies here, is on its way or is aliased."""
+        return self.occupant is not None or self.aliased or self.busy
+
+    @property
     def copied(self) -> bool:
         """Whether every copy between this memory and the device is over."""
         return all(copy.done() for copy in self.copies)
@@ -139,6 +145,12 @@ class SlotCache:
         self._ring = Ring(count, slot_bytes, device=device)
         self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
         self._lock = lock
+        self._slots_held = 0
+
+    def high_water(self) -> HighWater:
+        """What was used of the slots so far. The cache holds them all for ever; what counts is what lay in
+        them, was on its way or was aliased."""
+        return dataclasses.replace(self._ring.high_water(self.name), slots_held=self._slots_held)
 
     @property
     def has_room(self) -> bool:
@@ -183,6 +195,7 @@ class SlotCache:
                     holder.leave()
                 slot.settle()
                 slot.occupy(occupant)
+                self._slots_held = max(self._slots_held, sum(each.in_use for each in self._slots))
                 return slot
             return None
 

@@ -17,7 +17,7 @@ from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.pipeline import ShardPipeline, Stages
 from memtrain.offload.shards import Shard
-from memtrain.offload.slab import Ring, Slot
+from memtrain.offload.slab import HighWater, Ring, Slot
 from memtrain.offload.update import Update
 
 
@@ -85,6 +85,10 @@ class UpdateRunner:
     def ring_bytes(self) -> int:
         """What the slots occupy."""
         return 0 if self._ring is None else self._ring.slab.nbytes
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """What was used of the slots so far; empty where there are none."""
+        return () if self._ring is None else (self._ring.high_water("update"),)
 
     @property
     def holds_tensors(self) -> bool:

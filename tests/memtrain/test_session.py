@@ -132,6 +132,12 @@ def test_an_ordinary_loop_is_bit_equal(
         found = session.measure()
         assert found["steps"] == 5
         assert "predicted" in session.report()
+        marks = {mark.name: mark for mark in session.high_water()}
+        assert {"gradient", "update"} <= marks.keys()
+        for name, mark in marks.items():
+            assert 1 <= mark.slots_held <= mark.slots
+            assert 1 <= mark.bytes_used <= mark.slot_bytes
+            assert f"staging {name}: {mark.slots_held} of {mark.slots} slots held at once" in session.report()
     assert all(torch.equal(value, plain[1][name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.iterdir())
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload import clipping
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer import NonFiniteGradientError, OffloadedOptimizer
 from memtrain.planner.actions import Tier, UpdateSchedule
@@ -247,3 +248,41 @@ def test_a_clip_ends_with_zero_grad_and_with_a_skipped_step() -> None:
         model.zero_grad(set_to_none=False)
         model(batches(1)[0]).backward()
         assert torch.equal(optimizer.clip_grad_norm_(0.05), norm)
+
+
+def test_a_finite_norm_answers_for_the_gradients_it_was_taken_of_and_no_longer() -> None:
+    grads = [torch.tensor([3.0]), torch.tensor([4.0])]
+    clipping.note_finite(grads, torch.tensor(5.0), 1.0)
+    grads[0].data.fill_(float("nan"))  # behind the version counter's back: so it was not looked at
+    assert clipping.is_finite(grads[0])
+    grads[0].fill_(float("nan"))
+    assert not clipping.is_finite(grads[0])
+    assert not clipping.is_finite(torch.tensor([3.0, float("inf")]))
+
+
+@pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
+def test_a_factor_that_may_be_above_one_answers_nothing(max_norm: float) -> None:
+    grad = torch.tensor([3.0])
+    clipping.note_finite([grad], torch.tensor(3.0), max_norm)
+    grad.data.fill_(float("nan"))
+    assert not clipping.is_finite(grad)
+
+
+def test_a_norm_that_overflows_does_not_skip_finite_gradients() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(
+            model,
+            torch.optim.SGD(model.parameters(), lr=1e-3),
+            engine,
+            make_plan(gradient_tier=Tier.DEVICE),
+            nonfinite="skip",
+        )
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.full_like(parameter, 1e30)  # squares are above fp32's range
+        assert not torch.isfinite(optimizer.clip_grad_norm_(1.0))
+        optimizer.step()
+        # Scaled by 1 / inf: zeros, which are finite.
+        assert not optimizer.last_step_skipped
+        optimizer.close()

@@ -1,5 +1,6 @@
 import faulthandler
 import os
+import random
 import re
 import resource
 import signal
@@ -202,3 +203,41 @@ def test_a_ring_whose_device_fails_is_closed_all_the_same():
     ring.close()
     with pytest.raises(StagingError, match="closed"):
         ring.acquire()
+
+
+def test_the_high_water_of_a_ring_is_what_was_held_and_used_at_most():
+    ring = Ring(3, 5000)
+    first, second = ring.acquire(), ring.acquire()
+    first.note_used(4097)
+    first.release()
+    second.release()
+    third = ring.acquire()
+    third.note_used(100)
+    mark = ring.high_water("update")
+    assert (mark.name, mark.slots, mark.slot_bytes) == ("update", 3, 8192)
+    assert (mark.slots_held, mark.bytes_used, mark.size_bytes) == (2, 4097, 24576)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_slot_of_the_largest_size_serves_any_sizes_in_any_number(seed):
+    sizes = random.Random(seed).choices(range(1, 50_000), k=200)
+    ring = Ring(1, max(sizes))
+    done = []
+
+    def work(mine):
+        for size in mine:
+            slot = ring.acquire(size, timeout_seconds=30)
+            slot.note_used(size)
+            slot.buffer[:size] = size % 251
+            assert bool((slot.buffer[:size] == size % 251).all())
+            slot.release()
+            done.append(size)
+
+    threads = [threading.Thread(target=work, args=(sizes[start::8],)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(done) == sorted(sizes)
+    assert ring.free_count == 1
+    assert ring.high_water("any").bytes_used == max(sizes)

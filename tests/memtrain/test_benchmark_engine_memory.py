@@ -1,0 +1,48 @@
+"""Staging of two engines by arithmetic: each number worked out by hand for one small model."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+Mi = 1 << 20
+
+
+@pytest.fixture
+def engine_memory(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("engine_memory")
+
+
+def test_a_sub_group_is_closed_by_the_parameter_that_reaches_its_size(engine_memory: ModuleType) -> None:
+    assert engine_memory.largest_sub_group([3, 3, 5, 1], 5) == 6  # 3 + 3; 5; 1
+    assert engine_memory.largest_sub_group([3, 3, 5, 1], 1) == 5
+    assert engine_memory.largest_sub_group([3, 3, 5, 1], 100) == 12
+
+
+def test_two_blocks_and_an_embedding_by_hand(engine_memory: ModuleType) -> None:
+    # An embedding of 8 Mi, two blocks of 2 Mi, 2 Mi, 1 Mi and a norm of 1024 elements that never moves.
+    block = (2 * Mi, 2 * Mi, Mi, 1024)
+    shapes = engine_memory.Shapes(parameters=(8 * Mi, *block, *block), block=block)
+    elements = 8 * Mi + 2 * (5 * Mi + 1024)
+    assert shapes.moving == (2 * Mi, 2 * Mi, Mi)
+
+    least = engine_memory.deepspeed(shapes, least=True)
+    assert least.optimizer == 4 * 8 * Mi * 4  # a group is a parameter, the embedding the largest
+    assert least.parameters == 7 * 8 * Mi * 2  # 2 x 3 + 1 slots, each of the embedding's size
+    assert least.gradients == 64 * Mi  # 36 MiB and a bit, rounded up to a power of two
+
+    default = engine_memory.deepspeed(shapes, least=False)
+    assert default.optimizer == 4 * elements * 4  # one group of everything
+    assert default.parameters == 5 * 200_000_512  # 1e8 elements of two bytes, to 1024
+    assert default.gradients == 64 * Mi
+
+    ours = engine_memory.memtrain(shapes)
+    assert ours.optimizer == 6 * Mi * 16
+    assert ours.parameters == 4 * 2 * Mi * 2 + 2 * Mi * 2 + 8 * Mi * 2
+    assert ours.gradients == 4 * 4 * Mi
+    assert ours.total == (96 + 36 + 16) * Mi
