@@ -12,9 +12,11 @@ read only; it runs one Python program with the interpreter of the tests, which w
 
 from __future__ import annotations
 
+import ctypes
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -112,6 +114,7 @@ def run_in_guest(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            preexec_fn=_die_with_parent,
             env=os.environ
             | {"LD_LIBRARY_PATH": f"{ROOT}/usr/lib/x86_64-linux-gnu:{ROOT}/lib/x86_64-linux-gnu"},
         )
@@ -131,6 +134,11 @@ def run_in_guest(
         seconds=time.monotonic() - start,
         console=console.read_text(errors="replace"),
     )
+
+
+def _die_with_parent() -> None:
+    """A killed test would leave the machine running."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _command(kernel: str, initramfs: Path, results: Path, *, cxl: bool) -> list[str]:
