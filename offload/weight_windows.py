@@ -11,6 +11,7 @@ memory. So a view of a weight that somebody keeps costs a window, and never show
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -61,6 +62,7 @@ class WindowPool:
         self.window_bytes = max(unit.nbytes for unit in units)
         self._device = device
         self._closed = False
+        self._pid = os.getpid()
         self._clock = 0
         self._reads = self._waits = self._peak = self._bytes_read = self._bytes_written = 0
         with ExitStack() as made:
@@ -89,8 +91,10 @@ class WindowPool:
 
         Raises:
             WeightWindowError: every window is in use.
-            OffloadError: the tier failed; the weights are still there, or still in the window they were in.
+            OffloadError: the tier failed; the weights are still there, or still in the window they were in. Or
+                this is a forked child, which has no windows.
         """
+        self._refuse_child()
         with self.lock:
             self._clock += 1
             unit.touched = self._clock
@@ -109,6 +113,13 @@ class WindowPool:
                 self.drop(unit)
                 raise
 
+    def _refuse_child(self) -> None:
+        """Before any lock, and before anybody touches memory that a child does not inherit."""
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the streamed weights belong to process {self._pid}; a forked child may not use them"
+            )
+
     @contextmanager
     def using(self, units: Sequence[StreamedUnit], bring: Callable[[StreamedUnit], None]) -> Iterator[None]:
         """The units' weights may be used inside, by anybody, and stay.
@@ -117,6 +128,7 @@ class WindowPool:
             bring: has one in its window, as ``use`` does.
         """
         held: list[StreamedUnit] = []
+        self._refuse_child()
         try:
             for unit in units:
                 with self.lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import time
 from pathlib import Path
@@ -305,4 +306,22 @@ def test_a_window_waits_for_a_transfer_that_was_given_up(tmp_path: Path) -> None
             time.sleep(2)
             for one, other in zip(plain.model.layers[:2], model.model.layers[:2], strict=True):
                 assert_same(list(one.parameters()), list(other.parameters()))
+        streamer.remove()
+
+
+def test_a_forked_child_is_told(tmp_path: Path) -> None:
+    """Its windows are out of reach, also those of units that were there."""
+    model = llama()
+    with open_engine(tmp_path) as engine:
+        streamer = stream(model, engine, slots=2, tier=Tier.NVME)
+        streamer.fetch("prologue")
+        child = os.fork()
+        if child == 0:
+            try:
+                with streamer.hold("prologue"):
+                    model.model.embed_tokens.weight.sum()
+            except OffloadError as error:
+                os._exit(0 if "forked child" in str(error) else 3)
+            os._exit(4)
+        assert os.waitpid(child, 0)[1] == 0
         streamer.remove()
