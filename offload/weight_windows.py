@@ -91,7 +91,7 @@ class WindowPool:
 
         Raises:
             WeightWindowError: every window is in use.
-            OffloadError: the tier failed; the weights are still there, or still in the window they were in. Or
+            OffloadError: the tier failed; the weights are still there, or in the window they were in. Or
                 this is a forked child, which has no windows.
         """
         self._refuse_child()
