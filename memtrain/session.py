@@ -382,6 +382,13 @@ class Session:
             for unit, members in units:
                 if tiers[unit] is Tier.DEVICE:
                     bring_home(stored, members)
+                elif tiers[unit] is not stored.store.tier:
+                    raise PlanMismatchError(
+                        f"the plan has the weights of {unit} on {tiers[unit].value}, those of this streamed "
+                        f"model are on {stored.store.tier.value}: plan with options.force "
+                        f'{{"state": {{"weight_tier": "{stored.store.tier.value}"}}}}, or stream the model '
+                        "with a budget of one tier"
+                    )
         if all(tier is Tier.DEVICE for tier in tiers.values()):
             return None
         staging = self.plan.staging

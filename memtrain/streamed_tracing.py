@@ -28,7 +28,10 @@ def traced_weights(
         OffloadError: no memory for the windows; the tier failed.
     """
     engine = Engine({stored.store.tier: stored.store}, device, lent=[stored.store.tier])
-    units = traced_units(model, blocks)
+    units = [  # what an earlier session has brought home for good stays there
+        (unit, [(name, parameter) for name, parameter in members if name in stored.extents])
+        for unit, members in traced_units(model, blocks)
+    ]
     tiers = {name: stored.store.tier for name, _ in units}
     streamer = ParameterStreamer(
         model, blocks, units, tiers=tiers, engine=engine, slots=None, placed=stored.extents, read_ahead=False

@@ -215,13 +215,11 @@ class ParameterStreamer:
         self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         before = self._in_model
-        with ExitStack() as self._in_model:
-            self._at = 0
-            self._in_model.enter_context(self._using(units))
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                self._in_model = before
+        with ExitStack() as brought:
+            self._at, self._in_model = 0, brought
+            brought.callback(setattr, self, "_in_model", before)
+            brought.enter_context(self._using(units))
+            return forward(*args, **kwargs)
 
     def remove(self) -> None:
         """Make the model what it was: its own forwards, weights in memory of their own. May be called twice.
@@ -370,18 +368,14 @@ class ParameterStreamer:
         (``parameter._version``) need no mark.
 
         Raises:
-            OffloadError: the unit is not held, or an earlier write of it failed.
+            OffloadError: the unit is not held.
         """
         found = self._find(unit)
         if found is None:
             return
         if not found.users:
             raise OffloadError(f"unit {unit} is not held: mark it inside streamer.hold({unit!r})")
-        try:
-            self._pool.settle(found)  # what is under way may have been read before the change
-        finally:
-            for weight in found.weights:
-                weight.saved_version = None
+        self._pool.mark(found)
 
     def flush(self) -> None:
         """Every change is on its tier when this returns.

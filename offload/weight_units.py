@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memtrain.offload import away
 from memtrain.offload.device import Event
-from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.extents import Extent
 from memtrain.offload.shards import SMALL, Unit
 from memtrain.offload.slab import PAGE_BYTES
@@ -69,8 +69,8 @@ class StreamedUnit:
     ready: bool = False
     """The parameters' data are views of the window."""
     reads: list[Ticket] = field(default_factory=list)
-    writes: list[tuple[StreamedWeight, int, Ticket]] = field(default_factory=list)
-    """Under way: what is written, and the version that it has."""
+    writes: list[tuple[StreamedWeight, int | None, Ticket]] = field(default_factory=list)
+    """Under way: what is written, and the version that it has; None where that is not known."""
     users: int = 0
     """Who uses the weights right now."""
     touched: int = 0
@@ -112,12 +112,26 @@ class Window:
     unit: StreamedUnit | None = None
     arrivals: list[Event] | None = None
     """Copies from host to buffer, once they are queued."""
+    lingering: list[Ticket] = field(default_factory=list)
+    """Transfers of units that have left, which had not ended when the tier stalled: nobody gets the window
+    before they have."""
 
     def finish_copies(self) -> None:
         """Return when the device has left the host's part."""
         for copy in self.arrivals or ():
             copy.synchronize()
         self.arrivals = None
+
+    def await_lingering(self) -> None:
+        """Return when no transfer of a unit that has left uses the window. Raises TierIOError where the tier
+        stalls still."""
+        for ticket in self.lingering:
+            try:
+                ticket.wait()
+            except OffloadError:  # what became of it was told before
+                if not ticket.done():
+                    raise
+        self.lingering.clear()
 
 
 def is_streamed(parameter: nn.Parameter) -> bool:

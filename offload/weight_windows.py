@@ -11,6 +11,7 @@ memory. So a view of a weight that somebody keeps costs a window, and never show
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -61,6 +62,7 @@ class WindowPool:
         self.window_bytes = max(unit.nbytes for unit in units)
         self._device = device
         self._closed = False
+        self._pid = os.getpid()
         self._clock = 0
         self._reads = self._waits = self._peak = self._bytes_read = self._bytes_written = 0
         with ExitStack() as made:
@@ -89,8 +91,10 @@ class WindowPool:
 
         Raises:
             WeightWindowError: every window is in use.
-            OffloadError: the tier failed; the weights are still there, or still in the window they were in.
+            OffloadError: the tier failed; the weights are still there, or in the window they were in. Or
+                this is a forked child, which has no windows.
         """
+        self._refuse_child()
         with self.lock:
             self._clock += 1
             unit.touched = self._clock
@@ -109,6 +113,13 @@ class WindowPool:
                 self.drop(unit)
                 raise
 
+    def _refuse_child(self) -> None:
+        """Before any lock, and before anybody touches memory that a child does not inherit."""
+        if os.getpid() != self._pid:
+            raise OffloadError(
+                f"the streamed weights belong to process {self._pid}; a forked child may not use them"
+            )
+
     @contextmanager
     def using(self, units: Sequence[StreamedUnit], bring: Callable[[StreamedUnit], None]) -> Iterator[None]:
         """The units' weights may be used inside, by anybody, and stay.
@@ -117,6 +128,7 @@ class WindowPool:
             bring: has one in its window, as ``use`` does.
         """
         held: list[StreamedUnit] = []
+        self._refuse_child()
         try:
             for unit in units:
                 with self.lock:
@@ -266,15 +278,26 @@ class WindowPool:
             OffloadError: a write failed; the weight is in the window still, and will be written again.
         """
         with self.lock:
-            writes, unit.writes = unit.writes, []
-            for weight, version, ticket in writes:
+            errors: list[OffloadError] = []
+            for weight, version, ticket in unit.writes:
                 try:
                     ticket.wait()
-                except OffloadError:
+                except OffloadError as error:
+                    errors.append(error)
                     continue
                 weight.saved_version = version
                 self._bytes_written += weight.extent.nbytes
-            wait_all(ticket for _, _, ticket in writes)
+            # Where the tier has stalled, a write may end later: it uses the window until then.
+            unit.writes = [write for write in unit.writes if not write[2].done()]
+            if errors:
+                raise errors[0]
+
+    def mark(self, unit: StreamedUnit) -> None:
+        """All weights of the unit are to be written: what is under way may have been read before a change."""
+        with self.lock:
+            unit.writes = [(weight, None, ticket) for weight, _, ticket in unit.writes]
+            for weight in unit.weights:
+                weight.saved_version = None
 
     def flush(self) -> None:
         """Everything that has changed is on its tier when this returns. Raises the first error."""
@@ -317,6 +340,7 @@ class WindowPool:
         tickets = [*unit.reads, *(ticket for _, _, ticket in unit.writes)]
         for ticket in tickets:
             _settled(ticket)
+        window.lingering += [ticket for ticket in tickets if not ticket.done()]
         window.finish_copies()
         unit.reads.clear()
         unit.writes.clear()
@@ -331,24 +355,35 @@ class WindowPool:
 
     def _claim(self, unit: StreamedUnit) -> Window:
         """A window at any price but that of a unit in use: the one least recently used."""
-        for window in self.windows:
-            if window.unit is None:
-                return window
+        if (window := self._vacant()) is not None:
+            return window
         occupants = [window.unit for window in self.windows if window.unit is not None]
         for other in sorted(occupants, key=lambda other: other.touched):
             if other.users or other.viewed:
                 continue
-            window = other.window
-            assert window is not None
+            freed = other.window
+            assert freed is not None
             self.turn_out(other)
-            return window
+            if not freed.lingering:
+                return freed
+        for window in self.windows:
+            if window.unit is None:
+                window.await_lingering()
+                return window
         raise WeightWindowError(_all_in_use(unit, occupants))
+
+    def _vacant(self) -> Window | None:
+        """A window that no unit is in, and no transfer uses."""
+        for window in self.windows:
+            window.lingering = [ticket for ticket in window.lingering if not ticket.done()]
+            if window.unit is None and not window.lingering:
+                return window
+        return None
 
     def _spare(self, staying: set[int]) -> Window | None:
         """A window that costs no waiting."""
-        for window in self.windows:
-            if window.unit is None:
-                return window
+        if (window := self._vacant()) is not None:
+            return window
         occupants = [window.unit for window in self.windows if window.unit is not None]
         for other in sorted(occupants, key=lambda other: other.touched):
             if other.users or id(other) in staying or other.reads or other.viewed:

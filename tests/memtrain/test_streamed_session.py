@@ -14,9 +14,10 @@ import memtrain
 from memtrain.forms import BlockForms
 from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.device import make_device
-from memtrain.offload.errors import WeightAwayError
+from memtrain.offload.errors import PlanMismatchError, WeightAwayError
 from memtrain.offload.snapshot import latest_checkpoint, load_checkpoint, save_checkpoint
 from memtrain.optim.autograd.causal_lm import install_chunked_loss
+from memtrain.planner.actions import Tier
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.rehearsal import BlockRehearsal
@@ -65,7 +66,7 @@ def batch(step):
     return {"input_ids": ids, "labels": ids}
 
 
-def prepare(model, budget, force=AWAY):
+def prepare(model, budget, force=AWAY, machine=MACHINE):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     options = memtrain.PlannerOptions(force=force)
     return memtrain.prepare(
@@ -74,7 +75,7 @@ def prepare(model, budget, force=AWAY):
         batch(0),
         budget=budget,
         options=options,
-        machine=MACHINE,
+        machine=machine,
         micro_batches=2,
         master_weights=True,
     )
@@ -247,3 +248,31 @@ def test_saving_holds_one_unit_at_a_time(tmp_path, budget):
     seen = [(tensor, list(held)) for tensor in present(units, Watched(units=units))]
     assert seen == [("a", ["one"]), ("b", ["one"]), ("c", ["one"]), ("d", ["two"]), ("e", ["one"])]
     assert held == []
+
+
+def test_weights_that_a_session_brought_home_stay_there_for_the_next(budget):
+    stays = {**AWAY, "state.model.layers.1": {**AWAY["state"], "weight_tier": "device"}}
+    with streamed(False, budget) as made:
+        found = []
+        for _ in range(2):
+            with prepare(made.model, budget, stays) as session:
+                assert session.weights is not None
+                assert "model.layers.1" not in session.weights.streamed
+                found += train(session, range(1))
+    torch.manual_seed(0)
+    model = in_memory(False)
+    expected = []
+    for _ in range(2):
+        with prepare(model, budget, {"state": {**AWAY["state"], "weight_tier": "device"}}) as session:
+            expected += train(session, range(1))
+    assert found == expected
+
+
+def test_weights_that_the_plan_has_on_another_tier_than_theirs_are_refused(budget):
+    with streamed(False, budget) as made:
+        both = memtrain.Budget(device="4GiB", cxl="0:64MiB", nvme=f"{budget.nvme_directory}:64MiB")
+        machine = dataclasses.replace(
+            MACHINE, links=(*MACHINE.links, dataclasses.replace(MACHINE.links[0], tier=Tier.CXL))
+        )
+        with pytest.raises(PlanMismatchError, match=r"on cxl, those of this .* on nvme: plan with options"):
+            prepare(made.model, both, {"state": {"weight_tier": "cxl"}}, machine)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -281,4 +283,45 @@ def test_transfers_that_are_late_and_out_of_order(
         with streamed_optimizer(model, streamer, engine, adamw, schedule=schedule) as optimizer:
             assert_same(expected, streamed_steps(model, optimizer, steps=2))
             assert_same_weights(plain, streamer, model)
+        streamer.remove()
+
+
+def test_a_window_waits_for_a_transfer_that_was_given_up(tmp_path: Path) -> None:
+    """A read that stalled and arrives later must not land on the weights of another unit."""
+    plain, model = llama(), llama()
+    backend = FaultyBackend(ThreadPoolBackend(2))
+    with open_engine(tmp_path, backend=backend) as engine:
+        streamer = stream(model, engine, slots=2, tier=Tier.NVME)
+        for unit in ("model.layers.2", "model.layers.3"):
+            streamer.fetch(unit)
+        streamer.flush()
+        store = engine.store(Tier.NVME)
+        store.stall_seconds = 0.2
+        fail_next(backend, delay_seconds=1.5)
+        with pytest.raises(TierIOError, match="moved nothing"):
+            streamer.fetch("prologue")
+        backend.plan.clear()
+        store.stall_seconds = 300.0
+        with streamer.hold("model.layers.0"), streamer.hold("model.layers.1"):
+            time.sleep(2)
+            for one, other in zip(plain.model.layers[:2], model.model.layers[:2], strict=True):
+                assert_same(list(one.parameters()), list(other.parameters()))
+        streamer.remove()
+
+
+def test_a_forked_child_is_told(tmp_path: Path) -> None:
+    """Its windows are out of reach, also those of units that were there."""
+    model = llama()
+    with open_engine(tmp_path) as engine:
+        streamer = stream(model, engine, slots=2, tier=Tier.NVME)
+        streamer.fetch("prologue")
+        child = os.fork()
+        if child == 0:
+            try:
+                with streamer.hold("prologue"):
+                    model.model.embed_tokens.weight.sum()
+            except OffloadError as error:
+                os._exit(0 if "forked child" in str(error) else 3)
+            os._exit(4)
+        assert os.waitpid(child, 0)[1] == 0
         streamer.remove()
