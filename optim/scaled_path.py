@@ -136,14 +136,13 @@ def _limited(residual: Residual, sums: Tensor, squares: Tensor, memory: dict[str
         )
         return scaling
     low, direction, common = sums
-    if by_channel:
-        ratio = torch.where(low > 0, direction / low, 0)
-    else:
-        ratio = torch.where(low.sum() > 0, direction.sum() / low.sum(), 0).expand_as(low)
-    scaling = ratio.sqrt().mul_(before)
+    above, below = (direction, low) if by_channel else (direction.sum(), low.sum())
+    # Roots before the quotient: where R is tiny its square is a denormal number, and theirs would overflow.
+    scaling = torch.where(below > 0, above.sqrt() / below.sqrt(), 0).mul_(before)
     if rest:
         squares = (squares - low - common).clamp_min_(0)
-    norm = scaling.square().mul_(squares).sum().sqrt_()
+    norm = torch.linalg.vector_norm(scaling * squares.sqrt())
+    scaling = scaling.expand_as(low).contiguous()
     return scaling.mul_(residual.limit_(norm, memory)).mul_(after)
 
 

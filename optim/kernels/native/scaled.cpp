@@ -97,9 +97,10 @@ extern "C" void limited(const float* sums, const float* gradient, float* last, f
     const float *low = sums, *direction = low + l.channels, *common = direction + l.channels;
     double above = 0, below = 0, norm = 0;
     for (int64_t i = 0; i < l.channels; i++) above += direction[i], below += low[i];
-    const float whole = below > 0 ? float(std::sqrt(above / below)) : 0.0f;
+    const float whole = below > 0 ? float(std::sqrt(above) / std::sqrt(below)) : 0.0f;
     for (int64_t i = 0; i < l.channels; i++) {
-        const float each = low[i] > 0 ? std::sqrt(direction[i] / low[i]) : 0.0f;
+        // The quotient of the squares would overflow where R is tiny: its square is a denormal number then.
+        const float each = low[i] > 0 ? std::sqrt(direction[i]) / std::sqrt(low[i]) : 0.0f;
         const float scaled = (l.by_channel ? each : whole) * l.before;
         const float left = gradient[i] - low[i] - common[i], squares = l.rest ? (left < 0 ? 0 : left) : gradient[i];
         norm += double(scaled) * scaled * squares;

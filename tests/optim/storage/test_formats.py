@@ -105,9 +105,8 @@ def test_block_formats_keep_within_half_a_code(
         y = (value.double() / scale).abs().pow(1 / power).copysign(value)
         off = (loaded.double() / scale).abs().pow(1 / power).copysign(loaded) - y
         least = 0 if signed else 1 / blocks.LEVELS[bits, signed]  # below the first code: raised to it
-        assert (
-            off.abs() <= torch.maximum(least - y, torch.tensor(0.501 / blocks.LEVELS[bits, signed]))
-        ).all()
+        most = torch.maximum(least - y, torch.tensor(0.501 / blocks.LEVELS[bits, signed]))
+        assert (off.abs() <= most * (1 + 1e-5)).all()  # codes are fp32
         if not signed:
             assert (loaded > 0).all()
 
