@@ -13,9 +13,12 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from memtrain.offload.errors import NodeFullError, PlacementError
 from memtrain.planner.units import format_gib, round_up
+
+Mapping = TypeVar("Mapping", bound=mmap.mmap)
 
 _DEVICES = Path("/sys/bus/dax/devices")
 
@@ -40,8 +43,8 @@ def dax_devices() -> tuple[DaxDevice, ...]:
     return tuple(_read(name) for name in names if _driver(name) == "device_dax")
 
 
-def map_device(path: str, nbytes: int) -> mmap.mmap:
-    """The first ``nbytes`` of a device, rounded up to its alignment, for this process alone.
+def map_device(path: str, nbytes: int, kind: type[Mapping]) -> Mapping:
+    """The first ``nbytes`` of a device, rounded up to its alignment, for this process alone, as a ``kind``.
 
     What stood there is seen; nothing is wiped, before or after.
 
@@ -67,7 +70,7 @@ def map_device(path: str, nbytes: int) -> mmap.mmap:
             raise PlacementError(f"{path} is no device: memory is mapped from one, never from a file")
         _lock(descriptor, path)
         # The mapping holds a duplicate of the descriptor, and so the lock, for as long as it lives.
-        return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED)
+        return kind(descriptor, size, flags=mmap.MAP_SHARED)
     except OSError as error:
         raise PlacementError(f"cannot map {size} bytes of {path}: {error.strerror}") from error
     finally:

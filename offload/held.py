@@ -42,7 +42,6 @@ LINGER_SECONDS = 3600.0
 machine can spare the memory unasked."""
 _START_SECONDS = 30.0
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_FOLDERS = "restore-"
 
 
 class HolderError(CheckpointError):
@@ -132,9 +131,13 @@ class HeldSnapshots:
             writer.finish()
             for file, descriptor in writer.descriptors.items():
                 self._send({"do": "file", "snapshot": name, "file": file}, [descriptor])
-            held = self._ask({"do": "commit", "snapshot": name})["held"]
-            if held != sorted(writer.descriptors):
-                raise HolderError(f"the holder has {held} of snapshot {name}: restart the run")
+            count = len(writer.descriptors)
+            answer = self._ask({"do": "commit", "snapshot": name, "files": count})
+            if not answer["held"]:
+                raise HolderError(
+                    f"process {self.holder_pid} took {answer['arrived']} of the {count} files of snapshot "
+                    f"{name}, and holds what it held before: raise the limit on open files (ulimit -n)"
+                )
             self._names = [*(one for one in self._names if one != name), name]
             if retire:
                 for old in self._names[:-1]:
@@ -160,9 +163,10 @@ class HeldSnapshots:
         if name is None or name not in self._names:
             yield None
             return
-        descriptors = self._receive(name)
-        folder = self.directory / f"{_FOLDERS}{os.getpid()}" / name
+        descriptors: dict[str, int] = {}
+        folder = self.directory / f"{holder.FOLDERS}{os.getpid()}" / name
         try:
+            self._receive(name, descriptors)
             folder.mkdir(parents=True)
             for file, descriptor in descriptors.items():
                 (folder / file).symlink_to(f"/proc/self/fd/{descriptor}")
@@ -228,6 +232,14 @@ class HeldSnapshots:
             place = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:
             return None
+        status = os.fstat(place)
+        if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            os.close(place)
+            raise HolderError(
+                f"{self.directory} is not this user's alone (owner {status.st_uid}, mode "
+                f"{status.st_mode & 0o777:03o}): others could take the snapshots, or give false ones. Remove "
+                f"it, or name another output directory"
+            )
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             connection.connect(f"/proc/self/fd/{place}/{holder.SOCKET}")  # however long the directory's path
@@ -294,9 +306,8 @@ class HeldSnapshots:
         answer: dict[str, Any] = json.loads(data)
         return answer
 
-    def _receive(self, name: str) -> dict[str, int]:
+    def _receive(self, name: str, found: dict[str, int]) -> None:
         self._send({"do": "get", "snapshot": name})
-        found: dict[str, int] = {}
         while True:
             try:
                 data, descriptors, _, _ = socket.recv_fds(self._connection, holder.MESSAGE_BYTES, 1)
@@ -306,11 +317,18 @@ class HeldSnapshots:
                 raise self._gone()
             answer = json.loads(data)
             if "files" in answer:
-                return found
+                return
+            if not descriptors:
+                self._connection.close()  # the rest of the answer is of no use
+                raise HolderError(
+                    f"snapshot {name} has more files than this process may open: raise the limit (ulimit -n)"
+                )
             os.set_inheritable(descriptors[0], False)
             found[answer["file"]] = descriptors[0]
 
     def _gone(self) -> HolderError:
+        # An answer that comes too late must not be taken for that to the next question.
+        self._connection.close()
         return HolderError(
             f"process {self.holder_pid}, which held this run's snapshots in memory, is gone, and they with "
             f"it: those on disk are left. Was it killed for want of memory (dmesg)?"

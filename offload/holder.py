@@ -16,6 +16,7 @@ beside what it holds.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -28,6 +29,8 @@ import sys
 from typing import Any
 
 SOCKET = "socket"
+FOLDERS = "restore-"
+"""How folders begin in which trainers look at snapshots."""
 MESSAGE_BYTES = 1 << 16
 _UCRED = struct.Struct("3i")
 
@@ -76,15 +79,33 @@ class Holder:
             ready, _, _ = select.select(waiting, [], [], patience)
             if not ready:
                 return
-            if self._owner is not None and ready != [self._listener] and not self._hear(self._owner):
-                return
-            if self._listener in ready:
+            if self._owner is not None and ready != [self._listener]:
+                if not self._hear(self._owner):  # all that it said, before somebody else is let in
+                    return
+            else:
                 self._admit()
 
     def _admit(self) -> None:
-        newcomer = Owner(self._listener.accept()[0])
+        """Greet whoever has come. One who is gone already, killed perhaps, is nobody: what is held stays."""
+        connection: socket.socket | None = None
+        try:
+            connection = self._listener.accept()[0]
+            newcomer = Owner(connection)
+        except OSError:
+            if connection is not None:
+                connection.close()
+            return
         if self._owner is not None and self._owner.dead():
             self._part()
+        try:
+            if self._greet(newcomer):
+                return
+        except OSError:
+            self._owner = None if self._owner is newcomer else self._owner
+        newcomer.close()
+
+    def _greet(self, newcomer: Owner) -> bool:
+        """Whether it is the owner from now on."""
         if newcomer.uid != os.geteuid():
             _answer(newcomer.connection, {"error": "these snapshots belong to another user"})
         elif self._owner is not None:
@@ -92,8 +113,8 @@ class Holder:
         else:
             self._owner = newcomer
             _answer(newcomer.connection, {"pid": os.getpid(), "snapshots": list(self._snapshots)})
-            return
-        newcomer.close()
+            return True
+        return False
 
     def _part(self) -> None:
         assert self._owner is not None
@@ -124,12 +145,21 @@ class Holder:
 
     def _do(self, owner: Owner, what: str, name: str, message: Any, descriptors: list[int]) -> bool:
         if what == "file":
-            owner.arriving.setdefault(name, {})[message["file"]] = descriptors[0]
+            if descriptors:  # else this process has no room for another descriptor
+                files = owner.arriving.setdefault(name, {})
+                if (earlier := files.pop(message["file"], None)) is not None:
+                    os.close(earlier)
+                files[message["file"]] = descriptors[0]
             return True
         if what == "commit":
-            _close(self._snapshots.pop(name, {}))
-            self._snapshots[name] = owner.arriving.pop(name, {})
-            _answer(owner.connection, {"held": sorted(self._snapshots[name])})
+            files = owner.arriving.pop(name, {})
+            whole = len(files) == message["files"]
+            if whole:
+                _close(self._snapshots.pop(name, {}))
+                self._snapshots[name] = files
+            else:
+                _close(files)
+            _answer(owner.connection, {"held": whole, "arrived": len(files)})
         elif what == "drop":
             _close(self._snapshots.pop(name, {}))
             _answer(owner.connection, {})
@@ -160,6 +190,7 @@ def _close(files: Files) -> None:
 
 def main(directory: str, linger_seconds: float) -> int:
     """Run; the exit code: 0 ended as it should, 3 another one holds the directory."""
+    directory = os.path.abspath(directory)  # it is left for another one below
     place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -179,8 +210,19 @@ def main(directory: str, linger_seconds: float) -> int:
         listener.listen()
         Holder(listener, linger_seconds).serve()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _clear(directory)
     return 0
+
+
+def _clear(directory: str) -> None:
+    """Remove what is this process's and its trainers', and the directory if nothing else is in it."""
+    for name in os.listdir():
+        if name == SOCKET:
+            os.unlink(name)
+        elif name.startswith(FOLDERS):
+            shutil.rmtree(name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.rmdir(directory)
 
 
 if __name__ == "__main__":

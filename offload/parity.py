@@ -177,7 +177,7 @@ def restore(
     manifest = _read_whole(folder)
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, (manifest, meta), group)
-    known = next((one for _, one in found if one is not None), None)
+    known = _most_usable(found)
     if known is None:
         raise SnapshotLostError("no rank has its share of the parity: nothing can be rebuilt")
     code = _Code(Stripes(ranks=len(found), losses=known["losses"]))
@@ -201,6 +201,18 @@ def restore(
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------
+
+
+def _most_usable(found: list[tuple[str | None, dict[str, Any] | None]]) -> dict[str, Any] | None:
+    """The parity that most ranks have a share or the snapshot of: ranks that were killed one after the other
+    may have shares of two. The same on every rank."""
+
+    def use(meta: dict[str, Any]) -> int:
+        texts = meta["manifests"]
+        whole = sum(text == expected for (text, _), expected in zip(found, texts, strict=False))
+        return whole + sum(one == meta for _, one in found)
+
+    return max((one for _, one in found if one is not None), key=use, default=None)
 
 
 def _refuse_too_many(stripes: Stripes, whole: set[int], sharing: set[int], lost: list[int]) -> None:

@@ -11,7 +11,6 @@ import mmap
 import os
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -49,6 +48,15 @@ def _take_from_child() -> None:
 
 
 os.register_at_fork(after_in_child=_take_from_child)
+
+
+class _Mapping(mmap.mmap):
+    """Forgotten above before its address can be another's: a weak reference dies after the memory."""
+
+    not_inherited_at = 0
+
+    def __del__(self, known: dict[int, int] = _not_inherited) -> None:
+        known.pop(self.not_inherited_at, None)
 
 
 class Transfer(Protocol):
@@ -93,15 +101,15 @@ class Slab:
         # The tensor keeps the mapping alive; mmap.close() is never called, since torch holds no buffer
         # export and a view that is still in use would fault.
         if place is not None and place.dax is not None:
-            mapping = dax.map_device(place.dax, nbytes)
+            mapping = dax.map_device(place.dax, nbytes, _Mapping)
         else:
             mapping = _anonymous(round_up(nbytes, PAGE_BYTES), huge_pages=huge_pages, inherited=inherited)
         self.nbytes = len(mapping)
         mapping.madvise(mmap.MADV_DONTDUMP)
         self._buffer: torch.Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         if not inherited:
+            mapping.not_inherited_at = self.address
             _not_inherited[self.address] = self.nbytes
-            weakref.finalize(mapping, _not_inherited.pop, self.address).atexit = False
         if place is not None and place.nodes:
             try:
                 placement.settle(self.address, self.nbytes, place)
@@ -139,9 +147,9 @@ class Slab:
         self.close()
 
 
-def _anonymous(nbytes: int, *, huge_pages: bool, inherited: bool) -> mmap.mmap:
+def _anonymous(nbytes: int, *, huge_pages: bool, inherited: bool) -> _Mapping:
     try:
-        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = _Mapping(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise StagingError(
             f"the kernel gives no {nbytes} bytes of address space ({error.strerror}): raise the limit "

@@ -111,8 +111,9 @@ struct Arena {
 
 std::mutex lock;  // guards all below, and every region and arena
 std::array<Slot, kRegions> slots;
-std::unordered_map<void*, size_t> mapped;  // blocks with mappings of their own, and their bytes
-std::vector<Arena*> recording;
+// These two are never destroyed: tensors of other libraries and threads die after this library's statics.
+auto& mapped = *new std::unordered_map<void*, size_t>;  // blocks with mappings of their own, and their bytes
+auto& recording = *new std::vector<Arena*>;
 // Read without the lock: is there anything at all to look for?
 std::atomic<size_t> mapped_count{0}, recording_count{0}, slots_used{0};
 

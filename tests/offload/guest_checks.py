@@ -246,15 +246,29 @@ def a_cxl_device_is_a_node() -> None:
 def a_cxl_device_is_mapped() -> None:
     (device,) = dax.dax_devices()
     assert device == dax.DaxDevice(path="/dev/dax0.0", size_bytes=256 * MiB, align_bytes=2 * MiB, node=3)
-    memory = dax.map_device("/dev/dax0.0", 3 * MiB)
+    memory = dax.map_device("/dev/dax0.0", 3 * MiB, mmap.mmap)
     assert len(memory) == 4 * MiB
     memory[:5] = b"bytes"
-    refused(PlacementError, "in use by another job", dax.map_device, "/dev/dax0.0", MiB)
+    refused(PlacementError, "in use by another job", dax.map_device, "/dev/dax0.0", MiB, mmap.mmap)
     memory.close()
-    assert dax.map_device("/dev/dax0.0", MiB)[:5] == b"bytes"
-    refused(NodeFullError, "has 268435456 bytes", dax.map_device, "/dev/dax0.0", 257 * MiB)
-    refused(PlacementError, "mode system-ram: its memory is NUMA node 3", dax.map_device, "/dev/dax1.0", MiB)
-    refused(PlacementError, r"no /dev/dax5.0 .*mode devdax: /dev/dax0.0", dax.map_device, "/dev/dax5.0", MiB)
+    assert dax.map_device("/dev/dax0.0", MiB, mmap.mmap)[:5] == b"bytes"
+    refused(NodeFullError, "has 268435456 bytes", dax.map_device, "/dev/dax0.0", 257 * MiB, mmap.mmap)
+    refused(
+        PlacementError,
+        "mode system-ram: its memory is NUMA node 3",
+        dax.map_device,
+        "/dev/dax1.0",
+        MiB,
+        mmap.mmap,
+    )
+    refused(
+        PlacementError,
+        r"no /dev/dax5.0 .*mode devdax: /dev/dax0.0",
+        dax.map_device,
+        "/dev/dax5.0",
+        MiB,
+        mmap.mmap,
+    )
 
 
 # ---- with torch

@@ -40,9 +40,9 @@ def test_a_slab_is_mapped_in_whole_units_and_for_one_job(device):
     assert slab.nbytes == 4 * MiB
     slab.buffer.fill_(7)
     with pytest.raises(PlacementError, match=r"/dev/dax0\.0 is in use by another job"):
-        map_device("/dev/dax0.0", MiB)
+        map_device("/dev/dax0.0", MiB, mmap.mmap)
     slab.close()
-    again = map_device("/dev/dax0.0", MiB)
+    again = map_device("/dev/dax0.0", MiB, mmap.mmap)
     assert again[0] == 7  # what was written there is there
     assert len(again) == 2 * MiB
 
@@ -51,7 +51,7 @@ def test_a_device_that_is_too_small_is_refused(device):
     with pytest.raises(
         NodeFullError, match=rf"has {8 * MiB} bytes \(0\.008 GiB\) and {10 * MiB} were asked for"
     ):
-        map_device("/dev/dax0.0", 8 * MiB + 1)
+        map_device("/dev/dax0.0", 8 * MiB + 1, mmap.mmap)
 
 
 def test_a_device_that_the_kernel_uses_as_a_node_is_refused(device):
@@ -59,17 +59,17 @@ def test_a_device_that_the_kernel_uses_as_a_node_is_refused(device):
     (device / "driver").symlink_to("../drivers/kmem")
     assert dax_devices() == ()
     with pytest.raises(PlacementError, match="mode system-ram: its memory is NUMA node 3, name that"):
-        map_device("/dev/dax0.0", MiB)
+        map_device("/dev/dax0.0", MiB, mmap.mmap)
 
 
 def test_a_device_that_is_not_there_is_refused(device):
     with pytest.raises(
         PlacementError, match=r"no /dev/dax7\.0 to map \(devices in mode devdax: /dev/dax0\.0\)"
     ):
-        map_device("/dev/dax7.0", MiB)
+        map_device("/dev/dax7.0", MiB, mmap.mmap)
     (device / "align").write_text("?")
     with pytest.raises(PlacementError, match=r"sysfs does not tell align of dax0\.0"):
-        map_device("/dev/dax0.0", MiB)
+        map_device("/dev/dax0.0", MiB, mmap.mmap)
 
 
 def test_what_the_system_refuses_is_told(device, monkeypatch):
@@ -79,10 +79,10 @@ def test_what_the_system_refuses_is_told(device, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(mmap, "mmap", refuse)
         with pytest.raises(PlacementError, match=f"cannot map {2 * MiB} bytes of /dev/dax0.0: Operation not"):
-            map_device("/dev/dax0.0", MiB)
+            map_device("/dev/dax0.0", MiB, mmap.mmap)
     monkeypatch.setattr(dax.stat, "S_ISCHR", lambda mode: False)
     with pytest.raises(PlacementError, match="is no device: memory is mapped from one"):
-        map_device("/dev/dax0.0", MiB)
+        map_device("/dev/dax0.0", MiB, mmap.mmap)
     monkeypatch.setattr(dax.os, "open", refuse)
     with pytest.raises(PlacementError, match=r"cannot open /dev/dax0\.0: Operation not permitted"):
-        map_device("/dev/dax0.0", MiB)
+        map_device("/dev/dax0.0", MiB, mmap.mmap)

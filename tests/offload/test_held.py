@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 from memtrain.offload import atomic
+from memtrain.offload import held as held_module
 from memtrain.offload.async_snapshot import AsyncCheckpointer
 from memtrain.offload.atomic import CorruptCheckpointError
 from memtrain.offload.held import HeldSnapshots, HolderError, MemoryFolder, check_room
@@ -53,6 +56,12 @@ def directory(tmp_path: Path) -> Iterator[Path]:
 def fill(held: HeldSnapshots, name: str, text: str, **options: Any) -> None:
     with held.publish(name, **options) as writer:
         writer.write_text("a.txt", text)
+
+
+def fill_many(held: HeldSnapshots, name: str) -> None:
+    with held.publish(name) as writer:
+        for number in range(8):
+            writer.write_text(f"{number}.txt", "of many")
 
 
 def child(work: Any) -> int:
@@ -281,3 +290,82 @@ def test_a_place_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HolderError, match="cannot be made"):
         HeldSnapshots(tmp_path / "file" / "holder")
+
+
+def test_a_visitor_that_is_gone_before_it_is_greeted_takes_nothing_along(directory: Path) -> None:
+    held = HeldSnapshots(directory)
+    fill(held, "one", "kept")
+    os.kill(held.holder_pid, signal.SIGSTOP)
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(directory)
+            visitor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            visitor.connect("socket")
+            os._exit(0)
+        os.waitpid(pid, 0)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor, contextlib.chdir(directory):
+        visitor.connect("socket")
+    os.kill(held.holder_pid, signal.SIGCONT)
+    with held.folder() as folder:
+        assert folder is not None
+        assert (folder / "a.txt").read_text() == "kept"
+    held.close()
+
+
+def test_a_snapshot_that_arrives_in_part_is_not_held(directory: Path) -> None:
+    held = HeldSnapshots(directory)
+    fill(held, "one", "kept")
+    open_now = len(os.listdir(f"/proc/{held.holder_pid}/fd"))
+    resource.prlimit(held.holder_pid, resource.RLIMIT_NOFILE, (open_now + 3, open_now + 3))
+    for _ in range(2):
+        with pytest.raises(HolderError, match=r"took [1-8] of the 9 files of snapshot two.*ulimit -n"):
+            fill_many(held, "two")
+    assert held.names == ["one"]
+    held.leave()
+    with HeldSnapshots(directory) as again:
+        assert again.names == ["one"]
+        with again.folder() as folder:
+            assert folder is not None
+            assert (folder / "a.txt").read_text() == "kept"
+
+
+def test_an_answer_that_comes_too_late_is_not_taken_for_another(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_module, "_START_SECONDS", 2.0)
+    held = HeldSnapshots(directory)
+    fill(held, "one", "kept")
+    os.kill(held.holder_pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(HolderError, match="is gone"):
+            fill(held, "two", "late")
+    finally:
+        os.kill(held.holder_pid, signal.SIGCONT)
+    with pytest.raises(HolderError, match="is gone"):
+        fill(held, "three", "never")
+    held.leave()
+    with HeldSnapshots(directory) as again:
+        assert again.names in (["one"], ["one", "two"])
+
+
+def test_a_directory_of_others_is_refused(tmp_path: Path) -> None:
+    place = tmp_path / "holder"
+    place.mkdir(mode=0o755)
+    with pytest.raises(HolderError, match=r"not this user's alone \(owner \d+, mode 755\)"):
+        HeldSnapshots(place)
+    assert place.exists()
+
+
+def test_a_relative_directory_goes_and_what_is_others_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with HeldSnapshots("run/holder") as held:
+        fill(held, "one", "kept")
+    assert not (tmp_path / "run" / "holder").exists()
+    (tmp_path / "mine").mkdir(mode=0o700)
+    (tmp_path / "mine" / "precious").write_text("kept")
+    with HeldSnapshots(tmp_path / "mine") as held:
+        fill(held, "one", "kept")
+    assert sorted(os.listdir(tmp_path / "mine")) == ["precious"]

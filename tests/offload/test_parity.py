@@ -150,6 +150,24 @@ def test_a_damaged_snapshot_or_share_counts_as_lost(tmp_path: Path) -> None:
     on_ranks(3, work)
 
 
+def test_shares_of_two_snapshots_beside_whole_ones(tmp_path: Path) -> None:
+    """Rank 0 was killed before it published its new share: the old one is lost, and no snapshot with it."""
+
+    def work(rank: int) -> None:
+        folder, share = tmp_path / f"{rank}" / "at", tmp_path / f"{rank}" / "parity"
+        make_folder(folder, rank)
+        protect(folder, lambda: publish(share))
+        before = make_folder(folder, rank + 3)
+        protect(folder, lambda: publish(share if rank else tmp_path / "never"))
+        assert restore(folder, share) == []
+        if rank == 0:
+            shutil.rmtree(folder)
+        assert restore(folder, share) == [0]
+        assert {item.name: item.read_bytes() for item in folder.iterdir()} == before
+
+    on_ranks(3, work)
+
+
 def test_three_ranks_that_train_and_hold_their_snapshots(tmp_path: Path) -> None:
     """One rank's machine is gone, and with it what it held: it goes on from what the others know."""
 

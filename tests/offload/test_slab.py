@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from memtrain.offload import numa
+from memtrain.offload import slab as slab_module
 from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import PlacementError, StagingError
 from memtrain.offload.slab import HUGE_PAGE_BYTES, Ring, Slab
@@ -71,6 +72,27 @@ def test_a_forked_child_reads_what_it_inherits(inherited, outcome):
         _, status = os.waitpid(child, 0)
     found = ("signal", os.WTERMSIG(status)) if os.WIFSIGNALED(status) else ("exit", os.WEXITSTATUS(status))
     assert found == outcome
+
+
+def test_memory_is_forgotten_before_its_address_can_be_anothers(monkeypatch):
+    mapped = []
+
+    class Watched(dict):
+        def pop(self, address, *default):
+            with open("/proc/self/maps") as maps:
+                areas = [[int(end, 16) for end in line.split()[0].split("-")] for line in maps]
+            mapped.append(any(low <= address < high for low, high in areas))
+            return super().pop(address, *default)
+
+    known = Watched()
+    monkeypatch.setattr(slab_module, "_not_inherited", known)
+    monkeypatch.setattr(slab_module._Mapping.__del__, "__defaults__", (known,))
+    slab = Slab(64 << 20)
+    address = slab.address
+    assert known == {address: 64 << 20}
+    slab.close()
+    assert known == {}
+    assert mapped == [True]
 
 
 def test_slab_on_a_node_lies_there():

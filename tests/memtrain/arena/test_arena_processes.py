@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from memtrain.arena import library
+
 ROOT = Path(__file__).resolve().parents[3]
 
 STEPS = """
@@ -179,3 +181,12 @@ def test_without_a_compiler_it_says_so_and_the_steps_are_ordinary(tmp_path: Path
     assert done.stderr.count("ArenaWarning: the planned allocator could not be set up") == 1
     assert "torch's own is used; install g++ or set CXX" in done.stderr
     assert ("this compiler is broken" if failure == "broken" else "no C++ compiler") in done.stderr
+
+
+def test_nothing_of_it_is_destroyed_before_the_last_tensor() -> None:
+    """A library that was loaded before this one frees its tensors after this one's statics are gone."""
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library.load()._name], check=True, capture_output=True, text=True
+    ).stdout
+    assert "munmap" in symbols
+    assert "__cxa_atexit" not in symbols
