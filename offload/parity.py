@@ -209,7 +209,7 @@ def _most_usable(found: list[tuple[str | None, dict[str, Any] | None]]) -> dict[
 
     def use(meta: dict[str, Any]) -> int:
         texts = meta["manifests"]
-        whole = sum(text == expected for (text, _), expected in zip(found, texts, strict=False))
+        whole = sum(bool(text == expected) for (text, _), expected in zip(found, texts, strict=False))
         return whole + sum(one == meta for _, one in found)
 
     return max((one for _, one in found if one is not None), key=use, default=None)
