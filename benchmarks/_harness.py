@@ -30,7 +30,7 @@ from _limit import memory_limit
 BENCHMARKS = Path(__file__).resolve().parent
 ROOT = BENCHMARKS.parent
 RESULTS = BENCHMARKS / "results"
-DEEPSPEED_VENV = ROOT / ".venv-deepspeed"
+DEEPSPEED_VENV = (ROOT / ".venv-deepspeed").resolve()  # its extensions are built anew under another path
 ENGINES = ("plain", "checkpointing", "deepspeed", "memtrain")
 GiB = 1 << 30
 MiB = 1 << 20

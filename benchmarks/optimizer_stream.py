@@ -105,8 +105,6 @@ def run_memtrain(args: argparse.Namespace) -> dict[str, Any]:
             optimizer.flush()
 
         result = time_steps(step)
-        moved = engine.statistics()[Tier.NVME]
-        result["bytes_a_step"] = (moved.bytes_read + moved.bytes_written) / (STEPS + 1)
         optimizer.close()
     return {**result, "staging_bytes": UPDATE_SLOTS * slot_bytes}
 
@@ -167,20 +165,28 @@ def run_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
     return {**result, "peak_bytes": used, "staging_bytes": buffers * largest * 4}
 
 
+def disk_bytes() -> int:
+    """What this process has read from and written to disks so far, as the kernel counts it."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["read_bytes"]) + int(counts["write_bytes"])
+
+
 def time_steps(step: Any, *, before: Any = None) -> dict[str, Any]:
     """``STEPS`` steps after one that creates the state; what is done ``before`` each is not timed."""
-    seconds, cpu = [], []
+    seconds, cpu, moved = [], [], []
     for _ in range(STEPS + 1):
         if before is not None:
             before()
-        start, start_cpu = time.perf_counter(), time.process_time()
+        start, start_cpu, start_moved = time.perf_counter(), time.process_time(), disk_bytes()
         step()
+        moved.append(disk_bytes() - start_moved)
         seconds.append(time.perf_counter() - start)
         cpu.append(time.process_time() - start_cpu)
         print(f"step {len(seconds)}: {seconds[-1]:.2f} s", flush=True)
     return {
         "seconds": sorted(seconds[1:])[len(seconds[1:]) // 2],
         "cpu_seconds": sorted(cpu[1:])[len(cpu[1:]) // 2],
+        "disk_bytes": sorted(moved[1:])[len(moved[1:]) // 2],
         "all_seconds": seconds,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -242,24 +248,27 @@ def summarize(
     for side in rounds[0]:
         reports = [reports_of[side] for reports_of in rounds if "bytes_per_second" in reports_of[side]]
         if not reports:
-            rows.append((side, "failed", "", "", "", "", ""))
+            rows.append((side, "failed", "", "", "", "", "", ""))
             continue
         rate = spread([report["bytes_per_second"] / 1e9 for report in reports])
-        cells = ["", "", ""]
+        cells = ["", "", "", ""]
         if "seconds" in reports[0]:
             middle = {
                 key: spread([r[key] for r in reports])["median"]
-                for key in ("seconds", "cpu_seconds", "peak_bytes")
+                for key in ("seconds", "cpu_seconds", "peak_bytes", "disk_bytes")
             }
             cells = [f"{middle['seconds']:.2f}", f"{middle['cpu_seconds']:.2f}"]
             cells.append(f"{middle['peak_bytes'] / (1 << 30):.2f}")
+            cells.append(f"{middle['disk_bytes'] / (PARAMETER_ELEMENTS * args.count):.1f}")
         rows.append((side, *(f"{rate[key]:.2f}" for key in ("min", "median", "max")), *cells))
     summary: dict[str, Any] = {
         "parameters": PARAMETER_ELEMENTS * args.count,
         "scaled_down": PARAMETER_ELEMENTS * args.count < BILLION,
         "rounds": len(rounds),
     }
-    text = columns(("side", "GB/s min", "median", "max", "s a step", "CPU s", "VmHWM GiB"), rows)
+    text = columns(
+        ("side", "GB/s min", "median", "max", "s a step", "CPU s", "VmHWM GiB", "B a parameter"), rows
+    )
     for name, start in (("fio", "fio"), ("deepspeed", "deepspeed")):
         ratios = [ratio for one in rounds if (ratio := _ratio(one, start)) is not None]
         if ratios:
