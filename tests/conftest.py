@@ -17,6 +17,11 @@ os.environ.setdefault("MEMTRAIN_MALLOC_TUNED", "1")  # no test needs the process
 # Triton reads it when it is first imported, and torch or transformers may do that before any kernel's test.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Helpers with assertions, which are to hold under ``python -O`` too: named before any test imports them.
+pytest.register_assert_rewrite(
+    *(f"tests.offload.faults.{name}" for name in ("disks", "runs_on_disk")),
+    *(f"tests.offload.{name}" for name in ("optimizer_runs", "snapshot_runs", "training", "tier_stores")),
+)
 settings.register_profile("memtrain", deadline=None, max_examples=50)
 settings.load_profile("memtrain")
 

@@ -98,6 +98,17 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]  # accelerate h
         self.memtrain_session = session
         return super().prepare(*changed, device_placement=device_placement)
 
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
+        """As Accelerate's, but the session's model is not moved: it is where it is to be trained, and weights
+        that wait on a tier cannot be."""
+        if self.memtrain_session is not None and model is self.memtrain_session.model:
+            device_placement = False
+        return super().prepare_model(
+            model, device_placement=device_placement, evaluation_mode=evaluation_mode
+        )
+
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> Any:

@@ -50,7 +50,7 @@ def test_pages_that_go_elsewhere_are_given_back(monkeypatch):
         steps.append(nbytes)
         return Counter({0: 10}) if len(steps) == 1 else Counter({0: 7, 3: 2, 4: 1})
 
-    def remembered(nbytes, *, huge_pages):
+    def remembered(nbytes, *, huge_pages, inherited):
         mappings.append(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return mappings[-1]
 

@@ -1,4 +1,4 @@
-"""What these tests share: a deadline, and helpers whose assertions hold under ``python -O`` too."""
+"""What these tests share: a deadline."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from collections.abc import Iterator
 from types import FrameType
 
 import pytest
-
-pytest.register_assert_rewrite(
-    *(f"tests.offload.faults.{name}" for name in ("disks", "runs_on_disk")),
-    *(f"tests.offload.{name}" for name in ("optimizer_runs", "snapshot_runs", "training", "tier_stores")),
-)
 
 DEADLINE_SECONDS = 120
 """Of one test, on a busy machine: a hang is a failure here, not a silence."""
