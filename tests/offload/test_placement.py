@@ -51,7 +51,7 @@ def test_pages_that_go_elsewhere_are_given_back(monkeypatch):
         return Counter({0: 10}) if len(steps) == 1 else Counter({0: 7, 3: 2, 4: 1})
 
     def remembered(nbytes, *, huge_pages, inherited):
-        mappings.append(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        mappings.append(slab_module._Mapping(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         return mappings[-1]
 
     monkeypatch.setattr(placement, "STEP_BYTES", MiB)

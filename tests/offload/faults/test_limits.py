@@ -20,6 +20,7 @@ from memtrain.offload.io import ThreadPoolBackend
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.offload.tiers import MemoryStore, NvmeStore
 from memtrain.planner.actions import Tier
+from memtrain.planner.memory_place import MemoryPlace
 from tests.offload.faults.disks import MiB, in_child, loop_disk, needs_mounts, run
 from tests.offload.faults.runs_on_disk import assert_trained, open_run_in
 from tests.offload.tier_stores import CAPACITY
@@ -78,7 +79,7 @@ def test_no_system_call_is_needed_that_containers_forbid(tmp_path: Path) -> None
     def work() -> None:
         forbid(*IO_URING, *AIO, *MLOCK, MBIND, number=errno.EPERM)
         train(tmp_path)
-        with pytest.raises(PlacementError), MemoryStore(Tier.CXL, CAPACITY, 0):
+        with pytest.raises(PlacementError), MemoryStore(Tier.CXL, CAPACITY, MemoryPlace(nodes=(0,))):
             pass
 
     in_child(work)
@@ -106,7 +107,7 @@ def test_a_kernel_that_cannot_exchange_names_says_so_and_keeps_the_old_checkpoin
 def test_too_few_descriptors_are_an_error_at_the_start_that_leaves_nothing(tmp_path: Path) -> None:
     def work() -> list[str]:
         used = max(int(name) for name in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 12, used + 12))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 16, used + 16))
         taken: list[int] = []
         try:
             while True:

@@ -335,6 +335,11 @@ class OptimizerMachine(RuleBasedStateMachine):
 
         self.attempt(look)
 
+    @precondition(lambda self: self.failure is not None)
+    @rule()
+    def end(self) -> None:
+        """After a failure there is nothing left to do but to close, which ``teardown`` looks at."""
+
     def teardown(self) -> None:
         if not hasattr(self, "optimizer"):
             return
