@@ -93,7 +93,7 @@ class ActivationExecutor:
         with ExitStack() as made:
             self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
             self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
-            self._kept = self._make_kept(made, staging.kept_bytes)
+            self._kept = self._make_kept(made, staging.kept_bytes, plan.held_passes)
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
         self._retired: list[tuple[Any, Any, list[Ticket]]] = []
@@ -106,6 +106,8 @@ class ActivationExecutor:
         self._newest: list[weakref.ref[SavedGroup]] = []
         """Groups of the block that runs."""
         self._sequence = 0
+        self.changed_bytes: Counter[Tier] = Counter()
+        """Of saved tensors that have been sent to tiers so far."""
         self._hook: RemovableHandle | None = None
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
@@ -116,10 +118,13 @@ class ActivationExecutor:
         made.callback(cache.close)
         return cache
 
-    def _make_kept(self, made: ExitStack, places_bytes: Sequence[int]) -> dict[int, SlotCache | None]:
+    def _make_kept(
+        self, made: ExitStack, places_bytes: Sequence[int], passes: int
+    ) -> dict[int, SlotCache | None]:
         """By block the slab that holds what stays of it on a CPU; blocks with equal places share one."""
         caches = {
-            size: self._make_cache(made, count, size, "kept") for size, count in Counter(places_bytes).items()
+            size: self._make_cache(made, count * passes, size, "kept")
+            for size, count in Counter(places_bytes).items()
         }
         return {block: caches[size] for block, size in enumerate(places_bytes)}
 

@@ -13,7 +13,8 @@ optimizer state are copied by a thread, straight from where they lie to their pl
 back and found right; until then the checkpoint before it is what a restart finds.
 
 A snapshot that fails does not stop training: its error is raised by the next ``optimizer.step()``, before
-anything of that step is done, or by ``wait`` or ``close``.
+anything of that step is done (but for units that backward has updated: call ``step`` again then), or by
+``wait`` or ``close``.
 """
 
 from __future__ import annotations
@@ -33,16 +34,20 @@ from memtrain.offload.copy_on_write import CopyOnWrite
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.placed import SnapshotWriter
-from memtrain.offload.shards import PAGE_BYTES
 from memtrain.offload.slab import Slab
 from memtrain.offload.snapshot import Session, weights_of
 from memtrain.offload.snapshot_parts import SnapshotContents, gather, read_bytes
+from memtrain.offload.snapshot_weights import weight_files
+from memtrain.offload.spares import reserve_spares
 from memtrain.offload.store import PIECE_BYTES
 from memtrain.planner.actions import Tier
-from memtrain.planner.units import round_up
 
 STAGING_BYTES = 2 * PIECE_BYTES
 """Memory for records on their way from a tier to the files: one piece is read while one is written."""
+
+
+class SnapshotThreadError(OffloadError):
+    """No thread can be started to write a snapshot; nothing of it has been done."""
 
 
 class SnapshotBusyError(OffloadError):
@@ -73,33 +78,29 @@ class AsyncCheckpointer:
 
     Args:
         session: whose ``flush``, ``model`` and ``optimizer`` are a ``memtrain.Session``'s.
-        spare_bytes: by tier, room for generations that a snapshot still needs. Reserved now. Without any, an
-            update waits until what it overwrites has been copied.
+        spare_bytes: by tier, room for generations of state and of streamed weights that a snapshot still
+            needs. Reserved now. Without any, an update waits until what it overwrites has been copied.
 
     Raises:
         TierFullError: no room for the spares.
-        CheckpointError: the session has a checkpointer already, spares are asked for on a tier that codes, or
-            weights are streamed.
+        CheckpointError: the session has a checkpointer already.
     """
 
     def __init__(self, session: Session, *, spare_bytes: Mapping[Tier, int] | None = None) -> None:
-        if weights_of(session) is not None:
-            raise CheckpointError(
-                "the plan streams weights, which no snapshot beside training reads yet: write checkpoints "
-                "synchronously (no checkpoint.asynchronous, no hold_every), or keep the weights in memory "
-                "(planner.force: state: weight_tier: device)"
-            )
         self._session = session
+        self._weights = weights_of(session)
         self._records: RecordStore = session.optimizer.records
         if self._records.keeper is not None:
             raise CheckpointError("the session has a checkpointer already: close that one first")
         self._staging = Slab(self._staging_bytes())
         try:
-            self._keeper = CopyOnWrite(self._records, self._records.make_spares(spare_bytes or {}))
+            weights = {} if self._weights is None else self._weights.extents()
+            rooms = reserve_spares(self._records.extents().values(), weights.values(), spare_bytes or {})
         except BaseException:
             self._staging.close()
             raise
-        self._records.keeper = self._keeper
+        self._keeper = CopyOnWrite(rooms)
+        self._keep_with(self._keeper)
         self._hook = session.optimizer.register_step_pre_hook(lambda *_: self.check())
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -141,6 +142,7 @@ class AsyncCheckpointer:
 
         Raises:
             SnapshotBusyError: another one is being written, and ``overlap`` is ``refuse``.
+            SnapshotThreadError: the system gives no further thread.
             CheckpointError, OffloadError: of an earlier snapshot that failed; or something of this one cannot
                 be stored.
         """
@@ -175,15 +177,28 @@ class AsyncCheckpointer:
             )
         self.wait()
         self._session.flush()
+        if self._weights is not None:
+            self._weights.flush()
         source = Path(source_folder) if source_folder is not None else None
         contents = gather(self._session, progress, source, self._staging.buffer, self._keeper.moved)
-        self._keeper.begin(contents.parts)
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._write, args=(open_writer, contents, published, began), name=f"snapshot {name}"
         )
+        self._keeper.begin(contents.parts)
         taken = time.perf_counter() - began
         self._counts = replace(self._counts, request_seconds=self._counts.request_seconds + taken)
-        self._thread.start()
+        try:
+            thread.start()
+        except BaseException as error:
+            self._keeper.end()  # or the next update would wait for a thread that is not there
+            if not isinstance(error, RuntimeError):
+                raise
+            raise SnapshotThreadError(
+                f"snapshot {name} was not begun: the system gives this process no further thread ({error}). "
+                f"Training may go on. Raise the limit on processes (ulimit -u, pids.max of the control "
+                f"group) or on memory, or write checkpoints synchronously"
+            ) from error
+        self._thread = thread
 
     def wait(self) -> None:
         """Return when no snapshot is being written. Raises what went wrong with the last one."""
@@ -207,7 +222,7 @@ class AsyncCheckpointer:
             self.wait()
         finally:
             self._hook.remove()
-            self._records.keeper = None
+            self._keep_with(None)
             for store, extent in self._keeper.close():
                 store.free(extent)
             self._staging.close()
@@ -253,23 +268,23 @@ class AsyncCheckpointer:
     def _name(self) -> str:
         return self._thread.name if self._thread is not None else "another one"
 
+    def _keep_with(self, keeper: CopyOnWrite | None) -> None:
+        self._records.keeper = keeper
+        if self._weights is not None:
+            self._weights.keeper = keeper
+
     def _staging_bytes(self) -> int:
-        """Two reads of a record; of the largest one where a tier codes, for that is read whole."""
-        reads = [
-            round_up(read_bytes(store, extent.nbytes), PAGE_BYTES)
-            for store, extent in self._records.extents().values()
-        ]
-        return max([STAGING_BYTES, *(2 * nbytes for nbytes in reads)])
+        """Two reads of the store that has the largest pieces."""
+        weights = {} if self._weights is None else self._weights.extents()
+        stores = {store for store, _ in (*self._records.extents().values(), *weights.values())}
+        return max([STAGING_BYTES, *(2 * read_bytes(store) for store in stores)])
 
 
 def snapshot_bytes(session: Session) -> int:
     """What a snapshot of ``session`` takes, once all parameters have state; headers and small files apart."""
-    optimizer, seen = session.optimizer, set()
-    total = 0
-    for tensor in session.model.state_dict().values():
-        if (place := (tensor.data_ptr(), tensor.dtype, tensor.shape)) not in seen:
-            seen.add(place)
-            total += tensor.numel() * tensor.dtype.itemsize
+    optimizer = session.optimizer
+    files = weight_files(session.model, weights_of(session)).files
+    total = sum(entry.size_bytes for entries in files.values() for entry in entries)
     for name, spec in optimizer.layout.specs.items():
         for state in spec.tensors:
             elements = torch.Size(optimizer.records.shape(name, state)).numel()

@@ -41,6 +41,12 @@ _NEEDS_NO_BYTES: frozenset[Any] = frozenset(
     + [getattr(torch, name) for name in _FUNCTIONS]
 )
 
+_GIVEN_ITSELF: dict[Any, Any] = {
+    Tensor.data.__set__: None,  # type: ignore[attr-defined]
+    torch._has_compatible_shallow_copy_type: True,
+}
+"""What ``module.to`` does with a parameter that ``to`` gave back as it was, and what it is answered."""
+
 
 class AwayParameter(nn.Parameter):
     """The class of a parameter while it is away. Never made: parameters become it, and stop being it."""
@@ -53,6 +59,10 @@ class AwayParameter(nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        if func is Tensor.to and _leaves_as_it_is(args[0], args[1:], kwargs or {}):
+            return args[0]
+        if func in _GIVEN_ITSELF and args[0] is args[1]:
+            return _GIVEN_ITSELF[func]
         if func not in _NEEDS_NO_BYTES:
             raise WeightAwayError(_message(args, kwargs or {}, getattr(func, "__name__", str(func))))
         with torch._C.DisableTorchFunctionSubclass():
@@ -60,6 +70,17 @@ class AwayParameter(nn.Parameter):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"Parameter of shape {tuple(self.shape)}, {self.dtype}, {self.__dict__.get(_WHERE, 'away')}"
+
+
+def _leaves_as_it_is(parameter: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``to`` would give the parameter itself: ``module.to(device)`` asks for that where a model is on
+    the device already."""
+    try:
+        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    except (TypeError, RuntimeError):  # such as copy=True, which Module.to() never asks for
+        return False
+    same = device in (None, parameter.device) and dtype in (None, parameter.dtype)
+    return same and memory_format is None
 
 
 def is_away(tensor: object) -> bool:

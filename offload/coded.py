@@ -52,20 +52,28 @@ class CodedExtent:
     freed: bool = False
 
 
+def elsewhere(extent: CodedExtent, inner: Extent) -> CodedExtent:
+    """A place for the next generation of ``extent`` in ``inner``, which has as much room."""
+    return CodedExtent(extent.name, extent.nbytes, inner, [None] * len(extent.lengths))
+
+
 class CodedTicket:
     """One read or write under way, as ``store.Ticket``."""
 
-    __slots__ = ("_event", "_left", "after", "buffer", "direction", "error", "extent", "nbytes")
+    __slots__ = ("_event", "_left", "after", "buffer", "direction", "error", "extent", "nbytes", "segments")
 
     def __init__(
         self,
         direction: Direction,
         extent: CodedExtent,
         buffer: torch.Tensor,
+        segments: range,
         after: tuple[CodedTicket, ...],
     ) -> None:
         self._event = threading.Event()
-        self._left = len(extent.lengths)
+        self._left = len(segments)
+        self.segments = segments
+        """Those of the extent that are moved."""
         self.direction = direction
         self.extent = extent
         self.buffer: torch.Tensor | None = buffer
@@ -84,6 +92,11 @@ class CodedTicket:
         """The buffer of one that is under way."""
         assert self.buffer is not None
         return self.buffer
+
+    def segment(self, number: int) -> torch.Tensor:
+        """Where in the buffer segment ``number`` of the extent is."""
+        start = (number - self.segments.start) * SEGMENT_BYTES
+        return self.plain[start : start + SEGMENT_BYTES]
 
     def done(self) -> bool:
         """Whether ``wait`` would return at once."""
@@ -191,8 +204,14 @@ class CodedStore:
         """Code and move all of the tensor. Raises ExtentStateError: the extent is freed."""
         return self._enqueue(Direction.WRITE, extent, buffer, offset)
 
+    @property
+    def beneath(self) -> Store:
+        """The store that holds the coded bytes."""
+        return self._store
+
     def read(self, extent: CodedExtent, buffer: torch.Tensor, offset: int = 0) -> CodedTicket:
-        """Move and decode all of the tensor. Raises ExtentStateError: freed, or never written."""
+        """Move and decode all of the tensor, or whole segments of it. Raises ExtentStateError: freed, or
+        never written."""
         return self._enqueue(Direction.READ, extent, buffer, offset)
 
     def free(self, extent: CodedExtent) -> None:
@@ -242,20 +261,22 @@ class CodedStore:
         self, direction: Direction, extent: CodedExtent, buffer: torch.Tensor, offset: int
     ) -> CodedTicket:
         self._refuse_child()
-        self._check_buffer(extent, buffer, offset)
+        self._check_buffer(direction, extent, buffer, offset)
+        first = offset // SEGMENT_BYTES
+        segments = range(first, first + len(segments_of(buffer.numel())))
         move = self._write_segment if direction is Direction.WRITE else self._read_segment
         with self._lock:
             self._check_open()
             self._check_usable(extent)
             writes = direction is Direction.WRITE
             after = tuple(t for t in extent.pending if writes or t.direction is Direction.WRITE)
-            if not writes and not after and None in extent.lengths:
+            if not writes and not after and None in extent.lengths[first : segments.stop]:
                 raise ExtentStateError(
                     f"tensor {extent.name} on {self.tier.value} cannot be read: the extent was never written"
                 )
-            ticket = CodedTicket(direction, extent, buffer, after)
+            ticket = CodedTicket(direction, extent, buffer, segments, after)
             extent.pending.append(ticket)
-            for number in range(len(extent.lengths)):
+            for number in segments:
                 self._pools[direction].submit(self._run, move, ticket, number)
         return ticket
 
@@ -283,27 +304,27 @@ class CodedStore:
         self._finish(ticket, coded, error)
 
     def _write_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
-        extent, (start, length) = ticket.extent, segments_of(ticket.nbytes)[number]
+        extent, plain = ticket.extent, ticket.segment(number)
         extent.lengths[number] = None  # what was there must not be read beside new segments if this fails
         began = time.thread_time()
-        coded = bench.coder.encode(ticket.plain[start : start + length], bench.slot)
+        coded = bench.coder.encode(plain, bench.slot)
         self._worked(ticket.direction, began)
         place = number * self._slot_bytes
         # What was there before may have been longer, and a write replaces whole chunks.
-        self._store.discard(extent.inner, place, segment_room(self.codec, length))
+        self._store.discard(extent.inner, place, segment_room(self.codec, plain.numel()))
         extent.lengths[number] = coded
         bench.move(self._store.write(extent.inner, bench.slot[:coded], place))
         return coded
 
     def _read_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
-        extent, (start, length) = ticket.extent, segments_of(ticket.nbytes)[number]
+        extent = ticket.extent
         coded, place = extent.lengths[number], number * self._slot_bytes
         if coded is None:
             raise ExtentStateError(f"{ticket.what}: it was never written, or its last write failed")
         bench.move(self._store.read(extent.inner, bench.slot[:coded], place))
         began = time.thread_time()
         try:
-            bench.coder.decode(bench.slot[:coded], ticket.plain[start : start + length])
+            bench.coder.decode(bench.slot[:coded], ticket.segment(number))
         except ValueError as error:
             where = extent.inner.arena_offset + place
             raise CorruptExtentError(
@@ -331,17 +352,22 @@ class CodedStore:
                 self._store.free(extent.inner)
         ticket.end()
 
-    def _check_buffer(self, extent: CodedExtent, buffer: torch.Tensor, offset: int) -> None:
+    def _check_buffer(
+        self, direction: Direction, extent: CodedExtent, buffer: torch.Tensor, offset: int
+    ) -> None:
         what = f"tensor {extent.name} on {self.tier.value}"
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_cuda:
             raise ValueError(
                 f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of "
                 f"shape {tuple(buffer.shape)} on {buffer.device}"
             )
-        if offset or buffer.numel() != extent.nbytes:
+        end = offset + buffer.numel()
+        whole = offset == 0 and end == extent.nbytes
+        cut = offset % SEGMENT_BYTES or (end % SEGMENT_BYTES and end != extent.nbytes) or end > extent.nbytes
+        if not whole and (direction is Direction.WRITE or cut or offset < 0 or end <= offset):
             raise ValueError(
-                f"{what} is coded: it is written and read whole, all {extent.nbytes} bytes from 0, got "
-                f"{buffer.numel()} at {offset}"
+                f"{what} is coded: it is written whole, all {extent.nbytes} bytes from 0, and read whole or "
+                f"in segments of {SEGMENT_BYTES} bytes, got {buffer.numel()} at {offset}"
             )
 
     def _check_usable(self, extent: CodedExtent) -> None:

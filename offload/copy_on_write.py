@@ -1,16 +1,17 @@
 """What a snapshot still needs, kept from the updates that would overwrite it.
 
-A snapshot is a list of *parts*: a weight, a record in memory, a record on a tier. Its thread copies them one
-after the other while training goes on. An update asks before it overwrites:
+A snapshot is a list of *parts*: a weight, a record of state, each in memory or on a tier. Its thread copies
+them one after the other while training goes on. An update asks before it overwrites:
 
-- a record on a tier is written to a *spare* extent instead, and the old generation stays where it is until it
-  has been copied; the next update brings the record home. Without a spare the update waits, and the part it
-  waits for is copied next;
+- what is on a tier is written to a *spare* extent instead, and the old generation stays where it is until it
+  has been copied; the next update brings it home. Without room for a spare the update waits, and the part it
+  waits for is copied next. A weight that is streamed is updated in its window, which the snapshot never
+  reads: only its way back to the tier asks;
 - what is in memory has no second place, so the update waits for it. It hardly ever does: nothing in memory
   changes between two updates, and this is copied first.
 
-So there is never a second copy of anything in memory, and on the tier none but the spares, whose number is
-given beforehand.
+So there is never a second copy of anything in memory, and on the tier none but the spares, for which room is
+reserved beforehand.
 
 The idea of copying while forward and backward leave weights alone is DataStates-LLM's (arXiv 2406.10707);
 there everything goes to a second buffer in host memory first.
@@ -20,14 +21,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.gradient_home import Store
-from memtrain.offload.shards import Shard
+from memtrain.offload.spares import SpareRoom, plain_store
 from memtrain.offload.store import STALL_SECONDS
+
+
+class Owner(Hashable, Protocol):
+    """What an update overwrites as a whole: a ``Shard`` or a ``StreamedWeight``."""
+
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,42 +43,33 @@ class Part:
     """Something that a snapshot copies as a whole."""
 
     name: str
-    shards: frozenset[Shard]
+    owners: frozenset[Owner]
     """Whose updates overwrite it."""
     copy: Callable[[], None]
     extent: Any = None
     """Where it lies on a tier; None in memory."""
 
 
-class Records(Protocol):
-    """``optimizer_state.RecordStore``."""
-
-    def home(self, shard: Shard) -> tuple[Store, Any] | None: ...
-
-
 class CopyOnWrite:
     """Between the thread that trains and the one that copies. Thread-safe.
 
     Args:
-        spares: extents by store, each as large as any record there.
+        spares: room by store.
         stall_seconds: a snapshot that copies nothing for so long while an update waits is given up.
     """
 
-    def __init__(
-        self, records: Records, spares: Mapping[Store, Sequence[Any]], *, stall_seconds: float = STALL_SECONDS
-    ) -> None:
-        self._records = records
-        self._idle = {store: list(extents) for store, extents in spares.items()}
-        self._homes: dict[Shard, tuple[Store, Any]] = {}
-        """The own extents of records that are in a spare."""
-        self._returning: dict[Shard, tuple[Store, Any]] = {}
-        """Spares that a record has left while the snapshot still needed them."""
+    def __init__(self, spares: Mapping[Any, SpareRoom], *, stall_seconds: float = STALL_SECONDS) -> None:
+        self._rooms = dict(spares)
+        self._homes: dict[Owner, tuple[Store, Any]] = {}
+        """The own extents of what is in a spare."""
+        self._returning: dict[Owner, tuple[Store, Any]] = {}
+        """Spares that something has left while the snapshot still needed them."""
         self._todo: list[Part] = []
-        self._left: dict[Shard, set[Part]] = {}
-        """Parts in memory that are not copied, by shard."""
-        self._held: dict[Shard, Part] = {}
+        self._left: dict[Owner, set[Part]] = {}
+        """Parts in memory that are not copied, by owner."""
+        self._held: dict[Owner, Part] = {}
         """Parts on tiers that are not copied."""
-        self._urgent: set[Shard] = set()
+        self._urgent: set[Owner] = set()
         self._stall_seconds = stall_seconds
         self._progress_at = time.monotonic()
         self._changed = threading.Condition()
@@ -83,40 +82,39 @@ class CopyOnWrite:
 
     # the thread that trains -------------------------------------------------------------------
 
-    def before_step(self, shard: Shard) -> None:
-        """Return when weights of the shard and its record in memory may change."""
+    def before_step(self, owner: Owner) -> None:
+        """Return when what the owner has in memory may change: a shard's weights and its record."""
         with self._changed:
-            if self._left.get(shard):
-                self._wait(shard, lambda: not self._left.get(shard))
+            if self._left.get(owner):
+                self._wait(owner, lambda: not self._left.get(owner))
 
-    def place(self, shard: Shard, extent: Any) -> Any:
-        """The extent that the record's next generation goes to."""
+    def place(self, owner: Owner, store: Store, extent: Any) -> Any:
+        """The extent that the next generation of what is in ``extent`` goes to."""
         with self._changed:
-            held, away = self._held.get(shard), self._homes.get(shard)
+            held, away = self._held.get(owner), self._homes.get(owner)
             needed = held is not None and held.extent is extent
             if away is None and not needed:
                 return extent
             if away is not None:
-                store, home = away
+                _, home = away
                 if held is not None and held.extent is home:
                     return extent  # the snapshot still needs what is at home
-                del self._homes[shard]
-                if needed:
-                    self._returning[shard] = store, extent
-                else:
-                    self._idle[store].append(extent)
+                del self._homes[owner]
+                self._returning[owner] = store, extent
+                if not needed:
+                    self._give_back(owner)
                 return home
-            if (taken := self._take(shard)) is not None:
-                self._homes[shard] = taken[0], extent
-                return taken[1]
-            self._wait(shard, lambda: shard not in self._held)
+            if (spare := self._take(store, extent)) is not None:
+                self._homes[owner] = store, extent
+                return spare
+            self._wait(owner, lambda: owner not in self._held)
             return extent
 
     def settle(self) -> None:
         """Return when everything may be overwritten."""
         with self._changed:
-            for shard in [*self._left, *self._held]:
-                self._wait(shard, lambda: not self._held and not any(self._left.values()))
+            for owner in [*self._left, *self._held]:
+                self._wait(owner, lambda: not self._held and not any(self._left.values()))
 
     # the thread that copies -------------------------------------------------------------------
 
@@ -127,11 +125,11 @@ class CopyOnWrite:
             self._todo, self.error = list(parts), None
             self._progress_at = time.monotonic()
             for part in parts:
-                for shard in part.shards:
+                for owner in part.owners:
                     if part.extent is None:
-                        self._left.setdefault(shard, set()).add(part)
+                        self._left.setdefault(owner, set()).add(part)
                     else:
-                        self._held[shard] = part
+                        self._held[owner] = part
 
     def take(self) -> Part | None:
         """The part to copy next: one that an update waits for, else the first; None at the end.
@@ -142,7 +140,7 @@ class CopyOnWrite:
         with self._changed:
             if self.error is not None:
                 raise self.error
-            waited_for = (part for part in self._todo if part.shards & self._urgent)
+            waited_for = (part for part in self._todo if part.owners & self._urgent)
             part = next(waited_for, self._todo[0] if self._todo else None)
             if part is not None:
                 self._todo.remove(part)
@@ -156,47 +154,45 @@ class CopyOnWrite:
         """Let go of ``part``."""
         with self._changed:
             self.moved()
-            for shard in part.shards:
+            for owner in part.owners:
                 if part.extent is None:
-                    self._left.get(shard, set()).discard(part)
-                elif self._held.pop(shard, None) is not None:
-                    self._give_back(shard)
+                    self._left.get(owner, set()).discard(part)
+                elif self._held.pop(owner, None) is not None:
+                    self._give_back(owner)
             self._changed.notify_all()
 
     def end(self) -> None:
         """Let go of everything, however it ended: nothing is read any more."""
         with self._changed:
             self._let_go()
-            for shard in list(self._returning):
-                self._give_back(shard)
+            for owner in list(self._returning):
+                self._give_back(owner)
 
     def close(self) -> list[tuple[Store, Any]]:
-        """Extents that no record is in any more; the caller frees them."""
+        """Give back what is left of the spares, and name the extents that nothing is in any more, which the
+        caller frees. What is in a spare stays there."""
         self.end()
         with self._changed:
-            unused = [(store, spare) for store, spares in self._idle.items() for spare in spares]
-            unused += self._homes.values()
-            self._idle.clear()
+            for room in self._rooms.values():
+                room.dissolve()
+            unused = list(self._homes.values())
+            self._rooms.clear()
             self._homes.clear()
             return unused
 
     # inside -----------------------------------------------------------------------------------
 
-    def _take(self, shard: Shard) -> tuple[Store, Any] | None:
-        place = self._records.home(shard)
-        if place is None or not self._idle.get(place[0]):
-            return None
-        store, spare = place[0], self._idle[place[0]].pop()
-        store.discard(spare, 0, spare.nbytes)  # another record's bytes, of another length
-        spare.name = f"optimizer state of {shard.name}, in a spare extent"
-        used = len(self._homes) + len(self._returning) + 1
-        self.most_spares = max(self.most_spares, used)
-        return store, spare
+    def _take(self, store: Store, extent: Any) -> Any | None:
+        room = self._rooms.get(plain_store(store))
+        spare = None if room is None else room.take(extent)
+        if spare is not None:
+            self.most_spares = max(self.most_spares, len(self._homes) + len(self._returning) + 1)
+        return spare
 
-    def _give_back(self, shard: Shard) -> None:
-        if shard in self._returning:
-            store, spare = self._returning.pop(shard)
-            self._idle[store].append(spare)
+    def _give_back(self, owner: Owner) -> None:
+        if owner in self._returning:
+            store, spare = self._returning.pop(owner)
+            self._rooms[plain_store(store)].give_back(spare)
 
     def _let_go(self) -> None:
         self._todo.clear()
@@ -204,20 +200,20 @@ class CopyOnWrite:
         self._held.clear()
         self._changed.notify_all()
 
-    def _wait(self, shard: Shard, over: Callable[[], bool]) -> None:
+    def _wait(self, owner: Owner, over: Callable[[], bool]) -> None:
         began = time.perf_counter()
-        self._urgent.add(shard)
+        self._urgent.add(owner)
         try:
             while not over():
                 patience = self._stall_seconds - (time.monotonic() - self._progress_at)
                 if patience <= 0:
                     self.error = CheckpointError(
                         f"a snapshot was given up: it has copied nothing for {self._stall_seconds:.0f} s "
-                        f"while the update of {shard.name} waited for it. Check the disk (dmesg)"
+                        f"while the update of {owner.name} waited for it. Check the disk (dmesg)"
                     )
                     self._let_go()
                     return
                 self._changed.wait(patience)
         finally:
-            self._urgent.discard(shard)
+            self._urgent.discard(owner)
             self.waited_seconds += time.perf_counter() - began

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import stat
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -45,6 +46,7 @@ def dax_devices() -> tuple[DaxDevice, ...]:
 
 def map_device(path: str, nbytes: int, kind: type[Mapping]) -> Mapping:
     """The first ``nbytes`` of a device, rounded up to its alignment, for this process alone, as a ``kind``.
+    The device is held until the mapping is let go of: closing it is not enough.
 
     What stood there is seen; nothing is wiped, before or after.
 
@@ -59,17 +61,32 @@ def map_device(path: str, nbytes: int, kind: type[Mapping]) -> Mapping:
             f"{path} has {device.size_bytes} bytes ({format_gib(device.size_bytes)}) and {size} were asked "
             f"for (in units of {device.align_bytes}): lower the tier's budget, or enlarge the device (daxctl)"
         )
+    lock = _lock(path)
+    try:
+        mapping = _map(path, size, kind)
+    except BaseException:
+        _unlock(lock)
+        raise
+    weakref.finalize(mapping, _unlock, lock).atexit = False
+    return mapping
+
+
+def _open(path: str) -> int:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise PlacementError(
             f"cannot open {path}: {error.strerror}; only root may, unless a udev rule gives it to others"
         ) from error
+    if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PlacementError(f"{path} is no device: memory is mapped from one, never from a file")
+    return descriptor
+
+
+def _map(path: str, size: int, kind: type[Mapping]) -> Mapping:
+    descriptor = _open(path)
     try:
-        if not stat.S_ISCHR(os.fstat(descriptor).st_mode):
-            raise PlacementError(f"{path} is no device: memory is mapped from one, never from a file")
-        _lock(descriptor, path)
-        # The mapping holds a duplicate of the descriptor, and so the lock, for as long as it lives.
         return kind(descriptor, size, flags=mmap.MAP_SHARED)
     except OSError as error:
         raise PlacementError(f"cannot map {size} bytes of {path}: {error.strerror}") from error
@@ -77,13 +94,40 @@ def map_device(path: str, nbytes: int, kind: type[Mapping]) -> Mapping:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: str) -> None:
+_locks: dict[object, int] = {}
+"""Descriptors that hold the devices, apart from the mappings': a mapping keeps a duplicate of its own, which
+nobody can close in a forked child, and a lock is held until its last duplicate is closed. A worker that
+outlives its parent would keep the device from everybody."""
+
+
+def _lock(path: str) -> object:
+    """Hold the device for this process; what ``_unlock`` takes."""
+    descriptor, key = _open(path), object()
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    except OSError as error:
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise
         raise PlacementError(
             f"{path} is in use by another job: wait for its end, or name another device"
         ) from error
+    _locks[key] = descriptor
+    return key
+
+
+def _unlock(key: object) -> None:
+    descriptor = _locks.pop(key, None)  # none in a forked child
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _leave_to_parent() -> None:
+    for key in list(_locks):
+        _unlock(key)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _find(path: str) -> DaxDevice:

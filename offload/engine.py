@@ -18,6 +18,7 @@ class Engine:
 
     Args:
         codecs: how optimizer state is coded on its way to a tier, where it is.
+        weight_codecs: the same of streamed weights.
         lent: tiers whose stores are somebody else's, and stay open.
     """
 
@@ -27,6 +28,7 @@ class Engine:
         device: Device,
         codecs: Mapping[Tier, Codec] | None = None,
         *,
+        weight_codecs: Mapping[Tier, Codec] | None = None,
         lent: Collection[Tier] = (),
     ) -> None:
         for tier, store in stores.items():
@@ -34,7 +36,9 @@ class Engine:
                 raise ValueError(f"the store given for {tier.value} serves {store.tier.value}")
         self._stores = dict(stores)
         self._codecs = dict(codecs or {})
+        self._weight_codecs = dict(weight_codecs or {})
         self._coded: dict[Tier, CodedStore] = {}
+        self._coded_weights: dict[Tier, CodedStore] = {}
         self._lent = frozenset(lent)
         self.device = device
 
@@ -56,16 +60,30 @@ class Engine:
     def state_store(self, tier: Tier) -> Store | CodedStore:
         """Where optimizer state of ``tier`` goes: the store, or the one that codes for it. Raises as
         ``store``."""
+        return self._coding(tier, self._codecs, self._coded)
+
+    def weight_store(self, tier: Tier) -> Store | CodedStore:
+        """Where streamed weights of ``tier`` go: the store, or the one that codes for it. Raises as
+        ``store``."""
+        return self._coding(tier, self._weight_codecs, self._coded_weights)
+
+    def _coding(
+        self, tier: Tier, codecs: Mapping[Tier, Codec], made: dict[Tier, CodedStore]
+    ) -> Store | CodedStore:
         store = self.store(tier)
-        if tier not in self._codecs:
+        if tier not in codecs:
             return store
-        if tier not in self._coded:
-            self._coded[tier] = CodedStore(store, self._codecs[tier])
-        return self._coded[tier]
+        if tier not in made:
+            made[tier] = CodedStore(store, codecs[tier])
+        return made[tier]
 
     def coding_statistics(self) -> dict[Tier, CodingStatistics]:
         """What coding has done so far, by tier; tiers to which no coded state went are left out."""
         return {tier: store.statistics() for tier, store in self._coded.items()}
+
+    def weight_coding_statistics(self) -> dict[Tier, CodingStatistics]:
+        """The same of streamed weights."""
+        return {tier: store.statistics() for tier, store in self._coded_weights.items()}
 
     def statistics(self) -> dict[Tier, Statistics]:
         """Bytes and seconds by tier and direction, so far."""
@@ -76,7 +94,7 @@ class Engine:
         first failure is raised. May be called twice."""
         errors: list[BaseException] = []
         own = (store for tier, store in self._stores.items() if tier not in self._lent)
-        stores = (*self._coded.values(), *own)
+        stores = (*self._coded.values(), *self._coded_weights.values(), *own)
         for close in (self.device.synchronize, *(store.close for store in stores)):
             try:
                 close()
@@ -135,6 +153,8 @@ def open_engine(
         size = budget.nvme_bytes if nvme_bytes is None else nvme_bytes
         if budget.nvme_directory is not None and size and Tier.NVME not in lent:
             engine._stores[Tier.NVME] = NvmeStore(budget.nvme_directory, size)
+        for store in engine._stores.values():
+            store.neighbours = engine._stores
     except BaseException:
         engine.close()
         raise

@@ -35,6 +35,11 @@ class FreeList:
         """The longest free run."""
         return max(self._lengths, default=0)
 
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """Offset and length of each free run."""
+        return list(zip(self._starts, self._lengths, strict=True))
+
     def allocate(self, nbytes: int) -> int | None:
         """Offset of a run of ``nbytes``, or None where no run is long enough."""
         fitting = [

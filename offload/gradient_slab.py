@@ -34,6 +34,8 @@ class GradientSlab:
         tiers: gradient tier of each unit; the others are left alone, and so are small parameters.
         slab_bytes: what the plan reserved.
         before_overwrite: called with the unit before a gradient's bytes are replaced.
+        one_unit_at_a_time: a unit's gradients are used up before the next one's come, so that all units have
+            the same place. Where one's are there still, the next one's stay where autograd put them.
 
     Raises:
         PlanMismatchError: the plan reserved less than the gradients take.
@@ -46,15 +48,22 @@ class GradientSlab:
         tiers: Mapping[str, Tier],
         slab_bytes: int,
         before_overwrite: Callable[[str], None],
+        one_unit_at_a_time: bool = False,
     ) -> None:
+        self._shared = one_unit_at_a_time
+        self._unit_of = index.unit_of
         self._before_overwrite = before_overwrite
         self._offsets: dict[str, int] = {}
         self._views: dict[str, StorageWeakRef] = {}
-        used = 0
+        used = end = 0
+        unit = ""
         for name, parameter in index.parameters.items():
+            if one_unit_at_a_time and index.unit_of[name] != unit:
+                unit, end = index.unit_of[name], 0
             if tiers[index.unit_of[name]] is Tier.DEVICE and parameter.numel() >= SMALL:
-                self._offsets[name] = used
-                used += round_up(parameter.numel() * parameter.element_size(), PAGE_BYTES)
+                self._offsets[name] = end
+                end += round_up(parameter.numel() * parameter.element_size(), PAGE_BYTES)
+                used = max(used, end)
         if used > slab_bytes:
             raise PlanMismatchError(
                 f"gradients that stay in memory take {used} bytes, the plan reserved {slab_bytes}: "
@@ -85,6 +94,8 @@ class GradientSlab:
                 return
             if gradient.requires_grad or gradient.untyped_storage().nbytes() > gradient.nbytes:
                 return  # its graph, or the buffer that it is a window of, is somebody's
+            if self._shared and self._others_there(unit):
+                return
             before = self._views.get(name)
             if before is not None and not before.expired():  # type: ignore[no-untyped-call]
                 if gradient.untyped_storage()._cdata == before.cdata:
@@ -95,6 +106,13 @@ class GradientSlab:
             parameter.grad = self._copy(name, gradient)
 
         return settle
+
+    def _others_there(self, unit: str) -> bool:
+        """Whether another unit's gradients are where the unit's are to go."""
+        return any(
+            self._unit_of[name] != unit and not view.expired()  # type: ignore[no-untyped-call]
+            for name, view in self._views.items()
+        )
 
     def _copy(self, name: str, gradient: Tensor) -> Tensor:
         assert self._bytes is not None

@@ -9,6 +9,7 @@ whole is hot.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -71,6 +72,8 @@ class GradientStore:
         self.homes: dict[str, OffloadedGradient] = {}
         """By parameter, of the gradients that leave."""
         self._order = _BackwardOrder()
+        self.changed_bytes: Counter[Tier] = Counter()
+        """Of gradients, and of sums of micro-batches, that have left so far."""
         leaving = [
             name
             for name, parameter in index.parameters.items()
@@ -217,6 +220,7 @@ class GradientStore:
         low, high = torch.aminmax(gradient)
         assert self._ring is not None
         self._ring.send(home, gradient.reshape(-1))
+        self.changed_bytes[home.store.tier] += gradient.nbytes
         home.value = GradientValue(norm=norm, largest=torch.maximum(low.abs(), high.abs()).view(1))
         following = self._order.after(home)
         # What is there now will be added to.

@@ -26,6 +26,7 @@ from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite,
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
+from memtrain.offload.in_backward import REMEDY, InBackward, refuse_combination
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.parameters import ParameterStreamer
@@ -102,6 +103,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.defaults = optimizer.defaults
         self._adopt_hooks(optimizer)
         self._schedule = plan.update_schedule
+        self._in_backward: InBackward | None = None
+        if self._schedule is UpdateSchedule.IN_BACKWARD:
+            refuse_combination(self.config.nonfinite)
         self.state_count = 0
         """How often the state has changed: by steps and by loading."""
         self.last_step_skipped = False
@@ -152,6 +156,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 slot_bytes=staging.update_slot_bytes,
             )
             made.callback(self._updates.close)
+            if self._schedule is UpdateSchedule.IN_BACKWARD:
+                self._in_backward = InBackward(
+                    layout=self.layout,
+                    records=self._records,
+                    gradients=self.gradients,
+                    updates=self._updates,
+                    micro_batches=plan.micro_batches,
+                )
+                made.callback(self._in_backward.close)
             self._access = StateAccess(self._records, self.index, self.layout.shards, self._updates.borrow)
             if optimizer.state:
                 self._take_over(optimizer)
@@ -193,13 +206,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update. Under the AHEAD schedule it is only begun, and done by ``ensure`` or ``flush``.
+        """One update. Under the AHEAD schedule it is only begun, and done by ``ensure`` or ``flush``; under
+        IN_BACKWARD this is the rest of it (``in_backward``).
 
         Raises:
             NonFiniteGradientError: if so configured.
             PlanMismatchError: a parameter that was frozen when the plan was made has a gradient now.
             OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint.
         """
+        if self._in_backward is not None:
+            return self._finish_step(self._in_backward, closure)
         self.flush()
         loss = None
         if closure is not None:
@@ -217,8 +233,25 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             forget_clips(self._all_parameters())
         return loss
 
+    def _finish_step(self, in_backward: InBackward, closure: Callable[[], Any] | None) -> None:
+        if closure is not None:
+            raise PlanMismatchError(
+                "step(closure) computes gradients inside of the step, the plan updates during backward "
+                f"(update_schedule in_backward): call step() without one after backward, or {REMEDY}"
+            )
+        self._updates.check_alive()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
+        try:
+            in_backward.finish(self._refuse_unplanned)
+            self.state_count += 1
+        finally:
+            forget_clips(self._all_parameters())
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As PyTorch's; ``set_to_none=False`` first finishes an update that waits for gradients in memory."""
+        """As PyTorch's; ``set_to_none=False`` first finishes an update that waits for gradients in memory.
+        Under IN_BACKWARD it begins the count of micro-batches anew."""
+        if self._in_backward is not None:
+            self._in_backward.discard()
         if not set_to_none and self._updates.holds_tensors:
             self.flush()
         forget_clips(self._all_parameters())
@@ -235,7 +268,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Args:
             parameters: order in which norms are summed; default: that of the parameter groups.
+
+        Raises:
+            PlanMismatchError: the plan updates during backward.
         """
+        if self._in_backward is not None:
+            raise PlanMismatchError(
+                "clip_grad_norm_() needs the norm of all gradients before any weight changes, the plan "
+                f"updates during backward (update_schedule in_backward): leave clipping out, or {REMEDY}"
+            )
         self.flush()
         chosen = self._all_parameters() if parameters is None else list(parameters)
         grads = [p.grad for p in chosen if p.grad is not None]
@@ -254,16 +295,33 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     # -- updates that run ahead
     # --------------------------------------------------------------------------------
 
+    @property
+    def update_waits(self) -> bool:
+        """Whether an update was begun that is not done yet."""
+        return self._updates.waits
+
     @torch.no_grad()
     def ensure(self, unit: str) -> None:
         """Finish the pending update of ``unit``, if there is one, on the calling thread. Any order will
         do."""
+        self.refuse_half_done("using weights", backward_may=True)
         self._updates.ensure(unit)
+
+    def refuse_half_done(self, what: str, *, backward_may: bool = False) -> None:
+        """Raise HalfDoneStepError where the update has begun in backward, and ``step()`` has not ended it;
+        ``backward_may``: but not to backward itself."""
+        if self._in_backward is not None:
+            self._in_backward.refuse_half_done(what, backward_may=backward_may)
 
     @torch.no_grad()
     def flush(self) -> None:
         """Finish the pending update, and wait until all state is on its tier."""
+        self.refuse_half_done("using weights or state")
         self._updates.flush()
+
+    def _settle(self) -> None:
+        self.refuse_half_done("reading state")
+        self._updates.settle()
 
     # -- checkpoints
     # -------------------------------------------------------------------------------------------
@@ -275,17 +333,17 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def iter_state(self) -> Iterator[tuple[str, str, Tensor]]:
         """``(parameter, key, tensor)``, one whole tensor in memory at a time. Empty before the first step."""
-        self._updates.settle()
+        self._settle()
         yield from self._access
 
     def scalar_state(self) -> dict[str, dict[str, Any]]:
         """``step`` and the like by parameter: what ``iter_state`` leaves out."""
-        self._updates.settle()
+        self._settle()
         return {name: dict(values) for name, values in self._records.scalars.items()}
 
     def read_state(self, name: str, key: str) -> Tensor:
         """One state tensor of parameter ``name``."""
-        self._updates.settle()
+        self._settle()
         return self._access.read(name, key)
 
     @torch.no_grad()

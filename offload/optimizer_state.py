@@ -3,6 +3,8 @@ piece."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -10,10 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.offload.coded import CodedStore
 from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
-from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor
+from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Piece, Shard, ShardLayout, StateSpec, StateTensor
 from memtrain.offload.slab import Slot
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
@@ -30,12 +31,13 @@ class StateOwner(Protocol):
 class Keeper(Protocol):
     """Keeps what an update would overwrite until it has been copied: ``copy_on_write.CopyOnWrite``."""
 
-    def before_step(self, shard: Shard) -> None:
-        """Return when weights of the shard and its record in memory may change."""
+    def before_step(self, owner: Any) -> None:
+        """Return when weights of a shard and its record in memory may change."""
         ...
 
-    def place(self, shard: Shard, extent: Any) -> Any:
-        """The extent that the record's next generation goes to; it waits where there is only this one."""
+    def place(self, owner: Any, store: Store, extent: Any) -> Any:
+        """The extent that the next generation of the owner's record or weight goes to; it waits where there
+        is only this one."""
         ...
 
     def settle(self) -> None:
@@ -166,6 +168,11 @@ class RecordStore:
         """PyTorch's version of each weight after its last update: another one means it was written to."""
         self.keeper: Keeper | None = None
         """Who still needs what updates are about to overwrite."""
+        self.changed_bytes: Counter[Tier] = Counter()
+        """State on tiers that steps have changed so far: pages of a record that hold no state, and state of
+        parameters without a gradient, do not count."""
+        self.changed_weight_bytes: Counter[str] = Counter()
+        """By unit, weights to which steps have given other bits; those that are small left out."""
         resident: dict[Shard, int] = {}
         try:
             for shard, layout in layouts.items():
@@ -198,43 +205,18 @@ class RecordStore:
         """Of all records that are on a tier."""
         return dict(self._extents)
 
-    def make_spares(self, spare_bytes: Mapping[Tier, int]) -> dict[Store, list[Any]]:
-        """Reserve spare extents, each for any record of its tier, in at most ``spare_bytes``.
+    def note_stepped(self, shard: Shard, piece: Piece, *, weight_changed: bool) -> None:
+        """Count what a step has changed of a piece."""
+        if shard in self._extents:
+            self.changed_bytes[self._extents[shard][0].tier] += self._state_bytes(piece)
+        if weight_changed and not shard.small:
+            self.changed_weight_bytes[shard.unit] += piece.elements * piece.parameter.dtype.itemsize
 
-        Raises:
-            TierFullError: no room; nothing stays allocated.
-            OffloadError: the tier codes, or has no records, or the bytes are less than a record.
-        """
-        spares: dict[Store, list[Any]] = {}
-        try:
-            for tier, limit_bytes in spare_bytes.items():
-                stores = {store for store, _ in self._extents.values() if store.tier is tier}
-                if not stores:
-                    raise OffloadError(f"spares on {tier.value} were asked for, but no state is kept there")
-                (store,) = stores
-                if isinstance(store, CodedStore):
-                    raise OffloadError(
-                        f"optimizer state on {tier.value} is coded, and coded records have no spares: give "
-                        f"none, so that updates wait for a snapshot, or take the codec away"
-                    )
-                each = max(
-                    round_up(extent.nbytes, PAGE_BYTES)
-                    for found, extent in self._extents.values()
-                    if found is store
-                )
-                if limit_bytes < each:
-                    raise OffloadError(
-                        f"{limit_bytes} bytes of spares on {tier.value} do not hold a record of {each} "
-                        f"bytes: give a multiple of that, or none"
-                    )
-                for number in range(min(limit_bytes // each, len(self._extents))):
-                    spares.setdefault(store, []).append(store.allocate(f"spare extent {number}", each))
-        except BaseException:
-            for store, extents in spares.items():
-                for extent in extents:
-                    store.free(extent)
-            raise
-        return spares
+    def _state_bytes(self, piece: Piece) -> int:
+        return sum(
+            (piece.elements if tensor.shape is None else math.prod(tensor.shape)) * tensor.dtype.itemsize
+            for tensor in self._specs[piece.name].tensors
+        )
 
     def on_tier(self, shard: Shard) -> bool:
         """Whether the shard's record must be read and written."""
@@ -267,7 +249,7 @@ class RecordStore:
             return None
         store, extent = self._extents[shard]
         if self.keeper is not None:
-            extent = self.keeper.place(shard, extent)
+            extent = self.keeper.place(shard, store, extent)
             self._extents[shard] = (store, extent)
         ticket = store.write(extent, slot[: self._layouts[shard].record_bytes])
         self._written.add(shard)

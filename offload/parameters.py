@@ -22,23 +22,35 @@ Parameters of fewer than ``SMALL`` elements stay in memory, as their gradients a
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+from torch.utils.hooks import RemovableHandle
 
 from memtrain.offload import away
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.extents import Extent
+from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.saved_weights import saving_weights
 from memtrain.offload.shards import SMALL, Unit
+from memtrain.offload.store import Store
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, make_unit, own_parameters
 from memtrain.offload.weight_users import WeightUsers
 from memtrain.offload.weight_windows import WindowPool, WindowStatistics
 from memtrain.planner.actions import Tier
+
+
+class _Pass(threading.local):
+    """The forward pass of a thread: of several micro-batches under way each has one of its own."""
+
+    brought: ExitStack | None = None
+    """What it has brought for the model's own code."""
 
 
 class ParameterStreamer:
@@ -89,8 +101,8 @@ class ParameterStreamer:
         self._blocks = [module for _, module in blocks]
         self._names = [name for name, _ in units]
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
-        self._in_model: ExitStack | None = None
-        """What the model's forward pass that runs has brought for its own code."""
+        self._pass = _Pass()
+        self._hook: RemovableHandle | None = None
         self._closed = False
         self._at = 0
         """Where in the schedule the pass is."""
@@ -130,7 +142,7 @@ class ParameterStreamer:
         for unit in self._units.values():
             for weight in unit.weights:
                 if weight.name in placed:  # the caller's until here
-                    self._made.callback(unit.store.free, weight.extent)
+                    self._made.callback(weight.free, unit.store)
 
     # making -----------------------------------------------------------------------------------
 
@@ -149,7 +161,7 @@ class ParameterStreamer:
                 f"{', '.join(self._names)}"
             )
         made = {
-            name: make_unit(name, members, engine.store(tiers[name]), placed, undo)
+            name: make_unit(name, members, engine.weight_store(tiers[name]), placed, undo)
             for name, members in own_parameters(units).items()
             if members and tiers.get(name, Tier.DEVICE) is not Tier.DEVICE
         }
@@ -178,8 +190,8 @@ class ParameterStreamer:
         for module, units in self._users.outside_blocks():
             self._wrap(module, self._run, units)
         for module in self._blocks:
-            run = self._run_last if module is self._blocks[-1] else self._run
-            self._wrap(module, run, self._users.of(module))
+            self._wrap(module, self._run, self._users.of(module))
+        self._hook = self._blocks[-1].register_forward_hook(self._behind_blocks)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -202,22 +214,19 @@ class ParameterStreamer:
         with self._using(units):
             return forward(*args, **kwargs)
 
-    def _run_last(
-        self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The last block: the model's own code may use what comes behind it without calling its module."""
-        output = self._run(units, forward, *args, **kwargs)
-        if self._in_model is not None:
-            self._in_model.enter_context(self._pool.using(self._users.after_blocks, self._bring))
-        return output
+    def _behind_blocks(self, *_: Any) -> None:
+        """The last block is over: the model's own code may use what comes behind it without calling its
+        module."""
+        if self._pass.brought is not None:
+            self._pass.brought.enter_context(self._pool.using(self._users.after_blocks, self._bring))
 
     def _run_model(
         self, units: list[StreamedUnit], forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
-        before = self._in_model
+        before = self._pass.brought
         with ExitStack() as brought:
-            self._at, self._in_model = 0, brought
-            brought.callback(setattr, self, "_in_model", before)
+            self._at, self._pass.brought = 0, brought
+            brought.callback(setattr, self._pass, "brought", before)
             brought.enter_context(self._using(units))
             return forward(*args, **kwargs)
 
@@ -255,14 +264,29 @@ class ParameterStreamer:
             The extents by parameter; the caller's from now on.
 
         Raises:
-            OffloadError: a change could not be written; nothing else has been done then.
+            OffloadError: weights are coded, and nothing has been done; or a change could not be written: the
+                model has its own forwards again, weights are where they were, and the call may be repeated.
         """
-        self.flush()
+        self._plain_extents()  # refuses
         self._unwrap()
+        self.flush()
+        extents = self._plain_extents()  # after what was written last, for a snapshot may have it elsewhere
         self._closed = True
         self._made.pop_all()
         self._pool.close()
-        return {weight.name: weight.extent for unit in self._units.values() for weight in unit.weights}
+        return extents
+
+    def _plain_extents(self) -> dict[str, Extent]:
+        extents: dict[str, Extent] = {}
+        for unit in self._units.values():
+            for weight in unit.weights:
+                if not isinstance(weight.extent, Extent):
+                    raise OffloadError(
+                        f"{weight.name} is coded on {unit.tier.value}, and another streamer would read it "
+                        "as it lies: bring the weights home with remove(), or stream them without a codec"
+                    )
+                extents[weight.name] = weight.extent
+        return extents
 
     def _unwrap(self) -> None:
         for module, original in reversed(self._originals):
@@ -271,12 +295,19 @@ class ParameterStreamer:
             else:
                 module.forward = original
         self._originals.clear()
+        if self._hook is not None:
+            self._hook.remove()
 
     def _bring_home(self, units: Sequence[StreamedUnit]) -> None:
-        """Give their parameters bytes in memory of their own."""
+        """Give their parameters bytes in memory of their own.
+
+        What is in a window comes first, which needs no tier: then nothing has to be written to make room, and
+        a tier that is full or cannot write keeps nobody's weights. What somebody has a view of comes last, so
+        that its window is nobody else's.
+        """
         if self._closed:
             return
-        for unit in units:
+        for unit in sorted(units, key=lambda unit: (unit.viewed, not unit.ready, unit.window is None)):
             if not unit.ready and not away.is_away(unit.weights[0].parameter):
                 continue  # never sent out, or home already
             self._pool.use(unit)
@@ -298,6 +329,21 @@ class ParameterStreamer:
         """Of one window: the largest streamed unit, in whole pages per parameter."""
         return self._pool.window_bytes
 
+    @property
+    def keeper(self) -> Keeper | None:
+        """Who still needs what changed weights are about to overwrite on their tiers."""
+        return self._pool.keeper
+
+    @keeper.setter
+    def keeper(self, keeper: Keeper | None) -> None:
+        self._pool.keeper = keeper
+
+    def extents(self) -> dict[StreamedWeight, tuple[Store, Extent]]:
+        """Where each streamed weight's latest generation on its tier is."""
+        return {
+            weight: (unit.store, weight.extent) for unit in self._units.values() for weight in unit.weights
+        }
+
     def unit_of(self, parameter: Tensor) -> str | None:
         """The unit of a streamed weight; None for any other tensor."""
         unit = self._users.unit_of(parameter)
@@ -311,11 +357,14 @@ class ParameterStreamer:
     def fill_windows(self) -> int:
         """Send every unit away, and have all memory of the windows resident. Its bytes.
 
+        A unit that is in use, or of which somebody has a view, stays where it is.
+
         Raises:
             OffloadError: a change could not be written.
         """
         for unit in self._units.values():
-            self._pool.turn_out(unit)
+            if not unit.users and not unit.viewed:
+                self._pool.turn_out(unit)
         return self._pool.fill()
 
     def statistics(self) -> WindowStatistics:
@@ -364,8 +413,8 @@ class ParameterStreamer:
         self._pool.send(found)
 
     def mark_dirty(self, unit: str) -> None:
-        """All weights of the unit are written back before it leaves. Changes in place that autograd counts
-        (``parameter._version``) need no mark.
+        """All weights of the unit are written back before it leaves, and masters of them follow. Changes in
+        place that autograd counts (``parameter._version``) need no mark.
 
         Raises:
             OffloadError: the unit is not held.
@@ -376,6 +425,7 @@ class ParameterStreamer:
         if not found.users:
             raise OffloadError(f"unit {unit} is not held: mark it inside streamer.hold({unit!r})")
         self._pool.mark(found)
+        increment_version([weight.parameter for weight in found.weights])  # or a master would write over it
 
     def flush(self) -> None:
         """Every change is on its tier when this returns.

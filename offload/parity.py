@@ -18,16 +18,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from memtrain.offload.atomic import (
     MANIFEST,
@@ -38,6 +36,7 @@ from memtrain.offload.atomic import (
     verify,
 )
 from memtrain.offload.errors import OffloadError
+from memtrain.offload.parity_ranks import DEADLINE_SECONDS, Ranks, Trial
 from memtrain.offload.placed import PlacedFile, SnapshotWriter, settle_window
 from memtrain.planner.units import round_up
 
@@ -104,6 +103,7 @@ def protect(
     *,
     losses: int = 1,
     group: dist.ProcessGroup | None = None,
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> int:
     """Write this rank's share of the parity over the snapshots of all ranks. Every rank calls it.
 
@@ -112,19 +112,27 @@ def protect(
         open_writer: opens the folder that the share goes to: ``lambda: publish(path)``, or
             ``lambda: held.publish(name, retire=False)``.
         losses: how many ranks may be lost.
+        deadline_seconds: how long another rank may be silent.
 
     Returns:
         Bytes of the share.
 
     Raises:
         CorruptCheckpointError: the snapshot is damaged.
+        CheckpointError: the share cannot be written.
         MissingZfecError: the extra ``parity`` is not installed.
+        PeerError: any of this happened to another rank, which is named; or one is gone.
+
+        Where one rank raises, all do, and shares of earlier snapshots are what they were; unless publishing,
+        the last act of all, failed: then other ranks have the new ones, and this is to be called again.
     """
-    code = _Code(Stripes(ranks=dist.get_world_size(group), losses=losses))
-    stripes, rank = code.stripes, dist.get_rank(group)
-    stream = _Stream(Path(folder), _attempt_together(lambda: verify(Path(folder)), group))
-    manifests: list[Any] = [None] * stripes.ranks
-    dist.all_gather_object(manifests, stream.manifest, group)
+    ranks, trial = Ranks(group, deadline_seconds), Trial()
+    stripes = Stripes(ranks=ranks.count, losses=losses)
+    code = trial.run(lambda: _Code(stripes))
+    files = trial.run(lambda: verify(Path(folder)), {})
+    ranks.agree(trial)
+    stream = _Stream(Path(folder), files)
+    manifests = ranks.gather(stream.manifest)
     block_bytes = stripes.block_bytes(max(_total(text) for text in manifests))
     meta = {
         "version": _VERSION,
@@ -133,29 +141,58 @@ def protect(
         "manifests": manifests,
     }
     written = 0
-    with open_writer() as writer, ExitStack() as files:
+    with ExitStack() as opened:
+        writer = trial.run(lambda: opened.enter_context(open_writer()))
         for stripe in range(stripes.ranks):
-            if rank in stripes.members(stripe):
-                start = stripes.own_block(stripe, rank) * block_bytes
-                for offset, length in _segments(block_bytes):
-                    data = stream.read(start + offset, length)
-                    _send(data, stripes.holders(stripe), group)
-                continue
-            number = stripes.place(stripe, rank)
-            file = PlacedFile(_BLOCK.format(stripe), writer.open(_BLOCK.format(stripe)), block_bytes)
-            files.callback(file.abandon)
-            for offset, length in _segments(block_bytes):
-                blocks = _receive(length, stripes.members(stripe), group)
-                file.write(code.encode(blocks, number), offset)
-                settle_window([file])
-            writer.note(file.name, file.close(_buffer()))
-            written += block_bytes
-        writer.write_text(_META, json.dumps(meta))
+            if ranks.rank in stripes.members(stripe):
+                start = stripes.own_block(stripe, ranks.rank) * block_bytes
+                _send_block(ranks, trial, stream, start, block_bytes, stripes.holders(stripe))
+            else:
+                _write_parity(ranks, trial, code, stripe, block_bytes, writer)
+                written += block_bytes
+            ranks.agree(trial)
+        trial.run(lambda: writer.write_text(_META, json.dumps(meta)))
+        ranks.agree(trial)
+        trial.run(opened.pop_all().close)
+    ranks.agree(trial)
     return written
 
 
+def _write_parity(
+    ranks: Ranks, trial: Trial, code: _Code, stripe: int, block_bytes: int, writer: SnapshotWriter
+) -> None:
+    """This rank's block of the stripe's parity, out of what the members send."""
+    stripes, name = code.stripes, _BLOCK.format(stripe)
+    number, members = stripes.place(stripe, ranks.rank), stripes.members(stripe)
+    with ExitStack() as closing:
+        file = trial.run(lambda: PlacedFile(name, writer.open(name), block_bytes))
+        if file is not None:
+            closing.callback(file.abandon)
+        for offset, length in _segments(block_bytes):
+            blocks = ranks.receive(length, members)
+            trial.run(partial(_encode, code, blocks, number, file, offset))
+        trial.run(lambda: writer.note(name, file.close(_buffer())))
+
+
+def _encode(code: _Code, blocks: list[bytes], number: int, file: PlacedFile, offset: int) -> None:
+    file.write(code.encode(blocks, number), offset)
+    settle_window([file])
+
+
+def _send_block(
+    ranks: Ranks, trial: Trial, source: _Stream, start: int, block_bytes: int, to: Sequence[int]
+) -> None:
+    """A block of ``source``; zeros where it cannot be read, which ``agree`` will tell."""
+    for offset, length in _segments(block_bytes):
+        ranks.send(trial.run(partial(source.read, start + offset, length), bytes(length)), to)
+
+
 def restore(
-    folder: Path | str, parity: Path | str | None, *, group: dist.ProcessGroup | None = None
+    folder: Path | str,
+    parity: Path | str | None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> list[int]:
     """Rebuild the snapshots that ranks have lost. Every rank calls it, also those that lost nothing.
 
@@ -164,6 +201,7 @@ def restore(
             parity was made of, counts as lost and is replaced.
         parity: this rank's share of the parity; None or a damaged one counts as lost too. Call ``protect``
             afterwards to have it again.
+        deadline_seconds: how long another rank may be silent.
 
     Returns:
         The ranks whose snapshots were rebuilt.
@@ -171,32 +209,34 @@ def restore(
     Raises:
         SnapshotLostError: on every rank, naming those that are lost: too many. Nothing is changed.
         CorruptCheckpointError: what was rebuilt is not what was lost; nothing is published.
+        CheckpointError: what was rebuilt cannot be written.
+        PeerError: any of this happened to another rank, which is named; or one is gone.
     """
-    folder, rank = Path(folder), dist.get_rank(group)
+    ranks, trial, folder = Ranks(group, deadline_seconds), Trial(), Path(folder)
     meta = _read_meta(Path(parity)) if parity is not None else None
     manifest = _read_whole(folder)
-    found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (manifest, meta), group)
+    found = [json.loads(text) for text in ranks.gather(json.dumps([manifest, meta]))]
     known = _most_usable(found)
     if known is None:
         raise SnapshotLostError("no rank has its share of the parity: nothing can be rebuilt")
-    code = _Code(Stripes(ranks=len(found), losses=known["losses"]))
     if len(known["manifests"]) != len(found):
         raise SnapshotLostError(
             f"the parity is of {len(known['manifests'])} ranks, there are {len(found)}: restart with as many"
         )
+    stripes = Stripes(ranks=len(found), losses=known["losses"])
     whole = {r for r, (text, _) in enumerate(found) if text == known["manifests"][r]}
     sharing = {r for r, (_, one) in enumerate(found) if one == known}
     lost = [r for r in range(len(found)) if r not in whole]
-    _refuse_too_many(code.stripes, whole, sharing, lost)
-    stream = _Stream(folder, json.loads(manifest)["files"]) if rank in whole and manifest else None
+    _refuse_too_many(stripes, whole, sharing, lost)
+    code = trial.run(lambda: _Code(stripes))
+    ranks.agree(trial)
+    stream = _Stream(folder, json.loads(manifest)["files"]) if ranks.rank in whole and manifest else None
     for one in lost:
-        if one == rank:
-            _attempt_together(partial(_rebuild, folder, code, known, whole, sharing, group), group)
+        if one == ranks.rank:
+            _rebuild(ranks, folder, code, known, whole, sharing)
         else:
             share = Path(parity) if parity is not None else None
-            work = partial(_help, one, code, known, whole, sharing, stream, share, group)
-            _attempt_together(work, group)
+            _help(ranks, one, stripes, known, whole, sharing, stream, share)
     return lost
 
 
@@ -236,83 +276,89 @@ def _sources(stripes: Stripes, stripe: int, whole: set[int], sharing: set[int]) 
 
 
 def _rebuild(
-    folder: Path,
-    code: _Code,
-    meta: dict[str, Any],
-    whole: set[int],
-    sharing: set[int],
-    group: dist.ProcessGroup | None,
+    ranks: Ranks, folder: Path, code: _Code, meta: dict[str, Any], whole: set[int], sharing: set[int]
 ) -> None:
-    stripes, rank, block_bytes = code.stripes, dist.get_rank(group), meta["block_bytes"]
+    """This rank's snapshot, out of what ``_help`` of the others sends."""
+    stripes, rank, block_bytes, trial = code.stripes, ranks.rank, meta["block_bytes"], Trial()
     expected = json.loads(meta["manifests"][rank])["files"]
-    with publish(folder) as writer, ExitStack() as opened:
-        files = {}
+    with ExitStack() as opened:
+        writer = trial.run(lambda: opened.enter_context(publish(folder)))
+        files: dict[str, PlacedFile] = {}
+        closing = opened.enter_context(ExitStack())
         for name in sorted(expected):
-            files[name] = PlacedFile(name, writer.open(name), expected[name]["size_bytes"])
-            opened.callback(files[name].abandon)
-        for stripe in range(stripes.ranks):
-            if rank not in stripes.members(stripe):
-                continue
+            trial.run(partial(_open, files, closing, writer, name, expected[name]["size_bytes"]))
+        for stripe in (s for s in range(stripes.ranks) if rank in stripes.members(s)):
             sources = _sources(stripes, stripe, whole, sharing)
             numbers = [stripes.place(stripe, source) for source in sources]
             start = stripes.own_block(stripe, rank) * block_bytes
             for offset, length in _segments(block_bytes):
-                blocks = _receive(length, sources, group)
-                data = memoryview(code.decode(blocks, numbers, stripes.place(stripe, rank)))
-                for name, place, low, high in _cut(expected, start + offset, length):
-                    files[name].write(data[low:high], place)
-                settle_window(files.values())
-        for name, file in files.items():
-            entry = file.close(_buffer())
-            if entry != expected[name]:
-                raise CorruptCheckpointError(
-                    f"{name} of {folder} cannot be rebuilt: its checksum is not that of what was lost. Take "
-                    f"a checkpoint on disk"
-                )
-            writer.note(name, entry)
+                blocks = ranks.receive(length, sources)
+                decode = partial(code.decode, blocks, numbers, stripes.place(stripe, rank))
+                trial.run(partial(_put_range, files, expected, start + offset, length, decode))
+            ranks.agree(trial)
+        trial.run(lambda: _seal(folder, files, expected, writer))
+        if trial.error is None:
+            trial.run(opened.pop_all().close)
+        ranks.agree(trial)
+
+
+def _open(
+    files: dict[str, PlacedFile], closing: ExitStack, writer: SnapshotWriter, name: str, size_bytes: int
+) -> None:
+    files[name] = PlacedFile(name, writer.open(name), size_bytes)
+    closing.callback(files[name].abandon)
+
+
+def _put_range(
+    files: dict[str, PlacedFile],
+    expected: dict[str, Any],
+    start: int,
+    length: int,
+    make: Callable[[], bytes],
+) -> None:
+    data = memoryview(make())
+    for name, place, low, high in _cut(expected, start, length):
+        files[name].write(data[low:high], place)
+    settle_window(files.values())
+
+
+def _seal(
+    folder: Path, files: dict[str, PlacedFile], expected: dict[str, Any], writer: SnapshotWriter
+) -> None:
+    for name, file in files.items():
+        entry = file.close(_buffer())
+        if entry != expected[name]:
+            raise CorruptCheckpointError(
+                f"{name} of {folder} cannot be rebuilt: its checksum is not that of what was lost. Take "
+                f"a checkpoint on disk"
+            )
+        writer.note(name, entry)
 
 
 def _help(
+    ranks: Ranks,
     lost: int,
-    code: _Code,
+    stripes: Stripes,
     meta: dict[str, Any],
     whole: set[int],
     sharing: set[int],
     stream: _Stream | None,
     parity: Path | None,
-    group: dist.ProcessGroup | None,
 ) -> None:
     """Send what ``lost`` needs of this rank."""
-    stripes, rank, block_bytes = code.stripes, dist.get_rank(group), meta["block_bytes"]
-    for stripe in range(stripes.ranks):
-        if lost not in stripes.members(stripe) or rank not in _sources(stripes, stripe, whole, sharing):
-            continue
-        if rank in stripes.members(stripe):
-            assert stream is not None
-            source, start = stream, stripes.own_block(stripe, rank) * block_bytes
-        else:
-            assert parity is not None
-            name = _BLOCK.format(stripe)
-            source, start = _Stream(parity, {name: {"size_bytes": block_bytes}}), 0
-        for offset, length in _segments(block_bytes):
-            _send(source.read(start + offset, length), [lost], group)
-
-
-def _attempt_together(work: Callable[[], Any], group: dist.ProcessGroup | None) -> Any:
-    """Do ``work`` on every rank; where one fails, all raise, and none goes on to wait for it."""
-    result, error = None, None
-    try:
-        result = work()
-    except OffloadError as failure:
-        error = failure
-    texts: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(texts, None if error is None else str(error), group)
-    if error is not None:
-        raise error
-    for rank, text in enumerate(texts):
-        if text is not None:
-            raise CheckpointError(f"rank {rank}: {text}")
-    return result
+    rank, block_bytes, trial = ranks.rank, meta["block_bytes"], Trial()
+    for stripe in (s for s in range(stripes.ranks) if lost in stripes.members(s)):
+        if rank in _sources(stripes, stripe, whole, sharing):
+            if rank in stripes.members(stripe):
+                assert stream is not None
+                source, start = stream, stripes.own_block(stripe, rank) * block_bytes
+            else:
+                assert parity is not None
+                name = _BLOCK.format(stripe)
+                source, start = _Stream(parity, {name: {"size_bytes": block_bytes}}), 0
+            _send_block(ranks, trial, source, start, block_bytes, [lost])
+        ranks.agree(trial)
+    ranks.agree(trial)
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
@@ -384,22 +430,6 @@ def _total(manifest: str) -> int:
 def _segments(block_bytes: int) -> Iterator[tuple[int, int]]:
     for offset in range(0, block_bytes, SEGMENT_BYTES):
         yield offset, min(SEGMENT_BYTES, block_bytes - offset)
-
-
-def _send(data: bytes, ranks: list[int], group: dist.ProcessGroup | None) -> None:
-    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    for work in [dist.isend(tensor, group=group, group_dst=rank) for rank in ranks]:
-        assert work is not None
-        work.wait()
-
-
-def _receive(length: int, ranks: list[int], group: dist.ProcessGroup | None) -> list[bytes]:
-    tensors: list[Tensor] = [torch.empty(length, dtype=torch.uint8) for _ in ranks]
-    works = [dist.irecv(t, group=group, group_src=r) for t, r in zip(tensors, ranks, strict=True)]
-    for work in works:
-        assert work is not None
-        work.wait()
-    return [tensor.numpy().tobytes() for tensor in tensors]
 
 
 def _buffer() -> memoryview:

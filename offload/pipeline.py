@@ -152,6 +152,12 @@ class ShardPipeline:
         while self._writing:
             self._retire()
 
+    def forget_ahead(self) -> None:
+        """Give up what was read ahead and not asked for."""
+        while self._loads:
+            _, load = self._loads.popitem()
+            self._abandon(load)
+
     def abandon(self) -> None:
         """After a failure: wait for every transfer, whatever its outcome, and free the slots."""
         for load in [*self._loads.values(), *(load for _, load in self._leaving)]:

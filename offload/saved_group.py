@@ -61,6 +61,8 @@ class SavedGroup:
         self._lock = executor.lock
         self._placed: dict[tuple[int, ...], tuple[int, StorageWeakRef]] = {}
         self._used_bytes = 0
+        self._tensor_bytes = 0
+        """Of those, without the alignment between tensors."""
         self._sealed = False
         self._abandoned = False
         self._extent: Any = None
@@ -138,6 +140,7 @@ class SavedGroup:
             )
         self._slot.copies.append(self._executor.device.copy_out(source, self._slot.buffer[offset:end]))
         self._used_bytes = -(-end // _ALIGNMENT) * _ALIGNMENT
+        self._tensor_bytes += source.numel()
         return offset
 
     def seal(self) -> None:
@@ -163,6 +166,7 @@ class SavedGroup:
             store = self._executor.store(self.tier)
             self._write = store.write(self._extent, self._slot.buffer[: self._used_bytes])
             self._slot.ticket = self._write
+            self._executor.changed_bytes[self.tier] += self._tensor_bytes
             return True
 
     def _finish_copies(self) -> None:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4096
 """Unit of every size and offset here: the page, and the block that direct I/O wants."""
 _RECHECK_SECONDS = 0.5  # how often a waiting acquire looks whether the holders of the slots still live
+HOLDER_SECONDS = 600.0
+"""How long a ring may stand still while somebody waits for a slot: twice what a tier may take for a piece of
+a transfer (``store.STALL_SECONDS``), so that one that stalls is told of first, by its own error."""
 
 _NO_ACCESS = 0  # PROT_NONE
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK, which the mmap module has no name for
@@ -210,7 +213,8 @@ class Ring:
     """``count`` slots of ``slot_bytes`` (rounded up to 4096) in one slab; thread-safe.
 
     ``acquire`` waits for a slot. Where it would wait for ever, because every slot is held by a thread
-    that is dead or itself waits for a slot of this ring, it raises instead.
+    that is dead or itself waits for a slot of this ring, it raises instead; and so it does when no slot has
+    changed hands for ``HOLDER_SECONDS``, whoever holds them.
 
     Args:
         count, slot_bytes: how many, and of what size.
@@ -232,6 +236,8 @@ class Ring:
         self._lingering: list[tuple[Slot, list[Transfer]]] = []
         """Released slots that a transfer still uses."""
         self._waiting: set[threading.Thread] = set()
+        self._moved_at = time.monotonic()
+        """When a slot was last taken or given back."""
         self._slots_held = 0
         self._bytes_used = 0
         self._changed = threading.Condition()
@@ -250,19 +256,20 @@ class Ring:
             timeout_seconds: give up after this long.
 
         Raises:
-            StagingError: larger than a slot, closed, timed out, or no slot can ever become free.
+            StagingError: larger than a slot, closed, timed out, or no slot can ever become free, or none has
+                for ``HOLDER_SECONDS``: names the threads that hold them.
             TierIOError: the transfer that still uses the only slots left has stalled.
         """
         if nbytes is not None and nbytes > self.slot_bytes:
             raise StagingError(f"{nbytes} bytes do not fit a staging slot of {self.slot_bytes} bytes")
         me = threading.current_thread()
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        began = time.monotonic()
+        deadline = None if timeout_seconds is None else began + timeout_seconds
         with self._changed:
             self._waiting.add(me)
             try:
                 while (slot := self._take()) is None:
-                    self._refuse_deadlock()
-                    self._refuse_stall()
+                    self._refuse_hang(began)
                     pause = _RECHECK_SECONDS
                     if deadline is not None:
                         pause = min(pause, deadline - time.monotonic())
@@ -312,6 +319,7 @@ class Ring:
             return None
         slot = self._free.popleft()
         slot._holder = threading.current_thread()
+        self._moved_at = time.monotonic()
         self._slots_held = max(self._slots_held, self.count - len(self._free))
         return slot
 
@@ -324,6 +332,7 @@ class Ring:
             if slot._holder is None:
                 raise StagingError(f"staging slot {slot.index} was released twice")
             slot._holder = None
+            self._moved_at = time.monotonic()
             if transfers:
                 self._lingering.append((slot, transfers))
             elif not self.slab.closed:
@@ -340,23 +349,47 @@ class Ring:
                 still.append((slot, transfers))
         self._lingering = still
 
-    def _refuse_stall(self) -> None:
-        """Where nobody holds a slot that could come back: wait for a transfer, or say that it has stalled."""
-        if self._lingering and all(slot._holder is None for slot in self._slots):
-            for transfer in self._lingering[0][1]:
-                try:
-                    transfer.wait()
-                except Exception:
-                    if not transfer.done():
-                        raise
-
-    def _refuse_deadlock(self) -> None:
-        holders = [slot._holder for slot in self._slots]
-        if all(
-            holder is not None and (holder in self._waiting or not holder.is_alive()) for holder in holders
-        ):
-            names = sorted({holder.name for holder in holders if holder is not None})
+    def _refuse_hang(self, began: float) -> None:
+        """Nothing is free. Where nobody who holds a slot can give it back: wait for a transfer that lingers
+        in one, or say that it has stalled, or that there is none."""
+        holders = [slot._holder for slot in self._slots if slot._holder is not None]
+        if any(holder.is_alive() and holder not in self._waiting for holder in holders):
+            still = time.monotonic() - max(began, self._moved_at)
+            if still > HOLDER_SECONDS:
+                raise StagingError(
+                    f"no staging slot has come back for {still:.0f} s: {self._held_by(holders)}. See where "
+                    "those threads stand (py-spy dump), or use more slots"
+                )
+        elif self._lingering:
+            self._await_lingering(holders)
+        else:
             raise StagingError(
                 f"all {self.count} staging slots are held by threads that wait for one more or are dead "
-                f"({', '.join(names)}): none can become free. Release a slot first, or use more slots"
+                f"({', '.join(sorted({holder.name for holder in holders}))}): none can become free. Release "
+                "a slot first, or use more slots"
             )
+
+    def _await_lingering(self, holders: list[threading.Thread]) -> None:
+        transfers = self._lingering[0][1]
+        self._changed.release()  # whoever waits beside may give up in its own time
+        try:
+            for transfer in transfers:
+                try:
+                    transfer.wait()
+                except Exception as error:
+                    if transfer.done():
+                        continue
+                    if holders:
+                        error.add_note(f"No other staging slot can become free: {self._held_by(holders)}")
+                    raise
+        finally:
+            self._changed.acquire()
+
+    def _held_by(self, holders: list[threading.Thread]) -> str:
+        """For people: who holds how many."""
+        held = []
+        for holder in dict.fromkeys(holders):
+            waits = "waits for one more" if holder in self._waiting else "is alive"
+            does = waits if holder.is_alive() else "is dead"
+            held.append(f"{holders.count(holder)} by {holder.name}, which {does}")
+        return f"of {self.count} are held {', '.join(held)}"

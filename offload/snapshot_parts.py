@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.atomic import CheckpointError
+from memtrain.offload.codec import SEGMENT_BYTES
 from memtrain.offload.coded import CodedStore
 from memtrain.offload.copy_on_write import CopyOnWrite, Part
 from memtrain.offload.gradient_home import Store
 from memtrain.offload.gradient_ring import settle
 from memtrain.offload.placed import PlacedFile, SnapshotWriter, byte_views, settle_window
 from memtrain.offload.shards import Shard
-from memtrain.offload.snapshot import Session, state_files, write_small_files
+from memtrain.offload.snapshot import Session, state_files, weights_of, write_small_files
 from memtrain.offload.snapshot_weights import WEIGHT_INDEX, weight_files
 from memtrain.offload.store import PIECE_BYTES
 from memtrain.offload.tensorfile import Entry, header
@@ -103,7 +104,8 @@ def gather(
     staging: Tensor,
     moved: Callable[[], None],
 ) -> SnapshotContents:
-    """Note what a checkpoint of ``session`` consists of. No update may be pending.
+    """Note what a checkpoint of ``session`` consists of. No update may be pending, and every change of a
+    streamed weight is on its tier.
 
     Args:
         staging: memory for records on their way.
@@ -113,7 +115,7 @@ def gather(
         CheckpointError: something cannot be stored.
     """
     small = _SmallFiles()
-    weights = weight_files(session.model)
+    weights = weight_files(session.model, weights_of(session))
     write_small_files(small, session, progress, source_folder)
     if weights.index is not None:
         small.texts[WEIGHT_INDEX] = weights.index
@@ -128,10 +130,13 @@ def gather(
         sizes={name: len(headers[name]) + sum(e.size_bytes for e in entries[name]) for name in entries},
         staging=staging,
     )
-    contents.parts += _weight_parts(contents, session, weights.tensors, places, moved)
-    records = list(_record_parts(contents, session, places, moved))
-    contents.parts += [part for part in records if part.extent is None]
-    contents.parts += [part for part in records if part.extent is not None]
+    parts = [
+        *_weight_parts(contents, session, weights.tensors, places, moved),
+        *_record_parts(contents, session, places, moved),
+    ]
+    # What is in memory first: for that an update would have to wait.
+    contents.parts += [part for part in parts if part.extent is None]
+    contents.parts += [part for part in parts if part.extent is not None]
     return contents
 
 
@@ -156,22 +161,31 @@ def _weight_parts(
     places: Mapping[tuple[str, str], _Place],
     moved: Callable[[], None],
 ) -> Iterator[Part]:
-    """Parameters as they lie in memory. Buffers, which a forward pass may change, are copied now."""
-    index = session.optimizer.index
+    """Parameters as they lie in memory, or on the tier from which they are streamed. Buffers, which a forward
+    pass may change, are copied now."""
+    index, streamer = session.optimizer.index, weights_of(session)
+    streamed = {} if streamer is None else {id(w.parameter): w for w in streamer.extents()}
+    homes = {} if streamer is None else streamer.extents()
     shards_of = {
         id(parameter): frozenset(shard for shard, _ in index.pieces.get(name, ()))
         for name, parameter in index.parameters.items()
     }
     parameters = dict(session.model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
-        parameter = parameters.get(name)
-        kept = parameter is not None and parameter.data_ptr() == tensor.data_ptr()
+        parameter, place = parameters.get(name), places["model", name]
+        if (weight := streamed.get(id(tensor))) is not None:
+            store, extent = homes[weight]
+            whole = [_Range(start=0, stop=extent.nbytes, place=place)]
+            copy = _copy_tier(contents, store, extent, extent.nbytes, whole, moved)
+            yield Part(name=name, owners=frozenset([weight]), copy=copy, extent=extent)
+            continue
+        kept = parameter is tensor or (
+            parameter is not None and streamer is None and parameter.data_ptr() == tensor.data_ptr()
+        )
         yield Part(
             name=name,
-            shards=shards_of.get(id(parameter), frozenset()) if kept else frozenset(),
-            copy=_copy_weight(
-                contents, name, tensor if kept else tensor.detach().clone(), places["model", name], moved
-            ),
+            owners=shards_of.get(id(parameter), frozenset()) if kept else frozenset(),
+            copy=_copy_weight(contents, name, tensor if kept else tensor.detach().clone(), place, moved),
         )
 
 
@@ -223,12 +237,12 @@ def _record_parts(
         if home is None:
             record = records.memory(shard, None)
             yield Part(
-                name=shard.name, shards=frozenset([shard]), copy=_copy_memory(contents, record, ranges, moved)
+                name=shard.name, owners=frozenset([shard]), copy=_copy_memory(contents, record, ranges, moved)
             )
         else:
             yield Part(
                 name=shard.name,
-                shards=frozenset([shard]),
+                owners=frozenset([shard]),
                 copy=_copy_tier(contents, *home, optimizer.layout.shards[shard].record_bytes, ranges, moved),
                 extent=home[1],
             )
@@ -264,11 +278,10 @@ def _copy_memory(
     return copy
 
 
-def read_bytes(store: Any, record_bytes: int) -> int:
-    """How much of a record is read at once: whole pieces, about ``PIECE_BYTES``; all where it is coded."""
-    if isinstance(store, CodedStore):
-        return record_bytes
-    piece_bytes: int = store.piece_bytes
+def read_bytes(store: Any) -> int:
+    """How much of an extent is read at once: whole pieces, or segments where it is coded, about
+    ``PIECE_BYTES``."""
+    piece_bytes: int = SEGMENT_BYTES if isinstance(store, CodedStore) else store.piece_bytes
     return max(1, PIECE_BYTES // piece_bytes) * piece_bytes
 
 
@@ -280,9 +293,9 @@ def _copy_tier(
     ranges: Sequence[_Range],
     moved: Callable[[], None],
 ) -> Callable[[], None]:
-    """Read the record piece by piece, one ahead, and write what of each piece belongs to a file. Bytes of a
+    """Read an extent piece by piece, one ahead, and write what of each piece belongs to a file. Bytes of a
     piece are verified by the store before they are handed on."""
-    piece = read_bytes(store, record_bytes)
+    piece = read_bytes(store)
 
     def copy() -> None:
         starts = range(0, record_bytes, piece)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from memtrain.offload.atomic import CheckpointError, FolderWriter
 from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+from memtrain.offload.weight_units import StreamedWeight
 
 SHARD_BYTES = 5_000_000_000
 """Of a weight file, as hubs like them."""
@@ -39,6 +41,9 @@ _TOKENIZER_FILES = (
 class StreamedWeights(Protocol):
     """What has the weights of a unit there: ``ParameterStreamer``."""
 
+    keeper: Keeper | None
+    """Who still needs what changed weights would overwrite on their tiers."""
+
     def unit_of(self, parameter: Tensor) -> str | None:
         """The unit of a streamed weight."""
 
@@ -47,6 +52,12 @@ class StreamedWeights(Protocol):
 
     def mark_dirty(self, unit: str) -> None:
         """They have been changed."""
+
+    def flush(self) -> None:
+        """Every change is on its tier."""
+
+    def extents(self) -> Mapping[StreamedWeight, tuple[Any, Any]]:
+        """Store and extent of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,13 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from memtrain.offload.contents import Content, content_of
 from memtrain.offload.errors import ExtentStateError, OffloadError, TierFullError, TierIOError
 from memtrain.offload.extents import Chunk, Extent, FreeList, pieces, reserved
 from memtrain.offload.io import Direction, IOBackend, IORequest
@@ -151,6 +153,7 @@ class Store:
         self._queues: dict[Direction, deque[Ticket]] = {d: deque() for d in Direction}
         self._pending: dict[Extent, list[Ticket]] = {}
         self._moved_bytes = dict.fromkeys(Direction, 0)
+        self._written_bytes = dict.fromkeys(Content, 0)
         self._busy_seconds = dict.fromkeys(Direction, 0.0)
         self._busy_since = dict.fromkeys(Direction, 0.0)
         self._active = dict.fromkeys(Direction, 0)
@@ -160,6 +163,8 @@ class Store:
         self._changed = threading.Condition(threading.RLock())
         self._closed = False
         self._pid = os.getpid()
+        self.neighbours: Mapping[Tier, Store] = {}
+        """The other tiers of the budget: what may have room where this has none."""
 
     @property
     def used_bytes(self) -> int:
@@ -253,6 +258,51 @@ class Store:
             if extent not in self._pending:
                 self._release(extent)
 
+    def carve(self, room: Extent, offset: int, like: Extent) -> Extent:
+        """A place for what is in ``like``, ``offset`` bytes into ``room``, whose owner keeps book of it.
+
+        Generations go on from those that the room has seen: a write that is lost leaves nothing that would
+        pass for it.
+        """
+        extent = Extent(
+            name=like.name,
+            tier=self.tier,
+            store_id=self._id,
+            arena_offset=room.arena_offset + offset,
+            nbytes=like.nbytes,
+            reserved_bytes=like.reserved_bytes,
+            dtype=like.dtype,
+            shape=like.shape,
+        )
+        with self._changed:
+            self._check_usable(room)
+            extent.next_generation = room.next_generation
+            self._extents.add(extent)
+        return extent
+
+    def retire(self, room: Extent, extent: Extent) -> bool:
+        """End an extent that was carved out of ``room``. False, and nothing is done, while bytes of it are
+        being moved."""
+        with self._changed:
+            if extent in self._pending:
+                return False
+            self._check_usable(extent)
+            extent.freed = True
+            self._extents.discard(extent)
+            room.next_generation = max(room.next_generation, extent.next_generation)
+            return True
+
+    def dissolve(self, room: Extent, runs: Iterable[tuple[int, int]]) -> None:
+        """Give back ``runs`` of ``room``, offsets and lengths; what was carved out of the rest stays, and is
+        freed by itself."""
+        with self._changed:
+            self._check_usable(room)
+            room.freed = True
+            self._extents.discard(room)
+            for offset, nbytes in runs:
+                self._space.free(room.arena_offset + offset, nbytes)
+            self._changed.notify_all()
+
     def statistics(self) -> Statistics:
         """Bytes and seconds so far."""
         with self._changed:
@@ -270,6 +320,11 @@ class Store:
                 peak_used_bytes=self._peak_used_bytes,
                 second_reads=self._second_reads,
             )
+
+    def written_bytes(self) -> dict[Content, int]:
+        """What the store was given to write so far, by what it is of."""
+        with self._changed:
+            return dict(self._written_bytes)
 
     def close(self) -> None:
         """Finish what the workers are moving, fail what has not begun, give the tier's room back.
@@ -312,6 +367,8 @@ class Store:
                 self._busy_since[direction] = time.perf_counter()
             self._active[direction] += 1
             self._queues[direction].append(ticket)
+            if direction is Direction.WRITE:
+                self._written_bytes[content_of(extent.name)] += ticket.nbytes
             self._pump()
         return ticket
 
@@ -505,13 +562,22 @@ class Store:
     def _no_room(self, name: str, need: int) -> str:
         free, largest = self._space.free_bytes, self._space.largest_bytes
         scattered = f" (the longest run is {largest} bytes)" if free >= need else ""
+        others = [(s.tier, s._space.largest_bytes) for s in self.neighbours.values() if not s._closed]
+        room = [f"{size} bytes on {tier.value}" for tier, size in others if size >= need]
         return (
             f"tensor {name} needs {need} bytes on {self.tier.value}, {free} of {self.capacity_bytes} bytes "
             f"are free{scattered}: raise budget.{self.tier.value} by at least {need - largest} bytes"
+            + (f", or plan it elsewhere (PlannerOptions.force): there are {', '.join(room)}" if room else "")
         )
 
 
-def wait_all(tickets: Iterable[Ticket]) -> None:
+class Waitable(Protocol):
+    """A transfer under way, of this store or of one that codes for it."""
+
+    def wait(self) -> None: ...
+
+
+def wait_all(tickets: Iterable[Waitable]) -> None:
     """Wait for every ticket, then raise the first error, so that no buffer is still in use when this
     raises.
     """

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from memtrain.offload.clipping import clips_of
 from memtrain.offload.errors import OffloadError, PlanMismatchError
@@ -17,6 +21,7 @@ from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.shards import MASTER_KEY, Piece, Shard
+from memtrain.optim.kernels import fused_adamw, native
 
 _FOLLOW_ELEMENTS = 1 << 16
 
@@ -37,35 +42,63 @@ class Update:
     """A step that has been asked for, with hyper-parameters and gradients as they were then.
 
     Shards may be stepped later and in any order, each once.
+
+    Args:
+        names: the parameters that are updated; None: all that have a gradient. ``take`` adds others.
     """
 
-    def __init__(self, layout: OptimizerLayout, records: RecordStore, gradients: GradientStore) -> None:
+    def __init__(
+        self,
+        layout: OptimizerLayout,
+        records: RecordStore,
+        gradients: GradientStore,
+        names: Iterable[str] | None = None,
+    ) -> None:
         self._layout, self._records, self._store = layout, records, gradients
         self._runner = Runner(layout.optimizer)
         self._groups = [hyperparameters(group) for group in layout.param_groups]
+        self.refusals = [fused_adamw.refusal(layout.optimizer, group) for group in self._groups]
+        """By parameter group: why it is stepped by the optimizer's own code, None where in one pass."""
         self._runner.count_step()
-        self.gradients = {
-            name: found(name, parameter.grad)
-            for name, parameter in layout.index.parameters.items()
-            if parameter.grad is not None
-        }
-        self._versions = {name: layout.index.parameters[name]._version for name in self.gradients}
+        self.gradients: dict[str, FoundGradient] = {}
+        self._versions: dict[str, int] = {}
         """Of the weights, as ``step`` found them or as the shards stepped so far have left them."""
-        self._rewritten = {
-            name for name, version in self._versions.items() if version != records.weight_versions.get(name)
-        }
+        self._rewritten: set[str] = set()
         """Parameters whose weights somebody has written since their last update (or may have)."""
-        self.replaced = {
-            name
-            for name in self.gradients
-            if name in layout.masters and name in records.initialised and name not in self._rewritten
-        }
+        self._unmoved: set[str] = set()
+        """Parameters whose weights may come out of the step as they are: so in the first of a warm-up."""
+        self.replaced: set[str] = set()
         """Parameters whose new weights do not depend on the old ones: they are rounded masters."""
         self.waiting: dict[str, list[Shard]] = {}
         """Shards still to be stepped, by unit."""
-        self._pieces_left = {name: len(layout.index.pieces[name]) for name in self.gradients}
+        self._pieces_left: dict[str, int] = {}
         self._scalars: dict[str, dict[str, Any]] = {}
         """What the pieces stepped so far have made of their parameter's scalars."""
+        self.take(layout.index.parameters if names is None else names)
+
+    def take(self, names: Iterable[str]) -> None:
+        """Note the gradients and weights of these parameters as they are now; one without a gradient is left
+        out."""
+        for name in names:
+            parameter = self._layout.index.parameters[name]
+            if parameter.grad is None:
+                continue
+            self.gradients[name] = found(name, parameter.grad)
+            self._versions[name] = parameter._version
+            self._pieces_left[name] = len(self._layout.index.pieces[name])
+            group = self._groups[self._layout.group_of[name]]
+            if parameter.device.type == "cpu" and _is_zero(group.get("lr")):
+                self._unmoved.add(name)
+            if parameter._version != self._records.weight_versions.get(name):
+                self._rewritten.add(name)
+            elif name in self._layout.masters and name in self._records.initialised:
+                self.replaced.add(name)
+        self.replaced -= self._unmoved  # whether they moved is seen by comparing with what they were
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These have been stepped: their gradients are not held any longer."""
+        for name in names:
+            self.gradients[name] = FoundGradient()
 
     @property
     def holds_tensors(self) -> bool:
@@ -105,6 +138,11 @@ class Update:
             OffloadError: weights or gradients were changed by somebody else since the update was asked for.
         """
         self._check_weights(shard)
+        # What a tier delivers is stepped faster by one processor, which leaves the others to its threads.
+        with nullcontext() if slot is None else native.one_thread():
+            self._step(shard, slot)
+
+    def _step(self, shard: Shard, slot: Tensor | None) -> None:
         record = self._records.memory(shard, slot)
         groups: dict[int, dict[str, Any]] = {}
         state: dict[Tensor, dict[str, Any]] = {}
@@ -119,6 +157,8 @@ class Update:
                 if master is not None and piece.name in self._rewritten:
                     _follow(master, piece.weight())
                 scalars = self._records.scalars[piece.name]
+                if self._step_in_one_pass(shard, piece, slot, master, views, scalars):
+                    continue
                 state[work] = {**views, **{key: _copy_scalar(value) for key, value in scalars.items()}}
             elif master is not None:
                 master.copy_(piece.weight())
@@ -127,13 +167,56 @@ class Update:
             groups.setdefault(number, {**self._groups[number], "params": []})["params"].append(work)
             at_work.append((piece, work, views))
         originals = {work: piece.parameter for piece, work, _ in at_work}
+        if not groups:
+            return
+        idle = [_Idle(piece) for piece, _, _ in at_work if piece.name in self._unmoved]
         after = self._runner.run([groups[number] for number in sorted(groups)], state, originals)
         for piece, work, views in at_work:
             work.grad = None
             self._keep_state(piece, views, after.get(work, {}))
             if piece.name in self._layout.masters:
                 piece.weight().copy_(work)
-            self._note_version(piece)
+        same = {one.piece for one in idle if one.restore()}
+        for piece, _, _ in at_work:
+            self._note_stepped(shard, piece, weight_changed=piece not in same)
+
+    def _step_in_one_pass(
+        self,
+        shard: Shard,
+        piece: Piece,
+        slot: Tensor | None,
+        master: Tensor | None,
+        views: dict[str, Tensor],
+        scalars: dict[str, Any],
+    ) -> bool:
+        """Whether the piece could be stepped without the optimizer's own code, to the same bits; and has
+        been."""
+        number, found, weight = self._layout.group_of[piece.name], self.gradients[piece.name], piece.weight()
+        if self.refusals[number] is not None or views.keys() != fused_adamw.STATE:
+            return False
+        if piece.name in self._unmoved:
+            return False
+        if scalars.keys() != {"step"} or not isinstance(scalars["step"], Tensor):
+            return False
+        gradient = self._narrow_gradient(shard, piece, slot, found)
+        if not fused_adamw.serves(weight, gradient, master, found.clips):
+            return False
+        if found.value is not None:
+            found.value.apply(gradient)
+        after = scalars["step"] + 1
+        fused_adamw.step(
+            weight,
+            gradient,
+            master,
+            views["exp_avg"],
+            views["exp_avg_sq"],
+            group=self._groups[number],
+            number=after.item(),
+            clips=found.clips,
+        )
+        self._keep_state(piece, views, {**views, "step": after})
+        self._note_stepped(shard, piece, weight_changed=True)
+        return True
 
     def _check_weights(self, shard: Shard) -> None:
         """A master would overwrite what somebody wrote into the weight; a step upon it would be another."""
@@ -145,28 +228,34 @@ class Update:
                 )
 
     def _gradient(self, shard: Shard, piece: Piece, slot: Tensor | None, gradient: FoundGradient) -> Tensor:
-        layout = self._layout.shards[shard]
-        if gradient.tensor is not None:
-            if gradient.tensor._version != gradient.version:
-                raise OffloadError(
-                    f"the gradient of {piece.name} was changed in place while an update waited for it: use "
-                    f"zero_grad(set_to_none=True), or call flush() before changing gradients"
-                )
-            narrow = piece.of(gradient.tensor.contiguous())
-            grad = narrow.float() if piece.name in self._layout.masters else narrow
+        grad = self._narrow_gradient(shard, piece, slot, gradient)
+        if gradient.value is None:
+            grad = grad.float() if piece.name in self._layout.masters else grad
         else:
-            assert gradient.value is not None
             assert slot is not None
-            grad = layout.gradient(slot, piece)
             gradient.value.apply(grad)
             if piece.name in self._layout.masters:
-                grad = layout.widen(slot, piece)
+                grad = self._layout.shards[shard].widen(slot, piece)
         if gradient.clips and gradient.tensor is not None and piece.name not in self._layout.masters:
             # Clipping is not to show in param.grad for some parameters and not for others.
             grad = grad.clone()
         for factor in gradient.clips:
             grad.mul_(factor)
         return grad
+
+    def _narrow_gradient(
+        self, shard: Shard, piece: Piece, slot: Tensor | None, gradient: FoundGradient
+    ) -> Tensor:
+        """In the parameter's own dtype, neither scaled nor clipped."""
+        if gradient.tensor is None:
+            assert slot is not None
+            return self._layout.shards[shard].gradient(slot, piece)
+        if gradient.tensor._version != gradient.version:
+            raise OffloadError(
+                f"the gradient of {piece.name} was changed in place while an update waited for it: use "
+                f"zero_grad(set_to_none=True), or call flush() before changing gradients"
+            )
+        return piece.of(gradient.tensor.contiguous())
 
     def _keep_state(self, piece: Piece, views: dict[str, Tensor], after: dict[str, Any]) -> None:
         """State that the optimizer made anew goes to its place; views it changed in place are there
@@ -200,10 +289,40 @@ class Update:
             self._records.scalars[piece.name] = known
             self._records.initialised.add(piece.name)
 
-    def _note_version(self, piece: Piece) -> None:
+    def _note_stepped(self, shard: Shard, piece: Piece, *, weight_changed: bool) -> None:
+        self._records.note_stepped(shard, piece, weight_changed=weight_changed)
+        if weight_changed and piece.parameter._version == self._versions[piece.name]:
+            # torch's fused AdamW on a CPU does not count: a streamed weight would pass for one that is on its
+            # tier already.
+            increment_version(piece.parameter)
         self._versions[piece.name] = piece.parameter._version
         if self._pieces_left[piece.name] == 0:
             self._records.weight_versions[piece.name] = piece.parameter._version
+
+
+class _Idle:
+    """A piece whose weights may be what they were when it has been stepped. If they are, bit for bit, their
+    version is what it was too: then nobody writes them back."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self._version, self._digest = piece.parameter._version, _digest(piece.weight())
+
+    def restore(self) -> bool:
+        """Whether the bits are the same; sets the version back then."""
+        same = _digest(self.piece.weight()) == self._digest
+        if same:
+            torch._C._autograd._unsafe_set_version_counter((self.piece.parameter,), (self._version,))
+        return same
+
+
+def _is_zero(learning_rate: Any) -> bool:
+    """Whether it is the number 0: optimizers that find their own rate (Adafactor) have None there."""
+    return isinstance(learning_rate, (int, float, Tensor)) and float(learning_rate) == 0.0
+
+
+def _digest(weight: Tensor) -> bytes:
+    return xxhash.xxh3_128_digest(weight.view(-1).view(torch.uint8).numpy())
 
 
 def found(name: str, grad: Tensor) -> FoundGradient:
@@ -215,7 +334,8 @@ def found(name: str, grad: Tensor) -> FoundGradient:
         return FoundGradient(home=home, value=home.value, clips=clips)
     if grad.layout is not torch.strided:
         raise PlanMismatchError(
-            f"the gradient of {name} is {grad.layout}: only dense gradients can be streamed"
+            f"the gradient of {name} is {grad.layout}: only dense gradients can be streamed. Make the "
+            f"layer with sparse=False, or give its table to torch.optim.SparseAdam in a RowSparseOptimizer"
         )
     return FoundGradient(tensor=grad, version=grad._version, clips=clips)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -95,6 +95,11 @@ class UpdateRunner:
         """Whether an update waits that uses gradients which somebody could still overwrite."""
         return self._update is not None and self._update.holds_tensors
 
+    @property
+    def waits(self) -> bool:
+        """Whether an update was begun that is not done yet."""
+        return self._update is not None
+
     def begin(self, update: Update, *, ahead: bool) -> None:
         """Take up an update: done when this returns, or, ``ahead``, by ``ensure`` and ``flush``."""
         now: list[Shard] = []
@@ -124,6 +129,49 @@ class UpdateRunner:
         else:
             self._read_ahead()
 
+    def advance(self, update: Update, unit: str, following: list[Shard]) -> None:
+        """Do what ``update`` has of ``unit``: of one that grows, and of which nothing waits. Records of
+        ``following`` are read ahead. Raises as ``ensure``."""
+        self.check_alive()
+        shards = [
+            shard
+            for shard in self._index.shards[unit]
+            if any(piece.name in update.gradients for piece in shard.pieces)
+        ]
+
+        def work() -> None:
+            with self._at_work(update), self._weights.updating(unit, update.replaced):
+                self._pipeline.run(shards, following)
+
+        self._guarded(work)
+
+    def read_ahead(self, update: Update, shards: list[Shard]) -> None:
+        """Start reading records of ``shards``, which ``advance`` will ask for, as far as slots are free."""
+
+        def work() -> None:
+            with self._at_work(update):
+                self._pipeline.prefetch(shards)
+
+        self._guarded(work)
+
+    def end(self) -> None:
+        """Nothing more comes of an update that grew: give up what was read ahead for it."""
+        self._guarded(self._pipeline.forget_ahead)
+
+    def fail(self, error: BaseException) -> None:
+        """Weights and state do not belong together any more: all use of them raises from now on."""
+        if self._failure is None:
+            self._failure = error
+            self._pipeline.abandon()
+
+    @contextmanager
+    def _at_work(self, update: Update) -> Iterator[None]:
+        self._update = update
+        try:
+            yield
+        finally:
+            self._update = None
+
     def ensure(self, unit: str) -> None:
         """Finish the pending update of ``unit``, if there is one, on the calling thread; if not, let the next
         ones be read into slots whose writes have ended meanwhile.
@@ -133,7 +181,7 @@ class UpdateRunner:
                 may then be those of either step: so every forward pass from then on raises, whatever unit it
                 begins with.
         """
-        self._check_alive()
+        self.check_alive()
         update = self._update
         if update is None:
             return
@@ -154,7 +202,7 @@ class UpdateRunner:
     @torch.no_grad()
     def flush(self) -> None:
         """Finish the pending update, and wait until all state is on its tier."""
-        self._check_alive()
+        self.check_alive()
         while self._update is not None:
             self.ensure(next(iter(self._update.waiting)))
         self._guarded(self._pipeline.drain)
@@ -200,7 +248,8 @@ class UpdateRunner:
             self._pipeline.abandon()
             raise
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Raises OffloadError in a forked child, and once an update has failed."""
         if os.getpid() != self._pid:
             raise OffloadError(
                 f"the streamed optimizer belongs to process {self._pid}; a forked child may not use it"

@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memtrain.offload import away
+from memtrain.offload.coded import CodedExtent, CodedStore
 from memtrain.offload.device import Event
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.extents import Extent
+from memtrain.offload.gradient_home import Ticket
 from memtrain.offload.shards import SMALL, Unit
 from memtrain.offload.slab import PAGE_BYTES
-from memtrain.offload.store import Store, Ticket
+from memtrain.offload.store import Store
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
 
@@ -30,7 +33,8 @@ class StreamedWeight:
 
     name: str
     parameter: nn.Parameter
-    extent: Extent
+    extent: Extent | CodedExtent
+    """Of the latest generation: at home, or in a spare that a snapshot has brought it to."""
     start: int
     """Of its bytes in the unit's window: a whole page."""
     where: str
@@ -57,13 +61,18 @@ class StreamedWeight:
         """Whether the tier has other bytes than the window."""
         return self.saved_version != self.version
 
+    def free(self, store: Store) -> None:
+        """Give the room on the tier back, wherever it is by then."""
+        store.free(self.extent)
+
 
 @dataclass(kw_only=True, eq=False, repr=False, slots=True)
 class StreamedUnit:
     """A unit whose weights live on a tier."""
 
     name: str
-    store: Store
+    store: Any
+    """A ``Store``, or a ``CodedStore``."""
     weights: list[StreamedWeight]
     window: Window | None = None
     ready: bool = False
@@ -87,7 +96,8 @@ class StreamedUnit:
     @property
     def tier(self) -> Tier:
         """Where its weights live."""
-        return self.store.tier
+        tier: Tier = self.store.tier
+        return tier
 
     @property
     def dirty(self) -> bool:
@@ -162,7 +172,7 @@ def window_bytes(members: Iterable[tuple[str, nn.Parameter]]) -> int:
     )
 
 
-def allocate_weight(store: Store, name: str, parameter: nn.Parameter) -> Extent:
+def allocate_weight(store: Store | CodedStore, name: str, parameter: nn.Parameter) -> Any:
     """The extent of a parameter's bytes on a tier. Raises TierFullError."""
     return store.allocate(
         f"weight {name}",
@@ -175,7 +185,7 @@ def allocate_weight(store: Store, name: str, parameter: nn.Parameter) -> Extent:
 def make_unit(
     name: str,
     members: Sequence[tuple[str, nn.Parameter]],
-    store: Store,
+    store: Store | CodedStore,
     placed: Mapping[str, Extent],
     undo: ExitStack,
 ) -> StreamedUnit:
@@ -196,23 +206,29 @@ def make_unit(
             f"of unit {name} some parameters are on {store.tier.value} already, and "
             f"{members[known.index(False)][0]} is not: place all of a unit that are streamed, or none"
         )
+    if any(known) and isinstance(store, CodedStore):
+        raise PlanMismatchError(
+            f"the weights of unit {name} are on {store.tier.value} already, as they are: stream them without "
+            f"a codec (it is {store.codec.name}), or load the model into memory first"
+        )
     weights: list[StreamedWeight] = []
     start = 0
     for parameter_name, parameter in members:
         _refuse_unfit(parameter_name, parameter, parameter_name in placed)
         extent = placed.get(parameter_name)
+        fresh = extent is None
         if extent is None:
             extent = allocate_weight(store, parameter_name, parameter)
-            undo.callback(store.free, extent)
-        weights.append(
-            StreamedWeight(
-                name=parameter_name,
-                parameter=parameter,
-                extent=extent,
-                start=start,
-                where=_where(name, store.tier, parameter_name),
-            )
+        weight = StreamedWeight(
+            name=parameter_name,
+            parameter=parameter,
+            extent=extent,
+            start=start,
+            where=_where(name, store.tier, parameter_name),
         )
+        if fresh:
+            undo.callback(weight.free, store)
+        weights.append(weight)
         start += round_up(max(extent.nbytes, 1), PAGE_BYTES)
     return StreamedUnit(name=name, store=store, weights=weights)
 

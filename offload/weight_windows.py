@@ -23,9 +23,12 @@ from torch import Tensor
 from memtrain.offload import away
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError, WeightWindowError
+from memtrain.offload.gradient_home import Ticket
+from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.slab import PAGE_BYTES, Slab
-from memtrain.offload.store import Ticket, wait_all
+from memtrain.offload.store import wait_all
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, Window, references
+from memtrain.planner.units import round_up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,8 @@ class WindowPool:
     def __init__(self, units: Sequence[StreamedUnit], count: int, device: Device) -> None:
         self.units = list(units)
         self.lock = threading.RLock()
+        self.keeper: Keeper | None = None
+        """Who still needs what is about to be overwritten on the tiers."""
         self.window_bytes = max(unit.nbytes for unit in units)
         self._device = device
         self._closed = False
@@ -256,6 +261,8 @@ class WindowPool:
             for weight in changed:
                 version = weight.version
                 weight.saved_version = None  # until it is there
+                if self.keeper is not None:
+                    weight.extent = self.keeper.place(weight, unit.store, weight.extent)
                 ticket = unit.store.write(weight.extent, window.host[weight.span])
                 unit.writes.append((weight, version, ticket))
 
@@ -420,11 +427,16 @@ class WindowPool:
         return None
 
     def fill(self) -> int:
-        """Touch every page of windows that no unit is in; bytes of all windows."""
+        """Touch every page of the windows that no unit has; bytes of all windows.
+
+        Raises:
+            OffloadError: a transfer that uses a window nobody has any more has stalled.
+        """
         with self.lock:
             for window in self.windows:
-                assert window.unit is None
-                window.buffer[::PAGE_BYTES] = 0
+                window.await_lingering()
+                behind = 0 if window.unit is None else round_up(window.unit.nbytes, PAGE_BYTES)
+                window.buffer[behind::PAGE_BYTES] = 0
             return len(self.windows) * self.window_bytes
 
     def statistics(self) -> WindowStatistics:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,12 @@ from tests.offload.training import make_model, make_plan, trainable, wrap
 
 RECORD_BYTES = 2 * 49_152 * 4
 """Of the largest shard: 50,000 elements are 24 times 2048 and a rest; two fp32 tensors."""
+
+
+def shared_memory_names() -> list[str]:
+    """What has a name in shared memory, but for what torch and Python make there and remove at once: other
+    tests may run beside this one."""
+    return sorted(name for name in os.listdir("/dev/shm") if not name.startswith(("torch_", "sem.")))
 
 
 @contextmanager

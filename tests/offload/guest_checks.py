@@ -250,7 +250,7 @@ def a_cxl_device_is_mapped() -> None:
     assert len(memory) == 4 * MiB
     memory[:5] = b"bytes"
     refused(PlacementError, "in use by another job", dax.map_device, "/dev/dax0.0", MiB, mmap.mmap)
-    memory.close()
+    del memory  # the device is held for as long as the mapping lives
     assert dax.map_device("/dev/dax0.0", MiB, mmap.mmap)[:5] == b"bytes"
     refused(NodeFullError, "has 268435456 bytes", dax.map_device, "/dev/dax0.0", 257 * MiB, mmap.mmap)
     refused(

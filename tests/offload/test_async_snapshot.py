@@ -170,7 +170,7 @@ def test_room_for_spares_is_reserved_or_refused(tmp_path: Path) -> None:
         with pytest.raises(OffloadError, match="no state is kept there"):
             AsyncCheckpointer(run, spare_bytes={Tier.HOST: RECORD_BYTES})
         blocker = store.allocate("blocker", (64 << 20) - before - 4096)
-        with pytest.raises(TierFullError, match="spare extent 0"):
+        with pytest.raises(TierFullError, match="spare extents for snapshots"):
             AsyncCheckpointer(run, spare_bytes={Tier.NVME: RECORD_BYTES})
         store.free(blocker)
         with AsyncCheckpointer(run, spare_bytes={Tier.NVME: 3 * RECORD_BYTES}):

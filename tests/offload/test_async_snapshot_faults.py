@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from memtrain.offload import copy_on_write, placed
-from memtrain.offload.async_snapshot import AsyncCheckpointer
+from memtrain.offload.async_snapshot import AsyncCheckpointer, SnapshotThreadError
 from memtrain.offload.atomic import CheckpointError, CorruptCheckpointError, remove_leftovers, verify
 from memtrain.offload.errors import CorruptExtentError
 from memtrain.offload.slab import Slab
@@ -184,9 +185,38 @@ def test_a_snapshot_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: p
         assert latest_checkpoint(tmp_path) is None
 
 
+def test_no_further_thread(tmp_path: Path) -> None:
+    """No room for a thread's stack: said by name, and nothing waits for a thread that is not there."""
+    data = batches(4)
+    with (
+        nvme_run(tmp_path / "a", SEQUENTIAL) as plain,
+        nvme_run(tmp_path / "b", SEQUENTIAL) as run,
+        AsyncCheckpointer(run, spare_bytes={Tier.NVME: RECORD_BYTES}) as snapshots,
+    ):
+        run.train(data[:1])
+        before, stack = resource.getrlimit(resource.RLIMIT_AS), threading.stack_size(1 << 30)
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        used = int(fields["VmSize"].split()[0]) * 1024
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20), before[1]))
+            with pytest.raises(SnapshotThreadError, match=r"at was not begun.*Training may go on.*ulimit -u"):
+                snapshots.save(tmp_path / "at", progress={})
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+            threading.stack_size(stack)
+        assert not snapshots.busy
+        run.train(data[1:])
+        plain.train(data)
+        assert snapshots.statistics.waited_seconds == 0
+        assert_same(plain, run)
+        snapshots.save(tmp_path / "at", progress={})
+        snapshots.wait()
+        assert latest_checkpoint(tmp_path) == tmp_path / "at"
+
+
 def test_without_keeping_a_snapshot_would_be_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other tests could not fail if updates never met the snapshot: take the keeping away, and it is."""
-    monkeypatch.setattr(copy_on_write.CopyOnWrite, "place", lambda self, shard, extent: extent)
+    monkeypatch.setattr(copy_on_write.CopyOnWrite, "place", lambda self, owner, store, extent: extent)
     monkeypatch.setattr(copy_on_write.CopyOnWrite, "before_step", lambda self, shard: None)
     data = batches(3)
     with nvme_run(tmp_path / "swap", SEQUENTIAL) as run, AsyncCheckpointer(run) as snapshots:

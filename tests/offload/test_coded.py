@@ -332,9 +332,9 @@ def test_what_is_refused(store: CodedStore) -> None:
     extent, buffer = store.allocate("w", 8192), torch.empty(8192, dtype=torch.uint8)
     with pytest.raises(ExtentStateError, match="cannot be read: the extent was never written"):
         store.read(extent, buffer)
-    with pytest.raises(ValueError, match="written and read whole, all 8192 bytes from 0, got 4096 at 4096"):
+    with pytest.raises(ValueError, match=r"written whole, all 8192 bytes from 0, .* got 4096 at 4096"):
         store.write(extent, buffer[4096:], 4096)
-    with pytest.raises(ValueError, match="whole, all 8192 bytes from 0, got 100 at 0"):
+    with pytest.raises(ValueError, match="in segments of 4194304 bytes, got 100 at 0"):
         store.read(extent, buffer[:100])
     for wrong in (buffer.view(torch.int8), buffer.view(2, -1), torch.empty(16384, dtype=torch.uint8)[::2]):
         with pytest.raises(ValueError, match="contiguous 1-D uint8 tensor in host memory"):

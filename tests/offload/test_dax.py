@@ -47,6 +47,37 @@ def test_a_slab_is_mapped_in_whole_units_and_for_one_job(device):
     assert len(again) == 2 * MiB
 
 
+def test_a_forked_worker_does_not_keep_the_device(device):
+    """Nor does it give the parent's lock away."""
+    slab = Slab(MiB, MemoryPlace(dax="/dev/dax0.0"))
+    wait, go = os.pipe()
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(go)
+        os.write(tell, b".")
+        os.read(wait, 1)
+        os._exit(0)
+    os.close(wait)
+    os.read(told, 1)
+    try:
+        with pytest.raises(PlacementError, match="in use by another job"):
+            map_device("/dev/dax0.0", MiB, mmap.mmap)
+        slab.close()
+        assert len(map_device("/dev/dax0.0", MiB, mmap.mmap)) == 2 * MiB
+    finally:
+        os.close(go)
+        os.waitpid(pid, 0)
+        os.close(told)
+        os.close(tell)
+
+
+def test_a_device_that_cannot_be_mapped_is_free_for_others(device):
+    with pytest.raises(TypeError):
+        map_device("/dev/dax0.0", MiB, lambda *_, **__: len(None))
+    assert len(map_device("/dev/dax0.0", MiB, mmap.mmap)) == 2 * MiB
+
+
 def test_a_device_that_is_too_small_is_refused(device):
     with pytest.raises(
         NodeFullError, match=rf"has {8 * MiB} bytes \(0\.008 GiB\) and {10 * MiB} were asked for"

@@ -25,6 +25,21 @@ def test_a_budget_becomes_stores_of_its_sizes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_a_full_tier_names_those_that_have_room(tmp_path):
+    budget = Budget(device="1GiB", nvme=f"{tmp_path}:1MiB", cxl="0:64KiB")
+    with open_engine(budget) as engine:
+        cxl, nvme = engine.store(Tier.CXL), engine.store(Tier.NVME)
+        with pytest.raises(
+            TierFullError,
+            match=r"raise budget\.cxl by at least 36864 bytes, or plan it elsewhere "
+            r"\(PlannerOptions\.force\): there are 1048576 bytes on nvme$",
+        ):
+            cxl.allocate("w", 100 << 10)
+        nvme.allocate("v", (1 << 20) - 4096)
+        with pytest.raises(TierFullError, match=r"raise budget\.cxl by at least 36864 bytes$"):
+            cxl.allocate("w", 100 << 10)
+
+
 def test_only_what_the_plan_uses_is_reserved(tmp_path):
     budget = Budget(device="1GiB", nvme=f"{tmp_path}:900GiB")
     with open_engine(budget, nvme_bytes=1 << 20) as engine:

@@ -23,7 +23,7 @@ from memtrain.offload.async_snapshot import AsyncCheckpointer
 from memtrain.offload.atomic import CorruptCheckpointError
 from memtrain.offload.held import HeldSnapshots, HolderError, MemoryFolder, check_room
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
-from tests.offload.async_runs import assert_same_folders, nvme_run
+from tests.offload.async_runs import assert_same_folders, nvme_run, shared_memory_names
 from tests.offload.snapshot_runs import AHEAD, SEQUENTIAL, assert_same
 from tests.offload.training import batches
 
@@ -42,7 +42,7 @@ def processes(directory: Path) -> list[int]:
 @pytest.fixture
 def directory(tmp_path: Path) -> Iterator[Path]:
     """Where a holder is to be; afterwards there is none, and nothing of it."""
-    shared = sorted(os.listdir("/dev/shm"))
+    shared = shared_memory_names()
     place = tmp_path / ("a-long-name-" * 12) / "holder"
     yield place
     left = processes(place)
@@ -50,7 +50,7 @@ def directory(tmp_path: Path) -> Iterator[Path]:
         os.kill(pid, signal.SIGKILL)
     assert left == []
     assert not place.exists()
-    assert sorted(os.listdir("/dev/shm")) == shared
+    assert shared_memory_names() == shared
 
 
 def fill(held: HeldSnapshots, name: str, text: str, **options: Any) -> None:

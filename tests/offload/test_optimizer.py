@@ -172,6 +172,45 @@ def test_closure_hooks_and_frozen_groups() -> None:
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
 
 
+class NoRate(torch.optim.Optimizer):
+    """Finds its own rate, as transformers' Adafactor does."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": None, "scale": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-group["scale"])
+
+
+@pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
+def test_an_optimizer_without_a_learning_rate(schedule: UpdateSchedule) -> None:
+    expected, _, _ = plain_run(NoRate)
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, NoRate(trainable(model)), engine, make_plan(schedule))
+        train(model, optimizer)
+        assert_equal_models(model, expected)
+        optimizer.close()
+
+
+def test_a_group_whose_decay_is_coupled_is_stepped_as_torch_does() -> None:
+    def make(parameters: Any) -> torch.optim.Optimizer:
+        group = {"params": list(parameters), "decoupled_weight_decay": False}
+        return torch.optim.AdamW([group], lr=1e-2, weight_decay=0.3, fused=True)
+
+    expected, _, _ = plain_run(make)
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, make(trainable(model)), engine)
+        train(model, optimizer)
+        assert_equal_models(model, expected)
+        optimizer.close()
+
+
 def test_shards_that_need_no_slot_are_not_walked_past(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     away = make_plan(AHEAD).state("epilogue")

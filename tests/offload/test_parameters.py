@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload import away
 from memtrain.offload.errors import PlanMismatchError, WeightAwayError
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.weight_units import window_bytes
@@ -307,6 +308,13 @@ def test_what_needs_no_bytes_is_answered() -> None:
             copy.deepcopy(model)
         with pytest.raises(WeightAwayError):
             model.double()
+        assert model.to("cpu") is model.to("cpu", torch.float32) is model  # where it is already
+        for other in ("meta", torch.float64):
+            with pytest.raises(WeightAwayError, match="to needs the bytes"):
+                model.lm_head.weight.to(other)
+        with pytest.raises(WeightAwayError):
+            model.lm_head.weight.to("cpu", copy=True)
+        assert isinstance(model.lm_head.weight, away.AwayParameter)
 
 
 def test_some_units_stay() -> None:
@@ -351,6 +359,26 @@ def test_changes_by_the_user_are_kept() -> None:
         matrix = 4 * WIDTH * 384
         assert streamer.statistics().bytes_written - written == matrix + BLOCK_BYTES
         assert_same_weights(plain, streamer, model)
+
+
+def test_masters_follow_what_is_marked() -> None:
+    """Otherwise the next update would be of the masters alone, and never look at the weights."""
+    model, found = llama(dtype=torch.bfloat16), []
+    with open_engine() as engine:
+        streamer = stream(model, engine, slots=2)
+        weight = model.model.layers[1].mlp.up_proj.weight
+        with streamed_optimizer(
+            model, streamer, engine, lambda p: torch.optim.SGD(p, lr=0.0), master_weights=True
+        ) as optimizer:
+            found += streamed_steps(model, optimizer, steps=1)
+            with streamer.hold("model.layers.1"):
+                weight.data.fill_(0.25)
+                streamer.mark_dirty("model.layers.1")
+            optimizer.param_groups[0]["lr"] = 1e-6
+            found += streamed_steps(model, optimizer, steps=1)
+            with streamer.hold("model.layers.1"):
+                assert (weight.detach() - 0.25).abs().max() < 1e-3
+        streamer.remove()
 
 
 def test_an_ordinary_optimizer_may_step_what_is_held() -> None:

@@ -13,7 +13,7 @@ import torch
 from memtrain.offload import numa
 from memtrain.offload import slab as slab_module
 from memtrain.offload.device import CpuDevice
-from memtrain.offload.errors import PlacementError, StagingError
+from memtrain.offload.errors import PlacementError, StagingError, TierIOError
 from memtrain.offload.slab import HUGE_PAGE_BYTES, Ring, Slab
 from memtrain.planner.memory_place import MemoryPlace
 
@@ -263,3 +263,72 @@ def test_one_slot_of_the_largest_size_serves_any_sizes_in_any_number(seed):
     assert sorted(done) == sorted(sizes)
     assert ring.free_count == 1
     assert ring.high_water("any").bytes_used == max(sizes)
+
+
+class Lingering:
+    """A transfer that uses a slot after its release, until the test ends it."""
+
+    def __init__(self, *, stalls=False):
+        self.over, self.stalls = threading.Event(), stalls
+
+    def done(self):
+        return self.over.is_set()
+
+    def wait(self):
+        if self.stalls:
+            raise TierIOError("write of tensor w on nvme: the tier has moved nothing for 300 s")
+        assert self.over.wait(10)
+
+
+def hold_and_die(ring):
+    holder = threading.Thread(target=ring.acquire, name="worker-7")
+    holder.start()
+    holder.join()
+
+
+def test_a_transfer_that_lingers_is_waited_for_where_the_other_slots_are_lost():
+    ring, transfer = Ring(2, 4096), Lingering()
+    slot = ring.acquire()
+    hold_and_die(ring)
+    slot.release(after=[transfer])
+    threading.Timer(0.05, transfer.over.set).start()
+    assert ring.acquire() is slot
+
+
+def test_a_transfer_that_stalls_beside_dead_holders_is_an_error_that_names_both():
+    ring, transfer = Ring(3, 4096), Lingering(stalls=True)
+    slot, _mine = ring.acquire(), ring.acquire()
+    hold_and_die(ring)
+    slot.release(after=[transfer])
+    with pytest.raises(TierIOError, match="tensor w on nvme") as caught:
+        ring.acquire()
+    assert caught.value.__notes__ == [
+        "No other staging slot can become free: of 3 are held 1 by MainThread, which waits for one more, "
+        "1 by worker-7, which is dead"
+    ]
+    transfer.over.set()
+    assert ring.acquire() is slot
+
+
+def test_a_thread_that_never_gives_its_slot_back_is_named_in_time(monkeypatch):
+    """It waits for something else, so that it is neither dead nor a part of a deadlock."""
+    monkeypatch.setattr(slab_module, "HOLDER_SECONDS", 0.2)
+    monkeypatch.setattr(slab_module, "_RECHECK_SECONDS", 0.02)
+    ring, stop, held = Ring(1, 4096), threading.Event(), threading.Event()
+
+    def hold():
+        slot = ring.acquire()
+        held.set()
+        stop.wait(10)
+        slot.release()
+
+    holder = threading.Thread(target=hold, name="autograd")
+    holder.start()
+    held.wait(10)
+    with pytest.raises(
+        StagingError, match=r"for 0 s: of 1 are held 1 by autograd, which is alive\. See where those"
+    ):
+        ring.acquire()
+    stop.set()
+    holder.join()
+    ring.acquire().release()

@@ -37,6 +37,20 @@ kernel that this was written on has no format, and syncs that fail once.
 
 from __future__ import annotations
 
+NOTICED = frozenset({1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 17, 24})
+"""Rows of which something must be said: what is hurt is named, and nothing wrong is used. Of the others
+nothing needs to be: the work goes on and comes out right."""
+
+
+def faults() -> dict[int, tuple[str, str]]:
+    """By row the fault and what is required, as in the table above."""
+    lines = (__doc__ or "").splitlines()
+    columns = [
+        (line[:3], line[4:53].strip(), line[53:].strip()) for line in lines if line[:3].strip().isdigit()
+    ]
+    return {int(number): (fault, required) for number, fault, required in columns}
+
+
 TESTS: dict[int, tuple[str, ...]] = {
     1: (
         "test_swap_directory.py::test_a_full_disk_is_refused_at_the_start_and_harmless_in_mid_run",
