@@ -136,6 +136,16 @@ class StateDecision:
     which there are a few that all such units take turns in (``Staging.weight_slots``)."""
 
 
+class MicroBatchOrder(str, Enum):
+    """In which order the micro-batches of an optimizer step pass the blocks."""
+
+    HORIZONTAL = "horizontal"
+    """One after the other, each through forward and backward."""
+    VERTICAL = "vertical"
+    """All of them through a block, before the next block: weights that live on tiers come once in forward and
+    once in backward, and what every micro-batch saves is held at the same time."""
+
+
 class UpdateSchedule(str, Enum):
     """When ``optimizer.step()`` does its work."""
 
@@ -144,3 +154,7 @@ class UpdateSchedule(str, Enum):
     AHEAD = "ahead"
     """Unit by unit, just before the next forward needs the unit, so that reading and writing state
     hides behind the forward pass. Reading or saving weights waits for it."""
+    IN_BACKWARD = "in_backward"
+    """Unit by unit, during the last backward pass of the step, as soon as the unit's gradients are there, so
+    that reading and writing state hides behind the backward pass and gradients need not stay. Only where
+    nothing looks at gradients between backward and ``step()``, which does what is left."""

@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import (
+    Action,
+    BlockDecision,
+    MicroBatchOrder,
+    StateDecision,
+    Tier,
+    UpdateSchedule,
+)
 from memtrain.planner.bill import tier_peaks
 from memtrain.planner.block_parts import is_cut, plan_error
 from memtrain.planner.decisions import (
@@ -58,6 +65,7 @@ class Search:
     budget: Budget
     options: PlannerOptions
     space: Space
+    order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL
     best: Decisions | None = None
     best_cost: tuple[float, int] = (float("inf"), 0)
     simulations_left: int = MAX_SIMULATIONS
@@ -92,6 +100,8 @@ class Search:
             on_cpu=self.space.on_cpu,
             coded=self.space.coded,
             wanted_weight_slots=weight_slots,
+            schedule=schedule,
+            held_passes=self.profile.micro_batches if self.order is MicroBatchOrder.VERTICAL else 1,
         )
         return Decisions(
             blocks=blocks,
@@ -99,6 +109,7 @@ class Search:
             staging=staging,
             update_schedule=schedule,
             staging_tier=self.space.staging_tier,
+            micro_batch_order=self.order,
         )
 
     def cost(self, decisions: Decisions) -> tuple[float, int]:
@@ -148,8 +159,9 @@ def uniform(search: Search) -> None:
 def _uniform_blocks(search: Search, states: States) -> None:
     space, schedule = search.space, search.space.schedules[-1]
     used = UpdateSchedule.SEQUENTIAL if _all_on_device(states) and len(space.schedules) > 1 else schedule
-    for wanted in _block_wishes(space):
-        for knobs in (default_knobs(space, used), least_knobs(space, used)):
+    tried = dict.fromkeys([used, *(s for s in space.schedules if s is UpdateSchedule.IN_BACKWARD)])
+    for wanted, each in itertools.product(_block_wishes(space), tried):
+        for knobs in (default_knobs(space, each), least_knobs(space, each)):
             least = _least_prefix(search, wanted, states, knobs)
             if least is not None:
                 search.offer(search.build(_prefix(space, wanted, least), states, knobs))
@@ -175,7 +187,8 @@ def smallest(search: Search) -> Decisions:
     Used when nothing fits: its excess over the budget is the shortfall.
     """
     space = search.space
-    knobs = least_knobs(space, space.schedules[0])
+    in_backward = UpdateSchedule.IN_BACKWARD  # under which the fewest gradients are there at once
+    knobs = least_knobs(space, in_backward if in_backward in space.schedules else space.schedules[0])
     candidates = [search.build(blocks, states, knobs) for blocks, states in wishes(space)]
     best = min(candidates, key=lambda d: _shortness(search, d))
     changed = True

@@ -4,7 +4,8 @@ A step is walked through once: forward of prologue and blocks, the epilogue, bac
 each position the device holds what is always there (libraries, weights that stay, windows for those that do
 not, staging, resident state), what has been kept so far, and what that position needs for a moment. With
 several micro-batches the last one is the largest, because all resident gradients are present; so one
-micro-batch is enough.
+micro-batch is enough. In vertical order the micro-batches stand at an edge of a block together: while one is
+worked on, all others hold what passes that edge, and what blocks leave for backward is held for each of them.
 
 On a CPU what stays on the device lives in slabs that are there throughout (``Staging``): activations kept and
 gradients do not vary by position, and the heap holds nothing longer than a block's forward or backward.
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from memtrain.planner.actions import Action, BlockDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.block_parts import (
     activation_extents,
     backward_bytes,
@@ -34,12 +35,13 @@ from memtrain.planner.block_parts import (
 from memtrain.planner.decisions import (
     Decisions,
     gradient_extent_bytes,
+    gradients_come_and_go,
     mirror_bytes,
     state_extent_bytes,
     update_workspace_bytes,
 )
 from memtrain.planner.plan import BillLine, Staging
-from memtrain.planner.profile import BlockProfile, ModelProfile
+from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.weight_windows import away_bytes
 
 
@@ -88,31 +90,34 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
     in_slabs = _in_slabs(decisions.staging)
     during_forward = slab_forward_bytes if in_slabs else forward_bytes
     lasting = witness_bytes if in_slabs else lasting_bytes
+    passes = decisions.held_passes(profile)
+    waiting = (passes - 1) * profile.boundary_bytes
+    late = (passes - 1) * profile.persistent_backward_bytes  # of the micro-batches that wait
     positions = [
         Position(
             name="forward prologue",
-            kept_bytes=0,
+            kept_bytes=waiting,
             gradient_bytes=gradients.at_forward(-1),
             transient_bytes=profile.prologue_peak_bytes,
         )
     ]
-    kept_before = [0]
+    kept_before = [waiting]
     for index, (block, decision) in enumerate(blocks):
         positions.append(
             Position(
                 name=f"forward {block.name}",
-                kept_bytes=kept_before[-1],
+                kept_bytes=kept_before[-1] + (passes - 1) * lasting(block, decision),
                 gradient_bytes=gradients.at_forward(index),
                 transient_bytes=during_forward(block, decision),
             )
         )
-        kept_before.append(kept_before[-1] + lasting(block, decision))
+        kept_before.append(kept_before[-1] + passes * lasting(block, decision))
     positions.append(
         Position(
             name="epilogue",
             kept_bytes=kept_before[-1],
             gradient_bytes=gradients.at_epilogue(),
-            transient_bytes=profile.epilogue_peak_bytes,
+            transient_bytes=profile.epilogue_peak_bytes + late,
         )
     )
     for index, (block, decision) in reversed(list(enumerate(blocks))):
@@ -121,15 +126,15 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
                 name=f"backward {block.name}",
                 kept_bytes=kept_before[index + 1],
                 gradient_bytes=gradients.at_backward(index),
-                transient_bytes=profile.persistent_backward_bytes + backward_bytes(block, decision),
+                transient_bytes=profile.persistent_backward_bytes + late + backward_bytes(block, decision),
             )
         )
     positions.append(
         Position(
             name="backward prologue",
-            kept_bytes=0,
-            gradient_bytes=gradients.total,
-            transient_bytes=profile.persistent_backward_bytes + profile.prologue_peak_bytes,
+            kept_bytes=waiting,
+            gradient_bytes=gradients.at_end(),
+            transient_bytes=profile.persistent_backward_bytes + late + profile.prologue_peak_bytes,
         )
     )
     positions += _update_positions(profile, decisions, gradients, kept_before)
@@ -146,12 +151,13 @@ class _GradientCount:
 
     With several micro-batches all of them are there throughout the last one. With one, a unit's gradient
     is there from its backward until its update: to the end of ``step()``, or, when the update runs ahead,
-    until just before the unit's next forward.
+    until just before the unit's next forward, or, in backward, to the end of its own backward.
     """
 
     def __init__(self, profile: ModelProfile, decisions: Decisions) -> None:
         self._accumulates = profile.micro_batches > 1
         self._ahead = decisions.update_schedule is UpdateSchedule.AHEAD
+        self._alone = gradients_come_and_go(profile, decisions.update_schedule)
         self.prologue = self.epilogue = 0
         self.blocks = [0] * len(profile.blocks)
         for unit, decision in zip(profile.units, decisions.states, strict=True):
@@ -180,7 +186,21 @@ class _GradientCount:
 
     def at_backward(self, index: int) -> int:
         """While the backward of block ``index`` runs, its own gradient included."""
+        if self._alone:
+            return self.blocks[index]
         return self.total if self._accumulates else self.epilogue + sum(self.blocks[index:])
+
+    def at_end(self) -> int:
+        """While the backward of the prologue runs."""
+        return self.prologue if self._alone else self.total
+
+    def at_update(self, unit: UnitProfile) -> int:
+        """While the unit is updated."""
+        if not self._alone:
+            return self.total
+        if unit.block is not None:
+            return self.blocks[unit.block]
+        return self.epilogue if unit.name == "epilogue" else self.prologue
 
 
 def _update_positions(
@@ -188,24 +208,38 @@ def _update_positions(
 ) -> list[Position]:
     """Updates: the arithmetic's temporaries over the whole unit, but for what slots hold of them."""
     positions = []
-    ahead = decisions.update_schedule is UpdateSchedule.AHEAD
+    in_backward = decisions.update_schedule is UpdateSchedule.IN_BACKWARD
+    during_pass = in_backward or decisions.update_schedule is UpdateSchedule.AHEAD
     for unit, decision in zip(profile.units, decisions.states, strict=True):
         streamed = decision.optimizer_tier is not Tier.DEVICE
         workspace = update_workspace_bytes(profile, unit, streamed=streamed)
+        if in_backward:
+            in_slab = bool(decisions.staging.gradient_slab_bytes)
+            workspace += beside_update_bytes(profile, unit, decision, in_slab=in_slab)
         kept = 0
-        if ahead and unit.block is not None:
+        if during_pass and unit.block is not None:
             kept = kept_before[unit.block]
-        elif ahead and unit.name == "epilogue":
+        elif during_pass and unit.name == "epilogue":
             kept = kept_before[-1]
         positions.append(
             Position(
                 name=f"update {unit.name}",
                 kept_bytes=kept,
-                gradient_bytes=gradients.total,
+                gradient_bytes=gradients.at_update(unit),
                 transient_bytes=workspace,
             )
         )
     return positions
+
+
+def beside_update_bytes(
+    profile: ModelProfile, unit: UnitProfile, decision: StateDecision, *, in_slab: bool
+) -> int:
+    """What a backward pass holds of its own while the unit is updated in it: gradients of tied tables, the
+    gradient of a block's input, and the last gradient of the unit, which has not been copied into a slab."""
+    edge = max((block.input_bytes for block in profile.blocks), default=0)
+    copied = in_slab and decision.gradient_tier is Tier.DEVICE and unit.gradient_bytes > 0
+    return profile.persistent_backward_bytes + edge + profile.largest_gradient_bytes * copied
 
 
 def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int]:
@@ -223,7 +257,7 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "optimizer state": state,
         "staging": decisions.staging.total_bytes if own_rings else mirror_bytes(profile, decisions),
         "gradients": decisions.staging.gradient_slab_bytes,
-        "activations": decisions.staging.kept_slab_bytes,
+        "activations": decisions.held_passes(profile) * decisions.staging.kept_slab_bytes,
     }
 
 
@@ -247,10 +281,9 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
     units = list(zip(profile.units, decisions.states, strict=True))
     # Beside a GPU every window has a part in host memory, which the tier reads and writes.
     rings = decisions.staging.total_bytes + decisions.staging.weight_window_bytes
+    sent = sum(size for block, d in blocks for where, size in activation_extents(block, d) if where is tier)
     return {
-        "activations": sum(
-            size for block, d in blocks for where, size in activation_extents(block, d) if where is tier
-        ),
+        "activations": decisions.held_passes(profile) * sent,
         "gradients": sum(gradient_extent_bytes(profile, u) for u, d in units if d.gradient_tier is tier),
         "optimizer state": sum(
             state_extent_bytes(profile, u, decisions.staging.coded_on(tier))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import (
     PAGE,
     again,
@@ -41,6 +41,7 @@ class Rule(str, Enum):
     PROFILE_DIGEST = "made for another profile"
     MACHINE_DIGEST = "made for another machine"
     MICRO_BATCHES = "another number of micro-batches"
+    ORDER = "vertical order only where there is something to order"
     BLOCK_DECIDED_ONCE = "every block decided exactly once"
     UNIT_DECIDED_ONCE = "every unit decided exactly once"
     TIER_EXISTS = "only tiers that machine and budget have"
@@ -105,6 +106,13 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
         yield Rule.MACHINE_DIGEST, f"plan says {plan.machine_digest}, the machine is {machine.digest}"
     if plan.micro_batches != profile.micro_batches:
         yield Rule.MICRO_BATCHES, f"plan {plan.micro_batches}, profile {profile.micro_batches}"
+    if plan.micro_batch_order is MicroBatchOrder.VERTICAL and profile.micro_batches < 2:
+        yield Rule.ORDER, f"vertical with {profile.micro_batches} micro-batch"
+    if (
+        plan.micro_batch_order is MicroBatchOrder.VERTICAL
+        and plan.update_schedule is UpdateSchedule.IN_BACKWARD
+    ):
+        yield Rule.ORDER, "vertical with updates in backward"
     if [b.block for b in plan.blocks] != list(range(len(profile.blocks))):
         yield Rule.BLOCK_DECIDED_ONCE, f"blocks {[b.block for b in plan.blocks]} of {len(profile.blocks)}"
     if [s.unit for s in plan.states] != [u.name for u in profile.units]:
@@ -204,11 +212,12 @@ def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Faul
     if _on_cpu(machine):
         decided = zip(profile.blocks, plan.blocks, strict=True)
         wanted = [room(left_behind(block, decision), Tier.DEVICE) for block, decision in decided]
-        gradients = sum(
+        stay = [
             _resident_gradient(profile, unit)
             for unit, state in zip(profile.units, plan.states, strict=True)
             if state.gradient_tier is Tier.DEVICE
-        )
+        ]
+        gradients = max([0, *stay]) if _one_by_one(plan) else sum(stay)
     found = staging.kept_bytes or (0,) * len(wanted)
     if len(found) != len(wanted):
         yield Rule.STAGING, f"{len(found)} places for what blocks keep, there are {len(wanted)} blocks"
@@ -222,6 +231,11 @@ def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Faul
         )
     if staging.gradient_slab_bytes % PAGE:
         yield Rule.STAGING, f"gradient slab of {staging.gradient_slab_bytes} bytes, not a multiple of {PAGE}"
+
+
+def _one_by_one(plan: Plan) -> bool:
+    """Each unit's gradients are used up before the next unit's come."""
+    return plan.update_schedule is UpdateSchedule.IN_BACKWARD and plan.micro_batches == 1
 
 
 def _on_cpu(machine: Machine) -> bool:
@@ -249,7 +263,9 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     s = plan.staging
     resident += s.weight_slots * s.weight_slot_bytes
     resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
-    resident += sum(s.kept_bytes)
+    graphs = _graphs(plan)
+    others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
+    resident += graphs * sum(s.kept_bytes)
     gradient: dict[object, int] = defaultdict(int)
     for unit, state in zip(profile.units, plan.states, strict=True):
         resident += unit.resident_state_bytes
@@ -261,10 +277,10 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     every = sum(gradient.values())
     many, ahead = profile.micro_batches > 1, plan.update_schedule is UpdateSchedule.AHEAD
     held = every if many or ahead else 0
-    peak = held + profile.prologue_peak_bytes
+    peak = held + profile.prologue_peak_bytes + others * profile.boundary_bytes
     if not many and ahead:
         held -= gradient["start"]
-    kept, stack = 0, []
+    kept, stack = others * profile.boundary_bytes, []
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         stays = 0
         if not on_cpu:
@@ -274,27 +290,60 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
         extra = 0 if decision.action is Action.KEEP else stays
         runs = running(block, decision)
         during = runs.saved_bytes + runs.forward_transient_bytes + gathered(block, decision) + rows
-        peak = max(peak, held + kept + extra + during, held + kept + looking(block, decision))
+        most = kept + others * (stays + rows)
+        peak = max(peak, held + most + extra + during, held + most + looking(block, decision))
         peak = max(peak, (every + kept + _workspace(plan, profile, index)) if ahead else 0)
         if not many and ahead:
             held -= gradient[index]
-        kept += stays + rows
-        stack.append((block, decision, stays + rows))
+        kept += graphs * (stays + rows)
+        stack.append((block, decision, graphs * (stays + rows)))
     held = every if many else gradient["end"]
-    peak = max(peak, held + kept + profile.epilogue_peak_bytes)
+    late = profile.persistent_backward_bytes
+    peak = max(peak, held + kept + profile.epilogue_peak_bytes + others * late)
     if ahead:
         peak = max(peak, every + kept + _workspace(plan, profile, None, "epilogue"))
+    at_once = plan.update_schedule is UpdateSchedule.IN_BACKWARD
+    alone = _one_by_one(plan)
+    if at_once:
+        beside = _beside_update(plan, profile, machine, None, "epilogue")
+        peak = max(peak, held + kept + beside)
     for index in reversed(range(len(stack))):
         block, decision, stays = stack[index]
-        held += 0 if many else gradient[index]
+        held = gradient[index] if alone else held + (0 if many else gradient[index])
         local = during_backward(block, decision)
-        peak = max(peak, held + kept + local + profile.persistent_backward_bytes)
+        peak = max(peak, held + kept + local + graphs * late)
         kept -= stays
-    peak = max(peak, every + profile.prologue_peak_bytes + profile.persistent_backward_bytes)
+        if at_once:
+            peak = max(peak, held + kept + _beside_update(plan, profile, machine, index))
+    held = gradient["start"] if alone else every
+    peak = max(peak, held + kept + profile.prologue_peak_bytes + graphs * late)
+    if at_once:
+        return resident + max(peak, held + _beside_update(plan, profile, machine, None, "prologue"))
     places: list[tuple[int | None, str]] = [(None, "prologue")]
     if not ahead:
         places += [(None, "epilogue"), *((i, "") for i in range(len(stack)))]
     return resident + max(peak, every + max(_workspace(plan, profile, *place) for place in places))
+
+
+def _beside_update(
+    plan: Plan, profile: ModelProfile, machine: Machine, block: int | None, part: str = ""
+) -> int:
+    """The largest update at one place of a backward pass, and what that pass holds meanwhile: gradients of
+    tied tables, that of a block's input, and, where gradients lie in a slab, the unit's last one outside."""
+    largest = 0
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        if unit.block == block and (block is not None or (unit.name == "epilogue") is (part == "epilogue")):
+            beside = _workspace(plan, profile, block, part) + profile.persistent_backward_bytes
+            beside += max([0, *(each.input_bytes for each in profile.blocks)])
+            if _on_cpu(machine) and state.gradient_tier is Tier.DEVICE and unit.gradient_bytes:
+                beside += profile.largest_gradient_bytes
+            largest = max(largest, beside)
+    return largest
+
+
+def _graphs(plan: Plan) -> int:
+    """How many micro-batches lie between their forward and their backward at one time."""
+    return plan.micro_batches if plan.micro_batch_order is MicroBatchOrder.VERTICAL else 1
 
 
 def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, int]:
@@ -345,7 +394,7 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
             # An extent for what goes there together; a swapped block has one even if it saved nothing.
             tensors = running(block, decision).saved_tensors if decision.action is Action.SWAP else 0
             least = whole_pages(64 * tensors)
-            total += max(least, room(left_behind(block, decision), tier))
+            total += _graphs(plan) * max(least, room(left_behind(block, decision), tier))
     for unit, state in zip(profile.units, plan.states, strict=True):
         parameters = _parameters(profile, unit)
         if state.gradient_tier is tier:
@@ -412,7 +461,7 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
     for category, size in (
         (
             "activations",
-            sum(staging.kept_bytes),
+            _graphs(plan) * sum(staging.kept_bytes),
         ),
         ("gradients", staging.gradient_slab_bytes),
     ):

@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, running, sent
 from memtrain.planner.check_weights import moved_weights, weight_faults
 from memtrain.planner.machine import Machine
@@ -58,7 +58,8 @@ def _one_thing_at_a_time(plan: Plan) -> Iterator[Fault]:
 
 
 def _passes(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) -> Iterator[Fault]:
-    """Forward in order, the loss, backward in reverse order, once per micro-batch, each long enough.
+    """Forward in order, the loss, backward in reverse order, once per micro-batch, each long enough; in
+    vertical order each of these for all micro-batches before the next.
 
     On a CPU long enough includes the copies out of the heap of what a block leaves for its backward; and of
     gradients that stay the copy, from the second micro-batch on the addition, which takes half as long again.
@@ -90,16 +91,15 @@ def _passes(plan: Plan, profile: ModelProfile, machine: Machine, events: Events)
             count = len(events[name, "compute"])
             yield "DEPENDENCY", f"{name} happens {count} times in {profile.micro_batches} micro-batches"
             return
-    for micro_batch in range(profile.micro_batches):
-        for name, least in sequence:
-            event = events[name, "compute"][micro_batch]
-            if event.start_seconds < over - ROUNDING_SECONDS:
-                yield (
-                    "DEPENDENCY",
-                    f"{name} of micro-batch {micro_batch} starts before what precedes it is over",
-                )
-            yield from _long_enough(event, least + gradient[name] * (1.5 if micro_batch else 1.0))
-            over = event.end_seconds
+    turns = [(count, part) for count in range(profile.micro_batches) for part in sequence]
+    if _vertical(plan):
+        turns.sort(key=lambda turn: sequence.index(turn[1]))
+    for count, (name, least) in turns:
+        event = events[name, "compute"][count]
+        if event.start_seconds < over - ROUNDING_SECONDS:
+            yield "DEPENDENCY", f"{name}, time {count}, starts before what precedes it is over"
+        yield from _long_enough(event, least + gradient[name] * (1.5 if count else 1.0))
+        over = event.end_seconds
 
 
 def _copy_seconds_per_byte(machine: Machine) -> float:
@@ -116,9 +116,14 @@ def _long_enough(event: Event, least: float) -> Iterator[Fault]:
         )
 
 
-def _from_slots(plan: Plan, index: int, tier: Tier, profile: ModelProfile) -> bool:
-    """Whether what the block sent to ``tier`` is still in its slot when backward begins: true of the last
-    that went through a ring. A block takes a slot for each tier, in the order of their names."""
+def _vertical(plan: Plan) -> bool:
+    return plan.micro_batch_order is MicroBatchOrder.VERTICAL
+
+
+def _read_again(plan: Plan, index: int, tier: Tier, profile: ModelProfile) -> int:
+    """Of how many micro-batches what the block sent to ``tier`` is read: the last that went through a ring
+    are still in their slots when backward begins. A block takes a slot for each tier, in the order of their
+    names."""
     swap = plan.blocks[index].action is Action.SWAP
     later = [
         (d.block, to.value)
@@ -126,7 +131,18 @@ def _from_slots(plan: Plan, index: int, tier: Tier, profile: ModelProfile) -> bo
         for to in sent(b, d)
         if (d.action is Action.SWAP) is swap and (d.block, to.value) > (index, tier.value)
     ]
-    return len(later) < (plan.staging.saved_slots if swap else plan.staging.input_slots)
+    slots = plan.staging.saved_slots if swap else plan.staging.input_slots
+    if not _vertical(plan):
+        return 0 if len(later) < slots else profile.micro_batches
+    # Every micro-batch fills slots at each block before the next block begins.
+    own = [to for to in sent(profile.blocks[index], plan.blocks[index])]
+    behind = [to for to in own if to.value > tier.value]
+    blocks_later = len(later) - len(behind)
+    after = (
+        profile.micro_batches * blocks_later + others * len(own) + len(behind)
+        for others in range(profile.micro_batches)
+    )
+    return sum(count >= slots for count in after)
 
 
 def _block(
@@ -154,7 +170,7 @@ def _block(
         link = machine.link(tier)
         writes = events[f"write {block.name}", f"write:{tier.value}"]
         reads = events[f"read {block.name}", f"read:{tier.value}"]
-        wanted = 0 if _from_slots(plan, index, tier, profile) else count
+        wanted = _read_again(plan, index, tier, profile)
         if (len(writes), len(reads)) != (count, wanted):
             yield (
                 "DEPENDENCY",
@@ -166,7 +182,10 @@ def _block(
             yield from _long_enough(write, size / link.write_bytes_per_second)
             if write.start_seconds < done.end_seconds - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"write {block.name} starts before its forward is over"
-        for write, read, use in zip(writes, reads, first_use, strict=False):
+        # In vertical order what was written last is needed first, and the first to be needed is in its slot.
+        written = writes[::-1] if _vertical(plan) else writes
+        there = count - wanted
+        for write, read, use in zip(written[there:], reads, first_use[there:], strict=False):
             yield from _long_enough(read, size / link.read_bytes_per_second)
             if read.start_seconds < write.end_seconds - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"read {block.name} starts before its write is over"
@@ -197,6 +216,8 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
             last = events["backward prologue", "compute"][-1].end_seconds
             if steps[0].start_seconds < last - ROUNDING_SECONDS:
                 yield "DEPENDENCY", f"update {unit.name} starts before backward is over"
+        if plan.update_schedule is UpdateSchedule.IN_BACKWARD:
+            yield from _in_backward(profile, unit, events, steps)
         for tier in sorted({state.optimizer_tier, state.gradient_tier} - {Tier.DEVICE}):
             link = machine.link(tier)
             rates = link if link.state_codec is None else link.state_codec
@@ -218,6 +239,32 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
                     yield "DEPENDENCY", f"update {unit.name} starts before its state is read"
         if state.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
             yield from _leaving_gradient(unit, state.gradient_tier, profile.micro_batches, machine, events)
+
+
+def _in_backward(
+    profile: ModelProfile, unit: UnitProfile, events: Events, steps: list[Event]
+) -> Iterator[Fault]:
+    """An update begins when the last pass over its unit is over, and gradients that left were written; its
+    reads, when that pass has begun."""
+    own = "loss epilogue" if unit.name == "epilogue" else "backward prologue"
+    own = own if unit.block is None else f"backward {profile.blocks[unit.block].name}"
+    complete = events[own, "compute"][-1].end_seconds
+    if steps and steps[0].start_seconds < complete - ROUNDING_SECONDS:
+        yield "DEPENDENCY", f"update {unit.name} starts before {own} of the last micro-batch is over"
+    begun = events["loss epilogue", "compute"][-1].end_seconds
+    written = [
+        e.end_seconds
+        for (name, resource), each in events.items()
+        if name == f"write gradient {unit.name}" and resource.startswith("write")
+        for e in each
+    ]
+    for (name, resource), reads in events.items():
+        if name != f"read update {unit.name}" or not resource.startswith("read"):
+            continue
+        if reads[0].start_seconds < begun - ROUNDING_SECONDS:
+            yield "DEPENDENCY", f"read update {unit.name} starts before the last backward pass"
+        if written and reads[0].start_seconds < max(written) - ROUNDING_SECONDS:
+            yield "DEPENDENCY", f"read update {unit.name} starts before its gradient is written"
 
 
 def _leaving_gradient(
@@ -253,8 +300,7 @@ def _bytes_moved(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterato
     moved = float(moved_weights(plan, profile))
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         for tier, once in sent(block, decision).items():
-            ways = 1 if _from_slots(plan, index, tier, profile) else 2
-            moved += profile.micro_batches * ways * once
+            moved += (profile.micro_batches + _read_again(plan, index, tier, profile)) * once
     for unit, state in zip(profile.units, plan.states, strict=True):
         if state.gradient_tier is not Tier.DEVICE:
             # Written once per micro-batch, fetched to be added to in all but the first, and for the update.

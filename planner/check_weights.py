@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import again
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
@@ -158,21 +158,25 @@ def _moments(plan: Plan, profile: ModelProfile) -> Moments:
         needed = [name for unit in own for name in (unit, *units[unit].borrows)]
         return [name for name in dict.fromkeys(needed) if name in gone]
 
-    moments: Moments = []
-    for count in range(profile.micro_batches):
-        moments += [(unit, "forward prologue", count) for unit in at(None, "prologue")]
-        for index, block in enumerate(profile.blocks):
-            moments += [(unit, f"forward {block.name}", count) for unit in at(index, "")]
-        moments += [(unit, "loss epilogue", count) for unit in at(None, "epilogue")]
-        for index, block in reversed(list(enumerate(profile.blocks))):
-            first = "recompute" if again(plan.blocks[index]) else "backward"
-            moments += [(unit, f"{first} {block.name}", count) for unit in at(index, "")]
-            if first == "recompute":
-                moments += [(unit, f"backward {block.name}", count) for unit in at(index, "")]
-        moments += [(unit, "backward prologue", count) for unit in at(None, "prologue")]
+    # By part of a pass: its computing events, and the units that all of them use.
+    parts = [(["forward prologue"], at(None, "prologue"))]
+    parts += [([f"forward {block.name}"], at(index, "")) for index, block in enumerate(profile.blocks)]
+    parts += [(["loss epilogue"], at(None, "epilogue"))]
+    for index, block in reversed(list(enumerate(profile.blocks))):
+        first = ["recompute"] if again(plan.blocks[index]) else []
+        parts += [([f"{verb} {block.name}" for verb in (*first, "backward")], at(index, ""))]
+    parts += [(["backward prologue"], at(None, "prologue"))]
+    walk = [(part, count) for count in range(profile.micro_batches) for part in range(len(parts))]
+    if plan.micro_batch_order is MicroBatchOrder.VERTICAL:
+        walk.sort()
+    moments = [
+        (unit, name, count) for part, count in walk for name in parts[part][0] for unit in parts[part][1]
+    ]
     updated = [unit.name for unit in gone.values() if unit.written_extent_bytes]
     if plan.update_schedule is UpdateSchedule.SEQUENTIAL:
         return moments + [(unit, f"update {unit}", -1) for unit in updated]
+    if plan.update_schedule is UpdateSchedule.IN_BACKWARD:
+        return _updated_in_backward(moments, updated, profile)
     ahead: Moments = []
     for unit, event, count in moments:
         first_use = count == 0 and event.startswith(("forward", "loss")) and unit in updated
@@ -181,6 +185,21 @@ def _moments(plan: Plan, profile: ModelProfile) -> Moments:
             ahead.append((unit, f"update {unit}", -1))
         ahead.append((unit, event, count))
     return ahead
+
+
+def _updated_in_backward(moments: Moments, updated: list[str], profile: ModelProfile) -> Moments:
+    """Each unit's update right behind the last pass's use of its own place."""
+    places = {
+        u.name: f"backward {profile.blocks[u.block].name}" for u in profile.units if u.block is not None
+    }
+    last = profile.micro_batches - 1
+    found: Moments = []
+    for unit, event, count in moments:
+        found.append((unit, event, count))
+        own = places.get(unit, "loss epilogue" if unit == "epilogue" else "backward prologue")
+        if count == last and event == own and unit in updated:
+            found.append((unit, f"update {unit}", -1))
+    return found
 
 
 def _computing(events: Events, name: str, count: int) -> list[Event]:

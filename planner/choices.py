@@ -16,7 +16,7 @@ from functools import partial
 import pulp
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.bill import forward_bytes, lasting_bytes, slab_forward_bytes
+from memtrain.planner.bill import beside_update_bytes, forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_parts import (
     activation_extents,
     backward_bytes,
@@ -37,6 +37,7 @@ from memtrain.planner.decisions import (
     gradient_extent_bytes,
     gradient_slab_bytes,
     gradient_slot_bytes,
+    gradients_come_and_go,
     state_extent_bytes,
     streams_update,
     update_slot_bytes,
@@ -78,6 +79,7 @@ class Choices:
         self.profile, self.machine, self.space = request.profile, request.machine, request.space
         self.request, self.schedule = request, schedule
         self.ahead = schedule is UpdateSchedule.AHEAD
+        self.in_backward = schedule is UpdateSchedule.IN_BACKWARD
         self.problem = pulp.LpProblem("memtrain", pulp.LpMinimize)
         self._times = 0
         self._choices()
@@ -207,7 +209,7 @@ class Choices:
         always += self.weights.window_bytes - self.weights.freed_bytes()
         if on_cpu:
             always += self.kept_slabs()
-            always += pulp.lpSum(self.unit_sum(u, partial(gradient_slab_bytes, profile)) for u in units)
+            always += self._gradient_slab()
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
         lasting = witness_bytes if on_cpu else lasting_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
@@ -222,8 +224,15 @@ class Choices:
         ]
         every = pulp.lpSum(gradient)
         many = profile.micro_batches > 1
+        alone = gradients_come_and_go(profile, self.schedule)
+
+        def gradients_at(index: int) -> Expression:
+            here = [g for g, u in zip(gradient, profile.units, strict=True) if place_of(u) == index]
+            return pulp.lpSum(here) if alone else every
 
         def gradients_from(index: int) -> Expression:
+            if alone:
+                return gradients_at(index)
             later = [g for g, u in zip(gradient, profile.units, strict=True) if place_of(u) >= index]
             return every if many else pulp.lpSum(later)
 
@@ -243,15 +252,30 @@ class Choices:
                 self.block_sum(index, backward_bytes),
                 profile.persistent_backward_bytes,
             )
-        row(kept, gradients_from(len(self.x)), profile.epilogue_peak_bytes)
-        row(every, profile.persistent_backward_bytes + profile.prologue_peak_bytes)
+        row(kept, gradients_from(BEYOND), profile.epilogue_peak_bytes)
+        row(gradients_at(-1), profile.persistent_backward_bytes + profile.prologue_peak_bytes)
         for u, unit in enumerate(profile.units):
             here = self.unit_sum(u, partial(_workspace, profile))
+            if self.in_backward:
+                here += self.unit_sum(u, partial(beside_update_bytes, profile, in_slab=on_cpu))
             place = place_of(unit)
             held: Expression | float = 0.0
-            if self.ahead and place >= 0:
+            if (self.ahead or self.in_backward) and place >= 0:
                 held = kept if place == BEYOND else before[place]
-            row(every, here, held)
+            row(gradients_at(place), here, held)
+
+    def _gradient_slab(self) -> Expression:
+        """Bytes of a CPU's slab for gradients that stay: of all units, or of the largest."""
+        each = [
+            self.unit_sum(u, partial(gradient_slab_bytes, self.profile))
+            for u in range(len(self.profile.units))
+        ]
+        if not gradients_come_and_go(self.profile, self.schedule):
+            return pulp.lpSum(each)
+        largest = self.problem.add_variable("gradient_slab_bytes", lowBound=0)
+        for size in each:
+            self.add(largest >= size)
+        return pulp.LpAffineExpression(largest)
 
     def kept_slabs(self) -> Expression:
         """Bytes of a CPU's slabs: each block has a place of its own size."""

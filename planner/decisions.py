@@ -13,7 +13,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import (
+    Action,
+    BlockDecision,
+    MicroBatchOrder,
+    StateDecision,
+    Tier,
+    UpdateSchedule,
+)
 from memtrain.planner.block_choices import (
     PREFIX_STEPS,
     TOKEN_FIELDS,
@@ -68,6 +75,11 @@ class Decisions:
     staging_tier: Tier = Tier.DEVICE
     """Where the rings lie: on a CPU in the device's own memory; otherwise in host memory, and the device
     holds mirrors of some of their slots (``mirror_bytes``)."""
+    micro_batch_order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL
+
+    def held_passes(self, profile: ModelProfile) -> int:
+        """Micro-batches whose activations are held at the same time."""
+        return profile.micro_batches if self.micro_batch_order is MicroBatchOrder.VERTICAL else 1
 
     @classmethod
     def of(cls, plan: Plan, *, on_cpu: bool) -> Decisions:
@@ -78,6 +90,7 @@ class Decisions:
             staging=plan.staging,
             update_schedule=plan.update_schedule,
             staging_tier=staging_tier(on_cpu=on_cpu),
+            micro_batch_order=plan.micro_batch_order,
         )
 
 
@@ -109,7 +122,17 @@ class PlannerOptions:
     """Part of the predicted need that is left free on the device, on the bill as slack: 1.5 % covers what
     was seen between predicted and measured peaks when everything is measured on the same machine."""
     update_schedule: str = "auto"
-    """``auto``, ``sequential`` or ``ahead``."""
+    """``auto``, ``sequential``, ``ahead`` or ``in_backward``."""
+    gradients_untouched: bool = False
+    """Nothing looks at gradients, or changes them or a parameter group, between the last backward pass and
+    ``step()``: no clipping, no loss scaler, no look for NaN, no closure. Then ``auto`` may choose
+    ``in_backward`` too."""
+    weight_tiers: tuple[Tier, ...] | None = None
+    """Where weights may be beside the device; None: in every tier of the budget. Those of a streamed model
+    are in one already, and ``prepare`` names it."""
+    micro_batch_order: str = "horizontal"
+    """``horizontal``, ``vertical`` or ``auto``: the faster of both, where weights are streamed. Only
+    ``Session.accumulate`` carries vertical order out; a loop that calls the model itself is horizontal."""
 
     def __post_init__(self) -> None:
         if self.time_limit_seconds <= 0:
@@ -118,9 +141,19 @@ class PlannerOptions:
             raise ValueError(f"gap must be in [0, 1), got {self.gap}")
         if not 0 <= self.safety_margin < 1:
             raise ValueError(f"safety_margin must be in [0, 1), got {self.safety_margin}")
-        if self.update_schedule not in ("auto", "sequential", "ahead"):
+        if self.update_schedule not in ("auto", *(schedule.value for schedule in UpdateSchedule)):
             raise ValueError(
-                f"update_schedule must be auto, sequential or ahead, got {self.update_schedule!r}"
+                "update_schedule must be auto, sequential, ahead or in_backward, got "
+                f"{self.update_schedule!r}"
+            )
+        if self.micro_batch_order not in ("auto", "horizontal", "vertical"):
+            raise ValueError(
+                f"micro_batch_order must be auto, horizontal or vertical, got {self.micro_batch_order!r}"
+            )
+        if (self.update_schedule, self.micro_batch_order) == ("in_backward", "vertical"):
+            raise ValueError(
+                "update_schedule is in_backward and micro_batch_order vertical: a unit's last gradient then "
+                "comes from another micro-batch's graph than its turn. Leave one of both to auto"
             )
         if self.allow_lossy and self.exact_only:
             raise ValueError(
@@ -227,19 +260,12 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             f"{profile.model}: units have state_bytes but state_bytes_per_element is 0; profile the model "
             f"with its optimizer, or force optimizer_tier device"
         )
-    schedules = {
-        "auto": (UpdateSchedule.SEQUENTIAL, UpdateSchedule.AHEAD)
-        if state_leaves
-        else (UpdateSchedule.SEQUENTIAL,),
-        "sequential": (UpdateSchedule.SEQUENTIAL,),
-        "ahead": (UpdateSchedule.AHEAD,),
-    }[options.update_schedule]
     return Space(
         blocks=blocks,
         states=states,
         weights=weights,
         in_block=tuple(unit.block is not None for unit in profile.units),
-        schedules=schedules,
+        schedules=_schedules(options, state_leaves=state_leaves),
         tiers=tiers,
         shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
         on_cpu=machine.on_cpu,
@@ -254,6 +280,16 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             if (codec := machine.link(tier).state_codec) is not None
         ),
     )
+
+
+def _schedules(options: PlannerOptions, *, state_leaves: bool) -> tuple[UpdateSchedule, ...]:
+    """The last one is the one more likely to win."""
+    if options.update_schedule != "auto":
+        return (UpdateSchedule(options.update_schedule),)
+    one_by_one = options.gradients_untouched and options.micro_batch_order != "vertical"
+    in_backward = (UpdateSchedule.IN_BACKWARD,) * one_by_one
+    ahead = (UpdateSchedule.AHEAD,) * state_leaves
+    return (UpdateSchedule.SEQUENTIAL, *in_backward, *ahead)
 
 
 def _check_lossy(profile: ModelProfile, options: PlannerOptions) -> None:
@@ -308,6 +344,8 @@ def _state_choices(
 
 
 def _weight_choices(unit: UnitProfile, tiers: tuple[Tier, ...], options: PlannerOptions) -> tuple[Tier, ...]:
+    if options.weight_tiers is not None:
+        tiers = tuple(tier for tier in tiers if tier in options.weight_tiers)
     places = (Tier.DEVICE, *tiers) if unit.movable_weight_bytes else (Tier.DEVICE,)
     wish = _wish_for(unit, options)
     wanted = {key: value for key, value in wish.items() if key == "weight_tier"}
@@ -370,6 +408,12 @@ def gradient_passes(*, stays: bool, first: bool) -> float:
     largest element. What stays is judged only where gradients are clipped, once a step and not here.
     """
     return (1.0 if first else 1.5) + (0.0 if stays else 2.0)
+
+
+def gradients_come_and_go(profile: ModelProfile, schedule: UpdateSchedule) -> bool:
+    """Whether a unit's gradients are gone before the next one's are there: updated in backward, and never
+    added to."""
+    return schedule is UpdateSchedule.IN_BACKWARD and profile.micro_batches == 1
 
 
 def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: StateDecision) -> int:
@@ -489,6 +533,8 @@ def staging_for(
     on_cpu: bool,
     coded: tuple[CodedTier, ...] = (),
     wanted_weight_slots: int = DEFAULT_WEIGHT_SLOTS,
+    schedule: UpdateSchedule = UpdateSchedule.SEQUENTIAL,
+    held_passes: int = 1,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -496,7 +542,8 @@ def staging_for(
     moved = [size for b, d in decided if (size := input_slot_bytes(b, d))]
     taken = [groups(b, d) for b, d in decided if is_recomputed(d)]
     kept = tuple(kept_slot_bytes(b, d) for b, d in decided) if on_cpu else ()
-    resident = sum(gradient_slab_bytes(profile, u, d) for u, d in zip(profile.units, states, strict=True))
+    resident = [gradient_slab_bytes(profile, u, d) for u, d in zip(profile.units, states, strict=True)]
+    together = max if gradients_come_and_go(profile, schedule) else sum
     gradients = [
         unit.gradient_bytes
         for unit, d in zip(profile.units, states, strict=True)
@@ -505,9 +552,9 @@ def staging_for(
     updates = any(streams_update(d) for d in states)
     windows, window_bytes = weight_slots(profile, states, wanted_weight_slots)
     return Staging(
-        saved_slots=min(saved_slots, len(saved)),
+        saved_slots=min(saved_slots, len(saved) * held_passes),
         saved_slot_bytes=max(saved, default=0),
-        input_slots=max(min(input_slots, sum(taken)), max(taken, default=0)),
+        input_slots=max(min(input_slots, sum(taken) * held_passes), max(taken, default=0)),
         input_slot_bytes=max(moved, default=0),
         gradient_slots=GRADIENT_SLOTS if gradients else 0,
         gradient_slot_bytes=gradient_slot_bytes(profile) if gradients else 0,
@@ -515,7 +562,7 @@ def staging_for(
         update_slot_bytes=update_slot_bytes(profile, shard_elements) if updates else 0,
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
-        gradient_slab_bytes=resident * on_cpu,
+        gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
         weight_slots=windows,
         weight_slot_bytes=window_bytes,
         coded=coded,

@@ -33,6 +33,7 @@ def infeasible_plan(search: baselines.Search, *, solve_seconds: float) -> Plan:
         staging=nearest.staging,
         update_schedule=nearest.update_schedule,
         micro_batches=profile.micro_batches,
+        micro_batch_order=search.order,
         step_seconds=timeline.step_seconds,
         lower_bound_seconds=0.0,
         gap=0.0,
@@ -170,7 +171,7 @@ def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[
     staging, on_cpu = nearest.staging, search.space.on_cpu
     scalable += (staging.saved_slots if on_cpu else MIRRORED_SLOTS) * staging.saved_slot_bytes
     scalable += (staging.input_slots if on_cpu else MIRRORED_SLOTS) * staging.input_slot_bytes
-    scalable += nearest.staging.kept_slab_bytes
+    scalable += nearest.held_passes(search.profile) * nearest.staging.kept_slab_bytes
     if not short or set(excess) != {Tier.DEVICE} or scalable <= short:
         return ""
     assert device_need_bytes(search.profile, nearest) >= scalable

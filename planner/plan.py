@@ -11,10 +11,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from memtrain.planner.actions import PLAIN, Action, BlockDecision, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import (
+    PLAIN,
+    Action,
+    BlockDecision,
+    MicroBatchOrder,
+    StateDecision,
+    Tier,
+    UpdateSchedule,
+)
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -56,9 +64,9 @@ class Staging:
     even when no state moves."""
     kept_bytes: tuple[int, ...] = ()
     """On a CPU, per block its place in a slab for what it leaves on the device (saved tensors that it keeps,
-    input, stored outputs, rests); 0 where that is nothing, no entries where no block has any. Tensors that
-    live as long as a step would otherwise break up the heap that the short-lived ones share. On a CUDA
-    device there are none, and the next is 0."""
+    input, stored outputs, rests) of one micro-batch, of which there are ``Plan.held_passes``; 0 where that is
+    nothing, no entries where no block has any. Tensors that live as long as a step would otherwise break up
+    the heap that the short-lived ones share. On a CUDA device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
     weight_slots: int = 0
@@ -74,7 +82,8 @@ class Staging:
 
     @property
     def kept_slab_bytes(self) -> int:
-        """What holds activations that stay on a CPU: on the bill as activations, not as staging."""
+        """What holds one micro-batch's activations that stay on a CPU: on the bill as activations, not as
+        staging."""
         return sum(self.kept_bytes)
 
     @property
@@ -129,6 +138,7 @@ class Plan:
     staging: Staging
     update_schedule: UpdateSchedule
     micro_batches: int
+    micro_batch_order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL
     step_seconds: float
     """Predicted wall-clock of one optimizer step, all micro-batches."""
     lower_bound_seconds: float
@@ -156,6 +166,11 @@ class Plan:
     version: int = PLAN_VERSION
     provenance: dict[str, Any] = field(default_factory=dict, compare=False)
     """``solve_seconds``, creation date: not hashed."""
+
+    @property
+    def held_passes(self) -> int:
+        """Micro-batches whose activations are held at the same time."""
+        return self.micro_batches if self.micro_batch_order is MicroBatchOrder.VERTICAL else 1
 
     def peak(self, tier: Tier) -> int:
         """Predicted peak of ``tier``; 0 where the plan does not use it."""
@@ -210,6 +225,7 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     coded = tuple(CodedTier(**{**each, "tier": Tier(each["tier"])}) for each in staging["coded"])
     data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"]), "coded": coded})
     data["update_schedule"] = UpdateSchedule(data["update_schedule"])
+    data["micro_batch_order"] = MicroBatchOrder(data["micro_batch_order"])
     data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
     for key in ("peaks", "capacities", "shortfall_bytes"):
         data[key] = tuple((Tier(tier), size) for tier, size in data[key])

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from memtrain.planner.actions import PLAIN
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 7
+PROFILE_VERSION = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,6 +306,9 @@ class ModelProfile:
     """Gradients that outlive the epilogue and stay through the whole backward pass, such as the
     output projection's share of a tied embedding."""
     prologue_peak_bytes: int = 0
+    boundary_bytes: int = 0
+    """What a micro-batch holds of the device between two blocks at most, beside what blocks save: the hidden
+    state or its gradient, and what the part before the blocks has made and the model's code refers to."""
     update_workspace_bytes_per_element: float = 0.0
     """Temporaries of the optimizer's arithmetic, per element of a shard (fused AdamW: 0)."""
     state_bytes_per_element: float = 0.0

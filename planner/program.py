@@ -50,10 +50,13 @@ class Program(Choices):
 
     def _objective(self) -> None:
         micro_batches = self.profile.micro_batches
-        total = self._micro_batch(first=True)
-        if micro_batches > 1:
-            total = total + (micro_batches - 1) * self._micro_batch(first=False)
-        if not self.ahead:
+        apart = 1 if self.in_backward else 0  # the last one has the updates
+        total = self._micro_batch(first=True, last=micro_batches == 1)
+        if micro_batches > 1 + apart:
+            total = total + (micro_batches - 1 - apart) * self._micro_batch(first=False, last=False)
+        if apart and micro_batches > 1:
+            total = total + self._micro_batch(first=False, last=True)
+        if self.schedule is UpdateSchedule.SEQUENTIAL:
             total = total + self._sequential_update()
         self.problem.setObjective(total)
 
@@ -152,7 +155,7 @@ class Program(Choices):
         """Queue seconds that both directions of a tier together serve in a second, at most."""
         return max(1.0, 2 * mixed_fraction(self.machine, tier))
 
-    def _micro_batch(self, *, first: bool) -> Expression:
+    def _micro_batch(self, *, first: bool, last: bool) -> Expression:
         """Seconds of one micro-batch on the computing thread; its queues are empty as it begins."""
         profile, tiers = self.profile, self.space.tiers
         now: Expression = pulp.LpAffineExpression()
@@ -236,9 +239,10 @@ class Program(Choices):
                 write_end[t] = pulp.LpAffineExpression(stored)
             now = pulp.LpAffineExpression(done)
         now = update(BEYOND, now) + profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
-        return self._backward(now, first=first) - self._held_arithmetic()
+        updates = last and self.in_backward
+        return self._backward(now, first=first, updates=updates) - self._held_arithmetic()
 
-    def _backward(self, turn: Expression, *, first: bool) -> Expression:
+    def _backward(self, turn: Expression, *, first: bool, updates: bool) -> Expression:
         profile, tiers = self.profile, self.space.tiers
         rates = {t: self.machine.link(t).read_bytes_per_second for t in tiers}
         # What the slots still hold at the turn is not read: neither its time nor its processor time counts.
@@ -259,7 +263,11 @@ class Program(Choices):
             return p.gradient_bytes * (passes * self.copy + self.cpu.get(d.gradient_tier, 0.0) * moves)
 
         def store(place: int) -> Expression:
-            return pulp.lpSum(self.unit_sum(u, gradient_seconds) for u in self._units_at(place))
+            """Gradients as they come; with ``updates`` also what their units' updates compute."""
+            stored = pulp.lpSum(self.unit_sum(u, gradient_seconds) for u in self._units_at(place))
+            if updates:
+                stored += pulp.lpSum(self._update_compute(u) for u in self._units_at(place))
+            return stored
 
         def weights(tier: Tier, place: int) -> tuple[Expression, Expression]:
             found = [self.weights.read(tier, u) for u in self._units_at(place)]
@@ -299,13 +307,21 @@ class Program(Choices):
                 for fetched in chains[t].come("weights", work_before, None, held[t]):
                     self.add(end >= fetched + profile.prologue_backward_seconds)
                 reads[t] = reads[t] + work_before
-        self._gradient_rows(turn, end, reads, first=first)
+        self._gradient_rows(turn, end, reads, first=first, updates=updates)
         return pulp.LpAffineExpression(end)
 
     def _gradient_rows(
-        self, turn: Expression, end: pulp.LpVariable, reads: dict[Tier, Expression], *, first: bool
+        self,
+        turn: Expression,
+        end: pulp.LpVariable,
+        reads: dict[Tier, Expression],
+        *,
+        first: bool,
+        updates: bool,
     ) -> None:
-        """After the turn a tier must serve what backward fetches and what gradients come and go."""
+        """After the turn a tier must serve what backward fetches, what gradients come and go, and, with
+        ``updates``, all that those read and write: the step ends with the last write."""
+        units = range(len(self.z))
         for t in self.space.tiers:
             link = self.machine.link(t)
             gradient = pulp.lpSum(
@@ -314,6 +330,10 @@ class Program(Choices):
             fetched = reads[t] + (0.0 if first else gradient * (1 / link.read_bytes_per_second))
             behind = 2 * self._gradient_piece() / link.write_bytes_per_second * self.gradient_ring
             stored = gradient * (1 / link.write_bytes_per_second) - behind
+            if updates:
+                fetched = fetched + pulp.lpSum(self._update_work(t, u, read=True) for u in units)
+                stored = stored + behind + pulp.lpSum(self._update_work(t, u, read=False) for u in units)
+                stored = stored + pulp.lpSum(self.weights.written(t, u).queue for u in units)
             self.add(end - turn >= fetched)
             self.add(end - turn >= stored)
             self.add(self._busy(t) * (end - turn) >= fetched + stored)

@@ -15,16 +15,17 @@ none of this is added.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, MicroBatchOrder, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.block_parts import copied_bytes, is_recomputed, joined_bytes, recompute_seconds, traffic
 from memtrain.planner.decisions import Decisions, gradient_passes, unit_elements
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.queues import COMPUTE, Job, run
+from memtrain.planner.slot_jobs import Read, ReadAhead, Slots
 from memtrain.planner.weight_jobs import WeightJobs
 
 MAX_PIECES = 32
@@ -42,29 +43,12 @@ class Timeline:
     events: tuple[Event, ...]
 
 
-@dataclass(slots=True)
-class _Ring:
-    """Slots taken in turn; each remembers the jobs after which it is free."""
-
-    count: int
-    free_after: list[tuple[int, ...]] = field(default_factory=list)
-    taken: int = 0
-
-    def __post_init__(self) -> None:
-        self.free_after = [() for _ in range(self.count)]
-
-    def take(self) -> tuple[int, tuple[int, ...]]:
-        """The next slot and the jobs that must be over before it may be filled."""
-        slot = self.taken % self.count
-        self.taken += 1
-        return slot, self.free_after[slot]
-
-
 @dataclass(frozen=True, slots=True)
 class _Group:
     """What one block has sent to one tier in a micro-batch: it has a slot of its own."""
 
-    block: int
+    owner: tuple[int, int]
+    """Block and micro-batch."""
     tier: Tier
     size_bytes: int
     slot: int
@@ -72,8 +56,8 @@ class _Group:
     """The job."""
 
 
-_Reads = dict[int, list[tuple[int, _Group]]]
-"""By block the jobs that fetch what it has sent away, as far as it is fetched."""
+_Reads = dict[tuple[int, int], list[tuple[int, _Group]]]
+"""By block and micro-batch the jobs that fetch what it has sent away, as far as it is fetched."""
 
 
 def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> Timeline:
@@ -116,21 +100,34 @@ class _Schedule:
         """Bytes over all links; a queue's amount is larger or smaller where they are coded."""
         self._copy_seconds_per_byte = on_cpu / machine.dram_copy_bytes_per_second
         staging = decisions.staging
-        self._saved_ring = _Ring(staging.saved_slots)
-        self._input_ring = _Ring(staging.input_slots)
+        self._saved_ring = Slots(staging.saved_slots)
+        self._input_ring = Slots(staging.input_slots)
         # Gradients pass in pieces of half the ring: two pieces overlap as well as four slots do.
-        self._gradient_ring = _Ring(min(2, staging.gradient_slots))
+        self._gradient_ring = Slots(min(2, staging.gradient_slots))
         self._gradient_piece = staging.gradient_slots * staging.gradient_slot_bytes // 2
-        self._update_ring = _Ring(staging.update_slots)
+        self._update_ring = Slots(staging.update_slots)
         self._last_compute: int | None = None
         self._gradient_written: dict[tuple[str, int], int] = {}
         self._open: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
         self._units = list(zip(profile.units, decisions.states, strict=True))
         self._weights = WeightJobs(profile, decisions, self._cpu, self._add)
-        ahead = decisions.update_schedule is UpdateSchedule.AHEAD
-        for micro_batch in range(profile.micro_batches):
-            self._micro_batch(micro_batch, update=ahead and micro_batch == 0)
-        if not ahead:
+        self._in_backward: ReadAhead | None = None
+        """In the pass in which units are updated as their gradients come."""
+        schedule = decisions.update_schedule
+        ahead = schedule is UpdateSchedule.AHEAD
+        every = range(profile.micro_batches)
+        if decisions.micro_batch_order is MicroBatchOrder.VERTICAL:
+            self._passes(every, update=ahead)
+        else:
+            for micro_batch in every:
+                if schedule is UpdateSchedule.IN_BACKWARD and micro_batch == every[-1]:
+                    self._in_backward = ReadAhead(
+                        [(unit.name, self._state_reads(unit, d)) for _, unit, d in self._backward_order()],
+                        self._update_ring,
+                        self._add,
+                    )
+                self._passes([micro_batch], update=ahead and micro_batch == 0)
+        if schedule is UpdateSchedule.SEQUENTIAL:
             step_begins = self._after_compute()
             for index, (unit, decision) in enumerate(self._units):
                 self._update(index, unit, decision, step_begins)
@@ -164,32 +161,60 @@ class _Schedule:
         for index, unit, decision in self._numbered(block, name):
             self._update(index, unit, decision, ())
 
-    def _micro_batch(self, micro_batch: int, *, update: bool) -> None:
+    def _passes(self, together: Sequence[int], *, update: bool) -> None:
+        """Forward and backward of micro-batches that pass every block together: forward the last one first,
+        so that backward, which begins with the first, meets what they have sent away in reverse."""
         profile = self.profile
-        self._part(None, "prologue", profile.prologue_forward_seconds, "forward", update=update)
+        for micro_batch in together:
+            first = update and micro_batch == together[0]
+            self._part(None, "prologue", profile.prologue_forward_seconds, "forward", update=first)
         saved: list[_Group] = []
         moved: list[_Group] = []
         for index in range(len(profile.blocks)):
-            self._forward(index, saved, moved, update=update)
-        seconds = profile.epilogue_forward_seconds + profile.epilogue_backward_seconds
-        seconds += self._gradient_copy(None, "epilogue", micro_batch)
-        self._part(None, "epilogue", seconds, "loss", update=update)
-        self._open_gradients(None, "epilogue", micro_batch)
-        self._gradients(None, "epilogue", micro_batch)
+            for micro_batch in reversed(together):
+                first = update and micro_batch == together[-1]
+                self._forward(index, saved, moved, micro_batch, update=first)
+        for micro_batch in together:
+            self._loss(micro_batch, update=update and micro_batch == together[0])
         present: _Reads = {}
         for index in reversed(range(len(profile.blocks))):
-            self._backward(index, saved, moved, present, micro_batch)
+            for micro_batch in together:
+                self._backward(index, saved, moved, present, micro_batch)
+        for micro_batch in together:
+            self._backward_prologue(micro_batch)
+
+    def _loss(self, micro_batch: int, *, update: bool) -> None:
+        seconds = self.profile.epilogue_forward_seconds + self.profile.epilogue_backward_seconds
+        seconds += self._gradient_copy(None, "epilogue", micro_batch)
+        self._part(None, "epilogue", seconds, "loss", update=update)
+        if self._in_backward is not None:
+            self._in_backward.begin(self._after_compute())
+        self._open_gradients(None, "epilogue", micro_batch)
+        self._gradients(None, "epilogue", micro_batch)
+        self._updates_in_backward(None, "epilogue")
+
+    def _backward_prologue(self, micro_batch: int) -> None:
         self._open_gradients(None, "prologue", micro_batch)
-        seconds = profile.prologue_backward_seconds + self._gradient_copy(None, "prologue", micro_batch)
+        seconds = self.profile.prologue_backward_seconds + self._gradient_copy(None, "prologue", micro_batch)
         weights, fetch = self._weights.needed()
-        self._weights.over((self._add("backward prologue", COMPUTE, seconds + fetch, weights),))
+        self._used((self._add("backward prologue", COMPUTE, seconds + fetch, weights),))
         self._gradients(None, "prologue", micro_batch)
+        self._updates_in_backward(None, "prologue")
 
     def _part(self, block: int | None, name: str, seconds: float, verb: str, *, update: bool) -> None:
         if update:
             self._updates_here(block, name)
         weights, fetch = self._weights.needed()
-        self._weights.over((self._add(f"{verb} {name}", COMPUTE, seconds + fetch, weights),))
+        job = self._add(f"{verb} {name}", COMPUTE, seconds + fetch, weights)
+        if verb == "loss":
+            self._used((job,))
+        else:
+            self._weights.over((job,))
+
+    def _used(self, jobs: tuple[int, ...]) -> None:
+        """Backward is done with a turn's weights; an update in backward follows in the same turn."""
+        if self._in_backward is None:
+            self._weights.over(jobs)
 
     def _gradient_copy(self, block: int | None, name: str, micro_batch: int) -> float:
         """Seconds to copy gradients that stay into their slab, or to add them to what is there."""
@@ -200,7 +225,9 @@ class _Schedule:
     def _traffic(self, index: int) -> tuple[tuple[Tier, int], ...]:
         return traffic(self.profile.blocks[index], self.decisions.blocks[index])
 
-    def _forward(self, index: int, saved: list[_Group], moved: list[_Group], *, update: bool) -> None:
+    def _forward(
+        self, index: int, saved: list[_Group], moved: list[_Group], micro_batch: int, *, update: bool
+    ) -> None:
         """Forward of a block, which waits for a slot for each tier that it sends something to."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         if update:
@@ -223,7 +250,7 @@ class _Schedule:
         for (tier, size), (slot, _) in zip(parts, taken, strict=True):
             write = self._add(f"write {block.name}", f"write:{tier.value}", size, (forward,))
             ring.free_after[slot] = (write,)
-            held.append(_Group(index, tier, size, slot, write))
+            held.append(_Group((index, micro_batch), tier, size, slot, write))
 
     def _backward(
         self,
@@ -236,7 +263,7 @@ class _Schedule:
         """Backward of a block: fetched, recomputed where it must be, its slots handed to earlier ones."""
         block, decision = self.profile.blocks[index], self.decisions.blocks[index]
         self._open_gradients(index, block.name, micro_batch)
-        fetched = present.get(index, [])
+        fetched = present.get((index, micro_batch), [])
         weights, fetch = self._weights.needed()
         reads = (*weights, *(job for job, _ in fetched))
         fetch += sum(self._cpu[group.tier] * group.size_bytes for _, group in fetched)
@@ -248,23 +275,26 @@ class _Schedule:
         seconds = block.in_form(decision.form).backward_seconds + fetch
         seconds += self._gradient_copy(index, block.name, micro_batch)
         backward = self._add(f"backward {block.name}", COMPUTE, seconds, reads)
-        self._weights.over((backward,))
+        self._used((backward,))
         for ring, held in ((self._saved_ring, saved), (self._input_ring, moved)):
-            self._hand_over(index, backward, ring, held, present)
+            self._hand_over((index, micro_batch), backward, ring, held, present)
         self._gradients(index, block.name, micro_batch)
+        self._updates_in_backward(index, block.name)
 
-    def _hand_over(self, index: int, backward: int, ring: _Ring, held: list[_Group], present: _Reads) -> None:
-        """Each slot of block ``index`` goes to the group ``ring.count`` places before, which is fetched."""
-        for place in reversed([place for place, group in enumerate(held) if group.block == index]):
+    def _hand_over(
+        self, owner: tuple[int, int], backward: int, ring: Slots, held: list[_Group], present: _Reads
+    ) -> None:
+        """Each slot of ``owner`` goes to the group ``ring.count`` places before, which is fetched."""
+        for place in reversed([place for place, group in enumerate(held) if group.owner == owner]):
             group = held[place]
             ring.free_after[group.slot] = (backward, group.write)
             if place < ring.count:
                 continue
             target = held[place - ring.count]
-            name, resource = self.profile.blocks[target.block].name, f"read:{target.tier.value}"
+            name, resource = self.profile.blocks[target.owner[0]].name, f"read:{target.tier.value}"
             after = (backward, group.write, target.write)
             read = self._add(f"read {name}", resource, target.size_bytes, after)
-            present.setdefault(target.block, []).append((read, target))
+            present.setdefault(target.owner, []).append((read, target))
 
     def _open_gradients(self, block: int | None, name: str, micro_batch: int) -> None:
         """As backward begins: the ring's first slots, and from the second micro-batch on the old sums."""
@@ -316,13 +346,46 @@ class _Schedule:
                 if ahead < pieces:
                     self._open_piece(unit, tier, pieces, ahead, micro_batch, ())
 
+    def _backward_order(self) -> list[tuple[int, UnitProfile, StateDecision]]:
+        """Units in the order in which a backward pass has their gradients complete."""
+        places: list[tuple[int | None, str]] = [(None, "epilogue")]
+        places += [(index, block.name) for index, block in reversed(list(enumerate(self.profile.blocks)))]
+        return [found for place in (*places, (None, "prologue")) for found in self._numbered(*place)]
+
+    def _updates_in_backward(self, block: int | None, name: str) -> None:
+        """Updates of units whose gradients are complete; where a pass has them, the turn ends with them."""
+        if self._in_backward is None:
+            return
+        complete = self._after_compute()
+        for index, unit, decision in self._numbered(block, name):
+            self._update(index, unit, decision, complete)
+        self._weights.over(self._after_compute())
+
+    def _state_reads(self, unit: UnitProfile, decision: StateDecision) -> list[Read] | None:
+        """Of each shard what may be read before its gradient is there. None where that comes from a tier: the
+        executor reads both together."""
+        streamed = decision.optimizer_tier is not Tier.DEVICE and unit.state_bytes > 0
+        if decision.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
+            return None
+        if not streamed:
+            return []
+        link, pieces = self._links[decision.optimizer_tier], self._pieces(unit)
+        state = float(unit.state_bytes)
+        load = link.state_load(state, read=True) / pieces
+        return [Read(f"read:{link.tier.value}", load, state * link.state_ratio / pieces)] * pieces
+
+    def _pieces(self, unit: UnitProfile) -> int:
+        shard = self.decisions.staging.update_shard_elements
+        return max(1, min(MAX_PIECES, -(-unit_elements(self.profile, unit) // shard)))
+
     def _update(self, index: int, unit: UnitProfile, decision: StateDecision, after: tuple[int, ...]) -> None:
         """One unit's optimizer step on weights that are there: read shard k+1, step k, write k-1."""
         streamed = decision.optimizer_tier is not Tier.DEVICE and unit.state_bytes > 0
         reads: list[tuple[Tier, float, float]] = []  # tier, amount for its queue, bytes that move
-        # Ahead, the forward that follows in the same turn pays for the weights' way in.
         weights, fetch = self._weights.needed()
-        seconds = unit.update_seconds + self._weights.writing_seconds(index) + fetch * bool(after)
+        if self._in_backward is not None or not after:
+            fetch = 0.0  # the forward or backward of the same turn pays for the weights' way in
+        seconds = unit.update_seconds + self._weights.writing_seconds(index) + fetch
         state = float(unit.state_bytes)
         if streamed:
             link = self._links[decision.optimizer_tier]
@@ -336,21 +399,24 @@ class _Schedule:
             if unit.update_seconds or self._weights.is_written(index):
                 self._weights.updated(index, self._add(f"update {unit.name}", COMPUTE, seconds, weights))
             return
-        shard = self.decisions.staging.update_shard_elements
-        pieces = max(1, min(MAX_PIECES, -(-unit_elements(self.profile, unit) // shard)))
+        pieces = self._pieces(unit)
         # Within this step the gradient's pieces must have been written; ahead, they were so a step ago.
         written = tuple(
             job for (name, _), job in self._gradient_written.items() if name == unit.name and after
         )
         for _ in range(pieces):
-            slot, free = self._update_ring.take()
-            needs = (*free, *after, *written)
-            fetched = tuple(
-                self._add(
-                    f"read update {unit.name}", f"read:{tier.value}", load / pieces, needs, moved / pieces
+            early = None if self._in_backward is None else self._in_backward.take(unit.name)
+            if early is not None:
+                slot, fetched = early
+            else:
+                slot, free = self._update_ring.take()
+                needs = (*free, *after, *written)
+                fetched = tuple(
+                    self._add(
+                        f"read update {unit.name}", f"read:{tier.value}", load / pieces, needs, moved / pieces
+                    )
+                    for tier, load, moved in reads
                 )
-                for tier, load, moved in reads
-            )
             step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, (*fetched, *weights))
             self._update_ring.free_after[slot] = (step,)
             if streamed:
@@ -358,4 +424,8 @@ class _Schedule:
                 moved = state * link.state_ratio / pieces
                 write = self._add(f"write update {unit.name}", where, load / pieces, (step,), moved)
                 self._update_ring.free_after[slot] = (write,)
+            if self._in_backward is not None:
+                self._in_backward.go_on()
+        if self._in_backward is not None:
+            self._in_backward.done(unit.name)
         self._weights.updated(index, step)

@@ -11,7 +11,7 @@ import dataclasses
 import time
 
 from memtrain.planner import baselines
-from memtrain.planner.actions import Tier
+from memtrain.planner.actions import MicroBatchOrder, Tier
 from memtrain.planner.bill import make_bill, tier_peaks
 from memtrain.planner.block_parts import plan_error
 from memtrain.planner.bounding import Bound, improve_and_bound
@@ -21,6 +21,7 @@ from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.simulate import simulate
+from memtrain.planner.vertical import faster_order, refuse_pointless, search_vertical
 
 __all__ = ["PlannerOptions", "make_plan"]
 
@@ -56,17 +57,32 @@ def _plan(profile: ModelProfile, machine: Machine, budget: Budget, options: Plan
         options=options,
         space=space,
     )
+    if options.micro_batch_order == "vertical":
+        refuse_pointless(search)
+        search.order = MicroBatchOrder.VERTICAL
     if profile.prepare_peak_bytes > budget.device_bytes:  # which no choice can mend
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
-    baselines.uniform(search)
-    # The solver gets at least 70 % of the time, however busy the machine is.
-    search.deadline = began + 0.3 * options.time_limit_seconds
-    baselines.greedy(search)
-    search.deadline = began + options.time_limit_seconds
-    bound = improve_and_bound(search, began + options.time_limit_seconds)
+    if search.order is MicroBatchOrder.VERTICAL:
+        bound = search_vertical(search, began + options.time_limit_seconds)
+    else:
+        bound = _search_horizontal(search, began)
     if search.best is None:
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
+    if options.micro_batch_order == "auto":
+        search, bound = faster_order(search, bound)
+    assert search.best is not None
     return _feasible_plan(search, search.best, bound, time.monotonic() - began)
+
+
+def _search_horizontal(search: baselines.Search, began: float) -> Bound:
+    """Heuristics, then the program, until the time is up."""
+    limit_seconds = search.options.time_limit_seconds
+    baselines.uniform(search)
+    # The solver gets at least 70 % of the time, however busy the machine is.
+    search.deadline = began + 0.3 * limit_seconds
+    baselines.greedy(search)
+    search.deadline = began + limit_seconds
+    return improve_and_bound(search, began + limit_seconds)
 
 
 def _feasible_plan(
@@ -88,6 +104,7 @@ def _feasible_plan(
         staging=decisions.staging,
         update_schedule=decisions.update_schedule,
         micro_batches=profile.micro_batches,
+        micro_batch_order=decisions.micro_batch_order,
         step_seconds=step,
         lower_bound_seconds=lower,
         gap=gap,

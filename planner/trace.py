@@ -76,7 +76,7 @@ def profile_model(
     weights = weights or InMemory()
     blocks = find_blocks(model, block_names)
     inside = {id(p) for _, block in blocks for p in block.parameters()}
-    run = _runner(model, sample_batch, loss_fn)
+    run = loss_runner(model, sample_batch, loss_fn)
     with left_as_found(model):
         trace = first_pass(model, blocks, run, weights)
         resident.trim()  # here and below: what one part has freed does not stand beside what the next needs
@@ -114,9 +114,11 @@ def profile_model(
     )
 
 
-def _runner(
+def loss_runner(
     model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None
 ) -> Callable[[], Tensor]:
+    """What runs ``model`` on a batch and returns the loss, by the rules of ``profile_model``."""
+
     def run() -> Tensor:
         if isinstance(batch, Mapping):
             output = model(**batch)

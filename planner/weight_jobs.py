@@ -40,7 +40,11 @@ class WeightJobs:
         self._units, self._states = profile.units, decisions.states
         self._cpu, self._add = cpu_seconds_per_byte, add
         self._turns = step_turns(
-            profile, decisions.states, decisions.update_schedule, decisions.staging.weight_slots
+            profile,
+            decisions.states,
+            decisions.update_schedule,
+            decisions.staging.weight_slots,
+            decisions.micro_batch_order,
         )
         self._starting: dict[int | None, list[int]] = defaultdict(list)
         """Turns whose reads begin when another one is over, or with the step."""

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from memtrain.planner.actions import StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import MicroBatchOrder, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.profile import ModelProfile, UnitProfile
 
 WEIGHT_SLOT_COUNTS = (2, 3, 4)
@@ -69,11 +69,16 @@ class Turn:
 
 
 def step_turns(
-    profile: ModelProfile, states: Sequence[StateDecision], schedule: UpdateSchedule, slots: int
+    profile: ModelProfile,
+    states: Sequence[StateDecision],
+    schedule: UpdateSchedule,
+    slots: int,
+    order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL,
 ) -> list[Turn]:
     """The turns of one step among many: per micro-batch prologue, blocks and epilogue, the blocks backward,
-    and the prologue; then, under SEQUENTIAL, the update of every unit in order."""
-    passes = list(_passes(profile, states))
+    and the prologue; then, under SEQUENTIAL, the update of every unit in order. In vertical order each of
+    them comes as often as there are micro-batches before the next one."""
+    passes = list(_passes(profile, states, order))
     uses = [*passes, *_updates(profile, states, schedule)]
     found = _Windows(slots)
     for units in uses:  # the step before: it leaves in the windows what this one finds there
@@ -118,12 +123,16 @@ def _begins_after(uses: list[tuple[int, ...]], index: int, slots: int) -> int | 
     return None
 
 
-def _passes(profile: ModelProfile, states: Sequence[StateDecision]) -> Iterator[tuple[int, ...]]:
+def _passes(
+    profile: ModelProfile, states: Sequence[StateDecision], order: MicroBatchOrder
+) -> Iterator[tuple[int, ...]]:
     """The units that are away and used, turn by turn."""
     forward = _pass(profile, states)
-    for _ in range(profile.micro_batches):
-        yield from forward
-        yield from forward[-2::-1]  # the epilogue's forward and backward are one turn
+    one = [*forward, *forward[-2::-1]]  # the epilogue's forward and backward are one turn
+    together = profile.micro_batches if order is MicroBatchOrder.VERTICAL else 1
+    for _ in range(profile.micro_batches // together):
+        for units in one:
+            yield from [units] * together
 
 
 def _updates(

@@ -94,6 +94,7 @@ def _around(
         result["epilogue_saved_bytes"] = max(0, levels["loss"] - base) + hidden_bytes
         result["epilogue_peak_bytes"] = max(0, peak - base) + hidden_bytes
         result["prologue_peak_bytes"] = max(levels["blocks peak"], levels["end peak"]) - levels["start"]
+        result["boundary_bytes"] = max(0, base - levels["start"]) + hidden_bytes
         result["persistent_backward_bytes"] = sum(
             size for key, size in late.items() if key in both or key in inside
         )

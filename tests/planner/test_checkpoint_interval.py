@@ -9,6 +9,7 @@ import pytest
 
 from memtrain.planner.checkpoint_interval import (
     SnapshotCost,
+    SnapshotOutcome,
     best_interval,
     daly_interval,
     expected_loss,
@@ -100,3 +101,30 @@ def test_times_that_make_no_sense() -> None:
         best_interval(cost, 0.0)
     with pytest.raises(ValueError, match="interval_seconds must be > 0"):
         expected_loss(0.0, cost, 10.0)
+
+
+def test_the_outcome_says_what_is_lost_and_to_what() -> None:
+    """Daly's figure 3 with snapshots that stop training: 117 minutes, here of steps of 10 s."""
+    cost = SnapshotCost(overhead_seconds=300.0, write_seconds=300.0, restart_seconds=600.0)
+    outcome = SnapshotOutcome.of(
+        cost, completed=3, every_steps=100, step_seconds=10.0, failure_seconds=24 * 3600.0
+    )
+    text = outcome.text()
+    assert "at one failure in 24 h, with 600 s to restart: a snapshot every 700 steps (7000 s)" in text
+    # 86400/7000 * exp(600/86400) * (exp(7300/86400) - 1) = 12.34286 * 1.0069686 * 0.0881628 = 1.09576
+    assert "loses least, 9.58% of the time, 4.29% to snapshots" in text  # 300 of 7000 s
+    # 86.4 * 1.0069686 * (exp(1300/86400) - 1) = 86.4 * 1.0069686 * 0.0151601 = 1.31896
+    assert "every 100 steps, as now, 31.90%, 30.00% to snapshots (measured)" in text
+    assert outcome.overhead == 0.3
+    assert outcome.best_steps == 700
+
+    unstated = SnapshotOutcome.of(cost, completed=3, every_steps=100, step_seconds=10.0, failure_seconds=None)
+    assert (unstated.overhead, unstated.expected_loss, unstated.best_steps) == (0.3, None, None)
+    assert "take 30.00% of the time (measured)" in unstated.text()
+    hopeless = SnapshotOutcome.of(
+        cost, completed=1, every_steps=10**6, step_seconds=10.0, failure_seconds=60.0
+    )
+    assert hopeless.expected_loss is None
+    assert "as now, all, " in hopeless.text()
+    with pytest.raises(ValueError, match="step_seconds must be > 0, got 0"):
+        SnapshotOutcome.of(cost, completed=1, every_steps=1, step_seconds=0, failure_seconds=None)

@@ -195,3 +195,22 @@ def test_temporaries_of_a_whole_update_are_a_position_of_the_bill() -> None:
     lines = {line.category: line.size_bytes for line in make_bill(profile, decisions, (), 0.0)}
     assert lines["transients"] == 103 * MiB
     assert check(plan, profile, make_machine(), BUDGET) == ()
+
+
+def test_weights_are_offered_the_tiers_that_are_named() -> None:
+    machine = dataclasses.replace(
+        MACHINE, links=(*MACHINE.links, dataclasses.replace(MACHINE.links[0], tier=Tier.CXL))
+    )
+    budget = dataclasses.replace(BUDGET, cxl="0:1GiB")
+    movable = dataclasses.replace(PROFILE.units[0], movable_weight_bytes=MiB, weight_extent_bytes=MiB)
+    profile = dataclasses.replace(PROFILE, units=(movable, *PROFILE.units[1:]))
+    everywhere = open_space(profile, machine, budget, PlannerOptions())
+    assert set(everywhere.weights[0]) == {Tier.DEVICE, Tier.CXL, Tier.NVME}
+    named = open_space(profile, machine, budget, PlannerOptions(weight_tiers=(Tier.NVME,)))
+    assert named.weights[0] == (Tier.DEVICE, Tier.NVME)
+    assert named.states == everywhere.states  # gradients and state go where they like
+    forced = PlannerOptions(weight_tiers=(Tier.NVME,), force={"state": {"weight_tier": "cxl"}})
+    with pytest.raises(
+        ValueError, match=r"weight_tier': 'cxl'} leaves nothing; tiers are \['device', 'nvme'\]"
+    ):
+        open_space(profile, machine, budget, forced)
