@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -177,16 +178,46 @@ def _shifted(labels: Tensor, options: dict[str, Any]) -> Tensor:
     return shifted
 
 
+class _StandIn:
+    """In the place of a head's forward. Each thread has its own, for several forward passes of the model may
+    be under way that take turns in threads of their own; whoever has none finds the head as it was."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.before: Callable[..., Any] | None = head.__dict__.get("forward")
+        self.users = 0
+        self._forward = head.forward
+        self._here = threading.local()
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        forward: Callable[[Tensor], Tensor] = self.mine or self._forward
+        return forward(hidden)
+
+    @property
+    def mine(self) -> Callable[[Tensor], Tensor] | None:
+        """This thread's."""
+        return getattr(self._here, "forward", None)
+
+    @mine.setter
+    def mine(self, forward: Callable[[Tensor], Tensor] | None) -> None:
+        self._here.forward = forward
+
+
 @contextmanager
 def _standing_in(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    before = head.__dict__.get("forward")
-    head.__dict__["forward"] = forward
+    present = head.__dict__.get("forward")
+    stand_in = present if isinstance(present, _StandIn) else _StandIn(head)
+    head.__dict__["forward"] = stand_in
+    outer, stand_in.mine = stand_in.mine, forward
+    stand_in.users += 1
     try:
         yield
     finally:
-        del head.__dict__["forward"]
-        if before is not None:
-            head.__dict__["forward"] = before
+        stand_in.mine = outer
+        stand_in.users -= 1
+        if not stand_in.users:
+            del head.__dict__["forward"]
+            if stand_in.before is not None:
+                head.__dict__["forward"] = stand_in.before
 
 
 @contextmanager

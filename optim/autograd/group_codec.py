@@ -68,6 +68,8 @@ class GroupCodec:
     stochastic: bool | None = None
     seed: int = 0
 
+    exact = False
+
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(

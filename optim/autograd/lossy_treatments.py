@@ -3,7 +3,8 @@
     import memtrain.optim.autograd.lossy_treatments  # registers them
     apply_to(model, EXACT.followed_by(Rule(kind="layer", treatment="int8")))
 
-- ``layer``: ``int8``, ``int4``: what the whole layer saves, after the exact treatments inside it;
+- ``layer``: ``int8``, ``int4``: what the whole layer saves, after the exact treatments inside it; and without
+  loss ``unique``, of tensors with few distinct values;
 - ``mlp``: ``fewbit2``, ``fewbit3``, ``fewbit4``: the activation of an MLP without a gate;
 - ``gated_mlp``: the same names, which answer why they give nothing there;
 - ``linear``: ``int8``, a norm's output encoded, where the layer is not encoded as a whole; ``wta``, a sample
@@ -30,7 +31,7 @@ from memtrain.optim.autograd.group_codec import GroupCodec
 from memtrain.optim.autograd.int8_linear import Int8Input, int8_linear
 from memtrain.optim.autograd.lossy import activation_of, is_activation
 from memtrain.optim.autograd.lossy_backward import eager_only
-from memtrain.optim.autograd.quantized_saved import SavedTensorCompressor
+from memtrain.optim.autograd.quantized_saved import SavedCodec, SavedTensorCompressor
 from memtrain.optim.autograd.sites import Site, features, is_linear
 from memtrain.optim.autograd.treatments import (
     Bypassed,
@@ -41,6 +42,7 @@ from memtrain.optim.autograd.treatments import (
     register_treatment,
     same_when_training,
 )
+from memtrain.optim.autograd.unique_codec import UniqueCodec
 from memtrain.optim.autograd.wtacrs import WTAInput, wta_linear
 from memtrain.optim.projection import Projection
 
@@ -64,9 +66,8 @@ class _EncodedForward:
 class _Encode:
     """``quantized_saved.py``. Bytes are not foretold: they depend on what is done inside the layer."""
 
-    exact = False
-
-    def __init__(self, codec: GroupCodec) -> None:
+    def __init__(self, codec: SavedCodec) -> None:
+        self.exact = codec.exact
         # One for all layers, so that what several of them save is encoded once.
         self._compressor = SavedTensorCompressor(codec)
 
@@ -75,7 +76,7 @@ class _Encode:
             forward=_EncodedForward(self._compressor),
             plain_bytes=None,
             saved_bytes=None,
-            equal="forward exact; backward from encoded activations",
+            equal="bit-equal" if self.exact else "forward exact; backward from encoded activations",
         )
 
 
@@ -249,6 +250,7 @@ def _trainable_linear(site: Site) -> nn.Linear:
 
 register_treatment("layer", "int8", _Encode(GroupCodec(bits=8)))
 register_treatment("layer", "int4", _Encode(GroupCodec(bits=4)))
+register_treatment("layer", "unique", _Encode(UniqueCodec()))
 register_treatment("linear", "int8", _EncodeInput())
 register_treatment("linear", "wta", _SampleRows())
 register_treatment("linear", "compact", _ProjectInput())

@@ -26,19 +26,48 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 
-from memtrain.optim.autograd.group_codec import Encoded, GroupCodec
+from memtrain.optim.autograd.group_codec import GroupCodec
 from memtrain.optim.autograd.lossy_backward import LossyBackwardError, eager_only, refuse_second_derivative
 
 _STATISTICS_RATIO = 32
 """What has less than this part of the largest argument's elements is kept as it is. Row statistics have one
 element for a head of 64 or more features; what is as small as that is not worth a code either."""
+
+
+class SavedCodec(Protocol):
+    """How tensors become smaller ones: ``GroupCodec``, or without loss ``UniqueCodec``."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is decoded is what was encoded."""
+        ...
+
+    def takes(self, tensor: Tensor) -> bool: ...
+    def encode(self, values: Tensor) -> Any:
+        """A named tuple of tensors; None: they would not be smaller."""
+        ...
+
+    def decode(self, encoded: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
+
+
+@dataclass(slots=True)
+class CompressionCounts:
+    """What a compressor has done with storages so far."""
+
+    encoded: int = 0
+    plain_bytes: int = 0
+    """Of those that it encoded."""
+    encoded_bytes: int = 0
+    left: int = 0
+    """Storages that would not have become smaller."""
+    left_bytes: int = 0
 
 
 class SavedTensorCompressor:
@@ -48,8 +77,9 @@ class SavedTensorCompressor:
     checkpoint keeps the block's input alone, and what its second run saves lives for one block's backward.
     """
 
-    def __init__(self, codec: GroupCodec | None = None) -> None:
-        self.codec = GroupCodec() if codec is None else codec
+    def __init__(self, codec: SavedCodec | None = None) -> None:
+        self.codec: SavedCodec = GroupCodec() if codec is None else codec
+        self.counts = CompressionCounts()
         self._known: dict[tuple[Any, ...], weakref.ref[_Stored]] = {}
         self._live: weakref.WeakSet[_Stored] = weakref.WeakSet()
 
@@ -92,8 +122,17 @@ class SavedTensorCompressor:
         self._known = {key: known for key, known in list(self._known.items()) if known() is not None}
         return _Region(self, module, arguments, around)
 
-    def _store(self, storage: torch.UntypedStorage, values: Tensor, hold: Hold) -> _Stored:
-        stored = _Stored(self.codec, values, StorageWeakRef(storage), hold)  # type: ignore[no-untyped-call]
+    def _store(self, storage: torch.UntypedStorage, values: Tensor, hold: Hold) -> _Stored | None:
+        """None where codes would take no less."""
+        encoded = self.codec.encode(values)
+        if encoded is None:
+            self.counts.left += 1
+            self.counts.left_bytes += values.nbytes
+            return None
+        stored = _Stored(self.codec, values, encoded, StorageWeakRef(storage), hold)  # type: ignore[no-untyped-call]
+        self.counts.encoded += 1
+        self.counts.plain_bytes += values.nbytes
+        self.counts.encoded_bytes += stored.nbytes
         self._live.add(stored)
         return stored
 
@@ -197,6 +236,8 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
         stored = None if reference is None else reference()
         if stored is None:
             stored = self._compressor._store(storage, values, self._hold)
+            if stored is None:
+                return self._hold(tensor)
             self._known[key] = weakref.ref(stored)
             self._encoded.append(weakref.ref(stored))
         return _Packed(stored, tensor.shape, stride, int(offset))
@@ -220,16 +261,22 @@ class _Region(torch.autograd.graph.saved_tensors_hooks):
 class _Stored:
     """One storage, or a window of one: encoded, or as it is when it turned out to be an output."""
 
-    def __init__(self, codec: GroupCodec, values: Tensor, storage: StorageWeakRef, hold: Hold) -> None:
+    def __init__(
+        self, codec: SavedCodec, values: Tensor, encoded: Any, storage: StorageWeakRef, hold: Hold
+    ) -> None:
         self.storage = storage
         """Whose values these are; while it is referred to, no other storage is given its identity."""
         self._codec, self._shape, self._dtype = codec, values.shape, values.dtype
-        encoded = codec.encode(values)
-        self._encoded_bytes = encoded.codes.nbytes + encoded.scales.nbytes
+        self._form = type(encoded)
+        self._encoded_bytes = sum(part.nbytes for part in encoded)
         self._hold = hold
         self._encoded: tuple[_Kept | _Handed, ...] | None = tuple(map(hold, encoded))
         self._output: _Kept | _Handed | None = None
         self._decoded: weakref.ref[Tensor] | None = None
+
+    @property
+    def exact(self) -> bool:
+        return self._codec.exact
 
     @property
     def nbytes(self) -> int:
@@ -246,7 +293,7 @@ class _Stored:
             return self._output.get()
         values = None if self._decoded is None else self._decoded()
         if values is None:
-            encoded = Encoded(*(part.get() for part in self._encoded))
+            encoded = self._form(*(part.get() for part in self._encoded))
             values = self._codec.decode(encoded, self._shape, self._dtype)
             self._decoded = weakref.ref(values)  # a view keeps its base alive, so nodes that overlap share it
         return values
@@ -306,7 +353,8 @@ class _Packed:
         self._stored, self._shape, self._stride, self._offset = stored, shape, stride, offset
 
     def get(self) -> Tensor:
-        if torch._C._current_graph_task_id() != -1:  # not a look at a node from outside
+        in_backward = torch._C._current_graph_task_id() != -1  # and not a look at a node from outside
+        if in_backward and not self._stored.exact:
             refuse_second_derivative("a block whose saved tensors are encoded")
         return self._stored.values().as_strided(self._shape, self._stride, self._offset)
 

@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ _FLAGS = "-std=c++17 -O3 -march=native -fopenmp -fPIC -shared".split()
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math"]
 if platform.machine() == "x86_64":
     _FLAGS.append("-mprefer-vector-width=512")  # gcc's choice is 256 bits where AVX-512 is
-_FLAGS_OF = dict.fromkeys(("gated", "rms_norm"), ("-ffp-contract=off",))
+_FLAGS_OF = dict.fromkeys(("fused_adamw", "gated", "rms_norm"), ("-ffp-contract=off",))
 """Sources that round where torch's operators do: a fused multiply-add would round once instead of twice."""
 _COMPILERS = ("g++", "c++", "clang++")
 _TIMEOUT_SECONDS = 300.0
@@ -220,13 +221,37 @@ def function(source: str, name: str) -> Function | None:
     return None if library is None else _entry(library, name)
 
 
+def available(source: str) -> bool:
+    """Whether ``native/<source>.cpp`` is compiled, or could be just now. Says nothing where it could not."""
+    try:
+        _compiled(source)
+    except FAILURES:
+        return False
+    return True
+
+
+_caller = threading.local()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Kernels that this thread calls inside use no other: for work beside threads that need the processors,
+    where a team of OpenMP's would wait for its members by spinning."""
+    before, _caller.alone = getattr(_caller, "alone", False), True
+    try:
+        yield
+    finally:
+        _caller.alone = before
+
+
 @functools.cache
 def _entry(library: ctypes.CDLL, name: str) -> Function:
     entry, threads = getattr(library, name), torch.get_num_threads
     entry.restype = None
 
     def call(*arguments: Any) -> None:
-        entry(*arguments, threads())  # as a C int, which is what ctypes takes a number for
+        # as a C int, which is what ctypes takes a number for
+        entry(*arguments, 1 if getattr(_caller, "alone", False) else threads())
 
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 
 import pytest
@@ -288,6 +289,44 @@ def test_installation_leaves_modes_and_random_numbers_alone() -> None:
     install_chunked_loss(model)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("first", ["inner", "outer"])
+def test_forward_passes_of_two_threads_under_way_at_once(first: str) -> None:
+    model = causal_lm(CONFIGS["llama, tied"]())
+    head = model.get_output_embeddings()
+    install_chunked_loss(model)
+    one, other = torch.randint(97, (2, 11)), torch.randint(97, (1, 7))
+    expected = [model(ids, labels=ids).loss for ids in (one, other)]
+    plain = model(other).logits
+    found: list[Tensor] = []
+    reached, go_on = threading.Event(), threading.Event()
+
+    def run() -> None:
+        found.append(model(other, labels=other).loss)
+
+    def meet(*_: object) -> None:
+        if threading.current_thread() is thread:
+            reached.set()
+            if first == "outer":
+                assert go_on.wait(60)
+            return
+        thread.start()
+        assert reached.wait(60)
+        if first == "inner":
+            thread.join(60)
+
+    thread = threading.Thread(target=run)
+    handle = model.model.layers[0].register_forward_pre_hook(meet)
+    found.append(model(one, labels=one).loss)
+    go_on.set()
+    thread.join(60)
+    handle.remove()
+    if first == "inner":
+        found.reverse()
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert "forward" not in head.__dict__
+    assert torch.equal(model(other).logits, plain)
 
 
 def test_uninstall_refuses_when_forward_was_replaced_since() -> None:
