@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from memtrain.charts import Chart, Series
+from memtrain.endurance import written_rows
 from memtrain.htmlpage import bullets, document, figure, paragraph, preformatted, sections, table
 from memtrain.planner.plan import Plan
 from memtrain.planner.units import GiB, format_gib
-from memtrain.report import Summary, bill_rows, comparison_rows, plan_facts
+from memtrain.report import Summary, bill_rows, comparison_rows, plan_facts, wear_facts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +90,9 @@ def render(run: RunFiles) -> str:
         ("Plan", table(*bill_rows(run.plan)) + bullets(plan_facts(run.plan))),
         ("Recipe", preformatted(run.recipe_text)),
     ]
+    if summary.written:
+        worn = table(*written_rows(summary.written)) + bullets(wear_facts(summary))
+        parts.insert(-1, ("Written to the tiers", worn))
     return document(summary.name, sections(parts))
 
 
@@ -103,6 +107,7 @@ def _facts(summary: Summary) -> str:
         f"held-out loss: {summary.heldout_loss_before:.4f} before, {summary.heldout_loss_after:.4f} after",
         f"{summary.steps} steps, {summary.tokens_per_second:.0f} tokens/s",
         f"checkpoint: {summary.checkpoint}",
+        *([] if summary.snapshots is None else [summary.snapshots.text()]),
     ]
     return bullets(facts)
 

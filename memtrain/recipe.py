@@ -10,6 +10,7 @@ working directory.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -21,6 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
+from memtrain.endurance import parse_endurance
 from memtrain.optimizer_sections import SECTIONS, OptimizerSection, Positive, Section
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
@@ -106,12 +108,30 @@ class TierSection(Section):
     ``lossless``."""
 
 
+def _endurance(text: str) -> str:
+    parse_endurance(text)
+    return text
+
+
+class NvmeSection(TierSection):
+    """A disk, which wears."""
+
+    endurance: Annotated[str, AfterValidator(_endurance)] | None = None
+    """What may be written to the disk in all, from its data sheet, such as ``600 TBW``. The report then says
+    how long it lasts at the run's rate."""
+
+    @property
+    def endurance_bytes(self) -> int | None:
+        """The same in bytes."""
+        return None if self.endurance is None else parse_endurance(self.endurance)
+
+
 class TiersSection(Section):
     """Tiers beside the device."""
 
     host: TierSection = TierSection()
     cxl: TierSection = TierSection()
-    nvme: TierSection = TierSection()
+    nvme: NvmeSection = NvmeSection()
 
     def codecs(self) -> dict[str, str]:
         """Of ``memtrain.prepare``."""
@@ -132,6 +152,12 @@ class PlannerSection(Section):
     ``exact_only: false``."""
     error_budget: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """The largest mean error of gradients over all saved bytes that the chosen forms may add up to."""
+    update_schedule: Literal["auto", "sequential", "ahead", "in_backward"] = "auto"
+    """When weights are updated: inside the step, unit by unit ahead of the next forward, or unit by unit in
+    the last backward pass, which needs ``training.max_grad_norm: null`` and ``nonfinite: ignore``."""
+    micro_batch_order: Literal["auto", "horizontal", "vertical"] = "auto"
+    """Vertical: all micro-batches of a step pass a block before the next one's weights are read, where
+    weights live on a tier; bit-equal. auto: whichever is predicted to be faster."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PlannerSection:
@@ -141,7 +167,11 @@ class PlannerSection(Section):
     def options(self) -> PlannerOptions:
         """As ``memtrain.prepare`` takes them."""
         return PlannerOptions(
-            exact_only=self.exact_only, allow_lossy=self.allow_lossy, error_budget=self.error_budget
+            exact_only=self.exact_only,
+            allow_lossy=self.allow_lossy,
+            error_budget=self.error_budget,
+            update_schedule=self.update_schedule,
+            micro_batch_order=self.micro_batch_order,
         )
 
 
@@ -155,15 +185,22 @@ class TrainingSection(Section):
     accumulation: Positive = 1
     """Forward-backward passes per optimizer step."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
-    nonfinite: Literal["raise", "skip"] = "raise"
-    """What a NaN or an infinity in the gradients does to the step."""
+    nonfinite: Literal["raise", "skip", "ignore"] = "raise"
+    """What a NaN or an infinity in the gradients does to the step; ignore does not look."""
     chunked_loss: bool = True
     """Compute the loss by chunks of tokens, so that the logits of a sequence never exist at once."""
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Positive | None = None
     """Of the arithmetic; None leaves torch's own choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    allocator: Literal["default", "planned"] = "default"
+    """``planned``: on a CPU, passes that ask for the same bytes in the same order get packed addresses."""
     log_every: Positive = 1
+
+    @property
+    def gradients_untouched(self) -> bool:
+        """Whether nothing looks at gradients between backward and the step."""
+        return self.max_grad_norm is None and self.nonfinite == "ignore"
 
 
 class ScheduleSection(Section):
@@ -191,8 +228,8 @@ class CheckpointSection(Section):
     asynchronous: bool = False
     """Write those of ``every`` while training goes on: the same files."""
     spare: Size = 0
-    """Room on nvme beyond the plan for generations of optimizer state that a snapshot still needs. Without
-    it an update waits until the snapshot has copied what it overwrites."""
+    """Room on nvme beyond the plan for generations of optimizer state, and of streamed weights, that a
+    snapshot still needs. Without it an update waits until the snapshot has copied what it overwrites."""
     hold_every: Positive | None = None
     """Steps between snapshots in the memory of a process that outlives this one; twice a snapshot's bytes,
     outside of the budget."""
@@ -255,17 +292,46 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _snapshots_fit(self) -> Recipe:
-        if self.checkpoint.beside_training and self.tiers.codecs():
+    def _disk_that_wears(self) -> Recipe:
+        if self.tiers.nvme.endurance is not None and self.budget.nvme is None:
             raise ValueError(
-                "checkpoint.asynchronous and hold_every read coded records whole, in memory that no plan "
-                "counts: set tiers.*.codec to null, or write checkpoints synchronously"
+                "tiers.nvme.endurance is of a disk that is not used: give budget.nvme, or leave it out"
             )
-        if self.checkpoint.beside_training and self.model.streamed:
+        return self
+
+    @model_validator(mode="after")
+    def _something_to_order(self) -> Recipe:
+        if self.planner.micro_batch_order == "vertical" and self.training.accumulation == 1:
             raise ValueError(
-                "checkpoint.asynchronous and hold_every need weights in memory, model.streamed has them on a "
-                "tier: write checkpoints synchronously, or leave model.streamed out"
+                "planner.micro_batch_order is vertical, training.accumulation 1: a step has one micro-batch. "
+                "Raise accumulation, or leave the order away"
             )
+        if self.planner.micro_batch_order == "vertical" and self.training.allocator == "planned":
+            raise ValueError(
+                "planner.micro_batch_order is vertical, training.allocator planned: addresses are planned "
+                "for one pass at a time. Set allocator to default, or micro_batch_order to horizontal"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _update_in_backward(self) -> Recipe:
+        if self.planner.update_schedule == "in_backward" and not self.training.gradients_untouched:
+            raise ValueError(
+                "planner.update_schedule in_backward updates weights before all gradients are there, but "
+                f"training.max_grad_norm {self.training.max_grad_norm} and training.nonfinite "
+                f"{self.training.nonfinite} look at all of them first: set max_grad_norm to null and "
+                "nonfinite to ignore, or choose update_schedule auto"
+            )
+        return self
+
+    def planner_options(self) -> PlannerOptions:
+        """As ``memtrain.prepare`` takes them."""
+        return dataclasses.replace(
+            self.planner.options(), gradients_untouched=self.training.gradients_untouched
+        )
+
+    @model_validator(mode="after")
+    def _spares_have_a_tier(self) -> Recipe:
         if parse_bytes(self.checkpoint.spare) and self.budget.nvme is None:
             raise ValueError("checkpoint.spare is room on nvme: give budget.nvme, or no spare")
         return self
@@ -284,7 +350,7 @@ class Recipe(Section):
         """Hash of what decides the numbers: not of the budget, the threads, the output, the logging or where
         weights lie; of the planner where it may lose some of them."""
         data = self.model_dump(mode="json", include={"model", "data", "training", "optimizer", "schedule"})
-        for key in ("threads", "device", "log_every"):
+        for key in ("threads", "device", "allocator", "log_every"):
             del data["training"][key]
         del data["model"]["streamed"]
         if self.planner.allow_lossy:

@@ -130,6 +130,11 @@ def transients_of(plan: Plan, profile: ModelProfile) -> dict[str, int]:
         for name, size in updates.items():
             part = name if name == "epilogue" else f"forward {name}"
             parts[part] = max(parts.get(part, 0), size)
+    elif plan.update_schedule is UpdateSchedule.IN_BACKWARD:
+        # As its backward ends.
+        for name, size in updates.items():
+            part = name if name == "epilogue" else f"backward {name}"
+            parts[part] = max(parts.get(part, 0), size)
     else:
         parts["update"] = max(updates.values(), default=0)
     return parts

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memtrain.endurance import Written, endurance_facts, written_rows
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.block_parts import is_cut, largest_difference
+from memtrain.planner.checkpoint_interval import SnapshotOutcome
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.units import GiB, MiB, format_gib
@@ -159,7 +161,8 @@ def _optimizer_text(plan: Plan) -> str:
         where = f"gradients on {state.gradient_tier.value}, state on {state.optimizer_tier.value}"
         counts[where] = counts.get(where, 0) + 1
     parts = [f"{count} units with {where}" for where, count in counts.items()]
-    return "; ".join([*parts, f"update {plan.update_schedule.value}"])
+    order = f"; {plan.micro_batch_order.value} micro-batches" if plan.held_passes > 1 else ""
+    return "; ".join([*parts, f"update {plan.update_schedule.value}"]) + order
 
 
 def _weight_facts(plan: Plan) -> list[str]:
@@ -194,8 +197,8 @@ class Phase:
     end_seconds: float
 
 
-SUMMARY_VERSION = 2
-"""1 had no ``version``, and at first nothing of the optimizer's bytes."""
+SUMMARY_VERSION = 3
+"""1 had no ``version``, and at first nothing of the optimizer's bytes; 2 nothing of bytes written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +229,14 @@ class Summary:
     heldout_loss_after: float
     checkpoint: str
     phases: tuple[Phase, ...] = ()
+    written: tuple[Written, ...] = ()
+    """Per step, by tier and class of bytes. Empty where there was no second step, or nothing was written."""
+    process_written_bytes_per_step: float | None = None
+    """What the kernel counts of the whole process, checkpoints and logs too."""
+    endurance_bytes: int | None = None
+    """What may be written to the disk of the nvme tier in all, where the recipe says so."""
+    snapshots: SnapshotOutcome | None = None
+    """Of those that were written beside training; None where none was, and of older runs."""
     version: int = SUMMARY_VERSION
 
     def to_json(self) -> str:
@@ -234,7 +245,8 @@ class Summary:
 
     @classmethod
     def read(cls, path: Path) -> Summary:
-        """Read what ``to_json`` wrote, now or in version 1: what a run did not measure then is None.
+        """Read what ``to_json`` wrote, now or in an earlier version: what a run did not measure then is None
+        or empty.
 
         Raises:
             OSError: the file cannot be read.
@@ -243,14 +255,17 @@ class Summary:
         data = json.loads(path.read_text())
         try:
             version = data.pop("version", 1)
-            if version not in (1, SUMMARY_VERSION):
+            if version not in range(1, SUMMARY_VERSION + 1):
                 raise ValueError(
-                    f"{path} is a summary of version {version!r}, this memtrain reads 1 and "
+                    f"{path} is a summary of version {version!r}, this memtrain reads 1 to "
                     f"{SUMMARY_VERSION}: use the memtrain that wrote it, or a later one"
                 )
             if version == 1:
                 data = {"predicted_optimizer_bytes": None, "measured_optimizer_bytes": None, **data}
             data["phases"] = tuple(Phase(**phase) for phase in data["phases"])
+            data["written"] = tuple(Written(**one) for one in data.get("written", ()))
+            if data.get("snapshots") is not None:
+                data["snapshots"] = SnapshotOutcome(**data["snapshots"])
             return cls(**data)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a summary of a run: {error}") from error
@@ -300,7 +315,19 @@ def summary_text(summary: Summary) -> str:
             f"held-out loss: {before:.4f} before, {after:.4f} after ({change:+.4f}); "
             f"{summary.tokens_per_second:.0f} tokens/s",
             f"checkpoint: {summary.checkpoint}",
+            *([table(*written_rows(summary.written))] if summary.written else []),
+            *wear_facts(summary),
         ]
+    )
+
+
+def wear_facts(summary: Summary) -> list[str]:
+    """What the run's writing means for the disk."""
+    return endurance_facts(
+        summary.written,
+        summary.measured_step_seconds,
+        summary.endurance_bytes,
+        summary.process_written_bytes_per_step,
     )
 
 

@@ -16,7 +16,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -25,15 +25,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrain.accumulation import RandomWatch, accumulate
+from memtrain.arena import library as arena_library
+from memtrain.arena.passes import ALLOCATORS, PlannedPasses
 from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
 from memtrain.copy_guard import CopyGuard, is_planned
+from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
+from memtrain.largest_layer import with_largest_layer
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine, open_engine
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.gradient_slab import GradientSlab
+from memtrain.offload.in_backward import guard_modules, is_applied, refuse_combination
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
@@ -47,9 +53,9 @@ from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.kernels import native
 from memtrain.planner import resident
-from memtrain.planner.actions import EXACT, PLAIN, Tier, UpdateSchedule
+from memtrain.planner.actions import EXACT, PLAIN, MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check import check
-from memtrain.planner.decisions import PlannerOptions
+from memtrain.planner.decisions import PlannerOptions, gradients_come_and_go
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
@@ -59,7 +65,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import MiB, format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import form_facts, recompute_facts, staging_lines
+from memtrain.report import form_facts, recompute_facts, staging_lines, table
 from memtrain.runfiles import make_folder, write_text
 from memtrain.streamed_model import bring_home, stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
@@ -111,6 +117,7 @@ def prepare(
     directory: Path | str | None = None,
     reached_bytes: int = 0,
     spare_state_bytes: int = 0,
+    allocator: str = "default",
 ) -> Session:
     """Profile ``model``, plan, and install the plan.
 
@@ -128,7 +135,9 @@ def prepare(
         nonfinite: what ``optimizer.step()`` does about NaN or inf gradients: ``ignore`` as PyTorch does,
             ``skip`` the step, or ``raise``.
         plan: use this one instead of solving; it must fit the profile that is measured now.
-        options: limits of the search, and what the planner may choose.
+        options: limits of the search, and what the planner may choose. Updates during backward only where
+            ``options.update_schedule`` or ``options.gradients_untouched`` says so: whether the loop clips
+            gradients is not known here.
         machine: instead of the measured one.
         block_names: the repeated blocks, or their container, where they are not found automatically.
         loss_fn: ``loss_fn(output, batch)``, for a model whose output carries no loss; used to profile.
@@ -139,8 +148,11 @@ def prepare(
         directory: where the planned run writes its files; profile and plan are left there when given.
         reached_bytes: the most that the job has occupied of the device before this call, where the budget is
             to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
-        spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state that a snapshot
-            still needs (``AsyncCheckpointer``); reserved where the plan keeps state there.
+        spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state and weights that
+            a snapshot still needs (``AsyncCheckpointer``); reserved where the plan keeps either there.
+        allocator: ``planned`` gives what passes and updates ask for addresses that were packed, once it is
+            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches; ``default``
+            leaves it to the process's allocator.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -149,14 +161,18 @@ def prepare(
         OffloadError: a tier cannot serve.
         BudgetError: the budget gives a tier that the machine does not have.
         RunFileError: a file of ``directory`` cannot be written.
-        PrepareError: a session of the model is open; gradient checkpointing is on; apply_to() has treated
-            what a session watches; parameters are on several devices, on one that is neither a CPU nor a
-            CUDA device, or not on that of ``machine``.
+        PrepareError: a session of the model is open; the allocator is unknown, or planned and the model not
+            on a CPU or the order of micro-batches vertical; gradient checkpointing is on; apply_to() has
+            treated what a session watches; parameters are on several devices, on one that is neither a CPU
+            nor a CUDA device, or not on that of ``machine``.
         CodecError: a codec is unknown, for a tier without a budget, or not the one that ``machine`` was
             measured with.
         MissingZstandardError: a codec's library is not installed.
+        OrderError: vertical order of micro-batches was asked for with nothing to order, or for a model whose
+            forward draws random numbers.
     """
     coding = codecs_for(codecs or {}, budget)
+    _refuse_in_backward(options, plan, nonfinite)
     if is_planned(model) or isinstance(optimizer, OffloadedOptimizer):
         raise PrepareError(
             "the model or the optimizer belongs to a session that is open: close it with session.close() "
@@ -175,6 +191,14 @@ def prepare(
             f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
             f"there with model.to(), or plan for a machine whose device is {place}"
         )
+    if allocator not in ALLOCATORS or (allocator == "planned" and place.type != "cpu"):
+        raise PrepareError(
+            f"allocator is {allocator!r} for a model on {place}: give one of {', '.join(ALLOCATORS)}; "
+            "planned is for models on the CPU"
+        )
+    if allocator == "planned":
+        options = _in_one_thread(options or PlannerOptions(), plan)
+        arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
     resident.limit_heap()
@@ -195,6 +219,8 @@ def prepare(
         refuse_other_codecs(machine, coding, budget)
         work = torch.float32 if master_weights else None
         options = options or PlannerOptions()
+        if (stored := stored_weights(model)) is not None:  # on one tier: another one is no choice
+            options = dataclasses.replace(options, weight_tiers=(stored.store.tier,))
         elementwise = all(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
             for group in optimizer.param_groups
@@ -202,7 +228,8 @@ def prepare(
         with _weights_brought(model, blocks, device) as weights:
             if chunked_loss:
                 handle = _install_loss(model, sample_batch, weights)
-            with nullcontext() if weights is None else weights.installed():
+            installed = nullcontext() if weights is None else weights.installed()
+            with installed, RandomWatch().watching(model, place) as random_watch:
                 forms = _find_forms(model, blocks, sample_batch, options, weights)
                 profile = profile_model(
                     model,
@@ -220,10 +247,11 @@ def prepare(
         profile = dataclasses.replace(
             profile, prepare_peak_bytes=max(reached_bytes, peak.known_bytes(libraries_bytes))
         )
+        options = random_watch.possible(options)
         if plan is None:
             plan = make_plan(profile, machine, budget, options=options)
         if plan.status == "infeasible":
-            raise InfeasibleError(plan)
+            raise InfeasibleError(with_largest_layer(plan, profile, model))
         broken = check(plan, profile, machine, budget)
         if broken:
             raise PlanMismatchError(
@@ -250,6 +278,7 @@ def prepare(
             codecs=coding,
             began_peak_bytes=peak.before_bytes,
             spare_state_bytes=spare_state_bytes,
+            allocator=allocator,
         )
     except BaseException as error:
         if handle is not None:
@@ -270,7 +299,9 @@ class Session:
         optimizer: stands for the one that was given; step this one.
         plan, profile, machine, budget: what was decided, and from what.
         engine: the stores of the tiers.
+        writes: what steps write to the tiers, and how much of it had changed.
         weights: what streams weights that the plan has on tiers; None where all stay on the device.
+        passes: what gives passes planned addresses; None with the default allocator.
     """
 
     def __init__(
@@ -290,14 +321,18 @@ class Session:
         codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
         spare_state_bytes: int,
+        allocator: str = "default",
     ) -> None:
         self.model = model
+        self.passes: PlannedPasses | None = None
+        self._allocator = allocator
         self._codecs = codecs
-        self._spare_state_bytes = spare_state_bytes if _streams_state(plan) else 0
+        self._spare_state_bytes = spare_state_bytes if _overwrites_disk(plan) else 0
         self.plan = plan
         self.profile = profile
         self.machine = machine
         self.budget = budget
+        self._blocks = blocks
         self._step_ends: list[float] = []
         self._undo = ExitStack()
         """How to take away what is installed below, in reverse; also when installing fails half-way."""
@@ -360,12 +395,21 @@ class Session:
         if plan.staging.gradient_slab_bytes:
             undo(self._make_gradient_slab().close)
         self._activations.install()
+        if self._allocator == "planned":
+            self.passes = PlannedPasses.of_session(self, blocks)
+            undo(self.passes.remove)
         undo(CopyGuard(model).remove)
+        if plan.update_schedule is UpdateSchedule.IN_BACKWARD:
+            for hook in guard_modules(
+                [model, *(block for _, block in blocks)], self.optimizer.refuse_half_done
+            ):
+                undo(hook.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
             undo(WeightGuard(model, blocks, units, self.optimizer.ensure, bypassing=bypassing).remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None
         if self._reclaimer is not None:
             undo(self._reclaimer.remove)
+        self.writes = WriteMeter(self.engine, plan, self.optimizer, self._activations)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
 
     @property
@@ -422,6 +466,7 @@ class Session:
             self.optimizer,
             limit_bytes=self.plan.peak(Tier.DEVICE),
             transients=transients_of(self.plan, self.profile),
+            rss_bytes=resident.rss_bytes if self.passes is None else self.passes.occupied_bytes,
         )
 
     def _make_gradient_slab(self) -> GradientSlab:
@@ -430,7 +475,30 @@ class Session:
             tiers={decision.unit: decision.gradient_tier for decision in self.plan.states},
             slab_bytes=self.plan.staging.gradient_slab_bytes,
             before_overwrite=self.optimizer.ensure,
+            one_unit_at_a_time=gradients_come_and_go(self.profile, self.plan.update_schedule),
         )
+
+    def accumulate(
+        self, batches: Iterable[Any], loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
+    ) -> list[torch.Tensor]:
+        """Forward and backward of all micro-batches of one optimizer step, in the plan's order.
+
+        Gradients are those of the mean of the losses, bit for bit what this loop adds up:
+        ``for batch in batches: (loss(batch) / len(batches)).backward()``.
+
+        Args:
+            batches: as ``sample_batch`` of ``prepare``; in vertical order ``plan.micro_batches`` at most.
+            loss_fn: ``loss_fn(output, batch)``; None: ``output.loss``.
+
+        Returns:
+            The losses, detached, in the order of ``batches``.
+
+        Raises:
+            ValueError: no batches, or no gradients may be made here.
+            PlanMismatchError: more batches than vertical order was planned for.
+            OffloadError: a tier failed; or vertical order cannot be exact, for what the message names.
+        """
+        return accumulate(self.model, self._blocks, self.plan, batches, loss_fn, self.engine.device.place)
 
     def flush(self) -> None:
         """Finish an update that runs ahead of the next forward.
@@ -438,12 +506,15 @@ class Session:
         Needed before weights are read or changed through a reference that was taken earlier; forward,
         ``parameters()``, ``state_dict()`` and ``load_state_dict()`` of any module do it themselves.
         """
+        if self.passes is not None:
+            self.passes.vacate()
         self.optimizer.flush()
 
     # measuring --------------------------------------------------------------------------------
 
     def _note_step(self, *_: Any) -> None:
         self._step_ends.append(time.perf_counter())
+        self.writes.note_step()
 
     def measure(self) -> dict[str, float]:
         """Predicted and measured peak and step time.
@@ -499,12 +570,15 @@ class Session:
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
+        lines += [] if self.passes is None else self.passes.lines()
         lines += self._weight_lines()
         for tier, statistics_ in self.engine.statistics().items():
             lines.append(
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
                 f"wrote {format_gib(statistics_.bytes_written)}"
             )
+        if written := self.writes.per_step():
+            lines.append(table(*written_rows(written)))
         lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
 
@@ -541,7 +615,9 @@ class Session:
     def _bring_gradients_back(self) -> None:
         self.flush()
         for parameter in self.model.parameters():
-            if isinstance(parameter.grad, OffloadedGrad):
+            if is_applied(parameter.grad):
+                parameter.grad = None
+            elif isinstance(parameter.grad, OffloadedGrad):
                 parameter.grad = parameter.grad.materialize()
 
     def __enter__(self) -> Session:
@@ -604,14 +680,39 @@ def _find_forms(
         raise PrepareError(f"options.allow_lossy: {error}") from error
 
 
-def _streams_state(plan: Plan) -> bool:
-    return any(state.optimizer_tier is Tier.NVME for state in plan.states)
+def _refuse_in_backward(options: PlannerOptions | None, plan: Plan | None, nonfinite: str) -> None:
+    """Raises PlanMismatchError where updates may come during backward, and gradients are looked at first."""
+    chosen = plan.update_schedule.value if plan is not None else options and options.update_schedule
+    offered = plan is None and options is not None and options.gradients_untouched
+    if offered or chosen == UpdateSchedule.IN_BACKWARD.value:
+        refuse_combination(nonfinite)
+
+
+def _in_one_thread(options: PlannerOptions, plan: Plan | None) -> PlannerOptions:
+    """``options`` without the order in which several passes are under way at once: addresses are planned for
+    one, and the others would find their memory beside an arena that is resident.
+
+    Raises:
+        PrepareError: that order was asked for.
+    """
+    chosen = options.micro_batch_order if plan is None else plan.micro_batch_order.value
+    if chosen == MicroBatchOrder.VERTICAL.value:
+        raise PrepareError(
+            "allocator is 'planned', and micro-batches are to pass the blocks together (micro_batch_order "
+            "vertical): addresses are planned for one pass at a time. Use allocator 'default', or "
+            "micro_batch_order 'horizontal'"
+        )
+    return dataclasses.replace(options, micro_batch_order=MicroBatchOrder.HORIZONTAL.value)
+
+
+def _overwrites_disk(plan: Plan) -> bool:
+    return any(Tier.NVME in (state.optimizer_tier, state.weight_tier) for state in plan.states)
 
 
 def _check_spare(plan: Plan, budget: Budget, spare_bytes: int) -> None:
     """Raises PrepareError where the plan leaves less of the nvme budget."""
     free = budget.nvme_bytes - plan.peak(Tier.NVME)
-    if spare_bytes > free and _streams_state(plan):
+    if spare_bytes > free and _overwrites_disk(plan):
         raise PrepareError(
             f"{spare_bytes} bytes of nvme are to be spared for snapshots, the plan leaves {free} of "
             f"{budget.nvme_bytes}: raise budget.nvme by {spare_bytes - free} bytes, or spare less"

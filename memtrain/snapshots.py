@@ -19,7 +19,7 @@ from memtrain.offload.held import HeldSnapshots, check_room
 from memtrain.offload.placed import WINDOW_BYTES
 from memtrain.offload.store import PIECE_BYTES
 from memtrain.planner.actions import Tier
-from memtrain.planner.checkpoint_interval import SnapshotCost, best_interval, expected_loss
+from memtrain.planner.checkpoint_interval import SnapshotCost, SnapshotOutcome
 from memtrain.planner.units import format_gib, parse_bytes
 from memtrain.recipe import CheckpointSection
 
@@ -110,8 +110,8 @@ class RunSnapshots:
                 f"snapshots in memory: every {self._section.hold_every} steps, {format_gib(2 * whole_bytes)} "
                 f"outside of the budget at most, held by process {self._held.holder_pid}"
             )
-        streamed = any(state.optimizer_tier is Tier.NVME for state in session.plan.states)
-        spare = {Tier.NVME: self.spare_bytes} if self.spare_bytes and streamed else {}
+        used = any(Tier.NVME in (state.optimizer_tier, state.weight_tier) for state in session.plan.states)
+        spare = {Tier.NVME: self.spare_bytes} if self.spare_bytes and used else {}
         self._writer = AsyncCheckpointer(session, spare_bytes=spare)
         if self.spare_bytes:
             what = "for what updates would overwrite" if spare else "not used: no state is kept there"
@@ -155,13 +155,24 @@ class RunSnapshots:
             f"{cost.write_seconds:.2f} s until complete each, {format_gib(done.bytes_written)} in all; "
             f"updates waited {done.waited_seconds:.2f} s for them"
         ]
-        if self._section.hours_between_failures is not None and step_seconds > 0:
-            steps = self._section.hold_every or self._section.every
-            assert steps is not None
-            found.append(
-                interval_text(cost, 3600 * self._section.hours_between_failures, steps, step_seconds)
-            )
-        return found
+        outcome = self.outcome(step_seconds)
+        return found if outcome is None else [*found, outcome.text()]
+
+    def outcome(self, step_seconds: float) -> SnapshotOutcome | None:
+        """What they have cost against what they are for; None where none was completed, or no step was
+        timed."""
+        if self._writer is None or not self._writer.statistics.completed or not step_seconds > 0:
+            return None
+        hours, section = self._section.hours_between_failures, self._section
+        steps = section.hold_every or section.every
+        assert steps is not None
+        return SnapshotOutcome.of(
+            self._cost(),
+            completed=self._writer.statistics.completed,
+            every_steps=steps,
+            step_seconds=step_seconds,
+            failure_seconds=None if hours is None else 3600 * hours,
+        )
 
     def close(self, *, finished: bool) -> None:
         """End what is being written. The process that holds snapshots ends when the run is ``finished``, or
@@ -192,21 +203,3 @@ class RunSnapshots:
             write_seconds=max(overhead, done.write_seconds / done.completed),
             restart_seconds=self._restart_seconds,
         )
-
-
-def interval_text(cost: SnapshotCost, failure_seconds: float, steps: int, step_seconds: float) -> str:
-    """The interval that loses least, and what the one in use loses.
-
-    Args:
-        steps: between snapshots, as it is.
-    """
-    best_steps = max(1, round(best_interval(cost, failure_seconds) / step_seconds))
-
-    def lost(interval_steps: int) -> str:
-        return f"{expected_loss(interval_steps * step_seconds, cost, failure_seconds):.2%}"
-
-    return (
-        f"at one failure in {failure_seconds / 3600:g} h, with {cost.restart_seconds:.0f} s to restart: a "
-        f"snapshot every {best_steps} steps ({best_steps * step_seconds:.0f} s) loses least, "
-        f"{lost(best_steps)} of the time (Young 1974, Daly 2006); every {steps} steps, as now, {lost(steps)}"
-    )

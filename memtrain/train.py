@@ -43,6 +43,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.infeasible import overrun
 from memtrain.planner.machine import Budget, BudgetError
 from memtrain.planner.tracing.blocks import BlocksNotFoundError
+from memtrain.planner.vertical import OrderError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, RecipeError, ScheduleSection, load_recipe
 from memtrain.report import (
@@ -72,6 +73,7 @@ _REFUSALS = (
     UnsupportedHeadError,
     CodecError,
     MissingZstandardError,
+    OrderError,
 )
 """What is told in one line; anything else is a fault of ours and shows where it came from."""
 
@@ -223,12 +225,13 @@ class Trainer:
             micro_batches=training.accumulation,
             master_weights=recipe.optimizer.master_weights,
             nonfinite=training.nonfinite,
-            options=recipe.planner.options(),
+            options=recipe.planner_options(),
             chunked_loss=training.chunked_loss,
             codecs=recipe.tiers.codecs(),
             directory=self.output,
             reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
             spare_state_bytes=self.snapshots.spare_bytes,
+            allocator=training.allocator,
         )
 
     def _plan_budget(self) -> Budget:
@@ -274,7 +277,8 @@ class Trainer:
             seconds, peak_bytes = self._steps(display)
             step_seconds = statistics.median(seconds[1:] or seconds or [0.0])
             self.snapshots.wait()
-            for line in [*session.coding_lines(), *self.snapshots.lines(step_seconds)]:
+            planned = [] if session.passes is None else session.passes.lines()
+            for line in [*planned, *session.coding_lines(), *self.snapshots.lines(step_seconds)]:
                 display.note(line)
             after = self.evaluate()
             display.note(f"held-out loss after: {after:.4f}")
@@ -298,6 +302,10 @@ class Trainer:
             heldout_loss_after=after,
             checkpoint=str(saved),
             phases=tuple(self.phases),
+            written=session.writes.per_step(),
+            process_written_bytes_per_step=session.writes.process_bytes_per_step(),
+            endurance_bytes=recipe.tiers.nvme.endurance_bytes,
+            snapshots=self.snapshots.outcome(step_seconds),
         )
 
     def evaluate(self) -> float:
@@ -347,17 +355,15 @@ class Trainer:
         training, optimizer = self.recipe.training, self.session.optimizer
         rate = self.recipe.optimizer.lr * learning_rate_factor(self.recipe.schedule, step, training.steps)
         start = time.perf_counter()
-        losses = []
-        for micro in range(training.accumulation):
-            batch = self._batch(self.train_windows, step * training.accumulation + micro)
-            loss = self.session.model(**batch).loss
-            (loss / training.accumulation).backward()
-            losses.append(loss.detach())
+        for group in optimizer.param_groups:  # before backward, in which weights may be updated
+            group["lr"] = rate
+        first = step * training.accumulation
+        losses = self.session.accumulate(
+            self._batch(self.train_windows, first + micro) for micro in range(training.accumulation)
+        )
         norm = None
         if training.max_grad_norm is not None:
             norm = float(optimizer.clip_grad_norm_(training.max_grad_norm))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
         mean_loss = math.fsum(float(loss) for loss in losses) / len(losses)

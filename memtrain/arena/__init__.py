@@ -13,7 +13,9 @@ order.
 
 ``allocator.py`` decides when a step is recorded, planned or followed; ``trace.py`` makes a plan of
 recordings, with addresses from ``planner.addresses``; ``planned.cpp`` stands in the place of torch's own CPU
-allocator.
+allocator. ``passes.py`` says where the steps of a session begin and end, for a loop that knows nothing of
+them; ``device.py`` with ``device.cpp`` is the same for the memory of a GPU. What both sources share is
+``plan_core.h``.
 """
 
 from memtrain.arena.allocator import ArenaError as ArenaError

@@ -1,8 +1,8 @@
 // torch's CPU allocator with a plan: requests of a step in an arena, at addresses that were computed beforehand.
 //
 // Only the thread that has opened a step is served from an arena; everything else, and whatever the plan does not
-// foresee, goes to the allocator that was there before. The plan is never believed: a place is handed out only if
-// no block that is still alive lies in it, so a plan that does not fit costs speed and never bytes.
+// foresee, goes to the allocator that was there before, large requests to mappings of their own. From the moment that
+// a step leaves its plan the arena gives back whatever nothing lives in, so both together take what is alive.
 //
 // Once installed it stays: oneDNN frees by asking for the allocator of that moment, and a storage keeps the
 // pointer to its allocator for as long as it lives.
@@ -22,10 +22,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
+
+#include "plan_core.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -36,32 +37,18 @@ namespace {
 constexpr uintptr_t kPage = 4096;
 constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
 constexpr size_t kRegions = 64;  // mapped at a time in one process: one for each arena, and those that drain
-constexpr int64_t kElsewhere = -1;  // of a request's offset: it is not planned; of a death: it outlives the step
 
-uintptr_t number(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); }
-uintptr_t round_up(uintptr_t value, uintptr_t unit) { return (value + unit - 1) / unit * unit; }
+using namespace memtrain;
 
-struct Block {
-  uint64_t bytes;
-  uint64_t request;
-  uint64_t step;
-  bool poisoned;  // when it is released
-};
+uintptr_t round_down(uintptr_t value, uintptr_t unit) { return value / unit * unit; }
+uintptr_t round_up(uintptr_t value, uintptr_t unit) { return round_down(value + unit - 1, unit); }
 
-// An anonymous mapping and the blocks alive in it. Unmapped when it is retired and empty.
-struct Region {
-  char* base = nullptr;
-  size_t bytes = 0;
+// An anonymous mapping. Unmapped when it is retired and empty.
+struct Region : Places {
   size_t slot = 0;
   bool retired = false;
-  bool resident = false;
-  std::map<uintptr_t, Block> blocks;
-
-  bool is_free(uintptr_t begin, uint64_t size) const {
-    auto next = blocks.lower_bound(begin);
-    if (next != blocks.end() && next->first < begin + size) return false;
-    return next == blocks.begin() || (--next)->first + next->second.bytes <= begin;
-  }
+  bool poisons = false;
+  bool resident = false;  // all of it; otherwise what is alive, and what was not given back
 };
 
 // Where a region lies, to be read without the lock. A block's owner sees its region here, for the region was there
@@ -71,42 +58,14 @@ struct Slot {
   Region* region = nullptr;
 };
 
-// How a step went that was to follow a plan. Layout known to library.py.
-struct Outcome {
-  enum Kind : int64_t { kAsPlanned = 0, kSize = 1, kExtra = 2, kMissing = 3 };
-  int64_t kind;       // the first deviation
-  uint64_t request;   // its index
-  uint64_t planned;   // bytes of the plan's request, or requests of the plan
-  uint64_t actual;    // bytes asked for, or requests that came
-  uint64_t occupied;  // requests whose place still held a living block
-  uint64_t occupied_request;
-  uint64_t outliving;  // blocks alive at the end of the step though the plan has them die in it
-  uint64_t outliving_request;
-};
-
-// One request of a plan. Layout known to library.py.
-struct Request {
-  uint64_t bytes;
-  int64_t offset;
-};
-
-enum class Mode { kClosed, kRecording, kReplaying };
-
 struct Arena {
   size_t smallest;         // bytes; requests below are nobody's business
-  size_t mapped_smallest;  // while recording, requests from here on get mappings of their own
-  bool poisons;
-  Mode mode = Mode::kClosed;
+  size_t mapped_smallest;  // larger ones outside of the arena get mappings of their own
+  bool poisons;            // blocks as they die
   Region* region = nullptr;
-  uint64_t step = 0;
-  // Replaying
-  const Request* plan = nullptr;
-  uint64_t planned = 0, next = 0;
-  Outcome outcome{};
-  // Recording
-  std::vector<uint64_t> sizes;
-  std::vector<int64_t> deaths;
-  std::unordered_map<void*, uint64_t> alive;
+  std::atomic<uint64_t> open{0};  // the number of the step that is open
+  bool remembered = false;        // by a thread whose step another one has ended
+  Steps steps;
 };
 
 std::mutex lock;  // guards all below, and every region and arena
@@ -120,6 +79,8 @@ std::atomic<size_t> mapped_count{0}, recording_count{0}, slots_used{0};
 c10::Allocator* previous = nullptr;
 c10::DeleterFnPtr previous_release = nullptr;
 thread_local Arena* current = nullptr;
+thread_local bool records = false;        // the step that is open, rather than follow a plan
+thread_local uint64_t current_step = 0;  // of `current`, which may have been closed by another thread
 
 void unmap(Region* region) {
   if (region->bytes != 0) munmap(region->base, region->bytes);
@@ -128,16 +89,47 @@ void unmap(Region* region) {
   delete region;
 }
 
+void give_back(uintptr_t begin, uintptr_t end) {
+  begin = round_up(begin, kPage);
+  end = round_down(end, kPage);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
+// Keep the pages of blocks that are alive, until they die.
+void vacate(Region* region) {
+  if (region == nullptr || !region->resident) return;
+  region->resident = false;
+  uintptr_t free = number(region->base);
+  for (const auto& [begin, block] : region->blocks) {
+    give_back(free, begin);
+    free = begin + block.bytes;
+  }
+  give_back(free, number(region->base) + region->bytes);
+}
+
+// What still lives in it keeps its own pages, and no others.
 void retire(Region* region) {
   if (region == nullptr) return;
   region->retired = true;
-  if (region->blocks.empty()) unmap(region);
+  if (region->blocks.empty())
+    unmap(region);
+  else
+    vacate(region);
+}
+
+// A block has died in a region that is not resident: its pages, but for those that it shared.
+void vacate_around(const Region& region, uintptr_t begin, uint64_t size) {
+  uintptr_t low = round_down(begin, kPage), high = round_up(begin + size, kPage);
+  auto next = region.blocks.lower_bound(begin);
+  if (next != region.blocks.end()) high = std::min(high, next->first);
+  if (next != region.blocks.begin()) --next, low = std::max(low, next->first + next->second.bytes);
+  give_back(low, high);
 }
 
 bool populate(char* base, size_t bytes) {
   if (madvise(base, bytes, MADV_POPULATE_WRITE) == 0) return true;
   if (errno != EINVAL) return false;
-  for (size_t at = 0; at < bytes; at += kPage) static_cast<volatile char*>(base)[at] = 0;  // Linux before 5.14
+  for (size_t at = 0; at < bytes; at += kPage) __atomic_fetch_or(base + at, 0, __ATOMIC_RELAXED);  // before Linux 5.14
   return true;
 }
 
@@ -171,17 +163,16 @@ bool release_ours(void* pointer) {
     }
     c10::profiledCPUMemoryReporter().Delete(pointer);
     // All bits set is a NaN in every floating type: whoever reads on after the end of a life sees it.
-    if (block->second.poisoned) std::memset(pointer, 0xFF, block->second.bytes);
-    region->blocks.erase(block);
-    if (region->retired && region->blocks.empty()) unmap(region);
+    const uint64_t size = block->second.bytes;
+    if (region->poisons) std::memset(pointer, 0xFF, size);
+    region->give(block);
+    if (region->retired && region->blocks.empty())
+      unmap(region);
+    else if (!region->resident)
+      vacate_around(*region, number(pointer), size);
     return true;
   }
-  for (Arena* arena : recording) {
-    auto found = arena->alive.find(pointer);
-    if (found == arena->alive.end()) continue;
-    arena->deaths[found->second] = static_cast<int64_t>(arena->sizes.size());
-    arena->alive.erase(found);
-  }
+  for (Arena* arena : recording) arena->steps.died(pointer);
   auto found = mapped.find(pointer);
   if (found == mapped.end()) return false;
   c10::profiledCPUMemoryReporter().Delete(pointer);
@@ -210,60 +201,44 @@ void* map_block(size_t bytes) {
   return pointer;
 }
 
-void* record(Arena& arena, size_t bytes) {
+// Outside of the arena, without leaving anything behind in the heap.
+void* apart(const Arena& arena, size_t bytes) {
   void* pointer = bytes >= arena.mapped_smallest ? map_block(bytes) : nullptr;
-  if (pointer == nullptr) pointer = ordinary(bytes);
+  return pointer != nullptr ? pointer : ordinary(bytes);
+}
+
+void* record(Arena& arena, size_t bytes) {
+  void* pointer = apart(arena, bytes);
   std::lock_guard<std::mutex> guard(lock);
-  arena.alive[pointer] = arena.sizes.size();
-  arena.sizes.push_back(bytes);
-  arena.deaths.push_back(kElsewhere);
+  if (arena.open == current_step) arena.steps.born(pointer, bytes);
   return pointer;
 }
 
-void deviate(Arena& arena, Outcome::Kind kind, uint64_t planned, uint64_t actual) {
-  arena.outcome.kind = kind;
-  arena.outcome.request = arena.next;
-  arena.outcome.planned = planned;
-  arena.outcome.actual = actual;
-}
-
-// The place of the next request, or nullptr where it belongs elsewhere.
 void* replay(Arena& arena, size_t bytes) {
-  std::lock_guard<std::mutex> guard(lock);
-  if (arena.outcome.kind != Outcome::kAsPlanned) return nullptr;
-  if (arena.next == arena.planned) {
-    deviate(arena, Outcome::kExtra, arena.planned, bytes);
-    return nullptr;
+  bool planned;
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (arena.open != current_step) return ordinary(bytes);
+    const bool followed = !arena.steps.left_plan();
+    const uint64_t occupied = arena.steps.occupied();
+    if (void* pointer = arena.steps.place(arena.region, bytes)) {
+      c10::profiledCPUMemoryReporter().New(pointer, bytes);
+      return pointer;
+    }
+    if (followed && arena.steps.left_plan()) vacate(arena.region);
+    planned = !arena.steps.left_plan() && occupied == arena.steps.occupied();
   }
-  const Request& request = arena.plan[arena.next];
-  if (request.bytes != bytes) {
-    deviate(arena, Outcome::kSize, request.bytes, bytes);
-    return nullptr;
-  }
-  const uint64_t index = arena.next++;
-  if (request.offset == kElsewhere) return nullptr;
-  const uintptr_t begin = number(arena.region->base) + static_cast<uintptr_t>(request.offset);
-  if (!arena.region->is_free(begin, bytes)) {
-    if (arena.outcome.occupied++ == 0) arena.outcome.occupied_request = index;
-    return nullptr;
-  }
-  arena.region->blocks.emplace(begin, Block{bytes, index, arena.step, arena.poisons});
-  void* pointer = reinterpret_cast<void*>(begin);
-  c10::profiledCPUMemoryReporter().New(pointer, bytes);
-  return pointer;
+  return planned ? ordinary(bytes) : apart(arena, bytes);  // What outlives its step, steps and the arena outlive too.
 }
 
 struct PlannedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     Arena* arena = current;
-    void* pointer = nullptr;
-    if (arena == nullptr || bytes < arena->smallest) {
+    void* pointer;
+    if (arena == nullptr || bytes < arena->smallest || arena->open != current_step)
       pointer = ordinary(bytes);
-    } else if (arena->mode == Mode::kRecording) {
-      pointer = record(*arena, bytes);
-    } else if ((pointer = replay(*arena, bytes)) == nullptr) {
-      pointer = ordinary(bytes);
-    }
+    else
+      pointer = records ? record(*arena, bytes) : replay(*arena, bytes);
     return {pointer, pointer, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
@@ -287,16 +262,36 @@ void after_fork_in_child() {
       slot.region->bytes = 0;
       slot.begin = slot.end = 0, slot.region = nullptr;
     }
-  for (Arena* arena : recording) arena->mode = Mode::kClosed, arena->alive.clear();
+  for (Arena* arena : recording) arena->steps.close(), arena->open = 0;
   recording.clear();
   recording_count = 0;
   current = nullptr;
   lock.unlock();
 }
 
-void close_step(Arena* arena) {
-  arena->mode = Mode::kClosed;
-  current = nullptr;
+// In any thread.
+void closed(Arena* arena) {
+  auto found = std::find(recording.begin(), recording.end(), arena);
+  if (found != recording.end()) recording.erase(found);
+  recording_count = recording.size();
+  arena->open = 0;
+  if (current == arena)
+    current = nullptr;
+  else
+    arena->remembered = true;
+}
+
+// What a step of `arena` in this thread needs; 0, or an errno.
+int may_open(const Arena* arena) {
+  if (c10::GetAllocator(c10::DeviceType::CPU) != installed) return ENODEV;
+  const bool busy = current != nullptr && current->open == current_step;
+  return busy || arena->open != 0 ? EBUSY : 0;
+}
+
+void opened(Arena* arena, bool recorded) {
+  current = arena;
+  current_step = arena->open = arena->steps.number();
+  records = recorded;
 }
 
 }  // namespace
@@ -329,7 +324,8 @@ Arena* memtrain_arena_new(uint64_t smallest, uint64_t mapped_smallest, int poiso
 void memtrain_arena_delete(Arena* arena) {
   std::lock_guard<std::mutex> guard(lock);
   retire(arena->region);
-  delete arena;
+  arena->region = nullptr;
+  if (!arena->remembered) delete arena;
 }
 
 // Give the arena `bytes` of resident memory, or none, in place of what it has. 0, or an errno.
@@ -358,6 +354,7 @@ int memtrain_arena_map(Arena* arena, uint64_t bytes) {
   region->base = base;
   region->bytes = whole;
   region->slot = index;
+  region->poisons = arena->poisons;
   region->resident = true;
   slots[index].region = region;
   slots[index].begin = begin;
@@ -367,79 +364,70 @@ int memtrain_arena_map(Arena* arena, uint64_t bytes) {
   return 0;
 }
 
-// Open a step of this thread that is recorded. An arena that nothing lives in gives its pages back meanwhile.
-// 0, or EBUSY (a step is open, of this thread or of this arena), ENODEV (another allocator has taken the place).
-int memtrain_arena_record(Arena* arena) {
-  if (c10::GetAllocator(c10::DeviceType::CPU) != installed) return ENODEV;
+// Give back what nothing lives in, until a step follows a plan again.
+void memtrain_arena_vacate(Arena* arena) {
   std::lock_guard<std::mutex> guard(lock);
-  if (current != nullptr || arena->mode != Mode::kClosed) return EBUSY;
-  if (Region* region = arena->region; region != nullptr && region->blocks.empty() && region->resident) {
-    madvise(region->base, region->bytes, MADV_DONTNEED);
-    region->resident = false;
-  }
-  arena->sizes.clear();
-  arena->deaths.clear();
-  arena->mode = Mode::kRecording;
+  vacate(arena->region);
+}
+
+// Bytes that are resident and nothing lives in.
+uint64_t memtrain_arena_vacant(const Arena* arena) {
+  std::lock_guard<std::mutex> guard(lock);
+  const Region* region = arena->region;
+  return region != nullptr && region->resident ? region->bytes - region->alive_bytes : 0;
+}
+
+// Requests of the open step so far.
+uint64_t memtrain_arena_requests(const Arena* arena) {
+  std::lock_guard<std::mutex> guard(lock);
+  return arena->steps.requests();
+}
+
+// Open a step of this thread that is recorded; the arena is vacated. 0, or EBUSY (a step is open, of this thread or
+// of this arena), ENODEV (another allocator has taken the place).
+int memtrain_arena_record(Arena* arena) {
+  std::lock_guard<std::mutex> guard(lock);
+  if (int error = may_open(arena)) return error;
+  vacate(arena->region);
+  arena->steps.record();
   recording.push_back(arena);
   recording_count = recording.size();
-  current = arena;
+  opened(arena, true);
   return 0;
 }
 
 // Open a step of this thread that follows `plan`, which must live until it ends and fit what is mapped. As above.
 int memtrain_arena_replay(Arena* arena, const Request* plan, uint64_t count) {
-  if (c10::GetAllocator(c10::DeviceType::CPU) != installed) return ENODEV;
   std::lock_guard<std::mutex> guard(lock);
-  if (current != nullptr || arena->mode != Mode::kClosed) return EBUSY;
+  if (int error = may_open(arena)) return error;
   Region* region = arena->region;
   if (region != nullptr && !region->resident) {
     if (!populate(region->base, region->bytes)) return errno;
     region->resident = true;
   }
-  arena->plan = plan;
-  arena->planned = count;
-  arena->next = 0;
-  arena->outcome = Outcome{};
-  arena->step += 1;
-  arena->mode = Mode::kReplaying;
-  current = arena;
+  arena->steps.replay(plan, count);
+  opened(arena, false);
   return 0;
 }
 
-// End the recorded step; the number of its requests.
+// End the recorded step, in any thread; the number of its requests.
 uint64_t memtrain_arena_end_record(Arena* arena) {
   std::lock_guard<std::mutex> guard(lock);
-  for (auto it = recording.begin(); it != recording.end(); ++it)
-    if (*it == arena) {
-      recording.erase(it);
-      break;
-    }
-  recording_count = recording.size();
-  arena->alive.clear();  // What has not died by now outlives the step.
-  close_step(arena);
-  return arena->sizes.size();
+  closed(arena);
+  return arena->steps.end_record();
 }
 
-// What was recorded: bytes of each request, and the number of requests that had been made when it died.
+// `Steps::recorded`.
 void memtrain_arena_recorded(Arena* arena, uint64_t* sizes, int64_t* deaths) {
-  std::copy(arena->sizes.begin(), arena->sizes.end(), sizes);
-  std::copy(arena->deaths.begin(), arena->deaths.end(), deaths);
-  arena->sizes = {};
-  arena->deaths = {};
+  std::lock_guard<std::mutex> guard(lock);
+  arena->steps.recorded(sizes, deaths);
 }
 
-// End the step that followed a plan.
+// End the step that followed a plan, in any thread.
 void memtrain_arena_end_replay(Arena* arena, Outcome* outcome) {
   std::lock_guard<std::mutex> guard(lock);
-  if (arena->outcome.kind == Outcome::kAsPlanned && arena->next < arena->planned)
-    deviate(*arena, Outcome::kMissing, arena->planned, arena->next);
-  if (arena->region != nullptr)
-    for (const auto& [address, block] : arena->region->blocks)
-      if (block.step == arena->step && arena->outcome.outliving++ == 0)
-        arena->outcome.outliving_request = block.request;
-  *outcome = arena->outcome;
-  arena->plan = nullptr;
-  close_step(arena);
+  closed(arena);
+  *outcome = arena->steps.end_replay(arena->region);
 }
 
 }  // extern "C"

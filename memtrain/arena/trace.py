@@ -7,16 +7,22 @@ and other threads decide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from memtrain.planner.addresses import Packing, pack
+from memtrain.planner.addresses import pack
 from memtrain.planner.buffers import Buffer
 
 ELSEWHERE = -1
 """As a death: the block outlived the step. As an offset: the arena has no place for the request."""
 ALIGNMENT_BYTES = 64
 """Of every address: a cache line, and what torch's own CPU allocator promises its vector code."""
+
+
+def numbers(values: Iterable[int]) -> array[int]:
+    """In 8 bytes each: a step may have a hundred thousand."""
+    return values if isinstance(values, array) else array("q", values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +50,7 @@ class Trace:
 
     def is_like(self, other: Trace) -> bool:
         """Whether the other step asked for the same bytes in the same order."""
-        return list(self.sizes) == list(other.sizes)
+        return numbers(self.sizes) == numbers(other.sizes)
 
     def joined(self, other: Trace) -> Trace:
         """Of two steps that are alike: every block lives as long as in either."""
@@ -52,21 +58,26 @@ class Trace:
             ELSEWHERE if ELSEWHERE in pair else max(pair)
             for pair in zip(self.deaths, other.deaths, strict=True)
         )
-        return Trace(sizes=self.sizes, deaths=tuple(deaths))
+        return Trace(sizes=self.sizes, deaths=numbers(deaths))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
     """Where each request of a step goes."""
 
-    sizes: tuple[int, ...]
+    sizes: array[int]
     """Bytes of each request."""
-    offsets: tuple[int, ...]
+    offsets: array[int]
     """Of each, its address in the arena; ELSEWHERE for what outlives the step."""
-    packing: Packing
-    """Heights and bounds of what is planned; sizes there are rounded up to ALIGNMENT_BYTES."""
+    height_bytes: int
+    """Where the highest block ends; sizes are rounded up to ALIGNMENT_BYTES there."""
     load_bytes: int
     """The most bytes of planned requests alive at once, as they were asked for, not rounded."""
+
+    @property
+    def planned_requests(self) -> int:
+        """Requests that have an address."""
+        return len(self.offsets) - self.offsets.count(ELSEWHERE)
 
     @property
     def outliving_bytes(self) -> int:
@@ -74,20 +85,25 @@ class StepPlan:
         return sum(size for size, offset in zip(self.sizes, self.offsets, strict=True) if offset == ELSEWHERE)
 
 
-def plan_step(trace: Trace, *, time_limit_seconds: float) -> StepPlan:
+def plan_step(trace: Trace, *, time_limit_seconds: float, alignment_bytes: int = ALIGNMENT_BYTES) -> StepPlan:
     """Addresses for everything that dies within the step.
 
     Args:
         time_limit_seconds: for ``planner.addresses.pack``.
+        alignment_bytes: of every address.
     """
     buffers = [
         Buffer(str(index), index, death, size)
         for index, (size, death) in enumerate(zip(trace.sizes, trace.deaths, strict=True))
         if death != ELSEWHERE
     ]
-    packing = pack(buffers, time_limit_seconds=time_limit_seconds, alignment=ALIGNMENT_BYTES)
-    offsets = tuple(packing.offsets.get(str(index), ELSEWHERE) for index in range(len(trace.sizes)))
-    return StepPlan(sizes=tuple(trace.sizes), offsets=offsets, packing=packing, load_bytes=_load(buffers))
+    packing = pack(buffers, time_limit_seconds=time_limit_seconds, alignment=alignment_bytes)
+    return StepPlan(
+        sizes=numbers(trace.sizes),
+        offsets=numbers(packing.offsets.get(str(index), ELSEWHERE) for index in range(len(trace.sizes))),
+        height_bytes=packing.height,
+        load_bytes=_load(buffers),
+    )
 
 
 def _load(buffers: Sequence[Buffer]) -> int:

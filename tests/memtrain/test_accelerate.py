@@ -39,7 +39,10 @@ from memtrain.integrations.accelerate import (  # noqa: E402
     stream_state,
 )
 
-FORCED = {"state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"}, "block": {"action": "swap"}}
+FORCED = {
+    "state": {"weight_tier": "device", "gradient_tier": "nvme", "optimizer_tier": "nvme"},
+    "block": {"action": "swap"},
+}
 ROOMY: dict[str, dict[str, str]] = {}  # everything stays in memory
 
 

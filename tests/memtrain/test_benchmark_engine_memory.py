@@ -41,8 +41,17 @@ def test_two_blocks_and_an_embedding_by_hand(engine_memory: ModuleType) -> None:
     assert default.parameters == 5 * 200_000_512  # 1e8 elements of two bytes, to 1024
     assert default.gradients == 64 * Mi
 
-    ours = engine_memory.memtrain(shapes)
+    assert engine_memory.by_parameter(shapes) == 4 * 2 * Mi * 2 + 2 * Mi * 2 + 8 * Mi * 2
+    ours = engine_memory.memtrain(shapes, 36 * Mi)
     assert ours.optimizer == 6 * Mi * 16
-    assert ours.parameters == 4 * 2 * Mi * 2 + 2 * Mi * 2 + 8 * Mi * 2
     assert ours.gradients == 4 * 4 * Mi
     assert ours.total == (96 + 36 + 16) * Mi
+
+
+def test_windows_by_hand(engine_memory: ModuleType) -> None:
+    # Embedding and head of 8 Mi, blocks of 5 Mi and a norm that stays: three windows.
+    block = (2 * Mi, 2 * Mi, Mi, 1024)
+    parameters = (8 * Mi, *block, *block, 1024, 8 * Mi)
+    shapes = engine_memory.Shapes(parameters=parameters, block=block, outside=((8 * Mi,), (1024, 8 * Mi)))
+    assert engine_memory.windows(shapes, classes=False) == 3 * 16 * Mi
+    assert engine_memory.windows(shapes, classes=True) == 16 * Mi + 2 * 10 * Mi

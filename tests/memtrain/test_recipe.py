@@ -98,6 +98,38 @@ def test_what_a_plan_may_lose_reaches_the_planner() -> None:
     assert digests[0] == parse_recipe(minimal()).digest
 
 
+@pytest.mark.parametrize(
+    ("training", "named"),
+    [
+        ({"max_grad_norm": 1.0, "nonfinite": "ignore"}, "max_grad_norm 1.0"),
+        ({"nonfinite": "skip"}, "training.nonfinite skip"),
+        ({}, "training.nonfinite raise"),
+    ],
+)
+def test_updates_during_backward_are_refused_where_gradients_are_looked_at(
+    training: dict[str, Any], named: str
+) -> None:
+    data = with_value("planner", {"update_schedule": "in_backward"})
+    data["training"] |= training
+    with pytest.raises(
+        RecipeError, match=f"update_schedule in_backward .*{named}.*set max_grad_norm to null"
+    ):
+        parse_recipe(data)
+
+
+def test_updates_during_backward_are_offered_where_nothing_looks_at_gradients() -> None:
+    data = minimal()
+    assert not parse_recipe(data).planner_options().gradients_untouched
+    data["training"] |= {"nonfinite": "ignore"}
+    assert parse_recipe(data).planner_options().gradients_untouched
+    assert parse_recipe(data).planner_options().update_schedule == "auto"
+    data["training"]["max_grad_norm"] = 1.0
+    assert not parse_recipe(data).planner_options().gradients_untouched
+    asked = minimal() | {"planner": {"update_schedule": "in_backward"}}
+    asked["training"] |= {"nonfinite": "ignore"}
+    assert parse_recipe(asked).planner_options().update_schedule == "in_backward"
+
+
 def test_an_unknown_key_that_resembles_none_gets_the_list() -> None:
     with pytest.raises(RecipeError, match=r"output\.zzz: unknown key; known keys: directory"):
         parse_recipe(with_value("output.zzz", 1))
@@ -118,7 +150,7 @@ def test_a_key_of_another_optimizer_is_refused() -> None:
     [
         ("training.steps", 0, r"training\.steps: Input should be greater than 0, got 0"),
         ("training.steps", "ten", r"training\.steps: .*got 'ten'"),
-        ("training.nonfinite", "ignore", r"training\.nonfinite: .*'raise' or 'skip', got 'ignore'"),
+        ("training.nonfinite", "warn", r"training\.nonfinite: .*'raise', 'skip' or 'ignore', got 'warn'"),
         ("training.max_grad_norm", True, r"training: max_grad_norm is not a yes-or-no key"),
         ("optimizer.lr", -1, r"optimizer\.AdamW\.lr: .*greater than 0"),
         ("optimizer.name", "Adagrad", r"optimizer: .*Adagrad.*AdamW"),

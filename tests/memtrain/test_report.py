@@ -188,8 +188,8 @@ def test_a_summary_of_the_first_version_may_have_them(tmp_path: Path) -> None:
 
 def test_a_later_summary_is_refused_by_its_version(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
-    path.write_text(json.dumps({**json.loads(summary().to_json()), "version": 3}))
-    with pytest.raises(ValueError, match="version 3, this memtrain reads 1 and 2"):
+    path.write_text(json.dumps({**json.loads(summary().to_json()), "version": 4}))
+    with pytest.raises(ValueError, match="version 4, this memtrain reads 1 to 3"):
         Summary.read(path)
 
 

@@ -13,8 +13,10 @@ from memtrain import snapshots as snapshots_module
 from memtrain import train as train_module
 from memtrain.memory import MemoryLimit
 from memtrain.recipe import load_recipe
+from memtrain.report import Summary
 from memtrain.train import RunFinished, main
 from tests.memtrain.test_train import TINY, kill_after, metrics
+from tests.offload.async_runs import shared_memory_names
 
 STEPS = 8
 SMALL = [
@@ -47,11 +49,13 @@ def assert_same_end(one: Path, other: Path) -> None:
             assert path.read_bytes() == (ends[1] / path.name).read_bytes(), path.name
 
 
-def holders() -> list[int]:
+def holders(folder: Path) -> list[int]:
+    """Of runs in ``folder``: other tests may run beside this one."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            if b"holder.py" in path.read_bytes():
+            command = path.read_bytes()
+            if b"holder.py" in command and os.fsencode(folder) in command:
                 found.append(int(path.parent.name))
     return found
 
@@ -71,6 +75,10 @@ def test_checkpoints_beside_training(plain: Path, tmp_path: Path, capsys: pytest
     ):
         assert text in said
     assert_same_end(plain, tmp_path / "run")
+    outcome = Summary.read(tmp_path / "run" / "summary.json").snapshots
+    assert outcome is not None
+    assert outcome.text() in " ".join(said.split())
+    assert outcome.failure_seconds == 7200.0
     kept = sorted(path.name for path in (tmp_path / "run" / "checkpoint").iterdir())
     assert kept == [f"step-{STEPS - 1:06d}", f"step-{STEPS:06d}"]
 
@@ -78,10 +86,10 @@ def test_checkpoints_beside_training(plain: Path, tmp_path: Path, capsys: pytest
 def test_a_killed_run_goes_on_from_memory_and_nothing_is_left(
     plain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, shared, output = set(holders()), sorted(os.listdir("/dev/shm")), tmp_path / "run"
+    shared, output = shared_memory_names(), tmp_path / "run"
     words = [*SMALL, "checkpoint.every=100", "checkpoint.hold_every=1", "checkpoint.spare=1MiB"]
     kill_after(output, 4, *words)
-    assert len(set(holders()) - before) == 1
+    assert len(holders(tmp_path)) == 1
     assert not list((output / "checkpoint").glob("*"))  # there is nothing on the disk to resume from
     run(output, *words)
     said = capsys.readouterr().out
@@ -89,24 +97,24 @@ def test_a_killed_run_goes_on_from_memory_and_nothing_is_left(
     assert "snapshots in memory: every 1 steps, " in said
     assert "on nvme not used: no state is kept there" in said
     assert_same_end(plain, output)
-    assert set(holders()) == before
-    assert sorted(os.listdir("/dev/shm")) == shared
+    assert holders(tmp_path) == []
+    assert shared_memory_names() == shared
     assert not (output / "holder").exists()
     with pytest.raises(RunFinished, match=f"all {STEPS} steps are done"):
         run(output, *words)
-    assert set(holders()) == before
+    assert holders(tmp_path) == []
 
 
 def test_one_that_starts_anew_or_fails_leaves_no_holder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, output = set(holders()), tmp_path / "run"
+    output = tmp_path / "run"
     words = [*SMALL, "checkpoint.every=100", "checkpoint.hold_every=1"]
     kill_after(output, 3, *words)
-    assert len(set(holders()) - before) == 1
+    assert len(holders(tmp_path)) == 1
     run(output, *words, "training.steps=2", "checkpoint.resume=never")
     assert "resumed" not in capsys.readouterr().out
-    assert set(holders()) == before
+    assert holders(tmp_path) == []
 
     limit = MemoryLimit(limit_bytes=1 << 20, used_bytes=0, source="a small machine")
     monkeypatch.setattr(snapshots_module, "machine_memory", lambda: limit)
@@ -115,4 +123,4 @@ def test_one_that_starts_anew_or_fails_leaves_no_holder(
     message = capsys.readouterr().err
     assert "holding snapshots in memory takes" in message
     assert "(a small machine): take snapshots to disk" in message
-    assert set(holders()) == before
+    assert holders(tmp_path) == []

@@ -10,12 +10,12 @@ import torch
 
 import memtrain
 from memtrain.offload.async_snapshot import AsyncCheckpointer, snapshot_bytes
+from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.planner.actions import Tier
-from memtrain.planner.checkpoint_interval import SnapshotCost
 from memtrain.recipe import RecipeError, parse_recipe
 from memtrain.session import PrepareError
-from memtrain.snapshots import MEMORY_BYTES, RunSnapshots, interval_text
+from memtrain.snapshots import MEMORY_BYTES, RunSnapshots
 from tests.memtrain.test_coding import RECIPE, coding_machine
 from tests.memtrain.test_coding import build as build_kind
 from tests.memtrain.test_session import EVERYTHING_AWAY, MACHINE, tokens
@@ -68,7 +68,7 @@ def test_sessions_with_all_state_on_disk(kind: str, schedule: str, tmp_path: Pat
 
         losses = train(session, range(4), save)
         end = {name: value.clone() for name, value in session.model.state_dict().items()}
-    spare = {} if codec else {Tier.NVME: 64 << 20}
+    spare = {Tier.NVME: 64 << 20}
     with prepare(kind, tmp_path, schedule, spare_state_bytes=sum(spare.values()), **codec) as session:
         torch.manual_seed(1)
         with AsyncCheckpointer(session, spare_bytes=spare) as snapshots:
@@ -84,6 +84,32 @@ def test_sessions_with_all_state_on_disk(kind: str, schedule: str, tmp_path: Pat
         assert size - 16384 < snapshot_bytes(session) <= size
         load_checkpoint(tmp_path / "async-1", session)
         assert train(session, range(2, 4)) == losses[6:]
+
+
+def test_a_failed_snapshot_is_told_at_a_step_that_backward_has_begun(tmp_path: Path) -> None:
+    """With updates in backward nothing is lost by it: the step is finished by asking for it again."""
+    ends = []
+    for fails in (False, True):
+        model, optimizer, _ = build_kind("adamw")
+        options = memtrain.PlannerOptions(force=EVERYTHING_AWAY, update_schedule="in_backward")
+        budget = memtrain.Budget(device="3GiB", nvme=f"{tmp_path}:1GiB")
+        with (
+            memtrain.prepare(
+                model, optimizer, (tokens(0),), budget=budget, options=options, machine=MACHINE
+            ) as session,
+            AsyncCheckpointer(session) as snapshots,
+        ):
+            for step in range(2):
+                session.model(tokens(step)).backward()
+                if fails and step == 1:
+                    snapshots._error = CheckpointError("no room")
+                    with pytest.raises(CheckpointError, match="no room"):
+                        session.optimizer.step()
+                session.optimizer.step()
+                session.optimizer.zero_grad()
+        ends.append(model.state_dict())
+    plain, failed = ends
+    assert all(torch.equal(plain[name], value) for name, value in failed.items())
 
 
 def test_spares_are_room_beyond_the_plan(tmp_path: Path) -> None:
@@ -111,10 +137,6 @@ def test_spares_are_room_beyond_the_plan(tmp_path: Path) -> None:
         ({"checkpoint": {"hours_between_failures": 3}}, "hours_between_failures is for snapshots beside"),
         ({"checkpoint": {"hold_every": 2, "hours_between_failures": 0}}, "hours_between_failures"),
         (
-            {"checkpoint": {"hold_every": 2}, "tiers": {"nvme": {"codec": "exponent"}}},
-            "read coded records whole",
-        ),
-        (
             {"checkpoint": {"hold_every": 2, "spare": "1MiB"}, "budget": {"device": "1GiB"}},
             "checkpoint.spare is room on nvme",
         ),
@@ -123,6 +145,15 @@ def test_spares_are_room_beyond_the_plan(tmp_path: Path) -> None:
 def test_words_that_would_be_ignored_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         parse_recipe({**RECIPE, **sections})
+
+
+def test_streamed_weights_and_coded_state_go_with_them() -> None:
+    words = {
+        "checkpoint": {"hold_every": 2, "spare": "1MiB"},
+        "tiers": {"nvme": {"codec": "exponent"}},
+        "model": {**RECIPE["model"], "streamed": True},
+    }
+    assert parse_recipe({**RECIPE, **words}).checkpoint.beside_training
 
 
 def test_what_a_run_computes_does_not_depend_on_snapshots() -> None:
@@ -141,14 +172,3 @@ def test_nothing_is_started_or_reserved_unasked(tmp_path: Path) -> None:
     snapshots.close(finished=True)
     assert list(tmp_path.iterdir()) == []
     assert MEMORY_BYTES == 16 << 20
-
-
-def test_the_interval_is_told_with_what_it_loses() -> None:
-    """Daly's figure 3 with snapshots that stop training: 117 minutes, here of steps of 10 s."""
-    cost = SnapshotCost(overhead_seconds=300.0, write_seconds=300.0, restart_seconds=600.0)
-    text = interval_text(cost, 24 * 3600.0, 100, 10.0)
-    assert "at one failure in 24 h, with 600 s to restart: a snapshot every 700 steps (7000 s)" in text
-    # 86400/7000 * exp(600/86400) * (exp(7300/86400) - 1) = 12.34286 * 1.0069686 * 0.0881628 = 1.09576
-    assert "loses least, 9.58% of the time" in text
-    # 86.4 * 1.0069686 * (exp(1300/86400) - 1) = 86.4 * 1.0069686 * 0.0151601 = 1.31896
-    assert "every 100 steps, as now, 31.90%" in text

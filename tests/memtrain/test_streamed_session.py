@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrain
 from memtrain.forms import BlockForms
+from memtrain.offload.async_snapshot import AsyncCheckpointer
 from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.device import make_device
 from memtrain.offload.errors import PlanMismatchError, WeightAwayError
@@ -21,9 +22,11 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.rehearsal import BlockRehearsal
+from memtrain.session import Session
 from memtrain.streamed_model import StreamedModelError, streamed_model
 from memtrain.streamed_tracing import traced_weights
 from tests.memtrain.test_session import MACHINE
+from tests.offload.async_runs import assert_same_folders
 
 SHAPE = {
     "hidden_size": 256,
@@ -268,11 +271,58 @@ def test_weights_that_a_session_brought_home_stay_there_for_the_next(budget):
     assert found == expected
 
 
-def test_weights_that_the_plan_has_on_another_tier_than_theirs_are_refused(budget):
+def test_a_streamed_model_is_offered_no_tier_but_its_own(budget):
     with streamed(False, budget) as made:
         both = memtrain.Budget(device="4GiB", cxl="0:64MiB", nvme=f"{budget.nvme_directory}:64MiB")
         machine = dataclasses.replace(
             MACHINE, links=(*MACHINE.links, dataclasses.replace(MACHINE.links[0], tier=Tier.CXL))
         )
-        with pytest.raises(PlanMismatchError, match=r"on cxl, those of this .* on nvme: plan with options"):
+        with pytest.raises(ValueError, match=r"leaves nothing; tiers are \['device', 'nvme'\]"):
             prepare(made.model, both, {"state": {"weight_tier": "cxl"}}, machine)
+        with prepare(made.model, both, {"state": {"optimizer_tier": "cxl"}}, machine) as session:
+            assert {state.weight_tier for state in session.plan.states} <= {Tier.DEVICE, Tier.NVME}
+            moved = [dataclasses.replace(state, weight_tier=Tier.CXL) for state in session.plan.states]
+            given = SimpleNamespace(plan=dataclasses.replace(session.plan, states=tuple(moved)))
+            units = [(state.unit, []) for state in moved]
+        with pytest.raises(PlanMismatchError, match=r"on cxl, those of this .* on nvme: plan with options"):
+            Session._stream_weights(given, [], units, made.weights)
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "ahead"])
+def test_snapshots_beside_training(tmp_path, budget, schedule):
+    """The synchronous checkpoint at every step, and the session is taken up from one of them."""
+
+    def begun(made):
+        options = memtrain.PlannerOptions(force=AWAY, update_schedule=schedule)
+        return memtrain.prepare(
+            made.model,
+            torch.optim.AdamW(made.model.parameters(), lr=1e-3),
+            batch(0),
+            budget=budget,
+            options=options,
+            machine=MACHINE,
+            micro_batches=2,
+            master_weights=True,
+            spare_state_bytes=8 << 20,
+        )
+
+    with streamed(True, budget) as made, begun(made) as session:
+        expected = []
+        for step in range(3):
+            expected += train(session, [step])
+            save_checkpoint(tmp_path / f"sync-{step}", session, progress={"n": step})
+    with streamed(True, budget) as made:
+        with (
+            begun(made) as session,
+            AsyncCheckpointer(session, spare_bytes={Tier.NVME: 8 << 20}) as snapshots,
+        ):
+            losses = []
+            for step in range(3):
+                losses += train(session, [step])
+                snapshots.save(tmp_path / f"async-{step}", progress={"n": step})
+        assert losses == expected
+        for step in range(3):
+            assert_same_folders(tmp_path / f"sync-{step}", tmp_path / f"async-{step}")
+        with begun(made) as session:  # weights are where the snapshots left them: home or in a spare
+            assert load_checkpoint(tmp_path / "async-0", session) == {"n": 0}
+            assert train(session, [1, 2]) == expected[2:]

@@ -27,8 +27,10 @@ from safetensors.torch import load_file
 import memtrain
 from memtrain import checkpoints
 from memtrain import train as train_module
+from memtrain.accumulation import accumulate
 from memtrain.cli.validate import validate_file
 from memtrain.data import Tokens, Windows
+from memtrain.endurance import Written
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import TierFullError
@@ -77,6 +79,16 @@ def recipe_for(output: Path, **sections: dict[str, Any]) -> Recipe:
     return parse_recipe(data)
 
 
+class PlainWrites:
+    """Two megabytes of state a step, of which all but a tenth had changed; half a megabyte of checkpoints."""
+
+    def per_step(self) -> tuple[Written, ...]:
+        return (Written(tier="nvme", content="optimizer state", written_bytes=2e6, changed_bytes=1.8e6),)
+
+    def process_bytes_per_step(self) -> float:
+        return 2.5e6
+
+
 class PlainSession:
     """What the trainer uses of a session, over plain PyTorch."""
 
@@ -88,8 +100,13 @@ class PlainSession:
         self.device_peak_bytes, self.device_used_bytes = device.peak_bytes, device.used_bytes
         self.closed = False
         self.measure = lambda: {"process_peak_bytes": device.peak_bytes()}
+        self.writes = PlainWrites()
+        self.passes = None
         parameters = list(model.parameters())
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+    def accumulate(self, batches: Any) -> list[torch.Tensor]:
+        return accumulate(self.model, [], self.plan, batches, None, torch.device("cpu"))
 
     def coding_lines(self) -> list[str]:
         return ["nvme: optimizer state coded"]
@@ -488,6 +505,17 @@ def test_end_to_end(tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_steps_write_and_how_long_a_disk_lasts_are_told(
+    tmp_path: Path, prepared: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sections: dict[str, Any] = {"tiers": {"nvme": {"endurance": "1.2 PBW"}}, "budget": {"nvme": "1GiB"}}
+    summary = train_module.train(recipe_for(tmp_path, **sections))
+    assert summary.endurance_bytes == 1_200 * 10**12
+    assert summary.process_written_bytes_per_step == 2.5e6
+    assert [one.content for one in summary.written] == ["optimizer state"]
+    assert Summary.read(tmp_path / "summary.json") == summary
 
 
 def test_codecs_are_asked_for_and_what_they_did_is_told(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from memtrain.arena import ArenaError, ArenaSettings, ArenaWarning, PlannedAllocator
-from memtrain.arena.allocator import DEVIATIONS, RECORDINGS
+from memtrain.arena.allocator import DEVIATIONS, PLANS, RECORDINGS
 
 PAGE = 4096
 
@@ -55,6 +55,13 @@ def go(arena: PlannedAllocator, steps: Sequence[Callable[[], object]]) -> None:
     """One after the other."""
     for step in steps:
         with arena.step():
+            step()
+
+
+def go_under(arena: PlannedAllocator, key: str, steps: Sequence[Callable[[], object]]) -> None:
+    """The same with a key."""
+    for step in steps:
+        with arena.step(key=key):
             step()
 
 
@@ -369,6 +376,42 @@ def test_tensors_outlive_the_arena_and_their_memory_is_given_back() -> None:
     arena.close()
 
 
+def test_steps_that_are_never_completed_are_not_recorded_for_ever(arena: PlannedAllocator) -> None:
+    """As those of a model whose output hides its tensors: the next pass ends the one before."""
+    for _ in range(RECORDINGS - 1):
+        arena.begin("hidden")
+        arena.end(completed=False)
+    arena.begin("hidden")
+    with pytest.warns(ArenaWarning, match=rf"no two neighbours of {RECORDINGS} .* were completed"):
+        arena.end(completed=False)
+    arena.begin("hidden")
+    assert holds(block(8, 3), 3)
+    arena.end()
+    report = arena.report()
+    assert (report.recorded_steps, report.ordinary_steps) == (0, RECORDINGS + 1)
+
+
+def test_what_outlives_the_arena_keeps_its_own_pages_only() -> None:
+    """Both blocks live at once, so they lie in the arena one behind the other."""
+    found: dict[str, int] = {}
+
+    def step(kept: list[Tensor]) -> None:
+        large, small = block(300), block(2, 5)
+        found["large"], found["small"] = large.data_ptr(), small.data_ptr()
+        kept.append(small)
+
+    kept: list[Tensor] = []
+    with PlannedAllocator() as arena:
+        learn(arena, lambda: step([]))
+        with pytest.warns(ArenaWarning, match="outlived"), arena.step():
+            step(kept)
+        assert abs(found["large"] - found["small"]) <= 300 * PAGE
+        assert resident_pages(found["large"], 300) == 300
+    assert resident_pages(found["large"], 300) == 0
+    assert resident_pages(found["small"], 2) == 2
+    assert holds(kept[0], 5)
+
+
 def is_mapped(address: int) -> bool:
     libc = ctypes.CDLL(None, use_errno=True)
     vector = ctypes.create_string_buffer(1)
@@ -467,6 +510,90 @@ def test_while_a_step_is_recorded_anew_the_arena_gives_its_pages_back(arena: Pla
         block(1 << 14)
 
 
+def test_a_step_that_leaves_its_plan_gives_back_what_nothing_lives_in(arena: PlannedAllocator) -> None:
+    pages = 1 << 12
+
+    def step() -> list[int]:
+        first, second = block(pages, 1), block(pages, 2)
+        return [first.data_ptr(), second.data_ptr()]
+
+    def leave() -> None:
+        kept = block(pages, 1)
+        block(3)
+        assert kept.data_ptr() == first
+        assert resident_pages(first, pages) == pages
+        assert resident_pages(second, pages) == 0
+        assert holds(kept, 1)
+        del kept
+        assert resident_pages(first, pages) == 0
+
+    learn(arena, step)
+    with arena.step():
+        first, second = step()
+        assert resident_pages(second, pages) == pages
+    with pytest.warns(ArenaWarning, match="left its plan"), arena.step():
+        leave()
+    with arena.step():
+        assert step() == [first, second]
+        assert resident_pages(second, pages) == pages
+    assert arena.report().planned_steps == 2
+    arena.vacate()
+    assert resident_pages(second, pages) == 0
+    assert arena.vacant_bytes() == 0
+
+
+def test_a_step_may_be_ended_by_another_thread(arena: PlannedAllocator) -> None:
+    learn(arena)
+    arena.begin()
+    first = block(8, 1)
+    thread = threading.Thread(target=lambda: arena.end(completed=False))
+    thread.start()
+    thread.join()
+    second = block(4, 2)  # ordinary: the step is over
+    assert holds(first, 1)
+    assert holds(second, 2)
+    del first, second
+    with arena.step():
+        three()
+    assert (arena.report().planned_steps, arena.report().deviations) == (1, ())
+
+
+def test_a_step_that_differs_is_said_to_by_part(arena: PlannedAllocator) -> None:
+    def parts(sizes: tuple[int, int]) -> None:
+        for name, pages in zip(("forward", "backward"), sizes, strict=True):
+            arena.mark(name)
+            block(pages)
+
+    learn(arena, lambda: parts((2, 3)))
+    with pytest.warns(ArenaWarning, match=r"request 1 \(backward\) asked for 16384 bytes"), arena.step():
+        parts((2, 4))
+
+
+def test_no_more_than_it_may_take() -> None:
+    with PlannedAllocator(ArenaSettings(most_bytes=11 * PAGE)) as arena:
+        learn(arena, lambda: block(11))
+        with pytest.warns(ArenaWarning, match="need an arena of 49152 bytes, and it may take 45056"):
+            go_under(arena, "large", [three] * 3)
+        assert (arena.report().arena_bytes, arena.report().ordinary_steps) == (11 * PAGE, 1)
+
+
+def test_keys_that_were_used_longest_ago_are_forgotten() -> None:
+    with PlannedAllocator(ArenaSettings(patterns=2, unrecorded_steps=1)) as arena:
+        for key in (1, 1, 1, 1, 2, 3, 1):
+            with arena.step(key=key):
+                block(2)
+        report = arena.report()
+        assert (report.recorded_steps, report.planned_steps, report.ordinary_steps) == (2, 1, 4)
+
+
+def test_a_plan_that_is_left_again_and_again_is_given_up(arena: PlannedAllocator) -> None:
+    with pytest.warns(ArenaWarning, match="left its plan"):
+        go(arena, [partial(block, n + more) for n in range(2, 2 + PLANS) for more in (0, 0, 10, 10)])
+    with arena.step():
+        block(1)
+    assert (arena.report().plans, arena.report().ordinary_steps) == (PLANS, 1)
+
+
 def resident_pages(address: int, pages: int) -> int:
     vector = (ctypes.c_ubyte * pages)()
     assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), ctypes.c_size_t(pages * PAGE), vector) == 0
@@ -487,7 +614,13 @@ def test_poison_is_what_a_dead_block_holds(arena: PlannedAllocator) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"smallest_bytes": 0}, "smallest_bytes is 0"), ({"packing_seconds": -1.0}, "packing_seconds is -1.0")],
+    [
+        ({"smallest_bytes": 0}, "smallest_bytes is 0"),
+        ({"packing_seconds": -1.0}, "packing_seconds is -1.0"),
+        ({"most_bytes": -1}, "most_bytes is -1"),
+        ({"patterns": 0}, "patterns is 0"),
+        ({"unrecorded_steps": -1}, "unrecorded_steps is -1"),
+    ],
 )
 def test_settings_out_of_range(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
