@@ -42,11 +42,17 @@ $(CORPUS)/meta.json: $(STAMP) $(MODEL)/config.json
 quickstart: data
 	$(BIN)/torchrun --standalone --nproc-per-node 1 -m memtrain.train $(RECIPE)
 
+# Two workers, a file of tests to each in turn: tests of one file may share what took long to make. In the order of
+# the files, because a file with few tests may be a long one, and the last. Each worker has one thread of arithmetic
+# (tests/conftest.py). `make test WORKERS=0` runs all in one process, where a debugger works.
+WORKERS ?= 2
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 # What needs Triton or a peer (marker venv_optim) runs in the environment that has them; what needs memory nodes
 # (marker qemu) in a virtual machine.
 test: setup $(OPTIM_STAMP) $(QEMU_STAMP)
-	$(BIN)/python -m pytest -q
-	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python -m pytest -q -m venv_optim tests/optim
+	$(BIN)/python $(PYTEST)
+	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python $(PYTEST) -m venv_optim tests/optim
 
 lint: setup
 	$(BIN)/ruff check .

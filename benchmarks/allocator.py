@@ -1,7 +1,8 @@
 """Does an allocator with a plan beat those without? SmolLM2-135M, bf16, sequence 1024, forward and backward.
 
     sh scripts/setup_allocators.sh       # once: jemalloc and tcmalloc
-    python benchmarks/allocator.py       # about twelve minutes on two idle cores
+    python benchmarks/allocator.py       # about six minutes on two idle cores: the first seven contenders
+    python benchmarks/allocator.py --contenders 10 --rounds 12       # all of them, about fifteen
 
 Every contender is a process of its own. Some of them live side by side, and take their steps in turn, one at
 a time, in alternating order: what slows the machine for a while slows all of them. The planned allocator
@@ -60,12 +61,12 @@ def contenders() -> dict[str, dict[str, str]]:
         PLANNED: mimalloc,
         JEMALLOC[0]: {**jemalloc, "MALLOC_CONF": "thp:always"},
         JEMALLOC[1]: {**jemalloc, "MALLOC_CONF": "thp:always,dirty_decay_ms:-1,muzzy_decay_ms:-1"},
-        PLANNED_OVER_GLIBC: {},
+        "glibc": {},
+        "glibc without mmap": {"GLIBC_TUNABLES": heap},
         "tcmalloc": {"LD_PRELOAD": library("libtcmalloc_minimal.so.4")},
         "mimalloc": mimalloc,
-        "glibc": {},
+        PLANNED_OVER_GLIBC: {},
         "glibc, huge pages": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
-        "glibc without mmap": {"GLIBC_TUNABLES": heap},
         "glibc without mmap, huge pages": {"GLIBC_TUNABLES": f"{heap}:glibc.malloc.hugetlb=1"},
     }
 
@@ -137,7 +138,7 @@ def measure(names: Iterable[str], args: argparse.Namespace) -> list[Contender]:
         group = [stack.enter_context(running(name, environments[name], args)) for name in names]
         for contender in group:
             contender.answer()
-        for turn in range(args.steps):
+        for turn in range(args.rounds):
             for contender in group[:: -1 if turn % 2 else 1]:
                 contender.step()
         for contender in group:
@@ -155,14 +156,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7, help="steps of each contender that count")
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--at-a-time", type=int, default=4, help="processes of about 2.5 GiB each")
-    parser.add_argument("--contenders", type=int, default=10, help="only the first so many (at least 3)")
+    parser.add_argument("--at-a-time", type=int, default=5, help="processes of about 2.5 GiB each")
+    parser.add_argument("--contenders", type=int, default=7, help="only the first so many (at least 3)")
     args = parser.parse_args()
-    if args.at_a_time < 2 or args.contenders < 3 or args.steps < 1:
-        parser.error("--at-a-time is at least 2, --contenders at least 3, --steps at least 1")
+    if args.at_a_time < 2 or args.contenders < 3 or args.rounds < 1:
+        parser.error("--at-a-time is at least 2, --contenders at least 3, --rounds at least 1")
     others = [name for name in contenders() if name != PLANNED][: args.contenders - 1]
     size = args.at_a_time - 1
     groups = [
@@ -176,7 +177,7 @@ def main() -> None:
         )
     ours = [group[0] for group in groups]
     arena = ours[0].report["arena"]
-    if any(c.report["arena"]["planned_steps"] < args.steps for c in ours):
+    if any(c.report["arena"]["planned_steps"] < args.rounds for c in ours):
         raise BenchmarkError(f"not every step went as planned: {[c.report['arena'] for c in ours]}")
     ratios: dict[str, dict[str, float]] = {}
     by_name: defaultdict[str, list[Contender]] = defaultdict(list)

@@ -21,9 +21,13 @@ memtrain: rings of exact size, rounded to pages:
 - optimizer ring: shards of equal size, whatever the shapes: the planner's number of slots, each one shard
   of state (12 bytes an element) and its fp32 gradient (4).
 - gradient ring: the planner's chunks.
-- parameters by size classes of the shape histogram, each as many slots as two blocks have parameters of the
-  class, and one of the largest: the same two blocks as (L), at their own sizes. What exact sizes
-  would need: a rule for streamed weights, not a ring that runs today.
+- parameters: windows for units of weights (a block, or what lies before or behind the blocks), three of the
+  largest unit's size, as the planner has them where nothing is chosen. What size classes would need, which
+  no ring has today, stands beside it: (C) one window of the largest unit, the others of the largest block;
+  (P) by the histogram of single parameters, as many slots of each class as two blocks have parameters of it,
+  and one of the largest: the same two blocks as (L), at their own sizes.
+- saved tensors and recomputed inputs: a slot for each block that is there, and blocks of these models are of
+  one size: classes would change nothing.
 
 Tensors below 1 MiB stay in memory in both engines and are left out of both.
 """
@@ -69,6 +73,8 @@ class Shapes:
     """Of all, tied ones once."""
     block: tuple[int, ...]
     """Of one block, the largest."""
+    outside: tuple[tuple[int, ...], ...] = ()
+    """Of what lies before the blocks, and of what lies behind them."""
 
     @property
     def largest(self) -> int:
@@ -107,9 +113,19 @@ def shapes_of(preset: str) -> Shapes:
         model = AutoModelForCausalLM.from_config(read_config(preset), dtype=torch.bfloat16)
     model.tie_weights()
     blocks = [[p.numel() for p in block.parameters()] for _, block in find_blocks(model)]
+    inside = {id(p) for _, block in find_blocks(model) for p in block.parameters()}
+    before: list[int] = []
+    behind: list[int] = []
+    here = before
+    for parameter in model.parameters():
+        if id(parameter) in inside:
+            here = behind
+        else:
+            here.append(parameter.numel())
     return Shapes(
         parameters=tuple(parameter.numel() for parameter in model.parameters()),
         block=tuple(max(blocks, key=sum)),
+        outside=(tuple(before), tuple(behind)),
     )
 
 
@@ -147,8 +163,30 @@ def deepspeed(shapes: Shapes, *, least: bool) -> Pools:
     )
 
 
-def memtrain(shapes: Shapes) -> Pools:
-    """Our rings: exact, of pages."""
+def windows(shapes: Shapes, *, classes: bool) -> int:
+    """Bytes of the windows for streamed weights: all as large as the largest unit, or one of them so and the
+    others as large as the largest block."""
+    from memtrain.planner.decisions import SMALLEST_PIECE_ELEMENTS
+    from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS
+
+    def unit(sizes: Sequence[int]) -> int:
+        moving = [size for size in sizes if size >= SMALLEST_PIECE_ELEMENTS]
+        return sum(round_up(size * NARROW_BYTES, PAGE_BYTES) for size in moving)
+
+    block = unit(shapes.block)
+    largest = max(block, *map(unit, shapes.outside))
+    return largest + (DEFAULT_WEIGHT_SLOTS - 1) * (block if classes else largest)
+
+
+def by_parameter(shapes: Shapes) -> int:
+    """Bytes of slots by the histogram of single parameters."""
+    classes = {size: 2 * count for size, count in Counter(shapes.moving).items()}
+    classes[shapes.largest] = classes.get(shapes.largest, 0) + 1
+    return sum(count * round_up(size * NARROW_BYTES, PAGE_BYTES) for size, count in classes.items())
+
+
+def memtrain(shapes: Shapes, parameters: int) -> Pools:
+    """Our rings: exact, of pages; with so many bytes for parameters."""
     from memtrain.planner.decisions import (
         DEFAULT_SHARD_ELEMENTS,
         GRADIENT_SLOT_BYTES,
@@ -157,11 +195,9 @@ def memtrain(shapes: Shapes) -> Pools:
     )
 
     shard = min(DEFAULT_SHARD_ELEMENTS, shapes.largest)
-    classes = {size: 2 * count for size, count in Counter(shapes.moving).items()}
-    classes[shapes.largest] = classes.get(shapes.largest, 0) + 1
     return Pools(
         optimizer=UPDATE_SLOTS * round_up(shard * (STATE_BYTES + WIDE_BYTES), PAGE_BYTES),
-        parameters=sum(count * round_up(size * NARROW_BYTES, PAGE_BYTES) for size, count in classes.items()),
+        parameters=parameters,
         gradients=GRADIENT_SLOTS * GRADIENT_SLOT_BYTES,
     )
 
@@ -170,19 +206,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", default=MODELS, help="presets; default: ten")
     args = parser.parse_args()
-    rows, details, ratios, pools = [], {}, [], []
+    rows, details, ratios, pools, classes = [], {}, [], [], []
     for name in args.models:
         shapes = shapes_of(name)
         engines = {
             "deepspeed D": deepspeed(shapes, least=False),
             "deepspeed L": deepspeed(shapes, least=True),
-            "memtrain": memtrain(shapes),
+            "memtrain": memtrain(shapes, windows(shapes, classes=False)),
+            "memtrain C": memtrain(shapes, windows(shapes, classes=True)),
+            "memtrain P": memtrain(shapes, by_parameter(shapes)),
         }
         details[name] = {
             engine: {"optimizer": p.optimizer, "parameters": p.parameters, "gradients": p.gradients}
             for engine, p in engines.items()
         }
         ratios.append(engines["memtrain"].total / engines["deepspeed L"].total)
+        classes.append(engines["memtrain C"].total / engines["memtrain"].total)
         pools.append(engines["memtrain"].parameters / engines["deepspeed L"].parameters)
         for engine, p in engines.items():
             sizes = (p.optimizer, p.parameters, p.gradients, p.total)
@@ -196,6 +235,8 @@ def main() -> None:
         "of_deepspeed_least_worst": round(max(ratios), 4),
         "parameter_pool_of_deepspeed_least_mean": round(sum(pools) / len(pools), 4),
         "parameter_pool_of_deepspeed_least_worst": round(max(pools), 4),
+        "window_classes_of_today_mean": round(sum(classes) / len(classes), 4),
+        "window_classes_of_today_worst": round(max(classes), 4),
     }
     text = "By arithmetic from shapes; nothing was measured.\n" + table(header, rows)
     publish("engine_memory", text=text, summary=summary, details=details)
