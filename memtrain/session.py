@@ -57,12 +57,12 @@ from memtrain.planner.actions import EXACT, PLAIN, MicroBatchOrder, Tier, Update
 from memtrain.planner.check import check
 from memtrain.planner.decisions import PlannerOptions, gradients_come_and_go
 from memtrain.planner.machine import Budget, Machine
-from memtrain.planner.plan import Plan
+from memtrain.planner.plan import Plan, describe_windows
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
-from memtrain.planner.units import MiB, format_gib
+from memtrain.planner.units import format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts, staging_lines, table
@@ -435,14 +435,13 @@ class Session:
                     )
         if all(tier is Tier.DEVICE for tier in tiers.values()):
             return None
-        staging = self.plan.staging
         streamer = ParameterStreamer(
             self.model,
             blocks,
             units,
             tiers=tiers,
             engine=self.engine,
-            slots=staging.weight_slots,
+            slots=self.plan.staging.weight_windows,
             borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
             placed=None if stored is None else stored.extents,
         )
@@ -450,11 +449,6 @@ class Session:
             self._undo.callback(streamer.remove)
         else:
             self._undo.callback(lambda: stored.take_back(streamer.release()))
-        if streamer.window_bytes != staging.weight_slot_bytes:
-            raise PlanMismatchError(
-                f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model needs "
-                f"{streamer.window_bytes}: make a plan for this model"
-            )
         streamer.install()
         resident.trim()  # of what the weights took
         return streamer
@@ -587,14 +581,16 @@ class Session:
             return []
         found = self.weights.statistics()
         return [
-            f"weights of {len(self.weights.streamed)} units streamed through {found.windows} windows of "
-            f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
-            f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
+            f"weights of {len(self.weights.streamed)} units streamed through "
+            f"{describe_windows(self.weights.windows)}: {found.reads} reads, {found.waits} of them waited "
+            f"for; read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
         ]
 
     def high_water(self) -> tuple[HighWater, ...]:
-        """The most that was used of each ring of staging slots, and of each slab of activations that stay."""
-        return (*self._activations.high_water(), *self.optimizer.high_water())
+        """The most that was used of each ring of staging slots, of each slab of activations that stay, and of
+        the windows of each size for weights."""
+        windows = () if self.weights is None else self.weights.high_water()
+        return (*self._activations.high_water(), *self.optimizer.high_water(), *windows)
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""
