@@ -18,7 +18,7 @@ from memtrain.endurance import Written, endurance_facts, written_rows
 from memtrain.planner.actions import Action, BlockDecision, Tier
 from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.checkpoint_interval import SnapshotOutcome
-from memtrain.planner.plan import Plan
+from memtrain.planner.plan import Plan, describe_windows
 from memtrain.planner.profile import BlockForm, ModelProfile
 from memtrain.planner.units import GiB, MiB, format_gib
 
@@ -171,9 +171,8 @@ def _weight_facts(plan: Plan) -> list[str]:
     if not away:
         return []
     places = " and ".join(f"{count} on {tier}" for tier, count in away.items())
-    size = f"{plan.staging.weight_slot_bytes / MiB:.1f} MiB"
-    slots = plan.staging.weight_slots
-    return [f"weights: of {len(plan.states)} units {places}, through {slots} windows of {size}"]
+    windows = describe_windows(plan.staging.weight_windows)
+    return [f"weights: of {len(plan.states)} units {places}, through {windows}"]
 
 
 def infeasible_text(plan: Plan) -> str:

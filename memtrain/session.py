@@ -450,8 +450,10 @@ class Session:
         return "\n".join(lines + self.coding_lines())
 
     def high_water(self) -> tuple[HighWater, ...]:
-        """The most that was used of each ring of staging slots, and of each slab of activations that stay."""
-        return (*self._activations.high_water(), *self.optimizer.high_water())
+        """The most that was used of each ring of staging slots, of each slab of activations that stay, and of
+        the windows of each size for weights."""
+        windows = () if self.weights is None else self.weights.high_water()
+        return (*self._activations.high_water(), *self.optimizer.high_water(), *windows)
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""

@@ -14,8 +14,8 @@ from memtrain.offload.engine import Engine
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget
-from memtrain.planner.plan import Plan
-from memtrain.planner.units import MiB, format_gib
+from memtrain.planner.plan import Plan, describe_windows
+from memtrain.planner.units import format_gib
 
 _WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
 
@@ -88,9 +88,9 @@ def weight_lines(weights: ParameterStreamer | None) -> list[str]:
         return []
     found = weights.statistics()
     return [
-        f"weights of {len(weights.streamed)} units streamed through {found.windows} windows of "
-        f"{found.window_bytes / MiB:.1f} MiB: {found.reads} reads, {found.waits} of them waited for; "
-        f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
+        f"weights of {len(weights.streamed)} units streamed through "
+        f"{describe_windows(weights.windows)}: {found.reads} reads, {found.waits} of them waited "
+        f"for; read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
     ]
 
 

@@ -60,14 +60,13 @@ def stream_weights(
                 )
     if all(tier is Tier.DEVICE for tier in tiers.values()):
         return None
-    staging = plan.staging
     streamer = ParameterStreamer(
         model,
         blocks,
         units,
         tiers=tiers,
         engine=engine,
-        slots=staging.weight_slots,
+        slots=plan.staging.weight_windows,
         borrowed={name for unit in profile.units if unit.block is None for name in unit.borrows},
         placed=None if stored is None else stored.extents,
     )
@@ -75,11 +74,6 @@ def stream_weights(
         undo.callback(streamer.remove)
     else:
         undo.callback(lambda: stored.take_back(streamer.release()))
-    if streamer.window_bytes != staging.weight_slot_bytes:
-        raise PlanMismatchError(
-            f"the plan has windows of {staging.weight_slot_bytes} bytes for weights, this model needs "
-            f"{streamer.window_bytes}: make a plan for this model"
-        )
     streamer.install()
     resident.trim()  # of what the weights took
     return streamer

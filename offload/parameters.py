@@ -39,11 +39,14 @@ from memtrain.offload.extents import Extent
 from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.saved_weights import saving_weights
 from memtrain.offload.shards import SMALL, Unit
+from memtrain.offload.slab import HighWater
 from memtrain.offload.store import Store
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, make_unit, own_parameters
 from memtrain.offload.weight_users import WeightUsers
 from memtrain.offload.weight_windows import WindowPool, WindowStatistics
+from memtrain.offload.window_classes import classes_for
 from memtrain.planner.actions import Tier
+from memtrain.planner.plan import WindowClass
 
 
 class _Pass(threading.local):
@@ -65,8 +68,9 @@ class ParameterStreamer:
         tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
         engine: the stores of the tiers.
         slots: how many units' weights are in memory at once. With 2, one is read ahead; each more is another
-            one read ahead, and more of the last blocks are still there for backward. None: the fewest that
-            the model can do with.
+            one read ahead, and more of the last blocks are still there for backward. Each is as large as the
+            largest unit. Or windows of several sizes, as a plan has them (``window_classes.py``). None: the
+            fewest of one size that the model can do with.
         placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
             such a parameter is away (``away.born_away``), or on the meta device still.
         borrowed: units before the blocks whose weights are used behind them too, by no module of their own: a
@@ -75,8 +79,8 @@ class ParameterStreamer:
             timed.
 
     Raises:
-        PlanMismatchError: too few slots for modules that use several units at once, a parameter that cannot
-            be streamed, a unit that does not exist.
+        PlanMismatchError: too few slots for modules that use several units at once, windows of sizes that are
+            not this model's, a parameter that cannot be streamed, a unit that does not exist.
         TierFullError: no room for the weights.
         OffloadError: the tier failed, or the device refuses the memory.
 
@@ -91,7 +95,7 @@ class ParameterStreamer:
         *,
         tiers: Mapping[str, Tier],
         engine: Engine,
-        slots: int | None,
+        slots: int | Sequence[WindowClass] | None,
         placed: Mapping[str, Extent] | None = None,
         borrowed: Collection[str] = (),
         read_ahead: bool = True,
@@ -117,14 +121,9 @@ class ParameterStreamer:
             )
             self._schedule = [*self._units.values()]
             self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
-            fewest = self._users.fewest_slots()
-            self._slots = slots = fewest if slots is None else slots
-            if slots < fewest:
-                raise PlanMismatchError(
-                    f"weight_slots must be at least {fewest} for this model, got {slots}: raise it, or let "
-                    "units stay on the device"
-                )
-            self._pool = WindowPool(self._schedule[: len(self._units)], slots, engine.device)
+            streamed = list(self._units.values())
+            classes = classes_for(streamed, slots, self._users.together)
+            self._pool = WindowPool(streamed, classes, engine.device)
             undo.callback(self._pool.close)
             fresh = [unit for unit in self._units.values() if unit.weights[0].name not in placed]
             undo.callback(self._bring_home, fresh)
@@ -325,9 +324,10 @@ class ParameterStreamer:
         return tuple(self._units)
 
     @property
-    def window_bytes(self) -> int:
-        """Of one window: the largest streamed unit, in whole pages per parameter."""
-        return self._pool.window_bytes
+    def windows(self) -> tuple[WindowClass, ...]:
+        """Sizes of windows, and how many there are of each, the smallest first: the largest unit that takes
+        turns in them, in whole pages per parameter."""
+        return self._pool.classes
 
     @property
     def keeper(self) -> Keeper | None:
@@ -370,6 +370,10 @@ class ParameterStreamer:
     def statistics(self) -> WindowStatistics:
         """What has been moved, and how many windows that took, so far."""
         return self._pool.statistics()
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """The most that was used of the windows of each size, so far."""
+        return self._pool.high_water()
 
     def fetch(self, unit: str) -> None:
         """Have the unit in a window, and start reading what comes behind it. It may leave again at any time:
@@ -470,11 +474,22 @@ class ParameterStreamer:
                 self._asked = self._pool.prefetch(self._following(unit), keep=[unit])
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
-        """What is used after ``unit``, as many as there may be windows for."""
-        count = self._slots - 1
+        """What is used after ``unit``: as many units as there may be windows for, and of each size no more
+        than there are of that."""
+        classes = self._pool.classes
+        count = sum(each.slots for each in classes) - 1
         places = [place for place, each in enumerate(self._schedule) if each is unit]
         if torch._C._current_graph_task_id() == -1:  # no backward pass runs
             self._at = next((place for place in places if place >= self._at), places[0])
-            return self._schedule[self._at + 1 : self._at + 1 + count]
-        self._at = next((place for place in reversed(places) if place <= self._at), places[-1])
-        return self._schedule[max(0, self._at - count) : self._at][::-1]
+            coming = self._schedule[self._at + 1 : self._at + 1 + count]
+        else:
+            self._at = next((place for place in reversed(places) if place <= self._at), places[-1])
+            coming = self._schedule[max(0, self._at - count) : self._at][::-1]
+        room = {each.slot_bytes: each.slots for each in classes}
+        room[unit.window_bytes] -= 1
+        found = []
+        for each in coming:
+            if room[each.window_bytes]:
+                room[each.window_bytes] -= 1
+                found.append(each)
+        return found

@@ -74,6 +74,8 @@ class StreamedUnit:
     store: Any
     """A ``Store``, or a ``CodedStore``."""
     weights: list[StreamedWeight]
+    window_bytes: int = 0
+    """Of each of the windows that it takes turns in."""
     window: Window | None = None
     ready: bool = False
     """The parameters' data are views of the window."""

@@ -8,9 +8,6 @@ from torch import Tensor, nn
 
 from memtrain.offload.weight_units import StreamedUnit
 
-FEWEST_SLOTS = 2
-"""One unit is used while the next arrives."""
-
 
 class WeightUsers:
     """The modules of a model by what they use.
@@ -67,9 +64,9 @@ class WeightUsers:
             if module is not self._model and (units := self.of(module)):
                 yield module, units
 
-    def fewest_slots(self) -> int:
-        """Units that must be in memory at one time."""
-        return max(FEWEST_SLOTS, *(len(names) for names in self._together()))
+    def together(self, among: Collection[str]) -> int:
+        """Of the units with these names, how many must be in memory at one time."""
+        return max(len(names.intersection(among)) for names in self._together())
 
     def _together(self) -> Iterator[set[str]]:
         def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:

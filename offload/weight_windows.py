@@ -5,6 +5,10 @@ the arithmetic uses them, and the parameters' data are views of the window; turn
 left without bytes and the window goes to another unit. Only what has changed is written back, by the
 parameters' version counters: what is frozen is never written.
 
+Windows are of one size, or of several (``window_classes.py``): a unit takes turns in the smallest that hold
+it, with the other units of that class and with no others. So each class is a cache of its own, and one window
+is enough for progress in it: what is larger never waits for what is smaller.
+
 A window is handed on only when its write is on the tier and when nobody but the parameters refers to its
 memory. So a view of a weight that somebody keeps costs a window, and never shows another unit's weights.
 """
@@ -25,9 +29,11 @@ from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError, WeightWindowError
 from memtrain.offload.gradient_home import Ticket
 from memtrain.offload.optimizer_state import Keeper
-from memtrain.offload.slab import PAGE_BYTES, Slab
+from memtrain.offload.slab import PAGE_BYTES, HighWater, Slab
 from memtrain.offload.store import wait_all
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, Window, references
+from memtrain.offload.window_classes import class_of
+from memtrain.planner.plan import WindowClass
 from memtrain.planner.units import round_up
 
 
@@ -36,7 +42,7 @@ class WindowStatistics:
     """What the windows have done so far."""
 
     windows: int
-    window_bytes: int
+    """Of all sizes."""
     in_use: int
     peak_in_use: int
     reads: int
@@ -48,38 +54,43 @@ class WindowStatistics:
 
 
 class WindowPool:
-    """``count`` windows, and which unit is in which. Thread-safe: CUDA runs backward in threads of its own.
+    """Windows, and which unit is in which. Thread-safe: CUDA runs backward in threads of its own.
 
     Args:
         units: in forward order.
-        count: of windows, at least 1.
+        classes: of windows, the smallest first; each unit fits one of them.
         device: where the weights are used.
 
     Raises:
         OffloadError: the device refuses the memory.
     """
 
-    def __init__(self, units: Sequence[StreamedUnit], count: int, device: Device) -> None:
+    def __init__(self, units: Sequence[StreamedUnit], classes: Sequence[WindowClass], device: Device) -> None:
         self.units = list(units)
         self.lock = threading.RLock()
         self.keeper: Keeper | None = None
         """Who still needs what is about to be overwritten on the tiers."""
-        self.window_bytes = max(unit.nbytes for unit in units)
+        self.classes = tuple(classes)
+        for unit in units:
+            unit.window_bytes = classes[class_of(unit.nbytes, classes)].slot_bytes
         self._device = device
         self._closed = False
         self._pid = os.getpid()
         self._clock = 0
         self._reads = self._waits = self._peak = self._bytes_read = self._bytes_written = 0
+        self._peaks = {each.slot_bytes: (0, 0) for each in classes}
+        """By size of windows: most units there at once, most bytes of one."""
         with ExitStack() as made:
-            self._slab = Slab(count * self.window_bytes)
+            sizes = [each.slot_bytes for each in classes for _ in range(each.slots)]
+            self._slab = Slab(sum(sizes))
             made.callback(self._slab.close)
             device.register(self._slab)
             made.callback(device.unregister, self._slab)
-            parts = torch.split(self._slab.buffer, self.window_bytes)
+            parts = torch.split(self._slab.buffer, sizes)
             self.windows = [
                 Window(
                     number=number,
-                    buffer=part if device.shares_memory else device.empty(self.window_bytes),
+                    buffer=part if device.shares_memory else device.empty(part.numel()),
                     host=part,
                 )
                 for number, part in enumerate(parts)
@@ -154,27 +165,31 @@ class WindowPool:
 
     def prefetch(self, units: Iterable[StreamedUnit], keep: Iterable[StreamedUnit]) -> bool:
         """Start reading units, in order, as far as there are windows: empty ones, or those of units that are
-        neither among them nor in ``keep``. Never waits, never raises what a tier did: ``use`` will.
+        neither among them nor in ``keep``. Never waits, never raises what a tier did: ``use`` will. Where one
+        size has no window to give, units of others come all the same.
 
         Returns:
             Whether nothing is left to do for them.
         """
         wanted = list(units)
         staying = {id(unit) for unit in (*keep, *wanted)}
+        full: set[int] = set()
         with self.lock:
             for unit in wanted:
-                if unit.window is not None:
+                if unit.window is not None or unit.window_bytes in full:
                     continue
-                window = self._spare(staying)
+                window = self._spare(unit, staying)
                 if window is None:
-                    return False
+                    full.add(unit.window_bytes)
+                    continue
                 self._occupy(unit, window)
                 try:
                     self._read(unit)
                 except OffloadError:
                     self._withdraw(unit)
                     return False
-            return self._device.shares_memory or self._go_on()
+            over = self._device.shares_memory or self._go_on()
+            return over and not full
 
     def _read(self, unit: StreamedUnit) -> None:
         assert unit.window is not None
@@ -216,6 +231,9 @@ class WindowPool:
         window.arrivals = None
         unit.touched = self._clock
         self._peak = max(self._peak, sum(one.unit is not None for one in self.windows))
+        held, used = self._peaks[unit.window_bytes]
+        here = sum(one.unit is not None for one in self._windows_of(unit))
+        self._peaks[unit.window_bytes] = max(held, here), max(used, unit.nbytes)
 
     def _attach(self, unit: StreamedUnit, *, known: bool) -> None:
         window = unit.window
@@ -360,12 +378,16 @@ class WindowPool:
 
     # which ------------------------------------------------------------------------------------
 
+    def _windows_of(self, unit: StreamedUnit) -> list[Window]:
+        """Those that the unit takes turns in."""
+        return [window for window in self.windows if window.buffer.numel() == unit.window_bytes]
+
     def _claim(self, unit: StreamedUnit) -> Window:
         """A window at any price but that of a unit in use: the one least recently used."""
-        if (window := self._vacant()) is not None:
+        if (window := self._vacant(unit)) is not None:
             return window
-        occupants = [window.unit for window in self.windows if window.unit is not None]
-        for other in sorted(occupants, key=lambda other: other.touched):
+        occupants = self._occupants(unit)
+        for other in occupants:
             if other.users or other.viewed:
                 continue
             freed = other.window
@@ -373,26 +395,30 @@ class WindowPool:
             self.turn_out(other)
             if not freed.lingering:
                 return freed
-        for window in self.windows:
+        for window in self._windows_of(unit):
             if window.unit is None:
                 window.await_lingering()
                 return window
         raise WeightWindowError(_all_in_use(unit, occupants))
 
-    def _vacant(self) -> Window | None:
-        """A window that no unit is in, and no transfer uses."""
-        for window in self.windows:
+    def _occupants(self, unit: StreamedUnit) -> list[StreamedUnit]:
+        """Of the unit's windows, the one least recently used first."""
+        found = [window.unit for window in self._windows_of(unit) if window.unit is not None]
+        return sorted(found, key=lambda other: other.touched)
+
+    def _vacant(self, unit: StreamedUnit) -> Window | None:
+        """A window for the unit that no unit is in, and no transfer uses."""
+        for window in self._windows_of(unit):
             window.lingering = [ticket for ticket in window.lingering if not ticket.done()]
             if window.unit is None and not window.lingering:
                 return window
         return None
 
-    def _spare(self, staying: set[int]) -> Window | None:
-        """A window that costs no waiting."""
-        if (window := self._vacant()) is not None:
+    def _spare(self, unit: StreamedUnit, staying: set[int]) -> Window | None:
+        """A window for the unit that costs no waiting."""
+        if (window := self._vacant(unit)) is not None:
             return window
-        occupants = [window.unit for window in self.windows if window.unit is not None]
-        for other in sorted(occupants, key=lambda other: other.touched):
+        for other in self._occupants(unit):
             if other.users or id(other) in staying or other.reads or other.viewed:
                 continue
             if other.dirty and not other.writes:
@@ -416,7 +442,7 @@ class WindowPool:
         """Whose bytes are at ``address`` of the device's memory; None where it is no window's."""
         for window in self.windows:
             offset = address - window.buffer.data_ptr()
-            if 0 <= offset < self.window_bytes:
+            if 0 <= offset < window.buffer.numel():
                 unit = window.unit
                 if unit is None or not unit.ready:
                     return None
@@ -437,20 +463,33 @@ class WindowPool:
                 window.await_lingering()
                 behind = 0 if window.unit is None else round_up(window.unit.nbytes, PAGE_BYTES)
                 window.buffer[behind::PAGE_BYTES] = 0
-            return len(self.windows) * self.window_bytes
+            return self._slab.nbytes
 
     def statistics(self) -> WindowStatistics:
         """So far."""
         with self.lock:
             return WindowStatistics(
                 windows=len(self.windows),
-                window_bytes=self.window_bytes,
                 in_use=sum(window.unit is not None for window in self.windows),
                 peak_in_use=self._peak,
                 reads=self._reads,
                 waits=self._waits,
                 bytes_read=self._bytes_read,
                 bytes_written=self._bytes_written,
+            )
+
+    def high_water(self) -> tuple[HighWater, ...]:
+        """The most that was used of the windows of each size, the smallest first."""
+        with self.lock:
+            return tuple(
+                HighWater(
+                    name="weights" if number == 0 else "large weights",
+                    slots=each.slots,
+                    slot_bytes=each.slot_bytes,
+                    slots_held=self._peaks[each.slot_bytes][0],
+                    bytes_used=self._peaks[each.slot_bytes][1],
+                )
+                for number, each in enumerate(self.classes)
             )
 
     def close(self) -> None:
@@ -479,7 +518,7 @@ def _all_in_use(unit: StreamedUnit, occupants: Sequence[StreamedUnit]) -> str:
     why = [f"weights of {', '.join(running)} are being used"] if running else []
     why += [f"views of weights of {', '.join(viewed)} are kept by somebody"] if viewed else []
     return (
-        f"the weights of {unit.name} have no window: all {len(occupants)} are taken, for "
-        f"{' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's forward), "
-        "or plan with more weight_slots"
+        f"the weights of {unit.name} have no window: all {len(occupants)} of {unit.window_bytes} bytes are "
+        f"taken, for {' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's "
+        "forward), or plan with more weight_slots"
     )

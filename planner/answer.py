@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memtrain.planner.actions import BlockDecision, StateDecision
+from memtrain.planner.weight_windows import WantedWindows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,5 +20,5 @@ class Answer:
     blocks: tuple[BlockDecision, ...] = ()
     """Empty when no choice was found."""
     states: tuple[StateDecision, ...] = ()
-    knobs: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """saved_slots, input_slots, weight_slots, shard_elements."""
+    knobs: tuple[int, int, WantedWindows | None, int] = (0, 0, None, 0)
+    """saved_slots, input_slots, windows for weights, shard_elements."""

@@ -36,12 +36,18 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.simulate import simulate
-from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, WEIGHT_SLOT_COUNTS
+from memtrain.planner.weight_windows import (
+    DEFAULT_WINDOWS,
+    FEWEST_WINDOWS,
+    WANTED_WINDOWS,
+    WantedWindows,
+    wanted_of,
+)
 
 Blocks = tuple[BlockDecision, ...]
 States = tuple[StateDecision, ...]
-Knobs = tuple[int, int, int, int, UpdateSchedule]
-"""saved_slots, input_slots, weight_slots, shard_elements, schedule."""
+Knobs = tuple[int, int, WantedWindows, int, UpdateSchedule]
+"""saved_slots, input_slots, windows, shard_elements, schedule."""
 
 MAX_TOGETHER = 1000
 """Several changes at once are tried only where they are few: a model of a handful of blocks."""
@@ -89,7 +95,7 @@ class Search:
 
     def build(self, blocks: Blocks, states: States, knobs: Knobs) -> Decisions:
         """A complete choice, with the staging it needs."""
-        saved_slots, input_slots, weight_slots, shard, schedule = knobs
+        saved_slots, input_slots, windows, shard, schedule = knobs
         staging = staging_for(
             self.profile,
             blocks,
@@ -99,7 +105,7 @@ class Search:
             shard_elements=shard,
             on_cpu=self.space.on_cpu,
             coded=self.space.coded,
-            wanted_weight_slots=weight_slots,
+            wanted_windows=windows,
             schedule=schedule,
             held_passes=self.profile.micro_batches if self.order is MicroBatchOrder.VERTICAL else 1,
         )
@@ -133,12 +139,12 @@ class Search:
 
 def default_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
     """Two slots, a window that is read ahead into, and the second smallest shard."""
-    return 2, 2, DEFAULT_WEIGHT_SLOTS, space.shards[min(1, len(space.shards) - 1)], schedule
+    return 2, 2, DEFAULT_WINDOWS, space.shards[min(1, len(space.shards) - 1)], schedule
 
 
 def least_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
     """Those that take the least memory."""
-    return 1, 1, WEIGHT_SLOT_COUNTS[0], space.shards[0], schedule
+    return 1, 1, FEWEST_WINDOWS, space.shards[0], schedule
 
 
 def uniform(search: Search) -> None:
@@ -319,7 +325,7 @@ def _flips(best: Decisions, space: Space) -> Iterator[tuple[Blocks, States]]:
     for placed_states in (placed(best.states) for placed in weight_placements(space)):
         if placed_states != best.states:
             yield best.blocks, placed_states
-    if best.staging.weight_slots:
+    if best.staging.weight_windows:
         for index in _weights_alike(best.states, space):
             for tier in space.weights[index]:
                 if tier is not best.states[index].weight_tier:
@@ -382,8 +388,8 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
         *(lambda k, s=s: (*k[:3], s, k[4]) for s in space.shards),
         *(lambda k, s=s: (*k[:4], s) for s in space.schedules),
     ]
-    if _best(search).staging.weight_slots:
-        changes += [partial(_with_weight_slots, slots=slots) for slots in WEIGHT_SLOT_COUNTS]
+    if _best(search).staging.weight_windows:
+        changes += [partial(_with_windows, windows=windows) for windows in WANTED_WINDOWS]
     for change in changes:
         best = _best(search)
         yield search.build(best.blocks, best.states, change(knobs_of(best, space)))
@@ -409,9 +415,9 @@ def _neighbours(search: Search) -> Iterator[Decisions]:
             yield search.build(blocks, placed, (ring, ring, *knobs[2:]))
 
 
-def _with_weight_slots(knobs: Knobs, slots: int) -> Knobs:
+def _with_windows(knobs: Knobs, windows: WantedWindows) -> Knobs:
     saved, moved, _, shard, schedule = knobs
-    return saved, moved, slots, shard, schedule
+    return saved, moved, windows, shard, schedule
 
 
 def knobs_of(decisions: Decisions, space: Space) -> Knobs:
@@ -421,7 +427,7 @@ def knobs_of(decisions: Decisions, space: Space) -> Knobs:
     return (
         staging.saved_slots or default[0],
         staging.input_slots or default[1],
-        staging.weight_slots or default[2],
+        wanted_of(staging.weight_windows) or default[2],
         staging.update_shard_elements if staging.update_slots else default[3],
         decisions.update_schedule,
     )

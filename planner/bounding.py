@@ -50,10 +50,14 @@ def improve_and_bound(search: Search, deadline: float) -> Bound:
     for schedule, answer in answers:
         if answer is not None and answer.blocks:
             default = default_knobs(search.space, schedule)
-            saved, moved, weights, shard = (
-                found or usual for found, usual in zip(answer.knobs, default[:4], strict=True)
+            saved, moved, windows, shard = answer.knobs
+            knobs = (
+                saved or default[0],
+                moved or default[1],
+                windows or default[2],
+                shard or default[3],
+                schedule,
             )
-            knobs = saved, moved, weights, shard, schedule
             search.offer(search.build(answer.blocks, answer.states, knobs))
     greedy(search)
     # A schedule that was not reached is bounded by nothing but the arithmetic.

@@ -29,7 +29,13 @@ from memtrain.planner.check_blocks import (
     whole_pages,
 )
 from memtrain.planner.check_timeline import timeline_faults
-from memtrain.planner.check_weights import impossible_weights, resident_weights, weights_on, window_faults
+from memtrain.planner.check_weights import (
+    impossible_weights,
+    resident_weights,
+    weights_on,
+    window_bytes,
+    window_faults,
+)
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
@@ -57,7 +63,7 @@ class Rule(str, Enum):
     OVERLAP = "one resource does one thing at a time"
     DEPENDENCY = "nothing starts before what it needs"
     DURATION = "nothing is faster than profile and links allow"
-    WINDOWS = "no more units of weights in memory than there are windows"
+    WINDOWS = "no more units of weights in memory than there are windows of their size"
     BYTES_MOVED = "bytes moved are those of the decisions"
     STEP_SECONDS = "the step ends with its last event"
     GAP = "bound, gap and status agree"
@@ -154,8 +160,6 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
         "gradient", PAGE if gradients_leave else 0, staging.gradient_slots, staging.gradient_slot_bytes, 2
     )
     yield from ((Rule.STAGING, detail) for detail in window_faults(plan, profile))
-    if staging.weight_slot_bytes % PAGE:
-        yield Rule.STAGING, f"window of {staging.weight_slot_bytes} bytes is not a multiple of {PAGE}"
     elements = staging.update_shard_elements
     if elements <= 0 or (not profile.elementwise and elements < profile.largest_parameter_elements):
         yield (
@@ -261,8 +265,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     on_cpu = _on_cpu(machine)
     resident = profile.baseline_bytes + resident_weights(plan, profile) + profile.allocator_slack_bytes
     s = plan.staging
-    resident += s.weight_slots * s.weight_slot_bytes
-    resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
+    resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)
@@ -362,7 +365,7 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
     again = sum(copies * size for slots, size, copies in rings if slots)
     again += profile.largest_gradient_bytes if s.gradient_slots else 0
     # What weights pass through lies on both sides.
-    return {Tier.DEVICE: again, Tier.HOST: whole + s.weight_slots * s.weight_slot_bytes}
+    return {Tier.DEVICE: again, Tier.HOST: whole + window_bytes(plan)}
 
 
 def _workspace(plan: Plan, profile: ModelProfile, block: int | None, part: str = "") -> int:
@@ -451,7 +454,7 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
     for tier, category, size in (
         (Tier.DEVICE, "libraries", profile.baseline_bytes),
         (Tier.DEVICE, "weights", resident_weights(plan, profile)),
-        (Tier.DEVICE, "weight windows", plan.staging.weight_slots * plan.staging.weight_slot_bytes),
+        (Tier.DEVICE, "weight windows", window_bytes(plan)),
         (Tier.DEVICE, "staging", staged[Tier.DEVICE]),
         (Tier.HOST, "staging", staged[Tier.HOST]),
     ):

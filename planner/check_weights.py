@@ -3,7 +3,7 @@
 Part of the independent checker (``check``). It knows nothing of how the timeline was made: a unit must be
 read before whatever uses it, unless no more other units were used since it was used last than windows can
 hold; at no time may more units be in memory than there are windows; and what an update has changed is written
-once.
+once. Where windows have several sizes, all of that holds of each size and of the units that need just that.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
 
+PAGE = 4096
 ROUNDING_SECONDS = 1e-8
 
 Fault = tuple[str, str]
@@ -39,16 +40,47 @@ def impossible_weights(plan: Plan, profile: ModelProfile) -> Iterator[str]:
 
 
 def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
-    """Windows must hold the largest unit that is away, and as many as one part of the step needs."""
-    staging, units = plan.staging, away(plan, profile)
-    need = max((unit.weight_extent_bytes for unit in units.values()), default=0)
-    at_once: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for unit, event, count in _moments(plan, profile):
-        at_once[event, count].add(unit)
-    slots, size = staging.weight_slots, staging.weight_slot_bytes
-    least = max(2, *map(len, at_once.values())) if units else 0
-    if slots < least or size < need or slots > max(least, len(units)):
-        yield f"{slots} windows of {size} bytes for weights, {len(units)} units need {least} of {need}"
+    """Every unit that is away must fit a window, every size is that of the largest unit that needs it, and
+    there are as many windows of it as one part of the step needs."""
+    units, windows = away(plan, profile), plan.staging.weight_windows
+    largest = max((unit.weight_extent_bytes for unit in units.values()), default=0)
+    sizes = [each.slot_bytes for each in windows]
+    if any(size % PAGE for size in sizes):
+        yield f"windows of {sizes} bytes are not all multiples of {PAGE}"
+    if sizes != sorted(set(sizes)) or (max(sizes, default=0) < largest):
+        yield f"windows of {sizes} bytes for weights, the largest unit needs {largest}"
+        return
+    at_once: dict[tuple[str, int, int], set[str]] = defaultdict(set)
+    kinds: dict[int, set[str]] = defaultdict(set)
+    for name in units:
+        kinds[_kind(plan, units[name])].add(name)
+    for name, event, count in _moments(plan, profile):
+        at_once[event, count, _kind(plan, units[name])].add(name)
+    for each in windows:
+        members = kinds[each.slot_bytes]
+        need = max((units[name].weight_extent_bytes for name in members), default=0)
+        least = max((len(names) for key, names in at_once.items() if key[2] == each.slot_bytes), default=1)
+        if len(windows) == 1:
+            least = max(least, 2)
+        if each.slot_bytes != need or not least <= each.slots <= max(least, len(members)):
+            yield (
+                f"{each.slots} windows of {each.slot_bytes} bytes for weights, {len(members)} units need "
+                f"{least} of {need}"
+            )
+
+
+def window_bytes(plan: Plan) -> int:
+    """Of all windows."""
+    total = 0
+    for each in plan.staging.weight_windows:
+        total += each.slots * each.slot_bytes
+    return total
+
+
+def _kind(plan: Plan, unit: UnitProfile) -> int:
+    """The size of the windows that the unit takes turns in; 0 where it fits none."""
+    fit = (w.slot_bytes for w in plan.staging.weight_windows if w.slot_bytes >= unit.weight_extent_bytes)
+    return min(fit, default=0)
 
 
 def resident_weights(plan: Plan, profile: ModelProfile) -> int:
@@ -82,7 +114,7 @@ def weight_faults(plan: Plan, profile: ModelProfile, machine: Machine, events: E
     made_anew = {
         unit for unit, event, _ in _missing(plan, profile) if _without_read(plan, units[unit], event)
     }
-    living: list[tuple[float, int]] = []
+    living: dict[int, list[tuple[float, int]]] = defaultdict(list)
     for name, unit in units.items():
         link, tier = machine.link(tiers[name]), tiers[name].value
         reads = events[f"read weights {name}", f"read:{tier}"]
@@ -105,7 +137,7 @@ def weight_faults(plan: Plan, profile: ModelProfile, machine: Machine, events: E
         entries += [step.start_seconds for step in updates[:1] if name in made_anew]
         spans = _spans(sorted(entries), [*by_unit[name], *writes], plan.step_seconds)
         for start, end in spans:
-            living += [(start, 1), (end - ROUNDING_SECONDS, -1)]
+            living[_kind(plan, unit)] += [(start, 1), (end - ROUNDING_SECONDS, -1)]
         for use in by_unit[name]:
             if any(
                 read.start_seconds <= use.start_seconds < read.end_seconds - ROUNDING_SECONDS
@@ -117,12 +149,17 @@ def weight_faults(plan: Plan, profile: ModelProfile, machine: Machine, events: E
                 for start, end in spans
             ):
                 yield "DEPENDENCY", f"{use.name} uses weights of {name} that are in no window"
-    present = most = 0
-    for _, change in sorted(living):
-        present += change
-        most = max(most, present)
-    if most > plan.staging.weight_slots:
-        yield "WINDOWS", f"{most} units are in memory at once, there are {plan.staging.weight_slots} windows"
+    for each in plan.staging.weight_windows:
+        present = most = 0
+        for _, change in sorted(living[each.slot_bytes]):
+            present += change
+            most = max(most, present)
+        if most > each.slots:
+            yield (
+                "WINDOWS",
+                f"{most} units are in memory at once, there are {each.slots} windows of {each.slot_bytes} "
+                "bytes",
+            )
 
 
 def _spans(edges: list[float], uses: list[Event], step_seconds: float) -> list[tuple[float, float]]:
@@ -209,8 +246,11 @@ def _computing(events: Events, name: str, count: int) -> list[Event]:
 
 
 def _missing(plan: Plan, profile: ModelProfile) -> Moments:
-    """Uses of units that are in no window: as many others were used since their last use as there are."""
-    moments = _moments(plan, profile)
+    """Uses of units that are in no window: as many others that need windows of the same size were used since
+    their last use as there are."""
+    moments, units = _moments(plan, profile), away(plan, profile)
+    slots = {each.slot_bytes: each.slots for each in plan.staging.weight_windows}
+    kinds = {name: _kind(plan, unit) for name, unit in units.items()}
     order = [unit for unit, _, _ in moments]
     missing = []
     for place, unit in enumerate(order):
@@ -218,8 +258,9 @@ def _missing(plan: Plan, profile: ModelProfile) -> Moments:
         for other in (*reversed(order[:place]), *reversed(order[place:])):
             if other == unit:
                 break
-            since.add(other)
-        if len(since) >= plan.staging.weight_slots:
+            if kinds[other] == kinds[unit]:
+                since.add(other)
+        if len(since) >= slots.get(kinds[unit], 0):
             missing.append(moments[place])
     return missing
 

@@ -41,7 +41,7 @@ from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
-from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, weight_slots
+from memtrain.planner.weight_windows import DEFAULT_WINDOWS, WantedWindows, weight_windows
 
 STATE_FIELDS = ("gradient_tier", "optimizer_tier", "weight_tier")
 GRADIENT_SLOTS = 4
@@ -532,7 +532,7 @@ def staging_for(
     shard_elements: int,
     on_cpu: bool,
     coded: tuple[CodedTier, ...] = (),
-    wanted_weight_slots: int = DEFAULT_WEIGHT_SLOTS,
+    wanted_windows: WantedWindows = DEFAULT_WINDOWS,
     schedule: UpdateSchedule = UpdateSchedule.SEQUENTIAL,
     held_passes: int = 1,
 ) -> Staging:
@@ -550,7 +550,6 @@ def staging_for(
         if d.gradient_tier is not Tier.DEVICE
     ]
     updates = any(streams_update(d) for d in states)
-    windows, window_bytes = weight_slots(profile, states, wanted_weight_slots)
     return Staging(
         saved_slots=min(saved_slots, len(saved) * held_passes),
         saved_slot_bytes=max(saved, default=0),
@@ -563,8 +562,7 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
-        weight_slots=windows,
-        weight_slot_bytes=window_bytes,
+        weight_windows=weight_windows(profile, states, wanted_windows),
         coded=coded,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,9 @@ from memtrain.planner.actions import (
     UpdateSchedule,
 )
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
+from memtrain.planner.units import MiB
 
-PLAN_VERSION = 7
+PLAN_VERSION = 8
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -36,6 +38,16 @@ class CodedTier:
     segment_bytes: int
     staging_bytes: int
     """As ``machine.StateCodec`` has them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowClass:
+    """Windows of one size, for the units that fit these and no smaller ones."""
+
+    slots: int
+    """How many units' weights are there at once."""
+    slot_bytes: int
+    """The largest of those units, every parameter in whole pages."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +81,8 @@ class Staging:
     the heap that the short-lived ones share. On a CUDA device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
-    weight_slots: int = 0
-    """Windows of the device for weights that live on tiers: how many units' are there at once."""
-    weight_slot_bytes: int = 0
-    """The largest of those units, every parameter in whole pages."""
+    weight_windows: tuple[WindowClass, ...] = ()
+    """Windows of the device for weights that live on tiers, the smallest first."""
     coded: tuple[CodedTier, ...] = ()
     """Tiers whose optimizer state is coded on its way, for which there is memory where the rings are."""
 
@@ -89,7 +99,7 @@ class Staging:
     @property
     def weight_window_bytes(self) -> int:
         """The device's windows for weights: on the bill as such, and not as staging."""
-        return self.weight_slots * self.weight_slot_bytes
+        return sum(each.slots * each.slot_bytes for each in self.weight_windows)
 
     @property
     def total_bytes(self) -> int:
@@ -223,7 +233,9 @@ def _plan_of(data: dict[str, Any]) -> Plan:
     )
     staging = data["staging"]
     coded = tuple(CodedTier(**{**each, "tier": Tier(each["tier"])}) for each in staging["coded"])
-    data["staging"] = Staging(**{**staging, "kept_bytes": tuple(staging["kept_bytes"]), "coded": coded})
+    windows = tuple(WindowClass(**each) for each in staging["weight_windows"])
+    parts = {"kept_bytes": tuple(staging["kept_bytes"]), "coded": coded, "weight_windows": windows}
+    data["staging"] = Staging(**{**staging, **parts})
     data["update_schedule"] = UpdateSchedule(data["update_schedule"])
     data["micro_batch_order"] = MicroBatchOrder(data["micro_batch_order"])
     data["bill"] = tuple(BillLine(**{**line, "tier": Tier(line["tier"])}) for line in data["bill"])
@@ -237,6 +249,13 @@ def _plan_of(data: dict[str, Any]) -> Plan:
 def _block_of(data: dict[str, Any]) -> BlockDecision:
     tiers = {name: Tier(data[name]) for name in ("saved_tier", "input_tier", "rest_tier")}
     return BlockDecision(**{**data, "action": Action(data["action"]), **tiers})
+
+
+def describe_windows(windows: Sequence[WindowClass]) -> str:
+    """``2 windows of 6.8 MiB and 1 of 54.0 MiB``."""
+    first, *others = windows
+    words = [f"{first.slots} windows of {first.slot_bytes / MiB:.1f} MiB"]
+    return " and ".join(words + [f"{each.slots} of {each.slot_bytes / MiB:.1f} MiB" for each in others])
 
 
 def describe(block: BlockDecision) -> str:

@@ -404,7 +404,7 @@ def solve_program(request: Request, schedule: UpdateSchedule, time_limit_seconds
         knobs=(
             next(n for n, v in program.saved_ring.items() if v.name in chosen),
             next(n for n, v in program.input_ring.items() if v.name in chosen),
-            next((n for n, v in program.weights.ring.items() if v.name in chosen), 0),
+            program.weights.chosen_windows(chosen),
             next(s for s, v in program.shard.items() if v.name in chosen),
         ),
     )

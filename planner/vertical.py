@@ -13,7 +13,7 @@ import time
 from memtrain.planner import baselines
 from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.bounding import Bound, compute_seconds
-from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, is_away
+from memtrain.planner.weight_windows import DEFAULT_WINDOWS, is_away, wanted_of
 
 FEWEST_SECONDS = 1.0
 """What the search in the other order is given at least, where the first has used up its time."""
@@ -71,7 +71,7 @@ def faster_order(search: baselines.Search, bound: Bound) -> tuple[baselines.Sear
     knobs = (
         max(1, staging.saved_slots),
         max(1, staging.input_slots),
-        staging.weight_slots or DEFAULT_WEIGHT_SLOTS,
+        wanted_of(staging.weight_windows) or DEFAULT_WINDOWS,
         staging.update_shard_elements,
         best.update_schedule if best.update_schedule in schedules else schedules[-1],
     )

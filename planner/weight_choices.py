@@ -18,7 +18,7 @@ import pulp
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.profile import UnitProfile
-from memtrain.planner.weight_windows import WEIGHT_SLOT_COUNTS
+from memtrain.planner.weight_windows import WANTED_WINDOWS, WantedWindows, ordinary_bytes
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
@@ -51,13 +51,22 @@ class WeightChoices:
         self.places = [self._places(index) for index in range(len(self._units))]
         """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
         movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
-        self._largest = max((self._units[u].weight_extent_bytes for u in movable), default=0)
-        self.ring = {n: self._binary(f"weight_slots_{n}") for n in (0, *WEIGHT_SLOT_COUNTS) if movable}
+        sizes = {u: self._units[u].weight_extent_bytes for u in movable}
+        self._largest = max(sizes.values(), default=0)
+        ordinary = ordinary_bytes(request.profile)
+        self._ordinary = max((size for size in sizes.values() if size <= ordinary), default=0)
+        """Of the largest unit that goes through a small window, where there are two sizes."""
+        self.ring: dict[WantedWindows | None, pulp.LpVariable] = {}
         if movable:
+            two_sizes = 0 < self._ordinary < self._largest
+            open_to = [wanted for wanted in WANTED_WINDOWS if two_sizes or not wanted.sized]
+            self.ring[None] = self._binary("no_windows")
+            for wanted in open_to:
+                self.ring[wanted] = self._binary(f"windows_{wanted.slots}{'_sized' * wanted.sized}")
             self._add(pulp.lpSum(self.ring.values()) == 1)
             for index in movable:
-                self._add(self.away(index) <= 1 - self.ring[0])
-        self.window_bytes = self._window_bytes(movable)
+                self._add(self.away(index) <= 1 - self.ring[None])
+        self.window_bytes = self._window_bytes(sizes)
 
     def _binary(self, name: str) -> pulp.LpVariable:
         return self._problem.add_variable(name, cat=pulp.LpBinary)
@@ -88,6 +97,10 @@ class WeightChoices:
             for row, tiers in zip(self.places, self._open, strict=True)
         ]
 
+    def chosen_windows(self, names: Container[str]) -> WantedWindows | None:
+        """The windows, likewise; None where there are none."""
+        return next((wanted for wanted, v in self.ring.items() if v.name in names), None)
+
     def sum(self, index: int, value: Callable[[UnitProfile, Tier], float]) -> Expression:
         """The value of whichever place the weights of unit ``index`` get."""
         unit = self._units[index]
@@ -110,18 +123,35 @@ class WeightChoices:
         units = range(len(self._units))
         return pulp.lpSum(self.sum(u, lambda p, t: p.weight_extent_bytes * (t is tier)) for u in units)
 
-    def _window_bytes(self, movable: list[int]) -> Expression:
-        """Windows times the largest unit that takes turns in them."""
-        if not movable:
+    def _window_bytes(self, sizes: dict[int, int]) -> Expression:
+        """Windows times the largest unit that takes turns in them.
+
+        Args:
+            sizes: of units that may be away.
+        """
+        if not sizes:
             return pulp.LpAffineExpression()
-        total = self._problem.add_variable("window_bytes", lowBound=0)
-        smallest = min(self._units[u].weight_extent_bytes for u in movable)
-        self._add(total >= pulp.lpSum(n * smallest * v for n, v in self.ring.items()))
-        for u in movable:
-            mine = self._units[u].weight_extent_bytes * self.away(u)
-            for n, v in self.ring.items():
-                self._add(total >= n * mine - n * self._largest * (1 - v))
-        return pulp.LpAffineExpression(total)
+        equal = {n.slots: v for n, v in self.ring.items() if n is not None and not n.sized}
+        sized = {n.slots - 1: v for n, v in self.ring.items() if n is not None and n.sized}
+        alike = self._problem.add_variable("window_bytes", lowBound=0)
+        self._ring_rows(alike, equal, sizes)
+        if not sized:
+            return pulp.LpAffineExpression(alike)
+        small = {u: size for u, size in sizes.items() if size <= self._ordinary}
+        large = {u: size for u, size in sizes.items() if u not in small}
+        for kind in (small, large):  # two sizes only where units of both are away
+            self._add(pulp.lpSum(self.away(u) for u in kind) >= pulp.lpSum(sized.values()))
+        self._ring_rows(alike, sized, small)
+        one = self._problem.add_variable("large_window_bytes", lowBound=0)
+        self._ring_rows(one, {1: pulp.lpSum(sized.values())}, large)
+        return pulp.LpAffineExpression(alike + one)
+
+    def _ring_rows(self, total: Any, ring: dict[int, Expression], sizes: dict[int, int]) -> None:
+        """``total`` is at least what the chosen windows take for units of these sizes."""
+        self._add(total >= pulp.lpSum(n * min(sizes.values()) * v for n, v in ring.items()))
+        for u, size in sizes.items():
+            for n, v in ring.items():
+                self._add(total >= n * size * self.away(u) - n * max(sizes.values()) * (1 - v))
 
     # -- seconds --------------------------------------------------------------------------------------
 
@@ -160,10 +190,15 @@ class WeightChoices:
             return Amount(queue=pulp.LpAffineExpression(), arithmetic=pulp.LpAffineExpression())
         link = self._machine.link(tier)
         rate = link.read_bytes_per_second if read else link.write_bytes_per_second
-        slots = pulp.lpSum(n * v for n, v in self.ring.items())
+        most = {wanted: wanted.slots * self._largest for wanted in self.ring if wanted is not None}
+        most |= {n: self._largest + (n.slots - 1) * self._ordinary for n in most if n.sized}
+        size = pulp.lpSum(most[n] * v for n, v in self.ring.items() if n is not None)
+        slots = pulp.lpSum(n.slots * v for n, v in self.ring.items() if n is not None)
         if in_use is not None:
+            small = self._units[in_use].weight_extent_bytes <= self._ordinary
+            size = size - (self._ordinary if small else self._largest) * self.away(in_use)
             slots = slots - self.away(in_use)
         return Amount(
-            queue=(self._largest / rate + 2 * link.latency_seconds) * slots,
-            arithmetic=self._largest * self._cpu[tier] * slots,
+            queue=size * (1 / rate) + 2 * link.latency_seconds * slots,
+            arithmetic=size * self._cpu[tier],
         )

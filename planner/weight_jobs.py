@@ -13,7 +13,7 @@ from typing import Protocol
 from memtrain.planner.actions import Tier
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.profile import ModelProfile
-from memtrain.planner.weight_windows import Turn, is_away, step_turns
+from memtrain.planner.weight_windows import Read, is_away, step_turns
 
 
 class Add(Protocol):
@@ -43,14 +43,14 @@ class WeightJobs:
             profile,
             decisions.states,
             decisions.update_schedule,
-            decisions.staging.weight_slots,
+            decisions.staging.weight_windows,
             decisions.micro_batch_order,
         )
-        self._starting: dict[int | None, list[int]] = defaultdict(list)
-        """Turns whose reads begin when another one is over, or with the step."""
+        self._starting: dict[int | None, list[tuple[int, Read]]] = defaultdict(list)
+        """Turns and their reads, by the turn that must be over before; None: they begin with the step."""
         for index, turn in enumerate(self._turns):
-            if turn.reads:
-                self._starting[turn.begins_after].append(index)
+            for read in turn.reads:
+                self._starting[read.begins_after].append((index, read))
         self._read: dict[int, tuple[int, ...]] = {}
         self._written: dict[int, int] = {}
         """By unit the job after which its window may be given to another one."""
@@ -61,11 +61,11 @@ class WeightJobs:
         """Jobs that the present turn waits for, and seconds that they take of its arithmetic."""
         turn = self._turns[self._now]
         seconds = sum(
-            self._units[unit].weight_extent_bytes * self._cpu[self._states[unit].weight_tier]
-            for unit in turn.reads
+            self._units[read.unit].weight_extent_bytes * self._cpu[self._states[read.unit].weight_tier]
+            for read in turn.reads
         )
         # Where nothing is read, what gives way must have been written all the same.
-        return self._read.get(self._now, self._written_before(self._turns[self._now])), seconds
+        return self._read.get(self._now, self._written_before(turn.evicts)), seconds
 
     def is_written(self, unit: int) -> bool:
         """Whether the unit's update changes weights that live on a tier."""
@@ -90,19 +90,16 @@ class WeightJobs:
         self._start(self._now, jobs)
         self._now += 1
 
-    def _written_before(self, turn: Turn) -> tuple[int, ...]:
-        return tuple(self._written[unit] for unit in turn.evicts if unit in self._written)
+    def _written_before(self, evicted: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(self._written[unit] for unit in evicted if unit in self._written)
 
     def _start(self, after: int | None, jobs: tuple[int, ...]) -> None:
-        for index in self._starting[after]:
-            turn = self._turns[index]
-            free = self._written_before(turn)
-            self._read[index] = tuple(
-                self._add(
-                    f"read weights {self._units[unit].name}",
-                    f"read:{self._states[unit].weight_tier.value}",
-                    self._units[unit].weight_extent_bytes,
-                    (*jobs, *free),
-                )
-                for unit in turn.reads
+        for index, read in self._starting[after]:
+            unit, state = self._units[read.unit], self._states[read.unit]
+            job = self._add(
+                f"read weights {unit.name}",
+                f"read:{state.weight_tier.value}",
+                unit.weight_extent_bytes,
+                (*jobs, *self._written_before(read.evicts)),
             )
+            self._read[index] = (*self._read.get(index, ()), job)

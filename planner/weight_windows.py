@@ -9,21 +9,48 @@ Of ``n`` windows one holds what is used and the others are read ahead into. So t
 all turns are over but the last ``n - 1`` that use weights before it. An update that makes weights anew from
 masters takes a window without a read.
 
+Windows have one size or two. A model's units are blocks, mostly alike, and tables around them which can be
+many times as large. With two sizes the tables have one window, which is theirs alone, and the blocks have the
+others: each size is a cache of its own, and all that is said above holds of each; but nothing is read before
+what is used before it, so a table comes when it is one of the next ``n - 1`` units of any size. More than two
+sizes would not take less memory: only what follows one another closely needs several windows, and whatever
+else is larger can share the one large window, whatever is smaller the small ones. What shares it is never
+used one right after the other (``ordinary_bytes``), so the next can come while blocks are used.
+
 Index letters: ``u`` unit, ``n`` windows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.actions import MicroBatchOrder, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.plan import WindowClass
 from memtrain.planner.profile import ModelProfile, UnitProfile
 
-WEIGHT_SLOT_COUNTS = (2, 3, 4)
-"""Two is the least: one is used while the next arrives. Beyond four nothing was gained in simulation."""
-DEFAULT_WEIGHT_SLOTS = 3
+
+@dataclass(frozen=True, slots=True)
+class WantedWindows:
+    """Windows to be made where any weights are away."""
+
+    slots: int
+    """In all."""
+    sized: bool
+    """One of them as large as the largest unit and the others as the largest ordinary one, where units of
+    both kinds are away; False: all of them as large as the largest."""
+
+
+WANTED_WINDOWS = tuple(
+    [WantedWindows(slots, sized=False) for slots in (2, 3, 4)]
+    + [WantedWindows(slots, sized=True) for slots in (2, 3, 4, 5)]
+)
+"""Two are the least: one is used while the next arrives. Beyond four of one size nothing was gained in
+simulation."""
+DEFAULT_WINDOWS = WantedWindows(3, sized=True)
+FEWEST_WINDOWS = WantedWindows(2, sized=True)
 BEYOND = 1 << 30
 """The place of the epilogue: after every block."""
 
@@ -46,33 +73,74 @@ def away_bytes(profile: ModelProfile, states: Sequence[StateDecision]) -> int:
     return sum(unit.movable_weight_bytes for unit, decision in decided if is_away(decision))
 
 
-def weight_slots(profile: ModelProfile, states: Sequence[StateDecision], wanted: int) -> tuple[int, int]:
-    """Windows, and bytes of each: no more than units take turns, no fewer than two and what a turn needs."""
-    units = {i: u for i, u in enumerate(profile.units) if is_away(states[i])}
-    if not units:
-        return 0, 0
-    together = max(len(turn) for turn in _pass(profile, states))
-    count = max(min(wanted, len(units)), together, WEIGHT_SLOT_COUNTS[0])
-    return count, max(unit.weight_extent_bytes for unit in units.values())
+def wanted_of(windows: Sequence[WindowClass]) -> WantedWindows | None:
+    """What was wanted where these have been made; None where there are none."""
+    return WantedWindows(sum(each.slots for each in windows), len(windows) > 1) if windows else None
+
+
+def ordinary_bytes(profile: ModelProfile) -> int:
+    """Of the largest unit that is no large one: the least size above which units are never used together, nor
+    one right after another in a forward. 0 where no weights may leave."""
+    forward = _pass(profile, [unit.weight_extent_bytes > 0 for unit in profile.units])
+    sizes = sorted({unit.weight_extent_bytes for unit in profile.units} - {0})
+    for size in sizes:
+        large = [{u for u in turn if profile.units[u].weight_extent_bytes > size} for turn in forward]
+        if all(len(one | following) <= 1 for one, following in itertools.pairwise(large)):
+            return size
+    return 0
+
+
+def weight_windows(
+    profile: ModelProfile, states: Sequence[StateDecision], wanted: WantedWindows
+) -> tuple[WindowClass, ...]:
+    """Windows, the smallest first: of each size no more than units take turns, no fewer than a turn needs,
+    and two where there is one size."""
+    away = [is_away(decision) for decision in states]
+    sizes = [unit.weight_extent_bytes for unit, gone in zip(profile.units, away, strict=True) if gone]
+    if not sizes:
+        return ()
+    ordinary = ordinary_bytes(profile) if wanted.sized else max(sizes)
+    small = [size for size in sizes if size <= ordinary]
+    turns = _pass(profile, away)
+
+    def at_once(least: int, most: int) -> int:
+        return max(sum(least < profile.units[u].weight_extent_bytes <= most for u in turn) for turn in turns)
+
+    if len(small) in (0, len(sizes)):
+        count = max(min(wanted.slots, len(sizes)), at_once(-1, max(sizes)), 2)
+        return (WindowClass(slots=count, slot_bytes=max(sizes)),)
+    count = max(min(wanted.slots - 1, len(small)), at_once(-1, ordinary))
+    return (
+        WindowClass(slots=count, slot_bytes=max(small)),
+        WindowClass(slots=at_once(ordinary, max(sizes)), slot_bytes=max(sizes)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A unit that is not in a window when its turn comes."""
+
+    unit: int
+    begins_after: int | None
+    """The turn that must be over before it is read; None: the read begins with the step."""
+    evicts: tuple[int, ...]
+    """Units that give way to it: what they have to write is written first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One use of weights in a step, or of none."""
 
-    reads: tuple[int, ...]
-    """Units that are not in a window."""
-    begins_after: int | None
-    """The turn that must be over before they are read; None: the reads begin with the step."""
+    reads: tuple[Read, ...]
     evicts: tuple[int, ...]
-    """Units that give way: what they have to write is written first."""
+    """Units that give way, to a read or to weights that are made anew."""
 
 
 def step_turns(
     profile: ModelProfile,
     states: Sequence[StateDecision],
     schedule: UpdateSchedule,
-    slots: int,
+    windows: Sequence[WindowClass],
     order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL,
 ) -> list[Turn]:
     """The turns of one step among many: per micro-batch prologue, blocks and epilogue, the blocks backward,
@@ -80,21 +148,31 @@ def step_turns(
     them comes as often as there are micro-batches before the next one."""
     passes = list(_passes(profile, states, order))
     uses = [*passes, *_updates(profile, states, schedule)]
-    found = _Windows(slots)
-    for units in uses:  # the step before: it leaves in the windows what this one finds there
-        found.use(units)
-    turns = []
-    for index, units in enumerate(uses):
-        missing, evicted = found.use(units)
-        if index >= len(passes) and all(profile.units[unit].overwritten for unit in missing):
-            missing = ()
-        begins = _begins_after(uses, index, slots) if missing else None
-        turns.append(Turn(reads=missing, begins_after=begins, evicts=evicted))
-    return turns
+    reads: list[list[Read]] = [[] for _ in uses]
+    evicts: list[list[int]] = [[] for _ in uses]
+    above, together = 0, sum(each.slots for each in windows)
+    for each in windows:  # which share nothing
+        members = range(above + 1, each.slot_bytes + 1)
+        own = [tuple(u for u in units if profile.units[u].weight_extent_bytes in members) for units in uses]
+        found = _Windows(each.slots)
+        for units in own:  # the step before: it leaves in the windows what this one finds there
+            found.use(units)
+        for index, units in enumerate(own):
+            missing, evicted = found.use(units)
+            if index >= len(passes) and all(profile.units[unit].overwritten for unit in missing):
+                missing = ()
+            begins = None
+            if missing:
+                ends = _begins_after(own, index, each.slots), _begins_after(uses, index, together)
+                begins = max((end for end in ends if end is not None), default=None)
+            reads[index] += [Read(unit, begins, evicted) for unit in missing]
+            evicts[index] += evicted
+        above = each.slot_bytes
+    return [Turn(reads=tuple(r), evicts=tuple(e)) for r, e in zip(reads, evicts, strict=True)]
 
 
 class _Windows:
-    """Units that are in a window, the one that was not used for longest first."""
+    """Units that are in windows of one size, the one that was not used for longest first."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -127,7 +205,7 @@ def _passes(
     profile: ModelProfile, states: Sequence[StateDecision], order: MicroBatchOrder
 ) -> Iterator[tuple[int, ...]]:
     """The units that are away and used, turn by turn."""
-    forward = _pass(profile, states)
+    forward = _pass(profile, [is_away(decision) for decision in states])
     one = [*forward, *forward[-2::-1]]  # the epilogue's forward and backward are one turn
     together = profile.micro_batches if order is MicroBatchOrder.VERTICAL else 1
     for _ in range(profile.micro_batches // together):
@@ -145,13 +223,10 @@ def _updates(
             yield (index,) if updated else ()
 
 
-def _pass(profile: ModelProfile, states: Sequence[StateDecision]) -> list[tuple[int, ...]]:
-    """The turns of a forward: prologue, every block, epilogue."""
+def _pass(profile: ModelProfile, away: Sequence[bool]) -> list[tuple[int, ...]]:
+    """The units that are away, by turns of a forward: prologue, every block, epilogue."""
     by_name = {unit.name: index for index, unit in enumerate(profile.units)}
     places: dict[int, list[int]] = {place: [] for place in (-1, *range(len(profile.blocks)), BEYOND)}
     for index, unit in enumerate(profile.units):
         places[place_of(unit)] += [index, *(by_name[name] for name in unit.borrows)]
-    return [
-        tuple(dict.fromkeys(index for index in places[place] if is_away(states[index])))
-        for place in sorted(places)
-    ]
+    return [tuple(dict.fromkeys(index for index in places[place] if away[index])) for place in sorted(places)]

@@ -12,6 +12,7 @@ from torch import nn
 import memtrain
 from memtrain.offload.errors import PlanMismatchError, WeightAwayError
 from memtrain.offload.parameters import ParameterStreamer
+from memtrain.offload.weight_units import StreamedUnit
 from memtrain.planner.actions import Tier
 from memtrain.report import plan_text
 from tests.memtrain.test_session import MACHINE
@@ -87,10 +88,9 @@ def test_streamed_weights_train_bit_for_bit(
     assert isinstance(streamer, ParameterStreamer)
     # With a tied table the epilogue has nothing but a norm, which is small and stays.
     assert streamer.streamed == (STREAMED[:-1] if tied else STREAMED)
-    assert streamer.window_bytes == staging.weight_slot_bytes
-    assert f"{len(streamer.streamed)} on nvme, through {staging.weight_slots} windows" in plan_text(
-        session.plan
-    )
+    assert streamer.windows == staging.weight_windows
+    first = staging.weight_windows[0]
+    assert f"{len(streamer.streamed)} on nvme, through {first.slots} windows of" in plan_text(session.plan)
     with pytest.raises(WeightAwayError):
         model.model.layers[0].mlp.up_proj.weight.sum()  # type: ignore[union-attr]
     written_before = streamer.statistics().bytes_written  # as they left
@@ -99,8 +99,8 @@ def test_streamed_weights_train_bit_for_bit(
     session.flush()
     streamer.flush()
     found = streamer.statistics()
-    assert found.peak_in_use == found.windows == staging.weight_slots
-    assert f"streamed through {found.windows} windows" in session.report()
+    assert found.peak_in_use == found.windows == sum(each.slots for each in staging.weight_windows)
+    assert f"streamed through {first.slots} windows of" in session.report()
     # Each unit is written once a step.
     once = sum(u.movable_weight_bytes for u in session.profile.units)
     assert found.bytes_written - written_before == STEPS * once
@@ -148,12 +148,38 @@ def test_where_all_weights_stay_nothing_is_installed(tmp_path: Path) -> None:
         assert "weights" not in session.report()
 
 
+@pytest.mark.parametrize("schedule", ["sequential", "ahead"])
+def test_a_table_has_a_window_of_its_own_and_memory_is_what_is_planned(tmp_path: Path, schedule: str) -> None:
+    """Of 4096 words: a table of 4 MiB, blocks of little more than 2."""
+    losses, weights = plain(llama(tied=True, vocabulary=4096))
+    model = llama(tied=True, vocabulary=4096)
+    force = {"block": {"action": "keep"}, "state": {"weight_tier": "nvme"}}
+    session = prepare(model, tmp_path, force, schedule)
+    small, large = session.plan.staging.weight_windows
+    sizes = {unit.name: unit.weight_extent_bytes for unit in session.profile.units}
+    assert (small.slot_bytes, large.slot_bytes) == (sizes["model.layers.0"], sizes["prologue"])
+    assert large.slots == 1
+    assert isinstance(session.weights, ParameterStreamer)
+    held = session.weights.fill_windows()
+    billed = [line.size_bytes for line in session.plan.bill if line.category == "weight windows"]
+    assert [held] == billed == [small.slots * small.slot_bytes + large.slot_bytes]
+    torch.manual_seed(1)
+    assert loop(session.model, session.optimizer) == losses
+    marks = {mark.name: mark for mark in session.high_water()}
+    for name, each in (("weights", small), ("large weights", large)):
+        assert marks[name].bytes_used == marks[name].slot_bytes == each.slot_bytes
+        assert marks[name].slots_held == marks[name].slots == each.slots
+    assert "staging large weights: 1 of 1 slots held at once, 4.00 of 4.00 MiB" in session.report()
+    session.close()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
 def test_a_plan_with_other_windows_is_refused_and_leaves_no_trace(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(ParameterStreamer, "window_bytes", property(lambda self: 4096))
+    monkeypatch.setattr(StreamedUnit, "nbytes", property(lambda self: 4096))
     with pytest.raises(PlanMismatchError, match=r"windows of \d+ bytes for weights, this model needs 4096"):
         prepare(model, tmp_path, {"block": {"action": "keep"}, "state": {"weight_tier": "nvme"}})
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -20,6 +20,7 @@ from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import Unit
 from memtrain.offload.tiers import MemoryStore, NvmeStore, Store
 from memtrain.planner.actions import Tier, UpdateSchedule
+from memtrain.planner.plan import WindowClass
 from memtrain.weight_guard import WeightGuard
 from tests.offload.training import STAGING, make_plan
 
@@ -30,7 +31,13 @@ CAPACITY_BYTES = 96 << 20
 STREAMED = ("prologue", *(f"model.layers.{index}" for index in range(DEPTH)), "epilogue")
 
 
-def llama(*, tied: bool = False, depth: int = DEPTH, dtype: torch.dtype = torch.float32) -> nn.Module:
+def llama(
+    *,
+    tied: bool = False,
+    depth: int = DEPTH,
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = VOCABULARY,
+) -> nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=WIDTH,
@@ -38,7 +45,7 @@ def llama(*, tied: bool = False, depth: int = DEPTH, dtype: torch.dtype = torch.
         num_hidden_layers=depth,
         num_attention_heads=4,
         num_key_value_heads=4,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         tie_word_embeddings=tied,
         use_cache=False,
     )
@@ -87,7 +94,7 @@ def stream(
     model: nn.Module,
     engine: Engine,
     *,
-    slots: int = 3,
+    slots: int | Sequence[WindowClass] = 3,
     tier: Tier = Tier.HOST,
     units: Sequence[str] | None = None,
     tiers: Mapping[str, Tier] | None = None,

@@ -213,7 +213,7 @@ def test_memory_is_that_of_the_windows(tmp_path: Path) -> None:
     with open_engine(tmp_path) as engine:
         before = anonymous_bytes()
         streamer = stream(model, engine, slots=2, tier=Tier.NVME)
-        assert streamer.window_bytes == BLOCK_BYTES == window_bytes(units_of(model)[1][1])
+        assert streamer.windows[-1].slot_bytes == BLOCK_BYTES == window_bytes(units_of(model)[1][1])
         freed = before - anonymous_bytes()
         assert freed >= weights - 2 * BLOCK_BYTES - (2 << 20)
         with torch.no_grad():

@@ -359,7 +359,7 @@ def test_parts_of_a_block_that_is_too_large() -> None:
             model, parts, units, tiers=dict.fromkeys(dict(parts), Tier.HOST), engine=engine, slots=2
         )
         streamer.install()
-        assert streamer.window_bytes == 4 * 3 * WIDTH * 384
+        assert streamer.windows[-1].slot_bytes == 4 * 3 * WIDTH * 384
         assert_same(expected, passes(model))
         streamer.remove()
 
@@ -377,7 +377,7 @@ def test_a_layer_that_is_too_large_comes_tile_by_tile() -> None:
             model, tiles, units, tiers=dict.fromkeys(dict(tiles), Tier.HOST), engine=engine, slots=2
         )
         streamer.install()
-        assert streamer.window_bytes == 4 * 256 * 256
+        assert streamer.windows[-1].slot_bytes == 4 * 256 * 256
         for one in (plain, model):
             one(rows).square().mean().backward()
         for p, q in zip(plain.parameters(), model.parameters(), strict=True):

@@ -23,8 +23,8 @@ from memtrain.planner.simulate import simulate
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
 from tests.planner.test_simulate import KEEP, run
-from tests.planner.test_weight_windows import weighty
 from tests.planner.toys import make_machine, make_profile
+from tests.planner.weighty import weighty
 
 IN_BACKWARD, SEQUENTIAL = UpdateSchedule.IN_BACKWARD, UpdateSchedule.SEQUENTIAL
 BUDGET = Budget(device="1GiB", nvme="/x:1GiB")

@@ -25,7 +25,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
-from memtrain.planner.weight_windows import WEIGHT_SLOT_COUNTS
+from memtrain.planner.weight_windows import DEFAULT_WINDOWS, WANTED_WINDOWS
 from tests.planner.toys import (
     make_block,
     make_form,
@@ -45,7 +45,7 @@ def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options
     space = open_space(profile, machine, budget, options)
     search = Search(profile=profile, machine=machine, budget=budget, options=options, space=space)
     rings = range(1, max(1, len(space.tiers)) * len(profile.blocks) + 1)
-    windows = WEIGHT_SLOT_COUNTS if any(len(tiers) > 1 for tiers in space.weights) else (2,)
+    windows = WANTED_WINDOWS if any(len(tiers) > 1 for tiers in space.weights) else (DEFAULT_WINDOWS,)
     for schedule, blocks, states, weights, saved, moved, slots, shard in itertools.product(
         space.schedules,
         itertools.product(*space.blocks),

@@ -24,8 +24,9 @@ from memtrain.planner.simulate import Timeline, simulate
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import profile_model
 from memtrain.planner.units import MiB
-from memtrain.planner.weight_windows import step_turns
-from tests.planner.test_weight_windows import (
+from memtrain.planner.weight_windows import WantedWindows, step_turns, weight_windows
+from tests.planner.toys import make_machine
+from tests.planner.weighty import (
     ALONE,
     EVERYTHING,
     FROZEN,
@@ -44,7 +45,6 @@ from tests.planner.test_weight_windows import (
     weighty,
     without,
 )
-from tests.planner.toys import make_machine
 
 VERTICAL, HORIZONTAL = MicroBatchOrder.VERTICAL, MicroBatchOrder.HORIZONTAL
 BUDGET = Budget(device="1GiB", nvme="/x:1GiB")
@@ -66,8 +66,10 @@ def test_each_turn_comes_for_every_micro_batch_and_reads_once(
     slots: int, schedule: Schedule, once: str, updates: str
 ) -> None:
     profile = weighty(4, micro_batches=3)
-    turns = step_turns(profile, states_of(profile, everybody), schedule, slots, VERTICAL)
-    found = ["".join(profile.units[u].name[-1] for u in turn.reads) or "-" for turn in turns]
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(slots, sized=False))
+    turns = step_turns(profile, states, schedule, windows, VERTICAL)
+    found = ["".join(profile.units[r.unit].name[-1] for r in turn.reads) or "-" for turn in turns]
     assert found == [read for turn in once.split() for read in (turn, "-", "-")] + updates.split()
 
 
@@ -93,7 +95,7 @@ def run(
         input_slots=2,
         shard_elements=1 << 20,
         on_cpu=machine.on_cpu,
-        wanted_weight_slots=slots,
+        wanted_windows=WantedWindows(slots, sized=False),
         held_passes=profile.micro_batches if order is VERTICAL else 1,
     )
     decisions = Decisions(

@@ -1,114 +1,49 @@
-"""Weights that live on tiers: turns, bytes and seconds by hand; plan, bound and checker agree."""
+"""Weights that live on tiers: turns and seconds by hand."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.check import Rule, check
-from memtrain.planner.decisions import Decisions, PlannerOptions, staging_for
-from memtrain.planner.machine import Budget, Machine
-from memtrain.planner.plan import Event, Plan
-from memtrain.planner.profile import ModelProfile, UnitProfile
-from memtrain.planner.simulate import Timeline, simulate
-from memtrain.planner.solve import make_plan
+from memtrain.planner.actions import Action, Tier, UpdateSchedule
+from memtrain.planner.plan import WindowClass
+from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import MiB
-from memtrain.planner.weight_windows import step_turns
-from tests.planner.test_solve import brute_force
-from tests.planner.toys import make_machine, make_profile
-
-PAGE = 4096
-
-
-def make_units(
-    blocks: int, *, frozen: tuple[int, ...] = (), around: bool = False, tied: bool = False
-) -> tuple[UnitProfile, ...]:
-    """Per block 8 MiB of weights, of which all but 64 bytes may leave, and a page more than that in an
-    extent; trained ones with 1 ms of update. A prologue of 16 MiB and an epilogue of 4 where wanted, the
-    latter with the former's table."""
-    units = [
-        UnitProfile(
-            name=f"layers.{index}",
-            block=index,
-            weight_bytes=8 * MiB,
-            gradient_bytes=0 if index in frozen else 8 * MiB,
-            state_bytes=0 if index in frozen else 16 * MiB,
-            update_seconds=0.0 if index in frozen else 0.001,
-            parameters=(f"layers.{index}.a", f"layers.{index}.b"),
-            movable_weight_bytes=8 * MiB - 64,
-            weight_extent_bytes=8 * MiB + PAGE,
-            written_extent_bytes=0 if index in frozen else 8 * MiB + PAGE,
-        )
-        for index in range(blocks)
-    ]
-    if around:
-        head = make_edge("epilogue", 4 * MiB, ("prologue",) if tied else ())
-        units = [make_edge("prologue", 16 * MiB), *units, head]
-    return tuple(units)
+from memtrain.planner.weight_windows import (
+    WantedWindows,
+    ordinary_bytes,
+    step_turns,
+    weight_windows,
+)
+from tests.planner.toys import make_machine
+from tests.planner.weighty import (
+    ALONE,
+    FROZEN,
+    KEPT,
+    ONE,
+    PAGE,
+    everybody,
+    in_blocks,
+    make_edge,
+    make_units,
+    plan_for,
+    rooted,
+    run,
+    states_of,
+    weighty,
+)
 
 
-def make_edge(name: str, size: int, borrows: tuple[str, ...] = ()) -> UnitProfile:
-    """Frozen, outside the blocks."""
-    return UnitProfile(
-        name=name,
-        block=None,
-        weight_bytes=size,
-        gradient_bytes=0,
-        state_bytes=0,
-        movable_weight_bytes=size,
-        weight_extent_bytes=size,
-        borrows=borrows,
-    )
-
-
-def weighty(blocks: int = 4, *, micro_batches: int = 1, **changes: Any) -> ModelProfile:
-    """``make_profile`` with blocks whose weights may leave: 8 MiB each and 2 of buffers beside them."""
-    kinds = {key: changes.pop(key) for key in ("frozen", "around", "tied") if key in changes}
-    units = make_units(blocks, **kinds)
-    fields: dict[str, Any] = {
-        "units": units,
-        "weight_bytes": sum(unit.weight_bytes for unit in units) + 2 * MiB,
-        "state_bytes_per_element": 8.0,
-        "gradient_bytes_per_element": 4.0,
-        "micro_batches": micro_batches,
-    }
-    return make_profile(blocks, **(fields | changes))
-
-
-def rooted(unit: UnitProfile) -> UnitProfile:
-    """With weights that may not leave."""
-    return replace(unit, movable_weight_bytes=0, weight_extent_bytes=0, written_extent_bytes=0)
-
-
-def states_of(profile: ModelProfile, away: Callable[[UnitProfile], bool]) -> tuple[StateDecision, ...]:
-    tiers = (Tier.NVME if away(unit) else Tier.DEVICE for unit in profile.units)
-    return tuple(
-        StateDecision(unit=unit.name, weight_tier=tier)
-        for unit, tier in zip(profile.units, tiers, strict=True)
-    )
-
-
-def everybody(unit: UnitProfile) -> bool:
-    return True
-
-
-def in_blocks(unit: UnitProfile) -> bool:
-    return unit.block is not None
-
-
-def everybody_in(profile: ModelProfile, slots: int, schedule: UpdateSchedule) -> list[str]:
+def everybody_in(
+    profile: ModelProfile, slots: int, schedule: UpdateSchedule, *, sized: bool = False
+) -> list[str]:
     """What each turn reads, by the last letter of the unit's name."""
-    turns = step_turns(profile, states_of(profile, everybody), schedule, slots)
-    return ["".join(profile.units[u].name[-1] for u in turn.reads) or "-" for turn in turns]
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(slots, sized))
+    turns = step_turns(profile, states, schedule, windows)
+    return ["".join(profile.units[read.unit].name[-1] for read in turn.reads) or "-" for turn in turns]
 
 
 AHEAD, SEQUENTIAL = UpdateSchedule.AHEAD, UpdateSchedule.SEQUENTIAL
@@ -147,37 +82,99 @@ def test_a_tied_table_comes_again_for_the_head() -> None:
     assert everybody_in(profile, 2, AHEAD) == "- - 1 2 ee 2 1 0 e".split()
 
 
-def run(
-    profile: ModelProfile,
-    *,
-    slots: int,
-    machine: Machine | None = None,
-    schedule: UpdateSchedule = SEQUENTIAL,
-    away: Callable[[UnitProfile], bool] = everybody,
-    action: Action = Action.KEEP,
-) -> Timeline:
-    blocks = tuple(BlockDecision(block=i, action=action) for i in range(len(profile.blocks)))
-    states = states_of(profile, away)
-    machine = machine or make_machine()
-    staging = staging_for(
-        profile,
-        blocks,
-        states,
-        saved_slots=2,
-        input_slots=2,
-        shard_elements=1 << 20,
-        on_cpu=machine.on_cpu,
-        wanted_weight_slots=slots,
+@pytest.mark.parametrize(
+    ("small", "schedule", "tied", "reads"),
+    [
+        # Prologue and epilogue end in e. Tied, the table is in its window all the time.
+        (1, AHEAD, True, "- 0 1 2 3 - - 2 1 0 -"),
+        (2, AHEAD, True, "- - - 2 3 - - - 1 0 -"),
+        (3, AHEAD, True, "- - - - 3 - - - - 0 -"),
+        # Two tables: each is read where the other was used before. Blocks are as above.
+        (2, AHEAD, False, "- - - 2 3 e - - 1 0 e"),
+        # Trained blocks come once more for their updates; tables are frozen.
+        (2, SEQUENTIAL, False, "- 0 1 2 3 e - - 1 0 e - - - 2 3 -"),
+    ],
+)
+def test_tables_have_a_window_of_their_own(
+    small: int, schedule: UpdateSchedule, tied: bool, reads: str
+) -> None:
+    profile = weighty(4, around=True)
+    units = list(profile.units)
+    units[-1] = rooted(make_edge("epilogue", 0, ("prologue",))) if tied else make_edge("epilogue", 12 * MiB)
+    profile = replace(profile, units=tuple(units), weight_bytes=70 * MiB)
+    assert ordinary_bytes(profile) == 8 * MiB + PAGE
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(small + 1, sized=True))
+    assert windows == (
+        WindowClass(slots=small, slot_bytes=8 * MiB + PAGE),
+        WindowClass(slots=1, slot_bytes=16 * MiB),
     )
-    decisions = Decisions(blocks=blocks, states=states, staging=staging, update_schedule=schedule)
-    return simulate(profile, machine, decisions)
+    assert everybody_in(profile, small + 1, schedule, sized=True) == reads.split()
 
 
-FROZEN = {"frozen": (0, 1, 2, 3)}
-ONE = (8 * MiB + PAGE) / (1024 * MiB)
-"""Seconds of a block's weights: 8 MiB and a page at 1 GiB/s, 7.8 ms."""
-ALONE = 0.130
-"""Four blocks of 10 ms forward and 20 backward, 10 ms around them."""
+def test_a_table_comes_in_the_order_of_its_use() -> None:
+    """Its window is free from the first block on, and it is read behind what is used before it."""
+    profile = weighty(4, around=True)
+    profile = replace(profile, units=(*profile.units[:-1], make_edge("epilogue", 12 * MiB)))
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(3, sized=True))
+    turns = step_turns(profile, states, AHEAD, windows)
+    # Turns: prologue, blocks 0 to 3, epilogue, blocks 3 to 0, prologue.
+    begins = {
+        (index, read.unit): read.begins_after for index, turn in enumerate(turns) for read in turn.reads
+    }
+    assert begins == {(3, 3): 1, (4, 4): 2, (5, 5): 2, (8, 2): 6, (9, 1): 7, (10, 0): 7}
+    # What gives way to a table is a table, and to a block a block.
+    assert [turn.evicts for turn in turns if turn.evicts] == [(1,), (2,), (0,), (4,), (3,), (5,)]
+
+
+def sized_units(*sizes: int, outside: tuple[int, int] = (0, 0)) -> ModelProfile:
+    """Blocks of so many pages each, and a prologue and an epilogue."""
+    before = make_edge("prologue", outside[0] * PAGE)
+    behind = make_edge("epilogue", outside[1] * PAGE)
+    blocks = []
+    for unit, count in zip(make_units(len(sizes)), sizes, strict=True):
+        size = count * PAGE
+        own = {"weight_bytes": size, "movable_weight_bytes": size, "weight_extent_bytes": size}
+        blocks.append(replace(unit, written_extent_bytes=0, **own))
+    return weighty(len(sizes), units=(before, *blocks, behind))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "outside", "ordinary"),
+    [
+        ((3, 3, 3), (0, 0), 3),
+        ((3, 3, 3), (9, 7), 3),
+        ((3, 3, 3), (2, 7), 3),  # a smaller table goes through the blocks' windows
+        ((3,), (9, 9), 3),
+        ((3, 5, 3, 5), (9, 0), 3),  # every other block is large, and the table is two blocks away from one
+        ((5, 3, 5, 3), (9, 0), 5),  # the table comes right before a large block
+        ((3, 5, 5, 3), (0, 0), 5),
+        ((4, 5, 6, 5), (0, 0), 5),
+        ((4, 5, 6, 7), (0, 0), 6),
+    ],
+)
+def test_what_is_ordinary(sizes: tuple[int, ...], outside: tuple[int, int], ordinary: int) -> None:
+    assert ordinary_bytes(sized_units(*sizes, outside=outside)) == ordinary * PAGE
+
+
+def test_one_size_where_nothing_else_is_away() -> None:
+    profile = weighty(4, around=True)
+    for away, size in ((in_blocks, 8 * MiB + PAGE), (lambda u: u.name == "prologue", 16 * MiB)):
+        states = states_of(profile, away)
+        sized = weight_windows(profile, states, WantedWindows(3, sized=True))
+        assert sized == weight_windows(profile, states, WantedWindows(3, sized=False))
+        assert [each.slot_bytes for each in sized] == [size]
+
+
+def test_a_table_that_stays_in_its_window_is_not_waited_for() -> None:
+    """Tied, with one large window: the blocks alone are read."""
+    found = run(weighty(around=True, tied=True, **FROZEN), slots=3, sized=True)
+    names = {event.name for event in found.events if event.resource == "read:nvme"}
+    assert "read weights prologue" not in names
+    alike = run(weighty(around=True, tied=True, **FROZEN), slots=3)
+    assert "read weights prologue" in {event.name for event in alike.events}
+    assert found.step_seconds <= alike.step_seconds
 
 
 def test_reads_hide_behind_the_block_before() -> None:
@@ -275,402 +272,3 @@ def test_a_plan_with_masters_is_approved() -> None:
         force = {"block": KEPT, "state": {"weight_tier": "nvme"}}
         plan = plan_for(weighty(5, units=units, micro_batches=2), force, update_schedule=schedule)
         assert 0 < plan.lower_bound_seconds <= plan.step_seconds
-
-
-# -- bytes ---------------------------------------------------------------------------------------------
-
-
-BUDGET = Budget(device="1GiB", nvme="/x:1GiB")
-KEPT = {"action": "keep"}
-
-
-def plan_for(
-    profile: ModelProfile,
-    force: dict[str, Any] | None = None,
-    *,
-    budget: Budget = BUDGET,
-    machine: Machine | None = None,
-    **options: Any,
-) -> Plan:
-    chosen = PlannerOptions(force=force or {}, **({"safety_margin": 0.0} | options))
-    plan = make_plan(profile, machine or make_machine(), budget, options=chosen)
-    if plan.status != "infeasible":
-        assert check(plan, profile, machine or make_machine(), budget) == ()
-    return plan
-
-
-def bill(plan: Plan) -> dict[tuple[str, str], int]:
-    return {(line.category, line.tier.value): line.size_bytes for line in plan.bill}
-
-
-@pytest.mark.usefixtures("solver_here")
-def test_bytes_by_hand() -> None:
-    plan = plan_for(weighty(around=True, **FROZEN), {"block": KEPT, "state": {"weight_tier": "nvme"}})
-    found = bill(plan)
-    # 4 blocks of 8 MiB, 16 and 4 around them: only 2 MiB of buffers stay, and 64 bytes a block. A window
-    # holds the table.
-    assert found["weights", "device"] == 2 * MiB + 4 * 64
-    assert plan.staging.weight_slot_bytes == 16 * MiB
-    assert found["weight windows", "device"] == plan.staging.weight_slots * 16 * MiB
-    assert found["weights", "nvme"] == 4 * (8 * MiB + PAGE) + 20 * MiB
-    # The blocks alone: 22 MiB stay.
-    force: dict[str, Any] = {"block": KEPT, "state": {"weight_tier": "nvme"}}
-    force |= {f"state.{name}": {"weight_tier": "device"} for name in ("prologue", "epilogue")}
-    found = bill(plan := plan_for(weighty(around=True, **FROZEN), force))
-    assert found["weights", "device"] == 22 * MiB + 4 * 64
-    assert found["weight windows", "device"] == plan.staging.weight_slots * (8 * MiB + PAGE)
-    assert plan.peak(Tier.DEVICE) == sum(size for (_, tier), size in found.items() if tier == "device")
-
-
-@pytest.mark.usefixtures("solver_here")
-def test_enough_memory_streams_nothing() -> None:
-    plan = plan_for(weighty())
-    assert {state.weight_tier for state in plan.states} == {Tier.DEVICE}
-    assert (plan.staging.weight_slots, plan.staging.weight_slot_bytes) == (0, 0)
-    assert (plan.status, plan.bytes_moved_per_step) == ("optimal", 0)
-    fixed = weighty(units=tuple(rooted(unit) for unit in make_units(4)))
-    same = replace(plan_for(fixed), profile_digest=plan.profile_digest)
-    assert same.digest == plan.digest
-
-
-@pytest.mark.usefixtures("solver_here")
-def test_a_budget_that_weights_fill_becomes_one_that_works() -> None:
-    # 100 MiB of libraries, 2 of buffers and 8 x 8 of weights are more than 150.
-    profile = weighty(8, frozen=tuple(range(8)))
-    budget = Budget(device=150 * MiB, nvme="/x:1GiB")
-    stays = plan_for(profile, {"state": {"weight_tier": "device"}}, budget=budget)
-    assert stays.status == "infeasible"
-    # 100, 2, 64, and with everything on nvme a slot of 1 MiB and a page, and 14: less 150.
-    assert stays.shortfall_bytes == ((Tier.DEVICE, 31 * MiB + PAGE),)
-    assert stays.remedies[0] == "drop the forced choices"
-    plan = plan_for(profile, budget=budget)
-    assert plan.lower_bound_seconds > 0
-    assert {state.weight_tier for state in plan.states} >= {Tier.NVME}
-    assert plan.peak(Tier.DEVICE) <= 150 * MiB
-    assert not [event for event in plan.timeline if event.name.startswith("write weights")]
-
-
-@pytest.mark.usefixtures("solver_here")
-def test_what_is_short_once_all_weights_are_away() -> None:
-    # 102 MiB, two windows, and as above 1 MiB and a page of slot and 14 of backward: a byte less is too
-    # little.
-    profile = weighty(8, frozen=tuple(range(8)))
-    need = 102 * MiB + 8 * 64 + 2 * (8 * MiB + PAGE) + MiB + PAGE + 14 * MiB
-    enough = plan_for(profile, budget=Budget(device=need, nvme="/x:1GiB"))
-    assert enough.peak(Tier.DEVICE) == need
-    short = plan_for(profile, budget=Budget(device=need - 1, nvme="/x:1GiB"))
-    assert short.shortfall_bytes == ((Tier.DEVICE, 1),)
-    assert {state.weight_tier for state in short.states} == {Tier.NVME}
-    room = 8 * (8 * MiB + PAGE) + 8 * (MiB + PAGE)  # the inputs are there, too
-    full = plan_for(profile, budget=Budget(device=need, nvme=f"/x:{room}B"))
-    assert full.peak(Tier.NVME) == room
-    fuller = plan_for(profile, budget=Budget(device=need, nvme=f"/x:{room - PAGE}B"))
-    assert fuller.status == "infeasible"
-
-
-# -- the plan against every other one -------------------------------------------------------------------
-
-
-SLOW = {"read_bytes_per_second": 500 * MiB, "write_bytes_per_second": 250 * MiB}
-
-
-@pytest.mark.usefixtures("solver_here")
-@pytest.mark.parametrize(
-    ("blocks", "frozen", "micro_batches", "device", "link"),
-    [
-        (3, (0, 1, 2), 1, 145, {}),
-        (3, (0, 1, 2), 2, 140, SLOW | {"mixed_bytes_per_second": 300 * MiB}),
-        (3, (0, 2), 1, 165, SLOW | {"mixed_bytes_per_second": 400 * MiB, "cpu_seconds_per_byte": 2e-10}),
-        (3, (), 2, 235, {"mixed_bytes_per_second": 1024 * MiB, "latency_seconds": 1e-3}),
-    ],
-)
-def test_nothing_beats_a_plan_that_may_stream_weights(
-    blocks: int, frozen: tuple[int, ...], micro_batches: int, device: int, link: dict[str, Any]
-) -> None:
-    profile = weighty(blocks, frozen=frozen, micro_batches=micro_batches)
-    machine, budget = make_machine(**link), Budget(device=device * MiB, nvme="/x:1GiB")
-    force = {"state": {"gradient_tier": "device", "optimizer_tier": "device"}}
-    options = PlannerOptions(allow=frozenset({Action.KEEP, Action.RECOMPUTE}), force=force)
-    best = brute_force(profile, machine, budget, options)
-    plan = make_plan(profile, machine, budget, options=options)
-    assert best < math.inf
-    assert plan.step_seconds <= best * (1 + options.gap)
-    assert 0 < plan.lower_bound_seconds <= best + 1e-9
-    assert check(plan, profile, machine, budget) == ()
-
-
-@pytest.mark.usefixtures("solver_here")
-@pytest.mark.parametrize("trained", [False, True])
-def test_more_memory_is_never_slower(trained: bool) -> None:
-    profile = weighty(6, frozen=() if trained else tuple(range(6)), around=True)
-    times = []
-    for device in (150, 190, 260, 500):
-        machine = make_machine(**SLOW, mixed_bytes_per_second=400 * MiB)
-        plan = plan_for(profile, budget=Budget(device=device * MiB, nvme="/x:1GiB"), machine=machine)
-        times.append(plan.step_seconds if plan.status != "infeasible" else math.inf)
-    assert times[1] < math.inf
-    assert all(b <= a * (1 + PlannerOptions().gap) for a, b in itertools.pairwise(times)), times
-
-
-@pytest.mark.usefixtures("solver_here")
-def test_no_rule_about_weights_lifts_the_bound_above_a_plan() -> None:
-    """Every placement of weights and every number of windows, forced: the bound is below what it takes."""
-    for schedule, slow, tied in (("sequential", True, False), ("ahead", True, True), ("ahead", False, False)):
-        profile = weighty(3, around=True, tied=tied, micro_batches=2)
-        link = SLOW | {"mixed_bytes_per_second": 300 * MiB, "cpu_seconds_per_byte": 5e-10} if slow else {}
-        machine = make_machine(**link, dram_copy_bytes_per_second=1e10)
-        for outside, *inside in itertools.product(("device", "nvme"), repeat=4):
-            places = (outside, *inside, outside)
-            force: dict[str, Any] = {"block": KEPT}
-            for unit, place in zip(profile.units, places, strict=True):
-                force[f"state.{unit.name}"] = {"weight_tier": place, "optimizer_tier": "device"}
-                if unit.gradient_bytes:
-                    force[f"state.{unit.name}"]["gradient_tier"] = "device"
-            options = PlannerOptions(force=force, safety_margin=0.0, update_schedule=schedule)
-            best = brute_force(profile, machine, BUDGET, options)
-            plan = make_plan(profile, machine, BUDGET, options=options)
-            assert check(plan, profile, machine, BUDGET) == ()
-            assert plan.step_seconds <= best * 1.005
-            assert plan.lower_bound_seconds <= best + 1e-9
-
-
-@st.composite
-def any_weights(draw: st.DrawFn) -> ModelProfile:
-    count = draw(st.integers(1, 4))
-    units = []
-    for unit in make_units(count, around=draw(st.booleans()), tied=draw(st.booleans())):
-        size = draw(st.integers(0, 6 * MiB))
-        extent = draw(st.sampled_from([0, -(-size // PAGE) * PAGE]))
-        written = draw(st.sampled_from([0, extent]))
-        units.append(
-            replace(
-                unit,
-                weight_bytes=size,
-                movable_weight_bytes=size if extent else 0,
-                weight_extent_bytes=extent,
-                written_extent_bytes=written,
-                update_seconds=0.001 if written or unit.gradient_bytes else 0.0,
-            )
-        )
-    return make_profile(
-        count,
-        units=tuple(units),
-        weight_bytes=sum(unit.weight_bytes for unit in units),
-        baseline_bytes=0,
-        micro_batches=draw(st.integers(1, 2)),
-        state_bytes_per_element=8.0,
-        gradient_bytes_per_element=4.0,
-    )
-
-
-@pytest.mark.usefixtures("solver_here")
-@settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(any_weights(), st.integers(20 * MiB, 90 * MiB), st.sampled_from(["cpu", "cuda:0"]))
-def test_never_over_budget_and_always_approved(profile: ModelProfile, device: int, kind: str) -> None:
-    cuda = kind != "cpu"
-    machine = make_machine(Tier.NVME, *([Tier.HOST] if cuda else []), device=kind)
-    budget = Budget(device=device, nvme="/x:200MiB", **({"host": "200MiB"} if cuda else {}))
-    plan = make_plan(profile, machine, budget)
-    assert Plan.from_json(plan.to_json()) == plan
-    assert ModelProfile.from_json(profile.to_json()) == profile
-    if plan.status != "infeasible":
-        assert check(plan, profile, machine, budget) == ()
-
-
-# -- faults --------------------------------------------------------------------------------------------
-
-
-FAULTY = weighty(6, around=True, tied=True, micro_batches=2, frozen=(1, 2))
-EVERYTHING = {
-    "block": KEPT,
-    "block.3": {"action": "recompute"},
-    "state": {"weight_tier": "nvme", "gradient_tier": "device", "optimizer_tier": "device"},
-}
-
-
-def shifted(plan: Plan, name: str, resource: str, by: float) -> Plan:
-    """The first such event moved in time, its length kept."""
-    events = list(plan.timeline)
-    index = next(i for i, e in enumerate(events) if (e.name, e.resource) == (name, resource))
-    old = events[index]
-    moved = {"start_seconds": old.start_seconds + by, "end_seconds": old.end_seconds + by}
-    events[index] = Event(name=name, resource=resource, **moved)
-    return replace(plan, timeline=tuple(events))
-
-
-def without(plan: Plan, name: str, which: int = 0) -> Plan:
-    events = [e for e in plan.timeline if e.name == name]
-    return replace(plan, timeline=tuple(e for e in plan.timeline if e is not events[which]))
-
-
-def into_its_use(plan: Plan, unit: str) -> Plan:
-    """The last read of a unit's weights is still going on when what comes next uses them."""
-    read = max((e for e in plan.timeline if e.name == f"read weights {unit}"), key=lambda e: e.start_seconds)
-    verbs = {f"forward {unit}", f"backward {unit}", f"update {unit}"}
-    after = (e.start_seconds for e in plan.timeline if e.name in verbs)
-    by = min(start for start in after if start >= read.end_seconds) - read.end_seconds + 0.001
-    late = replace(read, start_seconds=read.start_seconds + by, end_seconds=read.end_seconds + by)
-    return replace(plan, timeline=tuple(late if e is read else e for e in plan.timeline))
-
-
-def from_the_beginning(plan: Plan, name: str) -> Plan:
-    """The last such event begins with the step."""
-    last = max((e for e in plan.timeline if e.name == name), key=lambda e: e.start_seconds)
-    events = (replace(e, start_seconds=0.0) if e is last else e for e in plan.timeline)
-    return replace(plan, timeline=tuple(events))
-
-
-def quicker(plan: Plan, name: str) -> Plan:
-    events = tuple(
-        replace(e, end_seconds=(e.start_seconds + e.end_seconds) / 2) if e.name == name else e
-        for e in plan.timeline
-    )
-    return replace(plan, timeline=events)
-
-
-def placed(plan: Plan, unit: str, tier: Tier) -> Plan:
-    states = (replace(s, weight_tier=tier) if s.unit == unit else s for s in plan.states)
-    return replace(plan, states=tuple(states))
-
-
-def staged(plan: Plan, **changes: Any) -> Plan:
-    return replace(plan, staging=replace(plan.staging, **changes))
-
-
-def billed(plan: Plan, source: str, target: str) -> Plan:
-    """Sums stay right, lines do not."""
-    by = {source: -PAGE, target: PAGE}
-    lines = (
-        replace(x, size_bytes=x.size_bytes + by.get(x.category, 0) * (x.tier is Tier.DEVICE))
-        for x in plan.bill
-    )
-    return replace(plan, bill=tuple(lines))
-
-
-FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
-    ("a tier that is not there", Rule.TIER_EXISTS, lambda p: placed(p, "layers.0", Tier.CXL)),
-    ("stays, yet its bytes are not there", Rule.DEVICE_PEAK, lambda p: placed(p, "layers.0", Tier.DEVICE)),
-    ("stays, yet its extent is there", Rule.TIER_PEAK, lambda p: placed(p, "layers.0", Tier.DEVICE)),
-    ("stays, yet it is read", Rule.BYTES_MOVED, lambda p: placed(p, "layers.0", Tier.DEVICE)),
-    (
-        "small window",
-        Rule.STAGING,
-        lambda p: staged(p, weight_slot_bytes=p.staging.weight_slot_bytes - PAGE),
-    ),
-    (
-        "unaligned window",
-        Rule.STAGING,
-        lambda p: staged(p, weight_slot_bytes=p.staging.weight_slot_bytes + 1),
-    ),
-    ("one window", Rule.STAGING, lambda p: staged(p, weight_slots=1)),
-    ("a window more", Rule.DEVICE_PEAK, lambda p: staged(p, weight_slots=p.staging.weight_slots + 1)),
-    ("a window less", Rule.DEPENDENCY, lambda p: staged(p, weight_slots=p.staging.weight_slots - 1)),
-    ("windows unbilled", Rule.BILL, lambda p: billed(p, "weight windows", "transients")),
-    ("weights unbilled", Rule.BILL, lambda p: billed(p, "weights", "transients")),
-    ("not read", Rule.DEPENDENCY, lambda p: without(p, "read weights layers.4")),
-    ("not read again", Rule.DEPENDENCY, lambda p: without(p, "read weights layers.4", -1)),
-    ("not written", Rule.DEPENDENCY, lambda p: without(p, "write weights layers.4")),
-    (
-        "read late",
-        Rule.DEPENDENCY,
-        lambda p: into_its_use(p, "layers.4"),
-    ),
-    (
-        "read long before there is a window",
-        Rule.WINDOWS,
-        lambda p: from_the_beginning(p, "read weights layers.4"),
-    ),
-    (
-        "written before it is updated",
-        Rule.DEPENDENCY,
-        lambda p: shifted(p, "write weights layers.4", "write:nvme", -0.02),
-    ),
-    ("fast read", Rule.DURATION, lambda p: quicker(p, "read weights layers.4")),
-    ("fast write", Rule.DURATION, lambda p: quicker(p, "write weights layers.4")),
-    ("bytes", Rule.BYTES_MOVED, lambda p: replace(p, bytes_moved_per_step=p.bytes_moved_per_step - PAGE)),
-]
-
-
-@pytest.mark.parametrize("schedule", ["sequential", "ahead"])
-@pytest.mark.parametrize(("rule", "fault"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
-def test_a_planted_fault_is_named(
-    monkeypatch: pytest.MonkeyPatch, schedule: str, rule: Rule, fault: Callable[[Plan], Plan]
-) -> None:
-    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
-    plan = plan_for(FAULTY, EVERYTHING, update_schedule=schedule)
-    assert plan.staging.weight_slots >= 3
-    assert rule in {violation.rule for violation in check(fault(plan), FAULTY, make_machine(), BUDGET)}
-
-
-def test_weights_that_may_not_leave_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
-    plan = plan_for(FAULTY, EVERYTHING, update_schedule="sequential")
-    units = tuple(rooted(u) if u.name == "layers.4" else u for u in FAULTY.units)
-    fixed = replace(FAULTY, units=units)
-    found = check(replace(plan, profile_digest=fixed.digest), fixed, make_machine(), BUDGET)
-    assert [v.rule for v in found] == [Rule.MOVABLE]
-    assert found[0].detail == "unit layers.4: its weights may not leave the device"
-
-
-def test_frozen_weights_that_are_written_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
-    plan = plan_for(FAULTY, EVERYTHING, update_schedule="ahead")
-    written = replace(
-        next(e for e in plan.timeline if e.name == "write weights layers.4"), name="write weights layers.1"
-    )
-    last = plan.step_seconds
-    written = replace(written, start_seconds=last, end_seconds=last + 0.01)
-    worse = replace(plan, timeline=(*plan.timeline, written), step_seconds=last + 0.01)
-    found = {v.detail for v in check(worse, FAULTY, make_machine(), BUDGET)}
-    assert "weights of layers.1 are written 1 times in a step" in found
-
-
-# -- options -------------------------------------------------------------------------------------------
-
-
-def test_weights_are_forced_by_unit() -> None:
-    force = {"state": {"weight_tier": "nvme"}, "state.layers.1": {"weight_tier": "device"}}
-    plan = plan_for(weighty(3), force)
-    assert [state.weight_tier.value for state in plan.states] == ["nvme", "device", "nvme"]
-    assert plan.staging.weight_slots == 2
-
-
-def test_forcing_what_may_not_leave_is_refused() -> None:
-    profile = make_profile(2)
-    with pytest.raises(ValueError, match=r"unit layers.0: force=\{'weight_tier': 'nvme'\} leaves nothing"):
-        plan_for(profile, {"state.layers.0": {"weight_tier": "nvme"}})
-    with pytest.raises(ValueError, match="leaves nothing; tiers are \\['device'\\]"):
-        plan_for(weighty(2), {"state": {"weight_tier": "nvme"}}, budget=Budget(device="1GiB"))
-    with pytest.raises(ValueError, match="it may have gradient_tier, optimizer_tier, weight_tier"):
-        PlannerOptions(force={"state": {"parameters": "nvme"}})
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"weight_extent_bytes": 8 * MiB - PAGE},
-            "movable_weight_bytes 8388544 is part of weight_extent_bytes",
-        ),
-        ({"movable_weight_bytes": 9 * MiB}, "is part of weight_bytes 8388608 and cannot be more"),
-        ({"written_extent_bytes": 9 * MiB}, "is part of weight_extent_bytes 8392704 and cannot be more"),
-        ({"movable_weight_bytes": 0}, "what does not leave has no extent"),
-    ],
-)
-def test_a_unit_validates_its_extents(changes: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        replace(make_units(1)[0], **changes)
-
-
-def test_a_profile_validates_what_may_leave() -> None:
-    with pytest.raises(
-        ValueError, match="weights of 33554176 bytes may leave the device, yet weight_bytes is 1"
-    ):
-        weighty(4, weight_bytes=1)
-    with pytest.raises(ValueError, match=r"layers.0 borrows of \('head',\)"):
-        weighty(1, units=(replace(make_units(1)[0], borrows=("head",)),))
