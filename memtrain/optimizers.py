@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtrain.offload.lower_halves import keeps_lower_half
+from memtrain.offload.optimizer import OffloadedOptimizer
 from memtrain.optim import (
     FRUGAL,
     AdamW8bit,
@@ -105,12 +107,16 @@ def grid_rule(section: GridSection, roles: Iterable[ParameterRole], value: str =
 
 
 def predicted_state_bytes(
-    section: OptimizerSection, model: nn.Module, roles: Sequence[ParameterRole] = ()
+    section: OptimizerSection,
+    model: nn.Module,
+    roles: Sequence[ParameterRole] = (),
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> int:
     """Of optimizer state and masters once every trainable parameter has been updated, by formula.
 
     Args:
         roles: of ``make_optimizer``, for one of memtrain's own.
+        optimizer: what is streamed, where of some masters no more than the lower half is kept.
     """
     specs = [
         ParameterSpec(
@@ -128,10 +134,21 @@ def predicted_state_bytes(
     rule = OptimizerRule.SGD_MOMENTUM if isinstance(section, SGDSection) else OptimizerRule.ADAMW
     found = state_bytes(specs, rule, master_weights=section.master_weights)
     without = isinstance(section, SGDSection) and not section.momentum
-    return found.masters + (0 if without else found.moments)
+    halves = section.master_weights and optimizer is not None and _upper_halves_bytes(optimizer)
+    return found.masters - int(halves) + (0 if without else found.moments)
+
+
+def _upper_halves_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Of the masters of which the weights hold the upper halves."""
+    members = ((group, parameter) for group in optimizer.param_groups for parameter in group["params"])
+    return sum(2 * p.numel() for group, p in members if keeps_lower_half(optimizer, group, p))
 
 
 def measured_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Of the tensors of the state, wherever they are; nothing is read that lies on a tier."""
     tensors = (value for state in optimizer.state.values() for value in state.values())
-    return sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    found = sum(value.nbytes for value in tensors if isinstance(value, torch.Tensor))
+    if isinstance(optimizer, OffloadedOptimizer):  # its state shows whole masters
+        halves = optimizer.layout.halves & optimizer.records.initialised
+        found -= sum(2 * optimizer.index.parameters[name].numel() for name in halves)
+    return found

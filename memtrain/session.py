@@ -13,6 +13,7 @@ The loop is an ordinary one. What the session adds to the model (hooks, wrapped 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -42,6 +43,7 @@ from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
 from memtrain.offload.engine import Engine
+from memtrain.offload.lower_halves import keeps_lower_half
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
@@ -91,6 +93,7 @@ def prepare(
     budget: Budget,
     micro_batches: int = 1,
     master_weights: bool = False,
+    split_masters: bool = True,
     nonfinite: str = "ignore",
     plan: Plan | None = None,
     options: PlannerOptions | None = None,
@@ -117,6 +120,9 @@ def prepare(
             GPU, ``host`` covers what is sent there and all staging memory.
         micro_batches: forward-backward passes per optimizer step (gradient accumulation).
         master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
+        split_masters: under ``AdamW(fused=True)`` on a CPU, keep only what a bf16 weight does not hold of its
+            master: 10 bytes of state a parameter instead of 12, and the same bits. A weight that anybody else
+            writes between steps is then refused; False keeps whole masters, which follow it.
         nonfinite: what ``optimizer.step()`` does about NaN or inf gradients: ``ignore`` as PyTorch does,
             ``skip`` the step, or ``raise``.
         plan: use this one instead of solving; it must fit the profile that is measured now.
@@ -168,6 +174,8 @@ def prepare(
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
+    elif place.type == "cpu" and any(group.get("fused") for group in optimizer.param_groups):
+        native.available("fused_adamw")  # as above
     resident.limit_heap()
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
@@ -192,6 +200,8 @@ def prepare(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
             for group in optimizer.param_groups
         )
+        splits = master_weights and split_masters and elementwise
+        keeps_half = functools.partial(keeps_lower_half, optimizer) if splits else None
         with weights_brought(model, blocks, device) as weights:
             if chunked_loss:
                 handle = install_loss(model, sample_batch, weights)
@@ -205,6 +215,7 @@ def prepare(
                     elementwise=elementwise,
                     micro_batches=micro_batches,
                     master_weights=master_weights,
+                    keeps_half=keeps_half,
                     loss_fn=loss_fn,
                     block_names=block_names,
                     rehearsal=BlockRehearsal(model, forms),
@@ -234,7 +245,10 @@ def prepare(
             device=device,
             budget=budget,
             config=OptimizerConfig(
-                master_weights=master_weights, nonfinite=nonfinite, elementwise=profile.elementwise
+                master_weights=master_weights,
+                nonfinite=nonfinite,
+                elementwise=profile.elementwise,
+                split_masters=split_masters,
             ),
             blocks=blocks,
             forms=forms,

@@ -216,7 +216,7 @@ class Trainer:
         optimizer, roles = build_optimizer(recipe, model)
         if roles:
             print(role_table(roles), flush=True)
-        self.predicted_optimizer_bytes = predicted_state_bytes(recipe.optimizer, model, roles)
+        self.predicted_optimizer_bytes = predicted_state_bytes(recipe.optimizer, model, roles, optimizer)
         return memtrain.prepare(
             model,
             optimizer,

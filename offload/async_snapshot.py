@@ -285,8 +285,8 @@ def snapshot_bytes(session: Session) -> int:
     optimizer = session.optimizer
     files = weight_files(session.model, weights_of(session)).files
     total = sum(entry.size_bytes for entries in files.values() for entry in entries)
-    for name, spec in optimizer.layout.specs.items():
-        for state in spec.tensors:
+    for name, pieces in optimizer.index.pieces.items():
+        for state in optimizer.layout.shards[pieces[0][0]].specs[name].tensors:
             elements = torch.Size(optimizer.records.shape(name, state)).numel()
             total += elements * state.dtype.itemsize
     return total

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.in_backward import REMEDY, InBackward, refuse_combination
+from memtrain.offload.lower_halves import LowerHalves
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.parameters import ParameterStreamer
@@ -54,6 +55,9 @@ class OptimizerConfig:
     ``raise``."""
     elementwise: bool | None = None
     """Whether the optimizer may be run on flat pieces; None tries it out."""
+    split_masters: bool = True
+    """Keep no more of a master than what its bf16 weight does not hold, where ``keeps_lower_half`` says that
+    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused."""
 
     def __post_init__(self) -> None:
         if self.nonfinite not in ("ignore", "skip", "raise"):
@@ -115,6 +119,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             units,
             plan.staging.update_shard_elements,
             master_weights=self.config.master_weights,
+            split_masters=self.config.split_masters,
             elementwise=self.config.elementwise,
         )
         self.layout.check(plan)
@@ -134,6 +139,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 layouts=self.layout.shards,
                 specs=self.layout.specs,
                 tiers={unit: decision.optimizer_tier for unit, decision in decisions.items()},
+                halves=LowerHalves(
+                    self.layout.halves, self.index, hold=self._hold, always_there=self._is_in_memory
+                ),
             )
             made.callback(self._records.close)
             self.gradients = GradientStore(
@@ -336,11 +344,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._settle()
         yield from self._access
 
-    def iter_state_parts(self) -> Iterator[tuple[str, str, Tensor]]:
-        """As ``iter_state``, but each tensor in parts of at most a shard, in the order of its elements; a
-        part is there until the next is asked for."""
-        self._settle()
-        yield from self._access.parts()
+    def stored_state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """``iter_state`` as records hold it: of some masters the lower half alone (``lower_halves``); each
+        tensor in parts of at most a shard, of which each is there until the next is asked for.
+
+        Raises:
+            WeightsWrittenError: a lower half does not belong to the weight beside it any more.
+        """
+        self.flush()
+        yield from self._access.stored()
+
+    def check_masters(self) -> None:
+        """Raise WeightsWrittenError where weights and lower halves of masters do not belong together."""
+        self._records.check_weights(self.index.parameters, thorough=True)
 
     def scalar_state(self) -> dict[str, dict[str, Any]]:
         """``step`` and the like by parameter: what ``iter_state`` leaves out."""
@@ -447,9 +463,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _weight(self, name: str) -> Tensor:
         """In fp32."""
-        parameter = self.index.parameters[name]
-        with nullcontext() if self._weights is None else self._weights.hold(self.index.unit_of[name]):
-            return parameter.detach().float()
+        with self._hold(name):
+            return self.index.parameters[name].detach().float()
+
+    def _hold(self, name: str) -> AbstractContextManager[None]:
+        """The parameter's weights are in memory inside. Raises OffloadError where they belong to no state."""
+        self._updates.check_alive()
+        return nullcontext() if self._weights is None else self._weights.hold(self.index.unit_of[name])
+
+    def _is_in_memory(self, name: str) -> bool:
+        return self._weights is None or self._weights.unit_of(self.index.parameters[name]) is None
 
     # -- one update
     # --------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.lower_halves import LOWER_KEY, keeps_lower_half
 from memtrain.offload.optimizer_probe import is_elementwise, state_spec
 from memtrain.offload.shards import MASTER_KEY, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor, Unit
+from memtrain.optim.storage import lower_half
 from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 
@@ -26,6 +28,7 @@ class OptimizerLayout:
         units: parameters in forward order.
         shard_elements: most elements of a shard.
         master_weights: whether bf16 and fp16 weights have fp32 masters.
+        split_masters: whether records hold the lower halves of those, where ``keeps_lower_half`` says so.
         elementwise: whether the optimizer may be cut; None tries it out.
 
     Raises:
@@ -40,6 +43,7 @@ class OptimizerLayout:
         shard_elements: int,
         *,
         master_weights: bool,
+        split_masters: bool,
         elementwise: bool | None,
     ) -> None:
         self.optimizer = optimizer
@@ -57,9 +61,13 @@ class OptimizerLayout:
             if self._work_dtype(parameter) != parameter.dtype
         )
         """Parameters that have fp32 masters."""
+        self.halves = self._find_halves() if split_masters and self.elementwise else frozenset[str]()
+        """Of these the ones of which records hold the lower half. Their gradients are widened by slices."""
         self.specs = self._find_specs()
+        """What the optimizer keeps, by parameter, with masters as it sees them."""
+        stored = {name: _stored(spec) if name in self.halves else spec for name, spec in self.specs.items()}
         self.shards: dict[Shard, ShardLayout] = {
-            shard: ShardLayout(shard=shard, specs=self.specs, widened=self.masters)
+            shard: ShardLayout(shard=shard, specs=stored, widened=self.masters - self.halves)
             for shard in self.index.all_shards()
         }
 
@@ -108,6 +116,15 @@ class OptimizerLayout:
                     )
         return {name: numbers[id(parameter)] for name, parameter in self.index.parameters.items()}
 
+    def _find_halves(self) -> frozenset[str]:
+        return frozenset(
+            name
+            for name in self.masters
+            if keeps_lower_half(
+                self.optimizer, self.param_groups[self.group_of[name]], self.index.parameters[name]
+            )
+        )
+
     def _find_specs(self) -> dict[str, StateSpec]:
         found: dict[Any, StateSpec] = {}
         specs = {}
@@ -122,3 +139,12 @@ class OptimizerLayout:
             master = (StateTensor(key=MASTER_KEY, dtype=torch.float32),) if dtype != parameter.dtype else ()
             specs[name] = dataclasses.replace(found[key], tensors=master + found[key].tensors)
         return specs
+
+
+def _stored(spec: StateSpec) -> StateSpec:
+    """With the lower halves of masters in their place."""
+    tensors = (
+        StateTensor(key=LOWER_KEY, dtype=lower_half.DTYPE) if tensor.key == MASTER_KEY else tensor
+        for tensor in spec.tensors
+    )
+    return dataclasses.replace(spec, tensors=tuple(tensors))

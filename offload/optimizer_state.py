@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,17 @@ from torch import Tensor
 
 from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
-from memtrain.offload.shards import PAGE_BYTES, FlatIndex, Piece, Shard, ShardLayout, StateSpec, StateTensor
+from memtrain.offload.lower_halves import SECOND_KEY, LowerHalves, write_second
+from memtrain.offload.shards import (
+    MASTER_KEY,
+    PAGE_BYTES,
+    FlatIndex,
+    Piece,
+    Shard,
+    ShardLayout,
+    StateSpec,
+    StateTensor,
+)
 from memtrain.offload.slab import Slot
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import round_up
@@ -140,8 +150,9 @@ class RecordStore:
     """The records of all shards: on a tier, or in the device's memory where the plan or their size says so.
 
     Args:
-        layouts: by shard.
-        specs: by parameter, master weights included.
+        layouts: by shard, of what is stored.
+        specs: by parameter, as the optimizer sees it; master weights included.
+        halves: masters of which the lower half is stored.
 
     Raises:
         TierFullError: no room for a record; nothing stays allocated.
@@ -155,8 +166,10 @@ class RecordStore:
         layouts: Mapping[Shard, ShardLayout],
         specs: Mapping[str, StateSpec],
         tiers: Mapping[str, Tier],
+        halves: LowerHalves,
     ) -> None:
         self._index, self._layouts, self._specs = index, layouts, specs
+        self.halves = halves
         self._memory: dict[Shard, Tensor] = {}
         self._extents: dict[Shard, tuple[Store, Any]] = {}
         self._written: set[Shard] = set()
@@ -208,15 +221,20 @@ class RecordStore:
     def note_stepped(self, shard: Shard, piece: Piece, *, weight_changed: bool) -> None:
         """Count what a step has changed of a piece."""
         if shard in self._extents:
-            self.changed_bytes[self._extents[shard][0].tier] += self._state_bytes(piece)
+            self.changed_bytes[self._extents[shard][0].tier] += self._state_bytes(shard, piece)
         if weight_changed and not shard.small:
             self.changed_weight_bytes[shard.unit] += piece.elements * piece.parameter.dtype.itemsize
 
-    def _state_bytes(self, piece: Piece) -> int:
+    def _state_bytes(self, shard: Shard, piece: Piece) -> int:
         return sum(
             (piece.elements if tensor.shape is None else math.prod(tensor.shape)) * tensor.dtype.itemsize
-            for tensor in self._specs[piece.name].tensors
+            for tensor in self._layouts[shard].specs[piece.name].tensors
         )
+
+    def check_weights(self, names: Iterable[str], *, thorough: bool = False) -> None:
+        """Raises WeightsWrittenError where lower halves no longer belong to the weights beside them; see
+        ``LowerHalves.check``."""
+        self.halves.check(names, self.weight_versions, initialised=self.initialised, thorough=thorough)
 
     def on_tier(self, shard: Shard) -> bool:
         """Whether the shard's record must be read and written."""
@@ -263,8 +281,14 @@ class RecordStore:
         self._memory.clear()
 
     def tensors(self, name: str) -> tuple[StateTensor, ...]:
-        """The state tensors of parameter ``name``; empty before its first step."""
+        """The state tensors of parameter ``name``, as the optimizer sees them; empty before its first
+        step."""
         return self._specs[name].tensors if name in self.initialised else ()
+
+    def stored(self, name: str) -> tuple[StateTensor, ...]:
+        """The same as records and checkpoints hold them."""
+        shard, _ = self._index.pieces[name][0]
+        return self._layouts[shard].specs[name].tensors if name in self.initialised else ()
 
     def scalars_on_device(self, name: str) -> frozenset[str]:
         """Scalars that the optimizer keeps where the parameter is (fused and capturable ones on a GPU)."""
@@ -363,12 +387,17 @@ class StateAccess:
                 for tensor in self._records.tensors(name):
                     yield name, tensor.key, self._gather(cursor, name, tensor)
 
-    def parts(self) -> Iterator[tuple[str, str, Tensor]]:
-        """As iterating, but each tensor in parts, in the order of its elements, and at least one: a part is
-        as large as a shard, and lies in the slot until the next is asked for."""
+    def stored(self) -> Iterator[tuple[str, str, Tensor]]:
+        """The same as records hold it, for a file, each tensor in parts, in the order of its elements, and at
+        least one: a part is as large as a shard, and lies in the slot until the next is asked for.
+
+        Raises:
+            WeightsWrittenError: no weights belong to it.
+        """
+        self._records.check_weights(self._index.parameters, thorough=True)
         with self._cursor() as cursor:
             for name in self._index.parameters:
-                for tensor in self._records.tensors(name):
+                for tensor in self._records.stored(name):
                     for part in self._parts(cursor, name, tensor):
                         yield name, tensor.key, part
 
@@ -411,6 +440,19 @@ class StateAccess:
         return value.detach().clone().to(self._index.parameters[name].device if beside else "cpu")
 
     def _gather(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Tensor:
+        halves = self._records.halves
+        if name not in halves.names or tensor.key not in (MASTER_KEY, SECOND_KEY):
+            return self._collect(cursor, name, tensor)
+        if tensor.key == SECOND_KEY:
+            return self._collect(cursor, name, tensor).abs_()
+        whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
+        with halves.hold(name):
+            for shard, piece in self._index.pieces[name]:
+                stored = self._layouts[shard].state(cursor.at(shard), piece)
+                halves.read_master(piece, stored, piece.of(whole))
+        return whole
+
+    def _collect(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Tensor:
         whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
         for shard, piece in self._index.pieces[name]:
             part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
@@ -420,7 +462,7 @@ class StateAccess:
     def _parts(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Iterator[Tensor]:
         pieces = self._index.pieces[name]
         if tensor.shape is not None or not pieces:
-            yield self._gather(cursor, name, tensor)
+            yield self._collect(cursor, name, tensor)
             return
         for shard, piece in pieces:
             yield self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
@@ -439,7 +481,15 @@ class StateAccess:
                 f"state {key!r} of {name} has shape {tuple(value.shape)}, expected "
                 f"{self._records.shape(name, tensor)}"
             )
-        value = value.contiguous()
-        for shard, piece in self._index.pieces[name]:
-            part = self._layouts[shard].state(cursor.at(shard, change=True), piece)[key]
-            part.copy_(value if tensor.shape is not None else piece.of(value))
+        value, halves = value.contiguous(), self._records.halves
+        master = key == MASTER_KEY and name in halves.names
+        with halves.hold(name) if master else nullcontext():
+            for shard, piece in self._index.pieces[name]:
+                stored = self._layouts[shard].state(cursor.at(shard, change=True), piece)
+                part = value if tensor.shape is not None else piece.of(value)
+                if master:
+                    halves.write_master(piece, stored, part)
+                elif key == SECOND_KEY and name in halves.names:
+                    write_second(name, stored[key], part)
+                else:
+                    stored[key].copy_(part)

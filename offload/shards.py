@@ -237,7 +237,7 @@ class ShardLayout:
 
     shard: Shard
     specs: Mapping[str, StateSpec]
-    """By parameter; master weights included."""
+    """By parameter what is stored; master weights, or their lower halves, included."""
     widened: frozenset[str]
     """Parameters whose gradients become fp32."""
     state_offsets: dict[tuple[int, str], int] = field(init=False, default_factory=dict)

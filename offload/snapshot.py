@@ -7,16 +7,16 @@ a run needs to go on as if it had never stopped.
     manifest.json                                      size and checksum of each file, written last
 
 State is named by parameter and whole, whatever plan it was kept under: a checkpoint loads under another
-budget, and, through ``load_optimizer_state``, into a plain optimizer. State is written shard by shard, and
+budget, and, through ``load_optimizer_state``, into a plain optimizer. Where records hold the lower halves of
+masters (``lower_halves``), so does the checkpoint, which is then of format 2 and says which of its weights
+have the upper ones; whoever reads state here is given whole masters. State is written shard by shard, and
 read tensor by tensor. Gradients are not kept: save between ``step`` and the next backward.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,24 +24,27 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.offload.atomic import CheckpointError, FolderWriter, is_complete, publish, verify
+from memtrain.offload.lower_halves import LOWER_KEY
 from memtrain.offload.optimizer import OffloadedOptimizer
-from memtrain.offload.optimizer_state import OffloadedState
 from memtrain.offload.shards import MASTER_KEY
+from memtrain.offload.snapshot_state import WEIGHT_FILE, StateFiles
 from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
 from memtrain.offload.snapshot_weights import (
     SmallFiles,
     StreamedWeights,
     load_weights,
     raise_differences,
+    weight_files,
     write_pretrained_files,
     write_weights,
 )
-from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+from memtrain.offload.tensorfile import Entry, split, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of checkpoints with lower halves of masters, and the latest that is read here."""
+WHOLE_VERSION = 1
+"""Of the others: earlier readers know it."""
 OPTIMIZER_SHARD_BYTES = 512 << 20
-_WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_STATE_FILE = re.compile(r"optimizer-\d{5}-of-\d{5}\.safetensors")
 
 
 class Session(Protocol):
@@ -67,9 +70,11 @@ def save_checkpoint(
         CheckpointError: no space, no permission, or something that cannot be stored. The previous checkpoint
         is
             untouched and the temporary files are removed.
+        WeightsWrittenError: a weight was written since the update that left half of its master in a record.
     """
     folder = Path(folder)
     session.flush()
+    session.optimizer.check_masters()
     source = Path(source_folder) if source_folder is not None else None
     with publish(folder) as writer:
         write_weights(writer, session.model, weights_of(session))
@@ -98,7 +103,7 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     saved = _read_optimizer(folder)
     optimizer = session.optimizer
     _check_groups(saved, optimizer, session.model)
-    with _StateFiles(folder, files) as state:
+    with StateFiles(folder, files, saved) as state:
         _check_state(saved, state, optimizer)
         optimizer.await_snapshot()
         load_weights(_weight_files(folder, files), session.model, weights_of(session))
@@ -126,7 +131,7 @@ def load_optimizer_state(folder: Path | str, optimizer: torch.optim.Optimizer, m
     files = verify(folder)
     saved = _read_optimizer(folder)
     places = _check_groups(saved, optimizer, model)
-    with _StateFiles(folder, files) as state:
+    with StateFiles(folder, files, saved) as state:
         faults = []
         for name, key in state.homes:
             entry, parameter = state.entry(name, key), places[name]
@@ -175,13 +180,14 @@ def write_small_files(
 
 
 def state_files(session: Session) -> dict[str, list[Entry]]:
-    """The files that the optimizer's state goes to, and which tensors go there, in ``iter_state``'s order."""
-    names = _parameter_names(session)
+    """The files that the optimizer's state goes to, and which tensors go there, in ``stored_state``'s
+    order."""
+    optimizer = session.optimizer
+    optimizer.flush()
     entries = [
-        Entry(name=f"{names[id(parameter)]}/{key}", dtype=value.dtype, shape=tuple(value.shape))
-        for parameter, values in session.optimizer.state.items()
-        for key, value in values.items()
-        if isinstance(value, OffloadedState)
+        Entry(name=f"{name}/{tensor.key}", dtype=tensor.dtype, shape=optimizer.records.shape(name, tensor))
+        for name in optimizer.index.parameters
+        for tensor in optimizer.records.stored(name)
     ]
     shards = split(entries, OPTIMIZER_SHARD_BYTES)
     return {
@@ -220,8 +226,10 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
         for group in optimizer.param_groups
     ]
     kind = type(optimizer.optimizer)
+    halves = _upper_halves(session)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if halves else WHOLE_VERSION,
+        **({"upper_halves": halves} if halves else {}),
         "optimizer": f"{kind.__module__}.{kind.__qualname__}",
         "master_weights": optimizer.config.master_weights,
         "param_groups": groups,
@@ -232,10 +240,35 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
     }
 
 
+def _upper_halves(session: Session) -> dict[str, str]:
+    """By parameter of which the lower half of the master is stored, the name of its weight in the model's
+    files."""
+    records, index = session.optimizer.records, session.optimizer.index
+    names = [name for name in index.parameters if any(t.key == LOWER_KEY for t in records.stored(name))]
+    if not names:
+        return {}
+    weights = weights_of(session)
+    stored = weight_files(session.model, weights).tensors
+    by_tensor = {id(tensor): name for name, tensor in stored.items()}
+    if weights is None:
+        by_tensor = {tensor.data_ptr(): name for name, tensor in stored.items()}
+    found = {}
+    for name in names:
+        parameter = index.parameters[name]
+        key = id(parameter) if weights is not None else parameter.data_ptr()
+        if key not in by_tensor:
+            raise CheckpointError(
+                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the lower "
+                f"half only: pass split_masters=False to prepare() or OptimizerConfig"
+            )
+        found[name] = by_tensor[key]
+    return found
+
+
 def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
     """The state's tensors in parts, in the order of the entries."""
     last = None
-    for name, key, part in optimizer.iter_state_parts():
+    for name, key, part in optimizer.stored_state():
         if (name, key) != last:
             assert f"{name}/{key}" == next(expected).name
         last = name, key
@@ -244,45 +277,16 @@ def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator
 
 def _read_optimizer(folder: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((folder / "optimizer.json").read_text())
-    if document["format_version"] != FORMAT_VERSION:
+    if document["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{folder} has format {document['format_version']}, this memtrain reads {FORMAT_VERSION}: use "
+            f"{folder} has format {document['format_version']}, this memtrain reads 1 to {FORMAT_VERSION}: use "
             f"the version of memtrain that wrote it"
         )
     return document
 
 
 def _weight_files(folder: Path, files: dict[str, Any]) -> list[Path]:
-    return [folder / name for name in sorted(files) if _WEIGHT_FILE.fullmatch(name)]
-
-
-class _StateFiles:
-    """The state's tensors in their files, by parameter and key."""
-
-    def __init__(self, folder: Path, files: dict[str, Any]) -> None:
-        self._stack = ExitStack()
-        self.homes: dict[tuple[str, str], TensorFile] = {}
-        for name in sorted(files):
-            if _STATE_FILE.fullmatch(name):
-                file = self._stack.enter_context(TensorFile(folder / name))
-                for entry in file.entries:
-                    parameter, _, key = entry.rpartition("/")
-                    self.homes[parameter, key] = file
-
-    def entry(self, name: str, key: str) -> Entry:
-        return self.homes[name, key].entries[f"{name}/{key}"]
-
-    def read(self, name: str, key: str) -> Tensor:
-        return self.homes[name, key].read(f"{name}/{key}")
-
-    def read_into(self, name: str, key: str, target: Tensor) -> None:
-        self.homes[name, key].read_into(f"{name}/{key}", target)
-
-    def __enter__(self) -> _StateFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    return [folder / name for name in sorted(files) if WEIGHT_FILE.fullmatch(name)]
 
 
 def _check_groups(
@@ -314,7 +318,7 @@ def _check_groups(
     return places
 
 
-def _check_state(saved: dict[str, Any], state: _StateFiles, optimizer: OffloadedOptimizer) -> None:
+def _check_state(saved: dict[str, Any], state: StateFiles, optimizer: OffloadedOptimizer) -> None:
     """Compare the state's tensors with those that the optimizer keeps."""
     specs, parameters = optimizer.layout.specs, optimizer.index.parameters
     kept = {

@@ -113,7 +113,9 @@ def gather(
 
     Raises:
         CheckpointError: something cannot be stored.
+        WeightsWrittenError: a weight was written since the update that left half of its master in a record.
     """
+    session.optimizer.check_masters()  # weights and records are of one step, or nothing is noted
     small = _SmallFiles()
     weights = weight_files(session.model, weights_of(session))
     write_small_files(small, session, progress, source_folder)
@@ -253,7 +255,7 @@ def _ranges(session: Session, shard: Shard, places: Mapping[tuple[str, str], _Pl
     optimizer, found = session.optimizer, []
     layout, records = optimizer.layout.shards[shard], optimizer.records
     for piece in shard.pieces:
-        for tensor in records.tensors(piece.name):
+        for tensor in records.stored(piece.name):
             shape = piece.shape if tensor.shape is None else tensor.shape
             nbytes = torch.Size(shape).numel() * tensor.dtype.itemsize
             before = 0 if tensor.shape is not None else piece.start * tensor.dtype.itemsize

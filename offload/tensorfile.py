@@ -187,6 +187,14 @@ class TensorFile:
         self.read_into(name, tensor)
         return tensor
 
+    def read_elements(self, name: str, elements: slice) -> Tensor:
+        """Some elements of a tensor, flat, in memory of their own. Raises as ``parts``."""
+        entry = self.entries[name]
+        start, stop, _ = elements.indices(torch.Size(entry.shape).numel())
+        tensor = torch.empty(max(0, stop - start), dtype=entry.dtype)
+        self._fill(tensor.view(torch.uint8), self._offsets[name] + start * entry.dtype.itemsize)
+        return tensor
+
     def close(self) -> None:
         """May be called twice."""
         if self._descriptor >= 0:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -16,6 +15,7 @@ from memtrain.offload.clipping import clips_of
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import GradientValue, OffloadedGradient, Ticket
 from memtrain.offload.gradients import GradientStore
+from memtrain.offload.lower_halves import LOWER_KEY, digest, followed, step_in_slices
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar
@@ -78,17 +78,23 @@ class Update:
 
     def take(self, names: Iterable[str]) -> None:
         """Note the gradients and weights of these parameters as they are now; one without a gradient is left
-        out."""
+        out.
+
+        Raises:
+            WeightsWrittenError: nothing has been done then.
+        """
+        names = [name for name in names if self._layout.index.parameters[name].grad is not None]
+        self._records.check_weights(names)
         for name in names:
             parameter = self._layout.index.parameters[name]
-            if parameter.grad is None:
-                continue
             self.gradients[name] = found(name, parameter.grad)
             self._versions[name] = parameter._version
             self._pieces_left[name] = len(self._layout.index.pieces[name])
             group = self._groups[self._layout.group_of[name]]
             if parameter.device.type == "cpu" and _is_zero(group.get("lr")):
                 self._unmoved.add(name)
+            if name in self._layout.halves:
+                continue  # new weights depend on the old ones
             if parameter._version != self._records.weight_versions.get(name):
                 self._rewritten.add(name)
             elif name in self._layout.masters and name in self._records.initialised:
@@ -151,6 +157,9 @@ class Update:
             if piece.name not in self.gradients:
                 continue
             views = self._layout.shards[shard].state(record, piece)
+            if LOWER_KEY in views:
+                self._step_lower_half(shard, piece, slot, views)
+                continue
             master = views.pop(MASTER_KEY, None)
             work = piece.weight() if master is None else master
             if piece.name in self._records.initialised:
@@ -179,6 +188,38 @@ class Update:
         same = {one.piece for one in idle if one.restore()}
         for piece, _, _ in at_work:
             self._note_stepped(shard, piece, weight_changed=piece not in same)
+
+    def _step_lower_half(
+        self, shard: Shard, piece: Piece, slot: Tensor | None, stored: dict[str, Tensor]
+    ) -> None:
+        """Of a piece whose master is its weight and the lower half in ``stored``."""
+        first = piece.name not in self._records.initialised
+        views = {key: view for key, view in stored.items() if key != LOWER_KEY}
+        scalars = {} if first else self._records.scalars[piece.name]
+        if not first:
+            self._records.halves.check_piece(piece)
+            if self._step_in_one_pass(shard, piece, slot, stored[LOWER_KEY], views, scalars):
+                return
+        found = self.gradients[piece.name]
+        gradient = self._narrow_gradient(shard, piece, slot, found)
+        if found.value is not None:
+            found.value.apply(gradient)
+        group = self._groups[self._layout.group_of[piece.name]]
+
+        def step(master: Tensor, state: dict[str, Tensor]) -> dict[str, Any]:
+            before = {**state, **{key: _copy_scalar(value) for key, value in scalars.items()}}
+            after = self._runner.run(
+                [{**group, "params": [master]}],
+                {} if first else {master: before},
+                {master: piece.parameter},
+            )
+            master.grad = None
+            self._keep_tensors(piece.name, state, kept := after.get(master, {}))
+            return kept
+
+        idle = _Idle(piece) if piece.name in self._unmoved else None
+        self._keep_scalars(piece, step_in_slices(piece, stored, gradient, found.clips, step, first=first))
+        self._note_stepped(shard, piece, weight_changed=idle is None or not idle.restore())
 
     def _step_in_one_pass(
         self,
@@ -257,26 +298,32 @@ class Update:
             )
         return piece.of(gradient.tensor.contiguous())
 
-    def _keep_state(self, piece: Piece, views: dict[str, Tensor], after: dict[str, Any]) -> None:
+    def _keep_state(self, piece: Piece, views: Mapping[str, Tensor], after: Mapping[str, Any]) -> None:
         """State that the optimizer made anew goes to its place; views it changed in place are there
         already."""
-        spec = self._layout.specs[piece.name]
+        self._keep_tensors(piece.name, views, after)
+        self._keep_scalars(piece, after)
+
+    def _keep_tensors(self, name: str, views: Mapping[str, Tensor], after: Mapping[str, Any]) -> None:
+        spec = self._layout.specs[name]
         if after.keys() != views.keys() | spec.scalars:
             raise PlanMismatchError(
-                f"the optimizer now keeps {sorted(after)} for {piece.name}, it was planned with "
+                f"the optimizer now keeps {sorted(after)} for {name}, it was planned with "
                 f"{sorted(views.keys() | spec.scalars)}: plan again for its present settings"
             )
         for key, view in views.items():
             made = after[key]
             if made.dtype != view.dtype or made.shape != view.shape:
                 raise PlanMismatchError(
-                    f"state {key!r} of {piece.name} is {made.dtype} {tuple(made.shape)}, planned as "
+                    f"state {key!r} of {name} is {made.dtype} {tuple(made.shape)}, planned as "
                     f"{view.dtype} "
                     f"{tuple(view.shape)}: plan again for the optimizer's present settings"
                 )
             if made is not view:
                 view.copy_(made)
-        scalars = {key: after[key] for key in spec.scalars}
+
+    def _keep_scalars(self, piece: Piece, after: Mapping[str, Any]) -> None:
+        scalars = {key: after[key] for key in self._layout.specs[piece.name].scalars}
         known = self._scalars.setdefault(piece.name, scalars)
         if any(not same_scalar(known[key], scalars[key]) for key in scalars):
             raise OffloadError(
@@ -291,6 +338,8 @@ class Update:
 
     def _note_stepped(self, shard: Shard, piece: Piece, *, weight_changed: bool) -> None:
         self._records.note_stepped(shard, piece, weight_changed=weight_changed)
+        if piece.name in self._layout.halves:
+            self._records.halves.note(piece)
         if weight_changed and piece.parameter._version == self._versions[piece.name]:
             # torch's fused AdamW on a CPU does not count: a streamed weight would pass for one that is on its
             # tier already.
@@ -306,11 +355,11 @@ class _Idle:
 
     def __init__(self, piece: Piece) -> None:
         self.piece = piece
-        self._version, self._digest = piece.parameter._version, _digest(piece.weight())
+        self._version, self._digest = piece.parameter._version, digest(piece.weight())
 
     def restore(self) -> bool:
         """Whether the bits are the same; sets the version back then."""
-        same = _digest(self.piece.weight()) == self._digest
+        same = digest(self.piece.weight()) == self._digest
         if same:
             torch._C._autograd._unsafe_set_version_counter((self.piece.parameter,), (self._version,))
         return same
@@ -319,10 +368,6 @@ class _Idle:
 def _is_zero(learning_rate: Any) -> bool:
     """Whether it is the number 0: optimizers that find their own rate (Adafactor) have None there."""
     return isinstance(learning_rate, (int, float, Tensor)) and float(learning_rate) == 0.0
-
-
-def _digest(weight: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(weight.view(-1).view(torch.uint8).numpy())
 
 
 def found(name: str, grad: Tensor) -> FoundGradient:
@@ -347,7 +392,7 @@ def _follow(master: Tensor, weight: Tensor) -> None:
     time, for these temporaries are on nobody's bill.
     """
     for part, narrow in zip(master.split(_FOLLOW_ELEMENTS), weight.split(_FOLLOW_ELEMENTS), strict=True):
-        part.copy_(torch.where(part.to(narrow.dtype) == narrow, part, narrow.to(part.dtype)))
+        part.copy_(followed(part, narrow))
 
 
 def _copy_scalar(value: Any) -> Any:

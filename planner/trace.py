@@ -30,7 +30,7 @@ from memtrain.planner.tracing.blocks import find_blocks, first_pass
 from memtrain.planner.tracing.left_as_found import left_as_found
 from memtrain.planner.tracing.live_bytes import tensors_in
 from memtrain.planner.tracing.rehearsal import Rehearsal
-from memtrain.planner.tracing.units import KnownStates, measure_optimizer, parameter_units
+from memtrain.planner.tracing.units import KeepsHalf, KnownStates, measure_optimizer, parameter_units
 from memtrain.planner.tracing.weights import InMemory, Weights, unique_bytes
 
 _PAGE_BYTES = 4096
@@ -44,6 +44,7 @@ def profile_model(
     elementwise: bool,
     micro_batches: int = 1,
     master_weights: bool = False,
+    keeps_half: KeepsHalf | None = None,
     loss_fn: Callable[[Any, Any], Tensor] | None = None,
     block_names: Sequence[str] | None = None,
     rehearsal: Rehearsal | None = None,
@@ -62,6 +63,7 @@ def profile_model(
         elementwise: a step on a parameter equals, bit for bit, steps on flat pieces of it, in every group.
         micro_batches: forward-backward passes per optimizer step.
         master_weights: the optimizer updates fp32 copies of lower-precision weights.
+        keeps_half: of which large parameters with such a copy its lower half alone is kept; None: of none.
         loss_fn: ``loss_fn(output, batch)``; None: ``output.loss``, or the sum of a tensor output.
         block_names: as ``names`` of ``find_blocks``.
         rehearsal: what will carry the plan out; without it the profile allows no nearly free recompute and no
@@ -87,7 +89,7 @@ def profile_model(
         del last
         resident.trim()
         known = KnownStates.of(optimizer, master_weights)
-        step = measure_optimizer(optimizer, master_weights, known)
+        step = measure_optimizer(optimizer, master_weights, known, keeps_half)
         units = parameter_units(
             model, blocks, trace, step, known, whole=not elementwise, master_weights=master_weights
         )

@@ -53,6 +53,7 @@ class MemtrainPlugin:
     micro_batches: int | None = None
     """None: the Accelerator's ``gradient_accumulation_steps``."""
     master_weights: bool = False
+    split_masters: bool = True
     nonfinite: str = "ignore"
     options: PlannerOptions | None = None
     sample_batch: Any = None
@@ -200,6 +201,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]  # accelerate h
                 budget=plugin.budget,
                 micro_batches=steps,
                 master_weights=plugin.master_weights,
+                split_masters=plugin.split_masters,
                 nonfinite=plugin.nonfinite,
                 options=plugin.options,
                 block_names=plugin.block_names,

@@ -5,8 +5,9 @@
     w = (1 - lr weight_decay) w - lr / c1 * m / (sqrt(v) / sqrt(c2) + eps);  rounded = bf16(w)
 
 With bf16 weights that have fp32 masters, ``torch.optim.AdamW(fused=True)`` takes three passes: the gradient
-is widened into memory of its own, the master stepped, the weight rounded. The order of roundings is that of
-torch's kernel (``FusedAdamKernel.cpp``), of which three products are not rounded, because torch's compiler
+is widened into memory of its own, the master stepped, the weight rounded. Of a master no more than its lower
+half need be there (``storage/lower_half.py``): the upper one is the weight's. The order of roundings is that
+of torch's kernel (``FusedAdamKernel.cpp``), of which three products are not rounded, because torch's compiler
 fused them into sums: that is no promise of torch's. ``agrees`` therefore tries this very build, once a
 process; where a bit differs (and for every setting that ``refusal`` names) torch's own step is the one that
 runs. NaN counts as equal to NaN, whatever its sign and payload: torch's own differ between vectors and tails.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.kernels import native
+from memtrain.optim.storage import lower_half
 
 STATE = frozenset({"exp_avg", "exp_avg_sq"})
 VECTOR = 16
@@ -64,13 +66,16 @@ def refusal(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> str | No
         return "lr, betas, eps and weight_decay are not all plain numbers"
     if not 0.5 < group["betas"][0] < 1.0:
         return f"beta1={group['betas'][0]} is not above 0.5"  # lerp then starts from the other end
+    if not 0.0 <= group["betas"][1] <= 1.0:
+        return f"beta2={group['betas'][1]} lets second moments fall below zero"
     if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
         return "a gradient scaler hands its scale to the step"
     return None if agrees() else "this build of torch rounds in another order, or there is no C++ compiler"
 
 
 def serves(weight: Tensor, gradient: Tensor, master: Tensor | None, clips: Sequence[Tensor]) -> bool:
-    """Whether these operands of one parameter (or a piece of it) can be taken in one pass."""
+    """Whether these operands of one parameter (or a piece of it) can be taken in one pass; ``master`` may be
+    what is stored of it."""
     operands = (weight, gradient) if master is None else (weight, gradient, master)
     return (
         native.is_plain(*operands, *clips)
@@ -95,10 +100,11 @@ def step(
     """One step, in place.
 
     Args:
-        weight: bf16 with an fp32 ``master``, which it is rounded from; or fp32 without. It need not hold the
-            old weight where there is a master. Its version counter is the caller's affair.
+        weight: bf16 with a ``master``, which it is rounded from; or fp32 without. It need not hold the old
+            weight where there is an fp32 master. Its version counter is the caller's affair.
         gradient: as the weight. It is only read.
-        first, second: moments, fp32.
+        master: fp32; or the lower halves, ``lower_half.DTYPE``.
+        first, second: moments, fp32. Beside lower halves the signs of ``second`` are ``lower_half``'s.
         group: what ``refusal`` has taken.
         number: of this step, from 1.
         clips: factors, 0-dim fp32, that the fp32 gradient is multiplied by in turn.
@@ -107,12 +113,15 @@ def step(
     assert kernel is not None  # refusal() says so
     factors = torch.stack(tuple(clips)) if clips else None
     beta1, beta2 = group["betas"]
+    lower = master if master is not None and master.dtype == lower_half.DTYPE else None
+    whole = weight if master is None else master
     kernel(
         native.gradient(gradient),
-        native.pointer(weight if master is None else master),
+        None if lower is not None else native.pointer(whole),
         native.pointer(first),
         native.pointer(second),
         None if master is None else native.pointer(weight, torch.bfloat16),
+        None if lower is None else native.pointer(lower, lower_half.DTYPE),
         native.count(weight),
         _Rates(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], number),
         _Factors(None if factors is None else factors.data_ptr(), len(clips)),
@@ -141,6 +150,7 @@ def _agree_at(rates: tuple[float, ...], generator: torch.Generator) -> bool:
     group = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
     master, first, second = draw(0.5, 0), draw(4.0, 3), draw(8.0, 40).abs()
     master[-64:], first[-64:] = 1.0, 0.0
+    master_before = master.clone()
     gradient = draw(5.0, 80).bfloat16()
     gradient[-64:] = 0.0  # where only the decay shows
     expected = [master.clone(), first.clone(), second.clone()]
@@ -149,12 +159,14 @@ def _agree_at(rates: tuple[float, ...], generator: torch.Generator) -> bool:
         amsgrad=False, lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, maximize=False,
         grad_scale=None, found_inf=None,
     )  # fmt: skip
-    weight = torch.empty_like(gradient)
+    weight, halves = torch.empty_like(gradient), [master.bfloat16(), first.clone(), second.clone()]
     step(weight, gradient, master, first, second, group=group, number=number)
-    return all(
-        same_bits(*pair)
-        for pair in zip((master, first, second, weight), (*expected, expected[0].bfloat16()), strict=True)
-    )
+    found = [master, first, second, weight]
+    lower = torch.empty(_TRIAL_ELEMENTS, dtype=lower_half.DTYPE, device="cpu")
+    lower_half.pack(master_before, lower, halves[2])
+    step(halves[0], gradient, lower, *halves[1:], group=group, number=number)
+    found += [lower_half.unpack(halves[0], lower, halves[2]), halves[1], halves[2].abs(), halves[0]]
+    return all(same_bits(*pair) for pair in zip(found, 2 * [*expected, expected[0].bfloat16()], strict=True))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

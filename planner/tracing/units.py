@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,11 @@ _PROBE_ELEMENTS = 1 << 20
 """For measuring the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
 
 
+KeepsHalf = Callable[[dict[str, Any], Tensor], bool]
+"""Of a parameter group and a large parameter in it: whether its record holds no more of its fp32 master than
+the lower half, for the upper one is the weight's."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerStep:
     """One step of the optimizer, per element."""
@@ -42,6 +48,8 @@ class OptimizerStep:
     widening: float
     """What a slot holds of the gradient beyond its own bytes, to widen it."""
     seconds: float
+    keeps_half: bool = False
+    """Of a master its lower half alone."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +66,14 @@ class OptimizerSteps:
 
 
 def measure_optimizer(
-    optimizer: torch.optim.Optimizer, master_weights: bool, known: KnownStates | None = None
+    optimizer: torch.optim.Optimizer,
+    master_weights: bool,
+    known: KnownStates | None = None,
+    keeps_half: KeepsHalf | None = None,
 ) -> OptimizerSteps:
     """Measure each kind once."""
     kinds: dict[Any, OptimizerStep] = {}
+    moved: dict[Any, OptimizerStep] = {}
     by_parameter: dict[int, OptimizerStep] = {}
     elements = probe_elements(optimizer)
     for group in optimizer.param_groups:
@@ -71,11 +83,15 @@ def measure_optimizer(
             shape = known.matrix_of(group["params"], elements) or shape
         for parameter in group["params"]:
             dtype, device = parameter.dtype, parameter.device
-            kind = repr(settings), dtype, device
+            large = parameter.numel() >= SMALL
+            half = keeps_half is not None and large and keeps_half(group, parameter)
+            kind = repr(settings), dtype, device, half
             if kind not in kinds:
-                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, shape)
+                kinds[kind] = _measure_step(optimizer, settings, dtype, device, master_weights, half, shape)
             by_parameter[id(parameter)] = kinds[kind]
-    steps = kinds.values()
+            if large:
+                moved[kind] = kinds[kind]
+    steps = (moved or kinds).values()  # small parameters, whose masters are whole, do not leave memory
     widest = max(step.workspace + step.widening for step in steps)
     return OptimizerSteps(
         of=by_parameter,
@@ -142,13 +158,14 @@ def _measure_step(
     model_dtype: torch.dtype,
     device: torch.device,
     master_weights: bool,
+    keeps_half: bool,
     shape: tuple[int, ...],
 ) -> OptimizerStep:
     """One step over a probe of this shape."""
     master_weights = master_weights and model_dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if master_weights else model_dtype
     # A gradient of lower precision is widened within its slot, for which the slot holds its bytes twice.
-    widening = model_dtype.itemsize if master_weights else 0
+    widening = model_dtype.itemsize if master_weights and not keeps_half else 0
     weight = torch.zeros(shape, dtype=dtype, device=device)
     elements = weight.numel()
     gradient = torch.randn(weight.shape, device=device).to(model_dtype)
@@ -165,12 +182,13 @@ def _measure_step(
         _step(probe, given)
     kept = [t for t in tensors_in(list(probe.state.values())) if t.dim() > 0]
     return OptimizerStep(
-        state=sum(t.nbytes for t in kept) / elements + (4 if master_weights else 0),
+        state=sum(t.nbytes for t in kept) / elements + (2 if keeps_half else 4 if master_weights else 0),
         tensors=len(kept) + master_weights,
         # Whole pages: scalars such as the step count do not grow with the shard.
         workspace=live.peak_bytes // _PAGE_BYTES * _PAGE_BYTES / elements,
         widening=widening,
         seconds=seconds / elements,
+        keeps_half=keeps_half,
     )
 
 
@@ -248,22 +266,27 @@ def parameter_units(
                 parameters=tuple(names[id(p)] for p in own),
                 updates=_updates(large, steps, known) if whole and known is not None else (),
                 borrows=tuple(dict.fromkeys(borrowed)),
-                **_movable([p for p in own if p.numel() >= SMALL], master_weights),
+                **_movable([p for p in own if p.numel() >= SMALL], steps, master_weights),
             )
         )
     return units
 
 
-def _movable(parameters: list[nn.Parameter], master_weights: bool) -> dict[str, Any]:
+def _movable(parameters: list[nn.Parameter], steps: OptimizerSteps, master_weights: bool) -> dict[str, Any]:
     """Of a unit's parameters that are large enough to leave the device with it."""
     low = (torch.bfloat16, torch.float16)
+
+    def keeps_half(parameter: nn.Parameter) -> bool:
+        found = steps.of.get(id(parameter))
+        return found is not None and found.keeps_half  # its new weight depends on the old one
+
     return {
         "movable_weight_bytes": sum(p.nbytes for p in parameters),
         "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
         "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),
         "overwritten": bool(parameters)
         and master_weights
-        and all(p.requires_grad and p.dtype in low for p in parameters),
+        and all(p.requires_grad and p.dtype in low and not keeps_half(p) for p in parameters),
     }
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from memtrain.optim.kernels import fused_adamw, native
 from memtrain.optim.kernels.fused_adamw import same_bits
+from memtrain.optim.storage import lower_half
 
 GROUPS: dict[str, dict[str, Any]] = {
     "usual": {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01},
@@ -177,3 +178,55 @@ def test_a_torch_that_rounds_otherwise_is_noticed(wrong: int, monkeypatch: pytes
         assert not fused_adamw.agrees()
     finally:
         fused_adamw.agrees.cache_clear()
+
+
+@needs_agreement
+@pytest.mark.parametrize("elements", ELEMENTS)
+@pytest.mark.parametrize("name", GROUPS)
+def test_lower_halves_take_the_same_step(elements: int, name: str) -> None:
+    """As fp32 masters, step after step: also with ties, numbers that overflow bf16, infinities and NaN."""
+    for make in (ordinary, random_bits):
+        master, gradient, first, second = (make(elements, seed) for seed in range(4))
+        second = second.abs()
+        tied = master.view(torch.int32)[::3]
+        tied.copy_((tied & ~0xFFFF) | 0x8000)
+        master.view(torch.int32)[1] = 0x7F7F_FFFF
+        gradient = gradient.bfloat16()
+        clips = (torch.tensor(0.37), torch.tensor(1.9)) if elements % 3 == 1 else ()
+        weight, other, lower = master.bfloat16(), master.bfloat16(), torch.empty(elements, dtype=torch.int16)
+        moments = [first.clone(), second.clone()]
+        lower_half.pack(master, lower, moments[1])
+        for number in (1.0, 2.0, 1000.0):
+            settings: dict[str, Any] = {"group": GROUPS[name], "number": number, "clips": clips}
+            fused_adamw.step(weight, gradient, master, first, second, **settings)
+            fused_adamw.step(other, gradient, lower, *moments, **settings)
+            assert same_bits(weight, other)
+            assert same_bits(master, lower_half.unpack(other, lower, moments[1]))
+            assert same_bits(first, moments[0])
+            assert same_bits(second.abs(), moments[1].abs())
+
+
+@needs_agreement
+@pytest.mark.parametrize("upper", [0, 1, 0x80, 0x3F7F, 0x3F80, 0x7F7F])
+@pytest.mark.parametrize("sign", [0, -0x8000])
+def test_every_lower_half_is_stepped_as_its_master(upper: int, sign: int) -> None:
+    master = (((upper + sign) << 16) + torch.arange(1 << 16)).to(torch.int32).view(torch.float32)
+    gradient, first = ordinary(1 << 16, 1).bfloat16(), ordinary(1 << 16, 2)
+    second = ordinary(1 << 16, 3).abs()
+    second[::5] = 0.0
+    weight, other, lower = master.bfloat16(), master.bfloat16(), torch.empty(1 << 16, dtype=torch.int16)
+    moments = [first.clone(), second.clone()]
+    lower_half.pack(master, lower, moments[1])
+    assert fused_adamw.serves(other, gradient, lower, ())
+    # Once where nothing moves, so that what is written is what was read, and once in earnest.
+    still = {**GROUPS["at rest"], "weight_decay": 0.0}
+    for number, group in ((1.0, still), (2.0, GROUPS["usual"])):
+        fused_adamw.step(weight, gradient, master, first, second, group=group, number=number)
+        fused_adamw.step(other, gradient, lower, *moments, group=group, number=number)
+        assert same_bits(weight, other)
+        assert same_bits(master, lower_half.unpack(other, lower, moments[1]))
+        assert same_bits(second, moments[1].abs())
+        again, sides = torch.empty_like(lower), second.clone()
+        lower_half.pack(master, again, sides)
+        assert torch.equal(again, lower)
+        assert same_bits(sides, moments[1])
