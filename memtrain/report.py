@@ -170,7 +170,8 @@ def _weight_facts(plan: Plan) -> list[str]:
     away = Counter(s.weight_tier.value for s in plan.states if s.weight_tier is not Tier.DEVICE)
     if not away:
         return []
-    places = " and ".join(f"{count} on {tier}" for tier, count in away.items())
+    coded = {each.tier.value: f" coded ({each.codec})" for each in plan.staging.coded_weights}
+    places = " and ".join(f"{count} on {tier}{coded.get(tier, '')}" for tier, count in away.items())
     size = f"{plan.staging.weight_slot_bytes / MiB:.1f} MiB"
     slots = plan.staging.weight_slots
     return [f"weights: of {len(plan.states)} units {places}, through {slots} windows of {size}"]

@@ -28,7 +28,15 @@ from torch import nn
 from memtrain.accumulation import RandomWatch, accumulate
 from memtrain.arena import library as arena_library
 from memtrain.arena.passes import ALLOCATORS, PlannedPasses
-from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
+from memtrain.coding import (
+    codecs_for,
+    codecs_of_plan,
+    coding_lines,
+    coding_of_streamed,
+    refuse_other_codecs,
+    weight_codecs_for,
+    weight_dtype,
+)
 from memtrain.copy_guard import CopyGuard, is_planned
 from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
@@ -114,6 +122,7 @@ def prepare(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     chunked_loss: bool = True,
     codecs: Mapping[str, str] | None = None,
+    weight_codecs: Mapping[str, str] | None = None,
     directory: Path | str | None = None,
     reached_bytes: int = 0,
     spare_state_bytes: int = 0,
@@ -145,6 +154,8 @@ def prepare(
             the logits are never whole in memory.
         codecs: by tier the codec of optimizer state that waits there, such as ``{"nvme": "exponent"}``:
             exact, for fewer bytes written; the plan counts its seconds and memory. None: state lies as it is.
+        weight_codecs: the same of weights that live on a tier; ``auto`` codes them where the plan is
+            predicted to be faster for it. None: as they are; a streamed model's always as they lie already.
         directory: where the planned run writes its files; profile and plan are left there when given.
         reached_bytes: the most that the job has occupied of the device before this call, where the budget is
             to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
@@ -172,6 +183,12 @@ def prepare(
             forward draws random numbers.
     """
     coding = codecs_for(codecs or {}, budget)
+    stored = stored_weights(model)
+    weight_coding = (
+        weight_codecs_for(weight_codecs or {}, budget)
+        if stored is None
+        else coding_of_streamed(weight_codecs, stored.store.tier, stored.codec)
+    )
     _refuse_in_backward(options, plan, nonfinite)
     if is_planned(model) or isinstance(optimizer, OffloadedOptimizer):
         raise PrepareError(
@@ -215,11 +232,13 @@ def prepare(
                 host=budget.host_place,
                 cxl=budget.cxl_place,
                 codecs=coding,
+                weight_codecs=weight_coding.codecs,
+                weight_dtype=weight_dtype(model),
             )
-        refuse_other_codecs(machine, coding, budget)
+        refuse_other_codecs(machine, coding, budget, weight_coding.codecs)
         work = torch.float32 if master_weights else None
-        options = options or PlannerOptions()
-        if (stored := stored_weights(model)) is not None:  # on one tier: another one is no choice
+        options = dataclasses.replace(options or PlannerOptions(), coding_optional=weight_coding.optional)
+        if stored is not None:  # on one tier: another one is no choice
             options = dataclasses.replace(options, weight_tiers=(stored.store.tier,))
         elementwise = all(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
@@ -276,6 +295,7 @@ def prepare(
             forms=forms,
             chunked_loss=handle,
             codecs=coding,
+            weight_codecs=codecs_of_plan(plan, weight_coding),
             began_peak_bytes=peak.before_bytes,
             spare_state_bytes=spare_state_bytes,
             allocator=allocator,
@@ -319,6 +339,7 @@ class Session:
         forms: BlockForms,
         chunked_loss: ChunkedLossHandle | None,
         codecs: Mapping[Tier, Codec],
+        weight_codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
         spare_state_bytes: int,
         allocator: str = "default",
@@ -326,7 +347,7 @@ class Session:
         self.model = model
         self.passes: PlannedPasses | None = None
         self._allocator = allocator
-        self._codecs = codecs
+        self._codecs, self._weight_codecs = codecs, weight_codecs
         self._spare_state_bytes = spare_state_bytes if _overwrites_disk(plan) else 0
         self.plan = plan
         self.profile = profile
@@ -380,6 +401,7 @@ class Session:
             nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
             host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
             codecs=self._codecs,
+            weight_codecs=self._weight_codecs,
             lent={stored.store.tier: stored.store} if stored is not None else None,
         )
         undo(self.engine.close)
@@ -597,9 +619,8 @@ class Session:
         return (*self._activations.high_water(), *self.optimizer.high_water())
 
     def coding_lines(self) -> list[str]:
-        """What coding optimizer state has done so far, a line for each tier; none without a codec."""
-        done = self.engine.coding_statistics()
-        return [coding_text(tier, self._codecs[tier].name, found) for tier, found in done.items()]
+        """What coding has done so far, a line for each tier and kind; none without a codec."""
+        return coding_lines(self.engine)
 
     # ending -----------------------------------------------------------------------------------
 
