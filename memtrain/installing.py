@@ -69,6 +69,7 @@ def open_tiers(
     device: Device,
     *,
     codecs: Mapping[Tier, Codec],
+    weight_codecs: Mapping[Tier, Codec],
     stored: StoredWeights | None,
     spare_state_bytes: int,
 ) -> Engine:
@@ -87,6 +88,7 @@ def open_tiers(
         nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
         host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
         codecs=codecs,
+        weight_codecs=weight_codecs,
         lent={stored.store.tier: stored.store} if stored is not None else None,
     )
 

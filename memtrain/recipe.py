@@ -106,6 +106,8 @@ class TierSection(Section):
     codec: Literal["exponent"] | None = None
     """Codes optimizer state on its way, exactly: fewer bytes are written, for processor time. Needs the extra
     ``lossless``."""
+    weight_codec: Literal["exponent", "auto"] | None = None
+    """The same of weights that live there; auto: where that is predicted to be faster."""
 
 
 def _endurance(text: str) -> str:
@@ -135,8 +137,16 @@ class TiersSection(Section):
 
     def codecs(self) -> dict[str, str]:
         """Of ``memtrain.prepare``."""
-        named = {"host": self.host, "cxl": self.cxl, "nvme": self.nvme}
-        return {tier: section.codec for tier, section in named.items() if section.codec is not None}
+        return {tier: each.codec for tier, each in self._named().items() if each.codec is not None}
+
+    def weight_codecs(self) -> dict[str, str]:
+        """Of ``memtrain.prepare`` and ``memtrain.streamed_model``."""
+        return {
+            tier: each.weight_codec for tier, each in self._named().items() if each.weight_codec is not None
+        }
+
+    def _named(self) -> dict[str, TierSection]:
+        return {"host": self.host, "cxl": self.cxl, "nvme": self.nvme}
 
 
 class PlannerSection(Section):

@@ -170,7 +170,8 @@ def _weight_facts(plan: Plan) -> list[str]:
     away = Counter(s.weight_tier.value for s in plan.states if s.weight_tier is not Tier.DEVICE)
     if not away:
         return []
-    places = " and ".join(f"{count} on {tier}" for tier, count in away.items())
+    coded = {each.tier.value: f" coded ({each.codec})" for each in plan.staging.coded_weights}
+    places = " and ".join(f"{count} on {tier}{coded.get(tier, '')}" for tier, count in away.items())
     windows = describe_windows(plan.staging.weight_windows)
     return [f"weights: of {len(plan.states)} units {places}, through {windows}"]
 

@@ -26,7 +26,15 @@ from torch import nn
 from memtrain.accumulation import RandomWatch, accumulate
 from memtrain.arena import library as arena_library
 from memtrain.arena.passes import PlannedPasses
-from memtrain.coding import codecs_for, refuse_other_codecs
+from memtrain.coding import (
+    codecs_for,
+    codecs_of_plan,
+    coding_lines,
+    coding_of_streamed,
+    refuse_other_codecs,
+    weight_codecs_for,
+    weight_dtype,
+)
 from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
 from memtrain.installing import (
@@ -80,7 +88,7 @@ from memtrain.refusals import (
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts, staging_lines, table
 from memtrain.runfiles import write_documents
-from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
+from memtrain.session_report import SessionMeter, comparison_lines, tier_lines, weight_lines
 from memtrain.streamed_model import stored_weights
 from memtrain.weight_streaming import plan_units, stream_weights
 
@@ -102,6 +110,7 @@ def prepare(
     loss_fn: Callable[[Any, Any], torch.Tensor] | None = None,
     chunked_loss: bool = True,
     codecs: Mapping[str, str] | None = None,
+    weight_codecs: Mapping[str, str] | None = None,
     directory: Path | str | None = None,
     reached_bytes: int = 0,
     spare_state_bytes: int = 0,
@@ -136,6 +145,8 @@ def prepare(
             the logits are never whole in memory.
         codecs: by tier the codec of optimizer state that waits there, such as ``{"nvme": "exponent"}``:
             exact, for fewer bytes written; the plan counts its seconds and memory. None: state lies as it is.
+        weight_codecs: the same of weights that live on a tier; ``auto`` codes them where the plan is
+            predicted to be faster for it. None: as they are; a streamed model's always as they lie already.
         directory: where the planned run writes its files; profile and plan are left there when given.
         reached_bytes: the most that the job has occupied of the device before this call, where the budget is
             to cover that too: a smaller one is then infeasible. What this call itself takes always counts.
@@ -163,6 +174,12 @@ def prepare(
             forward draws random numbers.
     """
     coding = codecs_for(codecs or {}, budget)
+    stored = stored_weights(model)
+    weight_coding = (
+        weight_codecs_for(weight_codecs or {}, budget)
+        if stored is None
+        else coding_of_streamed(weight_codecs, stored.store.tier, stored.codec)
+    )
     refuse_in_backward(options, plan, nonfinite)
     refuse_model(model, optimizer)
     place = device_of(model)
@@ -190,11 +207,13 @@ def prepare(
                 host=budget.host_place,
                 cxl=budget.cxl_place,
                 codecs=coding,
+                weight_codecs=weight_coding.codecs,
+                weight_dtype=weight_dtype(model),
             )
-        refuse_other_codecs(machine, coding, budget)
+        refuse_other_codecs(machine, coding, budget, weight_coding.codecs)
         work = torch.float32 if master_weights else None
-        options = options or PlannerOptions()
-        if (stored := stored_weights(model)) is not None:  # on one tier: another one is no choice
+        options = dataclasses.replace(options or PlannerOptions(), coding_optional=weight_coding.optional)
+        if stored is not None:  # on one tier: another one is no choice
             options = dataclasses.replace(options, weight_tiers=(stored.store.tier,))
         elementwise = all(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
@@ -254,6 +273,7 @@ def prepare(
             forms=forms,
             chunked_loss=handle,
             codecs=coding,
+            weight_codecs=codecs_of_plan(plan, weight_coding),
             began_peak_bytes=peak.before_bytes,
             spare_state_bytes=spare_state_bytes,
             allocator=allocator,
@@ -297,6 +317,7 @@ class Session:
         forms: BlockForms,
         chunked_loss: ChunkedLossHandle | None,
         codecs: Mapping[Tier, Codec],
+        weight_codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
         spare_state_bytes: int,
         allocator: str = "default",
@@ -304,7 +325,7 @@ class Session:
         self.model = model
         self.passes: PlannedPasses | None = None
         self._allocator = allocator
-        self._codecs = codecs
+        self._codecs, self._weight_codecs = codecs, weight_codecs
         self._spare_state_bytes = spare_state_bytes if overwrites_disk(plan) else 0
         self.plan = plan
         self.profile = profile
@@ -344,6 +365,7 @@ class Session:
             codecs=self._codecs,
             stored=stored,
             spare_state_bytes=self._spare_state_bytes,
+            weight_codecs=self._weight_codecs,
         )
         undo(self.engine.close)
         units = plan_units(model, profile)
@@ -470,8 +492,8 @@ class Session:
         return (*self._activations.high_water(), *self.optimizer.high_water(), *windows)
 
     def coding_lines(self) -> list[str]:
-        """What coding optimizer state has done so far, a line for each tier; none without a codec."""
-        return coding_lines(self.engine, self._codecs)
+        """What coding has done so far, a line for each tier and kind; none without a codec."""
+        return coding_lines(self.engine)
 
     # ending -----------------------------------------------------------------------------------
 

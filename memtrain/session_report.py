@@ -7,8 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-from memtrain.coding import coding_text
-from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device
 from memtrain.offload.engine import Engine
 from memtrain.offload.parameters import ParameterStreamer
@@ -101,9 +99,3 @@ def tier_lines(engine: Engine) -> list[str]:
         f"wrote {format_gib(statistics_.bytes_written)}"
         for tier, statistics_ in engine.statistics().items()
     ]
-
-
-def coding_lines(engine: Engine, codecs: Mapping[Tier, Codec]) -> list[str]:
-    """What coding optimizer state has done so far, a line for each tier; none without a codec."""
-    done = engine.coding_statistics()
-    return [coding_text(tier, codecs[tier].name, found) for tier, found in done.items()]

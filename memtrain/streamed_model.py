@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from memtrain.coding import WeightCoding, weight_codecs_for, weight_dtype
 from memtrain.constructing import Blueprint
 from memtrain.offload import away
+from memtrain.offload.codec import Codec
 from memtrain.offload.errors import OffloadError, TierFullError
+from memtrain.offload.measure import measure_machine
 from memtrain.offload.shards import SMALL, Unit
 from memtrain.offload.store import Store
 from memtrain.offload.stored_weights import StoredWeights, room_bytes
@@ -30,6 +33,7 @@ from memtrain.offload.tensorfile import Entry
 from memtrain.offload.tiers import MemoryStore, NvmeStore
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget
+from memtrain.planner.weight_coding import is_faster
 from memtrain.weight_folder import WeightFilesError, WeightFolder, match
 
 if TYPE_CHECKING:
@@ -72,6 +76,7 @@ def streamed_model(
     *,
     budget: Budget,
     dtype: torch.dtype | None = None,
+    weight_codecs: Mapping[str, str] | None = None,
 ) -> StreamedModel:
     """Construct a model and put its weights on a tier, one by one.
 
@@ -80,6 +85,8 @@ def streamed_model(
             transformers, whose weights are drawn from torch's generator; or any constructor, likewise.
         budget: its fastest tier beside the device that has room for all weights takes them.
         dtype: of the weights, for a folder or a configuration; None: the configuration's.
+        weight_codecs: by tier how weights are coded there, such as ``{"nvme": "exponent"}``, exactly;
+            ``auto`` where this machine's disk is slower than the codec. A session streams them as they lie.
 
     Raises:
         StreamedModelError: no tier of the budget has room, or ``dtype`` was given for a constructor.
@@ -88,12 +95,12 @@ def streamed_model(
         TierFullError, TierIOError, SwapDirectoryError: the tier cannot serve.
     """
     if isinstance(source, (str, Path)):
-        return _read(Path(source), budget, dtype)
+        return _read(Path(source), budget, dtype, weight_codecs)
     if not isinstance(source, nn.Module) and callable(source):
         if dtype is not None:
             raise StreamedModelError("dtype is the constructor's business: leave it out")
-        return _drawn(source, budget)
-    return _drawn(_constructor(source, dtype), budget)
+        return _drawn(source, budget, weight_codecs)
+    return _drawn(_constructor(source, dtype), budget, weight_codecs)
 
 
 def stored_weights(model: nn.Module) -> StoredWeights | None:
@@ -110,6 +117,7 @@ def bring_home(stored: StoredWeights, members: Iterable[tuple[str, nn.Parameter]
             away.put(parameter, stored.read(name))
             away.permit(parameter)
             stored.drop(name)
+    stored.finish()
 
 
 def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> list[Unit]:
@@ -134,9 +142,9 @@ def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> l
     return [("prologue", list(before.values())), *of_blocks, ("epilogue", list(after.values()))]
 
 
-def _drawn(make: Callable[[], nn.Module], budget: Budget) -> StreamedModel:
+def _drawn(make: Callable[[], nn.Module], budget: Budget, codecs: Mapping[str, str] | None) -> StreamedModel:
     blueprint = Blueprint(make)
-    with _on_a_tier(blueprint.model, budget) as weights:
+    with _on_a_tier(blueprint.model, budget, codecs) as weights:
         small: dict[str, Tensor] = {}
 
         def put(name: str, tensor: Tensor) -> None:
@@ -150,7 +158,9 @@ def _drawn(make: Callable[[], nn.Module], budget: Budget) -> StreamedModel:
     return StreamedModel(model=model, weights=weights)
 
 
-def _read(folder: Path, budget: Budget, dtype: torch.dtype | None) -> StreamedModel:
+def _read(
+    folder: Path, budget: Budget, dtype: torch.dtype | None, codecs: Mapping[str, str] | None
+) -> StreamedModel:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -164,7 +174,7 @@ def _read(folder: Path, budget: Budget, dtype: torch.dtype | None) -> StreamedMo
         )
     with WeightFolder(folder) as files:
         found = match(model, files)
-        with _on_a_tier(model, budget) as weights:
+        with _on_a_tier(model, budget, codecs) as weights:
             small: dict[str, Tensor] = {}
             for name, parameter in model.named_parameters():
                 source = found.sources[name]
@@ -199,14 +209,18 @@ def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Modu
 
 
 @contextmanager
-def _on_a_tier(model: nn.Module, budget: Budget) -> Iterator[StoredWeights]:
+def _on_a_tier(model: nn.Module, budget: Budget, codecs: Mapping[str, str] | None) -> Iterator[StoredWeights]:
     """A tier with room for the model's weights, for what happens inside to fill; closed if that fails."""
-    nbytes = room_bytes(
+    entries = [
         Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
         for name, parameter in model.named_parameters()
         if parameter.numel() >= SMALL
-    )
-    weights = StoredWeights(_open_store(budget, nbytes))
+    ]
+    coding = weight_codecs_for(codecs or {}, budget)
+    tier, codec = _tier_for(entries, budget, coding)
+    if codec is not None and tier in coding.optional and not _pays(tier, codec, budget, weight_dtype(model)):
+        codec = None
+    weights = StoredWeights(_open_store(budget, tier), codec)
     with ExitStack() as undo:
         undo.callback(weights.close)
         yield weights
@@ -214,20 +228,51 @@ def _on_a_tier(model: nn.Module, budget: Budget) -> Iterator[StoredWeights]:
         undo.pop_all()
 
 
-def _open_store(budget: Budget, nbytes: int) -> Store:
-    """All that the budget has of a tier: a session will put there what else belongs to the tier."""
+def _tier_for(entries: Sequence[Entry], budget: Budget, coding: WeightCoding) -> tuple[Tier, Codec | None]:
+    """The fastest tier with room for ``entries``, and their codec there.
+
+    Raises:
+        StreamedModelError: a codec for another tier than that.
+        TierFullError: no tier has room.
+    """
     room = {Tier.HOST: budget.host_bytes, Tier.CXL: budget.cxl_bytes, Tier.NVME: budget.nvme_bytes}
-    tier = next((tier for tier, size in room.items() if size >= max(1, nbytes)), None)
+    needs = {tier: room_bytes(entries, coding.codecs.get(tier)) for tier in room}
+    tier = next((tier for tier, size in room.items() if size >= max(1, needs[tier])), None)
     if tier is None:
+        nbytes = needs[Tier.NVME]
         given = ", ".join(f"{tier.value} {size} bytes" for tier, size in room.items() if size) or "none"
         raise TierFullError(
             f"the weights take {nbytes} bytes, and no tier beside the device has as much in the budget "
             f"({given}): give budget.nvme, or raise it, to at least {nbytes} bytes"
         )
+    if other := [each.value for each in coding.codecs if each is not tier]:
+        raise StreamedModelError(
+            f"weight_codecs[{other[0]!r}]: the weights go to {tier.value}, the fastest tier of the budget "
+            f"that has room: name {tier.value} instead, or give {tier.value} no bytes"
+        )
+    return tier, coding.codecs.get(tier)
+
+
+def _pays(tier: Tier, codec: Codec, budget: Budget, dtype: torch.dtype) -> bool:
+    """Whether weights come and go faster through ``codec``, as this machine was measured. On a CPU, where the
+    host is no tier."""
+    machine = measure_machine(
+        budget.nvme_directory if tier is Tier.NVME else None,
+        cxl=budget.cxl_place if tier is Tier.CXL else None,
+        weight_codecs={tier: codec},
+        weight_dtype=dtype,
+    )
+    return is_faster(machine.link(tier))
+
+
+def _open_store(budget: Budget, tier: Tier) -> Store:
+    """All that the budget has of a tier: a session will put there what else belongs to the tier."""
     if tier is Tier.NVME:
         assert budget.nvme_directory is not None
         return NvmeStore(budget.nvme_directory, budget.nvme_bytes)
-    return MemoryStore(tier, room[tier], budget.cxl_place if tier is Tier.CXL else budget.host_place)
+    if tier is Tier.CXL:
+        return MemoryStore(tier, budget.cxl_bytes, budget.cxl_place)
+    return MemoryStore(tier, budget.host_bytes, budget.host_place)
 
 
 def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,8 @@ def traced_weights(
     Raises:
         OffloadError: no memory for the windows; the tier failed.
     """
-    engine = Engine({stored.store.tier: stored.store}, device, lent=[stored.store.tier])
+    codecs = {} if stored.codec is None else {stored.store.tier: stored.codec}
+    engine = Engine({stored.store.tier: stored.store}, device, weight_codecs=codecs, lent=[stored.store.tier])
     units = [  # what an earlier session has brought home for good stays there
         (unit, [(name, parameter) for name, parameter in members if name in stored.extents])
         for unit, members in traced_units(model, blocks)
@@ -39,7 +40,10 @@ def traced_weights(
     try:
         yield TracedWeights(streamer)
     finally:
-        streamer.release()
+        try:
+            streamer.release()
+        finally:
+            engine.close()  # of the weights' codec; the store is lent
 
 
 class TracedWeights:

@@ -195,7 +195,9 @@ class Trainer:
         recipe = self.recipe
         if not recipe.model.streamed:
             return load_model(recipe.model, self.device)
-        self.streamed = load_streamed(recipe.model, self.device, recipe.memory_budget())
+        self.streamed = load_streamed(
+            recipe.model, self.device, recipe.memory_budget(), recipe.tiers.weight_codecs()
+        )
         self._sessions.callback(self.streamed.close)
         if self.streamed.unexpected:
             print(f"not used of the files: {', '.join(self.streamed.unexpected)}", flush=True)
@@ -228,6 +230,7 @@ class Trainer:
             options=recipe.planner_options(),
             chunked_loss=training.chunked_loss,
             codecs=recipe.tiers.codecs(),
+            weight_codecs=recipe.tiers.weight_codecs(),
             directory=self.output,
             reached_bytes=self.peaks.whole_bytes() if self.device.type == "cpu" else 0,
             spare_state_bytes=self.snapshots.spare_bytes,

@@ -11,7 +11,7 @@ import ctypes
 import difflib
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,7 +65,12 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
     return moved
 
 
-def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -> StreamedModel:
+def load_streamed(
+    section: ModelSection,
+    device: torch.device,
+    budget: Budget,
+    weight_codecs: Mapping[str, str] | None = None,
+) -> StreamedModel:
     """As ``load_model``, with the weights on a tier and never whole in memory.
 
     Raises:
@@ -90,7 +95,7 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
                 made: nn.Module = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
             return made
 
-        streamed = streamed_model(make, budget=budget)
+        streamed = streamed_model(make, budget=budget, weight_codecs=weight_codecs)
     else:
         assert section.path is not None
         if not Path(section.path).is_dir():
@@ -98,7 +103,7 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
                 f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with "
                 "safetensors files; `make data` fetches the model of the main recipe"
             )
-        streamed = streamed_model(section.path, dtype=dtype, budget=budget)
+        streamed = streamed_model(section.path, dtype=dtype, budget=budget, weight_codecs=weight_codecs)
     _ready_to_train(streamed.model)
     return streamed
 

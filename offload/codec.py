@@ -77,6 +77,13 @@ def segment_room(codec: Codec, nbytes: int) -> int:
     return round_up(codec.bound_bytes(nbytes), BLOCK_BYTES)
 
 
+def room_bytes(codec: Codec, nbytes: int) -> int:
+    """What a tensor takes on a tier at most: all its segments."""
+    segments = segments_of(nbytes)
+    whole = (len(segments) - 1) * segment_room(codec, SEGMENT_BYTES)
+    return whole + segment_room(codec, segments[-1][1])
+
+
 def staging_bytes(codec: Codec) -> int:
     """Memory of a coded store: segments on their way, and the coders' own."""
     return 2 * WORKERS * (segment_room(codec, SEGMENT_BYTES) + codec.working_bytes)

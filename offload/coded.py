@@ -27,6 +27,7 @@ from memtrain.offload.codec import (
     Codec,
     Coder,
     CodingStatistics,
+    room_bytes,
     segment_room,
     segments_of,
     staging_bytes,
@@ -48,13 +49,15 @@ class CodedExtent:
     inner: Extent
     lengths: list[int | None]
     """Coded bytes of each segment; None before its first write."""
+    codec: str
+    """How: any store with this codec above the one of ``inner`` may use it, one at a time."""
     pending: list[CodedTicket] = field(default_factory=list)
     freed: bool = False
 
 
 def elsewhere(extent: CodedExtent, inner: Extent) -> CodedExtent:
     """A place for the next generation of ``extent`` in ``inner``, which has as much room."""
-    return CodedExtent(extent.name, extent.nbytes, inner, [None] * len(extent.lengths))
+    return CodedExtent(extent.name, extent.nbytes, inner, [None] * len(extent.lengths), extent.codec)
 
 
 class CodedTicket:
@@ -153,7 +156,8 @@ class _Bench:
 
 
 class CodedStore:
-    """``Store`` for whole extents, coded. Thread-safe; closing it leaves the store beneath it open.
+    """``Store`` for whole extents, and segments of them, coded. Thread-safe; closing it leaves the store
+    beneath it open, and its extents to another one.
 
     Args:
         store: what holds the coded bytes.
@@ -194,14 +198,12 @@ class CodedStore:
         """As ``Store.allocate``, of the most that the tensor can become."""
         if nbytes < 0:
             raise ValueError(f"tensor {name}: nbytes must be >= 0, got {nbytes}")
-        segments = segments_of(nbytes)
-        whole = (len(segments) - 1) * self._slot_bytes
-        room = whole + segment_room(self.codec, segments[-1][1])
-        inner = self._store.allocate(name, room, dtype=dtype, shape=shape)
-        return CodedExtent(name, nbytes, inner, [None] * len(segments))
+        inner = self._store.allocate(name, room_bytes(self.codec, nbytes), dtype=dtype, shape=shape)
+        return CodedExtent(name, nbytes, inner, [None] * len(segments_of(nbytes)), self.codec.name)
 
     def write(self, extent: CodedExtent, buffer: torch.Tensor, offset: int = 0) -> CodedTicket:
-        """Code and move all of the tensor. Raises ExtentStateError: the extent is freed."""
+        """Code and move all of the tensor, or whole segments of it. Raises ExtentStateError: the extent is
+        freed."""
         return self._enqueue(Direction.WRITE, extent, buffer, offset)
 
     @property
@@ -364,10 +366,11 @@ class CodedStore:
         end = offset + buffer.numel()
         whole = offset == 0 and end == extent.nbytes
         cut = offset % SEGMENT_BYTES or (end % SEGMENT_BYTES and end != extent.nbytes) or end > extent.nbytes
-        if not whole and (direction is Direction.WRITE or cut or offset < 0 or end <= offset):
+        if not whole and (cut or offset < 0 or end <= offset):
+            verb = "written" if direction is Direction.WRITE else "read"
             raise ValueError(
-                f"{what} is coded: it is written whole, all {extent.nbytes} bytes from 0, and read whole or "
-                f"in segments of {SEGMENT_BYTES} bytes, got {buffer.numel()} at {offset}"
+                f"{what} is coded: it is {verb} whole, all {extent.nbytes} bytes from 0, or in segments of "
+                f"{SEGMENT_BYTES} bytes, got {buffer.numel()} at {offset}"
             )
 
     def _check_usable(self, extent: CodedExtent) -> None:

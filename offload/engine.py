@@ -85,6 +85,14 @@ class Engine:
         """The same of streamed weights."""
         return {tier: store.statistics() for tier, store in self._coded_weights.items()}
 
+    def state_coding(self) -> list[tuple[Tier, str, CodingStatistics]]:
+        """The same with the codec's name."""
+        return [(tier, store.codec.name, store.statistics()) for tier, store in self._coded.items()]
+
+    def weight_coding(self) -> list[tuple[Tier, str, CodingStatistics]]:
+        """As ``state_coding``, of streamed weights."""
+        return [(tier, store.codec.name, store.statistics()) for tier, store in self._coded_weights.items()]
+
     def statistics(self) -> dict[Tier, Statistics]:
         """Bytes and seconds by tier and direction, so far."""
         return {tier: store.statistics() for tier, store in self._stores.items()}
@@ -117,6 +125,8 @@ def open_engine(
     host_bytes: int | None = None,
     codecs: Mapping[Tier, Codec] | None = None,
     lent: Mapping[Tier, Store] | None = None,
+    *,
+    weight_codecs: Mapping[Tier, Codec] | None = None,
 ) -> Engine:
     """Build the stores that a budget allows; every byte of them is reserved, or this raises.
 
@@ -126,7 +136,7 @@ def open_engine(
             device's own memory.
         nvme_bytes: reserve only this much of the swap directory (what the plan uses), at most the budget's.
         host_bytes: the same of host memory, of which staging takes its part too.
-        codecs: as of ``Engine``.
+        codecs, weight_codecs: as of ``Engine``.
         lent: stores that exist and stay open, in place of the budget's.
 
     Raises:
@@ -143,7 +153,7 @@ def open_engine(
         if size is not None and not 0 <= size <= limit:
             raise ValueError(f"{name}_bytes must be within budget.{name}, 0 to {limit}, got {size}")
     lent = lent or {}
-    engine = Engine(lent, opened, codecs, lent=lent.keys())
+    engine = Engine(lent, opened, codecs, weight_codecs=weight_codecs, lent=lent.keys())
     try:
         host = budget.host_bytes if host_bytes is None else host_bytes
         if host and Tier.HOST not in lent:

@@ -124,6 +124,8 @@ def measure_machine(
     host: MemoryPlace | None = None,
     cxl: MemoryPlace | None = None,
     codecs: Mapping[Tier, Codec] | None = None,
+    weight_codecs: Mapping[Tier, Codec] | None = None,
+    weight_dtype: torch.dtype = torch.bfloat16,
     refresh: bool = False,
     round_seconds: float = _ROUND_SECONDS,
 ) -> Machine:
@@ -135,6 +137,7 @@ def measure_machine(
         host: where the host tier lies, where that was said.
         cxl: the CXL memory to measure a link to.
         codecs: how optimizer state is to be coded on its way to a tier: measured through it too.
+        weight_codecs: the same of weights, of ``weight_dtype``.
         refresh: measure again.
         round_seconds: of each of nine rounds.
 
@@ -144,9 +147,9 @@ def measure_machine(
         OffloadError: there is no such device.
         ValueError: a codec for a tier that is not measured.
     """
-    codecs = codecs or {}
+    codecs, weight_codecs = codecs or {}, weight_codecs or {}
     where = None if directory is None else check_swap_directory(directory)
-    cache = _cache_path(where, device, {Tier.HOST: host, Tier.CXL: cxl}, codecs)
+    cache = _cache_path(where, device, {Tier.HOST: host, Tier.CXL: cxl}, codecs, weight_codecs, weight_dtype)
     if not refresh and (known := _read_cache(cache)) is not None:
         return known
     source = f"measured {date.today().isoformat()}"
@@ -164,13 +167,16 @@ def measure_machine(
         with NvmeStore(where, _PROBE_BYTES) as disk:
             links.append(_measure_store(disk, source, round_seconds))
         stores.append((Tier.NVME, partial(NvmeStore, where)))
-    if unmeasured := codecs.keys() - {tier for tier, _ in stores}:
+    if unmeasured := (codecs.keys() | weight_codecs.keys()) - {tier for tier, _ in stores}:
         names = ", ".join(tier.value for tier in unmeasured)
         raise ValueError(f"a codec is given for {names}, which this machine does not have here")
     for place, (tier, open_store) in enumerate(stores):
         if tier in codecs:
             measured = measure_codec(open_store, codecs[tier], round_seconds)
             links[place] = dataclasses.replace(links[place], state_codec=measured)
+        if tier in weight_codecs:
+            measured = measure_codec(open_store, weight_codecs[tier], round_seconds, weights=weight_dtype)
+            links[place] = dataclasses.replace(links[place], weight_codec=measured)
     machine = Machine(
         name=platform.node() or "this machine",
         device=device,
@@ -256,6 +262,8 @@ def _cache_path(
     device: str,
     places: Mapping[Tier, MemoryPlace | None],
     codecs: Mapping[Tier, Codec],
+    weight_codecs: Mapping[Tier, Codec],
+    weight_dtype: torch.dtype,
 ) -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     disk = "none" if directory is None else f"{os.stat(directory).st_dev}:{filesystem_type(directory)}"
@@ -263,6 +271,8 @@ def _cache_path(
     what += "".join(f" {tier.value} {place}" for tier, place in places.items() if place is not None)
     for tier, codec in sorted(codecs.items()):  # with its memory, which another version may need more of
         what += f" {tier.value} coded {codec.name} {SEGMENT_BYTES} {staging_bytes(codec)}"
+    for tier, codec in sorted(weight_codecs.items()):
+        what += f" {tier.value} weights {weight_dtype} {codec.name} {SEGMENT_BYTES} {staging_bytes(codec)}"
     key = hashlib.sha256(what.encode()).hexdigest()[:16]
     return base / "memtrain" / f"machine-{key}.json"
 

@@ -1,4 +1,5 @@
-"""How fast optimizer state moves through a codec: measured with the tier behind it, in plain bytes."""
+"""How fast optimizer state, or weights, move through a codec: measured with the tier behind it, in plain
+bytes."""
 
 from __future__ import annotations
 
@@ -15,18 +16,16 @@ from memtrain.offload.targets import BLOCK_BYTES
 from memtrain.planner.machine import StateCodec
 
 
-def measure_codec(open_store: Callable[[int], Store], codec: Codec, round_seconds: float) -> StateCodec:
-    """Rates in plain bytes, of what AdamW keeps in fp32: normal numbers of many scales, and their squares."""
+def measure_codec(
+    open_store: Callable[[int], Store],
+    codec: Codec,
+    round_seconds: float,
+    *,
+    weights: torch.dtype | None = None,
+) -> StateCodec:
+    """Rates in plain bytes: of weights of that dtype, or of what AdamW keeps in fp32."""
     assert segment_room(codec, SEGMENT_BYTES) <= SEGMENT_BYTES + BLOCK_BYTES, "a header of more than a page"
-    sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
-    numbers = sample.view(torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    numbers.normal_(generator=generator)
-    rows = numbers.view(-1, 1024)
-    rows.mul_(torch.empty(len(rows), 1).log_normal_(-10.0, 1.0, generator=generator))
-    moments = list(torch.split(sample, TRANSFER_BYTES))
-    for squares in moments[1::2]:
-        squares.view(torch.float32).square_()
+    moments = _moments() if weights is None else _weights(weights)
     segments = len(moments) * -(-TRANSFER_BYTES // SEGMENT_BYTES)
     with open_store(segments * (SEGMENT_BYTES + BLOCK_BYTES)) as store:
         coded = CodedStore(store, codec)
@@ -53,3 +52,27 @@ def measure_codec(open_store: Callable[[int], Store], codec: Codec, round_second
         segment_bytes=SEGMENT_BYTES,
         staging_bytes=coded.staging_bytes,
     )
+
+
+def _moments() -> list[torch.Tensor]:
+    """Normal numbers of many scales, and their squares."""
+    sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
+    numbers = sample.view(torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    numbers.normal_(generator=generator)
+    rows = numbers.view(-1, 1024)
+    rows.mul_(torch.empty(len(rows), 1).log_normal_(-10.0, 1.0, generator=generator))
+    moments = list(torch.split(sample, TRANSFER_BYTES))
+    for squares in moments[1::2]:
+        squares.view(torch.float32).square_()
+    return moments
+
+
+def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Normal numbers of one scale: the exponents of SmolLM2's weights hold 2.6 bits, and so do these."""
+    sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    sample.view(dtype).copy_(
+        torch.empty(sample.numel() // dtype.itemsize).normal_(0.0, 0.02, generator=generator)
+    )
+    return list(torch.split(sample, TRANSFER_BYTES))

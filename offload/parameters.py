@@ -33,6 +33,7 @@ from torch.autograd.graph import increment_version
 from torch.utils.hooks import RemovableHandle
 
 from memtrain.offload import away
+from memtrain.offload.coded import CodedExtent
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.extents import Extent
@@ -71,8 +72,9 @@ class ParameterStreamer:
             one read ahead, and more of the last blocks are still there for backward. Each is as large as the
             largest unit. Or windows of several sizes, as a plan has them (``window_classes.py``). None: the
             fewest of one size that the model can do with.
-        placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``);
-            such a parameter is away (``away.born_away``), or on the meta device still.
+        placed: extents of parameters, by name, whose bytes are on the tier already (``allocate_weight``),
+            coded as the engine codes weights there; such a parameter is away (``away.born_away``), or on the
+            meta device still.
         borrowed: units before the blocks whose weights are used behind them too, by no module of their own: a
             table that the model multiplies with.
         read_ahead: False reads a unit when it is used and never before, so that what runs meanwhile can be
@@ -96,7 +98,7 @@ class ParameterStreamer:
         tiers: Mapping[str, Tier],
         engine: Engine,
         slots: int | Sequence[WindowClass] | None,
-        placed: Mapping[str, Extent] | None = None,
+        placed: Mapping[str, Extent | CodedExtent] | None = None,
         borrowed: Collection[str] = (),
         read_ahead: bool = True,
     ) -> None:
@@ -150,7 +152,7 @@ class ParameterStreamer:
         units: Sequence[Unit],
         tiers: Mapping[str, Tier],
         engine: Engine,
-        placed: Mapping[str, Extent],
+        placed: Mapping[str, Extent | CodedExtent],
         undo: ExitStack,
     ) -> dict[str, StreamedUnit]:
         unknown = [name for name in tiers if name not in self._names]
@@ -255,36 +257,25 @@ class ParameterStreamer:
                     )
             self._made.close()
 
-    def release(self) -> dict[str, Extent]:
+    def release(self) -> dict[str, Extent | CodedExtent]:
         """Leave the weights on their tiers, and give the windows back: for another streamer of the model,
-        which takes the extents as ``placed``. Until then any use of the weights raises.
+        which takes the extents as ``placed``, with the codec that this one had. Until then any use of the
+        weights raises.
 
         Returns:
             The extents by parameter; the caller's from now on.
 
         Raises:
-            OffloadError: weights are coded, and nothing has been done; or a change could not be written: the
-                model has its own forwards again, weights are where they were, and the call may be repeated.
+            OffloadError: a change could not be written: the model has its own forwards again, weights are
+                where they were, and the call may be repeated.
         """
-        self._plain_extents()  # refuses
         self._unwrap()
         self.flush()
-        extents = self._plain_extents()  # after what was written last, for a snapshot may have it elsewhere
+        # After what was written last, for a snapshot may have it elsewhere.
+        extents = {weight.name: weight.extent for unit in self._units.values() for weight in unit.weights}
         self._closed = True
         self._made.pop_all()
         self._pool.close()
-        return extents
-
-    def _plain_extents(self) -> dict[str, Extent]:
-        extents: dict[str, Extent] = {}
-        for unit in self._units.values():
-            for weight in unit.weights:
-                if not isinstance(weight.extent, Extent):
-                    raise OffloadError(
-                        f"{weight.name} is coded on {unit.tier.value}, and another streamer would read it "
-                        "as it lies: bring the weights home with remove(), or stream them without a codec"
-                    )
-                extents[weight.name] = weight.extent
         return extents
 
     def _unwrap(self) -> None:

@@ -188,7 +188,7 @@ def make_unit(
     name: str,
     members: Sequence[tuple[str, nn.Parameter]],
     store: Store | CodedStore,
-    placed: Mapping[str, Extent],
+    placed: Mapping[str, Extent | CodedExtent],
     undo: ExitStack,
 ) -> StreamedUnit:
     """A unit with an extent for each parameter.
@@ -199,7 +199,7 @@ def make_unit(
         undo: frees the extents that are made here.
 
     Raises:
-        PlanMismatchError: a parameter cannot be streamed.
+        PlanMismatchError: a parameter cannot be streamed, or is there already and coded otherwise.
         TierFullError: no room for it.
     """
     known = [parameter_name in placed for parameter_name, _ in members]
@@ -208,11 +208,8 @@ def make_unit(
             f"of unit {name} some parameters are on {store.tier.value} already, and "
             f"{members[known.index(False)][0]} is not: place all of a unit that are streamed, or none"
         )
-    if any(known) and isinstance(store, CodedStore):
-        raise PlanMismatchError(
-            f"the weights of unit {name} are on {store.tier.value} already, as they are: stream them without "
-            f"a codec (it is {store.codec.name}), or load the model into memory first"
-        )
+    for parameter_name, _ in members if any(known) else ():
+        _refuse_other_codec(name, store, placed[parameter_name])
     weights: list[StreamedWeight] = []
     start = 0
     for parameter_name, parameter in members:
@@ -239,6 +236,19 @@ def references(storage: torch.UntypedStorage) -> int:
     """How often a storage is referred to, by tensors and by Python."""
     count: int = torch._C._storage_Use_Count(storage._cdata)
     return count
+
+
+def _refuse_other_codec(unit: str, store: Store | CodedStore, extent: Extent | CodedExtent) -> None:
+    lies = extent.codec if isinstance(extent, CodedExtent) else None
+    asked = store.codec.name if isinstance(store, CodedStore) else None
+    if lies != asked:
+        how, remedy = ("as they are", "without a codec")
+        if lies is not None:
+            how, remedy = f"coded ({lies})", f"with codec {lies}"
+        raise PlanMismatchError(
+            f"the weights of unit {unit} are on {store.tier.value} already, {how}: stream them {remedy} (it "
+            f"is {asked or 'none'}), or load the model into memory first"
+        )
 
 
 def _where(unit: str, tier: Tier, name: str) -> str:

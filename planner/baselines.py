@@ -105,6 +105,7 @@ class Search:
             shard_elements=shard,
             on_cpu=self.space.on_cpu,
             coded=self.space.coded,
+            coded_weights=self.space.coded_weights,
             wanted_windows=windows,
             schedule=schedule,
             held_passes=self.profile.micro_batches if self.order is MicroBatchOrder.VERTICAL else 1,

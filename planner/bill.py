@@ -42,6 +42,7 @@ from memtrain.planner.decisions import (
 )
 from memtrain.planner.plan import BillLine, Staging
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.weight_coding import weight_room_bytes
 from memtrain.planner.weight_windows import away_bytes
 
 
@@ -290,7 +291,11 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
             for u, d in units
             if d.optimizer_tier is tier
         ),
-        "weights": sum(u.weight_extent_bytes for u, d in units if d.weight_tier is tier),
+        "weights": sum(
+            weight_room_bytes(u, decisions.staging.weights_coded_on(tier))
+            for u, d in units
+            if d.weight_tier is tier
+        ),
         "staging": rings if decisions.staging_tier is tier else 0,
     }
 

@@ -32,6 +32,7 @@ from memtrain.planner.check_timeline import timeline_faults
 from memtrain.planner.check_weights import (
     impossible_weights,
     resident_weights,
+    weight_coding_faults,
     weights_on,
     window_bytes,
     window_faults,
@@ -183,7 +184,8 @@ def _staging(plan: Plan, profile: ModelProfile) -> Iterator[Fault]:
 
 
 def _coding(plan: Plan, machine: Machine, budget: Budget) -> Iterator[Fault]:
-    """State is coded exactly where the machine was measured so, in the memory that this was found to take."""
+    """State is coded exactly where the machine was measured so, in the memory that this was found to take;
+    weights there at most, and only where some live."""
     wanted = {
         (link.tier, codec.name, codec.segment_bytes, codec.staging_bytes)
         for link in machine.links
@@ -192,6 +194,7 @@ def _coding(plan: Plan, machine: Machine, budget: Budget) -> Iterator[Fault]:
     found = [(c.tier, c.codec, c.segment_bytes, c.staging_bytes) for c in plan.staging.coded]
     if set(found) != wanted or len(found) != len(wanted):
         yield Rule.STAGING, f"state is coded as {found}, the machine was measured with {sorted(wanted)}"
+    yield from ((Rule.STAGING, detail) for detail in weight_coding_faults(plan, machine))
 
 
 def _whole_slot(profile: ModelProfile, elements: int) -> int:
@@ -359,7 +362,8 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
         (s.gradient_slots, s.gradient_slot_bytes, s.gradient_slots),
         (s.update_slots, s.update_slot_bytes, 2),
     ]
-    whole = sum(slots * size for slots, size, _ in rings) + sum(c.staging_bytes for c in s.coded)
+    whole = sum(slots * size for slots, size, _ in rings)
+    whole += sum(c.staging_bytes for codings in (s.coded, s.coded_weights) for c in codings)
     if _on_cpu(machine):
         return {Tier.DEVICE: whole, Tier.HOST: 0}
     again = sum(copies * size for slots, size, copies in rings if slots)

@@ -297,7 +297,7 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
 
 
 def _bytes_moved(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
-    moved = float(moved_weights(plan, profile))
+    moved = moved_weights(plan, profile, machine)
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         for tier, once in sent(block, decision).items():
             moved += (profile.micro_batches + _read_again(plan, index, tier, profile)) * once

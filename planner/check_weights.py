@@ -8,12 +8,13 @@ once. Where windows have several sizes, all of that holds of each size and of th
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 
 from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
-from memtrain.planner.check_blocks import again
-from memtrain.planner.machine import Machine
+from memtrain.planner.check_blocks import PAGE, again
+from memtrain.planner.machine import Link, Machine, StateCodec
 from memtrain.planner.plan import Event, Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
 
@@ -89,16 +90,49 @@ def resident_weights(plan: Plan, profile: ModelProfile) -> int:
 
 
 def weights_on(plan: Plan, profile: ModelProfile, tier: Tier) -> int:
-    """Bytes of the extents of weights on ``tier``."""
+    """Bytes of the extents of weights on ``tier``. Coded ones are cut into segments, which may come out a
+    page larger each: those that a unit's bytes fill, and the end of every parameter."""
     units = away(plan, profile)
-    return sum(units[s.unit].weight_extent_bytes for s in plan.states if s.weight_tier is tier)
+    segments = [coded.segment_bytes for coded in plan.staging.coded_weights if coded.tier is tier]
+    total = 0
+    for unit in (units[state.unit] for state in plan.states if state.weight_tier is tier):
+        total += unit.weight_extent_bytes
+        ends = len(unit.parameters) or math.ceil(unit.movable_weight_bytes / 65536)
+        total += sum(PAGE * (ends + unit.weight_extent_bytes // size) for size in segments)
+    return total
 
 
-def moved_weights(plan: Plan, profile: ModelProfile) -> int:
+def weight_coding_faults(plan: Plan, machine: Machine) -> Iterator[str]:
+    """Weights may be coded only through what the machine was measured with, once a tier, where some live."""
+    homes = {state.weight_tier for state in plan.states}
+    seen: set[Tier] = set()
+    for coded in plan.staging.coded_weights:
+        codec = next((link.weight_codec for link in machine.links if link.tier is coded.tier), None)
+        is_so = coded.codec, coded.segment_bytes, coded.staging_bytes
+        if codec is None or is_so != (codec.name, codec.segment_bytes, codec.staging_bytes):
+            was = None if codec is None else (codec.name, codec.segment_bytes, codec.staging_bytes)
+            yield f"weights on {coded.tier.value} are coded as {is_so}, the machine was measured with {was}"
+        if coded.tier not in homes or coded.tier in seen:
+            yield f"weights on {coded.tier.value} are coded, where none live, or twice"
+        seen.add(coded.tier)
+
+
+def _codec_of(plan: Plan, link: Link) -> StateCodec | None:
+    """Through which weights move between the device and their tier."""
+    tiers = [coded.tier for coded in plan.staging.coded_weights]
+    return link.weight_codec if link.tier in tiers else None
+
+
+def moved_weights(plan: Plan, profile: ModelProfile, machine: Machine) -> float:
     """Bytes that weights move in a step, both ways."""
-    units = away(plan, profile)
-    read = sum(units[unit].weight_extent_bytes * count for unit, count in _reads(plan, profile).items())
-    return read + sum(unit.written_extent_bytes for unit in units.values())
+    tiers = {state.unit: state.weight_tier for state in plan.states}
+    reads = _reads(plan, profile)
+    total = 0.0
+    for name, unit in away(plan, profile).items():
+        codec = _codec_of(plan, machine.link(tiers[name]))
+        plain = unit.weight_extent_bytes * reads[name] + unit.written_extent_bytes
+        total += plain if codec is None else plain * codec.ratio
+    return total
 
 
 def weight_faults(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) -> Iterator[Fault]:
@@ -119,10 +153,11 @@ def weight_faults(plan: Plan, profile: ModelProfile, machine: Machine, events: E
         link, tier = machine.link(tiers[name]), tiers[name].value
         reads = events[f"read weights {name}", f"read:{tier}"]
         writes = events[f"write weights {name}", f"write:{tier}"]
+        rates = _codec_of(plan, link) or link
         for event in reads:
-            yield from _long_enough(event, unit.weight_extent_bytes / link.read_bytes_per_second)
+            yield from _long_enough(event, unit.weight_extent_bytes / rates.read_bytes_per_second)
         for event in writes:
-            yield from _long_enough(event, unit.written_extent_bytes / link.write_bytes_per_second)
+            yield from _long_enough(event, unit.written_extent_bytes / rates.write_bytes_per_second)
         if len(reads) != wanted[name]:
             yield "DEPENDENCY", f"weights of {name} are read {len(reads)} times, {wanted[name]} are needed"
             continue

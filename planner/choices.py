@@ -284,7 +284,7 @@ class Choices:
     def _rings(self) -> Expression:
         """Bytes of all rings, wherever they lie, and of coding."""
         profile = self.profile
-        coding = sum(each.staging_bytes for each in self.space.coded)
+        coding = sum(each.staging_bytes for each in self.space.coded) + self.weights.coding_bytes()
         total = self._ring_bytes(self.saved_ring, saved_slot_bytes, "saved")
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
         total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring

@@ -130,6 +130,9 @@ class PlannerOptions:
     weight_tiers: tuple[Tier, ...] | None = None
     """Where weights may be beside the device; None: in every tier of the budget. Those of a streamed model
     are in one already, and ``prepare`` names it."""
+    coding_optional: tuple[Tier, ...] = ()
+    """Tiers whose weights are coded only where that is predicted to be faster; on all others they are
+    wherever the machine was measured through a codec for them (``Link.weight_codec``)."""
     micro_batch_order: str = "horizontal"
     """``horizontal``, ``vertical`` or ``auto``: the faster of both, where weights are streamed. Only
     ``Session.accumulate`` carries vertical order out; a loop that calls the model itself is horizontal."""
@@ -207,6 +210,8 @@ class Space:
     """What stays on the device is copied into slabs, and rings lie in the device's memory."""
     coded: tuple[CodedTier, ...] = ()
     """Of ``tiers`` those whose optimizer state is coded."""
+    coded_weights: tuple[CodedTier, ...] = ()
+    """Of ``tiers`` those whose weights are coded (``weight_coding.coding_spaces``)."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -532,6 +537,7 @@ def staging_for(
     shard_elements: int,
     on_cpu: bool,
     coded: tuple[CodedTier, ...] = (),
+    coded_weights: tuple[CodedTier, ...] = (),
     wanted_windows: WantedWindows = DEFAULT_WINDOWS,
     schedule: UpdateSchedule = UpdateSchedule.SEQUENTIAL,
     held_passes: int = 1,
@@ -564,6 +570,7 @@ def staging_for(
         gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
         weight_windows=weight_windows(profile, states, wanted_windows),
         coded=coded,
+        coded_weights=tuple(c for c in coded_weights if any(d.weight_tier is c.tier for d in states)),
     )
 
 

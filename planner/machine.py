@@ -17,17 +17,18 @@ MACHINE_VERSION = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateCodec:
-    """Optimizer state that is coded on its way to a tier: measured through codec and tier, in plain bytes."""
+    """Optimizer state, or weights, coded on the way to a tier: measured through both, in plain bytes."""
 
     name: str
     ratio: float
-    """Coded bytes by plain ones, of a sample like AdamW's fp32 moments. A run's report says its own."""
+    """Coded bytes by plain ones, of a sample like AdamW's fp32 moments, or like the model's weights. A run's
+    report says its own."""
     read_bytes_per_second: float
     write_bytes_per_second: float
     cpu_seconds_per_byte: float
     """Processor time of one byte one way: coding, checksum, system call."""
     segment_bytes: int
-    """State is coded in so many bytes at a time, each of which takes one page more than its own at most."""
+    """What is coded at a time; on the tier it takes one page more than its own at most."""
     staging_bytes: int
     """Memory that coding takes, where the rings are."""
 
@@ -56,6 +57,8 @@ class Link:
     """``preset: ...``, ``measured 2026-11-22``, or ``given``."""
     state_codec: StateCodec | None = None
     """How optimizer state is coded that goes there; None: it is not."""
+    weight_codec: StateCodec | None = None
+    """How weights may be coded that live there; a plan says whether they are (``plan.Staging``)."""
 
     def __post_init__(self) -> None:
         for name in ("read_bytes_per_second", "write_bytes_per_second", "mixed_bytes_per_second"):
@@ -64,7 +67,10 @@ class Link:
 
     def state_load(self, size_bytes: float, *, read: bool) -> float:
         """Bytes of other traffic that occupy the link as long as so many of optimizer state."""
-        codec = self.state_codec
+        return self.load(size_bytes, self.state_codec, read=read)
+
+    def load(self, size_bytes: float, codec: StateCodec | None, *, read: bool) -> float:
+        """The same of bytes that go through ``codec``, or as they are."""
         if codec is None:
             return size_bytes
         if read:
@@ -143,8 +149,8 @@ class Machine:
 
 
 def _read_link(data: dict[str, Any]) -> Link:
-    codec = data.get("state_codec")
-    read = {} if codec is None else {"state_codec": StateCodec(**codec)}
+    codecs = {name: data.get(name) for name in ("state_codec", "weight_codec")}
+    read = {name: StateCodec(**codec) for name, codec in codecs.items() if codec is not None}
     return Link(**{**data, "tier": Tier(data["tier"]), **read})
 
 

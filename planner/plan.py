@@ -31,7 +31,7 @@ _DIGITS = 9
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodedTier:
-    """A tier on which optimizer state lies coded."""
+    """A tier on which optimizer state, or weights, lie coded."""
 
     tier: Tier
     codec: str
@@ -85,10 +85,16 @@ class Staging:
     """Windows of the device for weights that live on tiers, the smallest first."""
     coded: tuple[CodedTier, ...] = ()
     """Tiers whose optimizer state is coded on its way, for which there is memory where the rings are."""
+    coded_weights: tuple[CodedTier, ...] = ()
+    """The same of weights: tiers on which some live, and lie coded."""
 
     def coded_on(self, tier: Tier) -> CodedTier | None:
         """How optimizer state on ``tier`` is coded; None where it is not."""
         return next((each for each in self.coded if each.tier is tier), None)
+
+    def weights_coded_on(self, tier: Tier) -> CodedTier | None:
+        """How weights on ``tier`` are coded; None where they are not."""
+        return next((each for each in self.coded_weights if each.tier is tier), None)
 
     @property
     def kept_slab_bytes(self) -> int:
@@ -109,7 +115,7 @@ class Staging:
             + self.input_slots * self.input_slot_bytes
             + self.gradient_slots * self.gradient_slot_bytes
             + self.update_slots * self.update_slot_bytes
-            + sum(each.staging_bytes for each in self.coded)
+            + sum(each.staging_bytes for each in (*self.coded, *self.coded_weights))
         )
 
 
@@ -232,9 +238,12 @@ def _plan_of(data: dict[str, Any]) -> Plan:
         for s in data["states"]
     )
     staging = data["staging"]
-    coded = tuple(CodedTier(**{**each, "tier": Tier(each["tier"])}) for each in staging["coded"])
+    coded = {
+        name: tuple(CodedTier(**{**each, "tier": Tier(each["tier"])}) for each in staging[name])
+        for name in ("coded", "coded_weights")
+    }
     windows = tuple(WindowClass(**each) for each in staging["weight_windows"])
-    parts = {"kept_bytes": tuple(staging["kept_bytes"]), "coded": coded, "weight_windows": windows}
+    parts = {"kept_bytes": tuple(staging["kept_bytes"]), "weight_windows": windows, **coded}
     data["staging"] = Staging(**{**staging, **parts})
     data["update_schedule"] = UpdateSchedule(data["update_schedule"])
     data["micro_batch_order"] = MicroBatchOrder(data["micro_batch_order"])

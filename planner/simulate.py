@@ -26,6 +26,7 @@ from memtrain.planner.plan import Event
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.queues import COMPUTE, Job, run
 from memtrain.planner.slot_jobs import Read, ReadAhead, Slots
+from memtrain.planner.weight_coding import weight_ways
 from memtrain.planner.weight_jobs import WeightJobs
 
 MAX_PIECES = 32
@@ -110,7 +111,8 @@ class _Schedule:
         self._gradient_written: dict[tuple[str, int], int] = {}
         self._open: dict[tuple[str, int], tuple[int, tuple[int, ...]]] = {}
         self._units = list(zip(profile.units, decisions.states, strict=True))
-        self._weights = WeightJobs(profile, decisions, self._cpu, self._add)
+        ways = weight_ways(machine, staging.coded_weights)
+        self._weights = WeightJobs(profile, decisions, ways, self._add)
         self._in_backward: ReadAhead | None = None
         """In the pass in which units are updated as their gradients come."""
         schedule = decisions.update_schedule

@@ -22,6 +22,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.simulate import simulate
 from memtrain.planner.vertical import faster_order, refuse_pointless, search_vertical
+from memtrain.planner.weight_coding import coding_spaces
 
 __all__ = ["PlannerOptions", "make_plan"]
 
@@ -49,29 +50,39 @@ def make_plan(
 def _plan(profile: ModelProfile, machine: Machine, budget: Budget, options: PlannerOptions) -> Plan:
     """The plan, from what each part takes in a step."""
     began = time.monotonic()
-    space = open_space(profile, machine, budget, options)
-    search = baselines.Search(
-        profile=profile,
-        machine=machine,
-        budget=budget,
-        options=options,
-        space=space,
-    )
+    spaces = list(coding_spaces(open_space(profile, machine, budget, options), machine, options))
+    each = dataclasses.replace(options, time_limit_seconds=options.time_limit_seconds / len(spaces))
+    searches = [
+        baselines.Search(profile=profile, machine=machine, budget=budget, options=each, space=space)
+        for space in spaces
+    ]
     if options.micro_batch_order == "vertical":
-        refuse_pointless(search)
-        search.order = MicroBatchOrder.VERTICAL
+        refuse_pointless(searches[0])
+        for search in searches:
+            search.order = MicroBatchOrder.VERTICAL
     if profile.prepare_peak_bytes > budget.device_bytes:  # which no choice can mend
-        return infeasible_plan(search, solve_seconds=time.monotonic() - began)
-    if search.order is MicroBatchOrder.VERTICAL:
-        bound = search_vertical(search, began + options.time_limit_seconds)
-    else:
-        bound = _search_horizontal(search, began)
+        return infeasible_plan(searches[0], solve_seconds=time.monotonic() - began)
+    found: list[tuple[baselines.Search, Bound]] = []
+    for search in searches:
+        found.append(_searched(search, time.monotonic()))
+        if search.best is None:  # coding only takes more memory
+            break
+    search, bound = min(found, key=lambda pair: pair[0].best_cost)
     if search.best is None:
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
-    if options.micro_batch_order == "auto":
-        search, bound = faster_order(search, bound)
-    assert search.best is not None
+    bound = dataclasses.replace(bound, seconds=min(other.seconds for _, other in found))
     return _feasible_plan(search, search.best, bound, time.monotonic() - began)
+
+
+def _searched(search: baselines.Search, began: float) -> tuple[baselines.Search, Bound]:
+    """The search that has found the fastest plan, if there is one, and what is proved of its choices."""
+    options = search.options
+    if search.order is MicroBatchOrder.VERTICAL:
+        return search, search_vertical(search, began + options.time_limit_seconds)
+    bound = _search_horizontal(search, began)
+    if search.best is None or options.micro_batch_order != "auto":
+        return search, bound
+    return faster_order(search, bound)
 
 
 def _search_horizontal(search: baselines.Search, began: float) -> Bound:

@@ -18,6 +18,7 @@ import pulp
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.profile import UnitProfile
+from memtrain.planner.weight_coding import weight_room_bytes, weight_ways
 from memtrain.planner.weight_windows import WANTED_WINDOWS, WantedWindows, ordinary_bytes
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class WeightChoices:
         self._units, self._machine = request.profile.units, request.machine
         self._open = request.space.weights
         self._problem = problem
-        self._cpu = {k.tier: k.cpu_seconds_per_byte * request.machine.on_cpu for k in request.machine.links}
+        self._ways = weight_ways(request.machine, request.space.coded_weights)
+        self._coded = {each.tier: each for each in request.space.coded_weights}
         self.places = [self._places(index) for index in range(len(self._units))]
         """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
         movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
@@ -120,8 +122,22 @@ class WeightChoices:
 
     def extent_bytes(self, tier: Tier) -> Expression:
         """What weights take of ``tier``."""
+        coded = self._coded.get(tier)
         units = range(len(self._units))
-        return pulp.lpSum(self.sum(u, lambda p, t: p.weight_extent_bytes * (t is tier)) for u in units)
+        return pulp.lpSum(self.sum(u, lambda p, t: weight_room_bytes(p, coded) * (t is tier)) for u in units)
+
+    def _lives_on(self, tier: Tier, index: int) -> Expression:
+        return self.sum(index, lambda _, t: float(t is tier))
+
+    def coding_bytes(self) -> Expression:
+        """Memory of coding, on tiers where weights live."""
+        total = pulp.LpAffineExpression()
+        for tier, coded in self._coded.items():
+            used = self._problem.add_variable(f"codes_weights_{tier.value}", lowBound=0, upBound=1)
+            for index in range(len(self._units)):
+                self._add(used >= self._lives_on(tier, index))
+            total += coded.staging_bytes * used
+        return total
 
     def _window_bytes(self, sizes: dict[int, int]) -> Expression:
         """Windows times the largest unit that takes turns in them.
@@ -172,16 +188,22 @@ class WeightChoices:
         return self._amount(tier, index, lambda p: p.written_extent_bytes, read=False)
 
     def _amount(self, tier: Tier, index: int, size: Callable[[UnitProfile], int], *, read: bool) -> Amount:
-        link = self._machine.link(tier)
-        rate = link.read_bytes_per_second if read else link.write_bytes_per_second
+        link, cpu_seconds = self._machine.link(tier), self._ways[tier].cpu_seconds
+        rate = self._rate(tier, read=read)
 
         def seconds(unit: UnitProfile, where: Tier) -> float:
             return size(unit) / rate + link.latency_seconds if where is tier and size(unit) else 0.0
 
         return Amount(
             queue=self.sum(index, seconds),
-            arithmetic=self.sum(index, lambda p, t: size(p) * self._cpu[tier] * (t is tier)),
+            arithmetic=self.sum(index, lambda p, t: size(p) * cpu_seconds * (t is tier)),
         )
+
+    def _rate(self, tier: Tier, *, read: bool) -> float:
+        """Plain bytes a second."""
+        link = self._machine.link(tier)
+        rate = link.read_bytes_per_second if read else link.write_bytes_per_second
+        return rate / self._ways[tier].load(read=read)
 
     def held(self, tier: Tier, *, read: bool, in_use: int | None = None) -> Amount:
         """The most that windows can hold of one tier: read ahead or found there, or not yet written; without
@@ -189,7 +211,7 @@ class WeightChoices:
         if not self.open_on(tier):
             return Amount(queue=pulp.LpAffineExpression(), arithmetic=pulp.LpAffineExpression())
         link = self._machine.link(tier)
-        rate = link.read_bytes_per_second if read else link.write_bytes_per_second
+        rate = self._rate(tier, read=read)
         most = {wanted: wanted.slots * self._largest for wanted in self.ring if wanted is not None}
         most |= {n: self._largest + (n.slots - 1) * self._ordinary for n in most if n.sized}
         size = pulp.lpSum(most[n] * v for n, v in self.ring.items() if n is not None)
@@ -200,5 +222,5 @@ class WeightChoices:
             slots = slots - self.away(in_use)
         return Amount(
             queue=size * (1 / rate) + 2 * link.latency_seconds * slots,
-            arithmetic=size * self._cpu[tier],
+            arithmetic=size * self._ways[tier].cpu_seconds,
         )

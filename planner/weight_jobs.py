@@ -13,20 +13,23 @@ from typing import Protocol
 from memtrain.planner.actions import Tier
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.profile import ModelProfile
+from memtrain.planner.weight_coding import WeightWay
 from memtrain.planner.weight_windows import Read, is_away, step_turns
 
 
 class Add(Protocol):
-    """Puts a job into a queue; its index."""
+    """Puts a job into a queue, with the bytes that it moves; its index."""
 
-    def __call__(self, name: str, resource: str, amount: float, after: tuple[int, ...] = ()) -> int: ...
+    def __call__(
+        self, name: str, resource: str, amount: float, after: tuple[int, ...] = (), moved: float | None = None
+    ) -> int: ...
 
 
 class WeightJobs:
     """Walks through the turns of a step beside the simulator: ``needed``, ``written`` and ``over`` of each.
 
     Args:
-        cpu_seconds_per_byte: by tier, what moving a byte takes of the arithmetic.
+        ways: by tier, what moving a byte takes.
         add: where jobs go.
     """
 
@@ -34,11 +37,11 @@ class WeightJobs:
         self,
         profile: ModelProfile,
         decisions: Decisions,
-        cpu_seconds_per_byte: Mapping[Tier, float],
+        ways: Mapping[Tier, WeightWay],
         add: Add,
     ) -> None:
         self._units, self._states = profile.units, decisions.states
-        self._cpu, self._add = cpu_seconds_per_byte, add
+        self._ways, self._add = ways, add
         self._turns = step_turns(
             profile,
             decisions.states,
@@ -61,7 +64,7 @@ class WeightJobs:
         """Jobs that the present turn waits for, and seconds that they take of its arithmetic."""
         turn = self._turns[self._now]
         seconds = sum(
-            self._units[read.unit].weight_extent_bytes * self._cpu[self._states[read.unit].weight_tier]
+            self._units[read.unit].weight_extent_bytes * self._way(read.unit).cpu_seconds
             for read in turn.reads
         )
         # Where nothing is read, what gives way must have been written all the same.
@@ -75,15 +78,22 @@ class WeightJobs:
         """What writing a unit after its update takes of the arithmetic."""
         if not self.is_written(unit):
             return 0.0
-        return self._units[unit].written_extent_bytes * self._cpu[self._states[unit].weight_tier]
+        return self._units[unit].written_extent_bytes * self._way(unit).cpu_seconds
+
+    def _way(self, unit: int) -> WeightWay:
+        return self._ways[self._states[unit].weight_tier]
+
+    def _move(self, unit: int, size_bytes: int, after: tuple[int, ...], *, read: bool) -> int:
+        way, tier = self._way(unit), self._states[unit].weight_tier.value
+        name = f"{'read' if read else 'write'} weights {self._units[unit].name}"
+        where = f"{'read' if read else 'write'}:{tier}"
+        return self._add(name, where, size_bytes * way.load(read=read), after, size_bytes * way.moved)
 
     def updated(self, unit: int, job: int) -> None:
         """The update of ``unit`` ends with ``job``: what it has changed is written."""
         if self.is_written(unit):
-            profile, where = self._units[unit], f"write:{self._states[unit].weight_tier.value}"
-            self._written[unit] = self._add(
-                f"write weights {profile.name}", where, profile.written_extent_bytes, (job,)
-            )
+            size_bytes = self._units[unit].written_extent_bytes
+            self._written[unit] = self._move(unit, size_bytes, (job,), read=False)
 
     def over(self, jobs: tuple[int, ...]) -> None:
         """The present turn ends with ``jobs``: reads that waited for a window follow."""
@@ -95,11 +105,7 @@ class WeightJobs:
 
     def _start(self, after: int | None, jobs: tuple[int, ...]) -> None:
         for index, read in self._starting[after]:
-            unit, state = self._units[read.unit], self._states[read.unit]
-            job = self._add(
-                f"read weights {unit.name}",
-                f"read:{state.weight_tier.value}",
-                unit.weight_extent_bytes,
-                (*jobs, *self._written_before(read.evicts)),
-            )
+            size_bytes = self._units[read.unit].weight_extent_bytes
+            free = (*jobs, *self._written_before(read.evicts))
+            job = self._move(read.unit, size_bytes, free, read=True)
             self._read[index] = (*self._read.get(index, ()), job)

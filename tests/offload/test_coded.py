@@ -328,13 +328,30 @@ def test_a_codec_that_fails_leaves_no_waiter_and_no_old_bytes() -> None:
         store.close()
 
 
+def test_segments_are_written_one_after_the_other_and_read_by_another_store(store: CodedStore) -> None:
+    plain = moments(2 * SEGMENT_BYTES + 12345)
+    extent = store.allocate("w", plain.numel())
+    for start in (SEGMENT_BYTES, 0, 2 * SEGMENT_BYTES):
+        with pytest.raises(ExtentStateError, match="never written"):
+            store.read(extent, torch.empty_like(plain))
+        store.write(extent, plain[start : start + SEGMENT_BYTES].clone(), start).wait()
+    with pytest.raises(ValueError, match="in segments of 4194304 bytes, got 4194304 at 100"):
+        store.write(extent, plain[:SEGMENT_BYTES], 100)
+    found, other = torch.empty_like(plain), CodedStore(store.beneath, ExponentCodec())
+    other.read(extent, found).wait()
+    assert torch.equal(found, plain)
+    other.free(extent)
+    other.close()
+    assert store.beneath.used_bytes == 0
+
+
 def test_what_is_refused(store: CodedStore) -> None:
     extent, buffer = store.allocate("w", 8192), torch.empty(8192, dtype=torch.uint8)
     with pytest.raises(ExtentStateError, match="cannot be read: the extent was never written"):
         store.read(extent, buffer)
     with pytest.raises(ValueError, match=r"written whole, all 8192 bytes from 0, .* got 4096 at 4096"):
         store.write(extent, buffer[4096:], 4096)
-    with pytest.raises(ValueError, match="in segments of 4194304 bytes, got 100 at 0"):
+    with pytest.raises(ValueError, match=r"read whole, .* or in segments of 4194304 bytes, got 100 at 0"):
         store.read(extent, buffer[:100])
     for wrong in (buffer.view(torch.int8), buffer.view(2, -1), torch.empty(16384, dtype=torch.uint8)[::2]):
         with pytest.raises(ValueError, match="contiguous 1-D uint8 tensor in host memory"):

@@ -14,7 +14,7 @@ import torch
 from memtrain.offload.contents import Content
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
-from memtrain.offload.errors import CorruptExtentError, OffloadError, PlanMismatchError, TierIOError
+from memtrain.offload.errors import CorruptExtentError, PlanMismatchError, TierIOError
 from memtrain.offload.io import Fault, FaultyBackend, ThreadPoolBackend
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.tiers import NvmeStore
@@ -164,11 +164,38 @@ def test_weights_that_lie_there_already_are_refused(tmp_path: Path) -> None:
             )  # fmt: skip
 
 
-def test_coded_weights_are_nobody_elses(tmp_path: Path) -> None:
+def test_coded_weights_are_handed_on_to_whoever_has_the_codec(tmp_path: Path) -> None:
     plain, model = llama(), llama()
+    expected = passes(plain)
+    units, options = units_of(model), {"tiers": dict.fromkeys(STREAMED, Tier.NVME), "slots": 2}
     with coding_engine(tmp_path) as engine:
-        streamer = stream(model, engine, tier=Tier.NVME)
-        with pytest.raises(OffloadError, match=r"embed_tokens.weight is coded on nvme, .*remove\(\)"):
-            streamer.release()
-        assert_same(passes(plain), passes(model))  # and nothing has been done
+        extents = stream(model, engine, tier=Tier.NVME).release()
+        store = engine.store(Tier.NVME)
+        used = store.used_bytes
+        without = Engine({Tier.NVME: store}, engine.device, lent=[Tier.NVME])
+        with pytest.raises(PlanMismatchError, match=r"already, coded \(exponent\): .* \(it is none\)"):
+            ParameterStreamer(
+                model,
+                blocks_of(model),
+                units,
+                engine=without,
+                placed=extents,
+                **options,  # type: ignore[arg-type]
+            )
+        other = Engine(
+            {Tier.NVME: store}, engine.device, weight_codecs={Tier.NVME: ExponentCodec()}, lent=[Tier.NVME]
+        )
+        streamer = ParameterStreamer(
+            model,
+            blocks_of(model),
+            units,
+            engine=other,
+            placed=extents,
+            **options,  # type: ignore[arg-type]
+        )
+        streamer.install()
+        assert store.used_bytes == used
+        assert_same(expected, passes(model))
         streamer.remove()
+        other.close()
+        assert store.used_bytes == 0

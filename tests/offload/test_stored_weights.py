@@ -140,3 +140,25 @@ def test_two_pieces_of_memory_and_none_when_it_is_finished(weights):
     assert weights._slab.nbytes == 2 * PIECE
     weights.finish()
     assert weights._slab is None
+
+
+def test_coded_weights_are_read_as_they_were_put(tmp_path, monkeypatch):
+    pytest.importorskip("zstandard")
+    from memtrain.optim.storage.lossless import ExponentCodec
+
+    monkeypatch.setattr(stored_weights, "PIECE_BYTES", 8 << 20)
+    values = {"large": torch.randn(5 << 20), "small": torch.randn(70000).bfloat16()}
+    entries = [entry(name, value.dtype, *value.shape) for name, value in values.items()]
+    room = room_bytes(entries, ExponentCodec())
+    assert room > room_bytes(entries)
+    with StoredWeights(NvmeStore(tmp_path, room), ExponentCodec()) as weights:
+        for name, value in values.items():
+            weights.put(name, value)
+        weights.finish()
+        assert weights.store.used_bytes == room
+        assert weights.store.statistics().bytes_written < 0.9 * room
+        for name, value in values.items():
+            assert torch.equal(weights.read(name), value)
+            weights.drop(name)
+        weights.finish()
+        assert weights.store.used_bytes == 0
