@@ -18,7 +18,6 @@ from memtrain.planner.machine import Link, Machine, StateCodec
 from memtrain.planner.plan import Event, Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
 
-PAGE = 4096
 ROUNDING_SECONDS = 1e-8
 
 Fault = tuple[str, str]
