@@ -332,11 +332,11 @@ class ParameterStreamer:
     @property
     def keeper(self) -> Keeper | None:
         """Who still needs what changed weights are about to overwrite on their tiers."""
-        return self._pool.keeper
+        return self._pool.writes.keeper
 
     @keeper.setter
     def keeper(self, keeper: Keeper | None) -> None:
-        self._pool.keeper = keeper
+        self._pool.writes.keeper = keeper
 
     def extents(self) -> dict[StreamedWeight, tuple[Store, Extent]]:
         """Where each streamed weight's latest generation on its tier is."""
