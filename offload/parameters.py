@@ -386,7 +386,7 @@ class ParameterStreamer:
         """The unit's weights may be used inside, and changed in place; changes are written back later.
 
         What is changed behind the back of autograd, in ``parameter.data`` or by address, needs
-        ``mark_dirty``. Several units at once take as many slots.
+        ``mark_dirty``. Several units at once take as many slots of their sizes.
         """
         found = self._find(unit)
         return nullcontext() if found is None else self._using([found])

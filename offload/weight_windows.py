@@ -475,7 +475,7 @@ def _all_in_use(unit: StreamedUnit, occupants: Sequence[StreamedUnit]) -> str:
     why = [f"weights of {', '.join(running)} are being used"] if running else []
     why += [f"views of weights of {', '.join(viewed)} are kept by somebody"] if viewed else []
     return (
-        f"the weights of {unit.name} have no window: all {len(occupants)} of {unit.window_bytes} bytes are "
+        f"the weights of {unit.name} have no window of {unit.window_bytes} bytes: all {len(occupants)} are "
         f"taken, for {' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's "
         "forward), or plan with more weight_slots"
     )
