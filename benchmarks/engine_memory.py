@@ -1,8 +1,8 @@
 """Host memory of two offload engines' staging, by arithmetic: ours and DeepSpeed's, on ten real models.
 
-Nothing is run or measured here. From each model's configuration come the shapes of its parameters (a model
-on the meta device); from those, what each engine reserves on one process for ZeRO stage 3 with optimizer
-and parameters on NVMe, bf16 weights, AdamW.
+Nothing but our windows for weights is run or measured here, and those of one model. From each model's
+configuration come the shapes of its parameters (a model on the meta device); from those, what each engine
+reserves on one process for ZeRO stage 3 with optimizer and parameters on NVMe, bf16 weights, AdamW.
 
 DeepSpeed 0.19.8, from its source, with its default options (D) and the least that its own rules allow (L):
 
@@ -21,25 +21,32 @@ memtrain: rings of exact size, rounded to pages:
 - optimizer ring: shards of equal size, whatever the shapes: the planner's number of slots, each one shard
   of state (12 bytes an element) and its fp32 gradient (4).
 - gradient ring: the planner's chunks.
-- parameters: windows for units of weights (a block, or what lies before or behind the blocks), three of the
-  largest unit's size, as the planner has them where nothing is chosen. What size classes would need, which
-  no ring has today, stands beside it: (C) one window of the largest unit, the others of the largest block;
-  (P) by the histogram of single parameters, as many slots of each class as two blocks have parameters of it,
-  and one of the largest: the same two blocks as (L), at their own sizes.
+- parameters: windows for units of weights (a block, or what lies before or behind the blocks), three as the
+  planner has them where nothing is chosen: one of the largest unit's size and the others of the largest
+  block's, or all of them of a block's where nothing is larger. Beside it stands (1) three of the largest
+  unit's size, and what finer classes would need, which no ring has: (P) by the histogram of single
+  parameters, as many slots of each class as two blocks have parameters of it, and one of the largest: the
+  same two blocks as (L), at their own sizes.
 - saved tensors and recomputed inputs: a slot for each block that is there, and blocks of these models are of
   one size: classes would change nothing.
 
 Tensors below 1 MiB stay in memory in both engines and are left out of both.
+
+Measured: the weights of one model, drawn at random, are streamed through the windows that the arithmetic has
+for it, in a forward and a backward pass. A streamer refuses windows of any other sizes than the model's;
+their pages are counted as the kernel has them (mincore) once every window was used, and a pass through three
+windows of one size has the same losses and gradients, bit for bit.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from _harness import GiB, publish, table
+from _harness import BenchmarkError, GiB, publish, table
 
 MODELS = (
     "smollm2-135m",
@@ -166,8 +173,13 @@ def deepspeed(shapes: Shapes, *, least: bool) -> Pools:
 def windows(shapes: Shapes, *, classes: bool) -> int:
     """Bytes of the windows for streamed weights: all as large as the largest unit, or one of them so and the
     others as large as the largest block."""
+    return sum(count * size for count, size in window_classes(shapes, classes=classes))
+
+
+def window_classes(shapes: Shapes, *, classes: bool) -> list[tuple[int, int]]:
+    """How many windows of how many bytes."""
     from memtrain.planner.decisions import SMALLEST_PIECE_ELEMENTS
-    from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS
+    from memtrain.planner.weight_windows import DEFAULT_WINDOWS
 
     def unit(sizes: Sequence[int]) -> int:
         moving = [size for size in sizes if size >= SMALLEST_PIECE_ELEMENTS]
@@ -175,7 +187,73 @@ def windows(shapes: Shapes, *, classes: bool) -> int:
 
     block = unit(shapes.block)
     largest = max(block, *map(unit, shapes.outside))
-    return largest + (DEFAULT_WEIGHT_SLOTS - 1) * (block if classes else largest)
+    if not classes or largest == block:
+        return [(DEFAULT_WINDOWS.slots, largest)]
+    return [(DEFAULT_WINDOWS.slots - 1, block), (1, largest)]
+
+
+def measured(preset: str) -> dict[str, int]:
+    """Bytes of windows that are planned for a model, that there are, and that are in memory in its passes.
+
+    Raises:
+        BenchmarkError: two sizes of windows do not give the bits of one.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from memtrain.offload.device import make_device
+    from memtrain.offload.engine import Engine
+    from memtrain.offload.parameters import ParameterStreamer
+    from memtrain.offload.tiers import MemoryStore
+    from memtrain.planner.actions import Tier
+    from memtrain.planner.plan import WindowClass
+    from memtrain.planner.tracing.blocks import find_blocks
+    from memtrain.planner.tracing.fake_model import read_config
+    from memtrain.streamed_model import traced_units
+
+    shapes, seen = shapes_of(preset), []
+    tokens = torch.arange(64).reshape(1, 64)
+    for classes in (False, True):
+        planned = window_classes(shapes, classes=classes)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(read_config(preset), dtype=torch.bfloat16)
+        blocks = find_blocks(model)
+        units = traced_units(model, blocks)
+        weights = sum(p.nbytes + PAGE_BYTES for p in model.parameters())
+        with Engine({Tier.HOST: MemoryStore(Tier.HOST, weights)}, make_device("cpu")) as engine:
+            streamer = ParameterStreamer(
+                model,
+                blocks,
+                units,
+                tiers={name: Tier.HOST for name, members in units if members},
+                engine=engine,
+                slots=[WindowClass(slots=count, slot_bytes=size) for count, size in planned],
+            )
+            with streamer.installed():
+                loss = model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+            seen.append([loss.detach(), *(p.grad for p in model.parameters())])
+            slab = streamer._pool._slab
+            marks = streamer.high_water()
+            found = {
+                "planned_bytes": windows(shapes, classes=classes),
+                "window_bytes": slab.nbytes,
+                "resident_bytes": resident_bytes(slab.address, slab.nbytes),
+                "windows": sum(mark.slots for mark in marks),
+                "windows_used": sum(mark.slots_held for mark in marks),
+            }
+            streamer.close()
+    if not all(map(torch.equal, *seen)):
+        raise BenchmarkError(f"windows of two sizes change the bits of a pass of {preset}")
+    return found
+
+
+def resident_bytes(start: int, size: int) -> int:
+    """Of an address range, in memory now."""
+    pages = (ctypes.c_ubyte * (size // PAGE_BYTES))()
+    if ctypes.CDLL(None, use_errno=True).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return PAGE_BYTES * sum(page & 1 for page in pages)
 
 
 def by_parameter(shapes: Shapes) -> int:
@@ -205,6 +283,7 @@ def memtrain(shapes: Shapes, parameters: int) -> Pools:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="*", default=MODELS, help="presets; default: ten")
+    parser.add_argument("--measure", default=MODELS[0], help="whose windows are measured")
     args = parser.parse_args()
     rows, details, ratios, pools, classes = [], {}, [], [], []
     for name in args.models:
@@ -212,8 +291,8 @@ def main() -> None:
         engines = {
             "deepspeed D": deepspeed(shapes, least=False),
             "deepspeed L": deepspeed(shapes, least=True),
-            "memtrain": memtrain(shapes, windows(shapes, classes=False)),
-            "memtrain C": memtrain(shapes, windows(shapes, classes=True)),
+            "memtrain": memtrain(shapes, windows(shapes, classes=True)),
+            "memtrain 1": memtrain(shapes, windows(shapes, classes=False)),
             "memtrain P": memtrain(shapes, by_parameter(shapes)),
         }
         details[name] = {
@@ -221,24 +300,27 @@ def main() -> None:
             for engine, p in engines.items()
         }
         ratios.append(engines["memtrain"].total / engines["deepspeed L"].total)
-        classes.append(engines["memtrain C"].total / engines["memtrain"].total)
+        classes.append(engines["memtrain"].total / engines["memtrain 1"].total)
         pools.append(engines["memtrain"].parameters / engines["deepspeed L"].parameters)
         for engine, p in engines.items():
             sizes = (p.optimizer, p.parameters, p.gradients, p.total)
             rows.append((name, engine, *(f"{size / GiB:.3f}" for size in sizes)))
+    found = measured(args.measure)
     header = ("model", "engine", "optimizer (GiB)", "parameters", "gradients", "in all")
     summary = {
-        "arithmetic_only": True,
+        "measured": args.measure,
+        **found,
         "models": len(args.models),
         "deepspeed": "0.19.8, the least of its rules",
         "of_deepspeed_least_mean": round(sum(ratios) / len(ratios), 4),
         "of_deepspeed_least_worst": round(max(ratios), 4),
         "parameter_pool_of_deepspeed_least_mean": round(sum(pools) / len(pools), 4),
         "parameter_pool_of_deepspeed_least_worst": round(max(pools), 4),
-        "window_classes_of_today_mean": round(sum(classes) / len(classes), 4),
-        "window_classes_of_today_worst": round(max(classes), 4),
+        "two_sizes_of_one_mean": round(sum(classes) / len(classes), 4),
+        "two_sizes_of_one_best": round(min(classes), 4),
     }
-    text = "By arithmetic from shapes; nothing was measured.\n" + table(header, rows)
+    told = ", ".join(f"{key} {value}" for key, value in found.items())
+    text = f"By arithmetic from shapes.\n{table(header, rows)}\nMeasured, {args.measure}: {told}"
     publish("engine_memory", text=text, summary=summary, details=details)
 
 

@@ -323,11 +323,11 @@ class ParameterStreamer:
     @property
     def keeper(self) -> Keeper | None:
         """Who still needs what changed weights are about to overwrite on their tiers."""
-        return self._pool.keeper
+        return self._pool.writes.keeper
 
     @keeper.setter
     def keeper(self, keeper: Keeper | None) -> None:
-        self._pool.keeper = keeper
+        self._pool.writes.keeper = keeper
 
     def extents(self) -> dict[StreamedWeight, tuple[Store, Extent]]:
         """Where each streamed weight's latest generation on its tier is."""
@@ -377,7 +377,7 @@ class ParameterStreamer:
         """The unit's weights may be used inside, and changed in place; changes are written back later.
 
         What is changed behind the back of autograd, in ``parameter.data`` or by address, needs
-        ``mark_dirty``. Several units at once take as many slots.
+        ``mark_dirty``. Several units at once take as many slots of their sizes.
         """
         found = self._find(unit)
         return nullcontext() if found is None else self._using([found])

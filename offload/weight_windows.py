@@ -28,11 +28,11 @@ from memtrain.offload import away
 from memtrain.offload.device import Device
 from memtrain.offload.errors import OffloadError, WeightWindowError
 from memtrain.offload.gradient_home import Ticket
-from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.slab import PAGE_BYTES, HighWater, Slab
 from memtrain.offload.store import wait_all
 from memtrain.offload.weight_units import StreamedUnit, StreamedWeight, Window, references
 from memtrain.offload.window_classes import class_of
+from memtrain.offload.window_writes import WindowWrites
 from memtrain.planner.plan import WindowClass
 from memtrain.planner.units import round_up
 
@@ -68,8 +68,7 @@ class WindowPool:
     def __init__(self, units: Sequence[StreamedUnit], classes: Sequence[WindowClass], device: Device) -> None:
         self.units = list(units)
         self.lock = threading.RLock()
-        self.keeper: Keeper | None = None
-        """Who still needs what is about to be overwritten on the tiers."""
+        self.writes = WindowWrites(device)
         self.classes = tuple(classes)
         for unit in units:
             unit.window_bytes = classes[class_of(unit.nbytes, classes)].slot_bytes
@@ -77,7 +76,7 @@ class WindowPool:
         self._closed = False
         self._pid = os.getpid()
         self._clock = 0
-        self._reads = self._waits = self._peak = self._bytes_read = self._bytes_written = 0
+        self._reads = self._waits = self._peak = self._bytes_read = 0
         self._peaks = {each.slot_bytes: (0, 0) for each in classes}
         """By size of windows: most units there at once, most bytes of one."""
         with ExitStack() as made:
@@ -269,32 +268,7 @@ class WindowPool:
     def send(self, unit: StreamedUnit) -> None:
         """Start writing what has changed of the unit, unless it is being written."""
         with self.lock:
-            window = unit.window
-            if window is None or not unit.ready or unit.writes:
-                return
-            changed = [weight for weight in unit.weights if weight.dirty]
-            if not changed:
-                return
-            self._copy_out(window, changed)
-            for weight in changed:
-                version = weight.version
-                weight.saved_version = None  # until it is there
-                if self.keeper is not None:
-                    weight.extent = self.keeper.place(weight, unit.store, weight.extent)
-                ticket = unit.store.write(weight.extent, window.host[weight.span])
-                unit.writes.append((weight, version, ticket))
-
-    def _copy_out(self, window: Window, changed: Sequence[StreamedWeight]) -> None:
-        if self._device.shares_memory:
-            return
-        window.finish_copies()
-        copies = [
-            self._device.copy_out(window.buffer[weight.span], window.host[weight.span])
-            for weight in changed
-            if weight.extent.nbytes
-        ]
-        for copy in copies:
-            copy.synchronize()
+            self.writes.send(unit)
 
     def settle(self, unit: StreamedUnit) -> None:
         """Wait for what is being written of the unit.
@@ -303,19 +277,7 @@ class WindowPool:
             OffloadError: a write failed; the weight is in the window still, and will be written again.
         """
         with self.lock:
-            errors: list[OffloadError] = []
-            for weight, version, ticket in unit.writes:
-                try:
-                    ticket.wait()
-                except OffloadError as error:
-                    errors.append(error)
-                    continue
-                weight.saved_version = version
-                self._bytes_written += weight.extent.nbytes
-            # Where the tier has stalled, a write may end later: it uses the window until then.
-            unit.writes = [write for write in unit.writes if not write[2].done()]
-            if errors:
-                raise errors[0]
+            self.writes.settle(unit)
 
     def mark(self, unit: StreamedUnit) -> None:
         """All weights of the unit are to be written: what is under way may have been read before a change."""
@@ -332,16 +294,11 @@ class WindowPool:
                 self.send(unit)
             for unit in self.units:
                 try:
-                    self._clean(unit)
+                    self.writes.clean(unit)
                 except OffloadError as error:
                     errors.append(error)
             if errors:
                 raise errors[0]
-
-    def _clean(self, unit: StreamedUnit) -> None:
-        self.settle(unit)  # may have begun before the last change
-        self.send(unit)
-        self.settle(unit)
 
     def turn_out(self, unit: StreamedUnit) -> None:
         """Take the unit's window away, having written what has changed. Raises OffloadError if that fails:
@@ -350,7 +307,7 @@ class WindowPool:
             if unit.window is None:
                 return
             if unit.ready:
-                self._clean(unit)
+                self.writes.clean(unit)
             self._withdraw(unit)
 
     def drop(self, unit: StreamedUnit) -> None:
@@ -475,7 +432,7 @@ class WindowPool:
                 reads=self._reads,
                 waits=self._waits,
                 bytes_read=self._bytes_read,
-                bytes_written=self._bytes_written,
+                bytes_written=self.writes.bytes_written,
             )
 
     def high_water(self) -> tuple[HighWater, ...]:
@@ -518,7 +475,7 @@ def _all_in_use(unit: StreamedUnit, occupants: Sequence[StreamedUnit]) -> str:
     why = [f"weights of {', '.join(running)} are being used"] if running else []
     why += [f"views of weights of {', '.join(viewed)} are kept by somebody"] if viewed else []
     return (
-        f"the weights of {unit.name} have no window: all {len(occupants)} of {unit.window_bytes} bytes are "
+        f"the weights of {unit.name} have no window of {unit.window_bytes} bytes: all {len(occupants)} are "
         f"taken, for {' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's "
         "forward), or plan with more weight_slots"
     )

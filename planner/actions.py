@@ -133,7 +133,7 @@ class StateDecision:
     """Moments, and master weights where the regime has them."""
     weight_tier: Tier = Tier.DEVICE
     """On another tier than the device they come to it only for as long as they are used: into a window, of
-    which there are a few that all such units take turns in (``Staging.weight_slots``)."""
+    which there are a few that all such units take turns in (``Staging.weight_windows``)."""
 
 
 class MicroBatchOrder(str, Enum):

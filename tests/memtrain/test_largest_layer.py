@@ -44,7 +44,7 @@ def test_the_layer_is_named(tmp_path, whole):
             )
     told = raised.value.plan.remedies[-1]
     assert "model.layers.0 has 0.094 GiB of weights, the largest model.layers.0.mlp." in told
-    assert "_proj.weight with 0.031 GiB, and 2 windows of that, 0.188 GiB" in told
+    assert "_proj.weight with 0.031 GiB, and 2 windows of 96.5 MiB, 0.188 GiB" in told
     assert f"stand in the device's {tight.device_bytes / (1 << 30):.3f} GiB" in told
     assert ("TiledLinear" in told) == whole
     assert told in str(raised.value)

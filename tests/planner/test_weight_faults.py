@@ -20,12 +20,14 @@ from tests.planner.weighty import (
     billed,
     from_the_beginning,
     into_its_use,
+    make_edge,
     placed,
     plan_for,
     quicker,
     rooted,
     shifted,
     staged,
+    weighty,
     windowed,
     without,
 )
@@ -92,6 +94,19 @@ def test_a_planted_fault_is_named(
     assert [each.slots for each in plan.staging.weight_windows[1:]] == [1]
     assert plan.staging.weight_windows[0].slots >= 2
     assert rule in {violation.rule for violation in check(fault(plan), FAULTY, make_machine(), BUDGET)}
+
+
+def test_two_tables_in_their_one_window_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There would be room for both, were windows counted without their sizes."""
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    profile = weighty(6, around=True, frozen=tuple(range(6)))
+    units = (*profile.units[:-1], make_edge("epilogue", 12 * MiB))
+    profile = replace(profile, units=units, weight_bytes=profile.weight_bytes + 8 * MiB)
+    plan = plan_for(profile, EVERYTHING, update_schedule="ahead")
+    assert [each.slots for each in plan.staging.weight_windows[1:]] == [1]
+    early = from_the_beginning(plan, "read weights epilogue")
+    found = {v.rule: v.detail for v in check(early, profile, make_machine(), BUDGET)}
+    assert f"there are 1 windows of {16 * MiB} bytes" in found[Rule.WINDOWS]
 
 
 def test_weights_that_may_not_leave_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

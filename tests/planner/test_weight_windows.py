@@ -86,7 +86,7 @@ def test_a_tied_table_comes_again_for_the_head() -> None:
     ("small", "schedule", "tied", "reads"),
     [
         # Prologue and epilogue end in e. Tied, the table is in its window all the time.
-        (1, AHEAD, True, "- 0 1 2 3 - - 2 1 0 -"),
+        (1, AHEAD, True, "- - 1 2 3 - - 2 1 0 -"),
         (2, AHEAD, True, "- - - 2 3 - - - 1 0 -"),
         (3, AHEAD, True, "- - - - 3 - - - - 0 -"),
         # Two tables: each is read where the other was used before. Blocks are as above.
@@ -115,7 +115,8 @@ def test_tables_have_a_window_of_their_own(
 def test_a_table_comes_in_the_order_of_its_use() -> None:
     """Its window is free from the first block on, and it is read behind what is used before it."""
     profile = weighty(4, around=True)
-    profile = replace(profile, units=(*profile.units[:-1], make_edge("epilogue", 12 * MiB)))
+    units = (*profile.units[:-1], make_edge("epilogue", 12 * MiB))
+    profile = replace(profile, units=units, weight_bytes=70 * MiB)
     states = states_of(profile, everybody)
     windows = weight_windows(profile, states, WantedWindows(3, sized=True))
     turns = step_turns(profile, states, AHEAD, windows)
