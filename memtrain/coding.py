@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from memtrain.offload.codec import SEGMENT_BYTES, Codec, CodingStatistics, staging_bytes
-from memtrain.offload.engine import Engine
+from memtrain.offload.stored_weights import StoredWeights
 from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget, Machine, StateCodec
@@ -74,6 +74,14 @@ def weight_codecs_for(names: Mapping[str, str], budget: Budget) -> WeightCoding:
     every = {tier: next(iter(CODECS)) if name == AUTO else name for tier, name in names.items()}
     codecs = codecs_for(every, budget, option="weight_codecs")
     return WeightCoding(codecs=codecs, optional=tuple(t for t in codecs if names[t.value] == AUTO))
+
+
+def weight_coding_of(names: Mapping[str, str], budget: Budget, stored: StoredWeights | None) -> WeightCoding:
+    """Of a session, whose model's weights are on a tier already where it is a streamed one. Raises as
+    ``codecs_for`` and ``coding_of_streamed``."""
+    if stored is None:
+        return weight_codecs_for(names, budget)
+    return coding_of_streamed(names, stored.store.tier, stored.codec)
 
 
 def coding_of_streamed(asked: Mapping[str, str] | None, tier: Tier, codec: Codec | None) -> WeightCoding:
@@ -165,13 +173,8 @@ def codecs_of_plan(plan: Plan, coding: WeightCoding) -> dict[Tier, Codec]:
     return {tier: coding.codecs[tier] for tier in coded}
 
 
-def coding_lines(engine: Engine) -> list[str]:
-    """What coding has done so far, a line for each tier and kind; none without a codec."""
-    states = [_text(tier, "optimizer state", name, done) for tier, name, done in engine.state_coding()]
-    return states + [_text(tier, "weights", name, done) for tier, name, done in engine.weight_coding()]
-
-
-def _text(tier: Tier, what: str, name: str, done: CodingStatistics) -> str:
+def coding_text(tier: Tier, what: str, name: str, done: CodingStatistics) -> str:
+    """What coding has done, for the report."""
     ways = ", ".join(f"{count} {way}" for way, count in done.ways.items() if count)
     return (
         f"{tier.value}: {what} coded ({name}): {format_gib(done.plain_bytes_written)} written as "

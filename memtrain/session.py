@@ -26,15 +26,7 @@ from torch import nn
 from memtrain.accumulation import RandomWatch, accumulate
 from memtrain.arena import library as arena_library
 from memtrain.arena.passes import PlannedPasses
-from memtrain.coding import (
-    codecs_for,
-    codecs_of_plan,
-    coding_lines,
-    coding_of_streamed,
-    refuse_other_codecs,
-    weight_codecs_for,
-    weight_dtype,
-)
+from memtrain.coding import codecs_for, codecs_of_plan, refuse_other_codecs, weight_coding_of, weight_dtype
 from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
 from memtrain.installing import (
@@ -88,7 +80,7 @@ from memtrain.refusals import (
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts, staging_lines, table
 from memtrain.runfiles import write_documents
-from memtrain.session_report import SessionMeter, comparison_lines, tier_lines, weight_lines
+from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
 from memtrain.streamed_model import stored_weights
 from memtrain.weight_streaming import plan_units, stream_weights
 
@@ -173,13 +165,8 @@ def prepare(
         OrderError: vertical order of micro-batches was asked for with nothing to order, or for a model whose
             forward draws random numbers.
     """
-    coding = codecs_for(codecs or {}, budget)
-    stored = stored_weights(model)
-    weight_coding = (
-        weight_codecs_for(weight_codecs or {}, budget)
-        if stored is None
-        else coding_of_streamed(weight_codecs, stored.store.tier, stored.codec)
-    )
+    coding, stored = codecs_for(codecs or {}, budget), stored_weights(model)
+    weight_coding = weight_coding_of(weight_codecs or {}, budget, stored)
     refuse_in_backward(options, plan, nonfinite)
     refuse_model(model, optimizer)
     place = device_of(model)
@@ -363,9 +350,9 @@ class Session:
             budget,
             device,
             codecs=self._codecs,
+            weight_codecs=self._weight_codecs,
             stored=stored,
             spare_state_bytes=self._spare_state_bytes,
-            weight_codecs=self._weight_codecs,
         )
         undo(self.engine.close)
         units = plan_units(model, profile)

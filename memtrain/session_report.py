@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+from memtrain.coding import coding_text
 from memtrain.offload.device import Device
 from memtrain.offload.engine import Engine
 from memtrain.offload.parameters import ParameterStreamer
@@ -99,3 +100,9 @@ def tier_lines(engine: Engine) -> list[str]:
         f"wrote {format_gib(statistics_.bytes_written)}"
         for tier, statistics_ in engine.statistics().items()
     ]
+
+
+def coding_lines(engine: Engine) -> list[str]:
+    """What coding has done so far, a line for each tier and kind; none without a codec."""
+    states = [coding_text(tier, "optimizer state", name, done) for tier, name, done in engine.state_coding()]
+    return states + [coding_text(tier, "weights", name, done) for tier, name, done in engine.weight_coding()]

@@ -89,7 +89,9 @@ def streamed_model(
             ``auto`` where this machine's disk is slower than the codec. A session streams them as they lie.
 
     Raises:
-        StreamedModelError: no tier of the budget has room, or ``dtype`` was given for a constructor.
+        StreamedModelError: ``dtype`` was given for a constructor; a codec for another tier than the weights
+            go to, or ``auto`` for host memory.
+        CodecError, MissingZstandardError: as ``prepare``.
         ConstructionError: the constructor does not allow it; says what and the remedy.
         WeightFilesError: the files and the model differ; lists what.
         TierFullError, TierIOError, SwapDirectoryError: the tier cannot serve.
@@ -254,8 +256,12 @@ def _tier_for(entries: Sequence[Entry], budget: Budget, coding: WeightCoding) ->
 
 
 def _pays(tier: Tier, codec: Codec, budget: Budget, dtype: torch.dtype) -> bool:
-    """Whether weights come and go faster through ``codec``, as this machine was measured. On a CPU, where the
-    host is no tier."""
+    """Whether weights come and go faster through ``codec``, as this machine was measured."""
+    if tier is Tier.HOST:
+        raise StreamedModelError(
+            "weight_codecs['host'] is 'auto', and host memory beside a GPU is not measured before there is a "
+            "session: leave it out, for it is faster than the codec, or name 'exponent'"
+        )
     machine = measure_machine(
         budget.nvme_directory if tier is Tier.NVME else None,
         cxl=budget.cxl_place if tier is Tier.CXL else None,

@@ -72,7 +72,8 @@ def _weights(dtype: torch.dtype) -> list[torch.Tensor]:
     """Normal numbers of one scale: the exponents of SmolLM2's weights hold 2.6 bits, and so do these."""
     sample = torch.empty(2 * TRANSFERS * TRANSFER_BYTES, dtype=torch.uint8)
     generator = torch.Generator().manual_seed(0)
-    sample.view(dtype).copy_(
-        torch.empty(sample.numel() // dtype.itemsize).normal_(0.0, 0.02, generator=generator)
-    )
-    return list(torch.split(sample, TRANSFER_BYTES))
+    parts = list(torch.split(sample, TRANSFER_BYTES))
+    for part in parts:  # one after the other: what is drawn is of twice the bytes, or more
+        numbers = torch.empty(TRANSFER_BYTES // dtype.itemsize).normal_(0.0, 0.02, generator=generator)
+        part.view(dtype).copy_(numbers)
+    return parts

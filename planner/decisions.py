@@ -37,7 +37,7 @@ from memtrain.planner.block_parts import (
     kept_slot_bytes,
     saved_slot_bytes,
 )
-from memtrain.planner.machine import Budget, BudgetError, Machine
+from memtrain.planner.machine import Budget, BudgetError, Machine, StateCodec
 from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
@@ -211,7 +211,7 @@ class Space:
     coded: tuple[CodedTier, ...] = ()
     """Of ``tiers`` those whose optimizer state is coded."""
     coded_weights: tuple[CodedTier, ...] = ()
-    """Of ``tiers`` those whose weights are coded (``weight_coding.coding_spaces``)."""
+    """Of ``tiers`` those whose weights are coded (``weight_coding.coding_spaces`` has others too)."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -275,15 +275,20 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
         shards=_shard_sizes(profile) if state_leaves else (default_shard_elements(profile),),
         on_cpu=machine.on_cpu,
         coded=tuple(
-            CodedTier(
-                tier=tier,
-                codec=codec.name,
-                segment_bytes=codec.segment_bytes,
-                staging_bytes=codec.staging_bytes,
-            )
-            for tier in tiers
-            if (codec := machine.link(tier).state_codec) is not None
+            coded_tier(tier, codec) for tier in tiers if (codec := machine.link(tier).state_codec) is not None
         ),
+        coded_weights=tuple(
+            coded_tier(tier, codec)
+            for tier in tiers
+            if (codec := machine.link(tier).weight_codec) is not None and tier not in options.coding_optional
+        ),
+    )
+
+
+def coded_tier(tier: Tier, codec: StateCodec) -> CodedTier:
+    """As a plan has it."""
+    return CodedTier(
+        tier=tier, codec=codec.name, segment_bytes=codec.segment_bytes, staging_bytes=codec.staging_bytes
     )
 
 

@@ -9,12 +9,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.compose import Fact
 from memtrain.planner.job import Job
 from memtrain.planner.lowering import problem_of
 from memtrain.planner.lowering.problem import SLACK
 from memtrain.planner.lowering.step_messages import step_message_seconds
-from memtrain.planner.ranges.model import DEVICE, Problem
+from memtrain.planner.ranges.model import DEVICE, Problem, Role
 from memtrain.planner.ranges.plan import RangePlan
 from memtrain.planner.ranges.profile_bytes import device_positions, place_sizes
 from memtrain.planner.ranges.solve import SolveOptions, solve
@@ -99,7 +100,8 @@ class Forecast:
 
 
 def make_forecast(job: Job, options: SolveOptions | None = None) -> Forecast:
-    """Plan ``job`` and read the plan.
+    """Plan ``job`` and read the plan. Where its order of micro-batches is open, vertical order is planned too
+    if the horizontal plan has weights off the device, and the faster one is the answer.
 
     Of a pipeline the first stage is planned, which holds the most micro-batches, and the last, which has
     the head and the loss; the answer is that of the one that does not fit, or else of the slower.
@@ -108,9 +110,25 @@ def make_forecast(job: Job, options: SolveOptions | None = None) -> Forecast:
         ValueError: the job contradicts itself.
         Undecided: as ``ranges.solve``.
     """
+    open_order = job.micro_batch_order is None
+    if open_order:
+        job = dataclasses.replace(job, micro_batch_order=MicroBatchOrder.HORIZONTAL)
     stages = sorted({0, job.degrees.pipeline - 1})
-    found = [_of_stage(dataclasses.replace(job, stage=stage), options) for stage in stages]
-    return max(found, key=lambda forecast: (not forecast.fits, forecast.step_seconds))
+    stages_found = [_of_stage(dataclasses.replace(job, stage=stage), options) for stage in stages]
+    found = max(stages_found, key=lambda forecast: (not forecast.fits, forecast.step_seconds))
+    if not (open_order and job.may_be_vertical and found.fits and _streams_weights(found)):
+        return found
+    other = _of_stage(dataclasses.replace(job, micro_batch_order=MicroBatchOrder.VERTICAL), options)
+    return other if other.fits and other.step_seconds < found.step_seconds else found
+
+
+def _streams_weights(forecast: Forecast) -> bool:
+    roles = {state.name: state.role for block in forecast.problem.blocks for state in block.states}
+    return any(
+        held.pieces and held.place != DEVICE and roles[held.state] is Role.PARAMETER
+        for block in forecast.plan.blocks
+        for held in block.held
+    )
 
 
 def _of_stage(job: Job, options: SolveOptions | None) -> Forecast:

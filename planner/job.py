@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from memtrain.planner.actions import MicroBatchOrder, UpdateSchedule
 from memtrain.planner.compose import Setup
 from memtrain.planner.estimate import ModelEstimate, TracedPart
 from memtrain.planner.grid_rule import GridRule
@@ -50,8 +51,13 @@ class Job:
     """The pipeline stage that is planned, from 0."""
     network: Interconnect | None = None
     """Between hosts; None where one host holds all ranks."""
+    update_schedule: UpdateSchedule | None = None
+    """``AHEAD`` or ``IN_BACKWARD`` for all of the state; None: for each piece whichever is faster."""
+    micro_batch_order: MicroBatchOrder | None = MicroBatchOrder.HORIZONTAL
+    """None: whichever ``forecast`` finds to be faster. Vertical is memtrain's own, in one process."""
 
     def __post_init__(self) -> None:
+        self._check_schedule()
         self.degrees.check(self.shape, gpus=self.degrees.gpus, sequence=self.estimate.sequence)
         if self.shape.layers != len(self.estimate.blocks):
             raise ValueError(
@@ -81,6 +87,32 @@ class Job:
                 f"{self.degrees.gpus} GPUs need {math.ceil(self.degrees.gpus / self.setup.gpus)} hosts of "
                 f"{self.setup.gpus}, and no network between them is given"
             )
+
+    def _check_schedule(self) -> None:
+        """Raises ValueError for a schedule that cannot be; ``memtrain plan`` says so in its own words."""
+        vertical = self.micro_batch_order is MicroBatchOrder.VERTICAL
+        if self.update_schedule is UpdateSchedule.SEQUENTIAL:
+            raise ValueError("update_schedule is sequential: here updates come ahead or in backward")
+        if self.update_schedule is UpdateSchedule.IN_BACKWARD and (self.clipping or self.micro_batches > 1):
+            raise ValueError(
+                "update_schedule is in_backward, and gradients are clipped by their global norm, or added up "
+                f"over {self.micro_batches} micro-batches: weights would be updated before all are there"
+            )
+        if vertical and (self.micro_batches == 1 or self.degrees.gpus > 1):
+            raise ValueError(
+                f"micro_batch_order is vertical, with {self.micro_batches} micro-batches on "
+                f"{self.degrees.gpus} GPUs: give several micro-batches and one GPU"
+            )
+
+    @property
+    def may_be_vertical(self) -> bool:
+        """Whether there is something to order, and somewhere for weights to come from."""
+        return self.micro_batches > 1 and self.degrees.gpus == 1 and bool(self.setup.tiers)
+
+    @property
+    def held_batches(self) -> int:
+        """Micro-batches that are between forward and backward at once without a pipeline."""
+        return self.micro_batches if self.micro_batch_order is MicroBatchOrder.VERTICAL else 1
 
     @property
     def first(self) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.block_parts import PAGE_BYTES
-from memtrain.planner.decisions import SMALLEST_PIECE_ELEMENTS, PlannerOptions, Space
+from memtrain.planner.decisions import SMALLEST_PIECE_ELEMENTS, PlannerOptions, Space, coded_tier
 from memtrain.planner.machine import Link, Machine, StateCodec
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import UnitProfile
@@ -64,25 +64,19 @@ def weight_room_bytes(unit: UnitProfile, coded: CodedTier | None) -> int:
     return plain + PAGE_BYTES * (parameters + plain // coded.segment_bytes)
 
 
-def coded_tier(tier: Tier, codec: StateCodec) -> CodedTier:
-    """As a plan has it."""
-    return CodedTier(
-        tier=tier, codec=codec.name, segment_bytes=codec.segment_bytes, staging_bytes=codec.staging_bytes
-    )
-
-
 def coding_spaces(space: Space, machine: Machine, options: PlannerOptions) -> Iterator[Space]:
-    """``space`` with every set of coded tiers that may be the fastest one, the one with the fewest first."""
-    links: Mapping[Tier, Link] = {link.tier: link for link in machine.links}
-    offered = {t: codec for t in space.tiers if (codec := links[t].weight_codec) is not None}
-    always = [t for t in offered if t not in options.coding_optional]
+    """``space``, in which weights are coded where they must be, and then with every set of other tiers coded
+    with which a plan may be faster."""
     streamed = {tier for tiers in space.weights for tier in tiers}
-    free = [t for t in offered if t not in always and t in streamed and may_be_faster(links[t])]
-    for count in range(len(free) + 1):
-        for chosen in itertools.combinations(free, count):
-            tiers = [t for t in offered if t in always or t in chosen]
-            coded = tuple(coded_tier(t, offered[t]) for t in tiers)
-            yield dataclasses.replace(space, coded_weights=coded)
+    optional = [
+        coded_tier(link.tier, codec)
+        for link in machine.links
+        if link.tier in space.tiers and link.tier in streamed and link.tier in options.coding_optional
+        if (codec := link.weight_codec) is not None and may_be_faster(link)
+    ]
+    for count in range(len(optional) + 1):
+        for chosen in itertools.combinations(optional, count):
+            yield dataclasses.replace(space, coded_weights=(*space.coded_weights, *chosen))
 
 
 def may_be_faster(link: Link) -> bool:

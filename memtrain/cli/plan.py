@@ -18,7 +18,9 @@ from memtrain.planning.parsing import (
     parse_degrees,
     parse_dtype,
     parse_optimizer,
+    parse_order,
     parse_overrides,
+    parse_schedule,
     parse_sweep,
     parse_work_size,
 )
@@ -44,6 +46,8 @@ def plan(
     dtype: options.DtypeName = "bfloat16",
     master_weights: options.MasterWeights = None,
     clipping: options.Clipping = True,
+    update_schedule: options.UpdateSchedule = "auto",
+    micro_batch_order: options.MicroBatchOrder = "auto",
     chunked_loss: options.ChunkedLoss = True,
     attention: options.AttentionName = None,
     gpus: options.Gpus = 1,
@@ -118,6 +122,8 @@ def plan(
             clipping=clipping,
             chunked_loss=chunked_loss,
             attention=parse_attention(attention, precision),
+            update_schedule=parse_schedule(update_schedule),
+            micro_batch_order=parse_order(micro_batch_order),
         ),
         hardware=Hardware(
             gpu=gpu,

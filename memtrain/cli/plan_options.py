@@ -41,6 +41,17 @@ DtypeName = Annotated[
 ]
 MasterWeights = Annotated[bool | None, _option(_JOB, "fp32 copies of bf16 weights (on for bfloat16).")]
 Clipping = Annotated[bool, _option(_JOB, "By the global norm: no update begins before backward ends.")]
+UpdateSchedule = Annotated[
+    str, _option(_JOB, "When weights are updated: ahead, in_backward, or auto.", "--update-schedule")
+]
+MicroBatchOrder = Annotated[
+    str,
+    _option(
+        _JOB,
+        "vertical (all micro-batches pass a block together), horizontal, or auto.",
+        "--micro-batch-order",
+    ),
+]
 ChunkedLoss = Annotated[bool, _option(_JOB, "The loss by chunks of tokens, as memtrain trains.")]
 AttentionName = Annotated[
     str | None,

@@ -9,8 +9,9 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from memtrain.planner.actions import MicroBatchOrder, UpdateSchedule
 from memtrain.planner.codecs import QUANTISERS, codecs
 from memtrain.planner.compose import Setup, machine_for
 from memtrain.planner.flags import parse_rate
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from memtrain.planner.job import Job
     from memtrain.planner.optimizer_bytes import OptimizerRule
     from memtrain.planner.parallel import ModelShape
+
+
+_Choice = TypeVar("_Choice", UpdateSchedule, MicroBatchOrder)
 
 
 def setup_of(hardware: Hardware) -> Setup:
@@ -294,6 +298,13 @@ class Jobs:
                 error_budget=search.error_budget,
                 chunks=chunks,
                 network=self.network,
+                update_schedule=_chosen(UpdateSchedule, work.update_schedule),
+                micro_batch_order=_chosen(MicroBatchOrder, work.micro_batch_order),
             )
         except ValueError as error:
             raise PlanError(f"{work.model}: {error}") from error
+
+
+def _chosen(kind: type[_Choice], name: str) -> _Choice | None:
+    """None for ``auto``."""
+    return None if name == "auto" else kind(name)

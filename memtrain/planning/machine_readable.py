@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
+from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.forecast import Forecast
 from memtrain.planner.ranges.plan import TIME_DIGITS
 from memtrain.planning.answer import AblationRow, Answer, Point
@@ -30,6 +31,7 @@ def answer_json(answer: Answer) -> str:
         "exit_code": answer.exit_code,
         "request": _plain(answer.request),
         **_numbers(forecast),
+        "micro_batch_order": (forecast.job.micro_batch_order or MicroBatchOrder.HORIZONTAL).value,
         "places": [
             {
                 "place": place.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from memtrain.planner.grid_rule import NAMED
@@ -16,9 +16,11 @@ from memtrain.planning.request import (
     Attention,
     Axis,
     Dtype,
+    Order,
     OwnOptimizer,
     PlanError,
     Questions,
+    Schedule,
     Sweep,
 )
 
@@ -140,6 +142,30 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
             raise PlanError(f"--override {name}={value}: {value!r} is not a number") from error
         found.append((name, number))
     return tuple(found)
+
+
+def parse_schedule(text: str) -> Schedule:
+    """``--update-schedule``. Raises PlanError, of what a recipe knows and this planner does not too."""
+    if text == "sequential":
+        raise PlanError(
+            "--update-schedule sequential is for runs that measure it (planner.update_schedule of a recipe): "
+            "here an update comes ahead of the next forward or in backward; give ahead, or auto"
+        )
+    known: dict[str, Schedule] = {name: name for name in get_args(Schedule)}
+    _check_known("--update-schedule", text, known)
+    return known[text]
+
+
+def parse_order(text: str) -> Order:
+    """``--micro-batch-order``. Raises PlanError."""
+    known: dict[str, Order] = {name: name for name in get_args(Order)}
+    _check_known("--micro-batch-order", text, known)
+    return known[text]
+
+
+def _check_known(option: str, text: str, known: Collection[str]) -> None:
+    if text not in known:
+        raise PlanError(f"{option} {text!r}: give one of {', '.join(known)}")
 
 
 def parse_codecs(text: str | None) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
+Schedule = Literal["auto", "ahead", "in_backward"]
+Order = Literal["auto", "horizontal", "vertical"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 HALF_ATTENTION: tuple[Attention, ...] = ("flash", "cudnn")
 """Kernels of fp16 and bf16 alone: torch's ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`` takes them
@@ -88,8 +90,11 @@ class Work:
     clipping: bool = True
     chunked_loss: bool = True
     attention: Attention = "flash"
+    update_schedule: Schedule = "auto"
+    micro_batch_order: Order = "auto"
 
     def __post_init__(self) -> None:
+        self._check_schedule()
         if not self.model.strip():
             raise PlanError("MODEL is empty: name a preset, a folder with a config.json, or such a file")
         for value, option, least, most in (
@@ -105,6 +110,33 @@ class Work:
             raise PlanError(
                 f"--attention {self.attention} has no kernel for --dtype float32: take efficient, or leave "
                 "--attention out"
+            )
+
+    def _check_schedule(self) -> None:
+        """Raises PlanError as a recipe is refused."""
+        if self.update_schedule == "in_backward":
+            if self.micro_batch_order == "vertical":
+                raise PlanError(
+                    "--update-schedule is in_backward and --micro-batch-order vertical: a unit's last "
+                    "gradient then comes from another micro-batch's graph than its turn. Leave one of both "
+                    "to auto"
+                )
+            if self.clipping:
+                raise PlanError(
+                    "--update-schedule in_backward updates weights before all gradients are there, and "
+                    "clipping (training.max_grad_norm of a recipe) looks at all of them first: give "
+                    "--no-clipping, or --update-schedule auto"
+                )
+            if self.accumulate > 1:
+                raise PlanError(
+                    f"--update-schedule in_backward is planned here for a step of one micro-batch, and "
+                    f"--accumulate is {self.accumulate}: give --accumulate 1, or --update-schedule auto. A "
+                    "run can update in the last backward pass of several (planner.update_schedule)"
+                )
+        if self.micro_batch_order == "vertical" and self.accumulate == 1:
+            raise PlanError(
+                "--micro-batch-order is vertical, --accumulate 1: a step has one micro-batch. Raise "
+                "--accumulate, or leave the order away"
             )
 
 
@@ -183,6 +215,7 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         optimizer, degrees = self.work.optimizer, self.degrees
+        self._check_order()
         if isinstance(optimizer, OptimizerRule):
             return
         for option, divided in (
@@ -195,6 +228,20 @@ class PlanRequest:
                     f"--optimizer {optimizer.value} keeps states of whole matrices so far, and {option} "
                     f"divides them: give {option.split()[0]} {0 if 'zero' in option else 1}"
                 )
+
+    def _check_order(self) -> None:
+        if self.work.micro_batch_order != "vertical":
+            return
+        if self.gpus > 1:
+            raise PlanError(
+                f"--micro-batch-order vertical is carried out by memtrain's own trainer, in one process, and "
+                f"this job has {self.gpus} GPUs: plan for one, or leave the order away"
+            )
+        if not (self.hardware.dram or self.hardware.nvme or self.hardware.cxl):
+            raise PlanError(
+                "--micro-batch-order is vertical, but no weights may leave the device, and it would only "
+                "take memory: give a tier for them (--dram, --nvme), or leave the order away"
+            )
 
     @property
     def gpus(self) -> int:

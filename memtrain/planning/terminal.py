@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.forecast import Forecast
 from memtrain.planner.ranges.plan import Relaxation
 from memtrain.planner.ranges.profile_bytes import CATEGORIES
@@ -108,6 +109,8 @@ def setting(request: PlanRequest) -> str:
 def _headline(answer: Answer, out: Console) -> None:
     forecast = answer.forecast
     out.print(title(answer.request))
+    if forecast.job.micro_batch_order is MicroBatchOrder.VERTICAL:
+        out.print("  in vertical order: all micro-batches pass a block before the next block's weights come")
     device = forecast.places[0]
     limit = format_gib(device.capacity_bytes, 2)
     if not forecast.fits:

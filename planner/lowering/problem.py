@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memtrain.planner.actions import MicroBatchOrder, UpdateSchedule
 from memtrain.planner.estimate import EstimatedUnit, TracedPart
 from memtrain.planner.grid_rule import GridRule
 from memtrain.planner.hardware import Quoted
@@ -29,6 +30,7 @@ from memtrain.planner.lowering.tensors import (
     tied_gradient_bytes,
     transient_bytes,
 )
+from memtrain.planner.lowering.vertical import stacked
 from memtrain.planner.ranges.model import (
     ALL_UPDATES,
     Block,
@@ -72,7 +74,8 @@ def problem_of(job: Job) -> Problem:
     """What one GPU of ``job`` decides about.
 
     One micro-batch's forward and backward, and the update; ``micro_batches`` and ``in_flight`` say how often
-    and how many at once. Idle time of a pipeline is no decision and is added by ``forecast``.
+    and how many at once. In vertical order all of them are one (``lowering.vertical``). Idle time of a
+    pipeline is no decision and is added by ``forecast``.
 
     Raises:
         ValueError: degrees, model and machine do not go together.
@@ -94,11 +97,13 @@ def problem_of(job: Job) -> Problem:
             block = _block(context, unit, unit.block)
         blocks.append(block)
     updates = ALL_UPDATES
-    if job.clipping or job.micro_batches > 1:
+    if job.clipping or job.micro_batches > 1 or job.update_schedule is UpdateSchedule.AHEAD:
         updates = tuple(update for update in ALL_UPDATES if update.ahead)
+    if job.update_schedule is UpdateSchedule.IN_BACKWARD:
+        updates = tuple(update for update in ALL_UPDATES if not update.ahead)
     if isinstance(job.optimizer, GridRule):
         updates = tuple(update for update in updates if not update.on_cpu)  # products belong on the device
-    return Problem(
+    problem = Problem(
         blocks=tuple(blocks),
         machine=context.machine,
         codecs=job.codecs,
@@ -109,6 +114,7 @@ def problem_of(job: Job) -> Problem:
         in_flight=job.in_flight,
         sequences=job.estimate.batch,
     )
+    return stacked(problem) if job.micro_batch_order is MicroBatchOrder.VERTICAL else problem
 
 
 def _block(context: _Context, unit: EstimatedUnit, index: int) -> Block:
@@ -200,12 +206,13 @@ def _reserved(context: _Context, message_bytes: int) -> int:
     job = context.job
     first = sum(map(context.division.saved, job.estimate.prologue.saved)) if job.first else 0
     tables = shared_bytes(job.estimate.shared, context.division) + job.estimate.buffer_bytes
-    waiting = held_bytes(job.estimate, context.division) if job.first else 0
+    together = job.held_batches
+    waiting = held_bytes(job.estimate, context.division) * together if job.first else 0
     if job.first and job.last:
-        waiting = max(waiting, tied_gradient_bytes(job.estimate, job.degrees))
+        waiting = max(waiting, tied_gradient_bytes(job.estimate, job.degrees) * together)
     stage = math.ceil(sum(t.buffer_bytes for t in context.clock.traffic_of_stage()))
     return (
-        first * job.in_flight
+        first * max(job.in_flight, together)
         + tables
         + waiting
         + message_bytes

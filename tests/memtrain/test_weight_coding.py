@@ -314,6 +314,8 @@ def test_a_codec_for_another_tier_than_the_weights_is_refused(tmp_path: Path) ->
     both = memtrain.Budget(device="4GiB", host="64MiB", nvme=f"{tmp_path / 'swap'}:64MiB")
     with pytest.raises(StreamedModelError, match="the weights go to host, the fastest tier"):
         streamed(both)
+    with pytest.raises(StreamedModelError, match=r"is 'auto', and host memory .* is not measured"):
+        streamed(memtrain.Budget(device="4GiB", host="64MiB"), weight_codecs={"host": "auto"})
 
 
 @pytest.mark.parametrize("pays", [False, True])

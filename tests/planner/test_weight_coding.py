@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
-from memtrain.planner.actions import StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import Action, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.check import Rule, check
 from memtrain.planner.decisions import Decisions, PlannerOptions, staging_for
 from memtrain.planner.machine import Budget, Machine, StateCodec
@@ -17,6 +18,7 @@ from memtrain.planner.simulate import Timeline, simulate
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
 from memtrain.planner.weight_coding import is_faster, may_be_faster
+from tests.planner.test_solve import brute_force
 from tests.planner.test_weight_windows import everybody, states_of, weighty
 from tests.planner.toys import make_machine
 
@@ -203,6 +205,36 @@ def test_parameters_without_names_have_room_for_the_most_there_can_be() -> None:
     plans = [plan_for(coding_machine(), profile=each) for each in (profile, unnamed)]
     # 8 MiB less 64 bytes of parameters of 64 Ki elements and more, of a byte at least: 128 of them.
     assert plans[1].peak(Tier.NVME) - plans[0].peak(Tier.NVME) == 4 * PAGE * (128 - 2)
+
+
+SLOW = {"read_bytes_per_second": 400 * MiB, "write_bytes_per_second": 200 * MiB}
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize("device", [173, 190])
+@pytest.mark.parametrize("optional", [AUTO, ()])
+def test_nothing_beats_the_plan_and_nothing_is_below_the_bound(device: int, optional: Any) -> None:
+    """Weights may leave a device that is too small for all of them, coded or not; coding takes 4 MiB."""
+    profile = weighty(3, frozen=(0, 2))
+    budget = Budget(device=device * MiB, nvme="/x:1GiB")
+    codec = dataclasses.replace(
+        CODEC, staging_bytes=4 * MiB, read_bytes_per_second=600 * MiB, write_bytes_per_second=190 * MiB
+    )
+    link = make_machine(**SLOW, mixed_bytes_per_second=400 * MiB).links[0]
+    plain = dataclasses.replace(make_machine(), links=(link,))
+    machine = dataclasses.replace(plain, links=(dataclasses.replace(link, weight_codec=codec),))
+    fields: dict[str, Any] = {
+        "allow": frozenset({Action.KEEP, Action.RECOMPUTE}),
+        "force": {"state": {"gradient_tier": "device", "optimizer_tier": "device"}},
+    }
+    options = PlannerOptions(**fields, coding_optional=optional)
+    found = [brute_force(profile, machine, budget, PlannerOptions(**fields))]
+    found += [brute_force(profile, plain, budget, PlannerOptions(**fields))] if optional else []
+    plan = make_plan(profile, machine, budget, options=options)
+    assert min(found) < math.inf
+    assert plan.step_seconds <= min(found) * (1 + options.gap)
+    assert 0 < plan.lower_bound_seconds <= min(found) + 1e-9
+    assert check(plan, profile, machine, budget) == ()
 
 
 def wrong(**changes: Any) -> tuple[CodedTier, ...]:

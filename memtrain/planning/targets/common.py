@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.compose import SWAP_PLACE
 from memtrain.planner.forecast import Forecast
 from memtrain.planner.parallel import Degrees
@@ -86,6 +87,11 @@ class Context:
             found.append(
                 f"the plan sends {sum(self.usage.swapped_to.values()):.0%} of the saved tensors to {places}; "
                 f"{tool} can offload inputs of checkpointed blocks to host memory, and nothing else of them"
+            )
+        if self.forecast.job.micro_batch_order is MicroBatchOrder.VERTICAL:
+            found.append(
+                f"the plan has all micro-batches pass a block together; {tool} runs one after the other, and "
+                "reads weights for each"
             )
         if self.usage.codecs:
             found.append(f"{tool} has no {', '.join(self.usage.codecs)} codec for saved tensors")

@@ -54,8 +54,10 @@ def recipe(context: Context) -> Target:
         },
         "optimizer": _optimizer(context),
     }
-    if context.usage.codecs:
-        data["planner"] = {"exact_only": False, "allow_lossy": list(context.usage.codecs)}
+    if planner := _planner(context):
+        data["planner"] = planner
+    if in_backward(context):
+        data["training"]["nonfinite"] = "ignore"  # or no update could begin before all gradients are there
     parse_recipe(data, source="the recipe of this plan")
     return Target(
         tool="memtrain",
@@ -64,6 +66,24 @@ def recipe(context: Context) -> Target:
         command=f"torchrun --standalone --nproc-per-node 1 -m memtrain.train {FILENAME}",
         notes=_notes(context),
     )
+
+
+def _planner(context: Context) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if context.usage.codecs:
+        found |= {"exact_only": False, "allow_lossy": list(context.usage.codecs)}
+    work = context.request.work
+    if work.update_schedule != "auto":
+        found["update_schedule"] = work.update_schedule
+    if work.micro_batch_order != "auto":
+        found["micro_batch_order"] = work.micro_batch_order
+    return found
+
+
+def in_backward(context: Context) -> bool:
+    """Whether the plan updates anything before backward is over."""
+    blocks = context.forecast.plan.blocks
+    return any(count and label.endswith("in-backward") for block in blocks for label, count in block.updates)
 
 
 def _notes(context: Context) -> tuple[str, ...]:
@@ -80,6 +100,11 @@ def _notes(context: Context) -> tuple[str, ...]:
         found.append(
             f"the plan has {weights:.0%} of the weights off the device; the executors keep weights on it "
             "so far, and the run may be refused for it"
+        )
+    if in_backward(context):
+        found.append(
+            "the plan updates weights in backward, before all gradients are there, and the recipe does not "
+            "look for NaN among them: training.nonfinite is ignore"
         )
     if context.usage.codecs:
         found.append(
