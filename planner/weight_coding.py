@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from memtrain.planner.actions import Tier
 from memtrain.planner.block_parts import PAGE_BYTES
-from memtrain.planner.decisions import SMALLEST_PIECE_ELEMENTS, PlannerOptions, Space, coded_tier
 from memtrain.planner.machine import Link, Machine, StateCodec
+from memtrain.planner.options import PlannerOptions
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import UnitProfile
+from memtrain.planner.space import Space, coded_tier
+from memtrain.planner.staging import SMALLEST_PIECE_ELEMENTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

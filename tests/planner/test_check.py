@@ -415,7 +415,8 @@ def test_the_checker_shares_nothing_with_what_makes_plans() -> None:
     import importlib.util
     from pathlib import Path
 
-    checkers = ("check", "check_blocks", "check_timeline", "check_weights")
+    parts = ("blocks", "peaks", "rules", "staging", "timeline", "units", "weights")
+    checkers = ("check", *(f"check_{part}" for part in parts))
     allowed = {*checkers, "actions", "machine", "plan", "profile", "units"}
     for name in checkers:
         spec = importlib.util.find_spec(f"memtrain.planner.{name}")
