@@ -1,4 +1,4 @@
-"""What counts saved tensors must not keep a graph alive: a probe would then stay in memory for every module."""
+"""What counts saved tensors must not keep their graph alive: every probe would stay in memory."""
 
 import gc
 import weakref
