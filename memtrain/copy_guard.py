@@ -20,8 +20,9 @@ class CopyGuard:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if "__deepcopy__" not in module.__dict__]
+        refusals = {kind: _Refusal(kind.__name__) for kind in map(type, self._modules)}
         for module in self._modules:
-            object.__setattr__(module, "__deepcopy__", _Refusal(type(module).__name__))
+            object.__setattr__(module, "__deepcopy__", refusals[type(module)])
 
     def remove(self) -> None:
         """Let the modules be copied again."""
@@ -36,6 +37,8 @@ def is_planned(model: nn.Module) -> bool:
 
 
 class _Refusal:
+    __slots__ = ("_name",)
+
     def __init__(self, name: str) -> None:
         self._name = name
 

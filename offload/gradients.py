@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,8 +93,11 @@ class GradientStore:
                 self._ring = GradientRing(slots, self._slot_bytes, engine.device)
                 self._exclusive = exclusive_fingerprints(engine.device.place)
             for home in self.homes.values():
-                self._hooks.append(home.parameter.register_hook(_look_before(home)))
-                self._hooks.append(home.parameter.register_post_accumulate_grad_hook(self._hook(home)))
+                # A closure of each parameter's own would take a kilobyte more.
+                self._hooks.append(home.parameter.register_hook(partial(_look_before, home)))
+                self._hooks.append(
+                    home.parameter.register_post_accumulate_grad_hook(partial(self._leave, home))
+                )
         except BaseException:
             self.close()
             raise
@@ -166,38 +170,36 @@ class GradientStore:
             chunks=tuple(chunks),
         )
 
-    def _hook(self, home: OffloadedGradient) -> Callable[[Tensor], None]:
-        @torch.no_grad()
-        def leave(parameter: Tensor) -> None:
-            gradient = parameter.grad
-            if gradient is None or isinstance(gradient, OffloadedGrad):
-                return
-            if gradient.layout is not torch.strided:
-                raise UnsupportedGradientOperation(
-                    f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the "
-                    f"device; "
-                    f"make it dense (sparse=False) or keep this unit's gradients on the device"
-                )
-            if gradient.requires_grad:
-                raise UnsupportedGradientOperation(
-                    f"the gradient of {home.name} has a graph of its own (backward with create_graph=True), "
-                    f"which would be lost with its bytes: call backward without create_graph, or use "
-                    f"torch.autograd.grad(..., create_graph=True), or keep this unit's gradients on the "
-                    f"device"
-                )
-            whole_bytes = gradient.untyped_storage().nbytes()
-            if home.found_assigned and whole_bytes > gradient.nbytes:
-                raise UnsupportedGradientOperation(
-                    f"the gradient of {home.name} was assigned before backward and is a window of "
-                    f"{gradient.nbytes} bytes of a storage of {whole_bytes} bytes, which would no longer see "
-                    f"it: set its grad to None before backward, or keep this unit's gradients on the device"
-                )
-            self._before_overwrite(home.unit)
-            self._write(home, gradient.detach())
-            home.identity += 1
-            parameter.grad = OffloadedGrad(parameter, home)
-
-        return leave
+    @torch.no_grad()
+    def _leave(self, home: OffloadedGradient, parameter: Tensor) -> None:
+        """A hook, called when the parameter's gradient is finished."""
+        gradient = parameter.grad
+        if gradient is None or isinstance(gradient, OffloadedGrad):
+            return
+        if gradient.layout is not torch.strided:
+            raise UnsupportedGradientOperation(
+                f"the gradient of {home.name} is {gradient.layout}: only dense gradients can leave the "
+                f"device; "
+                f"make it dense (sparse=False) or keep this unit's gradients on the device"
+            )
+        if gradient.requires_grad:
+            raise UnsupportedGradientOperation(
+                f"the gradient of {home.name} has a graph of its own (backward with create_graph=True), "
+                f"which would be lost with its bytes: call backward without create_graph, or use "
+                f"torch.autograd.grad(..., create_graph=True), or keep this unit's gradients on the "
+                f"device"
+            )
+        whole_bytes = gradient.untyped_storage().nbytes()
+        if home.found_assigned and whole_bytes > gradient.nbytes:
+            raise UnsupportedGradientOperation(
+                f"the gradient of {home.name} was assigned before backward and is a window of "
+                f"{gradient.nbytes} bytes of a storage of {whole_bytes} bytes, which would no longer see "
+                f"it: set its grad to None before backward, or keep this unit's gradients on the device"
+            )
+        self._before_overwrite(home.unit)
+        self._write(home, gradient.detach())
+        home.identity += 1
+        parameter.grad = OffloadedGrad(parameter, home)
 
     def accumulate(
         self, home: OffloadedGradient, incoming: Tensor, alpha: Any, fingerprint: Fingerprint
@@ -255,15 +257,11 @@ class _BackwardOrder:
         return expected
 
 
-def _look_before(home: OffloadedGradient) -> Callable[[Tensor], None]:
+def _look_before(home: OffloadedGradient, incoming: Tensor) -> None:
     """Afterwards nothing tells a window that the user assigned from one that autograd made (backward of
     ``cat`` hands out windows of one tensor, which nobody expects to be kept up to date)."""
-
-    def look(incoming: Tensor) -> None:
-        present = home.parameter.grad
-        home.found_assigned = present is not None and not isinstance(present, OffloadedGrad)
-
-    return look
+    present = home.parameter.grad
+    home.found_assigned = present is not None and not isinstance(present, OffloadedGrad)
 
 
 @dataclass(eq=False)

@@ -25,10 +25,11 @@ class SavedBytes:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._look, lambda tensor: tensor)
 
     def _look(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        seen = tensor.detach()  # a node that held its own output would hold itself, and us, for good
+        storage = seen.untyped_storage()
         if storage.data_ptr() not in self._fixed:
-            self._storages.setdefault(storage.data_ptr(), (storage.nbytes(), tensor.detach()))
-        return tensor
+            self._storages.setdefault(storage.data_ptr(), (storage.nbytes(), seen))
+        return seen
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()

@@ -75,12 +75,13 @@ class UniqueRows(torch.autograd.graph.saved_tensors_hooks):
         return self
 
     def _pack(self, tensor: Tensor) -> Tensor | _Saved:
+        left = tensor.detach()  # a node that held its own output would hold itself for good
         turned = tensor.dim() == 2 and tensor.shape[0] != self._rows and tensor.shape[1] == self._rows
-        upright = tensor.detach().t() if turned else tensor.detach()
+        upright = left.t() if turned else left
         if upright.dim() == 0 or upright.shape[0] != self._rows or 2 * self.values > self._rows:
-            return tensor
+            return left
         if upright.element_size() not in PATTERNS or (tensor.is_leaf and tensor.requires_grad):
-            return tensor
+            return left
         storage = upright.untyped_storage()
         view = (upright.dtype, upright.storage_offset(), upright.shape, upright.stride())
         key = (storage._cdata, upright._version, *view)
@@ -89,7 +90,7 @@ class UniqueRows(torch.autograd.graph.saved_tensors_hooks):
         if rows is None:
             rows = self._code(upright)
             if rows is None:
-                return tensor
+                return left
             self._known[key] = weakref.ref(rows)
         return _Saved(rows, turned)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -272,6 +273,17 @@ def test_one_memory_seen_as_two_dtypes_comes_back_as_both() -> None:
         result = Both.apply(x)  # type: ignore[no-untyped-call]
     result.sum().backward()
     assert rows.counts.coded == 2
+
+
+def test_a_result_that_its_own_node_saves_does_not_outlive_its_graph() -> None:
+    weight = few(3, 64, torch.float32).requires_grad_()
+    rows = UniqueRows(weight)
+    with rows:
+        result = torch.exp(weight * 2).view(8, 8)  # as many rows as no weight has
+    watched = weakref.ref(rows)
+    del rows, result
+    gc.collect()
+    assert watched() is None
 
 
 def test_rows_that_are_not_the_values_are_left_and_counted() -> None:
