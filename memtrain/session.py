@@ -63,6 +63,7 @@ from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import MiB, format_gib
+from memtrain.planner.weight_windows import place_of
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts, staging_lines, table
@@ -151,8 +152,9 @@ def prepare(
         spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state and weights that
             a snapshot still needs (``AsyncCheckpointer``); reserved where the plan keeps either there.
         allocator: ``planned`` gives what passes and updates ask for addresses that were packed, once it is
-            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches; ``default``
-            leaves it to the process's allocator.
+            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches, and gradients
+            those of activations (``options.overlay``): call ``zero_grad()`` before the next forward.
+            ``default`` leaves it to the process's allocator.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -197,7 +199,7 @@ def prepare(
             "planned is for models on the CPU"
         )
     if allocator == "planned":
-        options = _in_one_thread(options or PlannerOptions(), plan)
+        options = dataclasses.replace(_in_one_thread(options or PlannerOptions(), plan), overlay=True)
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -466,6 +468,7 @@ class Session:
             self.optimizer,
             limit_bytes=self.plan.peak(Tier.DEVICE),
             transients=transients_of(self.plan, self.profile),
+            is_served=lambda: self.passes is not None and self.passes.follows,
             rss_bytes=resident.rss_bytes if self.passes is None else self.passes.occupied_bytes,
         )
 
@@ -476,6 +479,8 @@ class Session:
             slab_bytes=self.plan.staging.gradient_slab_bytes,
             before_overwrite=self.optimizer.ensure,
             one_unit_at_a_time=gradients_come_and_go(self.profile, self.plan.update_schedule),
+            overlaid=self._activations.overlaid,
+            latest_first=[unit.name for unit in sorted(self.profile.units, key=place_of, reverse=True)],
         )
 
     def accumulate(

@@ -102,6 +102,7 @@ class Search:
             wanted_weight_slots=weight_slots,
             schedule=schedule,
             held_passes=self.profile.micro_batches if self.order is MicroBatchOrder.VERTICAL else 1,
+            overlay=self.space.overlay and self.order is MicroBatchOrder.HORIZONTAL,
         )
         return Decisions(
             blocks=blocks,

@@ -229,8 +229,36 @@ def _slabs(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Faul
             Rule.STAGING,
             f"gradient slab of {staging.gradient_slab_bytes} bytes, the gradients that stay take {gradients}",
         )
+    overlaid, least = staging.overlaid_bytes, _used_at_once(plan, profile)
+    if overlaid and (
+        overlaid < 0
+        or overlaid % PAGE
+        or _graphs(plan) > 1
+        or sum(staging.kept_bytes) + staging.gradient_slab_bytes - overlaid < least
+    ):
+        yield Rule.STAGING, f"slabs overlap by {overlaid} bytes; at once {least} bytes of them are in use"
     if staging.gradient_slab_bytes % PAGE:
         yield Rule.STAGING, f"gradient slab of {staging.gradient_slab_bytes} bytes, not a multiple of {PAGE}"
+
+
+def _used_at_once(plan: Plan, profile: ModelProfile) -> int:
+    """The most that the places of blocks and of gradients hold at one time: walks backward, where a block's
+    place is left when all gradients of its unit are there. With several micro-batches, or where a unit's
+    gradients have the place of another's, all may be there at once."""
+    alive = sum(plan.staging.kept_bytes)
+    if plan.micro_batches > 1 or _one_by_one(plan):
+        return alive + plan.staging.gradient_slab_bytes
+    new: dict[int | None, int] = defaultdict(int)
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        if state.gradient_tier is Tier.DEVICE:
+            when = len(plan.blocks) if unit.name == "epilogue" else unit.block
+            new[when] += _resident_gradient(profile, unit)
+    most = alive = alive + new[len(plan.blocks)]
+    for block in reversed(range(len(plan.staging.kept_bytes))):
+        alive += new[block]
+        most = max(most, alive)
+        alive -= plan.staging.kept_bytes[block]
+    return max(most, alive + new[None])
 
 
 def _one_by_one(plan: Plan) -> bool:
@@ -262,7 +290,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     resident = profile.baseline_bytes + resident_weights(plan, profile) + profile.allocator_slack_bytes
     s = plan.staging
     resident += s.weight_slots * s.weight_slot_bytes
-    resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
+    resident += _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes - s.overlaid_bytes
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)
@@ -463,7 +491,7 @@ def _peaks(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budget) 
             "activations",
             _graphs(plan) * sum(staging.kept_bytes),
         ),
-        ("gradients", staging.gradient_slab_bytes),
+        ("gradients", staging.gradient_slab_bytes - staging.overlaid_bytes),
     ):
         if lines.get((Tier.DEVICE, category), 0) < size:
             yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, slabs take {size}"

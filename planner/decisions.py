@@ -41,7 +41,7 @@ from memtrain.planner.machine import Budget, BudgetError, Machine
 from memtrain.planner.plan import CodedTier, Plan, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
-from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, weight_slots
+from memtrain.planner.weight_windows import DEFAULT_WEIGHT_SLOTS, place_of, weight_slots
 
 STATE_FIELDS = ("gradient_tier", "optimizer_tier", "weight_tier")
 GRADIENT_SLOTS = 4
@@ -133,6 +133,10 @@ class PlannerOptions:
     micro_batch_order: str = "horizontal"
     """``horizontal``, ``vertical`` or ``auto``: the faster of both, where weights are streamed. Only
     ``Session.accumulate`` carries vertical order out; a loop that calls the model itself is horizontal."""
+    overlay: bool = False
+    """On a CPU, give gradients addresses in memory that activations have left by then
+    (``Staging.overlaid_bytes``). For loops that let go of a step's gradients (``zero_grad()``) before the
+    next forward."""
 
     def __post_init__(self) -> None:
         if self.time_limit_seconds <= 0:
@@ -207,6 +211,8 @@ class Space:
     """What stays on the device is copied into slabs, and rings lie in the device's memory."""
     coded: tuple[CodedTier, ...] = ()
     """Of ``tiers`` those whose optimizer state is coded."""
+    overlay: bool = False
+    """Gradients come to lie where activations were; on a CPU, in horizontal order."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -279,6 +285,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             for tier in tiers
             if (codec := machine.link(tier).state_codec) is not None
         ),
+        overlay=options.overlay and machine.on_cpu,
     )
 
 
@@ -535,6 +542,7 @@ def staging_for(
     wanted_weight_slots: int = DEFAULT_WEIGHT_SLOTS,
     schedule: UpdateSchedule = UpdateSchedule.SEQUENTIAL,
     held_passes: int = 1,
+    overlay: bool = False,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -551,6 +559,7 @@ def staging_for(
     ]
     updates = any(streams_update(d) for d in states)
     windows, window_bytes = weight_slots(profile, states, wanted_weight_slots)
+    overlaid = on_cpu and overlays(profile, schedule, overlay)
     return Staging(
         saved_slots=min(saved_slots, len(saved) * held_passes),
         saved_slot_bytes=max(saved, default=0),
@@ -563,10 +572,29 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
+        overlaid_bytes=_overlaid_bytes(profile, kept, resident) if overlaid else 0,
         weight_slots=windows,
         weight_slot_bytes=window_bytes,
         coded=coded,
     )
+
+
+def overlays(profile: ModelProfile, schedule: UpdateSchedule, wanted: bool) -> bool:
+    """Whether gradients appear while activations go, and are gone when those come again. With several
+    micro-batches all gradients are there while the last one's activations are; where a unit's are gone before
+    the next one's come, there is nothing to gain."""
+    return wanted and profile.micro_batches == 1 and not gradients_come_and_go(profile, schedule)
+
+
+def _overlaid_bytes(profile: ModelProfile, kept: tuple[int, ...], gradients: list[int]) -> int:
+    """How much less than both slabs is ever used: while block l's backward runs, there are places of blocks
+    0 to l and gradients of l and all behind it; at last all gradients."""
+    places = [place_of(unit) for unit in profile.units]
+    most = sum(gradients)
+    for block in range(len(kept)):
+        made = sum(size for place, size in zip(places, gradients, strict=True) if place >= block)
+        most = max(most, sum(kept[: block + 1]) + made)
+    return sum(kept) + sum(gradients) - most
 
 
 def mirror_bytes(profile: ModelProfile, decisions: Decisions) -> int:

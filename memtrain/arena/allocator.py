@@ -244,6 +244,8 @@ class PlannedAllocator:
             self._learn(self._library, step, outcome)
         else:
             self._judge(step, outcome)
+        if step.pattern.given_up:
+            self._fit(self._library)  # What its plan needed, if it was the largest, nobody needs now.
 
     def mark(self, part: str) -> None:
         """``part`` of the open step begins here; said of requests that are not as recorded."""
@@ -252,6 +254,11 @@ class PlannedAllocator:
             return
         if os.getpid() == self._process:
             step.marks.append((self._library.memtrain_arena_requests(self._arena), part))
+
+    @property
+    def follows(self) -> bool:
+        """Whether a step is open that is to follow a plan."""
+        return self._step is not None and not self._step.ordinary and self._step.pattern.plan is not None
 
     def vacate(self) -> None:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""
