@@ -257,8 +257,10 @@ class PlannedAllocator:
 
     @property
     def follows(self) -> bool:
-        """Whether a step is open that is to follow a plan."""
-        return self._step is not None and not self._step.ordinary and self._step.pattern.plan is not None
+        """Whether a step is open that follows a plan, has not left it, and has room in the arena."""
+        step = self._step
+        planned = step is not None and not step.ordinary and step.pattern.plan is not None
+        return planned and self.vacant_bytes() > 0
 
     def vacate(self) -> None:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""

@@ -151,6 +151,8 @@ class PlannedPasses:
     def vacate(self) -> None:
         """Outside of passes: give the arena's memory back until the next one, to what is done meanwhile."""
         self._arena.vacate()
+        if self._open is None:
+            malloc.keep_freed(False)
 
     @property
     def follows(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from memtrain.arena import ArenaSettings, ArenaWarning, PlannedAllocator
@@ -72,3 +74,17 @@ def test_a_tensor_in_an_arena_that_goes_keeps_its_bytes() -> None:
             go(arena, steps)
         assert arena.report().arena_bytes == 0
         assert bool((held[0] == 7).all())
+
+
+def test_a_step_follows_its_plan_until_it_leaves_it() -> None:
+    with PlannedAllocator() as arena:
+        found = []
+        for last in (6, 6, 6, 7):
+            with contextlib.nullcontext() if last == 6 else pytest.warns(ArenaWarning), arena.step():
+                first = block(8)
+                found.append(arena.follows)
+                del first
+                block(last)
+                found.append(arena.follows)
+        assert found == [False] * 4 + [True] * 3 + [False]
+        assert not arena.follows
