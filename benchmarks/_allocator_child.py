@@ -6,6 +6,10 @@ The allocator is the one that the environment loads, with ``--planned`` memtrain
 ``ready`` after three steps that do not count (allocators grow in them, and the arena records two), a JSON
 line for each step, and when the input ends one more for the process. ``digest`` is of the losses of all steps
 and of the last step's gradients.
+
+With ``--session`` a step is one of a ``memtrain.prepare`` session: forward, backward, update, ``zero_grad``.
+A third of the blocks keeps what it saves, a third sends it to disk, a third computes it again; gradients and
+state stay. Its digest is of the losses and of the trained weights.
 """
 
 from __future__ import annotations
@@ -23,8 +27,6 @@ from typing import Any
 import torch
 import xxhash
 
-WARM_UP_STEPS = 3
-
 
 def faults() -> int:
     """Page faults of this process so far that needed no disk."""
@@ -37,17 +39,24 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
 
 
+def load(model: str, sequence: int) -> tuple[Any, torch.Tensor]:
+    """The model, and one batch of random tokens."""
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    return loaded, torch.randint(loaded.config.vocab_size, (1, sequence), generator=generator)
+
+
 class Passes:
     """One model, one batch."""
 
-    def __init__(self, model: str, sequence: int, arena: Any) -> None:
-        from transformers import AutoModelForCausalLM
+    warm_up = 3
+    """Two recorded, and one that meets its arena for the first time."""
 
+    def __init__(self, model: str, sequence: int, arena: Any) -> None:
         self._arena = arena
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = self._model.config.vocab_size
-        self._tokens = torch.randint(vocabulary, (1, sequence), generator=generator)
+        self._model, self._tokens = load(model, sequence)
         self.hashed = xxhash.xxh3_128()
 
     def step(self, *, last: bool = False) -> dict[str, float]:
@@ -69,6 +78,76 @@ class Passes:
             self._model.zero_grad(set_to_none=True)
         return took
 
+    def report(self) -> dict[str, Any]:
+        """Of the process and its arena."""
+        found: dict[str, Any] = {"peak_bytes": peak_bytes(), "digest": self.hashed.hexdigest()}
+        if self._arena:
+            found["arena"] = dataclasses.asdict(self._arena.report())
+        return found
+
+
+class SessionSteps:
+    """One model, one batch, under a plan that has something of everything."""
+
+    warm_up = 4
+    """The first of a shape is not recorded."""
+
+    def __init__(self, model: str, sequence: int, allocator: str, directory: str) -> None:
+        import memtrain
+
+        self._model, tokens = load(model, sequence)
+        self._batch = {"input_ids": tokens, "labels": tokens}
+        actions = ("keep", "swap", "recompute")
+        force: dict[str, Any] = {
+            f"block.{i}": {"action": actions[i % 3]} for i in range(self._model.config.num_hidden_layers)
+        }
+        force["state"] = {"gradient_tier": "device", "optimizer_tier": "device"}
+        self.session = memtrain.prepare(
+            self._model,
+            torch.optim.AdamW(self._model.parameters(), lr=1e-5, fused=True),
+            self._batch,
+            budget=memtrain.Budget(device="4GiB", nvme=f"{directory}:4GiB"),
+            options=memtrain.PlannerOptions(force=force, update_schedule="sequential"),
+            allocator=allocator,
+        )
+        self.hashed = xxhash.xxh3_128()
+
+    def step(self, *, last: bool = False) -> dict[str, float]:
+        """A training step; what it took. The weights that the last one has made are hashed."""
+        begin, before, cpu = time.perf_counter(), faults(), time.process_time()
+        loss = self.session.model(**self._batch).loss
+        loss.backward()
+        self.session.optimizer.step()
+        self.session.optimizer.zero_grad()
+        took = {
+            "seconds": time.perf_counter() - begin,
+            "cpu_seconds": time.process_time() - cpu,
+            "page_faults": faults() - before,
+        }
+        self.hashed.update(loss.item().hex().encode())
+        if last:
+            for parameter in self._model.parameters():
+                self.hashed.update(parameter.detach().view(torch.uint8).numpy())
+        return took
+
+    def report(self) -> dict[str, Any]:
+        """Of the session since it was prepared."""
+        from memtrain.planner.decisions import Decisions
+        from memtrain.planner.together import together
+
+        session = self.session
+        sums = together(session.profile, Decisions.of(session.plan, on_cpu=True))
+        found = {
+            **session.measure(),
+            "digest": self.hashed.hexdigest(),
+            "held_bytes": sums.held_bytes,
+            "load_bytes": sums.load_bytes,
+            "bill": [dataclasses.astuple(line) for line in session.plan.bill],
+        }
+        if session.passes is not None:
+            found["arena"] = dataclasses.asdict(session.passes.report())
+        return found
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -77,23 +156,28 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--sequence", type=int, required=True)
     parser.add_argument("--planned", action="store_true")
+    parser.add_argument("--session", metavar="DIRECTORY", help="steps of a session that swaps to there")
     args = parser.parse_args()
+    if args.session:
+        run(SessionSteps(args.model, args.sequence, "planned" if args.planned else "default", args.session))
+        return
     arena: Any = None
     if args.planned:
         from memtrain.arena import PlannedAllocator
 
         arena = PlannedAllocator()
-    passes = Passes(args.model, args.sequence, arena)
-    for _ in range(WARM_UP_STEPS):
-        passes.step()
+    run(Passes(args.model, args.sequence, arena))
+
+
+def run(steps: Passes | SessionSteps) -> None:
+    """As many as there are lines of input, one more, and the report."""
+    for _ in range(steps.warm_up):
+        steps.step()
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(json.dumps(passes.step()), flush=True)
-    passes.step(last=True)
-    report = {"peak_bytes": peak_bytes(), "digest": passes.hashed.hexdigest()}
-    if arena:
-        report["arena"] = dataclasses.asdict(arena.report())
-    print(json.dumps(report), flush=True)
+        print(json.dumps(steps.step()), flush=True)
+    steps.step(last=True)
+    print(json.dumps(steps.report()), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from memtrain.offload.gradient_slab import GradientSlab
 from memtrain.offload.in_backward import guard_modules, is_applied
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.shards import Unit
 from memtrain.offload.stored_weights import StoredWeights
 from memtrain.planner import resident
@@ -28,6 +29,7 @@ from memtrain.planner.decisions import gradients_come_and_go
 from memtrain.planner.machine import Budget
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
+from memtrain.planner.weight_windows import place_of
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.weight_guard import WeightGuard
 
@@ -93,14 +95,18 @@ def open_tiers(
     )
 
 
-def make_gradient_slab(plan: Plan, profile: ModelProfile, optimizer: OffloadedOptimizer) -> GradientSlab:
-    """Where gradients lie that stay."""
+def make_gradient_slab(
+    plan: Plan, profile: ModelProfile, optimizer: OffloadedOptimizer, overlaid: OverlaidSlab | None
+) -> GradientSlab:
+    """Where gradients lie that stay; in ``overlaid`` where activations lie too."""
     return GradientSlab(
         index=optimizer.index,
         tiers={decision.unit: decision.gradient_tier for decision in plan.states},
         slab_bytes=plan.staging.gradient_slab_bytes,
         before_overwrite=optimizer.ensure,
         one_unit_at_a_time=gradients_come_and_go(profile, plan.update_schedule),
+        overlaid=overlaid,
+        latest_first=[unit.name for unit in sorted(profile.units, key=place_of, reverse=True)],
     )
 
 
@@ -146,5 +152,6 @@ def make_reclaimer(
         optimizer,
         limit_bytes=plan.peak(Tier.DEVICE),
         transients=transients_of(plan, profile),
+        is_served=lambda: passes is not None and passes.follows,
         rss_bytes=resident.rss_bytes if passes is None else passes.occupied_bytes,
     )

@@ -204,7 +204,8 @@ class TrainingSection(Section):
     """Of the arithmetic; None leaves torch's own choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     allocator: Literal["default", "planned"] = "default"
-    """``planned``: on a CPU, passes that ask for the same bytes in the same order get packed addresses."""
+    """``planned``: on a CPU, passes that ask for the same bytes in the same order get packed addresses, and
+    gradients those that activations have left."""
     log_every: Positive = 1
 
     @property

@@ -9,6 +9,9 @@ all of it back where a part of the step begins and what is resident comes within
   on), for little of what was freed may fit the new sizes;
 - with what it needs beyond the parts before it, where the kind stays: the same sizes have been served.
 
+Where all of that has its place already, because a step follows planned addresses, what is resident is all
+that there will be, and nothing is asked back below the peak.
+
 Where that was not enough, code of libraries that is not in use is unmapped too.
 
 Measured on SmolLM2-135M under 1.2 GiB: docs/log.md.
@@ -43,6 +46,7 @@ class Reclaimer:
         optimizer: whose ``step`` is a part of its own.
         limit_bytes: what must not be exceeded: the plan's peak.
         transients: bytes that each part needs for a moment: ``transients_of``.
+        is_served: whether what a part needs for a moment is resident by now.
         rss_bytes, trim, drop_library_pages: read, and reduce, what is resident.
     """
 
@@ -54,12 +58,14 @@ class Reclaimer:
         *,
         limit_bytes: int,
         transients: dict[str, int],
+        is_served: Callable[[], bool] = lambda: False,
         rss_bytes: Callable[[], int] = resident.rss_bytes,
         trim: Callable[[], bool] = resident.trim,
         drop_library_pages: Callable[[], int] = resident.drop_library_pages,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._transients = transients
+        self._is_served = is_served
         self._rss_bytes, self._trim, self._drop_library_pages = rss_bytes, trim, drop_library_pages
         self._kind = ""
         self._served_bytes = 0
@@ -92,7 +98,7 @@ class Reclaimer:
             self._kind, self._served_bytes, self._left_bytes = kind, 0, 0
         need = self._transients.get(part, 0)
         creep = self._limit_bytes // _CREEP
-        room = creep + max(0, need - self._served_bytes)
+        room = 0 if self._is_served() else creep + max(0, need - self._served_bytes)
         self._served_bytes = max(self._served_bytes, need)
         now = self._rss_bytes()
         if now + room <= self._limit_bytes or (self._left_bytes and now < self._left_bytes + creep):

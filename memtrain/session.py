@@ -145,8 +145,9 @@ def prepare(
         spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state and weights that
             a snapshot still needs (``AsyncCheckpointer``); reserved where the plan keeps either there.
         allocator: ``planned`` gives what passes and updates ask for addresses that were packed, once it is
-            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches; ``default``
-            leaves it to the process's allocator.
+            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches, and gradients
+            those of activations (``options.overlay``): call ``zero_grad()`` before the next forward.
+            ``default`` leaves it to the process's allocator.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -174,7 +175,7 @@ def prepare(
     refuse_device(device, place, machine)
     refuse_allocator(allocator, place)
     if allocator == "planned":
-        options = in_one_thread(options or PlannerOptions(), plan)
+        options = dataclasses.replace(in_one_thread(options or PlannerOptions(), plan), overlay=True)
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -374,7 +375,7 @@ class Session:
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
         if plan.staging.gradient_slab_bytes:
-            undo(make_gradient_slab(plan, profile, self.optimizer).close)
+            undo(make_gradient_slab(plan, profile, self.optimizer, self._activations.overlaid).close)
         self._activations.install()
         if self._allocator == "planned":
             self.passes = PlannedPasses.of_session(self, blocks)

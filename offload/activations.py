@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.saved_group import (
     SavedGroup,
@@ -50,9 +52,13 @@ from memtrain.offload.staging import SlotCache, Ticket
 from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.unmoved import FixedTensors, shared_storages, unchanged
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.plan import Plan
+from memtrain.planner.plan import Plan, Staging
 
 _MIN_MOVED_BYTES = 4096  # below one page a copy costs more than the memory it frees
+
+
+class OverlayWarning(RuntimeWarning):
+    """A loop holds gradients for longer than the plan has room for them."""
 
 
 class ActivationExecutor:
@@ -93,6 +99,7 @@ class ActivationExecutor:
         with ExitStack() as made:
             self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
             self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
+            self.overlaid = self._make_overlaid(made, staging)
             self._kept = self._make_kept(made, staging.kept_bytes, plan.held_passes)
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
@@ -105,28 +112,47 @@ class ActivationExecutor:
         """Groups of the block that ran last."""
         self._newest: list[weakref.ref[SavedGroup]] = []
         """Groups of the block that runs."""
+        self._has_told = False
         self._sequence = 0
         self.changed_bytes: Counter[Tier] = Counter()
         """Of saved tensors that have been sent to tiers so far."""
         self._hook: RemovableHandle | None = None
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
 
-    def _make_cache(self, made: ExitStack, count: int, slot_bytes: int, name: str) -> SlotCache | None:
+    def _make_cache(
+        self, made: ExitStack, count: int, slot_bytes: int, name: str, offsets: Sequence[int] | None = None
+    ) -> SlotCache | None:
         if not count or not slot_bytes:
             return None
-        cache = SlotCache(count, slot_bytes, name, self.lock, self.device)
+        shared = None if offsets is None else self.overlaid
+        cache = SlotCache(count, slot_bytes, name, self.lock, self.device, shared=shared, offsets=offsets)
         made.callback(cache.close)
         return cache
+
+    def _make_overlaid(self, made: ExitStack, staging: Staging) -> OverlaidSlab | None:
+        """What both slabs of what stays are, where the plan has them overlap."""
+        if not staging.overlaid_bytes:
+            return None
+        overlaid = OverlaidSlab(staging.kept_bytes, staging.gradient_slab_bytes, staging.overlaid_bytes)
+        made.callback(overlaid.slab.close)
+        return overlaid
 
     def _make_kept(
         self, made: ExitStack, places_bytes: Sequence[int], passes: int
     ) -> dict[int, SlotCache | None]:
         """By block the slab that holds what stays of it on a CPU; blocks with equal places share one."""
         caches = {
-            size: self._make_cache(made, count * passes, size, "kept")
+            size: self._make_cache(made, count * passes, size, "kept", self._offsets(places_bytes, size))
             for size, count in Counter(places_bytes).items()
         }
         return {block: caches[size] for block, size in enumerate(places_bytes)}
+
+    def _offsets(self, places_bytes: Sequence[int], size: int) -> list[int] | None:
+        """Of the places of ``size`` in memory that is shared, the lowest first."""
+        if self.overlaid is None:
+            return None
+        places = zip(places_bytes, self.overlaid.kept_offsets, strict=True)
+        return [offset for nbytes, offset in places if nbytes == size]
 
     @property
     def token_probes(self) -> dict[str, TokenProbe]:
@@ -247,11 +273,26 @@ class ActivationExecutor:
         """A group with a slot. None for the device tier where there is no slab, or none left: a program that
         holds more graphs at once than the plan foresaw then keeps tensors as plain PyTorch does."""
         if tier is Tier.DEVICE and (cache is None or not cache.has_room):
+            if cache is not None and cache.is_taken:
+                self._tell_of_gradients(name)
             return None
         assert cache is not None
         group = SavedGroup(self, cache, name, tier, shared)
         self._newest.append(weakref.ref(group))
         return group
+
+    def _tell_of_gradients(self, name: str) -> None:
+        """What stays of the block then has memory of its own, beside the plan."""
+        if self._has_told:
+            return
+        self._has_told = True
+        warnings.warn(
+            f"gradients are still there when {name} runs forward, in memory that the plan gives to what it "
+            "saves; that now takes more than was planned. Call optimizer.zero_grad() before the forward, or "
+            "use allocator 'default' (options.overlay off)",
+            OverlayWarning,
+            stacklevel=2,
+        )
 
     def _limit_leaving(self) -> None:
         """A block has run: what the one before it sends away has left the device, or is waited for now.

@@ -8,7 +8,8 @@ again at once; later micro-batches are added in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.shards import PAGE_BYTES, SMALL, FlatIndex
 from memtrain.offload.slab import Slab
 from memtrain.planner.actions import Tier
@@ -34,6 +36,8 @@ class GradientSlab:
         tiers: gradient tier of each unit; the others are left alone, and so are small parameters.
         slab_bytes: what the plan reserved.
         before_overwrite: called with the unit before a gradient's bytes are replaced.
+        overlaid: the memory, where it is shared with what blocks keep; None: a slab of its own.
+        latest_first: all units, in the order in which backward comes to them; for shared memory.
         one_unit_at_a_time: a unit's gradients are used up before the next one's come, so that all units have
             the same place. Where one's are there still, the next one's stay where autograd put them.
 
@@ -49,6 +53,8 @@ class GradientSlab:
         slab_bytes: int,
         before_overwrite: Callable[[str], None],
         one_unit_at_a_time: bool = False,
+        overlaid: OverlaidSlab | None = None,
+        latest_first: Sequence[str] = (),
     ) -> None:
         self._shared = one_unit_at_a_time
         self._unit_of = index.unit_of
@@ -69,12 +75,37 @@ class GradientSlab:
                 f"gradients that stay in memory take {used} bytes, the plan reserved {slab_bytes}: "
                 f"plan again for this model"
             )
-        self._slab = Slab(used) if used else None
+        self._taken: dict[str, Callable[[], bool]] = {}
+        """By parameter whether its place is somebody else's now; where memory is shared."""
+        if overlaid is not None:
+            self._share(overlaid, index, latest_first)
+            self._slab: Slab | None = overlaid.slab
+        else:
+            self._slab = Slab(used) if used else None
+        self._is_lent = overlaid is not None
         self._bytes = self._slab.buffer.numpy() if self._slab is not None else None
         self._hooks: list[Any] = [
             index.parameters[name].register_post_accumulate_grad_hook(self._hook(name, index.unit_of[name]))
             for name in self._offsets
         ]
+
+    def _share(self, overlaid: OverlaidSlab, index: FlatIndex, latest_first: Sequence[str]) -> None:
+        """Places from the high end of the slab down, unit by unit."""
+        members: dict[str, list[str]] = {unit: [] for unit in latest_first}
+        for name in self._offsets:
+            members[index.unit_of[name]].append(name)
+        low = overlaid.slab.nbytes
+        for name in (name for names in members.values() for name in names):
+            parameter = index.parameters[name]
+            size = round_up(parameter.numel() * parameter.element_size(), PAGE_BYTES)
+            low -= size
+            self._offsets[name] = low
+            self._taken[name] = overlaid.let(low, size, partial(self._is_there, name))
+
+    def _is_there(self, name: str) -> bool:
+        """Whether the place of a parameter's gradient is in use."""
+        view = self._views.get(name)
+        return view is not None and not view.expired()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Remove the hooks. Gradients that lie in the slab keep it until they die."""
@@ -82,9 +113,9 @@ class GradientSlab:
             hook.remove()
         self._hooks.clear()
         self._bytes = None
-        if self._slab is not None:
+        if self._slab is not None and not self._is_lent:
             self._slab.close()
-            self._slab = None
+        self._slab = None
 
     def _hook(self, name: str, unit: str) -> Callable[[Tensor], None]:
         @torch.no_grad()
@@ -103,6 +134,8 @@ class GradientSlab:
                 self._before_overwrite(unit)  # an update that waits is what most likely holds it
                 if not before.expired():  # type: ignore[no-untyped-call]
                     return
+            if name in self._taken and self._taken[name]():
+                return  # A graph that is held beyond its backward has its saved tensors there.
             parameter.grad = self._copy(name, gradient)
 
         return settle

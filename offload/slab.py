@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -219,18 +219,28 @@ class Ring:
     Args:
         count, slot_bytes: how many, and of what size.
         device: one that copies to and from the slots, and wants their memory registered.
+        slab, offsets: where the slots lie, in memory that others use too; None: in a slab of its own.
     """
 
-    def __init__(self, count: int, slot_bytes: int, *, device: Device | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        slot_bytes: int,
+        *,
+        device: Device | None = None,
+        slab: Slab | None = None,
+        offsets: Sequence[int] | None = None,
+    ) -> None:
         if count < 1:
             raise ValueError(f"a ring needs count >= 1, got {count}")
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
-        self.slab = Slab(count * self.slot_bytes)
+        self.slab = Slab(count * self.slot_bytes) if slab is None else slab
         self._device = device
         if device is not None:
             device.register(self.slab)
-        parts = torch.split(self.slab.buffer, self.slot_bytes)
+        starts = offsets if offsets is not None else range(0, count * self.slot_bytes, self.slot_bytes)
+        parts = [self.slab.buffer[start : start + self.slot_bytes] for start in starts]
         self._slots = [Slot(self, index, part) for index, part in enumerate(parts)]
         self._free = deque(self._slots)
         self._lingering: list[tuple[Slot, list[Transfer]]] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from memtrain.offload.device import Device, Event
 from memtrain.offload.errors import OffloadError
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.slab import HighWater, Ring, Slot
 
 
@@ -54,6 +56,8 @@ class StagedSlot:
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+        self.is_taken: Callable[[], bool] = _never
+        """Whether somebody else has bytes of this memory, where it is shared (``OverlaidSlab``)."""
         self.bytes = slot.buffer.numpy()
         self._occupant: weakref.ref[Occupant] | None = None
         self.ticket: Ticket | None = None
@@ -99,6 +103,10 @@ class StagedSlot:
         """Whether anything lies here, is on its way or is aliased."""
         return self.occupant is not None or self.aliased or self.busy
 
+    def holds(self) -> bool:
+        """``in_use``, as a function."""
+        return self.in_use
+
     @property
     def copied(self) -> bool:
         """Whether every copy between this memory and the device is over."""
@@ -128,6 +136,10 @@ class StagedSlot:
                     self.ticket = None
 
 
+def _never() -> bool:
+    return False
+
+
 class SlotCache:
     """``count`` slots of ``slot_bytes``, handed out least-soon-needed first.
 
@@ -137,13 +149,29 @@ class SlotCache:
         name: for error messages, such as ``saved``.
         lock: the executor's, held while slots change hands.
         device: what copies to and from the slots.
+        shared, offsets: where the slots lie, if not in a slab of their own. What is in one of those never
+            leaves it for a tier.
     """
 
-    def __init__(self, count: int, slot_bytes: int, name: str, lock: threading.RLock, device: Device) -> None:
+    def __init__(
+        self,
+        count: int,
+        slot_bytes: int,
+        name: str,
+        lock: threading.RLock,
+        device: Device,
+        *,
+        shared: OverlaidSlab | None = None,
+        offsets: Sequence[int] | None = None,
+    ) -> None:
         self.name = name
         self.slot_bytes = slot_bytes
-        self._ring = Ring(count, slot_bytes, device=device)
+        slab = None if shared is None else shared.slab
+        self._ring = Ring(count, slot_bytes, device=device, slab=slab, offsets=offsets)
         self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
+        if shared is not None and offsets is not None:
+            for slot, offset in zip(self._slots, offsets, strict=True):
+                slot.is_taken = shared.let(offset, self._ring.slot_bytes, slot.holds)
         self._lock = lock
         self._slots_held = 0
 
@@ -155,7 +183,12 @@ class SlotCache:
     @property
     def has_room(self) -> bool:
         """Whether a slot is empty and nothing aliases it."""
-        return any(slot.occupant is None and not slot.aliased for slot in self._slots)
+        return any(slot.occupant is None and not slot.aliased and not slot.is_taken() for slot in self._slots)
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether somebody who shares the memory has bytes of a slot that is otherwise empty."""
+        return any(slot.occupant is None and not slot.aliased and slot.is_taken() for slot in self._slots)
 
     def take(self, occupant: Occupant) -> StagedSlot:
         """A slot for ``occupant``, waiting for writes if need be.
@@ -182,7 +215,7 @@ class SlotCache:
         """
         with self._lock:
             for slot in sorted(self._slots, key=self._reuse_order):
-                if slot.aliased:
+                if slot.aliased or slot.is_taken():
                     continue
                 holder = slot.occupant
                 if holder is not None and (

@@ -194,6 +194,7 @@ class UpdateRunner:
             self._streamed.pop(unit, None)
             with self._weights.updating(unit, update.replaced):
                 self._pipeline.run(shards, list(_in_order(update.waiting)))
+            update.forget({piece.name for shard in shards for piece in shard.pieces})
 
         self._guarded(finish)
         if not update.waiting:

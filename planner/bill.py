@@ -257,7 +257,7 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "weight windows": decisions.staging.weight_window_bytes,
         "optimizer state": state,
         "staging": decisions.staging.total_bytes if own_rings else mirror_bytes(profile, decisions),
-        "gradients": decisions.staging.gradient_slab_bytes,
+        "gradients": decisions.staging.gradient_slab_bytes - decisions.staging.overlaid_bytes,
         "activations": decisions.held_passes(profile) * decisions.staging.kept_slab_bytes,
     }
 

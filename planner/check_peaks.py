@@ -54,7 +54,7 @@ def peak_faults(plan: Plan, profile: ModelProfile, machine: Machine, budget: Bud
             "activations",
             _graphs(plan) * sum(staging.kept_bytes),
         ),
-        ("gradients", staging.gradient_slab_bytes),
+        ("gradients", staging.gradient_slab_bytes - staging.overlaid_bytes),
     ):
         if lines.get((Tier.DEVICE, category), 0) < size:
             yield Rule.BILL, f"{category} is {lines.get((Tier.DEVICE, category), 0)} bytes, slabs take {size}"
@@ -90,7 +90,8 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     on_cpu = is_on_cpu(machine)
     resident = profile.baseline_bytes + resident_weights(plan, profile) + profile.allocator_slack_bytes
     s = plan.staging
-    resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE] + s.gradient_slab_bytes
+    resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE]
+    resident += s.gradient_slab_bytes - s.overlaid_bytes
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)

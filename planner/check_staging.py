@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Tier
+from memtrain.planner.actions import MicroBatchOrder, Tier
 from memtrain.planner.check_blocks import PAGE, again, left_behind, room, sent, whole_pages
 from memtrain.planner.check_rules import Fault, Rule
 from memtrain.planner.check_units import is_on_cpu, one_by_one, parameters_of, tensors_of_state
@@ -109,8 +110,36 @@ def slab_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator
             Rule.STAGING,
             f"gradient slab of {staging.gradient_slab_bytes} bytes, the gradients that stay take {gradients}",
         )
+    overlaid, least = staging.overlaid_bytes, _used_at_once(plan, profile)
+    if overlaid and (
+        overlaid < 0
+        or overlaid % PAGE
+        or plan.micro_batch_order is MicroBatchOrder.VERTICAL
+        or sum(staging.kept_bytes) + staging.gradient_slab_bytes - overlaid < least
+    ):
+        yield Rule.STAGING, f"slabs overlap by {overlaid} bytes; at once {least} bytes of them are in use"
     if staging.gradient_slab_bytes % PAGE:
         yield Rule.STAGING, f"gradient slab of {staging.gradient_slab_bytes} bytes, not a multiple of {PAGE}"
+
+
+def _used_at_once(plan: Plan, profile: ModelProfile) -> int:
+    """The most that the places of blocks and of gradients hold at one time: walks backward, where a block's
+    place is left when all gradients of its unit are there. With several micro-batches, or where a unit's
+    gradients have the place of another's, all may be there at once."""
+    alive = sum(plan.staging.kept_bytes)
+    if plan.micro_batches > 1 or one_by_one(plan):
+        return alive + plan.staging.gradient_slab_bytes
+    new: dict[int | None, int] = defaultdict(int)
+    for unit, state in zip(profile.units, plan.states, strict=True):
+        if state.gradient_tier is Tier.DEVICE:
+            when = len(plan.blocks) if unit.name == "epilogue" else unit.block
+            new[when] += _resident_gradient(profile, unit)
+    most = alive = alive + new[len(plan.blocks)]
+    for block in reversed(range(len(plan.staging.kept_bytes))):
+        alive += new[block]
+        most = max(most, alive)
+        alive -= plan.staging.kept_bytes[block]
+    return max(most, alive + new[None])
 
 
 def _resident_gradient(profile: ModelProfile, unit: UnitProfile) -> int:

@@ -47,6 +47,7 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
+from memtrain.planner.staging import overlays
 from memtrain.planner.weight_choices import Expression, WeightChoices
 from memtrain.planner.weight_windows import BEYOND, place_of
 
@@ -207,7 +208,9 @@ class Choices:
         self.rings = self._rings()
         always += self.rings if on_cpu else self._mirrors()
         always += self.weights.window_bytes - self.weights.freed_bytes()
-        if on_cpu:
+        if on_cpu and overlays(profile, self.schedule, self.space.overlay):
+            always += self._overlaid_slab()
+        elif on_cpu:
             always += self.kept_slabs()
             always += self._gradient_slab()
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
@@ -276,6 +279,21 @@ class Choices:
         for size in each:
             self.add(largest >= size)
         return pulp.LpAffineExpression(largest)
+
+    def _overlaid_slab(self) -> Expression:
+        """Bytes of the one slab in which gradients come to lie where activations were."""
+        slab = self.problem.add_variable("overlaid_slab_bytes", lowBound=0)
+        each = [
+            self.unit_sum(u, partial(gradient_slab_bytes, self.profile))
+            for u in range(len(self.profile.units))
+        ]
+        self.add(slab * 1e-6 >= pulp.lpSum(each) * 1e-6)
+        kept: Expression = pulp.LpAffineExpression()
+        for index in range(len(self.x)):
+            kept = kept + self.block_sum(index, kept_slot_bytes)
+            made = [size for size, u in zip(each, self.profile.units, strict=True) if place_of(u) >= index]
+            self.add(slab * 1e-6 >= pulp.lpSum([kept, *made]) * 1e-6)
+        return pulp.LpAffineExpression(slab)
 
     def kept_slabs(self) -> Expression:
         """Bytes of a CPU's slabs: each block has a place of its own size."""

@@ -54,6 +54,10 @@ class PlannerOptions:
     micro_batch_order: str = "horizontal"
     """``horizontal``, ``vertical`` or ``auto``: the faster of both, where weights are streamed. Only
     ``Session.accumulate`` carries vertical order out; a loop that calls the model itself is horizontal."""
+    overlay: bool = False
+    """On a CPU, give gradients addresses in memory that activations have left by then
+    (``Staging.overlaid_bytes``). For loops that let go of a step's gradients (``zero_grad()``) before the
+    next forward."""
 
     def __post_init__(self) -> None:
         if self.time_limit_seconds <= 0:

@@ -81,6 +81,10 @@ class Staging:
     the heap that the short-lived ones share. On a CUDA device there are none, and the next is 0."""
     gradient_slab_bytes: int = 0
     """Gradients that stay on the device, each from a page of its own."""
+    overlaid_bytes: int = 0
+    """Bytes that both slabs share, for what lies there is not there at the same time: one slab, so much
+    shorter than both, with blocks' places in their order from its low end up, and gradients in the order in
+    which backward makes them from its high end down."""
     weight_windows: tuple[WindowClass, ...] = ()
     """Windows of the device for weights that live on tiers, the smallest first."""
     coded: tuple[CodedTier, ...] = ()

@@ -36,6 +36,8 @@ class Space:
     """Of ``tiers`` those whose optimizer state is coded."""
     coded_weights: tuple[CodedTier, ...] = ()
     """Of ``tiers`` those whose weights are coded (``weight_coding.coding_spaces`` has others too)."""
+    overlay: bool = False
+    """Gradients come to lie where activations were; on a CPU, in horizontal order."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -101,6 +103,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             for tier in tiers
             if (codec := machine.link(tier).weight_codec) is not None and tier not in options.coding_optional
         ),
+        overlay=options.overlay and machine.on_cpu,
     )
 
 

@@ -21,7 +21,7 @@ from memtrain.planner.block_parts import (
 from memtrain.planner.plan import CodedTier, Staging
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.units import MiB, round_up
-from memtrain.planner.weight_windows import DEFAULT_WINDOWS, WantedWindows, weight_windows
+from memtrain.planner.weight_windows import DEFAULT_WINDOWS, WantedWindows, place_of, weight_windows
 
 if TYPE_CHECKING:
     from memtrain.planner.decisions import Decisions
@@ -199,6 +199,7 @@ def staging_for(
     wanted_windows: WantedWindows = DEFAULT_WINDOWS,
     schedule: UpdateSchedule = UpdateSchedule.SEQUENTIAL,
     held_passes: int = 1,
+    overlay: bool = False,
 ) -> Staging:
     """The slabs that ``blocks`` and ``states`` need; a ring that nothing uses has no slots."""
     decided = list(zip(profile.blocks, blocks, strict=True))
@@ -214,6 +215,7 @@ def staging_for(
         if d.gradient_tier is not Tier.DEVICE
     ]
     updates = any(streams_update(d) for d in states)
+    overlaid = on_cpu and overlays(profile, schedule, overlay)
     return Staging(
         saved_slots=min(saved_slots, len(saved) * held_passes),
         saved_slot_bytes=max(saved, default=0),
@@ -226,10 +228,29 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
+        overlaid_bytes=_overlaid_bytes(profile, kept, resident) if overlaid else 0,
         weight_windows=weight_windows(profile, states, wanted_windows),
         coded=coded,
         coded_weights=tuple(c for c in coded_weights if any(d.weight_tier is c.tier for d in states)),
     )
+
+
+def overlays(profile: ModelProfile, schedule: UpdateSchedule, wanted: bool) -> bool:
+    """Whether gradients appear while activations go, and are gone when those come again. With several
+    micro-batches all gradients are there while the last one's activations are; where a unit's are gone before
+    the next one's come, there is nothing to gain."""
+    return wanted and profile.micro_batches == 1 and not gradients_come_and_go(profile, schedule)
+
+
+def _overlaid_bytes(profile: ModelProfile, kept: tuple[int, ...], gradients: list[int]) -> int:
+    """How much less than both slabs is ever used: while block l's backward runs, there are places of blocks
+    0 to l and gradients of l and all behind it; at last all gradients."""
+    places = [place_of(unit) for unit in profile.units]
+    most = sum(gradients)
+    for block in range(len(kept)):
+        made = sum(size for place, size in zip(places, gradients, strict=True) if place >= block)
+        most = max(most, sum(kept[: block + 1]) + made)
+    return sum(kept) + sum(gradients) - most
 
 
 def mirror_bytes(profile: ModelProfile, decisions: Decisions) -> int:

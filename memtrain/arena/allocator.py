@@ -244,6 +244,8 @@ class PlannedAllocator:
             self._learn(self._library, step, outcome)
         else:
             self._judge(step, outcome)
+        if step.pattern.given_up:
+            self._fit(self._library)  # What its plan needed, if it was the largest, nobody needs now.
 
     def mark(self, part: str) -> None:
         """``part`` of the open step begins here; said of requests that are not as recorded."""
@@ -252,6 +254,13 @@ class PlannedAllocator:
             return
         if os.getpid() == self._process:
             step.marks.append((self._library.memtrain_arena_requests(self._arena), part))
+
+    @property
+    def follows(self) -> bool:
+        """Whether a step is open that follows a plan, has not left it, and has room in the arena."""
+        step = self._step
+        planned = step is not None and not step.ordinary and step.pattern.plan is not None
+        return planned and self.vacant_bytes() > 0
 
     def vacate(self) -> None:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""

@@ -26,9 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from memtrain import malloc
 from memtrain.arena.allocator import ArenaError, ArenaReport, ArenaSettings, ArenaWarning, PlannedAllocator
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
+from memtrain.planner.decisions import Decisions
+from memtrain.planner.together import Together, together
 from memtrain.planner.units import format_gib
 
 if TYPE_CHECKING:
@@ -72,6 +75,7 @@ class PlannedPasses:
         micro_batches: passes per update.
         update_waits: whether an update is still to be done that the next pass will do.
         most_bytes: that the arena may take.
+        together: what the plan's slabs, rings and transients are together.
     """
 
     def __init__(
@@ -83,8 +87,10 @@ class PlannedPasses:
         micro_batches: int,
         update_waits: Callable[[], bool],
         most_bytes: int,
+        together: Together,
     ) -> None:
         self.most_bytes = most_bytes
+        self._together = together
         self._micro_batches = micro_batches
         self._update_waits = update_waits
         self._arena = PlannedAllocator(
@@ -126,6 +132,7 @@ class PlannedPasses:
             micro_batches=plan.micro_batches,
             update_waits=lambda: session.optimizer.update_waits,
             most_bytes=sum(line.size_bytes for line in lines),
+            together=together(session.profile, Decisions.of(plan, on_cpu=True)),
         )
 
     def remove(self) -> None:
@@ -135,6 +142,7 @@ class PlannedPasses:
         self._hooks.clear()
         self._end(completed=False)
         self._arena.close()
+        malloc.keep_freed(False)
 
     def report(self) -> ArenaReport:
         """How it went so far."""
@@ -143,10 +151,18 @@ class PlannedPasses:
     def vacate(self) -> None:
         """Outside of passes: give the arena's memory back until the next one, to what is done meanwhile."""
         self._arena.vacate()
+        if self._open is None:
+            malloc.keep_freed(False)
+
+    @property
+    def follows(self) -> bool:
+        """Whether a pass or update is under way for whose requests there is room in the arena."""
+        return self._arena.follows
 
     def occupied_bytes(self) -> int:
-        """Resident memory of this process, without what the arena has free for the next part of a step."""
-        return resident.rss_bytes() - self._arena.vacant_bytes()
+        """Resident memory of this process; where no plan is followed, without what the arena has free for the
+        next part of a step."""
+        return resident.rss_bytes() - (0 if self.follows else self._arena.vacant_bytes())
 
     def lines(self) -> list[str]:
         """For a session's report."""
@@ -162,7 +178,15 @@ class PlannedPasses:
             f"{format_gib(self.most_bytes)}; passes and updates as planned {found.planned_steps}, recorded "
             f"{found.recorded_steps}, left the plan {found.deviating_steps}, ordinary {found.ordinary_steps}"
         )
-        return [text, *(f"  {deviation}" for deviation in found.deviations[:3])]
+        return [text, self._together_line(), *(f"  {deviation}" for deviation in found.deviations[:3])]
+
+    def _together_line(self) -> str:
+        """What slabs, rings and the arena take together, against what one address space for all would."""
+        found = self._together
+        return (
+            f"slabs, staging and transients {format_gib(found.held_bytes)}, in use at once at most "
+            f"{format_gib(found.load_bytes)} ({found.position}): {found.over:.1%} more"
+        )
 
     # where steps begin and end ----------------------------------------------------------------
 
@@ -216,6 +240,7 @@ class PlannedPasses:
             self._warned = True
             return
         self._open, self._queued = ends_with, False
+        malloc.keep_freed(self.follows)
 
     def _end(self, *, completed: bool = True) -> None:
         if self._open is not None:

@@ -50,3 +50,56 @@ malloc.restart_with_allocator()
     assert first[0] == second[0]
     assert (first[1], second[1]) == ("False", "True")
     assert first[2] == second[2] == "['a', 'b=c']"
+
+
+def run_tuned(code: str, **environment: str) -> str:
+    """What a process says that started with the allocator."""
+    tuned = tuned_environment({**environment}, mimalloc_library())
+    assert tuned is not None
+    plain = {k: v for k, v in os.environ.items() if k not in tuned and k != "GLIBC_TUNABLES"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=plain | tuned, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
+def test_while_freed_memory_is_kept_it_comes_without_page_faults_and_a_trim_still_gives_it_back() -> None:
+    code = """
+import ctypes, resource
+from memtrain import malloc
+from memtrain.planner import resident
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+SIZE = 8 << 20
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(SIZE)
+    ctypes.memset(block, 1, SIZE)
+    libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def least():
+    return min(faults() for _ in range(4))
+
+given_back = least()
+assert malloc.keep_freed(True) and malloc.keep_freed(True)
+kept = least()
+resident.trim()
+after_trim = faults()
+assert malloc.keep_freed(False)
+print(given_back, kept, after_trim, least())
+"""
+    given_back, kept, after_trim, again = map(int, run_tuned(code, MIMALLOC_PURGE_DELAY="0").split())
+    assert kept == 0
+    assert min(given_back, after_trim, again) > 0
+
+
+def test_an_allocator_that_we_have_not_chosen_is_left_alone() -> None:
+    code = "from memtrain import malloc; print(malloc.keep_freed(True), malloc.keep_freed(False))"
+    environment = {k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "MEMTRAIN_MALLOC_TUNED")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split() == ["False", "False"]

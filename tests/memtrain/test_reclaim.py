@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ class Heap:
 
 
 def make(
-    limit_bytes: int = 6400, **transients: int
+    limit_bytes: int = 6400, *, is_served: Callable[[], bool] = lambda: False, **transients: int
 ) -> tuple[Reclaimer, Heap, nn.Sequential, torch.optim.Optimizer]:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     heap = Heap()
@@ -42,6 +44,7 @@ def make(
         optimizer,
         limit_bytes=limit_bytes,
         transients={name.replace("_", " "): size for name, size in transients.items()},
+        is_served=is_served,
         rss_bytes=lambda: heap.rss_bytes,
         trim=heap.trim,
         drop_library_pages=heap.drop,
@@ -59,6 +62,22 @@ def test_one_block_after_another_may_come_within_a_64th() -> None:
     reclaimer.enter("forward 1")
     assert heap.trimmed == [6301]
     assert reclaimer.times == 1
+
+
+def test_where_all_that_is_needed_is_resident_only_the_limit_counts() -> None:
+    served = [True]
+    reclaimer, heap, _, _ = make(6400, is_served=lambda: served[0], forward_0=3000, forward_1=3000)
+    heap.rss_bytes = 6400
+    reclaimer.enter("forward 0")
+    reclaimer.enter("forward 1")
+    assert heap.trimmed == []
+    heap.rss_bytes = 6401
+    reclaimer.enter("forward 1")
+    assert heap.trimmed == [6401]
+    served[0] = False
+    heap.rss_bytes = 6350
+    reclaimer.enter("backward 1")
+    assert heap.trimmed == [6401, 6350]
 
 
 def test_a_block_that_needs_more_than_those_before_it_gets_room_for_the_rest() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -27,9 +28,11 @@ class Gpu:
         self.alive: dict[int, int] = {}
         self.limit = 1 << 30
         self.waits = 0
+        self.pause = lambda what: None
         self.malloc, self.free = MALLOC(self._malloc), FREE(self._free)
 
     def _malloc(self, out, size):
+        self.pause("malloc")
         if sum(self.alive.values()) + size > self.limit:
             return OUT_OF_MEMORY
         out[0] = LIBC.aligned_alloc(ALIGNMENT_BYTES, -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
@@ -37,6 +40,7 @@ class Gpu:
         return 0
 
     def _free(self, address):
+        self.pause("free")
         del self.alive[address]
         LIBC.free(address)
         return 0
@@ -226,6 +230,97 @@ def test_tensors_outlive_the_arena(arena: DeviceAllocator, gpu: Gpu) -> None:
     assert len(gpu.alive) == 1
     kept.drop()
     assert not gpu.alive
+
+
+class Held:
+    """One call of a stand-in that does not return before it is let go."""
+
+    def __init__(self, gpu: Gpu, what: str) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self.was_let_go: list[bool] = []
+        self._what, self._gpu = what, gpu
+        gpu.pause = self._pause
+
+    def _pause(self, what: str) -> None:
+        if what == self._what and not self.begun.is_set():
+            self._gpu.pause = lambda what: None
+            self.begun.set()
+            self.was_let_go.append(self.go.wait(20))
+
+    def during(self, work: Callable[[], object], then: Callable[[], object]) -> None:
+        """``then`` while ``work`` is held."""
+        thread = threading.Thread(target=work)
+        thread.start()
+        assert self.begun.wait(20)
+        then()
+        self.go.set()
+        thread.join()
+        assert self.was_let_go == [True]
+
+
+def test_while_memory_is_asked_for_others_get_their_places(arena: DeviceAllocator, gpu: Gpu) -> None:
+    learn(arena)
+    made: list[Tensor] = []
+
+    def ask() -> None:
+        made.append(Tensor(arena, 5000, 9, stream=OTHER))
+
+    with arena.step():
+        first, second = Tensor(arena, 4096, 1), Tensor(arena, 1000, 2)
+        first.drop()
+        Held(gpu, "malloc").during(ask, lambda: Tensor(arena, 3000, 3).drop())
+        second.drop()
+    assert arena.report().planned_steps == 1
+    made[0].drop()
+
+
+def test_while_memory_is_given_back_others_get_their_places(arena: DeviceAllocator, gpu: Gpu) -> None:
+    learn(arena)
+    weight = Tensor(arena, 5000, 9)
+    with arena.step():
+        Held(gpu, "free").during(weight.drop, lambda: step(arena))
+    assert arena.report().planned_steps == 1
+
+
+def test_what_was_asked_for_in_a_recorded_step_that_is_over_is_not_the_next_one_s(
+    arena: DeviceAllocator, gpu: Gpu
+) -> None:
+    made: list[Tensor] = []
+    arena.begin()
+    held = Held(gpu, "malloc")
+
+    def end_and_learn() -> None:
+        arena.end()
+        learn(arena)
+
+    held.during(lambda: made.append(Tensor(arena, 7000, 9)), end_and_learn)
+    with arena.step():
+        step(arena)
+    assert arena.report().planned_steps == 1
+    made[0].drop()
+
+
+def test_two_steps_at_once_get_one_arena(arena: DeviceAllocator, gpu: Gpu) -> None:
+    learn(arena)
+    arena.vacate()
+    assert not gpu.alive
+    errors: list[BaseException] = []
+
+    def begin() -> None:
+        try:
+            arena.begin()
+        except ArenaError as error:
+            errors.append(error)
+
+    take, give = (ctypes.cast(f, ctypes.c_void_p).value for f in (gpu.malloc, gpu.free))
+    with DeviceAllocator(take=take, give=give, synchronise=gpu.wait) as other:
+        Held(gpu, "malloc").during(begin, other.begin)
+        other.end()
+    assert len(errors) == 1
+    assert not gpu.alive
+    with arena.step():
+        step(arena)
+    assert arena.report().planned_steps == 1
 
 
 def test_without_a_cuda_runtime_it_is_refused() -> None:
