@@ -65,7 +65,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.units import MiB, format_gib
 from memtrain.reclaim import Reclaimer, transients_of
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import form_facts, recompute_facts, staging_lines, table
+from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
 from memtrain.runfiles import make_folder, write_text
 from memtrain.streamed_model import bring_home, stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
@@ -579,6 +579,7 @@ class Session:
             )
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))
+        lines += own_step_lines(self.optimizer.refused_one_pass())
         lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
 
