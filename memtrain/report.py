@@ -140,6 +140,16 @@ def staging_lines(marks: Sequence[HighWater]) -> list[str]:
     ]
 
 
+def own_step_lines(refused: Mapping[str, int]) -> list[str]:
+    """A line for each reason why parameters are stepped by the optimizer's own code, which passes over
+    gradient, state and weight several times: by reason their number."""
+    return [
+        f"update of {count} parameter{'s' * (count > 1)} by the optimizer's own code instead of in one pass: "
+        f"{reason}"
+        for reason, count in refused.items()
+    ]
+
+
 def _blocks(count: int) -> str:
     return f"{count} block" + "s" * (count > 1)
 

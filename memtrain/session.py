@@ -78,7 +78,7 @@ from memtrain.refusals import (
     refuse_model,
 )
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.report import form_facts, recompute_facts, staging_lines, table
+from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
 from memtrain.runfiles import write_documents
 from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
 from memtrain.streamed_model import stored_weights
@@ -470,6 +470,7 @@ class Session:
         lines += tier_lines(self.engine)
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))
+        lines += own_step_lines(self.optimizer.refused_one_pass())
         lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
 

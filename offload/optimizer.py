@@ -14,6 +14,7 @@ bit for bit.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from memtrain.offload.slab import HighWater
 from memtrain.offload.state_dicts import from_state_dict, to_state_dict
 from memtrain.offload.update import Update
 from memtrain.offload.update_runner import InMemory, UpdateRunner
+from memtrain.optim.kernels import fused_adamw
 from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.plan import Plan
 
@@ -299,6 +301,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def high_water(self) -> tuple[HighWater, ...]:
         """What was used of the rings for gradients and updates so far."""
         return (*self.gradients.high_water(), *self._updates.high_water())
+
+    def refused_one_pass(self) -> dict[str, int]:
+        """Why parameters are stepped by the optimizer's own code and not in one pass with clipping, widening
+        and rounding (``optim.kernels.fused_adamw``), and how many; empty where nothing keeps any from it."""
+        found: Counter[str] = Counter()
+        for group, members in Counter(self.layout.group_of.values()).items():
+            reason = fused_adamw.refusal(self.layout.optimizer, self.param_groups[group])
+            if reason is not None:
+                found[reason] += members
+        return dict(found)
 
     # -- updates that run ahead
     # --------------------------------------------------------------------------------

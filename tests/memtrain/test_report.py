@@ -18,6 +18,7 @@ from memtrain.report import (
     error_fraction,
     form_facts,
     infeasible_text,
+    own_step_lines,
     plan_text,
     recompute_facts,
     summary_text,
@@ -55,6 +56,15 @@ def test_a_plan_in_words() -> None:
     assert "1 units with gradients on nvme, state on nvme; 1 units with gradients on device" in text
     assert "update ahead" in text
     assert "4.00 s a step (lower bound 3.80 s), 6.000 GiB moved a step" in text
+
+
+def test_why_updates_are_not_done_in_one_pass() -> None:
+    assert own_step_lines({}) == []
+    begins = "by the optimizer's own code instead of in one pass"
+    assert own_step_lines({"amsgrad=True": 1, "fused=True was not asked for": 7}) == [
+        f"update of 1 parameter {begins}: amsgrad=True",
+        f"update of 7 parameters {begins}: fused=True was not asked for",
+    ]
 
 
 def test_what_is_computed_again_in_part_and_how_exactly() -> None:

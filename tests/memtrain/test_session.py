@@ -132,6 +132,10 @@ def test_an_ordinary_loop_is_bit_equal(
         found = session.measure()
         assert found["steps"] == 5
         assert "predicted" in session.report()
+        assert session.optimizer.refused_one_pass() == {
+            "fused=True was not asked for": sum(1 for _ in model.parameters())
+        }
+        assert "own code instead of in one pass: fused=True was not asked for" in session.report()
         marks = {mark.name: mark for mark in session.high_water()}
         assert {"gradient", "update"} <= marks.keys()
         for name, mark in marks.items():

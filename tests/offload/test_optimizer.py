@@ -211,6 +211,23 @@ def test_a_group_whose_decay_is_coupled_is_stepped_as_torch_does() -> None:
         optimizer.close()
 
 
+def test_reasons_against_one_pass_are_counted_by_parameter() -> None:
+    model = make_model()
+    parameters = trainable(model)
+    groups = [
+        {"params": parameters[:1], "amsgrad": True},
+        {"params": parameters[1:3], "decoupled_weight_decay": False},
+        {"params": parameters[3:]},
+    ]
+    with open_engine() as engine:
+        optimizer = wrap(model, torch.optim.AdamW(groups, lr=1e-2, fused=True), engine)
+        found = optimizer.refused_one_pass()
+        optimizer.close()
+    others = {reason: count for reason, count in found.items() if "compiler" not in reason}
+    assert others == {"amsgrad=True": 1, "decoupled_weight_decay=False": 2}
+    assert sum(found.values()) == (len(parameters) if len(found) > len(others) else 3)
+
+
 def test_shards_that_need_no_slot_are_not_walked_past(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     away = make_plan(AHEAD).state("epilogue")
