@@ -9,7 +9,8 @@ a run needs to go on as if it had never stopped.
 State is named by parameter and whole, whatever plan it was kept under: a checkpoint loads under another
 budget, and, through ``load_optimizer_state``, into a plain optimizer. Where records hold the lower halves of
 masters (``lower_halves``), so does the checkpoint, which is then of format 2 and says which of its weights
-have the upper ones; whoever reads state here is given whole masters. Nothing is ever in memory but one tensor. Gradients are not kept: save between ``step`` and the next backward.
+have the upper ones; whoever reads state here is given whole masters. Nothing is ever in memory but one
+tensor. Gradients are not kept: save between ``step`` and the next backward.
 """
 
 from __future__ import annotations
@@ -258,8 +259,8 @@ def _upper_halves(session: Session) -> dict[str, str]:
         key = id(parameter) if weights is not None else parameter.data_ptr()
         if key not in by_tensor:
             raise CheckpointError(
-                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the lower "
-                f"half only: pass split_masters=False to prepare() or OptimizerConfig"
+                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the "
+                f"lower half only: pass split_masters=False to prepare() or OptimizerConfig"
             )
         found[name] = by_tensor[key]
     return found
@@ -278,8 +279,8 @@ def _read_optimizer(folder: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((folder / "optimizer.json").read_text())
     if document["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{folder} has format {document['format_version']}, this memtrain reads 1 to {FORMAT_VERSION}: use "
-            f"the version of memtrain that wrote it"
+            f"{folder} has format {document['format_version']}, this memtrain reads 1 to {FORMAT_VERSION}: "
+            f"use the version of memtrain that wrote it"
         )
     return document
 
