@@ -83,6 +83,7 @@ def main() -> None:
     import torch
 
     import memtrain
+    from memtrain.optimizers import measured_state_bytes
 
     budget = memtrain.Budget(device=args.budget, nvme=f"{args.swap}:{args.swap_size}")
     torch.manual_seed(0)
@@ -113,7 +114,7 @@ def main() -> None:
             report = {
                 "blocks": len(session.plan.blocks),
                 "weight_bytes": sum(p.nbytes for p in model.parameters()),
-                "state_bytes": sum(12 * p.numel() for p in model.parameters()),
+                "state_bytes": measured_state_bytes(session.optimizer),
                 "built_peak_bytes": built_peak_bytes,
                 "peak_bytes": max(built_peak_bytes, int(measured["process_peak_bytes"])),
                 "training_peak_bytes": measured["peak_bytes"],

@@ -408,8 +408,9 @@ class ParameterStreamer:
         self._pool.send(found)
 
     def mark_dirty(self, unit: str) -> None:
-        """All weights of the unit are written back before it leaves, and masters of them follow. Changes in
-        place that autograd counts (``parameter._version``) need no mark.
+        """All weights of the unit are written back before it leaves, and masters of them follow, where they
+        are whole (``lower_halves``). Changes in place that autograd counts (``parameter._version``) need no
+        mark.
 
         Raises:
             OffloadError: the unit is not held.

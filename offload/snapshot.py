@@ -258,8 +258,8 @@ def _upper_halves(session: Session) -> dict[str, str]:
         key = id(parameter) if weights is not None else parameter.data_ptr()
         if key not in by_tensor:
             raise CheckpointError(
-                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the lower "
-                f"half only: pass split_masters=False to prepare() or OptimizerConfig"
+                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the "
+                f"lower half only: pass split_masters=False to prepare() or OptimizerConfig"
             )
         found[name] = by_tensor[key]
     return found
@@ -279,8 +279,8 @@ def _read_optimizer(folder: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((folder / "optimizer.json").read_text())
     if document["format_version"] not in range(1, FORMAT_VERSION + 1):
         raise CheckpointError(
-            f"{folder} has format {document['format_version']}, this memtrain reads 1 to {FORMAT_VERSION}: use "
-            f"the version of memtrain that wrote it"
+            f"{folder} has format {document['format_version']}, this memtrain reads 1 to {FORMAT_VERSION}: "
+            f"use the version of memtrain that wrote it"
         )
     return document
 

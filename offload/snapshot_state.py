@@ -1,4 +1,4 @@
-"""The optimizer's state in a checkpoint's files, as an optimizer sees it: masters whole, whatever is stored."""
+"""The optimizer's state in a checkpoint's files, as an optimizer sees it: masters are whole there."""
 
 from __future__ import annotations
 

@@ -243,7 +243,7 @@ class UnitProfile:
     written_extent_bytes: int = 0
     """Of those the parameters that an update changes; the others are never written again."""
     overwritten: bool = False
-    """An update makes all of ``weight_extent_bytes`` anew from fp32 masters and need not read them."""
+    """An update makes all of ``weight_extent_bytes`` anew from whole fp32 masters and need not read them."""
     borrows: tuple[str, ...] = ()
     """Units whose weights are used here too, for they hold a parameter that is tied to one of this unit's
     modules: a head that is the prologue's table."""

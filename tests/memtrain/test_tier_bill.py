@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import memtrain
 from memtrain.offload.extents import reserved
 from memtrain.offload.shards import FlatIndex, ShardLayout, StateSpec, StateTensor
+from memtrain.optim.kernels import fused_adamw
 from memtrain.planner.actions import Tier
 from memtrain.planner.decisions import (
     PlannerOptions,
@@ -57,10 +58,10 @@ PLANS: dict[str, dict[str, Any]] = {
 
 def build(kind: str) -> tuple[Net, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model = Net().to(torch.bfloat16 if kind == "master" else torch.float32)
+    model = Net().to(torch.bfloat16 if kind in ("master", "halves") else torch.float32)
     if kind == "by norm":
         return model, ByNorm(model.parameters(), lr=1e-2)
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=kind == "halves")
 
 
 def train(kind: str, force: dict[str, Any], nvme: str) -> tuple[memtrain.Session, int]:
@@ -72,7 +73,7 @@ def train(kind: str, force: dict[str, Any], nvme: str) -> tuple[memtrain.Session
         (tokens(0),),
         budget=memtrain.Budget(device="3GiB", nvme=nvme),
         micro_batches=2,
-        master_weights=kind == "master",
+        master_weights=kind in ("master", "halves"),
         options=PlannerOptions(
             force=force,
             update_schedule="ahead" if MOVED in force.values() else "auto",
@@ -89,12 +90,29 @@ def train(kind: str, force: dict[str, Any], nvme: str) -> tuple[memtrain.Session
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [*(("master", name) for name in PLANS), ("adamw", "mixed"), ("by norm", "mixed")]
+    ("kind", "name"),
+    [
+        *(("master", name) for name in PLANS),
+        *((kind, "mixed") for kind in ("adamw", "by norm", "halves")),
+        ("halves", "swap"),
+    ],
 )
 def test_the_bill_covers_what_is_allocated_and_its_bytes_are_enough(
     tmp_path: Path, kind: str, name: str
 ) -> None:
     session, used = train(kind, PLANS[name], f"{tmp_path}:1GiB")
+    assert bool(session.optimizer.layout.halves) is (kind == "halves" and fused_adamw.agrees())
+    for unit in session.profile.units:  # in a record each tensor has its own bytes, and pages
+        parts = {name for name in session.optimizer.index.parameters if name in unit.parameters}
+        stored = [(shard, piece) for part in parts for shard, piece in session.optimizer.index.pieces[part]]
+        specs = {shard: session.optimizer.layout.shards[shard].specs for shard, _ in stored}
+        if kind != "by norm":
+            assert unit.state_bytes == sum(
+                piece.elements * tensor.dtype.itemsize
+                for shard, piece in stored
+                if not shard.small
+                for tensor in specs[shard][piece.name].tensors
+            )
     planned, profile = session.plan.peak(Tier.NVME), session.profile
     parameters = sum(len(unit.parameters) for unit in profile.units)
     # A page for each parameter's gradient and each tensor of its state, and two for a block.

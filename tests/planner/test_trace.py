@@ -110,6 +110,38 @@ def test_master_weights_add_four_bytes_an_element() -> None:
     assert profile.update_workspace_bytes_per_element == 2  # the bf16 gradient's bytes again, to widen it
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_the_lower_half_of_a_master_takes_two_bytes(half: bool) -> None:
+    """Of large parameters; a bias keeps its master whole. Nothing is widened in a slot, and an update reads
+    the weight."""
+    wide = 2048
+    blocks = [nn.Sequential(nn.Linear(WIDTH, wide), nn.ReLU(), nn.Linear(wide, WIDTH)) for _ in range(2)]
+    model, large = Plain([*blocks]).bfloat16(), WIDTH * wide
+    assert large == 65536
+    asked: list[int] = []
+
+    def keeps_half(group: dict[str, Any], parameter: Tensor) -> bool:
+        asked.append(parameter.numel())
+        return group["lr"] == 1e-3
+
+    profile = profile_model(
+        model,
+        torch.randn(ROWS, 8).bfloat16(),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3 if half else 1e-2, fused=True),
+        elementwise=True,
+        master_weights=True,
+        keeps_half=keeps_half,
+    )
+    assert set(asked) == {large}
+    state = 10 if half else 12
+    assert (profile.state_bytes_per_element, profile.state_tensors) == (state, 3)
+    assert profile.update_workspace_bytes_per_element == (0 if half else 2)
+    block = profile.units[1]
+    assert block.state_bytes == state * 2 * large
+    assert block.resident_state_bytes == (2 + 12) * (wide + WIDTH)
+    assert block.overwritten is not half
+
+
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_the_caller_says_whether_the_optimizer_is_elementwise(elementwise: bool) -> None:
     model = Plain([Block(), Block()])
