@@ -3,7 +3,6 @@ piece."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -213,10 +212,7 @@ class RecordStore:
             self.changed_weight_bytes[shard.unit] += piece.elements * piece.parameter.dtype.itemsize
 
     def _state_bytes(self, piece: Piece) -> int:
-        return sum(
-            (piece.elements if tensor.shape is None else math.prod(tensor.shape)) * tensor.dtype.itemsize
-            for tensor in self._specs[piece.name].tensors
-        )
+        return sum(tensor.bytes_for(piece.shape) for tensor in self._specs[piece.name].tensors)
 
     def on_tier(self, shard: Shard) -> bool:
         """Whether the shard's record must be read and written."""
@@ -272,7 +268,7 @@ class RecordStore:
 
     def shape(self, name: str, tensor: StateTensor) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        return tuple(self._index.parameters[name].shape) if tensor.shape is None else tensor.shape
+        return tensor.shape_for(tuple(self._index.parameters[name].shape))
 
     def find(self, name: str, key: str) -> StateTensor:
         """The description of one state tensor. Raises KeyError with both names."""
@@ -405,7 +401,7 @@ class StateAccess:
         whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
         for shard, piece in self._index.pieces[name]:
             part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
-            (whole if tensor.shape is not None else piece.of(whole)).copy_(part)
+            tensor.part_of(whole, piece).copy_(part)
         return whole
 
     def _scatter(self, cursor: RecordCursor, name: str, key: str, value: Tensor) -> None:
@@ -425,4 +421,4 @@ class StateAccess:
         value = value.contiguous()
         for shard, piece in self._index.pieces[name]:
             part = self._layouts[shard].state(cursor.at(shard, change=True), piece)[key]
-            part.copy_(value if tensor.shape is not None else piece.of(value))
+            part.copy_(tensor.part_of(value, piece))
