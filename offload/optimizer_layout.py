@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,24 @@ from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.lower_halves import LOWER_KEY, keeps_lower_half
-from memtrain.offload.optimizer_probe import is_elementwise, state_spec
-from memtrain.offload.shards import MASTER_KEY, FlatIndex, Shard, ShardLayout, StateSpec, StateTensor, Unit
+from memtrain.offload.optimizer_probe import state_cuts, state_spec
+from memtrain.offload.shards import (
+    MASTER_KEY,
+    SMALL,
+    FlatIndex,
+    Shard,
+    ShardLayout,
+    StateSpec,
+    StateTensor,
+    Unit,
+)
+from memtrain.offload.state_cuts import Cuts
 from memtrain.optim.storage import lower_half
 from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 
 _ELEMENTWISE_SHAPE = (8, 16)  # any: an elementwise optimizer's state follows the parameter's shape
+_BLOCKWISE_SHAPE = (SMALL // 256, 256)  # any that is cut: the state of smaller ones may not be quantised
 
 
 class OptimizerLayout:
@@ -49,7 +61,8 @@ class OptimizerLayout:
         self.optimizer = optimizer
         self.param_groups = optimizer.param_groups
         self._master_weights = master_weights
-        self.elementwise = self._find_elementwise() if elementwise is None else elementwise
+        self._cuts = {} if elementwise is False else self._find_cuts()
+        self.elementwise = None not in self._cuts.values() if elementwise is None else elementwise
         self.index = FlatIndex(units, shard_elements, whole_parameters=not self.elementwise)
         self.unplanned = {id(p): name for _, members in units for name, p in members if not p.requires_grad}
         """Names of parameters that were frozen when the plan was made, by ``id``: for messages."""
@@ -89,14 +102,15 @@ class OptimizerLayout:
         narrow = parameter.dtype in (torch.bfloat16, torch.float16)
         return torch.float32 if self._master_weights and narrow else parameter.dtype
 
-    def _find_elementwise(self) -> bool:
-        return all(
-            is_elementwise(self.optimizer, group, dtype)
-            for group in self.param_groups
-            for dtype in {
-                self._work_dtype(parameter) for parameter in group["params"] if parameter.requires_grad
-            }
-        )
+    def _find_cuts(self) -> dict[tuple[int, torch.dtype], Cuts | None]:
+        """How state is cut, by number of the group and dtype that is stepped; None where it may not be."""
+        kinds = {
+            (number, self._work_dtype(parameter)): group
+            for number, group in enumerate(self.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad
+        }
+        return {kind: state_cuts(self.optimizer, group, kind[1]) for kind, group in kinds.items()}
 
     def _match_groups(self) -> dict[str, int]:
         numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
@@ -130,12 +144,11 @@ class OptimizerLayout:
         specs = {}
         for name, parameter in self.index.parameters.items():
             group, dtype = self.group_of[name], self._work_dtype(parameter)
-            shape = _ELEMENTWISE_SHAPE if self.elementwise else tuple(parameter.shape)
+            cuts = (self._cuts[group, dtype] or {}) if self.elementwise else None
+            shape = _probed_shape(tuple(parameter.shape), cuts)
             key = (group, dtype, shape)
             if key not in found:
-                found[key] = state_spec(
-                    self.optimizer, self.param_groups[group], shape, dtype, cut=self.elementwise
-                )
+                found[key] = state_spec(self.optimizer, self.param_groups[group], shape, dtype, cuts=cuts)
             master = (StateTensor(key=MASTER_KEY, dtype=torch.float32),) if dtype != parameter.dtype else ()
             specs[name] = dataclasses.replace(found[key], tensors=master + found[key].tensors)
         return specs
@@ -148,3 +161,12 @@ def _stored(spec: StateSpec) -> StateSpec:
         for tensor in spec.tensors
     )
     return dataclasses.replace(spec, tensors=tuple(tensors))
+
+
+def _probed_shape(shape: tuple[int, ...], cuts: Cuts | None) -> tuple[int, ...]:
+    """What stands for a parameter of ``shape`` when its state is looked at."""
+    if cuts is None:
+        return shape
+    if all(per == 1 for per in cuts.values()):
+        return _ELEMENTWISE_SHAPE
+    return shape if math.prod(shape) < SMALL else _BLOCKWISE_SHAPE

@@ -1,8 +1,9 @@
 """What an optimizer does, found out by running it on small tensors: its state, and whether it may be cut.
 
-An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it. That
-is a property of the class and of its hyper-parameters, so it is tried on the very instance's class, per
-parameter group.
+An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it that
+begin at multiples of ``PIECE_ALIGNMENT``: also one whose state is quantised in blocks, which then lie within
+pieces. That is a property of the class and of its hyper-parameters, so it is tried on the very instance's
+class, per parameter group.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.shards import PIECE_ALIGNMENT, StateSpec, StateTensor
+from memtrain.offload.state_cuts import SHARED, Cuts, find_cuts
+
+Original = tuple[Tensor, int]
+"""What a stand-in is of: a parameter, and the element of it at which the stand-in begins. One that is not all
+of it is flat."""
 
 _PROBE_SHAPE = (48, 257)  # 12336 elements: no power of two, a tail behind six aligned blocks
 _PROBE_CUTS = (0, 2 * PIECE_ALIGNMENT, 5 * PIECE_ALIGNMENT, 48 * 257)
@@ -31,7 +37,8 @@ class UnsupportedOptimizerError(PlanMismatchError):
 
 class StandIns(Protocol):
     """What an optimizer's ``stand_ins()`` gives, where its step needs to know more of a parameter than
-    gradient, state and group: such as a number that random bits depend on, or a count of steps.
+    gradient, state and group: such as a number that random bits depend on, a count of steps, or where in its
+    parameter a piece lies.
     """
 
     def count_step(self) -> None:
@@ -42,10 +49,19 @@ class StandIns(Protocol):
         self,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
-        originals: Mapping[Tensor, Tensor],
+        originals: Mapping[Tensor, Original],
     ) -> dict[Tensor, dict[str, Any]]:
-        """One step over ``groups`` of stand-ins for ``originals``; the state after it."""
+        """One step over ``groups`` of stand-ins for ``originals``; the state after it.
+
+        An original that is none of the optimizer's parameters is one of a trial: the only one there is.
+        """
         ...
+
+
+def plain_step(optimizer: torch.optim.Optimizer) -> Any:
+    """The class's ``step``, to be called with an instance: no hooks of all optimizers fire."""
+    step: Any = type(optimizer).step
+    return getattr(step, "__wrapped__", step) if getattr(step, "hooked", None) else step
 
 
 class Runner:
@@ -53,21 +69,25 @@ class Runner:
 
     It shares the instance's attributes but has parameter groups, state and hooks of its own, so that the
     user's instance keeps its own. Hooks registered on the instance, or for all optimizers, do not fire here.
-    An optimizer that has a method ``stand_ins`` does it itself.
+    An optimizer that has a method ``stand_ins`` does it itself; for those of bitsandbytes
+    ``bitsandbytes_steps`` does.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.name = type(optimizer).__name__
         self.stand_ins: StandIns | None = None
+        from memtrain.offload import bitsandbytes_steps  # which is made of this module
+
         if callable(getattr(optimizer, "stand_ins", None)):
             self.stand_ins = optimizer.stand_ins()  # type: ignore[attr-defined]
+        elif bitsandbytes_steps.is_of_bitsandbytes(optimizer):
+            self.stand_ins = bitsandbytes_steps.BitsAndBytesSteps(optimizer)
         self.twin: Any = object.__new__(type(optimizer))
         self.twin.__dict__.update(optimizer.__dict__)
         self.twin.__dict__.pop("step", None)  # a scheduler's wrapper, bound to the instance
         for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(self.twin, hooks, OrderedDict())
-        step = type(optimizer).step
-        self._step: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", None) else step
+        self._step: Any = plain_step(optimizer)
 
     def count_step(self) -> None:
         """A step has been asked for, and ``run`` will be called for parts of it."""
@@ -78,12 +98,12 @@ class Runner:
         self,
         groups: list[dict[str, Any]],
         state: dict[Tensor, dict[str, Any]],
-        originals: Mapping[Tensor, Tensor] | None = None,
+        originals: Mapping[Tensor, Original] | None = None,
     ) -> dict[Tensor, dict[str, Any]]:
         """One step over ``groups``, from ``state``; the state after it.
 
         Args:
-            originals: the optimizer's parameters by stand-in; none in a trial.
+            originals: of what each stand-in is; one that is left out stands for itself, in a trial.
         """
         if self.stand_ins is not None:
             with torch.no_grad():
@@ -109,18 +129,26 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:
-    """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit.
+    """Whether steps with the group's hyper-parameters may be cut into flat pieces, bit for bit."""
+    return state_cuts(optimizer, group, dtype) is not None
+
+
+def state_cuts(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> Cuts | None:
+    """How state is cut where steps with the group's hyper-parameters may be cut into flat pieces; None where
+    that does not give the same bits.
 
     Tried at the learning rate that the group has now, and at one that surely moves weights: under a warm-up
     that begins at 0 no weight moves, and whatever is done with a whole parameter's norm does not show.
     """
-    moved = False
+    moved, found = False, list[Cuts]()
     for tried in (group, _with_learning_rate(group, _PROBE_LEARNING_RATE)):
         outcome = _try_cut(optimizer, tried, dtype)
         if outcome is None:
-            return False
-        moved |= outcome
-    return moved  # weights that never move say nothing
+            return None
+        found.append(outcome[0])
+        moved |= outcome[1]
+    # Weights that never move say nothing.
+    return found[0] if moved and found[0] == found[1] else None
 
 
 def _with_learning_rate(group: dict[str, Any], value: float) -> dict[str, Any]:
@@ -130,12 +158,17 @@ def _with_learning_rate(group: dict[str, Any], value: float) -> dict[str, Any]:
     return {**group, "lr": torch.full_like(rate, value) if isinstance(rate, Tensor) else value}
 
 
-def _try_cut(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool | None:
-    """Whether weights moved in a trial whose cut and uncut steps agree; None where they do not."""
+def _try_cut(
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype
+) -> tuple[Cuts, bool] | None:
+    """How state is cut in a trial whose cut and uncut steps agree, and whether weights moved; None where they
+    do not agree."""
     device = _device_of(group)  # another device has other kernels
     whole = _Trial(optimizer, group, [torch.empty(_PROBE_SHAPE, dtype=dtype, device=device)])
     sizes = [stop - start for start, stop in pairwise(_PROBE_CUTS)]
-    cut = _Trial(optimizer, group, [torch.empty(size, dtype=dtype, device=device) for size in sizes])
+    pieces = [torch.empty(size, dtype=dtype, device=device) for size in sizes]
+    cut = _Trial(optimizer, group, pieces, starts=_PROBE_CUTS[:-1], whole=whole.parameters[0])
+    cuts: Cuts | None = None
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> Tensor:
@@ -149,15 +182,18 @@ def _try_cut(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: tor
             gradient = draw()
             whole.step([gradient])
             cut.step(gradient.view(-1).split(sizes))
-            if not _agree(whole, cut):
+            found = _agree(whole, cut)
+            if found is None or (cuts is not None and found != cuts):
                 return None
+            cuts = found
     except UnsupportedOptimizerError:
         raise
     except Exception:
         # Refuses flat pieces (Muon takes matrices only). Whether it takes whole parameters, state_spec will
         # see.
         return None
-    return not torch.equal(whole.parameters[0], start)
+    assert cuts is not None
+    return cuts, not torch.equal(whole.parameters[0], start)
 
 
 def state_spec(
@@ -166,12 +202,12 @@ def state_spec(
     shape: Sequence[int],
     dtype: torch.dtype,
     *,
-    cut: bool,
+    cuts: Cuts | None,
 ) -> StateSpec:
     """The state of a parameter of ``shape`` after a step.
 
     Args:
-        cut: the optimizer is elementwise: state of the parameter's shape may be cut with it.
+        cuts: how state is cut; what they do not name, where it has the parameter's shape. None: not at all.
 
     Raises:
         UnsupportedOptimizerError: it needs a closure, keeps state outside tensors and numbers, changes the
@@ -193,7 +229,7 @@ def state_spec(
                 f"{error!r}. Such an optimizer cannot be run on substituted parameters"
             ) from error
         specs.append(
-            _describe(trial.runner.name, trial.state.get(trial.parameters[0], {}), tuple(shape), cut)
+            _describe(trial.runner.name, trial.state.get(trial.parameters[0], {}), tuple(shape), cuts)
         )
     if specs[0] != specs[1]:
         raise UnsupportedOptimizerError(
@@ -210,12 +246,25 @@ def _device_of(group: dict[str, Any]) -> torch.device:
 
 
 class _Trial:
-    """Some stand-in parameters under the optimizer's class and a group's hyper-parameters."""
+    """Some stand-in parameters under the optimizer's class and a group's hyper-parameters.
+
+    Args:
+        starts: where in ``whole`` the parameters begin, if they are pieces of it.
+    """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, group: dict[str, Any], parameters: list[Tensor]
+        self,
+        optimizer: torch.optim.Optimizer,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        *,
+        starts: Sequence[int] = (),
+        whole: Tensor | None = None,
     ) -> None:
         self.parameters = parameters
+        self._originals: dict[Tensor, Original] = {}
+        if whole is not None:
+            self._originals = {p: (whole, start) for p, start in zip(parameters, starts, strict=True)}
         self.runner = Runner(optimizer)
         self.hyper = hyperparameters(group)
         self.state: dict[Tensor, dict[str, Any]] = {}
@@ -242,7 +291,7 @@ class _Trial:
         before = self._numbers(group)
         try:
             with torch.random.fork_rng({p.device for p in self.parameters if p.is_cuda}):
-                self.state = dict(self.runner.run([group], self.state))
+                self.state = dict(self.runner.run([group], self.state, self._originals))
         except TypeError as error:
             if "closure" in str(error):
                 raise UnsupportedOptimizerError(
@@ -271,37 +320,17 @@ class _Trial:
         }
 
 
-def _agree(whole: _Trial, cut: _Trial) -> bool:
-    """Parameter and state of the uncut trial equal those of the cut one, end to end."""
+def _agree(whole: _Trial, cut: _Trial) -> Cuts | None:
+    """How state is cut, where parameter and state of the uncut trial are those of the cut one, end to end."""
     parameter = whole.parameters[0]
     if not torch.equal(parameter.view(-1), torch.cat(cut.parameters)):
-        return False
-    state = whole.state.get(parameter, {})
-    parts = [cut.state.get(piece, {}) for piece in cut.parameters]
-    for key, value in state.items():
-        others = [part.get(key) for part in parts]
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            tensors = [other for other in others if isinstance(other, Tensor)]
-            shapes = [tensor.shape for tensor in tensors]
-            if shapes != [piece.shape for piece in cut.parameters]:
-                return False
-            if not torch.equal(value.reshape(-1), torch.cat(tensors)):
-                return False
-        elif not all(same_scalar(value, other) for other in others):
-            return False
-    return all(part.keys() == state.keys() for part in parts)
+        return None
+    states = [cut.state.get(piece, {}) for piece in cut.parameters]
+    sizes = [piece.numel() for piece in cut.parameters]
+    return find_cuts(parameter.shape, whole.state.get(parameter, {}), sizes, states)
 
 
-def same_scalar(one: Any, other: Any) -> bool:
-    """Equality of 0-dim tensors or numbers, NaN equal to itself; other things are no scalars."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.dim() > 0 or other.dim() > 0 or one.dtype != other.dtype:
-            return False
-        return torch.equal(one.nan_to_num(), other.nan_to_num())
-    return type(one) is type(other) and bool(one == other or one != one)
-
-
-def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: bool) -> StateSpec:
+def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cuts: Cuts | None) -> StateSpec:
     tensors, scalars, on_device = [], set(), set()
     for key, value in state.items():
         if isinstance(value, Tensor) and value.layout is torch.strided:
@@ -309,10 +338,7 @@ def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: boo
                 scalars.add(key)
                 on_device |= {key} if value.is_cuda else set()
             else:
-                own = cut and tuple(value.shape) == shape
-                tensors.append(
-                    StateTensor(key=key, dtype=value.dtype, shape=None if own else tuple(value.shape))
-                )
+                tensors.append(_state_tensor(key, value, shape, cuts))
         elif isinstance(value, _SCALAR_TYPES):
             scalars.add(key)
         else:
@@ -324,3 +350,11 @@ def _describe(name: str, state: dict[str, Any], shape: tuple[int, ...], cut: boo
     return StateSpec(
         tensors=tuple(tensors), scalars=frozenset(scalars), scalars_on_device=frozenset(on_device)
     )
+
+
+def _state_tensor(key: str, value: Tensor, shape: tuple[int, ...], cuts: Cuts | None) -> StateTensor:
+    if cuts is not None and (per := cuts.get(key, 1)) != SHARED:
+        tensor = StateTensor(key=key, dtype=value.dtype, per=per)
+        if tensor.shape_for(shape) == tuple(value.shape):
+            return tensor
+    return StateTensor(key=key, dtype=value.dtype, shape=tuple(value.shape))

@@ -3,7 +3,6 @@ piece."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -226,10 +225,7 @@ class RecordStore:
             self.changed_weight_bytes[shard.unit] += piece.elements * piece.parameter.dtype.itemsize
 
     def _state_bytes(self, shard: Shard, piece: Piece) -> int:
-        return sum(
-            (piece.elements if tensor.shape is None else math.prod(tensor.shape)) * tensor.dtype.itemsize
-            for tensor in self._layouts[shard].specs[piece.name].tensors
-        )
+        return sum(tensor.bytes_for(piece.shape) for tensor in self._layouts[shard].specs[piece.name].tensors)
 
     def check_weights(self, names: Iterable[str], *, thorough: bool = False) -> None:
         """Raises WeightsWrittenError where lower halves no longer belong to the weights beside them; see
@@ -296,7 +292,7 @@ class RecordStore:
 
     def shape(self, name: str, tensor: StateTensor) -> tuple[int, ...]:
         """Shape of the whole tensor."""
-        return tuple(self._index.parameters[name].shape) if tensor.shape is None else tensor.shape
+        return tensor.shape_for(tuple(self._index.parameters[name].shape))
 
     def find(self, name: str, key: str) -> StateTensor:
         """The description of one state tensor. Raises KeyError with both names."""
@@ -456,7 +452,7 @@ class StateAccess:
         whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
         for shard, piece in self._index.pieces[name]:
             part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
-            (whole if tensor.shape is not None else piece.of(whole)).copy_(part)
+            tensor.part_of(whole, piece).copy_(part)
         return whole
 
     def _parts(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Iterator[Tensor]:
@@ -486,7 +482,7 @@ class StateAccess:
         with halves.hold(name) if master else nullcontext():
             for shard, piece in self._index.pieces[name]:
                 stored = self._layouts[shard].state(cursor.at(shard, change=True), piece)
-                part = value if tensor.shape is not None else piece.of(value)
+                part = tensor.part_of(value, piece)
                 if master:
                     halves.write_master(piece, stored, part)
                 elif key == SECOND_KEY and name in halves.names:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtrain.offload.optimizer_probe import Runner, UnsupportedOptimizerError, hyperparameters, same_scalar
+from memtrain.offload.optimizer_probe import Runner, UnsupportedOptimizerError, hyperparameters
 from memtrain.offload.row_records import RowState, scalar_copy
+from memtrain.offload.state_cuts import same_scalar
 
 _SHAPE = (11, 37)  # no multiple of a vector's lanes
 _STEPS = ((1, 4, 5, 9), (0, 4, 10), (), (5, 9))

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_ring import settle
-from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar
+from memtrain.offload.optimizer_probe import Runner, hyperparameters
 from memtrain.offload.row_probe import row_states, sparse_rows
 from memtrain.offload.row_records import RowRecords, scalar_copy
 from memtrain.offload.row_table import RowTable
 from memtrain.offload.slab import Slab
+from memtrain.offload.state_cuts import same_scalar
 from memtrain.offload.store import Store, Ticket, wait_all
 
 SLOTS = 3

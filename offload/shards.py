@@ -8,6 +8,7 @@ and every vector lane of the optimizer's loops falls as it does on the uncut par
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,7 +22,8 @@ SMALL = 65536
 """Parameters of fewer elements keep gradient and state in memory: 12 bytes each of at most 64 Ki elements are
 less than one transfer's worth (the disks measured need 4-8 MiB in flight)."""
 PIECE_ALIGNMENT = 2048
-"""Elements. 4 KiB of bf16, the direct-I/O block; a multiple of every vector width."""
+"""Elements. 4 KiB of bf16, the direct-I/O block; a multiple of every vector width, and of the blocks of
+quantised states."""
 PAGE_BYTES = 4096
 _RESIDENT_ALIGNMENT_BYTES = 64  # a cache line: records that never leave memory need no pages
 
@@ -91,7 +93,29 @@ class StateTensor:
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...] | None = None
-    """None where the tensor has its parameter's shape and may be cut with it."""
+    """None where the tensor is cut with its parameter."""
+    per: int = 1
+    """Elements of the parameter to one of a tensor that is cut. 1: it has the parameter's shape. More: it is
+    flat, such as the scales of blocks, or codes of which two lie in a byte; divides ``PIECE_ALIGNMENT``."""
+
+    def shape_for(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Its own for a parameter or piece of ``shape``."""
+        if self.shape is not None:
+            return self.shape
+        return shape if self.per == 1 else (-(-math.prod(shape) // self.per),)
+
+    def bytes_for(self, shape: tuple[int, ...]) -> int:
+        """What it takes for a parameter or piece of ``shape``."""
+        return math.prod(self.shape_for(shape)) * self.dtype.itemsize
+
+    def start_of(self, piece: Piece) -> int:
+        """The element of the whole tensor at which the piece's part begins."""
+        return piece.start // self.per if self.shape is None else 0
+
+    def part_of(self, whole: Tensor, piece: Piece) -> Tensor:
+        """The piece's part of the contiguous whole tensor: a view, in its shape for the piece."""
+        shape, start = self.shape_for(piece.shape), self.start_of(piece)
+        return whole.view(-1)[start : start + math.prod(shape)].view(shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,8 +275,7 @@ class ShardLayout:
         for piece in self.shard.pieces:
             for tensor in self.specs[piece.name].tensors:
                 self.state_offsets[piece.start, f"{piece.name}/{tensor.key}"] = offset
-                elements = torch.Size(self._shape(piece, tensor)).numel()
-                offset += round_up(elements * tensor.dtype.itemsize, alignment)
+                offset += round_up(tensor.bytes_for(piece.shape), alignment)
         object.__setattr__(self, "record_bytes", offset)
         offset = round_up(offset, PAGE_BYTES)
         for number, piece in enumerate(self.shard.pieces):
@@ -271,7 +294,7 @@ class ShardLayout:
             tensor.key: region(
                 record,
                 self.state_offsets[piece.start, f"{piece.name}/{tensor.key}"],
-                self._shape(piece, tensor),
+                tensor.shape_for(piece.shape),
                 tensor.dtype,
             )
             for tensor in self.specs[piece.name].tensors
@@ -308,7 +331,3 @@ class ShardLayout:
             done = stop
         wide[done:].copy_(narrow[done:].clone())
         return wide.view(piece.shape)
-
-    @staticmethod
-    def _shape(piece: Piece, tensor: StateTensor) -> tuple[int, ...]:
-        return piece.shape if tensor.shape is None else tensor.shape

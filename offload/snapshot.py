@@ -325,7 +325,7 @@ def _check_state(saved: dict[str, Any], state: StateFiles, optimizer: OffloadedO
         (name, tensor.key): Entry(
             name=f"{name}/{tensor.key}",
             dtype=tensor.dtype,
-            shape=tuple(parameters[name].shape) if tensor.shape is None else tensor.shape,
+            shape=tensor.shape_for(tuple(parameters[name].shape)),
         )
         for name, spec in specs.items()
         for tensor in spec.tensors

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memtrain.offload.atomic import CheckpointError
@@ -256,9 +255,8 @@ def _ranges(session: Session, shard: Shard, places: Mapping[tuple[str, str], _Pl
     layout, records = optimizer.layout.shards[shard], optimizer.records
     for piece in shard.pieces:
         for tensor in records.stored(piece.name):
-            shape = piece.shape if tensor.shape is None else tensor.shape
-            nbytes = torch.Size(shape).numel() * tensor.dtype.itemsize
-            before = 0 if tensor.shape is not None else piece.start * tensor.dtype.itemsize
+            nbytes = tensor.bytes_for(piece.shape)
+            before = tensor.start_of(piece) * tensor.dtype.itemsize
             start = layout.state_offsets[piece.start, f"{piece.name}/{tensor.key}"]
             place = places["optimizer", f"{piece.name}/{tensor.key}"]
             place = _Place(file=place.file, offset=place.offset + before)

@@ -18,9 +18,10 @@ from memtrain.offload.gradients import GradientStore
 from memtrain.offload.lower_halves import LOWER_KEY, digest, followed, step_in_slices
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer_layout import OptimizerLayout
-from memtrain.offload.optimizer_probe import Runner, hyperparameters, same_scalar
+from memtrain.offload.optimizer_probe import Original, Runner, hyperparameters
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.shards import MASTER_KEY, Piece, Shard
+from memtrain.offload.state_cuts import same_scalar
 from memtrain.optim.kernels import fused_adamw, native
 
 _FOLLOW_ELEMENTS = 1 << 16
@@ -175,7 +176,7 @@ class Update:
             number = self._layout.group_of[piece.name]
             groups.setdefault(number, {**self._groups[number], "params": []})["params"].append(work)
             at_work.append((piece, work, views))
-        originals = {work: piece.parameter for piece, work, _ in at_work}
+        originals: dict[Tensor, Original] = {w: (piece.parameter, piece.start) for piece, w, _ in at_work}
         if not groups:
             return
         idle = [_Idle(piece) for piece, _, _ in at_work if piece.name in self._unmoved]

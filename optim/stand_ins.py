@@ -8,7 +8,7 @@ its number, which is in every random key, its turn in a schedule of refreshes, a
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from memtrain.optim.cell import Cell
-from memtrain.optim.grid import GridOptimizer, Slot
+from memtrain.optim.grid import GridOptimizer, Plan, Slot
+from memtrain.optim.paths import path_of
+from memtrain.optim.piece_cell import PieceCell
 from memtrain.optim.settings import Settings
 
 _STEP, _SKIPPED = "step", "skipped_refreshes"
@@ -89,15 +91,21 @@ class StandIns:
         self,
         groups: list[dict[str, Any]],
         state: Mapping[Tensor, dict[str, Any]],
-        originals: Mapping[Tensor, Tensor],
+        originals: Mapping[Tensor, tuple[Tensor, int]],
     ) -> dict[Tensor, dict[str, Any]]:
         """One step over stand-ins; their states after it.
 
         Args:
             groups: settings as they were when the step was asked for, with stand-ins as ``params``. A
-                stand-in may have another dtype than its original (a master), and the same shape.
+                stand-in may have another dtype than its original (a master). It has the same shape, or is
+                flat, and a piece of it.
             state: of the stand-ins that have one.
-            originals: by stand-in; one that is not there is stepped as the first of an optimizer of its own.
+            originals: by stand-in, with the element of the original at which it begins. One that is not there
+                is its own original; an original that is no parameter of the optimizer is stepped as the first
+                of an optimizer of its own.
+
+        Raises:
+            ValueError: a piece of a parameter that cannot be updated piece by piece.
         """
         optimizer = self._optimizer
         twin: GridOptimizer = object.__new__(type(optimizer))
@@ -106,14 +114,31 @@ class StandIns:
         twin._plans, twin._slots = [], {}
         for number, group in enumerate(groups):
             members = group["params"]
-            places = [
-                self._places[originals[each]] if each in originals else _Place(0, 0, 0) for each in members
-            ]
-            twin._plans.append(replace(twin._plan(group), offsets=[place.offset for place in places]))
+            found = [originals.get(each, (each, 0)) for each in members]
+            places = [self._places.get(whole, _Place(0, 0, 0)) for whole, _ in found]
+            twin._plans.append(
+                replace(_with_pieces(twin._plan(group), found), offsets=[place.offset for place in places])
+            )
             for index, (each, place) in enumerate(zip(members, places, strict=True)):
                 twin._slots[each] = Slot(number, index, place.number)
             before = group[_SKIPPED]
             twin.update_(members)
-            if group[_SKIPPED] > before and originals:
+            if group[_SKIPPED] > before and found[0][0] in self._places:
                 optimizer.param_groups[places[0].group][_SKIPPED] += group[_SKIPPED] - before
         return dict(twin.state)
+
+
+def _with_pieces(plan: Plan, originals: Sequence[tuple[Tensor, int]]) -> Plan:
+    """A plan for stand-ins some of which are pieces of their originals."""
+    cells, paths = list(plan.cells), list(plan.paths)
+    for index, (each, (whole, start)) in enumerate(zip(plan.parameters, originals, strict=True)):
+        if each.shape != whole.shape:
+            cell = PieceCell(plan.settings, whole.shape, start, each.numel(), each.dtype)
+            path = path_of(cell)
+            if path is None and cell.takes_roots and each.device.type == "cpu":
+                raise ValueError(
+                    "on a CPU the reference path rounds 8-bit second moments by the length of a tensor: "
+                    f"update the parameter of shape {tuple(whole.shape)} whole, not in pieces"
+                )
+            cells[index], paths[index] = cell, path
+    return replace(plan, cells=cells, paths=paths)

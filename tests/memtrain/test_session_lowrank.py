@@ -59,7 +59,7 @@ def test_an_ordinary_loop_is_bit_equal(tmp_path: Path, kind: str, schedule: str)
         torch.manual_seed(1)
         assert loop(session.model, session.optimizer) == losses
         assert measured_state_bytes(session.optimizer) == kept
-        assert not session.profile.elementwise
+        assert session.profile.elementwise == (kind == "adamw 8-bit")
         # What the plan took for state is what is kept, but for counters and keys that stay in memory.
         planned = sum(unit.state_bytes for unit in session.profile.units)
         resident = sum(unit.resident_state_bytes for unit in session.profile.units)
@@ -103,7 +103,7 @@ def test_a_checkpoint_within_a_refresh_period(tmp_path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("master", [False, True])
-@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("kind", [kind for kind in OPTIMIZERS if kind != "adamw 8-bit"])
 def test_the_update_ring_is_what_shards_fill_to_the_byte(tmp_path: Path, kind: str, master: bool) -> None:
     torch.manual_seed(0)
     model = Net().to(torch.bfloat16 if master else torch.float32)

@@ -20,6 +20,7 @@ from memtrain.planner.decisions import (
     gradient_extent_bytes,
     open_space,
     state_extent_bytes,
+    update_slot_bytes,
 )
 from memtrain.planner.machine import Budget
 from memtrain.planner.profile import UnitProfile
@@ -130,7 +131,12 @@ def test_a_byte_less_is_refused_before_anything_is_trained(tmp_path: Path) -> No
         train("adamw", PLANS["swap"], f"{tmp_path}:{short}B")
 
 
-NARROW = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])
+NARROW = st.builds(
+    StateTensor,
+    key=st.uuids().map(str),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]),
+    per=st.sampled_from([1, 1, 2, 128, 256]),
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -141,40 +147,49 @@ NARROW = st.sampled_from([torch.float32, torch.bfloat16, torch.uint8])
     data=st.data(),
 )
 def test_no_shapes_take_more_than_their_bill(
-    sizes: list[int], kept: list[torch.dtype], elementwise: bool, data: st.DataObject
+    sizes: list[int], kept: list[StateTensor], elementwise: bool, data: st.DataObject
 ) -> None:
-    """Every cut of the flat index, also with state so narrow that pieces end within pages."""
+    """Every cut of the flat index, also with state so narrow that pieces end within pages, and of which one
+    element serves a block of the parameter's."""
     named = [
         (f"p{i}", torch.nn.Parameter(torch.empty(n, dtype=torch.bfloat16, device="meta")))
         for i, n in enumerate(sizes)
     ]
     large = [n for n in sizes if n >= 65536]
-    per_element = sum(dtype.itemsize for dtype in kept)
+    state = {n: sum(tensor.bytes_for((n,)) for tensor in kept) for n in sizes}
+    # As an optimizer says itself, whose last block may not be full, or as it is measured over full ones.
+    full = sum(tensor.dtype.itemsize / tensor.per for tensor in kept)
+    per_element = max([state[n] / n for n in large], default=full) if data.draw(st.booleans()) else full
     unit = UnitProfile(
         name="u",
         block=0,
         weight_bytes=0,
         gradient_bytes=2 * sum(large),
-        state_bytes=per_element * sum(large),
+        state_bytes=round(sum(state[n] if per_element != full else full * n for n in large)),
         parameters=tuple(name for name, _ in named),
     )
     profile = make_profile(
         1,
         units=(unit,),
-        state_bytes_per_element=float(per_element),
+        state_bytes_per_element=per_element,
+        gradient_bytes_per_element=2.0,
         state_tensors=len(kept),
         elementwise=elementwise,
         largest_parameter_elements=max(sizes),
     )
     budget, nothing = Budget(device="1GiB", nvme="/x:1GiB"), PlannerOptions()
     shards = open_space(profile, make_machine(), budget, nothing).shards
-    index = FlatIndex([("u", named)], data.draw(st.sampled_from(shards)), whole_parameters=not elementwise)
-    tensors = tuple(StateTensor(key=str(i), dtype=dtype) for i, dtype in enumerate(kept))
-    specs: Any = {name: StateSpec(tensors=tensors) for name, _ in named}
-    records = sum(
-        reserved(ShardLayout(shard=shard, specs=specs, widened=frozenset()).record_bytes, PAGE)
+    shard_elements = data.draw(st.sampled_from(shards))
+    index = FlatIndex([("u", named)], shard_elements, whole_parameters=not elementwise)
+    specs: Any = {name: StateSpec(tensors=tuple(kept)) for name, _ in named}
+    layouts = [
+        ShardLayout(shard=shard, specs=specs, widened=frozenset())
         for shard in index.all_shards()
         if not shard.small
+    ]
+    records = sum(reserved(layout.record_bytes, PAGE) for layout in layouts)
+    assert max([layout.slot_bytes for layout in layouts], default=0) <= update_slot_bytes(
+        profile, shard_elements
     )
     gradients = sum(reserved(2 * n, PAGE) for n in large)
     assert records <= state_extent_bytes(profile, unit)
