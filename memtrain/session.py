@@ -69,6 +69,7 @@ from memtrain.report import form_facts, recompute_facts, staging_lines, table
 from memtrain.runfiles import make_folder, write_text
 from memtrain.streamed_model import bring_home, stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
+from memtrain.tiling import carried_out, split_units, tiles_of, tiling_lines, windows_in_tiles
 from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125
@@ -242,6 +243,7 @@ def prepare(
                     block_names=block_names,
                     rehearsal=BlockRehearsal(model, forms),
                     weights=weights,
+                    window_bytes=windows_in_tiles(model),
                 )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
@@ -383,7 +385,9 @@ class Session:
             lent={stored.store.tier: stored.store} if stored is not None else None,
         )
         undo(self.engine.close)
-        units = _units(model, self.profile)
+        planned = _units(model, self.profile)
+        units = split_units(model, planned)
+        self._carried = plan = carried_out(plan, planned, units)
         self._weights = self._stream_weights(blocks, units, stored)
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
@@ -405,7 +409,15 @@ class Session:
             ):
                 undo(hook.remove)
         if plan.update_schedule is UpdateSchedule.AHEAD:
-            undo(WeightGuard(model, blocks, units, self.optimizer.ensure, bypassing=bypassing).remove)
+            guard = WeightGuard(
+                model,
+                blocks,
+                units,
+                self.optimizer.ensure,
+                bypassing=bypassing,
+                tiles=tiles_of(model),
+            )
+            undo(guard.remove)
         self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None
         if self._reclaimer is not None:
             undo(self._reclaimer.remove)
@@ -421,7 +433,7 @@ class Session:
         self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], stored: StoredWeights | None
     ) -> ParameterStreamer | None:
         """Weights that the plan has on tiers leave, and come when they are used; None where all stay."""
-        tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
+        tiers = {decision.unit: decision.weight_tier for decision in self._carried.states}
         if stored is not None:
             for unit, members in units:
                 if tiers[unit] is Tier.DEVICE:
@@ -445,6 +457,7 @@ class Session:
             slots=staging.weight_slots,
             borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
             placed=None if stored is None else stored.extents,
+            tiles=tiles_of(self.model),
         )
         if stored is None:
             self._undo.callback(streamer.remove)
@@ -472,7 +485,7 @@ class Session:
     def _make_gradient_slab(self) -> GradientSlab:
         return GradientSlab(
             index=self.optimizer.index,
-            tiers={decision.unit: decision.gradient_tier for decision in self.plan.states},
+            tiers={decision.unit: decision.gradient_tier for decision in self._carried.states},
             slab_bytes=self.plan.staging.gradient_slab_bytes,
             before_overwrite=self.optimizer.ensure,
             one_unit_at_a_time=gradients_come_and_go(self.profile, self.plan.update_schedule),
@@ -571,7 +584,7 @@ class Session:
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         lines += [] if self.passes is None else self.passes.lines()
-        lines += self._weight_lines()
+        lines += [*self._weight_lines(), *tiling_lines(self.model)]
         for tier, statistics_ in self.engine.statistics().items():
             lines.append(
                 f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "

@@ -90,7 +90,7 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
                 made: nn.Module = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
             return made
 
-        streamed = streamed_model(make, budget=budget)
+        streamed = streamed_model(make, budget=budget, tile_bytes=section.tile_bytes)
     else:
         assert section.path is not None
         if not Path(section.path).is_dir():
@@ -98,7 +98,7 @@ def load_streamed(section: ModelSection, device: torch.device, budget: Budget) -
                 f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with "
                 "safetensors files; `make data` fetches the model of the main recipe"
             )
-        streamed = streamed_model(section.path, dtype=dtype, budget=budget)
+        streamed = streamed_model(section.path, dtype=dtype, budget=budget, tile_bytes=section.tile_bytes)
     _ready_to_train(streamed.model)
     return streamed
 

@@ -38,6 +38,7 @@ from memtrain.offload.snapshot_weights import (
     write_weights,
 )
 from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+from memtrain.offload.tiled_names import TiledNames
 
 FORMAT_VERSION = 1
 OPTIMIZER_SHARD_BYTES = 512 << 20
@@ -96,11 +97,14 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     folder = Path(folder)
     session.flush()
     files = verify(folder)
-    saved = _read_optimizer(folder)
-    optimizer = session.optimizer
+    optimizer, names = session.optimizer, TiledNames(session.model)
+    saved = _split(_read_optimizer(folder), names, optimizer, session.model)
     _check_groups(saved, optimizer, session.model)
+    kept = _kept(optimizer)
     with _StateFiles(folder, files) as state:
-        _check_state(saved, state, optimizer)
+        for file in state.files:
+            names.cut(file, lambda name, key: kept[name, key].shape if (name, key) in kept else None)
+        _check_state(saved, state, optimizer, kept)
         optimizer.await_snapshot()
         load_weights(_weight_files(folder, files), session.model, weights_of(session))
         entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
@@ -125,9 +129,12 @@ def load_optimizer_state(folder: Path | str, optimizer: torch.optim.Optimizer, m
     """
     folder = Path(folder)
     files = verify(folder)
-    saved = _read_optimizer(folder)
+    names = TiledNames(model)
+    saved = _split(_read_optimizer(folder), names, optimizer, model)
     places = _check_groups(saved, optimizer, model)
     with _StateFiles(folder, files) as state:
+        for file in state.files:
+            names.cut(file)
         faults = []
         for name, key in state.homes:
             entry, parameter = state.entry(name, key), places[name]
@@ -184,7 +191,7 @@ def state_files(session: Session) -> dict[str, list[Entry]]:
         for key, value in values.items()
         if isinstance(value, OffloadedState)
     ]
-    shards = split(entries, OPTIMIZER_SHARD_BYTES)
+    shards = split(TiledNames(session.model).grouped(entries), OPTIMIZER_SHARD_BYTES)
     return {
         f"optimizer-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, 1)
@@ -208,6 +215,7 @@ def _parameter_names(session: Session) -> dict[int, str]:
 
 def _optimizer_document(session: Session) -> dict[str, Any]:
     optimizer, names = session.optimizer, _parameter_names(session)
+    tiled = TiledNames(session.model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = [
         {
@@ -216,7 +224,7 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
                 for key, value in group.items()
                 if key != "params"
             },
-            "params": [names[id(parameter)] for parameter in group["params"]],
+            "params": tiled.joined(names[id(parameter)] for parameter in group["params"]),
         }
         for group in optimizer.param_groups
     ]
@@ -226,15 +234,27 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
         "optimizer": f"{kind.__module__}.{kind.__qualname__}",
         "master_weights": optimizer.config.master_weights,
         "param_groups": groups,
-        "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in parameters},
-        "scalars": {
-            name: encode(values, f"state of {name}") for name, values in optimizer.scalar_state().items()
+        "shapes": {
+            tiled.whole_of.get(name, name): list(
+                tiled.shape(tiled.whole_of[name]) if name in tiled.whole_of else parameter.shape
+            )
+            for name, parameter in ((names[id(parameter)], parameter) for parameter in parameters)
         },
+        "scalars": tiled.joined_values(
+            {name: encode(values, f"state of {name}") for name, values in optimizer.scalar_state().items()}
+        ),
     }
 
 
 def _tensors(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
     """The state's tensors, in the order of the entries; held by nobody here once they are handed over."""
+    entries = list(expected)
+    if any(entry.part_of for entry in entries):  # tiles of one parameter together: no order of records
+        for entry in entries:
+            name, _, key = entry.name.rpartition("/")
+            yield optimizer.read_state(name, key)
+        return
+    expected = iter(entries)
     for found in optimizer.iter_state():
         assert f"{found[0]}/{found[1]}" == next(expected).name
         held = [found[2]]
@@ -252,6 +272,15 @@ def _read_optimizer(folder: Path) -> dict[str, Any]:
     return document
 
 
+def _split(
+    document: dict[str, Any], names: TiledNames, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Any]:
+    """What the checkpoint says of layers that are in tiles here, said of the tiles."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[known.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return names.split_document(document, groups)
+
+
 def _weight_files(folder: Path, files: dict[str, Any]) -> list[Path]:
     return [folder / name for name in sorted(files) if _WEIGHT_FILE.fullmatch(name)]
 
@@ -261,22 +290,29 @@ class _StateFiles:
 
     def __init__(self, folder: Path, files: dict[str, Any]) -> None:
         self._stack = ExitStack()
-        self.homes: dict[tuple[str, str], TensorFile] = {}
-        for name in sorted(files):
-            if _STATE_FILE.fullmatch(name):
-                file = self._stack.enter_context(TensorFile(folder / name))
-                for entry in file.entries:
-                    parameter, _, key = entry.rpartition("/")
-                    self.homes[parameter, key] = file
+        self.files = [
+            self._stack.enter_context(TensorFile(folder / name))
+            for name in sorted(files)
+            if _STATE_FILE.fullmatch(name)
+        ]
+
+    @property
+    def homes(self) -> list[tuple[str, str]]:
+        """Parameter and key of each."""
+        found = (entry.rpartition("/") for file in self.files for entry in file.entries)
+        return [(name, key) for name, _, key in found]
 
     def entry(self, name: str, key: str) -> Entry:
-        return self.homes[name, key].entries[f"{name}/{key}"]
+        return self._home(name, key).entries[f"{name}/{key}"]
 
     def read(self, name: str, key: str) -> Tensor:
-        return self.homes[name, key].read(f"{name}/{key}")
+        return self._home(name, key).read(f"{name}/{key}")
 
     def read_into(self, name: str, key: str, target: Tensor) -> None:
-        self.homes[name, key].read_into(f"{name}/{key}", target)
+        self._home(name, key).read_into(f"{name}/{key}", target)
+
+    def _home(self, name: str, key: str) -> TensorFile:
+        return next(file for file in self.files if f"{name}/{key}" in file.entries)
 
     def __enter__(self) -> _StateFiles:
         return self
@@ -314,10 +350,10 @@ def _check_groups(
     return places
 
 
-def _check_state(saved: dict[str, Any], state: _StateFiles, optimizer: OffloadedOptimizer) -> None:
-    """Compare the state's tensors with those that the optimizer keeps."""
+def _kept(optimizer: OffloadedOptimizer) -> dict[tuple[str, str], Entry]:
+    """The state's tensors that the optimizer keeps, by parameter and key."""
     specs, parameters = optimizer.layout.specs, optimizer.index.parameters
-    kept = {
+    return {
         (name, tensor.key): Entry(
             name=f"{name}/{tensor.key}",
             dtype=tensor.dtype,
@@ -326,10 +362,21 @@ def _check_state(saved: dict[str, Any], state: _StateFiles, optimizer: Offloaded
         for name, spec in specs.items()
         for tensor in spec.tensors
     }
+
+
+def _check_state(
+    saved: dict[str, Any],
+    state: _StateFiles,
+    optimizer: OffloadedOptimizer,
+    kept: dict[tuple[str, str], Entry],
+) -> None:
+    """Compare the state's tensors with ``kept``."""
+    specs = optimizer.layout.specs
     begun = {name for name, _ in state.homes} | saved["scalars"].keys()
     wanted = {place for place in kept if place[0] in begun}
-    faults = [f"{kept[place]} is missing in the checkpoint" for place in sorted(wanted - state.homes.keys())]
-    for place in state.homes:
+    found = state.homes
+    faults = [f"{kept[place]} is missing in the checkpoint" for place in sorted(wanted.difference(found))]
+    for place in found:
         entry = state.entry(*place)
         if place not in kept:
             faults.append(f"{entry} is not kept here")

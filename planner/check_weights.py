@@ -41,14 +41,20 @@ def impossible_weights(plan: Plan, profile: ModelProfile) -> Iterator[str]:
 def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
     """Windows must hold the largest unit that is away, and as many as one part of the step needs."""
     staging, units = plan.staging, away(plan, profile)
-    need = max((unit.weight_extent_bytes for unit in units.values()), default=0)
+    need = max((u.window_bytes or u.weight_extent_bytes for u in units.values()), default=0)
     at_once: dict[tuple[str, int], set[str]] = defaultdict(set)
     for unit, event, count in _moments(plan, profile):
         at_once[event, count].add(unit)
     slots, size = staging.weight_slots, staging.weight_slot_bytes
-    least = max(2, *map(len, at_once.values())) if units else 0
+    # Beside the tile that is used there may be the rest of its unit.
+    counts = [len(names) + any(_in_tiles(units[name]) for name in names) for names in at_once.values()]
+    least = max(2, *counts) if units else 0
     if slots < least or size < need or slots > max(least, len(units)):
         yield f"{slots} windows of {size} bytes for weights, {len(units)} units need {least} of {need}"
+
+
+def _in_tiles(unit: UnitProfile) -> bool:
+    return 0 < unit.window_bytes < unit.weight_extent_bytes
 
 
 def resident_weights(plan: Plan, profile: ModelProfile) -> int:
@@ -209,8 +215,10 @@ def _computing(events: Events, name: str, count: int) -> list[Event]:
 
 
 def _missing(plan: Plan, profile: ModelProfile) -> Moments:
-    """Uses of units that are in no window: as many others were used since their last use as there are."""
+    """Uses of units that are in no window: as many others were used since their last use as there are, or the
+    tiles of another one, which go through all windows. Tiles themselves are always gone."""
     moments = _moments(plan, profile)
+    tiles = {unit.name for unit in profile.units if _in_tiles(unit)}
     order = [unit for unit, _, _ in moments]
     missing = []
     for place, unit in enumerate(order):
@@ -219,9 +227,21 @@ def _missing(plan: Plan, profile: ModelProfile) -> Moments:
             if other == unit:
                 break
             since.add(other)
-        if len(since) >= plan.staging.weight_slots:
+        if unit in tiles:
+            gone = not _right_beside_update(plan, moments, place)
+        else:
+            gone = bool(since & tiles) or len(since) >= plan.staging.weight_slots
+        if gone:
             missing.append(moments[place])
     return missing
+
+
+def _right_beside_update(plan: Plan, moments: Moments, place: int) -> bool:
+    """A tile that is updated ahead of its forward, or behind its backward, is there for both."""
+    if plan.update_schedule is UpdateSchedule.SEQUENTIAL or place == 0:
+        return False
+    (before, first, _), (unit, second, _) = moments[place - 1 : place + 1]
+    return before == unit and "update" in (first.split()[0], second.split()[0])
 
 
 def _without_read(plan: Plan, unit: UnitProfile, event: str) -> bool:
@@ -236,6 +256,9 @@ def _reads(plan: Plan, profile: ModelProfile) -> dict[str, int]:
     reads = dict.fromkeys(units, 0)
     for unit, event, _ in _missing(plan, profile):
         reads[unit] += not _without_read(plan, units[unit], event)
+    for unit, event, _ in _moments(plan, profile):
+        # The loss is forward and backward in one event: tiles come once more for the latter.
+        reads[unit] += event == "loss epilogue" and _in_tiles(units[unit])
     return reads
 
 

@@ -115,10 +115,10 @@ class WeightChoices:
         if not movable:
             return pulp.LpAffineExpression()
         total = self._problem.add_variable("window_bytes", lowBound=0)
-        smallest = min(self._units[u].weight_extent_bytes for u in movable)
+        smallest = min(self._units[u].largest_window_bytes for u in movable)
         self._add(total >= pulp.lpSum(n * smallest * v for n, v in self.ring.items()))
         for u in movable:
-            mine = self._units[u].weight_extent_bytes * self.away(u)
+            mine = self._units[u].largest_window_bytes * self.away(u)
             for n, v in self.ring.items():
                 self._add(total >= n * mine - n * self._largest * (1 - v))
         return pulp.LpAffineExpression(total)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from memtrain.planner.actions import Tier
+from memtrain.planner.block_parts import is_recomputed
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.weight_windows import Turn, is_away, step_turns
@@ -45,6 +46,7 @@ class WeightJobs:
             decisions.update_schedule,
             decisions.staging.weight_slots,
             decisions.micro_batch_order,
+            recomputed={decision.block for decision in decisions.blocks if is_recomputed(decision)},
         )
         self._starting: dict[int | None, list[int]] = defaultdict(list)
         """Turns whose reads begin when another one is over, or with the step."""

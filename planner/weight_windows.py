@@ -9,13 +9,19 @@ Of ``n`` windows one holds what is used and the others are read ahead into. So t
 all turns are over but the last ``n - 1`` that use weights before it. An update that makes weights anew from
 masters takes a window without a read.
 
+A *tiled* unit never is in memory as a whole. Its tiles go through the windows one after the other, at every
+pass over them, and what others had left there is gone afterwards. A turn with two passes (the epilogue's
+forward and backward; a block that is computed again before its backward) reads it twice. Beside the tile that
+is used there is one window for the rest of its unit. To the queues it is one read ahead of the turn: tiles
+are really read while their turn runs, behind each other, so that a pipeline of several turns takes as long.
+
 Index letters: ``u`` unit, ``n`` windows.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.actions import MicroBatchOrder, StateDecision, Tier, UpdateSchedule
@@ -51,9 +57,14 @@ def weight_slots(profile: ModelProfile, states: Sequence[StateDecision], wanted:
     units = {i: u for i, u in enumerate(profile.units) if is_away(states[i])}
     if not units:
         return 0, 0
-    together = max(len(turn) for turn in _pass(profile, states))
+    together = max(_at_once(profile, turn) for turn in _pass(profile, states))
     count = max(min(wanted, len(units)), together, WEIGHT_SLOT_COUNTS[0])
-    return count, max(unit.weight_extent_bytes for unit in units.values())
+    return count, max(unit.largest_window_bytes for unit in units.values())
+
+
+def _at_once(profile: ModelProfile, turn: Sequence[int]) -> int:
+    """Windows that a turn needs: of tiled units one for what is no tile, and one for the tile in use."""
+    return len(turn) + any(profile.units[unit].tiled for unit in turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +72,7 @@ class Turn:
     """One use of weights in a step, or of none."""
 
     reads: tuple[int, ...]
-    """Units that are not in a window."""
+    """Units that are not in a window; a tiled one once for each pass over its tiles."""
     begins_after: int | None
     """The turn that must be over before they are read; None: the reads begin with the step."""
     evicts: tuple[int, ...]
@@ -74,13 +85,19 @@ def step_turns(
     schedule: UpdateSchedule,
     slots: int,
     order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL,
+    recomputed: Collection[int] = (),
 ) -> list[Turn]:
     """The turns of one step among many: per micro-batch prologue, blocks and epilogue, the blocks backward,
     and the prologue; then, under SEQUENTIAL, the update of every unit in order. In vertical order each of
-    them comes as often as there are micro-batches before the next one."""
+    them comes as often as there are micro-batches before the next one.
+
+    Args:
+        recomputed: blocks whose forward runs again before their backward.
+    """
     passes = list(_passes(profile, states, order))
+    twice = list(_run_twice(profile, order, recomputed))
     uses = [*passes, *_updates(profile, states, schedule)]
-    found = _Windows(slots)
+    found = _Windows(slots, {index for index, unit in enumerate(profile.units) if unit.tiled})
     for units in uses:  # the step before: it leaves in the windows what this one finds there
         found.use(units)
     turns = []
@@ -88,7 +105,9 @@ def step_turns(
         missing, evicted = found.use(units)
         if index >= len(passes) and all(profile.units[unit].overwritten for unit in missing):
             missing = ()
-        begins = _begins_after(uses, index, slots) if missing else None
+        if index < len(passes) and twice[index]:
+            missing = (*missing, *(unit for unit in missing if profile.units[unit].tiled))
+        begins = _begins_after(uses, index, slots, found.tiled) if missing else None
         turns.append(Turn(reads=missing, begins_after=begins, evicts=evicted))
     return turns
 
@@ -96,14 +115,17 @@ def step_turns(
 class _Windows:
     """Units that are in a window, the one that was not used for longest first."""
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, tiled: Collection[int]) -> None:
+        self._slots, self.tiled = slots, frozenset(tiled)
         self._present: OrderedDict[int, None] = OrderedDict()
 
     def use(self, units: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Units that must be read, and those that give way."""
         missing, evicted = [], []
         for unit in units:
+            if unit in self.tiled:  # its tiles take every window in turn
+                evicted += self._present
+                self._present.clear()
             if unit not in self._present:
                 missing.append(unit)
                 self._present[unit] = None
@@ -113,12 +135,14 @@ class _Windows:
         return tuple(missing), tuple(evicted)
 
 
-def _begins_after(uses: list[tuple[int, ...]], index: int, slots: int) -> int | None:
-    """The last turn that must be over: the turns behind it have room in the windows together."""
+def _begins_after(uses: list[tuple[int, ...]], index: int, slots: int, tiled: frozenset[int]) -> int | None:
+    """The last turn that must be over: the turns behind it have room in the windows together, and none of them
+    goes over the same tiles."""
+    again = tiled.intersection(uses[index])
     held = set(uses[index])
     for before in reversed(range(index)):
         held.update(uses[before])
-        if uses[before] and len(held) > slots:
+        if uses[before] and (len(held) > slots or again.intersection(uses[before])):
             return before
     return None
 
@@ -133,6 +157,18 @@ def _passes(
     for _ in range(profile.micro_batches // together):
         for units in one:
             yield from [units] * together
+
+
+def _run_twice(profile: ModelProfile, order: MicroBatchOrder, recomputed: Collection[int]) -> Iterator[bool]:
+    """For each turn of ``_passes`` whether it goes over its weights twice."""
+    blocks = len(profile.blocks)
+    one = (
+        [False] * (1 + blocks) + [True] + [block in recomputed for block in reversed(range(blocks))] + [False]
+    )
+    together = profile.micro_batches if order is MicroBatchOrder.VERTICAL else 1
+    for _ in range(profile.micro_batches // together):
+        for twice in one:
+            yield from [twice] * together
 
 
 def _updates(

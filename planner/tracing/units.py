@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,9 @@ SMALL = 65536
 _PAGE_BYTES = 4096
 _PROBE_ELEMENTS = 1 << 20
 """For measuring the optimizer: more than the caches hold, less than 20 MiB with gradient and moments."""
+
+
+WindowBytes = Callable[[Sequence[nn.Parameter]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,11 +205,13 @@ def parameter_units(
     *,
     whole: bool = False,
     master_weights: bool = False,
+    window_bytes: WindowBytes | None = None,
 ) -> list[UnitProfile]:
     """Every parameter once, in the first unit that needs it.
 
     Args:
         master_weights: weights of lower precision are rounded from fp32 copies.
+        window_bytes: what of a unit's movable parameters is in memory at once; None: all of them.
         whole: parameters are not cut: what the update of each takes is listed where it is known.
     """
 
@@ -248,16 +254,19 @@ def parameter_units(
                 parameters=tuple(names[id(p)] for p in own),
                 updates=_updates(large, steps, known) if whole and known is not None else (),
                 borrows=tuple(dict.fromkeys(borrowed)),
-                **_movable([p for p in own if p.numel() >= SMALL], master_weights),
+                **_movable([p for p in own if p.numel() >= SMALL], master_weights, window_bytes),
             )
         )
     return units
 
 
-def _movable(parameters: list[nn.Parameter], master_weights: bool) -> dict[str, Any]:
+def _movable(
+    parameters: list[nn.Parameter], master_weights: bool, window_bytes: WindowBytes | None
+) -> dict[str, Any]:
     """Of a unit's parameters that are large enough to leave the device with it."""
     low = (torch.bfloat16, torch.float16)
     return {
+        "window_bytes": 0 if window_bytes is None else window_bytes(parameters),
         "movable_weight_bytes": sum(p.nbytes for p in parameters),
         "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
         "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),
