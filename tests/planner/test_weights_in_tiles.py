@@ -1,4 +1,4 @@
-"""Units whose weights come in tiles: turns by hand; plans that the checker approves, and faults that it names."""
+"""Units whose weights come in tiles: turns by hand; plans that are approved, and faults that are named."""
 
 from __future__ import annotations
 
