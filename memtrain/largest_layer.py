@@ -11,7 +11,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import MiB, format_gib
-from memtrain.tiling import TILES_IN_FREE, TilingError, choose_cuts
+from memtrain.tiling import TILES_IN_FREE, TilingError, choose_cuts, tiles_of
 
 
 def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> Plan:
@@ -27,8 +27,8 @@ def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> P
     limit_bytes = dict(plan.capacities)[Tier.DEVICE]
     words = (
         f"smaller layers: {unit.name} has {format_gib(unit.largest_window_bytes)} of weights in a window, "
-        f"the largest {name} with {format_gib(parameters[name].nbytes)}, and {staging.weight_slots} windows of "
-        f"that, {format_gib(staging.weight_window_bytes)}, stand in the device's {format_gib(limit_bytes)}"
+        f"the largest {name} with {format_gib(parameters[name].nbytes)}, and {staging.weight_slots} windows "
+        f"of that, {format_gib(staging.weight_window_bytes)}, stand in the device's {format_gib(limit_bytes)}"
     )
     words += _tiles(plan, profile, model, limit_bytes)
     if not profile.elementwise and staging.update_slots:
@@ -48,7 +48,8 @@ def _tiles(plan: Plan, profile: ModelProfile, model: nn.Module, limit_bytes: int
     if size >= plan.staging.weight_slot_bytes:
         return ""
     try:
-        choose_cuts(model, units, size)
+        if not tiles_of(model):
+            choose_cuts(model, units, size)
     except TilingError as error:
         return f", and tiles do not help: {error}"
     return (

@@ -44,6 +44,8 @@ class TiledNames:
                 if all(name in named for name in names):
                     self.parts[f"{path}.{whole}" if path else whole] = names
         self.whole_of = {part: whole for whole, parts in self.parts.items() for part in parts}
+        self._order = {self.whole_of.get(name, name): place for place, name in enumerate(reversed(named))}
+        """Of every parameter, or whole: the more, the earlier it stands in the model."""
         self._shapes = {part: tuple(named[part].shape) for part in self.whole_of}
 
     def shape(self, whole: str) -> tuple[int, ...]:
@@ -54,17 +56,21 @@ class TiledNames:
 
     def grouped(self, entries: Sequence[Entry]) -> list[Entry]:
         """Entries of parameters, ``name``, or of their state, ``name/key``: parts of one whole together,
-        where the first of them stood, and marked as such.
+        where the first of them stood, and marked as such. State is in the order of the model's parameters, as
+        it is of an untiled model.
 
         Raises:
             CheckpointError: tensors of several parts that are not the parts of one.
         """
+        if not self.parts:
+            return list(entries)
         groups: dict[str, list[Entry]] = {}
         for entry in entries:
             name, slash, key = entry.name.partition("/")
             groups.setdefault(f"{self.whole_of.get(name, name)}{slash}{key}", []).append(entry)
         found: list[Entry] = []
-        for whole, members in groups.items():
+        for whole in self._in_order(groups):
+            members = groups[whole]
             if members[0].name.partition("/")[0] not in self.whole_of:
                 found += members
                 continue
@@ -98,7 +104,15 @@ class TiledNames:
                     f"the tiles of {whole} have {found[whole]} and {value}, one parameter has one of them: "
                     "update all tiles of a layer together"
                 )
-        return found
+        return {name: found[name] for name in (self._in_order(found) if self.parts else found)}
+
+    def _in_order(self, names: Iterable[str]) -> list[str]:
+        """Where all are of parameters or their state: in the model's order."""
+        every = list(names)
+        owners = [name.partition("/")[0] for name in every]
+        if not self._order.keys() >= set(owners):
+            return every
+        return sorted(every, key=lambda name: -self._order[name.partition("/")[0]])
 
     # -- reading -------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def test_a_unit_in_tiles_is_read_at_every_use_and_leaves_nothing_of_others() -> 
 
 def test_two_passes_in_a_turn_are_two_reads() -> None:
     tiled = in_tiles(weighty(3, around=True), "layers.1", "epilogue")
-    assert reads(tiled, 3, AHEAD, recomputed=(1,)) == "- 0 1 2 ee 2 11 0 e"
+    assert reads(tiled, 3, AHEAD, recomputed=(1,)) == "- - 1 2 ee 2 11 0 e"
     plain = reads(weighty(3, around=True), 3, AHEAD, recomputed=(1,))
     assert "11" not in plain
     assert "ee" not in plain
@@ -101,9 +101,11 @@ def test_faults_are_named() -> None:
     plan = make_plan(profile, machine, BUDGET, options=options)
     # A plan for tiles does not hold for the whole layer, nor the other way round.
     whole = replace(profile, units=tuple(replace(u, window_bytes=0) for u in profile.units))
-    assert {Rule.DEPENDENCY, Rule.BYTES_MOVED} <= {v.rule for v in check(plan, whole, machine, BUDGET)}
+    mistaken = replace(plan, profile_digest=whole.digest)
+    assert {Rule.DEPENDENCY, Rule.BYTES_MOVED} <= {v.rule for v in check(mistaken, whole, machine, BUDGET)}
     other = make_plan(whole, machine, BUDGET, options=options)
-    assert {Rule.DEPENDENCY, Rule.BYTES_MOVED} <= {v.rule for v in check(other, profile, machine, BUDGET)}
+    mistaken = replace(other, profile_digest=profile.digest)
+    assert {Rule.DEPENDENCY, Rule.BYTES_MOVED} <= {v.rule for v in check(mistaken, profile, machine, BUDGET)}
     for index, event in enumerate(plan.timeline):
         if event.name == "read weights epilogue":  # the pass of backward is one of its own
             fewer = (*plan.timeline[:index], *plan.timeline[index + 1 :])
