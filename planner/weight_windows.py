@@ -107,7 +107,7 @@ def step_turns(
             missing = ()
         if index < len(passes) and twice[index]:
             missing = (*missing, *(unit for unit in missing if profile.units[unit].tiled))
-        begins = _begins_after(uses, index, slots, found.tiled) if missing else None
+        begins = _begins_after(uses, index, slots, missing) if missing else None
         turns.append(Turn(reads=missing, begins_after=begins, evicts=evicted))
     return turns
 
@@ -116,33 +116,40 @@ class _Windows:
     """Units that are in a window, the one that was not used for longest first."""
 
     def __init__(self, slots: int, tiled: Collection[int]) -> None:
-        self._slots, self.tiled = slots, frozenset(tiled)
+        self._slots, self._tiled = slots, tiled
         self._present: OrderedDict[int, None] = OrderedDict()
+        self._overwritten: set[int] = set()
+        """Of those whose window tiles have been in: what they had to write may still be under way."""
 
     def use(self, units: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Units that must be read, and those that give way."""
-        missing, evicted = [], []
+        missing: list[int] = []
+        evicted: list[int] = []
         for unit in units:
-            if unit in self.tiled:  # its tiles take every window in turn
-                evicted += self._present
-                self._present.clear()
-            if unit not in self._present:
+            if unit in self._tiled:  # its tiles take every window in turn
+                self._overwritten.update(self._present)
+            if unit in self._overwritten:  # and gives way to itself
+                evicted.append(unit)
+            if unit not in self._present or unit in self._overwritten:
                 missing.append(unit)
                 self._present[unit] = None
+                self._overwritten.discard(unit)
             self._present.move_to_end(unit)
             if len(self._present) > self._slots:
                 evicted.append(self._present.popitem(last=False)[0])
+                self._overwritten.discard(evicted[-1])
         return tuple(missing), tuple(evicted)
 
 
-def _begins_after(uses: list[tuple[int, ...]], index: int, slots: int, tiled: frozenset[int]) -> int | None:
-    """The last turn that must be over: the turns behind it have room in the windows together, and none of them
-    goes over the same tiles."""
-    again = tiled.intersection(uses[index])
+def _begins_after(
+    uses: list[tuple[int, ...]], index: int, slots: int, missing: tuple[int, ...]
+) -> int | None:
+    """The last turn that must be over: the turns behind it have room in the windows together, and none of
+    them uses what is to be read again, behind the tiles of another unit."""
     held = set(uses[index])
     for before in reversed(range(index)):
         held.update(uses[before])
-        if uses[before] and (len(held) > slots or again.intersection(uses[before])):
+        if uses[before] and (len(held) > slots or not set(missing).isdisjoint(uses[before])):
             return before
     return None
 
