@@ -88,7 +88,7 @@ def test_what_is_not_finite_stays_so(value: float) -> None:
 def test_faults_are_named() -> None:
     head, hidden, labels = make(False, torch.float64)
     cut = TiledLinear.over(head, [20, 17])
-    with pytest.raises(ValueError, match="label 37 is outside 0..36"):
+    with pytest.raises(ValueError, match=r"label 37 is outside 0\.\.36"):
         tiled_cross_entropy(hidden, cut, labels.clone().fill_(37))
     with pytest.raises(ValueError, match="must end with the head's 12 features"):
         tiled_cross_entropy(hidden[..., :4], cut, labels)
