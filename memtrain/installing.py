@@ -31,6 +31,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.weight_windows import place_of
 from memtrain.reclaim import Reclaimer, transients_of
+from memtrain.tiling import tiles_of
 from memtrain.weight_guard import WeightGuard
 
 _ARENA_ALLOWANCE = 1.125
@@ -134,7 +135,10 @@ def put_guards_on(
         for hook in guard_modules([model, *(block for _, block in blocks)], optimizer.refuse_half_done):
             undo.callback(hook.remove)
     if plan.update_schedule is UpdateSchedule.AHEAD:
-        undo.callback(WeightGuard(model, blocks, units, optimizer.ensure, bypassing=bypassing).remove)
+        guard = WeightGuard(
+            model, blocks, units, optimizer.ensure, bypassing=bypassing, tiles=tiles_of(model)
+        )
+        undo.callback(guard.remove)
 
 
 def make_reclaimer(

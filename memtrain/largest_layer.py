@@ -1,4 +1,5 @@
-"""Why streamed weights do not fit: the layer that makes the windows, or the slots of the update, so large."""
+"""Why streamed weights do not fit: the layer that makes the windows, or the slots of the update, so large,
+and the size of tiles that would help."""
 
 from __future__ import annotations
 
@@ -9,29 +10,50 @@ from torch import nn
 from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan, describe_windows
 from memtrain.planner.profile import ModelProfile
-from memtrain.planner.units import format_gib
+from memtrain.planner.units import MiB, format_gib
+from memtrain.tiling import TILES_IN_FREE, TilingError, choose_cuts, tiles_of
 
 
 def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> Plan:
-    """An infeasible ``plan``, whose remedies name the layer too, where its weights take turns on a device
-    that is short; any other plan as it is."""
+    """An infeasible ``plan``, whose remedies name the layer too, and tiles where they would help, where its
+    weights take turns on a device that is short; any other plan as it is."""
     staging = plan.staging
     if not dict(plan.shortfall_bytes).get(Tier.DEVICE) or not staging.weight_windows:
         return plan
     away = {state.unit for state in plan.states if state.weight_tier is not Tier.DEVICE}
-    unit = max((u for u in profile.units if u.name in away), key=lambda u: u.weight_extent_bytes)
+    unit = max((u for u in profile.units if u.name in away), key=lambda u: u.largest_window_bytes)
     parameters = dict(model.named_parameters())
     name = max(unit.parameters, key=lambda each: parameters[each].nbytes)
     limit_bytes = dict(plan.capacities)[Tier.DEVICE]
     words = (
-        f"smaller layers: {unit.name} has {format_gib(unit.weight_extent_bytes)} of weights, the largest "
-        f"{name} with {format_gib(parameters[name].nbytes)}, and {describe_windows(staging.weight_windows)}, "
-        f"{format_gib(staging.weight_window_bytes)}, stand in the device's {format_gib(limit_bytes)}"
+        f"smaller layers: {unit.name} has {format_gib(unit.largest_window_bytes)} of weights in a window, "
+        f"the largest {name} with {format_gib(parameters[name].nbytes)}, and "
+        f"{describe_windows(staging.weight_windows)}, {format_gib(staging.weight_window_bytes)}, "
+        f"stand in the device's {format_gib(limit_bytes)}"
     )
+    words += _tiles(plan, profile, model, limit_bytes)
     if not profile.elementwise and staging.update_slots:
         words += (
             f". The optimizer takes whole parameters, {staging.update_slots} slots of "
-            f"{format_gib(staging.update_slot_bytes)}: memtrain.optim.autograd.TiledLinear cuts a layer into "
-            "several"
+            f"{format_gib(staging.update_slot_bytes)}: tiles are smaller ones"
         )
     return dataclasses.replace(plan, remedies=(*plan.remedies, words))
+
+
+def _tiles(plan: Plan, profile: ModelProfile, model: nn.Module, limit_bytes: int) -> str:
+    """What to set, where layers can be cut into tiles that are smaller than the windows are."""
+    free = max(0, limit_bytes - profile.baseline_bytes)
+    size = max(MiB, free // TILES_IN_FREE // MiB * MiB)
+    parameters = dict(model.named_parameters())
+    units = [(unit.name, [(name, parameters[name]) for name in unit.parameters]) for unit in profile.units]
+    if size >= plan.staging.weight_windows[-1].slot_bytes:
+        return ""
+    try:
+        if not tiles_of(model):
+            choose_cuts(model, units, size)
+    except TilingError as error:
+        return f", and tiles do not help: {error}"
+    return (
+        f". Cut layers into tiles: streamed_model(..., tile_bytes={size}), in a recipe model.streamed: true "
+        f"and model.tile: {size // MiB}MiB"
+    )

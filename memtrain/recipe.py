@@ -53,11 +53,30 @@ class ModelSection(Section):
     streamed: bool = False
     """The weights are never whole in memory: they go straight to the fastest tier that has room for them, and
     the plan says which of them stay in memory. A ``path`` must then be a folder with safetensors files."""
+    tile: Literal["auto", "off"] | Size = "auto"
+    """Of a streamed model, the most that one window for weights holds: larger layers are cut into tiles of
+    that size, which are streamed one after the other. auto: where the windows would take more than half of
+    what the budget leaves."""
+
+    @property
+    def tile_bytes(self) -> int | str | None:
+        """As ``memtrain.streamed_model`` takes it."""
+        if self.tile == "off":
+            return None
+        return self.tile if self.tile == "auto" else parse_bytes(self.tile)
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
         if (self.path is None) == (self.config is None):
             raise ValueError("give either model.path (a trained model) or model.config (random weights)")
+        if self.tile not in ("auto", "off"):
+            if not self.streamed:
+                raise ValueError(
+                    f"model.tile {self.tile} is for streamed weights: set model.streamed: true, or leave "
+                    "it out"
+                )
+            if not parse_bytes(self.tile):
+                raise ValueError("model.tile is a size above 0, auto or off")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("model.config needs model_type, such as llama")
         return self
@@ -364,6 +383,8 @@ class Recipe(Section):
         for key in ("threads", "device", "allocator", "log_every"):
             del data["training"][key]
         del data["model"]["streamed"]
+        if self.model.tile in ("auto", "off"):  # otherwise gradients are summed tile by tile
+            del data["model"]["tile"]
         if self.planner.allow_lossy:
             data["planner"] = self.planner.model_dump(mode="json", include={"allow_lossy", "error_budget"})
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]

@@ -82,6 +82,7 @@ from memtrain.report import form_facts, own_step_lines, recompute_facts, staging
 from memtrain.runfiles import write_documents
 from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
 from memtrain.streamed_model import stored_weights
+from memtrain.tiling import carried_out, split_units, tiles_of, tiling_lines, windows_in_tiles
 from memtrain.weight_streaming import plan_units, stream_weights
 
 
@@ -175,7 +176,8 @@ def prepare(
     refuse_device(device, place, machine)
     refuse_allocator(allocator, place)
     if allocator == "planned":
-        options = dataclasses.replace(in_one_thread(options or PlannerOptions(), plan), overlay=True)
+        options = in_one_thread(options or PlannerOptions(), plan)
+        options = dataclasses.replace(options, overlay=not tiles_of(model))
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -207,6 +209,7 @@ def prepare(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
             for group in optimizer.param_groups
         )
+        split_masters = split_masters and not tiles_of(model)  # a tile's master is whole
         splits = master_weights and split_masters and elementwise
         keeps_half = functools.partial(keeps_lower_half, optimizer) if splits else None
         with weights_brought(model, blocks, device) as weights:
@@ -227,6 +230,7 @@ def prepare(
                     block_names=block_names,
                     rehearsal=BlockRehearsal(model, forms),
                     weights=weights,
+                    window_bytes=windows_in_tiles(model),
                 )
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
@@ -356,7 +360,9 @@ class Session:
             spare_state_bytes=self._spare_state_bytes,
         )
         undo(self.engine.close)
-        units = plan_units(model, profile)
+        planned = plan_units(model, profile)
+        units = split_units(model, planned)
+        plan = carried_out(plan, planned, units)
         self._weights = stream_weights(
             model,
             blocks,
@@ -383,7 +389,7 @@ class Session:
         put_guards_on(model, blocks, plan, units, self.optimizer, bypassing, self._undo)
         self._reclaimer: Reclaimer | None = None
         if self.machine.on_cpu:
-            self._reclaimer = make_reclaimer(model, blocks, self.optimizer, plan, profile, self.passes)
+            self._reclaimer = make_reclaimer(model, blocks, self.optimizer, self.plan, profile, self.passes)
             undo(self._reclaimer.remove)
         self.writes = WriteMeter(self.engine, plan, self.optimizer, self._activations)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
@@ -466,7 +472,7 @@ class Session:
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         lines += [] if self.passes is None else self.passes.lines()
-        lines += weight_lines(self.weights)
+        lines += [*weight_lines(self.weights), *tiling_lines(self.model)]
         lines += tier_lines(self.engine)
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))

@@ -11,9 +11,10 @@ and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ from memtrain.offload.tensorfile import Entry
 from memtrain.offload.tiers import MemoryStore, NvmeStore
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget
+from memtrain.planner.tracing.blocks import BlocksNotFoundError, find_blocks
 from memtrain.planner.weight_coding import is_faster
+from memtrain.tiling import AUTO, Cuts, automatic_tile_bytes, choose_cuts, cut
 from memtrain.weight_folder import WeightFilesError, WeightFolder, match
 
 if TYPE_CHECKING:
@@ -54,11 +57,13 @@ class StreamedModel:
         model: its parameters have shapes, dtypes and gradients as ever; their values are on the tier.
         weights: the tier's part of it.
         unexpected: tensors of the files that the model has no use for.
+        cuts: which layers are in tiles, and what should have been and cannot.
     """
 
     model: nn.Module
     weights: StoredWeights
     unexpected: tuple[str, ...] = ()
+    cuts: Cuts = field(default_factory=Cuts)
 
     def close(self) -> None:
         """Give the tier back; the weights are gone. May be called twice."""
@@ -77,6 +82,7 @@ def streamed_model(
     budget: Budget,
     dtype: torch.dtype | None = None,
     weight_codecs: Mapping[str, str] | None = None,
+    tile_bytes: int | str | None = AUTO,
 ) -> StreamedModel:
     """Construct a model and put its weights on a tier, one by one.
 
@@ -87,6 +93,10 @@ def streamed_model(
         dtype: of the weights, for a folder or a configuration; None: the configuration's.
         weight_codecs: by tier how weights are coded there, such as ``{"nvme": "exponent"}``, exactly;
             ``auto`` where this machine's disk is slower than the codec. A session streams them as they lie.
+        tile_bytes: the most that a window may have to hold at once. Layers of units that are larger become
+            ``TiledLinear`` and ``TiledEmbedding``, whose tiles are streamed, differentiated and updated one
+            after the other (``memtrain.tiling``). ``auto``: where the windows of the largest unit would take
+            more than half of what the budget leaves, an eighth of that. None: every layer is whole.
 
     Raises:
         StreamedModelError: ``dtype`` was given for a constructor; a codec for another tier than the weights
@@ -95,14 +105,18 @@ def streamed_model(
         ConstructionError: the constructor does not allow it; says what and the remedy.
         WeightFilesError: the files and the model differ; lists what.
         TierFullError, TierIOError, SwapDirectoryError: the tier cannot serve.
+        TilingError: a layer cannot be cut into tiles of that size; names it.
+        BlocksNotFoundError: a size was given, and the model has no repeated blocks.
     """
+    if tile_bytes != AUTO and not (tile_bytes is None or (isinstance(tile_bytes, int) and tile_bytes > 0)):
+        raise StreamedModelError(f"tile_bytes must be {AUTO!r}, None or bytes above 0, got {tile_bytes!r}")
     if isinstance(source, (str, Path)):
-        return _read(Path(source), budget, dtype, weight_codecs)
+        return _read(Path(source), budget, dtype, weight_codecs, tile_bytes)
     if not isinstance(source, nn.Module) and callable(source):
         if dtype is not None:
             raise StreamedModelError("dtype is the constructor's business: leave it out")
-        return _drawn(source, budget, weight_codecs)
-    return _drawn(_constructor(source, dtype), budget, weight_codecs)
+        return _drawn(source, budget, weight_codecs, tile_bytes)
+    return _drawn(_constructor(source, dtype), budget, weight_codecs, tile_bytes)
 
 
 def stored_weights(model: nn.Module) -> StoredWeights | None:
@@ -144,24 +158,56 @@ def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> l
     return [("prologue", list(before.values())), *of_blocks, ("epilogue", list(after.values()))]
 
 
-def _drawn(make: Callable[[], nn.Module], budget: Budget, codecs: Mapping[str, str] | None) -> StreamedModel:
+def _cuts(model: nn.Module, budget: Budget, tile_bytes: int | str | None) -> Cuts:
+    if tile_bytes is None:
+        return Cuts()
+    try:
+        units = traced_units(model, find_blocks(model))
+    except BlocksNotFoundError:
+        if tile_bytes == AUTO:
+            return Cuts()
+        raise
+    size = automatic_tile_bytes(units, budget) if tile_bytes == AUTO else tile_bytes
+    if size is None:
+        return Cuts()
+    assert isinstance(size, int)
+    return choose_cuts(model, units, size, required=tile_bytes != AUTO)
+
+
+def _drawn(
+    make: Callable[[], nn.Module],
+    budget: Budget,
+    codecs: Mapping[str, str] | None,
+    tile_bytes: int | str | None,
+) -> StreamedModel:
     blueprint = Blueprint(make)
+    cuts = _cuts(blueprint.model, budget, tile_bytes)
+    cut(blueprint.model, cuts)
     with _on_a_tier(blueprint.model, budget, codecs) as weights:
         small: dict[str, Tensor] = {}
 
         def put(name: str, tensor: Tensor) -> None:
-            if tensor.numel() < SMALL:
-                small[name] = tensor.clone()
-            else:
-                weights.put(name, tensor)
+            start = 0
+            for part, shape in cuts.parts(name, tensor.shape):
+                values = tensor if shape == tensor.shape else tensor[start : start + shape[0]]
+                start += shape[0] if shape else 0
+                if values.numel() < SMALL:
+                    small[part] = values.clone()
+                else:
+                    weights.put(part, values)
 
         model = blueprint.draw(put)
+        cut(model, cuts)
         _settle(model, weights, small)
-    return StreamedModel(model=model, weights=weights)
+    return StreamedModel(model=model, weights=weights, cuts=cuts)
 
 
 def _read(
-    folder: Path, budget: Budget, dtype: torch.dtype | None, codecs: Mapping[str, str] | None
+    folder: Path,
+    budget: Budget,
+    dtype: torch.dtype | None,
+    codecs: Mapping[str, str] | None,
+    tile_bytes: int | str | None,
 ) -> StreamedModel:
     from transformers import AutoConfig
 
@@ -176,26 +222,50 @@ def _read(
         )
     with WeightFolder(folder) as files:
         found = match(model, files)
+        wanted = [(name, p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
+        cuts = _cuts(model, budget, tile_bytes)
+        cut(model, cuts)
         with _on_a_tier(model, budget, codecs) as weights:
             small: dict[str, Tensor] = {}
-            for name, parameter in model.named_parameters():
-                source = found.sources[name]
-                if parameter.numel() < SMALL:
-                    small[name] = _whole(files, source, parameter)
-                else:
-                    entry = Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
-                    weights.put_parts(entry, files.parts(source))
+            for name, kind, shape in wanted:
+                elements = _Elements(files.parts(found.sources[name]))
+                for part, part_shape in cuts.parts(name, shape):
+                    values = elements.take(math.prod(part_shape))
+                    if math.prod(part_shape) < SMALL:
+                        small[part] = _joined(
+                            [value.to(kind, copy=True) for value in values], part_shape, kind
+                        )
+                    else:
+                        weights.put_parts(Entry(name=part, dtype=kind, shape=part_shape), values)
             for name, buffer in model.named_buffers():
                 if name in found.sources:
-                    buffer.copy_(_whole(files, found.sources[name], buffer))
+                    parts = [part.to(buffer.dtype, copy=True) for part in files.parts(found.sources[name])]
+                    buffer.copy_(_joined(parts, buffer.shape, buffer.dtype))
             _settle(model, weights, small)
-    return StreamedModel(model=model, weights=weights, unexpected=found.unexpected)
+    return StreamedModel(model=model, weights=weights, unexpected=found.unexpected, cuts=cuts)
 
 
-def _whole(files: WeightFolder, source: str, like: Tensor) -> Tensor:
-    """A tensor of the files, in memory, in the shape and dtype of ``like``."""
-    parts = [part.to(like.dtype, copy=True) for part in files.parts(source)]
-    return torch.cat(parts).view(like.shape) if parts else torch.empty_like(like)
+def _joined(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.cat(list(parts)).view(tuple(shape)) if parts else torch.empty(tuple(shape), dtype=dtype)
+
+
+class _Elements:
+    """Elements that come in parts, each in the memory of the one before, taken in other portions."""
+
+    def __init__(self, parts: Iterator[Tensor]) -> None:
+        self._parts = parts
+        self._rest: Tensor | None = None
+
+    def take(self, count: int) -> Iterator[Tensor]:
+        """The next ``count``, or what is left."""
+        while count:
+            if self._rest is None or not self._rest.numel():
+                self._rest = next(self._parts, None)
+            if self._rest is None:
+                return
+            portion, self._rest = self._rest[:count], self._rest[count:]
+            count -= portion.numel()
+            yield portion
 
 
 def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Module]:

@@ -13,8 +13,13 @@ from memtrain.offload.device import Device
 from memtrain.offload.engine import Engine
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.stored_weights import StoredWeights
+from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import storage_id
 from memtrain.streamed_model import traced_units
+from memtrain.tiling import split_units, tiles_of
+
+_WINDOWS_WITH_TILES = 3
+"""What stands before and after the blocks is held together while it is measured, and a tile beside it."""
 
 
 @contextmanager
@@ -29,16 +34,25 @@ def traced_weights(
     """
     codecs = {} if stored.codec is None else {stored.store.tier: stored.codec}
     engine = Engine({stored.store.tier: stored.store}, device, weight_codecs=codecs, lent=[stored.store.tier])
+    tiles = tiles_of(model)
     units = [  # what an earlier session has brought home for good stays there
         (unit, [(name, parameter) for name, parameter in members if name in stored.extents])
-        for unit, members in traced_units(model, blocks)
+        for unit, members in split_units(model, traced_units(model, blocks))
     ]
     tiers = {name: stored.store.tier for name, _ in units}
     streamer = ParameterStreamer(
-        model, blocks, units, tiers=tiers, engine=engine, slots=None, placed=stored.extents, read_ahead=False
+        model,
+        blocks,
+        units,
+        tiers=tiers,
+        engine=engine,
+        slots=_WINDOWS_WITH_TILES if tiles else None,
+        placed=stored.extents,
+        tiles=tiles,
+        reading=clock.stopped,
     )
     try:
-        yield TracedWeights(streamer)
+        yield TracedWeights(streamer, tiles)
     finally:
         try:
             streamer.release()
@@ -49,8 +63,9 @@ def traced_weights(
 class TracedWeights:
     """Weights that a streamer brings (``planner.tracing.weights.Weights``)."""
 
-    def __init__(self, streamer: ParameterStreamer) -> None:
+    def __init__(self, streamer: ParameterStreamer, tiles: Sequence[nn.Module] = ()) -> None:
         self._streamer = streamer
+        self._in_tiles = {id(parameter) for tile in tiles for parameter in tile.parameters()}
 
     def installed(self) -> AbstractContextManager[None]:
         """Inside, the model's modules have their weights brought."""
@@ -64,8 +79,9 @@ class TracedWeights:
 
     @contextmanager
     def present(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-        """Their units are held."""
-        units = {unit: None for p in parameters if (unit := self._streamer.unit_of(p)) is not None}
+        """Their units are held; but tiles come one by one, and no time passes meanwhile."""
+        whole = (p for p in parameters if id(p) not in self._in_tiles)
+        units = {unit: None for p in whole if (unit := self._streamer.unit_of(p)) is not None}
         with ExitStack() as held:
             for unit in units:
                 held.enter_context(self._streamer.hold(unit))

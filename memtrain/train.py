@@ -59,6 +59,7 @@ from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.snapshots import RunSnapshots
 from memtrain.streamed_model import StreamedModel
+from memtrain.tiling import tiling_lines
 from memtrain.weights import load_model, load_streamed
 
 Batch = dict[str, torch.Tensor]
@@ -201,6 +202,8 @@ class Trainer:
         self._sessions.callback(self.streamed.close)
         if self.streamed.unexpected:
             print(f"not used of the files: {', '.join(self.streamed.unexpected)}", flush=True)
+        for line in (*tiling_lines(self.streamed.model), *self.streamed.cuts.lines()):
+            print(line, flush=True)
         return self.streamed.model
 
     def close(self, *, finished: bool) -> None:

@@ -25,6 +25,7 @@ class WeightGuard:
         ensure: finishes the update of the unit that is named.
         bypassing: modules that use weights of modules inside them without calling those: their own forward
             finishes the updates of all of these weights, and no hook is put on what is inside.
+        tiles: modules whose weights their own forward alone uses: nobody finishes their updates before it.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class WeightGuard:
         ensure: Callable[[str], None],
         *,
         bypassing: Sequence[nn.Module] = (),
+        tiles: Sequence[nn.Module] = (),
     ) -> None:
         self._ensure = ensure
         self._unit_of = {id(p): unit for unit, members in reversed(units) for _, p in members}
@@ -44,6 +46,7 @@ class WeightGuard:
         for module in model.modules():
             self._guard(module, recurse=module in bypassing, called=module not in inner)
         inside = {name for name, _ in blocks}
+        inside |= {self._unit_of[id(p)] for tile in tiles for p in tile.parameters()}
         outside = [name for name, _ in units if name not in inside]
         before = [name for name in outside if name != "epilogue"]
         # A weight may be used without its module's forward (the chunked loss, F.linear with a table): units

@@ -17,6 +17,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.streamed_model import bring_home
+from memtrain.tiling import tiles_of
 
 
 def plan_units(model: nn.Module, profile: ModelProfile) -> list[Unit]:
@@ -69,6 +70,7 @@ def stream_weights(
         slots=plan.staging.weight_windows,
         borrowed={name for unit in profile.units if unit.block is None for name in unit.borrows},
         placed=None if stored is None else stored.extents,
+        tiles=tiles_of(model),
     )
     if stored is None:
         undo.callback(streamer.remove)

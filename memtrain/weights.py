@@ -95,7 +95,9 @@ def load_streamed(
                 made: nn.Module = AutoModelForCausalLM.from_config(configuration, dtype=dtype)
             return made
 
-        streamed = streamed_model(make, budget=budget, weight_codecs=weight_codecs)
+        streamed = streamed_model(
+            make, budget=budget, weight_codecs=weight_codecs, tile_bytes=section.tile_bytes
+        )
     else:
         assert section.path is not None
         if not Path(section.path).is_dir():
@@ -103,7 +105,13 @@ def load_streamed(
                 f"there is no folder {Path(section.path).resolve()}: model.streamed reads one with "
                 "safetensors files; `make data` fetches the model of the main recipe"
             )
-        streamed = streamed_model(section.path, dtype=dtype, budget=budget, weight_codecs=weight_codecs)
+        streamed = streamed_model(
+            section.path,
+            dtype=dtype,
+            budget=budget,
+            weight_codecs=weight_codecs,
+            tile_bytes=section.tile_bytes,
+        )
     _ready_to_train(streamed.model)
     return streamed
 

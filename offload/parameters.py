@@ -63,8 +63,7 @@ class ParameterStreamer:
     Args:
         model: its root, whose forward a training step calls.
         blocks: ``(name, module)`` in forward order: modules that run one after the other, each of which has
-            all its weights in memory while it runs. Where a block is too large for that, its parts may stand
-            here, down to the tiles of a ``TiledLinear``, and be units of their own.
+            all its weights in memory while it runs, but for its ``tiles``.
         units: every parameter, in forward order of the units.
         tiers: by unit, where its weights live; the device's, or none: in memory, as ever.
         engine: the stores of the tiers.
@@ -77,8 +76,10 @@ class ParameterStreamer:
             meta device still.
         borrowed: units before the blocks whose weights are used behind them too, by no module of their own: a
             table that the model multiplies with.
-        read_ahead: False reads a unit when it is used and never before, so that what runs meanwhile can be
-            timed.
+        tiles: modules, in blocks and elsewhere, each of which has a unit of its own that is there while its
+            own forward runs, and not while its block's does: for what is too large to be in memory at once.
+        reading: what reads happen in, each when its unit is used and never before, so that what runs
+            otherwise can be timed; None reads ahead.
 
     Raises:
         PlanMismatchError: too few slots for modules that use several units at once, windows of sizes that are
@@ -100,10 +101,11 @@ class ParameterStreamer:
         slots: int | Sequence[WindowClass] | None,
         placed: Mapping[str, Extent | CodedExtent] | None = None,
         borrowed: Collection[str] = (),
-        read_ahead: bool = True,
+        tiles: Collection[nn.Module] = (),
+        reading: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self._model = model
-        self._reads_ahead = read_ahead
+        self._reading = reading
         self._blocks = [module for _, module in blocks]
         self._names = [name for name, _ in units]
         self._originals: list[tuple[nn.Module, Callable[..., Any] | None]] = []
@@ -119,7 +121,7 @@ class ParameterStreamer:
         with ExitStack() as undo:
             self._units = self._make_units(units, tiers, engine, placed, undo)
             self._users = WeightUsers(
-                model, self._blocks, self._names, self._units, [name for name, _ in blocks], borrowed
+                model, self._blocks, self._names, self._units, [name for name, _ in blocks], borrowed, tiles
             )
             self._schedule = [*self._units.values()]
             self._schedule += [u for u in self._users.after_blocks if u is not self._schedule[-1]]
@@ -458,11 +460,12 @@ class ParameterStreamer:
     def _bring(self, unit: StreamedUnit) -> None:
         """Have the unit in a window; send away what has changed elsewhere, and read ahead."""
         with self._pool.lock:
-            self._pool.use(unit)
+            with nullcontext() if self._reading is None else self._reading():
+                self._pool.use(unit)
             if unit is not self._latest:
                 self._latest, self._asked = unit, False
                 self._pool.send_idle(unit)
-            if self._reads_ahead and not self._asked:
+            if self._reading is None and not self._asked:
                 self._asked = self._pool.prefetch(self._following(unit), keep=[unit])
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:

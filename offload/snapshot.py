@@ -39,6 +39,7 @@ from memtrain.offload.snapshot_weights import (
     write_weights,
 )
 from memtrain.offload.tensorfile import Entry, split, write_tensors
+from memtrain.offload.tiled_names import TiledNames
 
 FORMAT_VERSION = 2
 """Of checkpoints with lower halves of masters, and the latest that is read here."""
@@ -100,11 +101,16 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     folder = Path(folder)
     session.flush()
     files = verify(folder)
-    saved = _read_optimizer(folder)
-    optimizer = session.optimizer
+    optimizer, names = session.optimizer, TiledNames(session.model)
+    saved = _split(_read_optimizer(folder), names, optimizer, session.model)
     _check_groups(saved, optimizer, session.model)
-    with StateFiles(folder, files, saved) as state:
-        _check_state(saved, state, optimizer)
+    kept = _kept(optimizer)
+
+    def shape(name: str, key: str) -> tuple[int, ...] | None:
+        return kept[name, key].shape if (name, key) in kept else None
+
+    with StateFiles(folder, files, saved, lambda file: names.cut(file, shape)) as state:
+        _check_state(saved, state, optimizer, kept)
         optimizer.await_snapshot()
         load_weights(_weight_files(folder, files), session.model, weights_of(session))
         entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
@@ -129,9 +135,10 @@ def load_optimizer_state(folder: Path | str, optimizer: torch.optim.Optimizer, m
     """
     folder = Path(folder)
     files = verify(folder)
-    saved = _read_optimizer(folder)
+    names = TiledNames(model)
+    saved = _split(_read_optimizer(folder), names, optimizer, model)
     places = _check_groups(saved, optimizer, model)
-    with StateFiles(folder, files, saved) as state:
+    with StateFiles(folder, files, saved, names.cut) as state:
         faults = []
         for name, key in state.homes:
             entry, parameter = state.entry(name, key), places[name]
@@ -189,7 +196,7 @@ def state_files(session: Session) -> dict[str, list[Entry]]:
         for name in optimizer.index.parameters
         for tensor in optimizer.records.stored(name)
     ]
-    shards = split(entries, OPTIMIZER_SHARD_BYTES)
+    shards = split(TiledNames(session.model).grouped(entries), OPTIMIZER_SHARD_BYTES)
     return {
         f"optimizer-{number:05d}-of-{len(shards):05d}.safetensors": shard
         for number, shard in enumerate(shards, 1)
@@ -213,6 +220,7 @@ def _parameter_names(session: Session) -> dict[int, str]:
 
 def _optimizer_document(session: Session) -> dict[str, Any]:
     optimizer, names = session.optimizer, _parameter_names(session)
+    tiled = TiledNames(session.model)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     groups = [
         {
@@ -221,7 +229,7 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
                 for key, value in group.items()
                 if key != "params"
             },
-            "params": [names[id(parameter)] for parameter in group["params"]],
+            "params": tiled.joined(names[id(parameter)] for parameter in group["params"]),
         }
         for group in optimizer.param_groups
     ]
@@ -233,10 +241,15 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
         "optimizer": f"{kind.__module__}.{kind.__qualname__}",
         "master_weights": optimizer.config.master_weights,
         "param_groups": groups,
-        "shapes": {names[id(parameter)]: list(parameter.shape) for parameter in parameters},
-        "scalars": {
-            name: encode(values, f"state of {name}") for name, values in optimizer.scalar_state().items()
+        "shapes": {
+            tiled.whole_of.get(name, name): list(
+                tiled.shape(tiled.whole_of[name]) if name in tiled.whole_of else parameter.shape
+            )
+            for name, parameter in ((names[id(parameter)], parameter) for parameter in parameters)
         },
+        "scalars": tiled.joined_values(
+            {name: encode(values, f"state of {name}") for name, values in optimizer.scalar_state().items()}
+        ),
     }
 
 
@@ -267,7 +280,13 @@ def _upper_halves(session: Session) -> dict[str, str]:
 
 def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
     """The state's tensors in parts, in the order of the entries."""
-    last = None
+    entries = list(expected)
+    if any(entry.part_of for entry in entries):  # tiles of one parameter together: no order of records
+        for entry in entries:
+            name, _, key = entry.name.rpartition("/")
+            yield optimizer.read_state(name, key)
+        return
+    expected, last = iter(entries), None
     for name, key, part in optimizer.stored_state():
         if (name, key) != last:
             assert f"{name}/{key}" == next(expected).name
@@ -283,6 +302,15 @@ def _read_optimizer(folder: Path) -> dict[str, Any]:
             f"use the version of memtrain that wrote it"
         )
     return document
+
+
+def _split(
+    document: dict[str, Any], names: TiledNames, optimizer: torch.optim.Optimizer, model: nn.Module
+) -> dict[str, Any]:
+    """What the checkpoint says of layers that are in tiles here, said of the tiles."""
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[known.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    return names.split_document(document, groups)
 
 
 def _weight_files(folder: Path, files: dict[str, Any]) -> list[Path]:
@@ -318,10 +346,10 @@ def _check_groups(
     return places
 
 
-def _check_state(saved: dict[str, Any], state: StateFiles, optimizer: OffloadedOptimizer) -> None:
-    """Compare the state's tensors with those that the optimizer keeps."""
+def _kept(optimizer: OffloadedOptimizer) -> dict[tuple[str, str], Entry]:
+    """The state's tensors that the optimizer keeps, by parameter and key."""
     specs, parameters = optimizer.layout.specs, optimizer.index.parameters
-    kept = {
+    return {
         (name, tensor.key): Entry(
             name=f"{name}/{tensor.key}",
             dtype=tensor.dtype,
@@ -330,10 +358,21 @@ def _check_state(saved: dict[str, Any], state: StateFiles, optimizer: OffloadedO
         for name, spec in specs.items()
         for tensor in spec.tensors
     }
+
+
+def _check_state(
+    saved: dict[str, Any],
+    state: StateFiles,
+    optimizer: OffloadedOptimizer,
+    kept: dict[tuple[str, str], Entry],
+) -> None:
+    """Compare the state's tensors with ``kept``."""
+    specs = optimizer.layout.specs
     begun = {name for name, _ in state.homes} | saved["scalars"].keys()
     wanted = {place for place in kept if place[0] in begun}
-    faults = [f"{kept[place]} is missing in the checkpoint" for place in sorted(wanted - state.homes.keys())]
-    for place in state.homes:
+    found = state.homes
+    faults = [f"{kept[place]} is missing in the checkpoint" for place in sorted(wanted.difference(found))]
+    for place in found:
         entry = state.entry(*place)
         if place not in kept:
             faults.append(f"{entry} is not kept here")

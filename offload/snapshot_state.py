@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,21 @@ class StateFiles:
     Args:
         files: names of all files of ``folder``.
         saved: ``optimizer.json``; ``upper_halves`` are the weights that belong to lower halves of masters.
+        cut: names a file's tensors as the model has them, where layers are in tiles.
 
     Raises:
         CheckpointError: a lower half without its weight.
     """
 
-    def __init__(self, folder: Path, files: Collection[str], saved: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, files: Collection[str], saved: dict[str, Any], cut: Callable[[TensorFile], None]
+    ) -> None:
         self._stack = ExitStack()
         self._stored: dict[tuple[str, str], TensorFile] = {}
         self._upper: dict[str, tuple[TensorFile, str]] = {}
         """By parameter, where the weight is."""
         try:
-            self._open(folder, sorted(files), saved.get("upper_halves", {}))
+            self._open(folder, sorted(files), saved.get("upper_halves", {}), cut)
         except BaseException:
             self._stack.close()
             raise
@@ -47,8 +50,11 @@ class StateFiles:
             for (name, key), file in self._stored.items()
         }
 
-    def _open(self, folder: Path, files: list[str], upper: dict[str, str]) -> None:
+    def _open(
+        self, folder: Path, files: list[str], upper: dict[str, str], cut: Callable[[TensorFile], None]
+    ) -> None:
         for file in self._opened(folder, [name for name in files if _STATE_FILE.fullmatch(name)]):
+            cut(file)
             for entry in file.entries:
                 parameter, _, key = entry.rpartition("/")
                 self._stored[parameter, key] = file

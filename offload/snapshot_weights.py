@@ -20,6 +20,7 @@ from memtrain.offload.atomic import CheckpointError, FolderWriter
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.optimizer_state import Keeper
 from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
+from memtrain.offload.tiled_names import TiledNames
 from memtrain.offload.weight_units import StreamedWeight
 
 SHARD_BYTES = 5_000_000_000
@@ -84,7 +85,9 @@ def weight_files(model: nn.Module, weights: StreamedWeights | None = None) -> We
         CheckpointError: the state dict holds what is no tensor.
     """
     tensors, aliases = _stored(model, weights)
-    entries = [Entry(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
+    entries = TiledNames(model).grouped(
+        [Entry(name=name, dtype=t.dtype, shape=tuple(t.shape)) for name, t in tensors.items()]
+    )
     shards = split(entries, SHARD_BYTES) or [[]]
     names = [
         "model.safetensors" if len(shards) == 1 else f"model-{n:05d}-of-{len(shards):05d}.safetensors"
@@ -97,7 +100,7 @@ def weight_files(model: nn.Module, weights: StreamedWeights | None = None) -> We
         metadata[name] = {"format": "pt", **tied}
     index = {
         "metadata": {"total_size": sum(entry.size_bytes for entry in entries)},
-        "weight_map": {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard},
+        "weight_map": {e.stored_name: name for name, shard in zip(names, shards, strict=True) for e in shard},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     return WeightFiles(
@@ -185,6 +188,9 @@ def load_weights(paths: Iterable[Path], model: nn.Module, weights: StreamedWeigh
     """
     with ExitStack() as stack:
         files = [stack.enter_context(TensorFile(path)) for path in paths]
+        names = TiledNames(model)
+        for file in files:
+            names.cut(file)
         home = {name: file for file in files for name in file.entries}
         aliases = {
             alias: kept for file in files for alias, kept in file.metadata.items() if alias != "format"
@@ -258,7 +264,7 @@ def _stored(model: nn.Module, weights: StreamedWeights | None) -> tuple[dict[str
 def _groups(model: nn.Module, weights: StreamedWeights | None) -> list[tuple[list[str], Tensor]]:
     """The state dict's tensors, each with all names that it has."""
     groups: dict[Any, tuple[list[str], Tensor]] = {}
-    if weights is not None:
+    if weights is not None or TiledNames(model).parts:  # whose state dict has copies, joined
         for name, tensor in _saved_tensors(model):
             groups.setdefault(id(tensor), ([], tensor))[0].append(name)
         return list(groups.values())

@@ -8,13 +8,15 @@ lasts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,6 +47,13 @@ class Entry:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    part_of: tuple[str, tuple[int, ...]] | None = field(default=None, compare=False)
+    """Name and shape of the tensor that this one is a run of bytes of: the others follow, or stand before."""
+
+    @property
+    def stored_name(self) -> str:
+        """What a file's header calls it."""
+        return self.part_of[0] if self.part_of else self.name
 
     @property
     def size_bytes(self) -> int:
@@ -56,15 +65,18 @@ class Entry:
 
 
 def split(entries: Sequence[Entry], shard_bytes: int) -> list[list[Entry]]:
-    """Runs of entries of at most ``shard_bytes``; a larger tensor is a run of its own."""
+    """Runs of entries of at most ``shard_bytes``; a larger tensor is a run of its own. What are parts of one
+    tensor stay together."""
     shards: list[list[Entry]] = []
     room = 0
-    for entry in entries:
-        if not shards or entry.size_bytes > room:
+    for _, group in itertools.groupby(entries, key=lambda entry: entry.stored_name):
+        parts = list(group)
+        size_bytes = sum(part.size_bytes for part in parts)
+        if not shards or size_bytes > room:
             shards.append([])
             room = shard_bytes
-        shards[-1].append(entry)
-        room -= entry.size_bytes
+        shards[-1] += parts
+        room -= size_bytes
     return shards
 
 
@@ -105,17 +117,21 @@ def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) 
     Raises:
         CheckpointError: a dtype that the format does not have.
     """
-    table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    table: dict[str, dict[str, Any]] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in entries:
         if entry.dtype not in _CODES:
             raise CheckpointError(f"{entry}: safetensors files cannot hold this dtype; convert the tensor")
         stop = offset + entry.size_bytes
-        table[entry.name] = {
-            "dtype": _CODES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, stop],
-        }
+        name, shape = entry.part_of or (entry.name, entry.shape)
+        if entry.part_of and name in table:
+            table[name]["data_offsets"][1] = stop
+        else:
+            table[name] = {
+                "dtype": _CODES[entry.dtype],
+                "shape": list(shape),
+                "data_offsets": [offset, stop],
+            }
         offset = stop
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors' bytes start aligned, as the format recommends
@@ -179,6 +195,15 @@ class TensorFile:
             self._fill(chunk, offset + start)
             os.posix_fadvise(self._descriptor, offset + start, chunk.numel(), os.POSIX_FADV_DONTNEED)
             yield chunk.view(entry.dtype)
+
+    def cut(self, name: str, parts: Sequence[Entry]) -> None:
+        """Let a tensor be read as ``parts``, which are in its bytes one after another, and no more as one."""
+        assert sum(part.size_bytes for part in parts) == self.entries[name].size_bytes, name
+        del self.entries[name]
+        offset = self._offsets.pop(name)
+        for part in parts:
+            self.entries[part.name], self._offsets[part.name] = part, offset
+            offset += part.size_bytes
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory."""

@@ -18,6 +18,7 @@ class WeightUsers:
         names: of all units, in forward order.
         units: those that are streamed.
         borrowed: names of units that are used behind the last block, whoever owns them.
+        tiles: modules of which each is a unit that its own forward alone uses, wherever it stands.
     """
 
     def __init__(
@@ -28,19 +29,23 @@ class WeightUsers:
         units: Mapping[str, StreamedUnit],
         block_names: Sequence[str],
         borrowed: Collection[str] = (),
+        tiles: Collection[nn.Module] = (),
     ) -> None:
         self._model = model
         self._blocks = set(blocks)
+        self._tiles = set(tiles)
         self._units = units
         self._unit_of = {id(weight.parameter): unit for unit in units.values() for weight in unit.weights}
-        inside = {child for block in blocks for child in block.modules()}
+        inside = {child for block in blocks for child in block.modules()} - self._tiles
+        alone = {unit.name for tile in self._tiles for unit in self.of(tile)}
         self._outside = [module for module in model.modules() if module not in inside]
         place = {name: number for number, name in enumerate(names)}
         last = max((place[name] for name in block_names if name in place), default=-1)
         self.after_blocks = [
             unit
             for unit in units.values()
-            if place[unit.name] > last or unit.name in borrowed or self._is_shared(unit)
+            if unit.name not in alone
+            and (place[unit.name] > last or unit.name in borrowed or self._is_shared(unit))
         ]
         """Units outside the blocks whose weights are used when the last block is done: those behind it, and
         those that tied modules share."""
@@ -50,9 +55,10 @@ class WeightUsers:
         return self._unit_of.get(id(parameter))
 
     def of(self, module: nn.Module) -> list[StreamedUnit]:
-        """What the module's forward uses: of a block everything in it, of others what they own themselves."""
+        """What the module's forward uses: of a block everything in it but tiles, of others what they own
+        themselves."""
         if module in self._blocks:
-            own = [p for child in module.modules() for p in child._parameters.values()]
+            own = [p for child in self._around_tiles(module) for p in child._parameters.values()]
         else:
             own = list(module._parameters.values())
         found = {unit.name: unit for p in own if (unit := self._unit_of.get(id(p))) is not None}
@@ -72,12 +78,18 @@ class WeightUsers:
         def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:
             held = held | {unit.name for unit in self.of(module)}
             yield held
-            if module not in self._blocks:
-                for child in module.children():
+            inner = (
+                self._tiles.intersection(module.modules()) if module in self._blocks else module.children()
+            )
+            for child in inner:
+                if child is not module:
                     yield from below(child, held)
 
         yield {unit.name for unit in (*self.of(self._model), *self.after_blocks)}
         yield from below(self._model, set())
+
+    def _around_tiles(self, block: nn.Module) -> Iterator[nn.Module]:
+        return (module for module in block.modules() if module is block or module not in self._tiles)
 
     def _is_shared(self, unit: StreamedUnit) -> bool:
         weights = {id(weight.parameter) for weight in unit.weights}

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from memtrain.optim.autograd.tiled_linear import Tile, TiledEmbedding, TiledLinear
+
 
 class Role(str, Enum):
     """What a parameter is for."""
@@ -92,7 +94,7 @@ def classify(
     wanted = {_role(each) for each in project}
     patterns = {pattern: _role(role) for pattern, role in (overrides or {}).items()}
     modules = dict(model.named_modules())
-    embeddings = [module for module in modules.values() if isinstance(module, nn.Embedding)]
+    embeddings = [module for module in modules.values() if isinstance(module, (nn.Embedding, TiledEmbedding))]
     vocabulary = max((module.num_embeddings for module in embeddings), default=None)
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -135,6 +137,9 @@ def _role_of(
 ) -> tuple[Role, str]:
     owner, _, leaf = name.rpartition(".")
     module = modules[owner]
+    if isinstance(module, Tile):  # has the role of its layer
+        owner = owner.rpartition(".tiles.")[0]
+        name, module = f"{owner}.{leaf}", modules[owner]
     kind = type(module).__name__
     path = [part for part in name.split(".") if part not in ("weight", "base_layer") and not part.isdigit()]
     last = path[-1] if path else leaf
@@ -144,7 +149,7 @@ def _role_of(
         return Role.NORM, f"in {kind}"
     if parameter.dim() < 2:
         return Role.BIAS, f"{parameter.dim()}-dimensional in {kind}"
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag, TiledEmbedding)):
         return Role.EMBEDDING, f"in {kind}"
     if module is output:
         return Role.HEAD, "the model's output embeddings"
@@ -162,9 +167,9 @@ def _role_of(
             for role, pattern in ((Role.ATTENTION, _ATTENTION), (Role.MLP, _MLP)):
                 if pattern.search(part):
                     return role, f"named {part}" + (", transposed Conv1D" if kind == "Conv1D" else "")
-        if isinstance(module, nn.Linear) and module.out_features == vocabulary:
+        if isinstance(module, (nn.Linear, TiledLinear)) and module.out_features == vocabulary:
             return Role.HEAD, "as many rows as the largest embedding"
-        if isinstance(module, nn.Linear) or kind == "Conv1D":
+        if isinstance(module, (nn.Linear, TiledLinear)) or kind == "Conv1D":
             return Role.LINEAR, f"in {kind}"
     return Role.OTHER, f"{parameter.dim()}-dimensional in {kind}"
 

@@ -43,7 +43,7 @@ def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
     """Every unit that is away must fit a window, every size is that of the largest unit that needs it, and
     there are as many windows of it as one part of the step needs."""
     units, windows = away(plan, profile), plan.staging.weight_windows
-    largest = max((unit.weight_extent_bytes for unit in units.values()), default=0)
+    largest = max((_in_window(unit) for unit in units.values()), default=0)
     sizes = [each.slot_bytes for each in windows]
     if any(size % PAGE for size in sizes):
         yield f"windows of {sizes} bytes are not all multiples of {PAGE}"
@@ -56,10 +56,18 @@ def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
         kinds[_kind(plan, units[name])].add(name)
     for name, event, count in _moments(plan, profile):
         at_once[event, count, _kind(plan, units[name])].add(name)
+    if len(windows) > 1 and any(_in_tiles(unit) for unit in units.values()):
+        yield f"windows of {sizes} bytes for weights in tiles, which go through windows of one size"
     for each in windows:
         members = kinds[each.slot_bytes]
-        need = max((units[name].weight_extent_bytes for name in members), default=0)
-        least = max((len(names) for key, names in at_once.items() if key[2] == each.slot_bytes), default=1)
+        need = max((_in_window(units[name]) for name in members), default=0)
+        # Beside the tile that is used there may be the rest of its unit.
+        counts = [
+            len(names) + any(_in_tiles(units[name]) for name in names)
+            for key, names in at_once.items()
+            if key[2] == each.slot_bytes
+        ]
+        least = max(counts, default=1)
         if len(windows) == 1:
             least = max(least, 2)
         if each.slot_bytes != need or not least <= each.slots <= max(least, len(members)):
@@ -79,8 +87,16 @@ def window_bytes(plan: Plan) -> int:
 
 def _kind(plan: Plan, unit: UnitProfile) -> int:
     """The size of the windows that the unit takes turns in; 0 where it fits none."""
-    fit = (w.slot_bytes for w in plan.staging.weight_windows if w.slot_bytes >= unit.weight_extent_bytes)
+    fit = (w.slot_bytes for w in plan.staging.weight_windows if w.slot_bytes >= _in_window(unit))
     return min(fit, default=0)
+
+
+def _in_window(unit: UnitProfile) -> int:
+    return unit.window_bytes or unit.weight_extent_bytes
+
+
+def _in_tiles(unit: UnitProfile) -> bool:
+    return 0 < unit.window_bytes < unit.weight_extent_bytes
 
 
 def resident_weights(plan: Plan, profile: ModelProfile) -> int:
@@ -281,10 +297,12 @@ def _computing(events: Events, name: str, count: int) -> list[Event]:
 
 def _missing(plan: Plan, profile: ModelProfile) -> Moments:
     """Uses of units that are in no window: as many others that need windows of the same size were used since
-    their last use as there are."""
+    their last use as there are, or the tiles of another one, which go through all windows. Tiles themselves
+    are always gone."""
     moments, units = _moments(plan, profile), away(plan, profile)
     slots = {each.slot_bytes: each.slots for each in plan.staging.weight_windows}
     kinds = {name: _kind(plan, unit) for name, unit in units.items()}
+    tiles = {name for name, unit in units.items() if _in_tiles(unit)}
     order = [unit for unit, _, _ in moments]
     missing = []
     for place, unit in enumerate(order):
@@ -294,9 +312,21 @@ def _missing(plan: Plan, profile: ModelProfile) -> Moments:
                 break
             if kinds[other] == kinds[unit]:
                 since.add(other)
-        if len(since) >= slots.get(kinds[unit], 0):
+        if unit in tiles:
+            gone = not _right_beside_update(plan, moments, place)
+        else:
+            gone = bool(since & tiles) or len(since) >= slots.get(kinds[unit], 0)
+        if gone:
             missing.append(moments[place])
     return missing
+
+
+def _right_beside_update(plan: Plan, moments: Moments, place: int) -> bool:
+    """A tile that is updated ahead of its forward, or behind its backward, is there for both."""
+    if plan.update_schedule is UpdateSchedule.SEQUENTIAL or place == 0:
+        return False
+    (before, first, _), (unit, second, _) = moments[place - 1 : place + 1]
+    return before == unit and "update" in (first.split()[0], second.split()[0])
 
 
 def _without_read(plan: Plan, unit: UnitProfile, event: str) -> bool:
@@ -311,6 +341,9 @@ def _reads(plan: Plan, profile: ModelProfile) -> dict[str, int]:
     reads = dict.fromkeys(units, 0)
     for unit, event, _ in _missing(plan, profile):
         reads[unit] += not _without_read(plan, units[unit], event)
+    for unit, event, _ in _moments(plan, profile):
+        # The loss is forward and backward in one event: tiles come once more for the latter.
+        reads[unit] += event == "loss epilogue" and _in_tiles(units[unit])
     return reads
 
 

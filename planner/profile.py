@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from memtrain.planner.actions import PLAIN
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 8
+PROFILE_VERSION = 9
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,6 +240,9 @@ class UnitProfile:
     """Of ``weight_bytes`` what may leave the device: smaller parameters stay. 0: none of them."""
     weight_extent_bytes: int = 0
     """What may leave on a tier, or in a window of the device: every parameter in whole pages."""
+    window_bytes: int = 0
+    """Of ``weight_extent_bytes`` the most that is in a window at once, where the unit's weights come in
+    tiles, one after the other, at every use anew; 0: all of it comes together."""
     written_extent_bytes: int = 0
     """Of those the parameters that an update changes; the others are never written again."""
     overwritten: bool = False
@@ -254,6 +257,7 @@ class UnitProfile:
             ("movable_weight_bytes", "weight_bytes"),
             ("movable_weight_bytes", "weight_extent_bytes"),
             ("written_extent_bytes", "weight_extent_bytes"),
+            ("window_bytes", "weight_extent_bytes"),
         ):
             if getattr(self, name) > getattr(self, most):
                 raise ValueError(
@@ -265,6 +269,16 @@ class UnitProfile:
                 f"{self.name}: weight_extent_bytes is {self.weight_extent_bytes} and movable_weight_bytes 0: "
                 "what does not leave has no extent"
             )
+
+    @property
+    def tiled(self) -> bool:
+        """Whether no window ever has all of its weights."""
+        return 0 < self.window_bytes < self.weight_extent_bytes
+
+    @property
+    def largest_window_bytes(self) -> int:
+        """What a window needs for it."""
+        return self.window_bytes or self.weight_extent_bytes
 
     @property
     def workspace_bytes(self) -> int:

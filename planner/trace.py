@@ -30,7 +30,13 @@ from memtrain.planner.tracing.blocks import find_blocks, first_pass
 from memtrain.planner.tracing.left_as_found import left_as_found
 from memtrain.planner.tracing.live_bytes import tensors_in
 from memtrain.planner.tracing.rehearsal import Rehearsal
-from memtrain.planner.tracing.units import KeepsHalf, KnownStates, measure_optimizer, parameter_units
+from memtrain.planner.tracing.units import (
+    KeepsHalf,
+    KnownStates,
+    WindowBytes,
+    measure_optimizer,
+    parameter_units,
+)
 from memtrain.planner.tracing.weights import InMemory, Weights, unique_bytes
 
 _PAGE_BYTES = 4096
@@ -49,6 +55,7 @@ def profile_model(
     block_names: Sequence[str] | None = None,
     rehearsal: Rehearsal | None = None,
     weights: Weights | None = None,
+    window_bytes: WindowBytes | None = None,
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
@@ -69,6 +76,8 @@ def profile_model(
         rehearsal: what will carry the plan out; without it the profile allows no nearly free recompute and no
             token prefixes.
         weights: brings those that are not in memory; each block is measured with its own there.
+        window_bytes: for a model with layers in tiles, what of some parameters, which are a unit's, would be
+            in memory at once if they were streamed; 0: all of them.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.
@@ -91,7 +100,14 @@ def profile_model(
         known = KnownStates.of(optimizer, master_weights)
         step = measure_optimizer(optimizer, master_weights, known, keeps_half)
         units = parameter_units(
-            model, blocks, trace, step, known, whole=not elementwise, master_weights=master_weights
+            model,
+            blocks,
+            trace,
+            step,
+            known,
+            whole=not elementwise,
+            master_weights=master_weights,
+            window_bytes=window_bytes,
         )
     parameters = list({id(p): p for p in model.parameters()}.values())
     baseline, slack = _baseline(model, optimizer, weights)

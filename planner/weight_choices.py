@@ -53,14 +53,14 @@ class WeightChoices:
         self.places = [self._places(index) for index in range(len(self._units))]
         """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
         movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
-        sizes = {u: self._units[u].weight_extent_bytes for u in movable}
-        self._largest = max(sizes.values(), default=0)
+        sizes = {u: self._units[u].largest_window_bytes for u in movable}
+        self._largest = max((self._units[u].weight_extent_bytes for u in movable), default=0)
         ordinary = ordinary_bytes(request.profile)
         self._ordinary = max((size for size in sizes.values() if size <= ordinary), default=0)
         """Of the largest unit that goes through a small window, where there are two sizes."""
         self.ring: dict[WantedWindows | None, pulp.LpVariable] = {}
         if movable:
-            two_sizes = 0 < self._ordinary < self._largest
+            two_sizes = 0 < self._ordinary < max(sizes.values())
             open_to = [wanted for wanted in WANTED_WINDOWS if two_sizes or not wanted.sized]
             self.ring[None] = self._binary("no_windows")
             for wanted in open_to:

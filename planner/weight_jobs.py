@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from memtrain.planner.actions import Tier
+from memtrain.planner.block_parts import is_recomputed
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.weight_coding import WeightWay
@@ -48,6 +49,7 @@ class WeightJobs:
             decisions.update_schedule,
             decisions.staging.weight_windows,
             decisions.micro_batch_order,
+            recomputed={decision.block for decision in decisions.blocks if is_recomputed(decision)},
         )
         self._starting: dict[int | None, list[tuple[int, Read]]] = defaultdict(list)
         """Turns and their reads, by the turn that must be over before; None: they begin with the step."""

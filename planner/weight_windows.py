@@ -17,6 +17,12 @@ sizes would not take less memory: only what follows one another closely needs se
 else is larger can share the one large window, whatever is smaller the small ones. What shares it is never
 used one right after the other (``ordinary_bytes``), so the next can come while blocks are used.
 
+A *tiled* unit never is in memory as a whole. Its tiles go through the windows one after the other, at every
+pass over them, and what others had left there is gone afterwards. A turn with two passes (the epilogue's
+forward and backward; a block that is computed again before its backward) reads it twice. Beside the tile that
+is used there is one window for the rest of its unit. To the queues it is one read ahead of the turn: tiles
+are really read while their turn runs, behind each other, so that a pipeline of several turns takes as long.
+
 Index letters: ``u`` unit, ``n`` windows.
 """
 
@@ -24,7 +30,7 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from memtrain.planner.actions import MicroBatchOrder, StateDecision, Tier, UpdateSchedule
@@ -80,11 +86,14 @@ def wanted_of(windows: Sequence[WindowClass]) -> WantedWindows | None:
 
 def ordinary_bytes(profile: ModelProfile) -> int:
     """Of the largest unit that is no large one: the least size above which units are never used together, nor
-    one right after another in a forward. 0 where no weights may leave."""
+    one right after another in a forward. 0 where no weights may leave. Tiles go through all windows, which
+    are then of one size."""
     forward = _pass(profile, [unit.weight_extent_bytes > 0 for unit in profile.units])
-    sizes = sorted({unit.weight_extent_bytes for unit in profile.units} - {0})
+    sizes = sorted({unit.largest_window_bytes for unit in profile.units} - {0})
+    if any(unit.tiled for unit in profile.units):
+        return sizes[-1]
     for size in sizes:
-        large = [{u for u in turn if profile.units[u].weight_extent_bytes > size} for turn in forward]
+        large = [{u for u in turn if profile.units[u].largest_window_bytes > size} for turn in forward]
         if all(len(one | following) <= 1 for one, following in itertools.pairwise(large)):
             return size
     return 0
@@ -96,7 +105,7 @@ def weight_windows(
     """Windows, the smallest first: of each size no more than units take turns, no fewer than a turn needs,
     and two where there is one size."""
     away = [is_away(decision) for decision in states]
-    sizes = [unit.weight_extent_bytes for unit, gone in zip(profile.units, away, strict=True) if gone]
+    sizes = [unit.largest_window_bytes for unit, gone in zip(profile.units, away, strict=True) if gone]
     if not sizes:
         return ()
     ordinary = ordinary_bytes(profile) if wanted.sized else max(sizes)
@@ -104,7 +113,10 @@ def weight_windows(
     turns = _pass(profile, away)
 
     def at_once(least: int, most: int) -> int:
-        return max(sum(least < profile.units[u].weight_extent_bytes <= most for u in turn) for turn in turns)
+        return max(
+            _at_once(profile, [u for u in turn if least < profile.units[u].largest_window_bytes <= most])
+            for turn in turns
+        )
 
     if len(small) in (0, len(sizes)):
         count = max(min(wanted.slots, len(sizes)), at_once(-1, max(sizes)), 2)
@@ -114,6 +126,11 @@ def weight_windows(
         WindowClass(slots=count, slot_bytes=max(small)),
         WindowClass(slots=at_once(ordinary, max(sizes)), slot_bytes=max(sizes)),
     )
+
+
+def _at_once(profile: ModelProfile, turn: Sequence[int]) -> int:
+    """Windows that a turn needs: of tiled units one for what is no tile, and one for the tile in use."""
+    return len(turn) + any(profile.units[unit].tiled for unit in turn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +149,7 @@ class Turn:
     """One use of weights in a step, or of none."""
 
     reads: tuple[Read, ...]
+    """Of units that are not in a window; of a tiled one once for each pass over its tiles."""
     evicts: tuple[int, ...]
     """Units that give way, to a read or to weights that are made anew."""
 
@@ -142,19 +160,26 @@ def step_turns(
     schedule: UpdateSchedule,
     windows: Sequence[WindowClass],
     order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL,
+    recomputed: Collection[int] = (),
 ) -> list[Turn]:
     """The turns of one step among many: per micro-batch prologue, blocks and epilogue, the blocks backward,
     and the prologue; then, under SEQUENTIAL, the update of every unit in order. In vertical order each of
-    them comes as often as there are micro-batches before the next one."""
+    them comes as often as there are micro-batches before the next one.
+
+    Args:
+        recomputed: blocks whose forward runs again before their backward.
+    """
     passes = list(_passes(profile, states, order))
+    twice = list(_run_twice(profile, order, recomputed))
     uses = [*passes, *_updates(profile, states, schedule)]
     reads: list[list[Read]] = [[] for _ in uses]
     evicts: list[list[int]] = [[] for _ in uses]
     above, together = 0, sum(each.slots for each in windows)
+    tiled = {index for index, unit in enumerate(profile.units) if unit.tiled}
     for each in windows:  # which share nothing
         members = range(above + 1, each.slot_bytes + 1)
-        own = [tuple(u for u in units if profile.units[u].weight_extent_bytes in members) for units in uses]
-        found = _Windows(each.slots)
+        own = [tuple(u for u in units if profile.units[u].largest_window_bytes in members) for units in uses]
+        found = _Windows(each.slots, tiled)
         for units in own:  # the step before: it leaves in the windows what this one finds there
             found.use(units)
         for index, units in enumerate(own):
@@ -163,8 +188,11 @@ def step_turns(
                 missing = ()
             begins = None
             if missing:
-                ends = _begins_after(own, index, each.slots), _begins_after(uses, index, together)
+                room = (own, each.slots), (uses, together)
+                ends = [_begins_after(turns, index, slots, missing) for turns, slots in room]
                 begins = max((end for end in ends if end is not None), default=None)
+            if index < len(passes) and twice[index]:
+                missing = (*missing, *(unit for unit in missing if unit in tiled))
             reads[index] += [Read(unit, begins, evicted) for unit in missing]
             evicts[index] += evicted
         above = each.slot_bytes
@@ -174,29 +202,41 @@ def step_turns(
 class _Windows:
     """Units that are in windows of one size, the one that was not used for longest first."""
 
-    def __init__(self, slots: int) -> None:
-        self._slots = slots
+    def __init__(self, slots: int, tiled: Collection[int]) -> None:
+        self._slots, self._tiled = slots, tiled
         self._present: OrderedDict[int, None] = OrderedDict()
+        self._overwritten: set[int] = set()
+        """Of those whose window tiles have been in: what they had to write may still be under way."""
 
     def use(self, units: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Units that must be read, and those that give way."""
-        missing, evicted = [], []
+        missing: list[int] = []
+        evicted: list[int] = []
         for unit in units:
-            if unit not in self._present:
+            if unit in self._tiled:  # its tiles take every window in turn
+                self._overwritten.update(self._present)
+            if unit in self._overwritten:  # and gives way to itself
+                evicted.append(unit)
+            if unit not in self._present or unit in self._overwritten:
                 missing.append(unit)
                 self._present[unit] = None
+                self._overwritten.discard(unit)
             self._present.move_to_end(unit)
             if len(self._present) > self._slots:
                 evicted.append(self._present.popitem(last=False)[0])
+                self._overwritten.discard(evicted[-1])
         return tuple(missing), tuple(evicted)
 
 
-def _begins_after(uses: list[tuple[int, ...]], index: int, slots: int) -> int | None:
-    """The last turn that must be over: the turns behind it have room in the windows together."""
+def _begins_after(
+    uses: list[tuple[int, ...]], index: int, slots: int, missing: tuple[int, ...]
+) -> int | None:
+    """The last turn that must be over: the turns behind it have room in the windows together, and none of
+    them uses what is to be read again, behind the tiles of another unit."""
     held = set(uses[index])
     for before in reversed(range(index)):
         held.update(uses[before])
-        if uses[before] and len(held) > slots:
+        if uses[before] and (len(held) > slots or not set(missing).isdisjoint(uses[before])):
             return before
     return None
 
@@ -211,6 +251,18 @@ def _passes(
     for _ in range(profile.micro_batches // together):
         for units in one:
             yield from [units] * together
+
+
+def _run_twice(profile: ModelProfile, order: MicroBatchOrder, recomputed: Collection[int]) -> Iterator[bool]:
+    """For each turn of ``_passes`` whether it goes over its weights twice."""
+    blocks = len(profile.blocks)
+    one = (
+        [False] * (1 + blocks) + [True] + [block in recomputed for block in reversed(range(blocks))] + [False]
+    )
+    together = profile.micro_batches if order is MicroBatchOrder.VERTICAL else 1
+    for _ in range(profile.micro_batches // together):
+        for twice in one:
+            yield from [twice] * together
 
 
 def _updates(

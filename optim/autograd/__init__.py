@@ -13,7 +13,8 @@ from memtrain.optim.autograd.recomputed import linear
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 from memtrain.optim.autograd.swiglu import activation_linear, gated_linear
 from memtrain.optim.autograd.tiled import tiled
-from memtrain.optim.autograd.tiled_linear import TiledLinear
+from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
+from memtrain.optim.autograd.tiled_loss import tiled_cross_entropy
 from memtrain.optim.autograd.treatments import NotServedError, Offer, register_treatment
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "RMSNormForm",
     "Rule",
     "SavedBytes",
+    "TiledEmbedding",
     "TiledLinear",
     "UnsupportedHeadError",
     "activation_linear",
@@ -41,4 +43,5 @@ __all__ = [
     "revert",
     "rms_norm",
     "tiled",
+    "tiled_cross_entropy",
 ]

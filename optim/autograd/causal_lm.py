@@ -22,10 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.optim.autograd.chunked_loss import DEFAULT_CHUNK_TOKENS, chunked_cross_entropy
+from memtrain.optim.autograd.tiled_linear import TiledLinear
+from memtrain.optim.autograd.tiled_loss import tiled_cross_entropy
 
 _PROBE_TOKENS = 8
 _PROBE_LOGITS_SPREAD = 20.0
 """Known logits are drawn with this deviation: wide enough that a soft-cap of 30 bends them."""
+
+
+Head = nn.Linear | TiledLinear
 
 
 class UnsupportedHeadError(ValueError):
@@ -99,16 +104,16 @@ def install_chunked_loss(
     return ChunkedLossHandle(model, installed)
 
 
-def _output_projection(model: nn.Module) -> nn.Linear:
+def _output_projection(model: nn.Module) -> Head:
     name = type(model).__name__
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if head is None:
         raise UnsupportedHeadError(f"{name} names no output embedding (get_output_embeddings)")
-    if type(head) is not nn.Linear:
+    if type(head) not in (nn.Linear, TiledLinear):
         raise UnsupportedHeadError(
-            f"the output embedding of {name} is a {type(head).__name__}; only a torch.nn.Linear is known "
-            "to be hidden @ weight.T + bias (merge adapters, dequantise)"
+            f"the output embedding of {name} is a {type(head).__name__}; only a torch.nn.Linear, or its "
+            "tiles, is known to be hidden @ weight.T + bias (merge adapters, dequantise)"
         )
     if "forward" in head.__dict__ or head._forward_hooks:
         raise UnsupportedHeadError(f"the output embedding of {name} carries a hook, which would be passed by")
@@ -125,7 +130,7 @@ def _refuse_router_loss(requested: Any) -> None:
 
 def _chunked_forward(
     model: nn.Module,
-    head: nn.Linear,
+    head: Head,
     original: Callable[..., Any],
     signature: inspect.Signature,
     logit_map: _LogitMap,
@@ -154,11 +159,9 @@ def _chunked_forward(
             raise ValueError("the chunked loss returns the model's output class: drop return_dict=False")
         if len(seen) != 1:
             raise RuntimeError(f"the output embedding ran {len(seen)} times in one forward, not once")
-        loss = chunked_cross_entropy(
+        loss = _loss_of(head)(
             seen[0],
-            head.weight,
-            _shifted(labels, options),
-            bias=head.bias,
+            labels=_shifted(labels, options),
             ignore_index=options.get("ignore_index", -100),
             num_items=options.get("num_items_in_batch"),
             chunk_tokens=chunk_tokens,
@@ -168,6 +171,17 @@ def _chunked_forward(
         return type(output)(**{**output, "loss": loss, "logits": None})
 
     return forward
+
+
+def _loss_of(head: Head) -> Callable[..., Tensor]:
+    if isinstance(head, TiledLinear):
+        return functools.partial(tiled_cross_entropy, head=head)
+    return functools.partial(chunked_cross_entropy, weight=head.weight, bias=head.bias)
+
+
+def _weight_of(head: Head) -> Tensor:
+    """A weight of its device and dtype, perhaps not all of it."""
+    return head.parts[0].weight if isinstance(head, TiledLinear) else head.weight
 
 
 def _shifted(labels: Tensor, options: dict[str, Any]) -> Tensor:
@@ -182,7 +196,7 @@ class _StandIn:
     """In the place of a head's forward. Each thread has its own, for several forward passes of the model may
     be under way that take turns in threads of their own; whoever has none finds the head as it was."""
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: Head) -> None:
         self.before: Callable[..., Any] | None = head.__dict__.get("forward")
         self.users = 0
         self._forward = head.forward
@@ -203,7 +217,7 @@ class _StandIn:
 
 
 @contextmanager
-def _standing_in(head: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _standing_in(head: Head, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     present = head.__dict__.get("forward")
     stand_in = present if isinstance(present, _StandIn) else _StandIn(head)
     head.__dict__["forward"] = stand_in
@@ -232,10 +246,10 @@ def _probing(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _probe(head: nn.Linear) -> tuple[Tensor, torch.Generator]:
+def _probe(head: Head) -> tuple[Tensor, torch.Generator]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(head.weight), (1, _PROBE_TOKENS), generator=generator)
-    return ids.to(head.weight.device), generator
+    ids = torch.randint(head.out_features, (1, _PROBE_TOKENS), generator=generator)
+    return ids.to(_weight_of(head).device), generator
 
 
 def _candidates(model: nn.Module) -> list[_LogitMap]:
@@ -250,11 +264,11 @@ def _candidates(model: nn.Module) -> list[_LogitMap]:
     return [_LogitMap(*pair) for pair in itertools.product(scales, [cap, None] if cap else [None])]
 
 
-def _measured_logit_map(model: nn.Module, head: nn.Linear, original: Callable[..., Any]) -> _LogitMap:
+def _measured_logit_map(model: nn.Module, head: Head, original: Callable[..., Any]) -> _LogitMap:
     """Give the model known logits; see what it makes of them, and which loss it takes."""
     ids, generator = _probe(head)
-    known = torch.randn(1, _PROBE_TOKENS, len(head.weight), generator=generator) * _PROBE_LOGITS_SPREAD
-    known = known.to(head.weight)
+    known = torch.randn(1, _PROBE_TOKENS, head.out_features, generator=generator) * _PROBE_LOGITS_SPREAD
+    known = known.to(_weight_of(head).device, _weight_of(head).dtype)
     with _standing_in(head, lambda hidden: known.to(hidden.dtype)):
         output = original(input_ids=ids, labels=ids, return_dict=True)
     name, got = type(model).__name__, output.logits.double()
@@ -279,13 +293,13 @@ def _measured_logit_map(model: nn.Module, head: nn.Linear, original: Callable[..
 
 
 def _compare_losses(
-    model: nn.Module, head: nn.Linear, original: Callable[..., Any], installed: Callable[..., Any]
+    model: nn.Module, head: Head, original: Callable[..., Any], installed: Callable[..., Any]
 ) -> None:
     ids, _ = _probe(head)
     losses = (run(input_ids=ids, labels=ids, return_dict=True).loss for run in (original, installed))
     expected, got = (loss.item() for loss in losses)
     # Each logit is rounded in the weight's dtype, and products of other shapes sum in another order.
-    allowed = 8 * torch.finfo(head.weight.dtype).eps * max(1.0, abs(expected))
+    allowed = 8 * torch.finfo(_weight_of(head).dtype).eps * max(1.0, abs(expected))
     if not abs(expected - got) <= allowed:
         raise UnsupportedHeadError(
             f"on {_PROBE_TOKENS} tokens {type(model).__name__} has loss {expected:.6g} and the chunked loss "

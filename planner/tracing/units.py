@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ _PROBE_ELEMENTS = 1 << 20
 KeepsHalf = Callable[[dict[str, Any], Tensor], bool]
 """Of a parameter group and a large parameter in it: whether its record holds no more of its fp32 master than
 the lower half, for the upper one is the weight's."""
+WindowBytes = Callable[[Sequence[nn.Parameter]], int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,11 +220,13 @@ def parameter_units(
     *,
     whole: bool = False,
     master_weights: bool = False,
+    window_bytes: WindowBytes | None = None,
 ) -> list[UnitProfile]:
     """Every parameter once, in the first unit that needs it.
 
     Args:
         master_weights: weights of lower precision are rounded from fp32 copies.
+        window_bytes: what of a unit's movable parameters is in memory at once; None: all of them.
         whole: parameters are not cut: what the update of each takes is listed where it is known.
     """
 
@@ -266,13 +269,18 @@ def parameter_units(
                 parameters=tuple(names[id(p)] for p in own),
                 updates=_updates(large, steps, known) if whole and known is not None else (),
                 borrows=tuple(dict.fromkeys(borrowed)),
-                **_movable([p for p in own if p.numel() >= SMALL], steps, master_weights),
+                **_movable([p for p in own if p.numel() >= SMALL], steps, master_weights, window_bytes),
             )
         )
     return units
 
 
-def _movable(parameters: list[nn.Parameter], steps: OptimizerSteps, master_weights: bool) -> dict[str, Any]:
+def _movable(
+    parameters: list[nn.Parameter],
+    steps: OptimizerSteps,
+    master_weights: bool,
+    window_bytes: WindowBytes | None,
+) -> dict[str, Any]:
     """Of a unit's parameters that are large enough to leave the device with it."""
     low = (torch.bfloat16, torch.float16)
 
@@ -281,6 +289,7 @@ def _movable(parameters: list[nn.Parameter], steps: OptimizerSteps, master_weigh
         return found is not None and found.keeps_half  # its new weight depends on the old one
 
     return {
+        "window_bytes": 0 if window_bytes is None else window_bytes(parameters),
         "movable_weight_bytes": sum(p.nbytes for p in parameters),
         "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
         "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),

@@ -29,7 +29,7 @@ def test_the_layer_is_named(tmp_path, whole):
     config = AutoConfig.for_model("llama", **SHAPE)
     torch.manual_seed(0)
     ids = torch.randint(0, 300, (1, 8))
-    with streamed_model(config, dtype=torch.bfloat16, budget=budget) as made:
+    with streamed_model(config, dtype=torch.bfloat16, budget=budget, tile_bytes=None) as made:
         parameters = list(made.model.parameters())
         optimizer = AdamW8bit(parameters) if whole else torch.optim.AdamW(parameters)
         tight = memtrain.Budget(device=resident.rss_bytes() + 32 * MiB, nvme=f"{tmp_path}:2GiB")
@@ -43,10 +43,12 @@ def test_the_layer_is_named(tmp_path, whole):
                 options=memtrain.PlannerOptions(force=AWAY),
             )
     told = raised.value.plan.remedies[-1]
-    assert "model.layers.0 has 0.094 GiB of weights, the largest model.layers.0.mlp." in told
+    assert "model.layers.0 has 0.094 GiB of weights in a window, the largest model.layers.0.mlp." in told
     assert "_proj.weight with 0.031 GiB, and 2 windows of 96.5 MiB, 0.188 GiB" in told
     assert f"stand in the device's {tight.device_bytes / (1 << 30):.3f} GiB" in told
-    assert ("TiledLinear" in told) == whole
+    assert ("The optimizer takes whole parameters" in told) == whole
+    assert "Cut layers into tiles: streamed_model(..., tile_bytes=4194304)" in told
+    assert "model.tile: 4MiB" in told
     assert told in str(raised.value)
 
 

@@ -227,3 +227,21 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     path.write_text("a: [")
     with pytest.raises(RecipeError, match="is not YAML"):
         load_recipe(path)
+
+
+def test_tiles_are_a_size_of_streamed_weights() -> None:
+    def model(**fields: Any) -> Recipe:
+        return parse_recipe(
+            {**minimal(), "model": {"path": "x", **fields}, "budget": {"device": "1GiB", "nvme": "1GiB"}}
+        )
+
+    assert model(streamed=True).model.tile_bytes == "auto"
+    assert model(streamed=True, tile="off").model.tile_bytes is None
+    assert model(streamed=True, tile="64MiB").model.tile_bytes == 64 << 20
+    assert model(streamed=True).digest == model(streamed=True, tile="off").digest == model().digest
+    assert model(streamed=True).digest != model(streamed=True, tile="64MiB").digest
+    with pytest.raises(RecipeError, match=r"model\.tile 64MiB is for streamed weights"):
+        model(tile="64MiB")
+    for wrong in ("some", 0, "0MiB"):
+        with pytest.raises(RecipeError, match=r"model\.tile|0 bytes|cannot|size"):
+            model(streamed=True, tile=wrong)

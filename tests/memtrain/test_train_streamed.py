@@ -100,3 +100,32 @@ def test_what_fits_comes_home(tmp_path: Path) -> None:
     run(tmp_path / "run", streamed=True)
     plan = Plan.from_json((tmp_path / "run" / "plan.json").read_text())
     assert {state.weight_tier for state in plan.states} == {Tier.DEVICE}
+
+
+def test_a_run_whose_layers_are_in_tiles_says_so_and_is_taken_up(
+    tmp_path: Path, away: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = {**LLAMA, "intermediate_size": 1024, "tie_word_embeddings": False, "vocab_size": 256}
+
+    def once(output: Path) -> None:
+        recipe = recipe_for(
+            output,
+            model={"config": wide, "streamed": True, "dtype": "bfloat16", "tile": "256KiB"},
+            budget={"device": "4GiB", "nvme": "128MiB"},
+            optimizer={"master_weights": True},
+            checkpoint={"every": 2, "keep": 2},
+        )
+        train_module.train(recipe)
+
+    once(tmp_path / "whole")
+    told = capsys.readouterr().out
+    assert "weights in tiles, each in a window by itself: " in told
+    assert "model.layers.*.mlp.gate_proj (3 times) in 2 of at most 0.2 MiB" in told
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint" / "step-000004")
+    once(tmp_path / "cut")
+    assert "resumed after step 2" in capsys.readouterr().out
+    same_run(tmp_path / "cut", tmp_path / "whole")
+    names = weights_after(tmp_path / "whole", 4)
+    assert names["model.layers.0.mlp.gate_proj.weight"].shape == (1024, 256)
+    assert not any("tiles" in name for name in names)

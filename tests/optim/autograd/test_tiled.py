@@ -214,7 +214,7 @@ def test_tiled_linear_is_the_linear_layer(out_tiles: int, in_tiles: int, bias: b
     torch.testing.assert_close(cut(x), plain(x), rtol=1e-14, atol=1e-15)
     assert torch.autograd.gradcheck(lambda v, *_: cut(v), [x, *cut.parameters()])
     state = cut.state_dict()
-    assert list(state) == (["bias", "weight"] if bias else ["weight"])
+    assert list(state) == (["weight", "bias"] if bias else ["weight"])
     assert torch.equal(state["weight"], plain.weight)
     other = TiledLinear(nn.Linear(5, 7, bias=bias).double(), out_tiles=2, in_tiles=2)
     other.load_state_dict(plain.state_dict())
