@@ -404,7 +404,7 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
         lambda p: turned(p, "backward layers.3", "recompute layers.3"),
     ),
     ("a pass is missing", Rule.DEPENDENCY, lambda p: without(p, "forward layers.4", 1)),
-    ("a read of weights is missing", Rule.DEPENDENCY, lambda p: without(p, "read weights layers.3")),
+    ("a read of weights is missing", Rule.DEPENDENCY, lambda p: without(p, "read weights layers.4")),
     ("a read of activations is missing", Rule.DEPENDENCY, lambda p: without(p, "read layers.1")),
     ("a write of activations is missing", Rule.DEPENDENCY, lambda p: without(p, "write layers.1", 2)),
     (
@@ -415,7 +415,7 @@ FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
     (
         "weights come too late",
         Rule.DEPENDENCY,
-        lambda p: shifted(p, "read weights layers.3", "read:nvme", 0.05),
+        lambda p: shifted(p, "read weights layers.4", "read:nvme", 0.05),
     ),
     ("backward is quicker than it may be", Rule.DURATION, lambda p: quicker(p, "backward layers.0")),
     (
