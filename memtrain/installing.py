@@ -99,7 +99,7 @@ def open_tiers(
 def make_gradient_slab(
     plan: Plan, profile: ModelProfile, optimizer: OffloadedOptimizer, overlaid: OverlaidSlab | None
 ) -> GradientSlab:
-    """Where gradients lie that stay; in ``overlaid`` where activations lie too."""
+    """Where gradients lie that stay: in ``overlaid`` where the plan has them share what blocks keep."""
     return GradientSlab(
         index=optimizer.index,
         tiers={decision.unit: decision.gradient_tier for decision in plan.states},

@@ -257,10 +257,10 @@ class PlannedAllocator:
 
     @property
     def follows(self) -> bool:
-        """Whether a step is open that follows a plan, has not left it, and has room in the arena."""
-        step = self._step
-        planned = step is not None and not step.ordinary and step.pattern.plan is not None
-        return planned and self.vacant_bytes() > 0
+        """Whether a step is open that follows a plan, and has not left it."""
+        if self._step is None or self._step.ordinary or self._library is None or not self._is_here:
+            return False
+        return bool(self._library.memtrain_arena_follows(self._arena))
 
     def vacate(self) -> None:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""

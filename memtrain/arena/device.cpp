@@ -230,6 +230,11 @@ uint64_t memtrain_arena_vacant(const Arena* arena) {
   return region != nullptr && region->base != nullptr ? region->bytes - region->alive_bytes : 0;
 }
 
+int memtrain_arena_follows(const Arena* arena) {
+  Locked locked;
+  return arena->steps.follows();
+}
+
 uint64_t memtrain_arena_requests(const Arena* arena) {
   Locked locked;
   return arena->steps.requests();

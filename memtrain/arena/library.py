@@ -63,6 +63,7 @@ _ARENA: dict[str, tuple[Any, list[Any]]] = {
     "map": (ctypes.c_int, [_HANDLE, _COUNT]),
     "vacate": (None, [_HANDLE]),
     "vacant": (_COUNT, [_HANDLE]),
+    "follows": (ctypes.c_int, [_HANDLE]),
     "requests": (_COUNT, [_HANDLE]),
     "record": (ctypes.c_int, [_HANDLE]),
     "replay": (ctypes.c_int, [_HANDLE, ctypes.POINTER(Request), _COUNT]),

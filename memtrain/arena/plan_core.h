@@ -73,6 +73,7 @@ class Steps {
  public:
   Mode mode() const { return mode_; }
   uint64_t number() const { return number_; }
+  bool follows() const { return mode_ == Mode::kReplaying && !left_plan(); }
   bool left_plan() const { return outcome_.kind != Outcome::kAsPlanned; }
   uint64_t occupied() const { return outcome_.occupied; }
   uint64_t requests() const { return mode_ == Mode::kReplaying ? next_ : sizes_.size(); }

@@ -377,6 +377,12 @@ uint64_t memtrain_arena_vacant(const Arena* arena) {
   return region != nullptr && region->resident ? region->bytes - region->alive_bytes : 0;
 }
 
+// Whether a step is open that follows its plan.
+int memtrain_arena_follows(const Arena* arena) {
+  std::lock_guard<std::mutex> guard(lock);
+  return arena->steps.follows();
+}
+
 // Requests of the open step so far.
 uint64_t memtrain_arena_requests(const Arena* arena) {
   std::lock_guard<std::mutex> guard(lock);
