@@ -52,7 +52,7 @@ PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # (marker qemu) in a virtual machine.
 test: setup $(OPTIM_STAMP) $(QEMU_STAMP)
 	$(BIN)/python $(PYTEST)
-	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python $(PYTEST) -m venv_optim tests/optim
+	MEMTRAIN_REQUIRE_VENV_OPTIM=1 .venv-optim/bin/python $(PYTEST) -m venv_optim tests/optim tests/offload/test_bitsandbytes_steps.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -86,7 +86,7 @@ def run_memtrain(args: argparse.Namespace) -> dict[str, Any]:
     from memtrain.offload.tiers import NvmeStore
     from memtrain.optim import AdamW8bit
     from memtrain.planner.actions import StateDecision, Tier, UpdateSchedule
-    from memtrain.planner.decisions import UPDATE_SLOTS, WHOLE_UPDATE_SLOTS
+    from memtrain.planner.decisions import UPDATE_SLOTS
     from memtrain.planner.plan import Plan, Staging
 
     weights = parameters(args.count)
@@ -95,8 +95,7 @@ def run_memtrain(args: argparse.Namespace) -> dict[str, Any]:
     one = WHOLE_BYTES + 4 if args.whole_masters else STATE_BYTES + 2
     slots, slot_bytes, shard = UPDATE_SLOTS, one * args.shard, args.shard
     inner: Any = torch.optim.AdamW(weights, lr=1e-4, weight_decay=0.01, fused=True)
-    if args.eight_bit:  # not elementwise: a parameter is not cut
-        slots, shard = WHOLE_UPDATE_SLOTS, PARAMETER_ELEMENTS
+    if args.eight_bit:
         slot_bytes = 11 * shard  # master 4, codes and scales less than 3, widened gradient 4
         inner = AdamW8bit(weights, lr=1e-4, weight_decay=0.01)
     plan = Plan(
