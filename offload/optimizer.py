@@ -17,18 +17,19 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memtrain.offload.clipping import clip_float_norm_, forget_clips, is_finite, note_finite
-from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.clipping import clip_float_norm_, forget_clips, note_finite
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.gradient_checks import NonFiniteGradientError, refuse_nonfinite, refuse_unplanned
 from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.in_backward import REMEDY, InBackward, refuse_combination
 from memtrain.offload.lower_halves import LowerHalves
+from memtrain.offload.optimizer_config import OptimizerConfig
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.parameters import ParameterStreamer
@@ -41,29 +42,7 @@ from memtrain.optim.kernels import fused_adamw
 from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.plan import Plan
 
-
-class NonFiniteGradientError(OffloadError):
-    """A gradient holds NaN or inf and the optimizer was told to raise."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimizerConfig:
-    """How updates are done."""
-
-    master_weights: bool = False
-    """Keep fp32 masters of bf16 and fp16 weights, and step those with fp32 gradients."""
-    nonfinite: str = "ignore"
-    """What ``step`` does about NaN or inf gradients: ``ignore`` (as PyTorch), ``skip`` the step, or
-    ``raise``."""
-    elementwise: bool | None = None
-    """Whether the optimizer may be run on flat pieces; None tries it out."""
-    split_masters: bool = True
-    """Keep no more of a master than what its bf16 weight does not hold, where ``keeps_lower_half`` says that
-    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused."""
-
-    def __post_init__(self) -> None:
-        if self.nonfinite not in ("ignore", "skip", "raise"):
-            raise ValueError(f"nonfinite must be 'ignore', 'skip' or 'raise', got {self.nonfinite!r}")
+__all__ = ["NonFiniteGradientError", "OffloadedOptimizer", "OptimizerConfig"]
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -234,7 +213,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
         self._refuse_unplanned()
         try:
-            self.last_step_skipped = self.config.nonfinite != "ignore" and self._refuse_nonfinite()
+            self.last_step_skipped = self.config.nonfinite != "ignore" and refuse_nonfinite(
+                self.index.parameters, self.config.nonfinite
+            )
             if not self.last_step_skipped:
                 update = Update(self.layout, self._records, self.gradients)
                 self.state_count += 1
@@ -486,41 +467,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _is_in_memory(self, name: str) -> bool:
         return self._weights is None or self._weights.unit_of(self.index.parameters[name]) is None
 
-    # -- one update
-    # --------------------------------------------------------------------------------------------
-
-    def _refuse_unplanned(self) -> None:
-        """A parameter that was frozen when the plan was made has no place in it."""
-        planned = {id(parameter) for parameter in self.index.parameters.values()}
-        for parameter in self._all_parameters():
-            if parameter.grad is not None and id(parameter) not in planned:
-                name = self.layout.unplanned.get(id(parameter), f"number {self._numbers()[parameter]}")
-                raise PlanMismatchError(
-                    f"parameter {name} of shape {tuple(parameter.shape)} has a gradient but did not need one "
-                    f"when the plan was made, so it would never be updated: unfreeze it before planning, or "
-                    f"set requires_grad_(False) and grad to None"
-                )
-
-    def _refuse_nonfinite(self) -> bool:
-        """Whether to skip. Raises where told to."""
-        names = [
-            name
-            for name, parameter in self.index.parameters.items()
-            if parameter.grad is not None and not is_finite(parameter.grad)
-        ]
-        if names and self.config.nonfinite == "raise":
-            raise NonFiniteGradientError(
-                f"NaN or inf in the gradients of {len(names)} parameters, first {names[0]}: lower the "
-                f"learning rate or "
-                f"the loss scale, or choose nonfinite='skip'"
-            )
-        return bool(names)
-
     # -- odds and ends
     # -----------------------------------------------------------------------------------------
 
-    def _numbers(self) -> dict[Tensor, int]:
-        return {parameter: number for number, parameter in enumerate(self._all_parameters())}
+    def _refuse_unplanned(self) -> None:
+        refuse_unplanned(self._all_parameters(), self.index.parameters, self.layout.unplanned)
 
     def _names(self) -> dict[Tensor, str]:
         return {parameter: name for name, parameter in self.index.parameters.items()}

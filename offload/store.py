@@ -15,18 +15,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from memtrain.offload.contents import Content, content_of
+from memtrain.offload.contents import Content
 from memtrain.offload.errors import ExtentStateError, OffloadError, TierFullError, TierIOError
 from memtrain.offload.extents import Chunk, Extent, FreeList, pieces, reserved
 from memtrain.offload.io import Direction, IOBackend, IORequest
+from memtrain.offload.store_meter import Statistics, StoreMeter
 from memtrain.offload.targets import BLOCK_BYTES, Target
+from memtrain.offload.tickets import Ticket, Waitable, check_buffer, wait_all
 from memtrain.planner.actions import Tier
 from memtrain.planner.units import MiB, format_gib
+
+__all__ = [
+    "PIECE_BYTES",
+    "REPORT_SECONDS",
+    "STALL_SECONDS",
+    "Statistics",
+    "Store",
+    "Ticket",
+    "Waitable",
+    "wait_all",
+]
 
 Cut = tuple[int, int, int, int, tuple[int, ...] | None]
 """A chunk to move: offset, generation, piece_bytes, nbytes, checksums to expect of a read."""
@@ -40,84 +51,6 @@ minutes.
 """
 REPORT_SECONDS = 30.0
 """Somebody who waits for so long says so in the log, and what the tier has moved meanwhile; then again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Statistics:
-    """What a store has moved so far. Seconds are those in which the direction had work."""
-
-    bytes_read: int
-    bytes_written: int
-    read_seconds: float
-    write_seconds: float
-    used_bytes: int
-    peak_used_bytes: int
-    second_reads: int
-    """Pieces whose first read failed or found other bytes, and whose second did not."""
-
-
-class Ticket:
-    """One read or write under way. ``wait`` returns when it is done, or raises what went wrong, each time
-    anew.
-    """
-
-    __slots__ = (
-        "_checksums",
-        "_error",
-        "_event",
-        "_left",
-        "_store",
-        "_waits_for",
-        "buffer",
-        "direction",
-        "extent",
-        "generation",
-        "nbytes",
-        "offset",
-    )
-
-    def __init__(
-        self, store: Store, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int
-    ) -> None:
-        self._store = store
-        self._event = threading.Event()
-        self._error: OffloadError | None = None
-        self._waits_for: set[Ticket] = set()
-        self._left = 0
-        self._checksums: list[int] = []
-        self.direction = direction
-        self.extent = extent
-        self.buffer: torch.Tensor | None = buffer
-        self.offset = offset
-        self.nbytes = buffer.numel()
-        self.generation = 0
-
-    def done(self) -> bool:
-        """Whether ``wait`` would return at once."""
-        return self._event.is_set()
-
-    def wait(self, timeout_seconds: float | None = None) -> None:
-        """Return when the bytes are where they should be.
-
-        Raises:
-            TierIOError: the tier failed, stalled, or ``timeout_seconds`` passed.
-            CorruptExtentError: what was read is not what was written.
-            ExtentStateError: what was to be read was never written.
-        """
-        began = time.monotonic()
-        deadline = None if timeout_seconds is None else began + timeout_seconds
-        while not self._event.wait(self._store._patience(self, began, deadline)):
-            pass
-        if self._error is not None:
-            raise self._error
-
-    def _describe(self) -> str:
-        return f"{self.direction.value} of tensor {self.extent.name} on {self.extent.tier.value}"
-
-    def _conflicts(self, other: Ticket) -> bool:
-        both_read = self.direction is Direction.READ and other.direction is Direction.READ
-        apart = self.offset >= other.offset + other.nbytes or other.offset >= self.offset + self.nbytes
-        return not both_read and not apart
 
 
 class Store:
@@ -152,12 +85,7 @@ class Store:
         self._peak_used_bytes = 0
         self._queues: dict[Direction, deque[Ticket]] = {d: deque() for d in Direction}
         self._pending: dict[Extent, list[Ticket]] = {}
-        self._moved_bytes = dict.fromkeys(Direction, 0)
-        self._written_bytes = dict.fromkeys(Content, 0)
-        self._busy_seconds = dict.fromkeys(Direction, 0.0)
-        self._busy_since = dict.fromkeys(Direction, 0.0)
-        self._active = dict.fromkeys(Direction, 0)
-        self._second_reads = 0
+        self._meter = StoreMeter()
         self._progress_at = self._reported_at = time.monotonic()
         self._reported_bytes = 0
         self._changed = threading.Condition(threading.RLock())
@@ -306,25 +234,12 @@ class Store:
     def statistics(self) -> Statistics:
         """Bytes and seconds so far."""
         with self._changed:
-            now = time.perf_counter()
-            seconds = {
-                d: self._busy_seconds[d] + (now - self._busy_since[d] if self._active[d] else 0.0)
-                for d in Direction
-            }
-            return Statistics(
-                bytes_read=self._moved_bytes[Direction.READ],
-                bytes_written=self._moved_bytes[Direction.WRITE],
-                read_seconds=seconds[Direction.READ],
-                write_seconds=seconds[Direction.WRITE],
-                used_bytes=self.used_bytes,
-                peak_used_bytes=self._peak_used_bytes,
-                second_reads=self._second_reads,
-            )
+            return self._meter.statistics(used_bytes=self.used_bytes, peak_used_bytes=self._peak_used_bytes)
 
     def written_bytes(self) -> dict[Content, int]:
         """What the store was given to write so far, by what it is of."""
         with self._changed:
-            return dict(self._written_bytes)
+            return dict(self._meter.written_bytes)
 
     def close(self) -> None:
         """Finish what the workers are moving, fail what has not begun, give the tier's room back.
@@ -350,7 +265,7 @@ class Store:
         self.close()
 
     def _enqueue(self, direction: Direction, extent: Extent, buffer: torch.Tensor, offset: int) -> Ticket:
-        self._check_range(extent, buffer, offset)
+        check_buffer(self.tier, extent, buffer, offset)
         self._refuse_child()
         ticket = Ticket(self, direction, extent, buffer, offset)
         with self._changed:
@@ -363,12 +278,8 @@ class Store:
             if not any(self._pending.values()):
                 self._progress_at = time.monotonic()
             self._pending.setdefault(extent, []).append(ticket)
-            if self._active[direction] == 0:
-                self._busy_since[direction] = time.perf_counter()
-            self._active[direction] += 1
+            self._meter.begin(direction, extent.name, ticket.nbytes)
             self._queues[direction].append(ticket)
-            if direction is Direction.WRITE:
-                self._written_bytes[content_of(extent.name)] += ticket.nbytes
             self._pump()
         return ticket
 
@@ -429,8 +340,7 @@ class Store:
                 if ticket._error is None:
                     ticket._error = request.error
                 if request.error is None:
-                    self._moved_bytes[request.direction] += request.buffer.numel()
-                    self._second_reads += request.reread
+                    self._meter.note_piece(request)
                     ticket._checksums[index] = request.checksum or 0
                 ticket._left -= 1
                 # The last piece ends the operation, also a failed one: until then workers use its buffer.
@@ -463,9 +373,7 @@ class Store:
             del self._pending[extent]
             if extent.freed:
                 self._release(extent)
-        self._active[direction] -= 1
-        if self._active[direction] == 0:
-            self._busy_seconds[direction] += time.perf_counter() - self._busy_since[direction]
+        self._meter.end(direction)
         ticket._error = error
         ticket.buffer = None
         ticket._event.set()
@@ -504,7 +412,7 @@ class Store:
             since = max(began, self._reported_at)
             if now - since < REPORT_SECONDS:
                 return
-            moved_bytes = sum(self._moved_bytes.values()) - self._reported_bytes
+            moved_bytes = sum(self._meter.moved_bytes.values()) - self._reported_bytes
             self._reported_at, self._reported_bytes = now, self._reported_bytes + moved_bytes
             under_way = sum(map(len, self._pending.values()))
         _log.warning(
@@ -523,22 +431,6 @@ class Store:
             ticket.extent.check_replaceable(ticket.offset, ticket.nbytes)
         else:
             ticket.extent.covering(ticket.offset, ticket.nbytes)
-
-    def _check_range(self, extent: Extent, buffer: torch.Tensor, offset: int) -> None:
-        what = f"tensor {extent.name} on {self.tier.value}"
-        if buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous() or buffer.is_cuda:
-            raise ValueError(
-                f"{what}: a buffer is a contiguous 1-D uint8 tensor in host memory, got {buffer.dtype} of "
-                f"shape {tuple(buffer.shape)} on {buffer.device}; take a view of a slab"
-            )
-        if buffer.numel() and buffer.data_ptr() % BLOCK_BYTES:
-            raise ValueError(f"{what}: a buffer starts at a multiple of {BLOCK_BYTES}; take a view of a slab")
-        if offset % BLOCK_BYTES or offset < 0:
-            raise ValueError(f"{what}: offset must be a multiple of {BLOCK_BYTES}, got {offset}")
-        if offset + buffer.numel() > extent.nbytes or (buffer.numel() == 0) != (extent.nbytes == 0):
-            raise ValueError(
-                f"{what}: {buffer.numel()} bytes at {offset} are not within its {extent.nbytes} bytes"
-            )
 
     def _check_usable(self, extent: Extent) -> None:
         if extent.store_id != self._id:
@@ -569,23 +461,3 @@ class Store:
             f"are free{scattered}: raise budget.{self.tier.value} by at least {need - largest} bytes"
             + (f", or plan it elsewhere (PlannerOptions.force): there are {', '.join(room)}" if room else "")
         )
-
-
-class Waitable(Protocol):
-    """A transfer under way, of this store or of one that codes for it."""
-
-    def wait(self) -> None: ...
-
-
-def wait_all(tickets: Iterable[Waitable]) -> None:
-    """Wait for every ticket, then raise the first error, so that no buffer is still in use when this
-    raises.
-    """
-    errors = []
-    for ticket in tickets:
-        try:
-            ticket.wait()
-        except OffloadError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
