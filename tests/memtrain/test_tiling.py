@@ -322,7 +322,7 @@ def test_eight_bit_states_of_tiles_are_those_of_the_whole(tmp_path, budget):
 
 
 def test_a_budget_that_whole_layers_do_not_fit_and_tiles_do(tmp_path):
-    kind = config(intermediate_size=65536, num_hidden_layers=2, vocab_size=300)  # blocks of 96 MiB
+    kind = config(intermediate_size=65536, num_hidden_layers=2)  # blocks of 96 MiB
     room = memtrain.Budget(device="4GiB", nvme=f"{tmp_path}:2GiB")
     reached = {}
     for tile_bytes in (None, 4 * MiB):
