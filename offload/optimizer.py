@@ -344,14 +344,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._settle()
         yield from self._access
 
-    def stored_state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """``iter_state`` as records hold it: of some masters the lower half alone (``lower_halves``).
+    def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As ``iter_state``, but as records hold it (of some masters the lower half alone, ``lower_halves``),
+        and each tensor in parts of at most a shard, in the order of its elements; a part is there until the
+        next is asked for.
 
         Raises:
             WeightsWrittenError: a lower half does not belong to the weight beside it any more.
         """
-        self.flush()
-        yield from self._access.stored()
+        self._settle()
+        yield from self._access.stored_parts()
 
     def check_masters(self) -> None:
         """Raise WeightsWrittenError where weights and lower halves of masters do not belong together."""

@@ -387,13 +387,16 @@ class StateAccess:
                 for tensor in self._records.tensors(name):
                     yield name, tensor.key, self._gather(cursor, name, tensor)
 
-    def stored(self) -> Iterator[tuple[str, str, Tensor]]:
-        """The same as records hold it, for a file. Raises WeightsWrittenError: no weights belong to it."""
+    def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As records hold it, each tensor in parts, in the order of its elements, and at least one: a part is
+        as large as a shard, and lies in the slot until the next is asked for. Raises WeightsWrittenError: no
+        weights belong to it."""
         self._records.check_weights(self._index.parameters, thorough=True)
         with self._cursor() as cursor:
             for name in self._index.parameters:
                 for tensor in self._records.stored(name):
-                    yield name, tensor.key, self._collect(cursor, name, tensor)
+                    for part in self._parts(cursor, name, tensor):
+                        yield name, tensor.key, part
 
     def load(self, entries: Iterable[tuple[str, str, Any]], scalars: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all state by ``entries``; a value may be a tensor or a function that returns one.
@@ -452,6 +455,14 @@ class StateAccess:
             part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
             (whole if tensor.shape is not None else piece.of(whole)).copy_(part)
         return whole
+
+    def _parts(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Iterator[Tensor]:
+        pieces = self._index.pieces[name]
+        if tensor.shape is not None or not pieces:
+            yield self._collect(cursor, name, tensor)
+            return
+        for shard, piece in pieces:
+            yield self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
 
     def _scatter(self, cursor: RecordCursor, name: str, key: str, value: Tensor) -> None:
         if name not in self._index.parameters:

@@ -9,15 +9,14 @@ a run needs to go on as if it had never stopped.
 State is named by parameter and whole, whatever plan it was kept under: a checkpoint loads under another
 budget, and, through ``load_optimizer_state``, into a plain optimizer. Where records hold the lower halves of
 masters (``lower_halves``), so does the checkpoint, which is then of format 2 and says which of its weights
-have the upper ones; whoever reads state here is given whole masters. Nothing is ever in memory but one
-tensor. Gradients are not kept: save between ``step`` and the next backward.
+have the upper ones; whoever reads state here is given whole masters. State is written shard by shard, and
+read tensor by tensor. Gradients are not kept: save between ``step`` and the next backward.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -181,7 +180,7 @@ def write_small_files(
 
 
 def state_files(session: Session) -> dict[str, list[Entry]]:
-    """The files that the optimizer's state goes to, and which tensors go there, in ``stored_state``'s
+    """The files that the optimizer's state goes to, and which tensors go there, in ``stored_parts``'s
     order."""
     optimizer = session.optimizer
     optimizer.flush()
@@ -199,10 +198,10 @@ def state_files(session: Session) -> dict[str, list[Entry]]:
 
 def _write_state(writer: FolderWriter, session: Session) -> None:
     files = state_files(session)
-    tensors = _tensors(session.optimizer, (entry for shard in files.values() for entry in shard))
+    parts = _parts(session.optimizer, (entry for shard in files.values() for entry in shard))
     for name, shard in files.items():
         with writer.create(name) as file:
-            write_tensors(file, shard, islice(tensors, len(shard)))
+            write_tensors(file, shard, parts)
 
 
 def _parameter_names(session: Session) -> dict[int, str]:
@@ -266,13 +265,14 @@ def _upper_halves(session: Session) -> dict[str, str]:
     return found
 
 
-def _tensors(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
-    """The state's tensors, in the order of the entries; held by nobody here once they are handed over."""
-    for found in optimizer.stored_state():
-        assert f"{found[0]}/{found[1]}" == next(expected).name
-        held = [found[2]]
-        del found
-        yield held.pop()
+def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
+    """The state's tensors in parts, in the order of the entries."""
+    last = None
+    for name, key, part in optimizer.stored_parts():
+        if (name, key) != last:
+            assert f"{name}/{key}" == next(expected).name
+        last = name, key
+        yield part
 
 
 def _read_optimizer(folder: Path) -> dict[str, Any]:
