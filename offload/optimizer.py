@@ -344,8 +344,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             WeightsWrittenError: a lower half does not belong to the weight beside it any more.
         """
-        self.flush()
-        yield from self._access.stored()
+        self._settle()
+        yield from self._access.stored_parts()
 
     def check_masters(self) -> None:
         """Raise WeightsWrittenError where weights and lower halves of masters do not belong together."""

@@ -187,7 +187,7 @@ def write_small_files(
 
 
 def state_files(session: Session) -> dict[str, list[Entry]]:
-    """The files that the optimizer's state goes to, and which tensors go there, in ``stored_state``'s
+    """The files that the optimizer's state goes to, and which tensors go there, in ``stored_parts``'s
     order."""
     optimizer = session.optimizer
     optimizer.flush()

@@ -15,7 +15,7 @@ from memtrain.offload.clipping import clips_of
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import GradientValue, OffloadedGradient, Ticket
 from memtrain.offload.gradients import GradientStore
-from memtrain.offload.lower_halves import LOWER_KEY, digest, followed, step_in_slices
+from memtrain.offload.lower_halves import LOWER_KEY, digest, followed, one_thread, step_in_slices
 from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_probe import Original, Runner, hyperparameters
@@ -219,7 +219,9 @@ class Update:
             return kept
 
         idle = _Idle(piece) if piece.name in self._unmoved else None
-        self._keep_scalars(piece, step_in_slices(piece, stored, gradient, found.clips, step, first=first))
+        with nullcontext() if slot is None else one_thread():
+            after = step_in_slices(piece, stored, gradient, found.clips, step, first=first)
+        self._keep_scalars(piece, after)
         self._note_stepped(shard, piece, weight_changed=idle is None or not idle.restore())
 
     def _step_in_one_pass(
