@@ -56,3 +56,10 @@ def make_folder(path: Path) -> None:
     """The folder ``path`` and those above it, where they are not there. Raises RunFileError."""
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def write_documents(directory: Path, **documents: str) -> None:
+    """Each as ``<name>.json`` of the folder, which is made where it is missing. Raises RunFileError."""
+    make_folder(directory)
+    for name, text in documents.items():
+        write_text(directory / f"{name}.json", text + "\n")

@@ -13,11 +13,8 @@ The loop is an ordinary one. What the session adds to the model (hooks, wrapped 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,75 +24,63 @@ from torch import nn
 
 from memtrain.accumulation import RandomWatch, accumulate
 from memtrain.arena import library as arena_library
-from memtrain.arena.passes import ALLOCATORS, PlannedPasses
-from memtrain.coding import codecs_for, coding_text, refuse_other_codecs
-from memtrain.copy_guard import CopyGuard, is_planned
+from memtrain.arena.passes import PlannedPasses
+from memtrain.coding import codecs_for, refuse_other_codecs
 from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
+from memtrain.installing import (
+    bring_gradients_back,
+    make_gradient_slab,
+    make_reclaimer,
+    open_tiers,
+    put_forms_on,
+    put_guards_on,
+    set_use_cache,
+)
 from memtrain.largest_layer import with_largest_layer
 from memtrain.offload.activations import ActivationExecutor
 from memtrain.offload.codec import Codec
 from memtrain.offload.device import Device, make_device
-from memtrain.offload.engine import Engine, open_engine
-from memtrain.offload.errors import PlanMismatchError
-from memtrain.offload.gradient_slab import GradientSlab
-from memtrain.offload.in_backward import guard_modules, is_applied, refuse_combination
+from memtrain.offload.engine import Engine
 from memtrain.offload.measure import measure_machine
-from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import is_elementwise
 from memtrain.offload.parameters import ParameterStreamer
-from memtrain.offload.shards import Unit
 from memtrain.offload.slab import HighWater
-from memtrain.offload.stored_weights import StoredWeights
-from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked_loss
+from memtrain.optim.autograd.causal_lm import ChunkedLossHandle
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
 from memtrain.optim.kernels import native
 from memtrain.planner import resident
-from memtrain.planner.actions import EXACT, PLAIN, MicroBatchOrder, Tier, UpdateSchedule
-from memtrain.planner.check import check
-from memtrain.planner.decisions import PlannerOptions, gradients_come_and_go
+from memtrain.planner.actions import Tier
+from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget, Machine
-from memtrain.planner.plan import Plan, describe_windows
+from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
-from memtrain.planner.units import format_gib
-from memtrain.reclaim import Reclaimer, transients_of
+from memtrain.profiling import PeakSinceNow, find_forms, install_loss, weights_brought
+from memtrain.reclaim import Reclaimer
+from memtrain.refusals import InfeasibleError as InfeasibleError
+from memtrain.refusals import PrepareError as PrepareError
+from memtrain.refusals import (
+    check_spare,
+    device_of,
+    in_one_thread,
+    overwrites_disk,
+    refuse_allocator,
+    refuse_broken,
+    refuse_device,
+    refuse_in_backward,
+    refuse_model,
+)
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, recompute_facts, staging_lines, table
-from memtrain.runfiles import make_folder, write_text
-from memtrain.streamed_model import bring_home, stored_weights
-from memtrain.streamed_tracing import TracedWeights, traced_weights
-from memtrain.weight_guard import WeightGuard
-
-_ARENA_ALLOWANCE = 1.125
-"""Of the planned peak, where the budget has as much: a program may hold more graphs at once than the plan
-foresaw. What was foreseen fits without: state and gradients, which stay, are reserved first, and what a pass
-over the blocks saves comes and goes behind them."""
-_WARM_UP_STEPS = 1  # the first step creates state and touches memory for the first time
-
-
-class PrepareError(ValueError):
-    """What ``prepare`` was given does not fit together; the message names it and the remedy."""
-
-
-class InfeasibleError(RuntimeError):
-    """No plan fits the budget.
-
-    Attributes:
-        plan: its ``shortfall_bytes`` says what is short, ``remedies`` what would help, the cheapest first.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        short = ", ".join(
-            f"{tier.value} by {size} bytes ({format_gib(size)})" for tier, size in plan.shortfall_bytes
-        )
-        remedies = "; or ".join(plan.remedies) or "none known"
-        super().__init__(f"the budget cannot work: short of {short or 'memory'}. Remedies: {remedies}")
-        self.plan = plan
+from memtrain.runfiles import write_documents
+from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
+from memtrain.streamed_model import stored_weights
+from memtrain.weight_streaming import plan_units, stream_weights
 
 
 def prepare(
@@ -172,39 +157,21 @@ def prepare(
             forward draws random numbers.
     """
     coding = codecs_for(codecs or {}, budget)
-    _refuse_in_backward(options, plan, nonfinite)
-    if is_planned(model) or isinstance(optimizer, OffloadedOptimizer):
-        raise PrepareError(
-            "the model or the optimizer belongs to a session that is open: close it with session.close() "
-            "before preparing again, and pass the optimizer that was given to it, not session.optimizer"
-        )
-    if any(getattr(module, "gradient_checkpointing", False) is True for module in model.modules()):
-        raise PrepareError(
-            "the model has its own gradient checkpointing switched on, which would work against the plan: "
-            "call model.gradient_checkpointing_disable() first; the plan recomputes where that is best"
-        )
-    place = _device_of(model)
+    refuse_in_backward(options, plan, nonfinite)
+    refuse_model(model, optimizer)
+    place = device_of(model)
     device = make_device(str(place) if machine is None else machine.device)
-    if device.place != place:
-        assert machine is not None
-        raise PrepareError(
-            f"the model is on {place}, machine {machine.name} computes on {machine.device}: move the model "
-            f"there with model.to(), or plan for a machine whose device is {place}"
-        )
-    if allocator not in ALLOCATORS or (allocator == "planned" and place.type != "cpu"):
-        raise PrepareError(
-            f"allocator is {allocator!r} for a model on {place}: give one of {', '.join(ALLOCATORS)}; "
-            "planned is for models on the CPU"
-        )
+    refuse_device(device, place, machine)
+    refuse_allocator(allocator, place)
     if allocator == "planned":
-        options = _in_one_thread(options or PlannerOptions(), plan)
+        options = in_one_thread(options or PlannerOptions(), plan)
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
     resident.limit_heap()
     resident.trim()
     resident.drop_library_pages()  # what is measured from here on is what a step uses
-    peak = _PeakSinceNow(device)
+    peak = PeakSinceNow(device)
     blocks = find_blocks(model, block_names)
     handle: ChunkedLossHandle | None = None
     try:
@@ -225,12 +192,12 @@ def prepare(
             is_elementwise(optimizer, group, work or group["params"][0].dtype)
             for group in optimizer.param_groups
         )
-        with _weights_brought(model, blocks, device) as weights:
+        with weights_brought(model, blocks, device) as weights:
             if chunked_loss:
-                handle = _install_loss(model, sample_batch, weights)
+                handle = install_loss(model, sample_batch, weights)
             installed = nullcontext() if weights is None else weights.installed()
             with installed, RandomWatch().watching(model, place) as random_watch:
-                forms = _find_forms(model, blocks, sample_batch, options, weights)
+                forms = find_forms(model, blocks, sample_batch, options, weights)
                 profile = profile_model(
                     model,
                     sample_batch,
@@ -252,15 +219,12 @@ def prepare(
             plan = make_plan(profile, machine, budget, options=options)
         if plan.status == "infeasible":
             raise InfeasibleError(with_largest_layer(plan, profile, model))
-        broken = check(plan, profile, machine, budget)
-        if broken:
-            raise PlanMismatchError(
-                "the plan does not hold for this model, machine and budget: "
-                + "; ".join(map(str, broken[:3]))
-            )
-        _check_spare(plan, budget, spare_state_bytes)
+        refuse_broken(plan, profile, machine, budget)
+        check_spare(plan, budget, spare_state_bytes)
         if directory is not None:
-            _write(Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json())
+            write_documents(
+                Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json()
+            )
         return Session(
             model,
             optimizer,
@@ -327,20 +291,18 @@ class Session:
         self.passes: PlannedPasses | None = None
         self._allocator = allocator
         self._codecs = codecs
-        self._spare_state_bytes = spare_state_bytes if _overwrites_disk(plan) else 0
+        self._spare_state_bytes = spare_state_bytes if overwrites_disk(plan) else 0
         self.plan = plan
         self.profile = profile
         self.machine = machine
         self.budget = budget
         self._blocks = blocks
-        self._step_ends: list[float] = []
         self._undo = ExitStack()
         """How to take away what is installed below, in reverse; also when installing fails half-way."""
         with self._undo:
             self._install(optimizer, config, blocks, forms, chunked_loss, device)
             self._undo = self._undo.pop_all()
-        self._prepared_peak_bytes = max(began_peak_bytes, device.peak_bytes())
-        device.reset_peak()
+        self._meter = SessionMeter(device, began_peak_bytes, self._libraries_bytes)
 
     def _install(
         self,
@@ -351,40 +313,36 @@ class Session:
         chunked_loss: ChunkedLossHandle | None,
         device: Device,
     ) -> None:
-        model, plan, budget = self.model, self.plan, self.budget
+        model, plan, profile, budget = self.model, self.plan, self.profile, self.budget
         undo = self._undo.callback
         stored = stored_weights(model)
-        undo(_set_use_cache, model, _set_use_cache(model, False))
+        undo(set_use_cache, model, set_use_cache(model, False))
         device.limit(budget.device_bytes - self._libraries_bytes)
         undo(device.limit, None)
         if chunked_loss is not None:
             undo(chunked_loss.uninstall)
-        bypassing: list[nn.Module] = []
-        for (name, _), decision in zip(blocks, plan.blocks, strict=True):
-            if decision.form != PLAIN:
-                undo(forms.take_off, name)
-                forms.put_on(name, decision.form)
-                bypassing += forms.bypassing(name, decision.form)
+        bypassing = put_forms_on(forms, blocks, plan, self._undo)
         resident.trim()
-        staged = sum(
-            line.size_bytes for line in plan.bill if (line.tier, line.category) == (Tier.HOST, "staging")
-        )
-        sent = {
-            tier: int((plan.peak(tier) - size) * _ARENA_ALLOWANCE)
-            for tier, size in ((Tier.NVME, 0), (Tier.HOST, staged))
-        }
-        sent[Tier.NVME] += self._spare_state_bytes
-        self.engine: Engine = open_engine(
+        self.engine: Engine = open_tiers(
+            plan,
             budget,
             device,
-            nvme_bytes=min(sent[Tier.NVME], budget.nvme_bytes) if budget.nvme_bytes else None,
-            host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
             codecs=self._codecs,
-            lent={stored.store.tier: stored.store} if stored is not None else None,
+            stored=stored,
+            spare_state_bytes=self._spare_state_bytes,
         )
         undo(self.engine.close)
-        units = _units(model, self.profile)
-        self._weights = self._stream_weights(blocks, units, stored)
+        units = plan_units(model, profile)
+        self._weights = stream_weights(
+            model,
+            blocks,
+            units,
+            plan=plan,
+            profile=profile,
+            engine=self.engine,
+            stored=stored,
+            undo=self._undo,
+        )
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
@@ -393,84 +351,27 @@ class Session:
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
         if plan.staging.gradient_slab_bytes:
-            undo(self._make_gradient_slab().close)
+            undo(make_gradient_slab(plan, profile, self.optimizer).close)
         self._activations.install()
         if self._allocator == "planned":
             self.passes = PlannedPasses.of_session(self, blocks)
             undo(self.passes.remove)
-        undo(CopyGuard(model).remove)
-        if plan.update_schedule is UpdateSchedule.IN_BACKWARD:
-            for hook in guard_modules(
-                [model, *(block for _, block in blocks)], self.optimizer.refuse_half_done
-            ):
-                undo(hook.remove)
-        if plan.update_schedule is UpdateSchedule.AHEAD:
-            undo(WeightGuard(model, blocks, units, self.optimizer.ensure, bypassing=bypassing).remove)
-        self._reclaimer = self._make_reclaimer(blocks) if self.machine.on_cpu else None
-        if self._reclaimer is not None:
+        put_guards_on(model, blocks, plan, units, self.optimizer, bypassing, self._undo)
+        self._reclaimer: Reclaimer | None = None
+        if self.machine.on_cpu:
+            self._reclaimer = make_reclaimer(model, blocks, self.optimizer, plan, profile, self.passes)
             undo(self._reclaimer.remove)
         self.writes = WriteMeter(self.engine, plan, self.optimizer, self._activations)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _bring_gradients_back(self) -> None:
+        self.flush()
+        bring_gradients_back(self.model)
 
     @property
     def weights(self) -> ParameterStreamer | None:
         """What brings weights that are on tiers; None where all are in memory."""
         return self._weights
-
-    def _stream_weights(
-        self, blocks: Sequence[tuple[str, nn.Module]], units: Sequence[Unit], stored: StoredWeights | None
-    ) -> ParameterStreamer | None:
-        """Weights that the plan has on tiers leave, and come when they are used; None where all stay."""
-        tiers = {decision.unit: decision.weight_tier for decision in self.plan.states}
-        if stored is not None:
-            for unit, members in units:
-                if tiers[unit] is Tier.DEVICE:
-                    bring_home(stored, members)
-                elif tiers[unit] is not stored.store.tier:
-                    raise PlanMismatchError(
-                        f"the plan has the weights of {unit} on {tiers[unit].value}, those of this streamed "
-                        f"model are on {stored.store.tier.value}: plan with options.force "
-                        f'{{"state": {{"weight_tier": "{stored.store.tier.value}"}}}}, or stream the model '
-                        "with a budget of one tier"
-                    )
-        if all(tier is Tier.DEVICE for tier in tiers.values()):
-            return None
-        streamer = ParameterStreamer(
-            self.model,
-            blocks,
-            units,
-            tiers=tiers,
-            engine=self.engine,
-            slots=self.plan.staging.weight_windows,
-            borrowed={name for unit in self.profile.units if unit.block is None for name in unit.borrows},
-            placed=None if stored is None else stored.extents,
-        )
-        if stored is None:
-            self._undo.callback(streamer.remove)
-        else:
-            self._undo.callback(lambda: stored.take_back(streamer.release()))
-        streamer.install()
-        resident.trim()  # of what the weights took
-        return streamer
-
-    def _make_reclaimer(self, blocks: Sequence[tuple[str, nn.Module]]) -> Reclaimer:
-        return Reclaimer(
-            self.model,
-            blocks,
-            self.optimizer,
-            limit_bytes=self.plan.peak(Tier.DEVICE),
-            transients=transients_of(self.plan, self.profile),
-            rss_bytes=resident.rss_bytes if self.passes is None else self.passes.occupied_bytes,
-        )
-
-    def _make_gradient_slab(self) -> GradientSlab:
-        return GradientSlab(
-            index=self.optimizer.index,
-            tiers={decision.unit: decision.gradient_tier for decision in self.plan.states},
-            slab_bytes=self.plan.staging.gradient_slab_bytes,
-            before_overwrite=self.optimizer.ensure,
-            one_unit_at_a_time=gradients_come_and_go(self.profile, self.plan.update_schedule),
-        )
 
     def accumulate(
         self, batches: Iterable[Any], loss_fn: Callable[[Any, Any], torch.Tensor] | None = None
@@ -507,7 +408,7 @@ class Session:
     # measuring --------------------------------------------------------------------------------
 
     def _note_step(self, *_: Any) -> None:
-        self._step_ends.append(time.perf_counter())
+        self._meter.note_step()
         self.writes.note_step()
 
     def measure(self) -> dict[str, float]:
@@ -518,27 +419,15 @@ class Session:
         hold. ``step_seconds`` is the median distance between the ends of two steps, the first left out; NaN
         before there is one.
         """
-        peak = self.device_peak_bytes()
-        process = max(peak, self._prepared_peak_bytes + self._libraries_bytes)
-        ends = self._step_ends[_WARM_UP_STEPS:]
-        seconds = [b - a for a, b in itertools.pairwise(ends)]
-        return {
-            "predicted_peak_bytes": self.plan.peak(Tier.DEVICE),
-            "peak_bytes": peak,
-            "process_peak_bytes": process,
-            "budget_bytes": self.budget.device_bytes,
-            "predicted_step_seconds": self.plan.step_seconds,
-            "step_seconds": statistics.median(seconds) if seconds else float("nan"),
-            "steps": len(self._step_ends),
-        }
+        return self._meter.measure(self.plan, self.budget)
 
     def device_peak_bytes(self) -> int:
         """The device's peak since ``prepare`` returned, or since its ``reset_peak`` was called."""
-        return self.engine.device.peak_bytes() + self._libraries_bytes
+        return self._meter.peak_bytes()
 
     def device_used_bytes(self) -> int:
         """What the job occupies of the device now."""
-        return self.engine.device.used_bytes() + self._libraries_bytes
+        return self._meter.used_bytes()
 
     @property
     def _libraries_bytes(self) -> int:
@@ -547,44 +436,18 @@ class Session:
 
     def report(self) -> str:
         """Prediction beside measurement, for people."""
-        found = self.measure()
-        rows: list[tuple[str, float, float, Callable[[float], str]]] = [
-            ("peak", found["predicted_peak_bytes"], found["peak_bytes"], lambda v: format_gib(int(v))),
-            ("step", found["predicted_step_seconds"], found["step_seconds"], lambda v: f"{v:.3f} s"),
-        ]
-        lines = [f"{'':6}{'predicted':>14}{'measured':>14}{'error':>9}"]
-        for name, predicted, measured, show in rows:
-            if measured != measured:
-                lines.append(f"{name:6}{show(predicted):>14}{'not yet':>14}")
-                continue
-            error = (predicted - measured) / measured
-            lines.append(f"{name:6}{show(predicted):>14}{show(measured):>14}{error:>+9.1%}")
-        lines.append(f"budget {format_gib(self.budget.device_bytes)}, steps {int(found['steps'])}")
+        lines = comparison_lines(self.measure())
         seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         lines += [] if self.passes is None else self.passes.lines()
-        lines += self._weight_lines()
-        for tier, statistics_ in self.engine.statistics().items():
-            lines.append(
-                f"{tier.value}: read {format_gib(statistics_.bytes_read)}, "
-                f"wrote {format_gib(statistics_.bytes_written)}"
-            )
+        lines += weight_lines(self.weights)
+        lines += tier_lines(self.engine)
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))
         lines += staging_lines(self.high_water())
         return "\n".join(lines + self.coding_lines())
-
-    def _weight_lines(self) -> list[str]:
-        if self.weights is None:
-            return []
-        found = self.weights.statistics()
-        return [
-            f"weights of {len(self.weights.streamed)} units streamed through "
-            f"{describe_windows(self.weights.windows)}: {found.reads} reads, {found.waits} of them waited "
-            f"for; read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
-        ]
 
     def high_water(self) -> tuple[HighWater, ...]:
         """The most that was used of each ring of staging slots, of each slab of activations that stay, and of
@@ -594,8 +457,7 @@ class Session:
 
     def coding_lines(self) -> list[str]:
         """What coding optimizer state has done so far, a line for each tier; none without a codec."""
-        done = self.engine.coding_statistics()
-        return [coding_text(tier, self._codecs[tier].name, found) for tier, found in done.items()]
+        return coding_lines(self.engine, self._codecs)
 
     # ending -----------------------------------------------------------------------------------
 
@@ -608,14 +470,6 @@ class Session:
         """
         self._undo.close()
 
-    def _bring_gradients_back(self) -> None:
-        self.flush()
-        for parameter in self.model.parameters():
-            if is_applied(parameter.grad):
-                parameter.grad = None
-            elif isinstance(parameter.grad, OffloadedGrad):
-                parameter.grad = parameter.grad.materialize()
-
     def __enter__(self) -> Session:
         return self
 
@@ -623,131 +477,3 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _PeakSinceNow:
-    """The device's peak from here on, told apart from an older one, which is somebody else's."""
-
-    def __init__(self, device: Device) -> None:
-        self.before_bytes = device.peak_bytes()
-        self._device, self._set_back = device, device.reset_peak()
-
-    def known_bytes(self, libraries_bytes: int) -> int:
-        """The peak, with what the device's own figure leaves out; 0 where an older and larger one could not
-        be set back and hides it."""
-        now_bytes = self._device.peak_bytes()
-        known = self._set_back or now_bytes > self.before_bytes
-        return now_bytes + libraries_bytes if known else 0
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    devices = {parameter.device for parameter in model.parameters()}
-    names = ", ".join(sorted(map(str, devices))) or "no device, for it has none"
-    if len(devices) != 1 or {device.type for device in devices} - {"cpu", "cuda"}:
-        raise PrepareError(
-            f"the model's parameters are on {names}: memtrain trains on the CPU or on one CUDA device; move "
-            f"all of the model there with model.to()"
-        )
-    return next(iter(devices))
-
-
-def _weights_brought(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], device: Device
-) -> AbstractContextManager[TracedWeights | None]:
-    """For a streamed model, what brings its weights while it is measured."""
-    stored = stored_weights(model)
-    if stored is None or not stored.extents:
-        return nullcontext()
-    return traced_weights(model, blocks, stored, device)
-
-
-def _find_forms(
-    model: nn.Module,
-    blocks: Sequence[tuple[str, nn.Module]],
-    sample_batch: Any,
-    options: PlannerOptions,
-    weights: TracedWeights | None,
-) -> BlockForms:
-    """The exact form always, lossy ones where the options name them. Raises PrepareError for a wrong name."""
-    present = None if weights is None else weights.present_in
-    try:
-        return BlockForms(model, blocks, sample_batch, (EXACT, *options.allow_lossy), present=present)
-    except ValueError as error:
-        raise PrepareError(f"options.allow_lossy: {error}") from error
-
-
-def _refuse_in_backward(options: PlannerOptions | None, plan: Plan | None, nonfinite: str) -> None:
-    """Raises PlanMismatchError where updates may come during backward, and gradients are looked at first."""
-    chosen = plan.update_schedule.value if plan is not None else options and options.update_schedule
-    offered = plan is None and options is not None and options.gradients_untouched
-    if offered or chosen == UpdateSchedule.IN_BACKWARD.value:
-        refuse_combination(nonfinite)
-
-
-def _in_one_thread(options: PlannerOptions, plan: Plan | None) -> PlannerOptions:
-    """``options`` without the order in which several passes are under way at once: addresses are planned for
-    one, and the others would find their memory beside an arena that is resident.
-
-    Raises:
-        PrepareError: that order was asked for.
-    """
-    chosen = options.micro_batch_order if plan is None else plan.micro_batch_order.value
-    if chosen == MicroBatchOrder.VERTICAL.value:
-        raise PrepareError(
-            "allocator is 'planned', and micro-batches are to pass the blocks together (micro_batch_order "
-            "vertical): addresses are planned for one pass at a time. Use allocator 'default', or "
-            "micro_batch_order 'horizontal'"
-        )
-    return dataclasses.replace(options, micro_batch_order=MicroBatchOrder.HORIZONTAL.value)
-
-
-def _overwrites_disk(plan: Plan) -> bool:
-    return any(Tier.NVME in (state.optimizer_tier, state.weight_tier) for state in plan.states)
-
-
-def _check_spare(plan: Plan, budget: Budget, spare_bytes: int) -> None:
-    """Raises PrepareError where the plan leaves less of the nvme budget."""
-    free = budget.nvme_bytes - plan.peak(Tier.NVME)
-    if spare_bytes > free and _overwrites_disk(plan):
-        raise PrepareError(
-            f"{spare_bytes} bytes of nvme are to be spared for snapshots, the plan leaves {free} of "
-            f"{budget.nvme_bytes}: raise budget.nvme by {spare_bytes - free} bytes, or spare less"
-        )
-
-
-def _install_loss(
-    model: nn.Module, sample_batch: Any, weights: TracedWeights | None
-) -> ChunkedLossHandle | None:
-    """Only for a Hugging Face causal LM that computes its own loss from labels."""
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
-        return None
-    if not hasattr(sample_batch, "keys") or sample_batch.get("labels") is None:
-        return None
-    if weights is None:
-        return install_chunked_loss(model)
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return install_chunked_loss(model, probing=weights.probing(head))
-
-
-def _set_use_cache(model: nn.Module, value: bool | None) -> bool | None:
-    """Set the configuration's switch where there is one; what it was before.
-
-    Training has no use for a key-value cache, and a block that is recomputed would fill it twice.
-    """
-    config = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if not isinstance(before, bool) or value is None:
-        return None
-    config.use_cache = value  # type: ignore[union-attr]
-    return before
-
-
-def _units(model: nn.Module, profile: ModelProfile) -> list[Unit]:
-    parameters = dict(model.named_parameters())
-    return [(unit.name, [(name, parameters[name]) for name in unit.parameters]) for unit in profile.units]
-
-
-def _write(directory: Path, **documents: str) -> None:
-    make_folder(directory)
-    for name, text in documents.items():
-        write_text(directory / f"{name}.json", text + "\n")

@@ -336,6 +336,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._settle()
         yield from self._access
 
+    def iter_state_parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As ``iter_state``, but each tensor in parts of at most a shard, in the order of its elements; a
+        part is there until the next is asked for."""
+        self._settle()
+        yield from self._access.parts()
+
     def scalar_state(self) -> dict[str, dict[str, Any]]:
         """``step`` and the like by parameter: what ``iter_state`` leaves out."""
         self._settle()

@@ -363,6 +363,15 @@ class StateAccess:
                 for tensor in self._records.tensors(name):
                     yield name, tensor.key, self._gather(cursor, name, tensor)
 
+    def parts(self) -> Iterator[tuple[str, str, Tensor]]:
+        """As iterating, but each tensor in parts, in the order of its elements, and at least one: a part is
+        as large as a shard, and lies in the slot until the next is asked for."""
+        with self._cursor() as cursor:
+            for name in self._index.parameters:
+                for tensor in self._records.tensors(name):
+                    for part in self._parts(cursor, name, tensor):
+                        yield name, tensor.key, part
+
     def load(self, entries: Iterable[tuple[str, str, Any]], scalars: Mapping[str, Mapping[str, Any]]) -> None:
         """Replace all state by ``entries``; a value may be a tensor or a function that returns one.
 
@@ -407,6 +416,14 @@ class StateAccess:
             part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
             (whole if tensor.shape is not None else piece.of(whole)).copy_(part)
         return whole
+
+    def _parts(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Iterator[Tensor]:
+        pieces = self._index.pieces[name]
+        if tensor.shape is not None or not pieces:
+            yield self._gather(cursor, name, tensor)
+            return
+        for shard, piece in pieces:
+            yield self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
 
     def _scatter(self, cursor: RecordCursor, name: str, key: str, value: Tensor) -> None:
         if name not in self._index.parameters:

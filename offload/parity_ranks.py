@@ -29,8 +29,8 @@ DEADLINE_SECONDS = STALL_SECONDS
 """For what a rank does between two messages: read or write a segment, and once per stripe sync and read back
 a block. As long as a disk may pause anywhere else."""
 ROLL_DEADLINES = 2
-"""How long the others have to answer a roll call, in deadlines: who hears of a death at once calls it at once, while
-another rank may still be at work for one deadline, and then wait in vain for a second."""
+"""How long the others have to answer a roll call, in deadlines: who hears of a death at once calls it at
+once, while another rank may still be at work for one deadline, and then wait in vain for a second."""
 _LENGTH = struct.Struct("<q")
 _calls = itertools.count()
 
@@ -165,7 +165,7 @@ class Ranks:
             with contextlib.suppress(RuntimeError):  # rank 0 has gone, and the store with it
                 store.set(self._key(self.rank), "here")
             for rank in range(self.count):
-                left = max(until - time.monotonic(), 0.1)  # 0.1 s: to fetch the answer of who answered long ago
+                left = max(until - time.monotonic(), 0.1)  # 0.1 s: to fetch what was answered long ago
                 with contextlib.suppress(RuntimeError):
                     store.wait([self._key(rank)], timedelta(seconds=left))
                     present.append(rank)

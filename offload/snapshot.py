@@ -7,8 +7,8 @@ a run needs to go on as if it had never stopped.
     manifest.json                                      size and checksum of each file, written last
 
 State is named by parameter and whole, whatever plan it was kept under: a checkpoint loads under another
-budget, and, through ``load_optimizer_state``, into a plain optimizer. Nothing is ever in memory but one
-tensor. Gradients are not kept: save between ``step`` and the next backward.
+budget, and, through ``load_optimizer_state``, into a plain optimizer. State is written shard by shard, and
+read tensor by tensor. Gradients are not kept: save between ``step`` and the next backward.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -193,10 +192,10 @@ def state_files(session: Session) -> dict[str, list[Entry]]:
 
 def _write_state(writer: FolderWriter, session: Session) -> None:
     files = state_files(session)
-    tensors = _tensors(session.optimizer, (entry for shard in files.values() for entry in shard))
+    parts = _parts(session.optimizer, (entry for shard in files.values() for entry in shard))
     for name, shard in files.items():
         with writer.create(name) as file:
-            write_tensors(file, shard, islice(tensors, len(shard)))
+            write_tensors(file, shard, parts)
 
 
 def _parameter_names(session: Session) -> dict[int, str]:
@@ -233,13 +232,14 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
     }
 
 
-def _tensors(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
-    """The state's tensors, in the order of the entries; held by nobody here once they are handed over."""
-    for found in optimizer.iter_state():
-        assert f"{found[0]}/{found[1]}" == next(expected).name
-        held = [found[2]]
-        del found
-        yield held.pop()
+def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator[Tensor]:
+    """The state's tensors in parts, in the order of the entries."""
+    last = None
+    for name, key, part in optimizer.iter_state_parts():
+        if (name, key) != last:
+            assert f"{name}/{key}" == next(expected).name
+        last = name, key
+        yield part
 
 
 def _read_optimizer(folder: Path) -> dict[str, Any]:

@@ -77,7 +77,8 @@ def write_tensors(
     """Write one file.
 
     Args:
-        tensors: of ``entries``, in their order; taken one by one, and let go of before the next.
+        tensors: of ``entries``, in their order; taken one by one, and let go of before the next. A tensor may
+            come in contiguous parts, in the order of its elements.
         metadata: text for the header.
 
     Raises:
@@ -86,11 +87,16 @@ def write_tensors(
     file.write(header(entries, metadata))
     source = iter(tensors)
     for entry in entries:
-        tensor = next(source).detach()
-        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry
-        if entry.size_bytes:
-            file.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        del tensor  # or it would be in memory beside the next one
+        left_bytes = entry.size_bytes
+        while True:
+            part = next(source).detach()
+            assert (part.dtype, part.nbytes <= left_bytes) == (entry.dtype, True), entry
+            if part.nbytes:
+                file.write(part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            left_bytes -= part.nbytes
+            del part  # or it would be in memory beside the next one
+            if not left_bytes:
+                break
 
 
 def header(entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import subprocess
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -22,9 +23,9 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.session import Session
 from memtrain.streamed_model import StreamedModelError, streamed_model
 from memtrain.streamed_tracing import traced_weights
+from memtrain.weight_streaming import stream_weights
 from tests.memtrain.test_session import MACHINE
 from tests.offload.async_runs import assert_same_folders
 
@@ -282,10 +283,11 @@ def test_a_streamed_model_is_offered_no_tier_but_its_own(budget):
         with prepare(made.model, both, {"state": {"optimizer_tier": "cxl"}}, machine) as session:
             assert {state.weight_tier for state in session.plan.states} <= {Tier.DEVICE, Tier.NVME}
             moved = [dataclasses.replace(state, weight_tier=Tier.CXL) for state in session.plan.states]
-            given = SimpleNamespace(plan=dataclasses.replace(session.plan, states=tuple(moved)))
+            plan = dataclasses.replace(session.plan, states=tuple(moved))
+            rest = {"profile": session.profile, "engine": session.engine, "undo": ExitStack()}
             units = [(state.unit, []) for state in moved]
         with pytest.raises(PlanMismatchError, match=r"on cxl, those of this .* on nvme: plan with options"):
-            Session._stream_weights(given, [], units, made.weights)
+            stream_weights(made.model, [], units, plan=plan, stored=made.weights, **rest)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "ahead"])
