@@ -87,9 +87,9 @@ def weight_lines(weights: ParameterStreamer | None) -> list[str]:
         return []
     found = weights.statistics()
     return [
-        f"weights of {len(weights.streamed)} units streamed through "
-        f"{describe_windows(weights.windows)}: {found.reads} reads, {found.waits} of them waited "
-        f"for; read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
+        f"weights of {len(weights.streamed)} units streamed through {describe_windows(weights.windows)}: "
+        f"{found.reads} reads, {found.waits} of them waited for; "
+        f"read {format_gib(found.bytes_read)}, wrote {format_gib(found.bytes_written)}"
     ]
 
 
