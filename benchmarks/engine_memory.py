@@ -209,7 +209,7 @@ def measured(preset: str) -> dict[str, int]:
     from memtrain.planner.plan import WindowClass
     from memtrain.planner.tracing.blocks import find_blocks
     from memtrain.planner.tracing.fake_model import read_config
-    from memtrain.streamed_model import traced_units
+    from memtrain.streamed_models import traced_units
 
     shapes, seen = shapes_of(preset), []
     tokens = torch.arange(64).reshape(1, 64)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from memtrain.session import PrepareError as PrepareError
     from memtrain.session import Session as Session
     from memtrain.session import prepare as prepare
-    from memtrain.streamed_model import StreamedModel as StreamedModel
-    from memtrain.streamed_model import streamed_model as streamed_model
+    from memtrain.streamed_models import StreamedModel as StreamedModel
+    from memtrain.streamed_models import streamed_model as streamed_model
 
 _HOMES = {
     "Budget": "memtrain.planner.machine",
@@ -32,10 +32,10 @@ _HOMES = {
     "PlannerOptions": "memtrain.planner.solve",
     "PrepareError": "memtrain.session",
     "Session": "memtrain.session",
-    "StreamedModel": "memtrain.streamed_model",
+    "StreamedModel": "memtrain.streamed_models",
     "Tier": "memtrain.planner.actions",
     "prepare": "memtrain.session",
-    "streamed_model": "memtrain.streamed_model",
+    "streamed_model": "memtrain.streamed_models",
 }
 
 __all__ = [

@@ -14,7 +14,7 @@ from memtrain.optim.autograd.causal_lm import ChunkedLossHandle, install_chunked
 from memtrain.planner.actions import EXACT
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.refusals import PrepareError
-from memtrain.streamed_model import stored_weights
+from memtrain.streamed_models import stored_weights
 from memtrain.streamed_tracing import TracedWeights, traced_weights
 
 

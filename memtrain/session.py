@@ -81,7 +81,7 @@ from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
 from memtrain.runfiles import write_documents
 from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
-from memtrain.streamed_model import stored_weights
+from memtrain.streamed_models import stored_weights
 from memtrain.tiling import carried_out, split_units, tiles_of, tiling_lines, windows_in_tiles
 from memtrain.weight_streaming import plan_units, stream_weights
 

@@ -15,7 +15,7 @@ from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.stored_weights import StoredWeights
 from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import storage_id
-from memtrain.streamed_model import traced_units
+from memtrain.streamed_models import traced_units
 from memtrain.tiling import split_units, tiles_of
 
 _WINDOWS_WITH_TILES = 3

@@ -58,7 +58,7 @@ from memtrain.report import (
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.snapshots import RunSnapshots
-from memtrain.streamed_model import StreamedModel
+from memtrain.streamed_models import StreamedModel
 from memtrain.tiling import tiling_lines
 from memtrain.weights import load_model, load_streamed
 

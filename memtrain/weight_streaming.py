@@ -16,7 +16,7 @@ from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
-from memtrain.streamed_model import bring_home
+from memtrain.streamed_models import bring_home
 from memtrain.tiling import tiles_of
 
 

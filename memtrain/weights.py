@@ -22,7 +22,7 @@ from torch import nn
 from memtrain.offload.errors import OffloadError
 from memtrain.planner.machine import Budget
 from memtrain.recipe import ModelSection, RecipeError
-from memtrain.streamed_model import StreamedModel, streamed_model
+from memtrain.streamed_models import StreamedModel, streamed_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

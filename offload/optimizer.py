@@ -337,7 +337,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._settle()
         yield from self._access
 
-    def stored_state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
         """``iter_state`` as records hold it: of some masters the lower half alone (``lower_halves``); each
         tensor in parts of at most a shard, of which each is there until the next is asked for.
 

@@ -383,7 +383,7 @@ class StateAccess:
                 for tensor in self._records.tensors(name):
                     yield name, tensor.key, self._gather(cursor, name, tensor)
 
-    def stored(self) -> Iterator[tuple[str, str, Tensor]]:
+    def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
         """The same as records hold it, for a file, each tensor in parts, in the order of its elements, and at
         least one: a part is as large as a shard, and lies in the slot until the next is asked for.
 

@@ -287,7 +287,7 @@ def _parts(optimizer: OffloadedOptimizer, expected: Iterator[Entry]) -> Iterator
             yield optimizer.read_state(name, key)
         return
     expected, last = iter(entries), None
-    for name, key, part in optimizer.stored_state():
+    for name, key, part in optimizer.stored_parts():
         if (name, key) != last:
             assert f"{name}/{key}" == next(expected).name
         last = name, key

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from memtrain import Budget
 from memtrain.planner import resident
-from memtrain.streamed_model import streamed_model
+from memtrain.streamed_models import streamed_model
 
 MiB = 1 << 20
 SMALLEST = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

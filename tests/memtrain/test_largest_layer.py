@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import memtrain
 from memtrain.optim import AdamW8bit
 from memtrain.planner import resident
-from memtrain.streamed_model import streamed_model
+from memtrain.streamed_models import streamed_model
 from tests.memtrain.test_session import MACHINE
 
 MiB = 1 << 20

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from memtrain import Budget
 from memtrain.offload.errors import TierFullError, WeightAwayError
-from memtrain.streamed_model import StreamedModelError, stored_weights, streamed_model
+from memtrain.streamed_models import StreamedModelError, stored_weights, streamed_model
 from memtrain.weight_folder import WeightFilesError
 
 MiB = 1 << 20

@@ -23,7 +23,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.rehearsal import BlockRehearsal
-from memtrain.streamed_model import StreamedModelError, streamed_model
+from memtrain.streamed_models import StreamedModelError, streamed_model
 from memtrain.streamed_tracing import traced_weights
 from memtrain.weight_streaming import stream_weights
 from tests.memtrain.test_session import MACHINE

@@ -17,7 +17,7 @@ from memtrain.optim import AdamW8bit
 from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
 from memtrain.planner import resident
 from memtrain.planner.tracing.blocks import find_blocks
-from memtrain.streamed_model import StreamedModelError, streamed_model, traced_units
+from memtrain.streamed_models import StreamedModelError, streamed_model, traced_units
 from memtrain.tiling import (
     TilingError,
     automatic_tile_bytes,

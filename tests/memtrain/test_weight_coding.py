@@ -26,7 +26,7 @@ from memtrain.planner.machine import Machine, StateCodec
 from memtrain.planner.plan import Plan
 from memtrain.recipe import RecipeError, parse_recipe
 from memtrain.report import plan_text
-from memtrain.streamed_model import StreamedModel, StreamedModelError, streamed_model
+from memtrain.streamed_models import StreamedModel, StreamedModelError, streamed_model
 from tests.memtrain import test_streamed_session as streamed_session
 from tests.memtrain.test_coding import RECIPE
 from tests.memtrain.test_session import MACHINE
@@ -322,7 +322,7 @@ def test_a_codec_for_another_tier_than_the_weights_is_refused(tmp_path: Path) ->
 def test_auto_asks_the_disk(budget: memtrain.Budget, monkeypatch: pytest.MonkeyPatch, pays: bool) -> None:
     rate = 1e12 if pays else 1e6
     machine = coding_machine(read_bytes_per_second=rate, write_bytes_per_second=rate)
-    monkeypatch.setattr("memtrain.streamed_model.measure_machine", lambda *_, **__: machine)
+    monkeypatch.setattr("memtrain.streamed_models.measure_machine", lambda *_, **__: machine)
     with streamed(budget, weight_codecs={"nvme": "auto"}) as made:
         assert (made.weights.codec is not None) is pays
         known = machine if pays else MACHINE
