@@ -61,3 +61,16 @@ def test_drawing_a_report_does_without_torch(module: str) -> None:
 def test_no_import_initialises_cuda() -> None:
     code = "import memtrain.train, torch; assert not torch.cuda.is_initialized()"
     assert loaded_by(code) == {"torch"}
+
+
+def test_no_file_hides_a_name_of_the_front_door() -> None:
+    code = """
+import importlib, pkgutil, types
+import memtrain
+for module in pkgutil.iter_modules(memtrain.__path__):
+    if module.name not in ("__main__", "offload", "optim", "planner"):
+        importlib.import_module(f"memtrain.{module.name}")
+hidden = [name for name in memtrain.__all__ if isinstance(getattr(memtrain, name), types.ModuleType)]
+assert not hidden, hidden
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
