@@ -46,14 +46,16 @@ def _tiles(plan: Plan, profile: ModelProfile, model: nn.Module, limit_bytes: int
     size = max(MiB, free // TILES_IN_FREE // MiB * MiB)
     parameters = dict(model.named_parameters())
     units = [(unit.name, [(name, parameters[name]) for name in unit.parameters]) for unit in profile.units]
-    if size >= plan.staging.weight_windows[-1].slot_bytes:
-        return ""
-    try:
-        if not tiles_of(model):
+    told = ""
+    while size < plan.staging.weight_windows[-1].slot_bytes and not tiles_of(model):
+        try:
             choose_cuts(model, units, size)
-    except TilingError as error:
-        return f", and tiles do not help: {error}"
-    return (
-        f". Cut layers into tiles: streamed_model(..., tile_bytes={size}), in a recipe model.streamed: true "
-        f"and model.tile: {size // MiB}MiB"
-    )
+        except TilingError as error:  # smaller than this model's layers can be cut
+            told = f", and tiles do not help: {error}"
+            size *= 2
+            continue
+        return (
+            f". Cut layers into tiles: streamed_model(..., tile_bytes={size}), in a recipe model.streamed: "
+            f"true and model.tile: {size // MiB}MiB"
+        )
+    return told

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrain
-from memtrain.optim import AdamW8bit
 from memtrain.planner import resident
 from memtrain.streamed_models import streamed_model
 from tests.memtrain.test_session import MACHINE
@@ -33,7 +32,7 @@ def test_the_layer_is_named(tmp_path, whole):
     ids = torch.randint(0, 300, (1, 8))
     with streamed_model(config, dtype=torch.bfloat16, budget=budget, tile_bytes=None) as made:
         parameters = list(made.model.parameters())
-        optimizer = AdamW8bit(parameters) if whole else torch.optim.AdamW(parameters)
+        optimizer = torch.optim.Adafactor(parameters) if whole else torch.optim.AdamW(parameters)
         tight = memtrain.Budget(device=resident.rss_bytes() + 32 * MiB, nvme=f"{tmp_path}:2GiB")
         with pytest.raises(memtrain.InfeasibleError) as raised:
             memtrain.prepare(
@@ -50,8 +49,8 @@ def test_the_layer_is_named(tmp_path, whole):
     assert f"stand in the device's {tight.device_bytes / (1 << 30):.3f} GiB" in told
     assert ("The optimizer takes whole parameters" in told) == whole
     found = re.search(r"Cut layers into tiles: streamed_model\(\.\.\., tile_bytes=(\d+)\)", told)
-    assert found is not None  # an eighth of what is left, 32 MiB less what measuring has loaded
-    assert MiB <= int(found[1]) <= 4 * MiB
+    assert found is not None
+    assert 8 * MiB <= int(found[1]) <= 16 * MiB  # 64 rows of the widest layer are 8 MiB
     assert f"model.streamed: true and model.tile: {int(found[1]) // MiB}MiB" in told
     assert told in str(raised.value)
 

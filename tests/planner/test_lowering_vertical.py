@@ -18,7 +18,7 @@ from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.model import DEVICE, Problem, Role
 from memtrain.planner.ranges.plan import RangePlan
 from memtrain.planner.ranges.solve import SolveOptions, solve
-from memtrain.planner.weight_windows import step_turns
+from memtrain.planner.weight_windows import WantedWindows, step_turns, weight_windows
 from tests.planner.test_weight_windows import everybody, states_of, weighty
 from tests.planner.toy_job import ESTIMATE, RESIDUAL, SHAPE, job, parameter
 
@@ -93,7 +93,9 @@ def test_weights_are_read_as_in_a_step_of_one_micro_batch_by_the_command_and_by_
     four = dataclasses.replace(profile, micro_batches=4)
 
     def reads(of: Any, order: MicroBatchOrder) -> int:
-        turns = step_turns(of, states_of(of, everybody), UpdateSchedule.AHEAD, 2, order)
+        states = states_of(of, everybody)
+        windows = weight_windows(of, states, WantedWindows(2, sized=False))
+        turns = step_turns(of, states, UpdateSchedule.AHEAD, windows, order)
         return sum(len(turn.reads) for turn in turns)
 
     assert reads(four, VERTICAL) == reads(profile, HORIZONTAL)

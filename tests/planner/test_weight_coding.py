@@ -18,6 +18,7 @@ from memtrain.planner.simulate import Timeline, simulate
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
 from memtrain.planner.weight_coding import is_faster, may_be_faster
+from memtrain.planner.weight_windows import WantedWindows
 from tests.planner.test_solve import brute_force
 from tests.planner.test_weight_windows import everybody, states_of, weighty
 from tests.planner.toys import make_machine
@@ -71,7 +72,7 @@ def timeline_of(machine: Machine, *, coded: bool) -> Timeline:
     blocks = plan_for(make_machine()).blocks
     staging = staging_for(
         profile, blocks, states, saved_slots=1, input_slots=1, shard_elements=1 << 20, on_cpu=True,
-        coded_weights=(CODED,) if coded else (), wanted_weight_slots=2,
+        coded_weights=(CODED,) if coded else (), wanted_windows=WantedWindows(2, sized=False),
     )  # fmt: skip
     decisions = Decisions(
         blocks=blocks, states=states, staging=staging, update_schedule=UpdateSchedule.SEQUENTIAL
@@ -132,7 +133,7 @@ def test_beside_a_gpu_coding_is_the_hosts() -> None:
     budget = Budget(device="1GiB", host="1GiB", nvme="/x:1GiB")
     plan = plan_for(machine, budget=budget)
     lines = {(line.category, line.tier): line.size_bytes for line in plan.bill}
-    windows = plan.staging.weight_slots * plan.staging.weight_slot_bytes
+    windows = plan.staging.weight_window_bytes
     assert lines["staging", Tier.HOST] == plan.staging.total_bytes + windows
     assert plan.staging.total_bytes >= 28 * MiB
 

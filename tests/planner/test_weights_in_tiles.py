@@ -9,13 +9,15 @@ import pytest
 from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check import Rule, check
 from memtrain.planner.machine import Budget
+from memtrain.planner.plan import WindowClass
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.solve import PlannerOptions, make_plan
 from memtrain.planner.units import MiB
-from memtrain.planner.weight_windows import step_turns, weight_slots
-from tests.planner.test_weight_windows import AHEAD, SEQUENTIAL, everybody, states_of, weighty
+from memtrain.planner.weight_windows import WantedWindows, step_turns, weight_windows
 from tests.planner.toys import make_machine
+from tests.planner.weighty import everybody, states_of, weighty
 
+AHEAD, SEQUENTIAL = UpdateSchedule.AHEAD, UpdateSchedule.SEQUENTIAL
 PAGE = 4096
 EVERYTHING = {"state": {"weight_tier": "nvme", "gradient_tier": "device", "optimizer_tier": "device"}}
 BUDGET = Budget(device="1GiB", nvme="/x:1GiB")
@@ -34,8 +36,11 @@ def reads(
     order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL,
     recomputed: tuple[int, ...] = (),
 ) -> str:
-    turns = step_turns(profile, states_of(profile, everybody), schedule, slots, order, recomputed)
-    return " ".join("".join(profile.units[u].name[-1] for u in turn.reads) or "-" for turn in turns)
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(slots, sized=False))
+    assert sum(each.slots for each in windows) == slots
+    turns = step_turns(profile, states, schedule, windows, order, recomputed)
+    return " ".join("".join(profile.units[r.unit].name[-1] for r in turn.reads) or "-" for turn in turns)
 
 
 def test_a_unit_in_tiles_is_read_at_every_use_and_leaves_nothing_of_others() -> None:
@@ -61,12 +66,15 @@ def test_every_micro_batch_of_vertical_order_goes_over_the_tiles() -> None:
 
 
 def test_windows_are_as_large_as_a_tile_and_one_more_than_units_in_use() -> None:
+    def windows(profile: ModelProfile, slots: int) -> tuple[WindowClass, ...]:
+        return weight_windows(profile, states_of(profile, everybody), WantedWindows(slots, sized=True))
+
     profile = in_tiles(weighty(3), "layers.0", "layers.1", "layers.2")
-    assert weight_slots(profile, states_of(profile, everybody), 3) == (3, 2 * MiB)
+    assert windows(profile, 3) == (WindowClass(slots=3, slot_bytes=2 * MiB),)
     mixed = in_tiles(weighty(3), "layers.0")
-    assert weight_slots(mixed, states_of(mixed, everybody), 3) == (3, 8 * MiB + PAGE)
+    assert windows(mixed, 3) == (WindowClass(slots=3, slot_bytes=8 * MiB + PAGE),)
     tied = in_tiles(weighty(3, around=True, tied=True), "epilogue")
-    assert weight_slots(tied, states_of(tied, everybody), 2)[0] == 3
+    assert windows(tied, 2)[0].slots == 3
 
 
 def test_a_unit_has_no_larger_window_than_extent() -> None:
@@ -111,7 +119,8 @@ def test_faults_are_named() -> None:
             fewer = (*plan.timeline[:index], *plan.timeline[index + 1 :])
             found = {v.rule for v in check(replace(plan, timeline=fewer), profile, machine, BUDGET)}
             assert Rule.DEPENDENCY in found
-    small = replace(plan.staging, weight_slot_bytes=2 * MiB)
+    (windows,) = plan.staging.weight_windows
+    small = replace(plan.staging, weight_windows=(replace(windows, slot_bytes=2 * MiB),))
     assert Rule.STAGING in {
         v.rule for v in check(replace(plan, staging=small), profile, machine, BUDGET)
     }  # the untiled blocks need 8
