@@ -76,6 +76,7 @@ from memtrain.refusals import (
     refuse_device,
     refuse_in_backward,
     refuse_model,
+    refuse_overlaid_tiles,
 )
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
@@ -124,7 +125,8 @@ def prepare(
         master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
         split_masters: under ``AdamW(fused=True)`` on a CPU, keep only what a bf16 weight does not hold of its
             master: 10 bytes of state a parameter instead of 12, and the same bits. A weight that anybody else
-            writes between steps is then refused; False keeps whole masters, which follow it.
+            writes between steps is then refused; False, and any model in tiles, keeps whole masters, which
+            follow it.
         nonfinite: what ``optimizer.step()`` does about NaN or inf gradients: ``ignore`` as PyTorch does,
             ``skip`` the step, or ``raise``.
         plan: use this one instead of solving; it must fit the profile that is measured now.
@@ -242,6 +244,7 @@ def prepare(
         if plan.status == "infeasible":
             raise InfeasibleError(with_largest_layer(plan, profile, model))
         refuse_broken(plan, profile, machine, budget)
+        refuse_overlaid_tiles(plan, model)
         check_spare(plan, budget, spare_state_bytes)
         if directory is not None:
             write_documents(

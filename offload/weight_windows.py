@@ -477,5 +477,5 @@ def _all_in_use(unit: StreamedUnit, occupants: Sequence[StreamedUnit]) -> str:
     return (
         f"the weights of {unit.name} have no window of {unit.window_bytes} bytes: all {len(occupants)} are "
         f"taken, for {' and '.join(why)}. Drop such views (detach(), data, graphs made outside the model's "
-        "forward), or plan with more weight_slots"
+        "forward), or plan with more weight windows"
     )

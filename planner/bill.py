@@ -276,7 +276,7 @@ def with_margin(need_bytes: int, safety_margin: float) -> int:
 def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> dict[str, int]:
     """Bytes that a tier beside the device holds, by category: extents in whole pages, and rings.
 
-    Never less than what is allocated; by how much more at most, ``decisions`` says.
+    Never less than what is allocated; by how much more at most, ``staging`` says.
     """
     blocks = zip(profile.blocks, decisions.blocks, strict=True)
     units = list(zip(profile.units, decisions.states, strict=True))

@@ -129,7 +129,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     held = every if many else gradient["end"]
     late = profile.persistent_backward_bytes
     peak = max(peak, held + kept + profile.epilogue_peak_bytes + others * late)
-    if ahead:
+    if ahead and any(unit.name == "epilogue" for unit in profile.units):
         peak = max(peak, every + kept + _workspace(plan, profile, None, "epilogue"))
     at_once = plan.update_schedule is UpdateSchedule.IN_BACKWARD
     alone = one_by_one(plan)

@@ -4,6 +4,7 @@ Part of the independent checker (``check``). It knows nothing of how the timelin
 read before whatever uses it, unless no more other units were used since it was used last than windows can
 hold; at no time may more units be in memory than there are windows; and what an update has changed is written
 once. Where windows have several sizes, all of that holds of each size and of the units that need just that.
+A unit in tiles is read for every pass over it, and leaves nothing of other units in the windows.
 """
 
 from __future__ import annotations

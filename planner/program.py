@@ -254,7 +254,8 @@ class Program(Choices):
             for t in tiers
         }
         present = {t: {"activations": self._slots(t, rates[t])} | held[t] for t in tiers}
-        chains = {t: ReadChains(self, turn, present[t]) for t in tiers}
+        # From ``now``: what is held costs no arithmetic wherever in the pass its turn comes.
+        chains = {t: ReadChains(self, now, present[t]) for t in tiers}
         reads = {t: -1 * pulp.lpSum(present[t].values()) for t in tiers}
         moves = 1 if first else 2
 

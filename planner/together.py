@@ -96,7 +96,7 @@ class _Step:
         staging, part = self._decisions.staging, position.partition(" ")[0]
         schedule = self._decisions.update_schedule
         in_pass = part != "update" or schedule is not UpdateSchedule.SEQUENTIAL
-        total = sum(each.staging_bytes for each in staging.coded)
+        total = sum(each.staging_bytes for each in (*staging.coded, *staging.coded_weights))
         if in_pass:
             total += staging.saved_slots * staging.saved_slot_bytes
             total += staging.input_slots * staging.input_slot_bytes

@@ -149,25 +149,26 @@ class WeightChoices:
             return pulp.LpAffineExpression()
         equal = {n.slots: v for n, v in self.ring.items() if n is not None and not n.sized}
         sized = {n.slots - 1: v for n, v in self.ring.items() if n is not None and n.sized}
-        alike = self._problem.add_variable("window_bytes", lowBound=0)
+        alike = self._problem.add_variable("window_megabytes", lowBound=0)
         self._ring_rows(alike, equal, sizes)
         if not sized:
-            return pulp.LpAffineExpression(alike)
+            return 1e6 * alike
         small = {u: size for u, size in sizes.items() if size <= self._ordinary}
         large = {u: size for u, size in sizes.items() if u not in small}
         for kind in (small, large):  # two sizes only where units of both are away
             self._add(pulp.lpSum(self.away(u) for u in kind) >= pulp.lpSum(sized.values()))
         self._ring_rows(alike, sized, small)
-        one = self._problem.add_variable("large_window_bytes", lowBound=0)
+        one = self._problem.add_variable("large_window_megabytes", lowBound=0)
         self._ring_rows(one, {1: pulp.lpSum(sized.values())}, large)
-        return pulp.LpAffineExpression(alike + one)
+        return 1e6 * (alike + one)
 
     def _ring_rows(self, total: Any, ring: dict[int, Expression], sizes: dict[int, int]) -> None:
-        """``total`` is at least what the chosen windows take for units of these sizes."""
-        self._add(total >= pulp.lpSum(n * min(sizes.values()) * v for n, v in ring.items()))
+        """``total``, in megabytes, is at least what the chosen windows take for units of these sizes."""
+        least, most = min(sizes.values()) * 1e-6, max(sizes.values()) * 1e-6
+        self._add(total >= pulp.lpSum(n * least * v for n, v in ring.items()))
         for u, size in sizes.items():
             for n, v in ring.items():
-                self._add(total >= n * size * self.away(u) - n * max(sizes.values()) * (1 - v))
+                self._add(total >= n * size * 1e-6 * self.away(u) - n * most * (1 - v))
 
     # -- seconds --------------------------------------------------------------------------------------
 

@@ -49,12 +49,13 @@ class WantedWindows:
     both kinds are away; False: all of them as large as the largest."""
 
 
+MOST_ALIKE = 4
+"""Of one size: beyond it nothing was gained in simulation."""
 WANTED_WINDOWS = tuple(
-    [WantedWindows(slots, sized=False) for slots in (2, 3, 4)]
+    [WantedWindows(slots, sized=False) for slots in range(2, MOST_ALIKE + 1)]
     + [WantedWindows(slots, sized=True) for slots in (2, 3, 4, 5)]
 )
-"""Two are the least: one is used while the next arrives. Beyond four of one size nothing was gained in
-simulation."""
+"""Two are the least: one is used while the next arrives."""
 DEFAULT_WINDOWS = WantedWindows(3, sized=True)
 FEWEST_WINDOWS = WantedWindows(2, sized=True)
 BEYOND = 1 << 30
@@ -119,7 +120,7 @@ def weight_windows(
         )
 
     if len(small) in (0, len(sizes)):
-        count = max(min(wanted.slots, len(sizes)), at_once(-1, max(sizes)), 2)
+        count = max(min(wanted.slots, MOST_ALIKE, len(sizes)), at_once(-1, max(sizes)), 2)
         return (WindowClass(slots=count, slot_bytes=max(sizes)),)
     count = max(min(wanted.slots - 1, len(small)), at_once(-1, ordinary))
     return (

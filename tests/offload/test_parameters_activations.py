@@ -325,7 +325,7 @@ def test_kept_views_take_windows_and_keep_their_bytes() -> None:
         for index in (1, 2):
             with streamer.hold(f"model.layers.{index}"):
                 others.append(model.model.layers[index].mlp.up_proj.weight.detach())
-        with pytest.raises(WeightWindowError, match=r"all 3 are taken.*views of weights.*weight_slots"):
+        with pytest.raises(WeightWindowError, match=r"all 3 are taken.*views of weights.*weight windows"):
             streamer.fetch("model.layers.3")
         del view, others
         assert torch.equal(model(tokens).logits, plain(tokens).logits)

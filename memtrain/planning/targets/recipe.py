@@ -98,8 +98,8 @@ def _notes(context: Context) -> tuple[str, ...]:
     weights = context.share(Role.PARAMETER)
     if weights >= SOME:
         found.append(
-            f"the plan has {weights:.0%} of the weights off the device; the executors keep weights on it "
-            "so far, and the run may be refused for it"
+            f"the plan has {weights:.0%} of the weights off the device; the run streams them too, but loads "
+            "the model whole first: where that does not fit, set model.streamed: true"
         )
     if in_backward(context):
         found.append(
