@@ -59,7 +59,7 @@ from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.snapshots import RunSnapshots
 from memtrain.streamed_models import StreamedModel
-from memtrain.tiling import tiling_lines
+from memtrain.tiling import tiles_of, tiling_lines
 from memtrain.weights import load_model, load_streamed
 
 Batch = dict[str, torch.Tensor]
@@ -221,7 +221,8 @@ class Trainer:
         optimizer, roles = build_optimizer(recipe, model)
         if roles:
             print(role_table(roles), flush=True)
-        self.predicted_optimizer_bytes = predicted_state_bytes(recipe.optimizer, model, roles, optimizer)
+        halved = None if tiles_of(model) else optimizer  # a tile's master is whole
+        self.predicted_optimizer_bytes = predicted_state_bytes(recipe.optimizer, model, roles, halved)
         return memtrain.prepare(
             model,
             optimizer,

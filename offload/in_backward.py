@@ -183,6 +183,8 @@ class InBackward:
         self._updates.check_alive()
         if self._update is not None:
             self._too_many()
+        if self._passes + 1 == self._micro_batches:
+            self._records.check_weights(self._unit_of)  # nothing has been updated yet
         self._task = task
         self._passes += 1
         if self._passes > self._micro_batches:

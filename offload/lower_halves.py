@@ -95,9 +95,9 @@ class LowerHalves:
             raise WeightsWrittenError(
                 f"elements {piece.start} to {piece.stop} of {piece.name} were written since the last update, "
                 f"which keeps no more of their fp32 masters than the lower 16 bits: what they were before "
-                f"cannot be told any more, so nothing can follow. Restore the weights, or a checkpoint (load "
-                f"weights before optimizer state); where a loop writes weights between steps, pass "
-                f"split_masters=False to prepare() or OptimizerConfig, which keeps whole masters"
+                f"cannot be told any more, so nothing can follow. Restore a checkpoint, or, where no update "
+                f"had begun, the weights (weights before state); where a loop writes weights between steps, "
+                f"pass split_masters=False to prepare() or OptimizerConfig, which keeps whole masters"
             )
 
     def check(

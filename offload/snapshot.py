@@ -79,8 +79,8 @@ def save_checkpoint(
     source = Path(source_folder) if source_folder is not None else None
     with publish(folder) as writer:
         write_weights(writer, session.model, weights_of(session))
+        write_small_files(writer, session, progress, source)  # first: it refuses what cannot be stored
         _write_state(writer, session)
-        write_small_files(writer, session, progress, source)
     return folder
 
 
@@ -260,6 +260,11 @@ def _upper_halves(session: Session) -> dict[str, str]:
     names = [name for name in index.parameters if any(t.key == LOWER_KEY for t in records.stored(name))]
     if not names:
         return {}
+    if tiles := TiledNames(session.model).whole_of.keys() & set(names):
+        raise CheckpointError(
+            f"{min(tiles)} is a tile, and of its fp32 master the optimizer keeps the lower half only: pass "
+            f"split_masters=False to OptimizerConfig"
+        )
     weights = weights_of(session)
     stored = weight_files(session.model, weights).tensors
     by_tensor = {id(tensor): name for name, tensor in stored.items()}

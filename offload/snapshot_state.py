@@ -60,6 +60,8 @@ class StateFiles:
                 self._stored[parameter, key] = file
         if upper:
             weights = self._opened(folder, [name for name in files if WEIGHT_FILE.fullmatch(name)])
+            for file in weights:
+                cut(file)
             homes = {entry: file for file in weights for entry in file.entries}
             self._upper = {name: (homes[entry], entry) for name, entry in upper.items() if entry in homes}
         for name, key in self._stored:

@@ -264,7 +264,7 @@ def _stored(model: nn.Module, weights: StreamedWeights | None) -> tuple[dict[str
 def _groups(model: nn.Module, weights: StreamedWeights | None) -> list[tuple[list[str], Tensor]]:
     """The state dict's tensors, each with all names that it has."""
     groups: dict[Any, tuple[list[str], Tensor]] = {}
-    if weights is not None or TiledNames(model).parts:  # whose state dict has copies, joined
+    if weights is not None or TiledNames(model).found:  # whose state dict has copies, joined
         for name, tensor in _saved_tensors(model):
             groups.setdefault(id(tensor), ([], tensor))[0].append(name)
         return list(groups.values())

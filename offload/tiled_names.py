@@ -35,9 +35,11 @@ class TiledNames:
     def __init__(self, model: nn.Module) -> None:
         named = dict(model.named_parameters())
         self.parts: dict[str, list[str]] = {}
+        self.found = False
         for path, module in model.named_modules():
             if not callable(getattr(type(module), "untiled_parameters", None)):
                 continue
+            self.found = True
             wholes: dict[str, list[str]] = module.untiled_parameters()  # type: ignore[operator]
             for whole, own in wholes.items():
                 names = [f"{path}.{name}" if path else name for name in own]
@@ -160,8 +162,16 @@ class TiledNames:
             names = [part for name in group["params"] for part in self.parts.get(name, [name])]
             ours = list(groups[number]) if number < len(groups) else []
             split.append({**group, "params": ours if sorted(ours) == sorted(names) else names})
+        upper = {
+            part: weight
+            for name, stored in document.get("upper_halves", {}).items()
+            for part, weight in zip(
+                self.parts.get(name, [name]), self.parts.get(stored, [stored]), strict=True
+            )
+        }
         return {
             **document,
+            **({"upper_halves": upper} if upper else {}),
             "param_groups": split,
             "shapes": shapes,
             "scalars": spread(document["scalars"]),

@@ -2,6 +2,7 @@
 layers do not fit, with checkpoints in the untiled model's names and shapes."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrain
 from memtrain.offload.async_snapshot import AsyncCheckpointer
+from memtrain.offload.atomic import publish
+from memtrain.offload.shards import MASTER_KEY
 from memtrain.offload.snapshot import load_checkpoint, load_optimizer_state, save_checkpoint
+from memtrain.offload.snapshot_weights import load_weights, write_weights
 from memtrain.offload.weight_units import window_bytes
 from memtrain.optim import AdamW8bit
 from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
@@ -353,3 +357,40 @@ def test_a_model_in_memory_may_be_cut_too(budget):
         assert session.weights.windows[-1].slot_bytes <= TILE_BYTES
         assert train(session, range(2)) == expected
     assert copy.deepcopy(model).state_dict().keys() == in_memory(config()).state_dict().keys()
+
+
+def test_tiles_of_columns_are_loaded_too(tmp_path):
+    model = nn.Sequential(TiledLinear(nn.Linear(8, 8), out_tiles=1, in_tiles=2))
+    with publish(tmp_path / "saved") as writer:
+        write_weights(writer, model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_weights([tmp_path / "saved" / "model.safetensors"], model)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_lower_halves_of_masters_come_into_tiles(tmp_path, budget):
+    """Of an untiled model, whose upper halves are in its weights' files."""
+
+    def fused(model):
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    with (
+        streamed(config(), budget, None) as made,
+        prepare(made.model, budget, fused) as session,
+    ):
+        train(session, range(2))
+        saved = save_checkpoint(tmp_path / "saved", session, progress={})
+        assert json.loads((saved / "optimizer.json").read_text())["upper_halves"]
+        expected = session.optimizer.read_state("model.layers.0.mlp.up_proj.weight", MASTER_KEY)
+    with (
+        streamed(config(), budget, seed=1) as made,
+        prepare(made.model, budget, fused) as session,
+    ):
+        load_checkpoint(saved, session)
+        names = [n for n in session.optimizer.index.parameters if n.startswith("model.layers.0.mlp.up_proj.")]
+        assert len(names) > 1
+        found = [session.optimizer.read_state(name, MASTER_KEY) for name in names]
+    assert torch.equal(torch.cat(found), expected)

@@ -262,6 +262,21 @@ def test_weights_that_were_written_are_refused_and_nothing_is_changed(counted: b
             run.optimizer.read_state("embed.weight", "master_weight")
 
 
+def test_in_backward_they_are_refused_before_any_unit_is_updated() -> None:
+    with fused_run(make_plan(UpdateSchedule.IN_BACKWARD)) as run:
+        run.train(batches(2))
+        weight = run.model.first.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        with pytest.raises(WeightsWrittenError):
+            run.train(batches(1))
+        with torch.no_grad():
+            weight.copy_(before)
+        run.optimizer.zero_grad()
+        run.train(batches(1))  # nothing was lost
+
+
 def test_state_of_other_weights_follows_the_weights_that_are_there() -> None:
     """As whole masters do at the next step."""
     data = batches(4)
