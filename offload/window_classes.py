@@ -69,7 +69,7 @@ def classes_for(
         fewest = max(together([unit.name for unit in own]), FEWEST_SLOTS if len(classes) == 1 else 1)
         if each.slots < fewest:
             raise PlanMismatchError(
-                f"staging.weight_windows must have at least {fewest} slots for this model, got {each.slots} "
+                f"staging.weight_windows must have at least {fewest} for this model, got {each.slots} "
                 f"of {each.slot_bytes} bytes: raise it, or let units stay on the device"
             )
     return classes
