@@ -30,20 +30,17 @@ forward, backward, update and ``zero_grad``; losses and trained weights must be 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from _harness import BENCHMARKS, ROOT, BenchmarkError, GiB, model_directory, publish, spread, table
+from _turns import Contender, running, take_turns
 
 PLANNED, PLANNED_OVER_GLIBC = "planned", "planned, over glibc"
 SESSION_PLANNED, SESSION = "session, planned", "session, mimalloc"
@@ -82,41 +79,9 @@ def contenders() -> dict[str, dict[str, str]]:
     }
 
 
-@dataclass(kw_only=True)
-class Contender:
-    """A child that takes a step when it is told to."""
-
-    name: str
-    process: subprocess.Popen[str]
-    log: IO[str]
-    steps: list[dict[str, float]] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
-
-    def answer(self) -> str:
-        """Its next line. Raises BenchmarkError when there is none."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            self.log.seek(0)
-            raise BenchmarkError(f"{self.name} has ended; it last said:\n{self.log.read()[-2000:]}")
-        return line
-
-    def step(self) -> None:
-        """One more."""
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        self.steps.append(json.loads(self.answer()))
-
-    def finish(self) -> None:
-        """Its report."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.report = json.loads(self.answer())
-
-
-@contextmanager
-def running(name: str, environment: Mapping[str, str], args: argparse.Namespace) -> Iterator[Contender]:
+def started(
+    name: str, environment: Mapping[str, str], args: argparse.Namespace
+) -> AbstractContextManager[Contender]:
     """A contender that is about to say that it is ready; it is gone afterwards."""
     command = [sys.executable, str(BENCHMARKS / "_allocator_child.py"), "--model", str(model_directory())]
     command += ["--sequence", str(args.sequence)]
@@ -125,23 +90,7 @@ def running(name: str, environment: Mapping[str, str], args: argparse.Namespace)
     if name in (SESSION_PLANNED, SESSION):
         command += ["--session", str(args.directory)]
     common = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+", errors="replace") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            env={**os.environ, **common, **environment},
-        )
-        try:
-            yield Contender(name=name, process=process, log=log)
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None and not pipe.closed:
-                    pipe.close()
+    return running(name, command, {**common, **environment})
 
 
 def measure(names: Iterable[str], args: argparse.Namespace, rounds: int) -> list[Contender]:
@@ -149,15 +98,10 @@ def measure(names: Iterable[str], args: argparse.Namespace, rounds: int) -> list
     environments = contenders()
     environments |= {SESSION_PLANNED: environments[PLANNED], SESSION: environments["mimalloc"]}
     with ExitStack() as stack:
-        group = [stack.enter_context(running(name, environments[name], args)) for name in names]
-        for contender in group:
-            contender.answer()
-        for turn in range(rounds):
-            for contender in group[:: -1 if turn % 2 else 1]:
-                contender.step()
-        for contender in group:
-            contender.finish()
-            print(_line(contender), flush=True)
+        group = [stack.enter_context(started(name, environments[name], args)) for name in names]
+        take_turns(group, rounds)
+    for contender in group:
+        print(_line(contender), flush=True)
     return group
 
 

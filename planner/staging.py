@@ -59,6 +59,8 @@ def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
 
 
 def shard_sizes(profile: ModelProfile) -> tuple[int, ...]:
+    """Sizes of an update shard that make a difference, in elements, ascending: none larger than the largest
+    unit, none smaller than the largest parameter where an optimizer takes whole ones."""
     largest_unit = max((unit_elements(profile, unit) for unit in profile.units), default=0)
     cap = round_up(max(largest_unit, 1), SHARD_GRANULE)
     return tuple(sorted({max(min(size, cap), _least_shard(profile)) for size in SHARD_ELEMENTS}))

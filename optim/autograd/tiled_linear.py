@@ -54,13 +54,20 @@ class Tiled(nn.Module):
         bias: ``[rows]``; it goes with the first tile of its rows.
         rows: of each row of tiles; their sum is the weight's.
         in_tiles: of each row of tiles.
+
+    Raises:
+        ValueError: rows that are not the weight's.
     """
 
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, rows: Sequence[int], in_tiles: int = 1
     ) -> None:
         super().__init__()
-        assert sum(rows) == len(weight), (rows, weight.shape)
+        if sum(rows) != len(weight) or min(rows, default=0) < 0:
+            raise ValueError(
+                f"tiles of {list(rows)} rows for a weight of {len(weight)}: give numbers of rows whose "
+                "sum is the weight's"
+            )
         self.rows, self.in_tiles = tuple(rows), in_tiles
         needs = (weight.requires_grad, bias is not None and bias.requires_grad)
         self.tiles = nn.ModuleList()

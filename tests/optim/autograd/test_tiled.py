@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memtrain.optim.autograd.saved_bytes import SavedBytes
 from memtrain.optim.autograd.tiled import tiled
-from memtrain.optim.autograd.tiled_linear import TiledLinear
+from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
 
 TILES = [1, 4, 7, 100, None]
 
@@ -240,3 +240,9 @@ def test_tiled_linear_of_a_frozen_weight_stays_frozen() -> None:
     assert not any(t.requires_grad for t in TiledLinear(plain, out_tiles=2).parameters() if t.dim() == 2)
     with pytest.raises(ValueError, match=r"out_tiles must be in 1..6, got 7"):
         TiledLinear(plain, out_tiles=7)
+
+
+@pytest.mark.parametrize("rows", [[3, 4], [9, -1], []])
+def test_rows_of_tiles_that_are_not_the_weights_are_refused(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match="rows for a weight of 8"):
+        TiledEmbedding(nn.Embedding(8, 4), rows)
