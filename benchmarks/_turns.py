@@ -53,7 +53,9 @@ class Contender:
 
 @contextmanager
 def running(name: str, command: Sequence[str], environment: Mapping[str, str]) -> Iterator[Contender]:
-    """A contender that is about to say that it is ready; it is gone afterwards."""
+    """A contender that has said that it is ready; it is gone afterwards. One that is made while others make
+    themselves ready would share the cores with them: three on two cores took more than three times as long.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             command,
@@ -64,7 +66,9 @@ def running(name: str, command: Sequence[str], environment: Mapping[str, str]) -
             env={**os.environ, **environment},
         )
         try:
-            yield Contender(name=name, process=process, log=log)
+            contender = Contender(name=name, process=process, log=log)
+            contender.answer()
+            yield contender
         finally:
             process.kill()
             process.wait()
@@ -75,8 +79,6 @@ def running(name: str, command: Sequence[str], environment: Mapping[str, str]) -
 
 def take_turns(group: Sequence[Contender], rounds: int) -> None:
     """A step of each in every round, every other round backwards; then their reports."""
-    for contender in group:
-        contender.answer()
     for turn in range(rounds):
         for contender in group[:: -1 if turn % 2 else 1]:
             contender.step()
