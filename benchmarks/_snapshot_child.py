@@ -88,7 +88,9 @@ class MemtrainEngine:
         swap = Path(args.directory) / "swap"
         swap.mkdir(parents=True, exist_ok=True)
         model = make_model(args.layers)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
         self.batches = token_batches(VOCABULARY, SEQUENCE, 16)
         spare_bytes = args.spare_mib << 20
         measured = Path(args.directory) / "machine.json"  # a restart does not measure the machine anew
@@ -99,6 +101,7 @@ class MemtrainEngine:
             self.batches[0],
             budget=memtrain.Budget(device="6GiB", nvme=f"{swap}:12GiB"),
             master_weights=True,
+            split_masters=False,  # the same bytes as the other engine's
             machine=known,
             options=memtrain.PlannerOptions(force=IN_MEMORY_BUT_STATE),
             spare_state_bytes=spare_bytes,
@@ -117,6 +120,9 @@ class MemtrainEngine:
     def settle(self) -> None:
         """Nothing of a stretch is left for the next one."""
         self.session.flush()
+
+    def clear(self, kind: str) -> None:
+        """The snapshot before is replaced when the new one is complete."""
 
     def done(self) -> bool:
         """Whether no snapshot is being written."""
@@ -197,6 +203,10 @@ class TorchEngine:
     def settle(self) -> None:
         """Nothing runs beside the steps."""
 
+    def clear(self, kind: str) -> None:
+        """Remove the snapshot before, off the clock: DCP replaces none."""
+        shutil.rmtree(self.folder / kind, ignore_errors=True)
+
     def done(self) -> bool:
         """As ours."""
         return self.future is None or self.future.done()
@@ -215,7 +225,6 @@ class TorchEngine:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         path = self.folder / kind
-        shutil.rmtree(path, ignore_errors=True)  # DCP keeps none of the earlier; ours takes its place at once
         if kind == "torch_save":
             path.mkdir()
             with open(path / "state.pt", "wb") as file:
@@ -247,6 +256,7 @@ class TorchEngine:
 
     def finish(self) -> None:
         for kind in ("dcp_sync", "torch_save"):
+            self.clear(kind)
             self.begin(kind)
 
     def recover(self, kind: str) -> None:
@@ -267,6 +277,7 @@ class TorchEngine:
 def stretch(engine: Any, kind: str, steps: int) -> dict[str, Any]:
     """``steps`` steps, and more until the snapshot that is begun before the first of them is complete."""
     engine.settle()
+    engine.clear(kind)
     os.sync()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
     before_bytes, base_bytes = written_bytes(), memory_bytes("VmRSS")

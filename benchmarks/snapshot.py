@@ -11,10 +11,11 @@ time, with a snapshot at the beginning of a stretch or without:
   from a thread (``async_save``: staged at once, to new memory for each save or to memory that is kept, or
   staged by a thread, for which the update waits), or saves at once; and ``torch.save``, with fsync.
 
-The bytes of a snapshot are the same. The state's place is not: that is what each of the two is for. So a
-stall is a difference within one process: seconds of a stretch with a snapshot less those that as many steps
-take in the stretches without one before and after it. A stretch goes on until its snapshot is complete, so
-that all that it slows down is counted.
+The bytes of a snapshot are the same, and each is synced before it counts as complete; the one before is
+removed off the clock where the engine itself replaces none. The state's place is not the same: that is what
+each of the two is for. So a stall is a difference within one process: seconds of a stretch with a snapshot
+less those that as many steps take in the stretches without one before and after it. A stretch goes on until
+its snapshot is complete, so that all that it slows down is counted.
 
 Recovery: both processes are killed with SIGKILL; new ones load what is left, and their weights are compared
 with those that were saved. Files on disk are dropped from the page cache before.
