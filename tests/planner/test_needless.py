@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from memtrain.planner import solve
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.baselines import Search, default_knobs, knobs_of
 from memtrain.planner.bill import tier_peaks
+from memtrain.planner.bounding import Bound
 from memtrain.planner.check import check
 from memtrain.planner.decisions import Decisions
 from memtrain.planner.homing import bring_home
@@ -21,7 +23,6 @@ from memtrain.planner.price import PART, cost_of, traffic_seconds_of
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.queues import COMPUTE, Job
 from memtrain.planner.simulate import simulate
-from memtrain.planner.solve import make_plan
 from memtrain.planner.space import open_space
 from memtrain.planner.units import MiB
 from tests.planner.toys import make_machine
@@ -106,7 +107,7 @@ def searching(
 def test_with_room_for_everything_everything_stays(seed: int) -> None:
     draw = random.Random(seed)
     profile, machine, options = some_model(draw), some_machine(draw), some_options(draw)
-    plan = make_plan(profile, machine, budget_for(machine, ROOM), options=options)
+    plan = solve.make_plan(profile, machine, budget_for(machine, ROOM), options=options)
     assert (plan.status, plan.bytes_moved_per_step) == ("optimal", 0)
     assert {state.weight_tier for state in plan.states} == {Tier.DEVICE}
 
@@ -137,7 +138,7 @@ def test_nothing_that_there_is_room_for_is_away(seed: int) -> None:
     least = 125 * MiB
     most = least + 4 * profile.weight_bytes + 14 * MiB * len(profile.blocks)
     budget = budget_for(machine, round(least + (most - least) * draw.uniform(0.3, 0.9)))
-    plan = make_plan(profile, machine, budget, options=options)
+    plan = solve.make_plan(profile, machine, budget, options=options)
     if plan.status == "infeasible":
         pytest.skip("a budget below the least need")
     assert check(plan, profile, machine, budget) == ()
@@ -232,3 +233,19 @@ def test_the_plan_to_take_is_no_slower_than_the_gap_allows(seed: int) -> None:
     assert fastest <= search.thrifty_cost.step_seconds <= fastest * (1 + 0.14 * 0.05)
     assert search.thrifty_cost.priced_seconds <= search.best_cost.priced_seconds
     assert all(found.traffic_seconds <= 5 * found.step_seconds for found in seen)
+
+
+@pytest.mark.parametrize(
+    ("bound_seconds", "takes"),
+    [(0.9, "thrifty"), (0.9951, "best"), (0.9956, "thrifty")],
+    ids=["neither is within the gap", "the fastest is", "both are"],
+)
+def test_a_plan_is_not_taken_out_of_the_gap(bound_seconds: float, takes: str) -> None:
+    """Steps of 1 and 1.0005 s; the gap is 0.5 %."""
+    search = searching(weighty(2), make_machine(), budget_for(make_machine(), ROOM), PlannerOptions())
+    search.best = away_everywhere(search)
+    search.best_cost = cost_of(1.0, 0, 10.0, 5e-3)
+    search.thrifty = replace(search.best, update_schedule=UpdateSchedule.SEQUENTIAL)
+    search.thrifty_cost = cost_of(1.0005, 0, 0.0, 5e-3)
+    chosen = solve._chosen(search, Bound(seconds=bound_seconds, solver="none"))
+    assert chosen is getattr(search, takes)
