@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
+from typing import Any
 
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier
 from memtrain.planner.baselines import Blocks, Knobs, Search, States, knobs_of, least_knobs
@@ -119,5 +120,6 @@ def _state(now: StateDecision, space: Space, index: int, field: str, tier: Tier)
 
 def _block(now: BlockDecision, space: Space, index: int, field: str, tier: Tier) -> BlockDecision:
     kept = now.action is Action.SWAP and tier is Tier.DEVICE
-    moved = dataclasses.replace(now, **{field: tier}, action=Action.KEEP if kept else now.action)
+    changes: dict[str, Any] = {field: tier, "action": Action.KEEP if kept else now.action}
+    moved = dataclasses.replace(now, **changes)
     return moved if moved in space.blocks[index] else now
