@@ -38,13 +38,14 @@ from memtrain.planner.lowering import problem_of
 from memtrain.planner.lowering.seconds import Clock
 from memtrain.planner.lowering.tensors import Division, Fate, class_bytes
 from memtrain.planner.parallel import Degrees
-from memtrain.planner.ranges.baselines import RULES, uniform_states
+from memtrain.planner.ranges.baselines import RULES
 from memtrain.planner.ranges.check import check
 from memtrain.planner.ranges.choices import RECOMPUTE
 from memtrain.planner.ranges.formulate import formulate
 from memtrain.planner.ranges.model import DEVICE, Problem
 from memtrain.planner.ranges.simulate import simulate
 from memtrain.planner.ranges.solve import SolveOptions
+from memtrain.planner.ranges.uniform_states import uniform_states
 
 MEMO = "uniform alpha (MEMO)"
 PUBLISHED: dict[str, Any] = json.loads((BENCHMARKS / "memo_published.json").read_text())

@@ -150,7 +150,8 @@ def measure_machine(
     codecs, weight_codecs = codecs or {}, weight_codecs or {}
     where = None if directory is None else check_swap_directory(directory)
     cache = _cache_path(where, device, {Tier.HOST: host, Tier.CXL: cxl}, codecs, weight_codecs, weight_dtype)
-    if not refresh and (known := _read_cache(cache)) is not None:
+    known = None if refresh else _read_cache(cache)
+    if known is not None and _has(known, codecs, weight_codecs):
         return known
     source = f"measured {date.today().isoformat()}"
     dram, links = _measure_dram(), []
@@ -282,6 +283,18 @@ def _read_cache(path: Path) -> Machine | None:
         return Machine.from_json(path.read_text())
     except (OSError, ValueError, json.JSONDecodeError):
         return None  # never measured, or by another version
+
+
+def _has(known: Machine, codecs: Mapping[Tier, Codec], weight_codecs: Mapping[Tier, Codec]) -> bool:
+    """Whether every link was measured through what is asked for, and through nothing else."""
+    for link in known.links:
+        for asked, measured in (
+            (codecs.get(link.tier), link.state_codec),
+            (weight_codecs.get(link.tier), link.weight_codec),
+        ):
+            if (asked and asked.name) != (measured and measured.name):
+                return False
+    return True
 
 
 def _write_cache(path: Path, machine: Machine) -> None:

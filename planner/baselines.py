@@ -34,6 +34,7 @@ from memtrain.planner.decisions import (
     staging_for,
 )
 from memtrain.planner.machine import Budget, Machine
+from memtrain.planner.price import NONE, Cost, cost_of
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.simulate import simulate
 from memtrain.planner.weight_windows import (
@@ -73,11 +74,15 @@ class Search:
     space: Space
     order: MicroBatchOrder = MicroBatchOrder.HORIZONTAL
     best: Decisions | None = None
-    best_cost: tuple[float, int] = (float("inf"), 0)
+    """The fastest, from which the search goes on."""
+    best_cost: Cost = NONE
+    thrifty: Decisions | None = None
+    """Takes hardly longer, and moves less, where it is another one (``price``)."""
+    thrifty_cost: Cost = NONE
     simulations_left: int = MAX_SIMULATIONS
     deadline: float = float("inf")
     """Monotonic time at which the search stops, on a machine too busy for its count of simulations."""
-    _seen: dict[Decisions, tuple[float, int]] = field(default_factory=dict)
+    _seen: dict[Decisions, Cost] = field(default_factory=dict)
 
     def excess(self, decisions: Decisions) -> dict[Tier, int]:
         """Bytes above capacity, of the tiers that are overfull; the device also by what preparing took."""
@@ -120,11 +125,13 @@ class Search:
             micro_batch_order=self.order,
         )
 
-    def cost(self, decisions: Decisions) -> tuple[float, int]:
-        """Predicted seconds, and as a tie-break bytes moved."""
+    def cost(self, decisions: Decisions) -> Cost:
+        """Predicted seconds, and what traffic counts beside them."""
         if decisions not in self._seen:
             timeline = simulate(self.profile, self.machine, decisions)
-            self._seen[decisions] = timeline.step_seconds, timeline.bytes_moved
+            self._seen[decisions] = cost_of(
+                timeline.step_seconds, timeline.bytes_moved, timeline.traffic_seconds, self.options.gap
+            )
             self.simulations_left -= 1
         return self._seen[decisions]
 
@@ -133,6 +140,8 @@ class Search:
         if self.excess(decisions) or self.excess_error(decisions):
             return False
         cost = self.cost(decisions)
+        if cost.priced_seconds < self.thrifty_cost.priced_seconds:
+            self.thrifty, self.thrifty_cost = decisions, cost
         if cost >= self.best_cost:
             return False
         self.best, self.best_cost = decisions, cost

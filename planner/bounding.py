@@ -44,7 +44,7 @@ class Bound:
 def improve_and_bound(search: Search, deadline: float) -> Bound:
     """Let the solver look for a better choice until ``deadline`` (monotonic), and return what it proved."""
     arithmetic = compute_seconds(search)
-    if search.best is not None and arithmetic >= search.best_cost[0] * (1 - search.options.gap):
+    if search.best is not None and arithmetic >= search.best_cost.step_seconds * (1 - search.options.gap):
         return Bound(seconds=arithmetic, solver="heuristic, bounded by the arithmetic alone")
     answers = _in_child(search, deadline)
     for schedule, answer in answers:

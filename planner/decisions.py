@@ -10,21 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memtrain.planner.actions import BlockDecision, MicroBatchOrder, StateDecision, Tier, UpdateSchedule
-from memtrain.planner.options import STATE_FIELDS, PlannerOptions
+from memtrain.planner.options import PlannerOptions
 from memtrain.planner.plan import Plan, Staging
 from memtrain.planner.profile import ModelProfile
-from memtrain.planner.space import Space, open_space, usable_tiers
+from memtrain.planner.space import Space, open_space
 from memtrain.planner.staging import (
     DEFAULT_SHARD_ELEMENTS,
     GRADIENT_SLOT_BYTES,
     GRADIENT_SLOTS,
     MIRRORED_SLOTS,
-    SHARD_ELEMENTS,
-    SHARD_GRANULE,
     SMALLEST_PIECE_ELEMENTS,
     UPDATE_SLOTS,
-    WHOLE_UPDATE_SLOTS,
-    default_shard_elements,
     gradient_extent_bytes,
     gradient_slab_bytes,
     gradient_slot_bytes,
@@ -46,17 +42,12 @@ __all__ = [
     "GRADIENT_SLOTS",
     "GRADIENT_SLOT_BYTES",
     "MIRRORED_SLOTS",
-    "SHARD_ELEMENTS",
-    "SHARD_GRANULE",
     "SLOT_COUNTS",
     "SMALLEST_PIECE_ELEMENTS",
-    "STATE_FIELDS",
     "UPDATE_SLOTS",
-    "WHOLE_UPDATE_SLOTS",
     "Decisions",
     "PlannerOptions",
     "Space",
-    "default_shard_elements",
     "gradient_extent_bytes",
     "gradient_passes",
     "gradient_slab_bytes",
@@ -65,14 +56,12 @@ __all__ = [
     "mirror_bytes",
     "open_space",
     "staging_for",
-    "staging_tier",
     "state_extent_bytes",
     "streams_update",
     "unit_elements",
     "update_slot_bytes",
     "update_slots",
     "update_workspace_bytes",
-    "usable_tiers",
     "whole_shards",
 ]
 

@@ -52,7 +52,7 @@ class Job:
     network: Interconnect | None = None
     """Between hosts; None where one host holds all ranks."""
     update_schedule: UpdateSchedule | None = None
-    """``AHEAD`` or ``IN_BACKWARD`` for all of the state; None: for each piece whichever is faster."""
+    """For all of the state; None: for each piece ahead or in backward, whichever is faster."""
     micro_batch_order: MicroBatchOrder | None = MicroBatchOrder.HORIZONTAL
     """None: whichever ``forecast`` finds to be faster. Vertical is memtrain's own, in one process."""
 
@@ -91,8 +91,6 @@ class Job:
     def _check_schedule(self) -> None:
         """Raises ValueError for a schedule that cannot be; ``memtrain plan`` says so in its own words."""
         vertical = self.micro_batch_order is MicroBatchOrder.VERTICAL
-        if self.update_schedule is UpdateSchedule.SEQUENTIAL:
-            raise ValueError("update_schedule is sequential: here updates come ahead or in backward")
         if self.update_schedule is UpdateSchedule.IN_BACKWARD and (self.clipping or self.micro_batches > 1):
             raise ValueError(
                 "update_schedule is in_backward, and gradients are clipped by their global norm, or added up "

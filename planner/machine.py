@@ -13,6 +13,8 @@ from memtrain.planner.memory_place import MemoryPlace, parse_place
 from memtrain.planner.units import parse_bytes
 
 MACHINE_VERSION = 2
+"""Raised where something that was there before is meant otherwise. A field that came later and is None where
+nothing was measured needs no other: an older file is read as what it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

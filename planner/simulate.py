@@ -23,6 +23,7 @@ from memtrain.planner.block_parts import copied_bytes, is_recomputed, joined_byt
 from memtrain.planner.decisions import Decisions, gradient_passes, unit_elements
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event
+from memtrain.planner.price import traffic_seconds_of
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.queues import COMPUTE, Job, run
 from memtrain.planner.slot_jobs import Read, ReadAhead, Slots
@@ -41,6 +42,8 @@ class Timeline:
     step_seconds: float
     bytes_moved: int
     """Over all links, both directions, one optimizer step."""
+    traffic_seconds: float
+    """For which they occupy the queues (``price.traffic_seconds_of``)."""
     events: tuple[Event, ...]
 
 
@@ -78,6 +81,7 @@ def simulate(profile: ModelProfile, machine: Machine, decisions: Decisions) -> T
     return Timeline(
         step_seconds=round(max(ends, default=0.0), 9),
         bytes_moved=round(schedule.moved),
+        traffic_seconds=traffic_seconds_of(jobs, machine),
         events=tuple(
             Event(
                 name=job.name, resource=job.resource, start_seconds=round(start, 9), end_seconds=round(end, 9)

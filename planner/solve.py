@@ -16,6 +16,7 @@ from memtrain.planner.bill import make_bill, tier_peaks
 from memtrain.planner.block_parts import plan_error
 from memtrain.planner.bounding import Bound, improve_and_bound
 from memtrain.planner.decisions import Decisions, PlannerOptions, open_space
+from memtrain.planner.homing import bring_home
 from memtrain.planner.infeasible import infeasible_plan
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
@@ -67,11 +68,11 @@ def _plan(profile: ModelProfile, machine: Machine, budget: Budget, options: Plan
         found.append(_searched(search, time.monotonic()))
         if search.best is None:  # coding only takes more memory
             break
-    search, bound = min(found, key=lambda pair: pair[0].best_cost)
+    search, bound = min(found, key=lambda pair: pair[0].thrifty_cost.priced_seconds)
     if search.best is None:
         return infeasible_plan(search, solve_seconds=time.monotonic() - began)
     bound = dataclasses.replace(bound, seconds=min(other.seconds for _, other in found))
-    return _feasible_plan(search, search.best, bound, time.monotonic() - began)
+    return _feasible_plan(search, _chosen(search, bound), bound, time.monotonic() - began)
 
 
 def _searched(search: baselines.Search, began: float) -> tuple[baselines.Search, Bound]:
@@ -93,7 +94,19 @@ def _search_horizontal(search: baselines.Search, began: float) -> Bound:
     search.deadline = began + 0.3 * limit_seconds
     baselines.greedy(search)
     search.deadline = began + limit_seconds
-    return improve_and_bound(search, began + limit_seconds)
+    bound = improve_and_bound(search, began + limit_seconds)
+    bring_home(search)
+    return bound
+
+
+def _chosen(search: baselines.Search, bound: Bound) -> Decisions:
+    """The plan to take: the fastest, where that alone is within the gap of what is proved."""
+    assert search.best is not None
+    assert search.thrifty is not None
+    proved = bound.seconds / (1 - search.options.gap)
+    if search.best_cost.step_seconds <= proved < search.thrifty_cost.step_seconds:
+        return search.best
+    return search.thrifty
 
 
 def _feasible_plan(

@@ -13,6 +13,8 @@ import time
 from memtrain.planner import baselines
 from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.bounding import Bound, compute_seconds
+from memtrain.planner.homing import bring_home
+from memtrain.planner.price import NONE
 from memtrain.planner.weight_windows import DEFAULT_WINDOWS, is_away, wanted_of
 
 FEWEST_SECONDS = 1.0
@@ -46,6 +48,7 @@ def search_vertical(search: baselines.Search, deadline: float) -> Bound:
     search.deadline = deadline
     baselines.uniform(search)
     baselines.greedy(search)
+    bring_home(search)
     return Bound(seconds=compute_seconds(search), solver="heuristic, bounded by the arithmetic alone")
 
 
@@ -63,7 +66,9 @@ def faster_order(search: baselines.Search, bound: Bound) -> tuple[baselines.Sear
         space=dataclasses.replace(search.space, schedules=schedules),
         order=MicroBatchOrder.VERTICAL,
         best=None,
-        best_cost=(float("inf"), 0),
+        best_cost=NONE,
+        thrifty=None,
+        thrifty_cost=NONE,
         simulations_left=baselines.MAX_SIMULATIONS,
         _seen={},
     )
@@ -78,6 +83,6 @@ def faster_order(search: baselines.Search, bound: Bound) -> tuple[baselines.Sear
     other.offer(other.build(best.blocks, best.states, knobs))
     left_seconds = max(FEWEST_SECONDS, search.deadline - time.monotonic())
     found = search_vertical(other, time.monotonic() + left_seconds)
-    if other.best is None or other.best_cost >= search.best_cost:
+    if other.thrifty_cost.priced_seconds >= search.thrifty_cost.priced_seconds:
         return search, bound
     return other, found

@@ -42,7 +42,8 @@ DtypeName = Annotated[
 MasterWeights = Annotated[bool | None, _option(_JOB, "fp32 copies of bf16 weights (on for bfloat16).")]
 Clipping = Annotated[bool, _option(_JOB, "By the global norm: no update begins before backward ends.")]
 UpdateSchedule = Annotated[
-    str, _option(_JOB, "When weights are updated: ahead, in_backward, or auto.", "--update-schedule")
+    str,
+    _option(_JOB, "When weights are updated: sequential, ahead, in_backward, or auto.", "--update-schedule"),
 ]
 MicroBatchOrder = Annotated[
     str,

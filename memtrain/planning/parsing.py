@@ -145,12 +145,7 @@ def parse_overrides(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
 
 
 def parse_schedule(text: str) -> Schedule:
-    """``--update-schedule``. Raises PlanError, of what a recipe knows and this planner does not too."""
-    if text == "sequential":
-        raise PlanError(
-            "--update-schedule sequential is for runs that measure it (planner.update_schedule of a recipe): "
-            "here an update comes ahead of the next forward or in backward; give ahead, or auto"
-        )
+    """``--update-schedule``. Raises PlanError."""
     known: dict[str, Schedule] = {name: name for name in get_args(Schedule)}
     _check_known("--update-schedule", text, known)
     return known[text]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Dtype = Literal["bfloat16", "float32"]
 Attention = Literal["flash", "efficient", "cudnn", "sdpa", "math", "eager"]
 Axis = Literal["seq", "batch"]
-Schedule = Literal["auto", "ahead", "in_backward"]
+Schedule = Literal["auto", "sequential", "ahead", "in_backward"]
 Order = Literal["auto", "horizontal", "vertical"]
 ELEMENT_BYTES: dict[Dtype, int] = {"bfloat16": 2, "float32": 4}
 HALF_ATTENTION: tuple[Attention, ...] = ("flash", "cudnn")

@@ -113,11 +113,18 @@ def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
+_WHEN = {
+    "ahead": "before the next forward",
+    "in-backward": "in backward",
+    "sequential": "when the last backward is over",
+}
+
+
 def _update_words(label: str) -> str:
     """``cpu-ahead`` -> ``by the CPU before the next forward``."""
     side, _, when = label.partition("-")
     who = "on the device" if side == DEVICE else "by the CPU"
-    return f"{who} {'before the next forward' if when == 'ahead' else 'in backward'}"
+    return f"{who} {_WHEN[when]}"
 
 
 def compress_names(names: Sequence[str]) -> str:

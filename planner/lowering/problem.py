@@ -33,6 +33,7 @@ from memtrain.planner.lowering.tensors import (
 from memtrain.planner.lowering.vertical import stacked
 from memtrain.planner.ranges.model import (
     ALL_UPDATES,
+    SEQUENTIAL_UPDATES,
     Block,
     Machine,
     Problem,
@@ -101,6 +102,8 @@ def problem_of(job: Job) -> Problem:
         updates = tuple(update for update in ALL_UPDATES if update.ahead)
     if job.update_schedule is UpdateSchedule.IN_BACKWARD:
         updates = tuple(update for update in ALL_UPDATES if not update.ahead)
+    if job.update_schedule is UpdateSchedule.SEQUENTIAL:
+        updates = SEQUENTIAL_UPDATES
     if isinstance(job.optimizer, GridRule):
         updates = tuple(update for update in updates if not update.on_cpu)  # products belong on the device
     problem = Problem(

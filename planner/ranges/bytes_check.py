@@ -174,15 +174,20 @@ class Bill:
         best = ("", -1)
         for index, block in enumerate(blocks):
             base = always + sum(self.kept[: index + 1])
-            base += sum(waiting[index:] if self.problem.micro_batches == 1 else waiting)
+            left = sum(waiting[index:] if self.problem.micro_batches == 1 else waiting)
+            forgotten = left if self._sequential() and self.problem.micro_batches == 1 else 0
             again = self.beside_slot(index) + self.summed(index, on_cpu=False)
             for name, more in (
-                ("forward", block.forward_transient_bytes),
-                ("backward", block.backward_transient_bytes + again),
+                ("forward", block.forward_transient_bytes + left - forgotten),
+                ("backward", block.backward_transient_bytes + left + again),
             ):
                 if base + more > best[1]:
                     best = (f"{name} {block.name}", base + more)
         return best
+
+    def _sequential(self) -> bool:
+        """Whether a step ends with all of its updates: the next forward begins without gradients."""
+        return all(label.endswith("sequential") for label in self.updates)
 
     def beside_slot(self, index: int) -> int:
         """Of what backward restores, what the block's slot has no room for; all are of the largest's size."""
@@ -253,7 +258,8 @@ class Bill:
             # The CPU works in the staging place: what it reads and writes makes the second hop alone.
             own = max(0, hops - 1) if update.on_cpu else hops
             if state.role.value == "parameter":
-                passes = batches * again + (batches - 1) + (update.on_cpu or not update.ahead)
+                left_there = update.ahead and not update.on_cpu and not update.apart
+                passes = batches * again + (batches - 1) + (not left_there)
                 total += size * (own + passes * hops)
             elif state.role.value == "optimizer":
                 total += size * 2 * own

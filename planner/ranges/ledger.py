@@ -5,7 +5,8 @@ tensors and as many for fetched parameters, two for gradients that leave, two fo
 and the parameters that it makes. In forward and backward of block l it also holds what blocks up to l keep,
 l's transients, gradients that wait there for an update ahead of the next forward (of blocks from l on: the
 others are not made yet, or used up) and, in backward, what l restores, as far as l's slot, which is as large
-as the largest block needs, has no room for it beside what was sent.
+as the largest block needs, has no room for it beside what was sent. Sequential updates use all gradients up
+before the next forward; what they need themselves is never more than the first block's backward has.
 
 With several micro-batches gradients that wait do so all step long, and l's new ones lie beside the sums to
 which the device adds them. With several in flight, all that the others keep lies beside what blocks up to l
@@ -70,10 +71,13 @@ class Ledger:
             kept.append(total)
         always = Linear().plus(always).plus(total, self.problem.in_flight - 1)
         waiting = self._waiting_gradients()
+        used_up = self.problem.updates_apart and self.problem.micro_batches == 1
         for index, block in enumerate(self.problem.blocks):
-            base = Linear().plus(always).plus(kept[index]).plus(waiting[index])
+            base = Linear().plus(always).plus(kept[index])
             forward = Linear(block.forward_transient_bytes).plus(base)
-            backward = Linear(block.backward_transient_bytes).plus(base)
+            if not used_up:
+                forward.plus(waiting[index])
+            backward = Linear(block.backward_transient_bytes).plus(base).plus(waiting[index])
             backward.plus(self._beside_slot(index)).plus(self._new_gradients(index))
             for name, expression in (("forward", forward), ("backward", backward)):
                 self._add(f"{name} {block.name}", DEVICE, expression, self.machine.device_capacity_bytes)

@@ -20,6 +20,7 @@ from memtrain.planner.ranges.machine import DEVICE, Hop, Machine, Place
 __all__ = [
     "ALL_UPDATES",
     "DEVICE",
+    "SEQUENTIAL_UPDATES",
     "Block",
     "Codec",
     "Hop",
@@ -139,14 +140,23 @@ class Update:
     ahead: bool
     """False: as soon as backward has made the gradient (no clipping by a global norm, one micro-batch).
     True: just before the next forward needs the block; the gradient waits until then."""
+    apart: bool = False
+    """The gradient waits likewise, but for the end of the last backward: a part of the step by itself does
+    all updates then, and hides behind nothing. Sequential, in the words of ``actions``."""
+
+    def __post_init__(self) -> None:
+        if self.apart and not self.ahead:
+            raise ValueError("an update that is apart comes when all gradients are there: set ahead too")
 
     @property
     def label(self) -> str:
-        """``cpu-ahead``, ``device-in-backward`` ..."""
-        return f"{'cpu' if self.on_cpu else DEVICE}-{'ahead' if self.ahead else 'in-backward'}"
+        """``cpu-ahead``, ``device-in-backward``, ``cpu-sequential`` ..."""
+        when = "sequential" if self.apart else "ahead" if self.ahead else "in-backward"
+        return f"{'cpu' if self.on_cpu else DEVICE}-{when}"
 
 
 ALL_UPDATES = tuple(Update(on_cpu=c, ahead=a) for c in (False, True) for a in (False, True))
+SEQUENTIAL_UPDATES = tuple(Update(on_cpu=c, ahead=True, apart=True) for c in (False, True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -223,6 +233,10 @@ class Problem:
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
             raise ValueError(f"blocks need names of their own, {twice} stand there twice")
+        if len({update.apart for update in self.updates}) > 1:
+            raise ValueError(
+                f"updates {[u.label for u in self.updates]} are partly sequential: all of them are, or none"
+            )
         if self.micro_batches < 1:
             raise ValueError(f"micro_batches must be >= 1, got {self.micro_batches}")
         if self.sequences < 1:
@@ -247,6 +261,11 @@ class Problem:
         for codec in self.codecs:
             if not set(codec.places) <= known - {DEVICE}:
                 raise ValueError(f"codec {codec.name} names places beyond {sorted(known - {DEVICE})}")
+
+    @property
+    def updates_apart(self) -> bool:
+        """Whether a part of the step by itself does the updates."""
+        return any(update.apart for update in self.updates) and any(block.states for block in self.blocks)
 
     @property
     def saved_bytes(self) -> int:

@@ -9,6 +9,7 @@ not a block puts anything there. The rules (K slots on the device, H forwarding 
 - Backward fetches l into the slot that backward of l+K leaves, never before it was written. The last K
   blocks still lie in their slots. What comes over two hops waits for the forwarding slot of l+H.
 - An update ahead of a forward reads up to two blocks ahead; one in backward follows its block's backward.
+  Sequential updates go through the blocks as those ahead do, in a part of their own.
   State on its way in or out waits until the block two before has left its slot, wherever that slot is.
 
 A job without bytes keeps its place in its queue. What it waits for never comes later than what the job
@@ -48,6 +49,8 @@ def schedule(form: Formulation, choices: Choices, states: States) -> None:
         kinds = [("first micro-batch", 1, True), ("further micro-batches", count - 1, False)]
     else:
         kinds = [("micro-batches", count, True)]
+    if problem.updates_apart and count == 1:
+        kinds = [("forward and backward", 1, True)]
     for name, times, first in kinds:
         batch = _MicroBatch(form, choices, states, first=first, times=times)
         form.begin(name if problem.in_flight == 1 else f"forward, {name}", times)
@@ -55,15 +58,20 @@ def schedule(form: Formulation, choices: Choices, states: States) -> None:
         if problem.in_flight > 1:
             form.begin(f"backward, {name}", times)
         batch.backward()
+    if problem.updates_apart:
+        form.begin("update", 1)
+        _MicroBatch(form, choices, states, first=True, times=1).update()
 
 
 class _MicroBatch:
-    """One kind of micro-batch: the first of a step, which begins with the updates ahead, or a further one."""
+    """One kind of micro-batch: the first of a step, which begins with the updates ahead, or a further one; or
+    the sequential updates alone."""
 
     def __init__(
         self, form: Formulation, choices: Choices, states: States, *, first: bool, times: int
     ) -> None:
         self.form, self.choices, self.states, self.first, self.times = form, choices, states, first, times
+        self.ahead = first and not choices.problem.updates_apart
         self.problem = choices.problem
         self.machine, self.blocks = self.problem.machine, self.problem.blocks
         self.rates = self.problem.rates()
@@ -91,6 +99,19 @@ class _MicroBatch:
         """The jobs of all blocks, from the last to the first."""
         for index in reversed(range(len(self.blocks))):
             self._backward_of(index)
+
+    def update(self) -> None:
+        """The jobs of a part that does the updates and nothing else: as ahead of a forward that never comes.
+        Parameters that the CPU makes for the device are brought there in the end."""
+        for index, block in enumerate(self.blocks):
+            self._fetch_updates(index)
+            made, _, _ = self._update(index, (), ahead=True)
+            new = self.states.updated_by_cpu(index)
+            if new.size.terms:
+                assert self.machine.staging is not None
+                loads, name = {self.machine.staging: new}, f"parameters {block.name}"
+                near = self._copy(name, loads, 0, made, read=True)
+                self._work(f"place {name}", COMPUTE, self._moving(loads), near)
 
     def _work(self, name: str, resource: str, seconds: Linear, after: Iterable[int] = ()) -> Jobs:
         """A job, unless nothing could ever be done in it."""
@@ -128,10 +149,8 @@ class _MicroBatch:
     def _forward_of(self, index: int) -> None:
         name, slots = self.blocks[index].name, self.machine.slots
         updated, stored, stepped = Jobs(), Jobs(), Jobs()
-        if self.first:
-            for later in (0, 1) if index == 0 else (index + 1,):
-                if later < len(self.blocks):
-                    self._fetch_update(later, ahead=True)
+        if self.ahead:
+            self._fetch_updates(index)
             updated, stored, stepped = self._update(index, (), ahead=True)
         near, moving = self._fetch_parameters(index, updated, stored)
         seconds = self.choices.forward_seconds(index).plus(moving)
@@ -146,7 +165,7 @@ class _MicroBatch:
     def _fetch_parameters(self, index: int, updated: Jobs, stored: Jobs) -> tuple[Jobs, Linear]:
         """Into the slot that forward of K blocks before has left; and the arithmetic that it costs."""
         loads = self.states.parameters_away(index)
-        if self.first:
+        if self.ahead:
             loads = self.states.parameters_for_forward(index)
         name = f"parameters {self.blocks[index].name}"
         slots = self.machine.slots
@@ -209,6 +228,12 @@ class _MicroBatch:
         far = self._copy(f"{name} by cpu", sums, 1, staged, read=True)
         added = self._work(f"add {name}", CPU, self.states.adding_seconds(index), (*arrived, *far))
         return (*added, *self._copy(f"{name} by cpu", sums, 1, added, read=False))
+
+    def _fetch_updates(self, index: int) -> None:
+        """Ahead of a forward state arrives for the block that comes next as well."""
+        for later in (0, 1) if index == 0 else (index + 1,):
+            if later < len(self.blocks):
+                self._fetch_update(later, ahead=True)
 
     def _fetch_update(self, index: int, *, ahead: bool) -> None:
         """State arrives in slots that the update of two blocks before has left."""

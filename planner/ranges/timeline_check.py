@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
-from memtrain.planner.ranges.bytes_check import Bill, add
+from memtrain.planner.ranges.bytes_check import Bill, Loads, add
 from memtrain.planner.ranges.event_check import EventFinder, Events
 from memtrain.planner.ranges.model import Problem, Update
 from memtrain.planner.ranges.plan import RangePlan
@@ -39,6 +39,13 @@ def _parts(problem: Problem) -> Iterator[tuple[int, bool, tuple[str, ...]]]:
     for times, first in kinds:
         for passes in [both] if problem.in_flight == 1 else [both[:1], both[1:]]:
             yield times, first, passes
+    if stateful and _apart(problem):
+        yield 1, True, ("update",)
+
+
+def _apart(problem: Problem) -> bool:
+    """Whether updates wait for the end of the last backward."""
+    return any(update.apart for update in problem.updates)
 
 
 class _Part(EventFinder):
@@ -72,9 +79,20 @@ class _Part(EventFinder):
         if "backward" in self.passes:
             for index in reversed(every):
                 yield from self._backward(index)
+        if "update" in self.passes:
+            for index in every:
+                yield from self._updates(index, ahead=True)
+                yield from self._made_by_cpu(index)
+
+    def _made_by_cpu(self, index: int) -> Faults:
+        """Parameters of the device that a sequential update on the CPU has made are brought there."""
+        loads: Loads = {}
+        add(loads, self.machine.staging, self.bill.new_parameters(index))
+        made = self.left["made"][index]
+        yield from self.copies("parameters", index, loads, 0, "read", made, Events())
 
     def _forward(self, index: int) -> Faults:
-        if self.first:
+        if self.first and not _apart(self.problem):
             yield from self._updates(index, ahead=True)
         yield from self._parameters(index)
         yield from self._send(index)
@@ -152,10 +170,11 @@ class _Part(EventFinder):
         """Fetched before forward; through the staging place where the CPU has just updated them."""
 
         def wanted(update: Update, role: str) -> bool:
-            return role == "parameter" and (not self.first or update.on_cpu or not update.ahead)
+            here = self.first and update.ahead and not update.on_cpu and not update.apart
+            return role == "parameter" and not here
 
         name, loads = self.names[index], self.bill.loads(index, wanted)
-        if self.first:
+        if self.first and not _apart(self.problem):
             add(loads, self.machine.staging, self.bill.new_parameters(index))
         far, near = Events(), Events()
         staged = self.left["staging"][index - STATE_SLOTS]

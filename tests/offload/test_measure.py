@@ -11,6 +11,7 @@ from memtrain.offload import measure, rates
 from memtrain.offload.errors import OffloadError, PlacementError, SwapDirectoryError
 from memtrain.offload.measure import measure_machine, probe_swap_directory
 from memtrain.offload.rundir import filesystem_type
+from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Machine
 from memtrain.planner.memory_place import MemoryPlace
@@ -158,3 +159,30 @@ def test_a_node_that_does_not_exist_is_refused(swap, cache):
 def test_a_device_that_does_not_exist_is_refused(swap, cache):
     with pytest.raises(OffloadError, match="sees no CUDA device"):
         measure_machine(swap, device="cuda:0")
+
+
+def test_a_measurement_from_before_codecs_were_measured_is_read(swap, cache, monkeypatch):
+    first = measure_machine(swap, round_seconds=0.02)
+    (file,) = cache.iterdir()
+    old = json.loads(file.read_text())
+    for link in old["links"]:
+        del link["state_codec"], link["weight_codec"]
+    file.write_text(json.dumps(old))
+    monkeypatch.setattr(measure, "_measure_dram", lambda: 1 / 0)
+    assert measure_machine(swap) == first  # nothing was coded then, and nothing is to be now
+
+
+@pytest.mark.parametrize("field", ["state_codec", "weight_codec"])
+def test_a_measurement_without_the_codec_that_is_asked_for_is_made_again(swap, cache, field):
+    asked = {"state_codec": "codecs", "weight_codec": "weight_codecs"}[field]
+    codecs = {asked: {Tier.NVME: ExponentCodec()}}
+    first = measure_machine(swap, **codecs, round_seconds=0.02)
+    assert getattr(first.link(Tier.NVME), field).name == ExponentCodec().name
+    (file,) = cache.iterdir()
+    for other in (None, json.loads(file.read_text())["links"][0][field] | {"name": "other"}):
+        data = json.loads(file.read_text())
+        data["links"][0][field] = other
+        file.write_text(json.dumps(data))
+        again = measure_machine(swap, **codecs, round_seconds=0.02)
+        assert getattr(again.link(Tier.NVME), field).name == ExponentCodec().name
+        assert Machine.from_json(file.read_text()) == again

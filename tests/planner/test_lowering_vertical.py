@@ -116,7 +116,6 @@ def test_an_open_order_is_the_horizontal_one_where_weights_stay() -> None:
             {"micro_batch_order": VERTICAL, "micro_batches": 2, "degrees": Degrees(data=2)},
             "vertical, with 2 micro-batches on 2 GPUs",
         ),
-        ({"update_schedule": UpdateSchedule.SEQUENTIAL}, "here updates come ahead or in backward"),
         ({"update_schedule": UpdateSchedule.IN_BACKWARD}, "clipped by their global norm"),
         (
             {"update_schedule": UpdateSchedule.IN_BACKWARD, "clipping": False, "micro_batches": 2},
@@ -131,7 +130,12 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize(
     ("schedule", "ahead"),
-    [(None, {True, False}), (UpdateSchedule.AHEAD, {True}), (UpdateSchedule.IN_BACKWARD, {False})],
+    [
+        (None, {True, False}),
+        (UpdateSchedule.SEQUENTIAL, {True}),
+        (UpdateSchedule.AHEAD, {True}),
+        (UpdateSchedule.IN_BACKWARD, {False}),
+    ],
 )
 def test_an_update_comes_when_it_was_asked_for(schedule: UpdateSchedule | None, ahead: set[bool]) -> None:
     problem = problem_of(job(clipping=False, update_schedule=schedule))

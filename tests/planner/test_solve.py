@@ -58,7 +58,7 @@ def brute_force(profile: ModelProfile, machine: Machine, budget: Budget, options
     ):
         placed = tuple(replace(d, weight_tier=t) for d, t in zip(states, weights, strict=True))
         search.offer(search.build(blocks, placed, (saved, moved, slots, shard, schedule)))
-    return search.best_cost[0]
+    return search.best_cost.step_seconds
 
 
 SLOW = {"read_bytes_per_second": 500 * MiB, "write_bytes_per_second": 250 * MiB}

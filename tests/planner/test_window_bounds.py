@@ -97,7 +97,7 @@ def least_seconds(search: baselines.Search, space: Space, draw: random.Random) -
         for wanted in WANTED_WINDOWS:
             decisions = search.build(blocks, states, (1, 1, wanted, space.shards[0], space.schedules[0]))
             if not search.excess(decisions):
-                found = min(found, search.cost(decisions)[0])
+                found = min(found, search.cost(decisions).step_seconds)
     return found
 
 

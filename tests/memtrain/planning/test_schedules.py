@@ -73,8 +73,10 @@ def test_the_command_refuses_what_a_recipe_refuses(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--update-schedule", "never"), "--update-schedule 'never': give one of auto, ahead, in_backward"),
-        (("--update-schedule", "sequential"), "is for runs that measure it"),
+        (
+            ("--update-schedule", "never"),
+            "--update-schedule 'never': give one of auto, sequential, ahead, in_b",
+        ),
         (("--update-schedule", "in_backward"), "give --no-clipping, or --update-schedule auto"),
         (("--micro-batch-order", "up"), "give one of auto, horizontal, vertical"),
         (("--micro-batch-order", "vertical"), "a step has one micro-batch"),
@@ -106,13 +108,13 @@ def emitted(found: Answer, folder: Path) -> Recipe:
     return load_recipe(folder / "recipe.yaml")
 
 
-@pytest.mark.parametrize("schedule", ["ahead", "in_backward"])
+@pytest.mark.parametrize("schedule", ["sequential", "ahead", "in_backward"])
 def test_updates_come_when_they_were_asked_for_and_in_the_recipe_too(
     tiny: Path, tmp_path: Path, schedule: Any
 ) -> None:
     found = planned(tiny, clipping=False, update_schedule=schedule)
     assert found.forecast.fits
-    ends = "-ahead" if schedule == "ahead" else "-in-backward"
+    ends = f"-{schedule.replace('_', '-')}"
     assert updates_of(found)
     assert all(label.endswith(ends) for label in updates_of(found))
     recipe = emitted(found, tmp_path)
