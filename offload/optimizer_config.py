@@ -18,7 +18,8 @@ class OptimizerConfig:
     """Whether the optimizer may be run on flat pieces; None tries it out."""
     split_masters: bool = True
     """Keep no more of a master than what its bf16 weight does not hold, where ``keeps_lower_half`` says that
-    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused."""
+    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused,
+    until ``OffloadedOptimizer.weights_written`` says that they count."""
 
     def __post_init__(self) -> None:
         if self.nonfinite not in ("ignore", "skip", "raise"):
