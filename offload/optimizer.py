@@ -380,10 +380,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
         """``iter_state`` as records hold it: of some masters the lower half alone (``lower_halves``); each
-        tensor in parts of at most a shard, of which each is there until the next is asked for.
-
-        Raises:
-            WeightsWrittenError: a lower half does not belong to the weight beside it any more.
+        tensor in parts of at most a shard, of which each is there until the next is asked for. For whoever
+        puts weights beside them: ``check_masters`` says whether these are still what lower halves belong to.
         """
         self._settle()
         yield from self._access.stored_parts()

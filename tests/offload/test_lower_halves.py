@@ -297,6 +297,23 @@ def test_weights_that_are_said_to_count_are_the_masters(plan: str, counted: bool
         assert_same(run, reference)
 
 
+def test_a_checkpoint_looks_at_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_run(PLANS["small shards"]) as run:
+        run.train(batches(2))
+        run.flush()
+        weights = [p for name in LARGE - {"unused"} for _, p in run.optimizer.index.pieces[name]]
+        looked_at: list[int] = []
+
+        def digest(weight: torch.Tensor) -> bytes:
+            looked_at.append(weight.data_ptr())
+            return original(weight)
+
+        original = lower_halves.digest
+        monkeypatch.setattr(lower_halves, "digest", digest)
+        save_checkpoint(tmp_path / "at", run, progress={})
+        assert sorted(looked_at) == sorted(piece.weight().data_ptr() for piece in weights)
+
+
 def test_what_is_said_to_count_may_be_named() -> None:
     with fused_run() as run:
         assert run.optimizer.weights_written() == []  # there is no state
