@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -443,6 +444,41 @@ def test_a_lower_half_without_its_weight_is_refused(tmp_path: Path, monkeypatch:
             folder = save_checkpoint(tmp_path / "at", run, progress={})
         with pytest.raises(CheckpointError, match=r"lower half of the master of embed.weight, and no bf16"):
             load_checkpoint(folder, run)
+
+
+def test_a_lower_half_is_never_taken_for_that_of_another_tensor_at_its_address(tmp_path: Path) -> None:
+    """Parts and views of a weight, empty tensors, and two weights in one storage."""
+    data = batches(4)
+
+    def with_views(run: Any) -> None:
+        weight = run.model.first.weight
+        for name, value in {
+            "row": weight.detach()[0],
+            "flat": weight.detach().view(-1),
+            "transposed": weight.detach().t(),
+            "bits": weight.detach().view(torch.int16),
+            "nothing": weight.detach()[:0],
+            "nothing_either": torch.empty(0, dtype=torch.bfloat16),
+        }.items():
+            run.model.second.register_buffer(name, value)  # behind the weight in the state dict
+
+    with fused_run() as run, fused_run(seed_weights=False) as resumed:
+        with torch.no_grad():
+            first, second = run.model.first.weight, run.model.second.weight
+            both = torch.cat([first.view(-1), second.view(-1)])
+            first.data = both[: first.numel()].view_as(first)
+            second.data = both[first.numel() :].view_as(second)
+        with_views(run)
+        with_views(resumed)
+        run.train(data[:2])
+        folder = save_checkpoint(tmp_path / "at", run, progress={})
+        document = json.loads((folder / "optimizer.json").read_text())
+        names = LARGE - {"unused"}
+        assert document["upper_halves"] == {name: name for name in names}
+        load_checkpoint(folder, resumed)
+        run.train(data[2:])
+        resumed.train(data[2:])
+        assert_same(run, resumed)
 
 
 @pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])
