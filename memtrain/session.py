@@ -46,7 +46,7 @@ from memtrain.offload.engine import Engine
 from memtrain.offload.lower_halves import keeps_lower_half
 from memtrain.offload.measure import measure_machine
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
-from memtrain.offload.optimizer_probe import is_elementwise
+from memtrain.offload.optimizer_probe import may_be_cut
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.slab import HighWater
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle
@@ -203,14 +203,10 @@ def prepare(
                 weight_dtype=weight_dtype(model),
             )
         refuse_other_codecs(machine, coding, budget, weight_coding.codecs)
-        work = torch.float32 if master_weights else None
         options = dataclasses.replace(options or PlannerOptions(), coding_optional=weight_coding.optional)
         if stored is not None:  # on one tier: another one is no choice
             options = dataclasses.replace(options, weight_tiers=(stored.store.tier,))
-        elementwise = all(
-            is_elementwise(optimizer, group, work or group["params"][0].dtype)
-            for group in optimizer.param_groups
-        )
+        elementwise = may_be_cut(optimizer, master_weights=master_weights)
         split_masters = split_masters and not tiles_of(model)  # a tile's master is whole
         splits = master_weights and split_masters and elementwise
         keeps_half = functools.partial(keeps_lower_half, optimizer) if splits else None

@@ -1,13 +1,15 @@
 """Weights that are still to be updated must not be read: finish their unit's update first.
 
 Under the AHEAD schedule ``optimizer.step()`` returns before the weights have changed. A unit's update is
-finished by the forward of any module that owns one of its parameters, and by whoever asks a module for its
-parameters or its state dict, or loads one; each finishes no more than the units it is about to see.
+finished by the forward of its block, or of any module that owns one of its parameters, and by whoever asks a
+module for its parameters or its state dict, or loads one; each finishes no more than the units it is about to
+see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,7 +54,14 @@ class WeightGuard:
         # A weight may be used without its module's forward (the chunked loss, F.linear with a table): units
         # before the blocks are ready when the model begins, those after them when the last block is done.
         self._hooks.append(model.register_forward_pre_hook(lambda *_: self._finish(before)))
-        self._hooks.append(blocks[-1][1].register_forward_hook(lambda *_: self._finish(outside)))
+        # Before anybody brings weights from a tier: those that the update makes anew need not be read then.
+        named = {name for name, _ in units}
+        for name, block in blocks:
+            if name in named:
+                self._hooks.append(block.register_forward_pre_hook(partial(self._finish_before, name)))
+        self._hooks.append(
+            blocks[-1][1].register_forward_hook(lambda *_: self._finish(outside), prepend=True)
+        )
 
     def remove(self) -> None:
         """Give the model its own methods back."""
@@ -84,6 +93,9 @@ class WeightGuard:
                     lambda *_: self._finish(units)
                 ),
             ]
+
+    def _finish_before(self, unit: str, *_: Any) -> None:
+        self._ensure(unit)
 
     def _finish(self, units: Iterable[str]) -> None:
         for unit in units:

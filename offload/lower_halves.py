@@ -6,6 +6,10 @@ weight that somebody else has written. Digests of the weights, a piece each, say
 then whatever would join the two raises ``WeightsWrittenError``. Weights that were swapped out and back in are
 as they were.
 
+A whole master follows its weight where that is not its rounding any more, element by element. No lower half
+can: every one of them belongs to every weight, so nothing that is stored tells the elements that were written
+from those that were not. Hence the error, and ``restart`` where somebody says that the weights count.
+
 Which parameters: those that ``torch.optim.AdamW(fused=True)`` steps in one pass on a CPU, of ``SMALL``
 elements at least. Settings that change later (a learning rate of 0, ``amsgrad``) are served all the same, a
 slice at a time, by the optimizer's own code.
@@ -89,16 +93,28 @@ class LowerHalves:
         """The piece's lower half belongs to its weights as they are now."""
         self._digests[piece] = digest(piece.weight())
 
+    def is_written(self, piece: Piece) -> bool:
+        """Whether the weights, which are in memory, are not those of ``note``."""
+        return digest(piece.weight()) != self._digests.get(piece)
+
     def check_piece(self, piece: Piece) -> None:
-        """Raises WeightsWrittenError where the weights, which are in memory, are not those of ``note``."""
-        if digest(piece.weight()) != self._digests.get(piece):
+        """Raises WeightsWrittenError where ``is_written``."""
+        if self.is_written(piece):
             raise WeightsWrittenError(
                 f"elements {piece.start} to {piece.stop} of {piece.name} were written since the last update, "
                 f"which keeps no more of their fp32 masters than the lower 16 bits: what they were before "
-                f"cannot be told any more, so nothing can follow. Restore a checkpoint, or, where no update "
-                f"had begun, the weights (weights before state); where a loop writes weights between steps, "
-                f"pass split_masters=False to prepare() or OptimizerConfig, which keeps whole masters"
+                f"cannot be told any more, so no master follows by itself. Where no update had begun, call "
+                f"weights_written() of the session's optimizer, and the masters of {piece.name} are its "
+                f"weights as they are now; or restore the weights (weights before state). Else restore a "
+                f"checkpoint. Where a loop writes weights between steps, pass split_masters=False to "
+                f"prepare() or OptimizerConfig, which keeps whole masters"
             )
+
+    def restart(self, piece: Piece, stored: Mapping[str, Tensor]) -> None:
+        """The piece's master is its weight, which is in memory, from now on."""
+        stored[LOWER_KEY].zero_()
+        stored[SECOND_KEY].abs_()
+        self.note(piece)
 
     def check(
         self,

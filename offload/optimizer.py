@@ -320,6 +320,47 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.refuse_half_done("using weights or state")
         self._updates.flush()
 
+    @torch.no_grad()
+    def weights_written(self, parameters: Iterable[Tensor] | None = None) -> list[str]:
+        """Say that weights which somebody has written since the last update are what counts.
+
+        To be called, after ``flush`` and the writing, where fp32 masters are kept by their lower halves
+        (``OptimizerConfig.split_masters``), before the next step or checkpoint would raise
+        WeightsWrittenError. The master of each parameter of which anything was written is then its weight,
+        all of it: which elements were written cannot be told, so the others lose the bits below bf16's too. A
+        loop that writes weights at every step would lose every small update: ``split_masters=False`` is for
+        it. Masters that are whole need no call, and follow where their weights were written alone.
+
+        Args:
+            parameters: those to look at; default: all.
+
+        Returns:
+            Names of the parameters whose masters have become their weights.
+
+        Raises:
+            PlanMismatchError: a parameter that this optimizer does not update.
+            OffloadError: an update is half done, or a transfer failed. State is then undefined until loaded
+                again.
+        """
+        self.flush()
+        self.await_snapshot()
+        chosen = self.index.parameters if parameters is None else [self._name_of(p) for p in parameters]
+        try:
+            found = self._access.restart_masters(chosen)
+        finally:
+            self.state_count += 1
+        return found
+
+    def _name_of(self, parameter: Tensor) -> str:
+        for name, known in self.index.parameters.items():
+            if known is parameter:
+                return name
+        raise PlanMismatchError(
+            f"a tensor of shape {tuple(parameter.shape)} is none of the {len(self.index.parameters)} "
+            f"parameters that this optimizer updates: pass parameters of the model itself, as "
+            f"model.get_parameter() gives"
+        )
+
     def _settle(self) -> None:
         self.refuse_half_done("reading state")
         self._updates.settle()
@@ -339,10 +380,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def stored_parts(self) -> Iterator[tuple[str, str, Tensor]]:
         """``iter_state`` as records hold it: of some masters the lower half alone (``lower_halves``); each
-        tensor in parts of at most a shard, of which each is there until the next is asked for.
-
-        Raises:
-            WeightsWrittenError: a lower half does not belong to the weight beside it any more.
+        tensor in parts of at most a shard, of which each is there until the next is asked for. For whoever
+        puts weights beside them: ``check_masters`` says whether these are still what lower halves belong to.
         """
         self._settle()
         yield from self._access.stored_parts()

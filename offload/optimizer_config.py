@@ -15,10 +15,12 @@ class OptimizerConfig:
     """What ``step`` does about NaN or inf gradients: ``ignore`` (as PyTorch), ``skip`` the step, or
     ``raise``."""
     elementwise: bool | None = None
-    """Whether the optimizer may be run on flat pieces; None tries it out."""
+    """Whether the optimizer may be run on flat pieces; None tries it out, and True is refused where a trial
+    of any group and dtype says otherwise."""
     split_masters: bool = True
     """Keep no more of a master than what its bf16 weight does not hold, where ``keeps_lower_half`` says that
-    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused."""
+    it can be: fewer bytes, the same bits; weights that anybody else writes between steps are then refused,
+    until ``OffloadedOptimizer.weights_written`` says that they count."""
 
     def __post_init__(self) -> None:
         if self.nonfinite not in ("ignore", "skip", "raise"):

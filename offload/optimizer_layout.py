@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.lower_halves import LOWER_KEY, keeps_lower_half
-from memtrain.offload.optimizer_probe import state_cuts, state_spec
+from memtrain.offload.optimizer_probe import cuts_of_groups, state_spec, stepped_dtype
 from memtrain.offload.shards import (
     MASTER_KEY,
     SMALL,
@@ -41,10 +41,11 @@ class OptimizerLayout:
         shard_elements: most elements of a shard.
         master_weights: whether bf16 and fp16 weights have fp32 masters.
         split_masters: whether records hold the lower halves of those, where ``keeps_lower_half`` says so.
-        elementwise: whether the optimizer may be cut; None tries it out.
+        elementwise: whether the optimizer may be cut; None tries it out, and True is tried out too.
 
     Raises:
-        PlanMismatchError: units and parameter groups do not hold the same trainable parameters.
+        PlanMismatchError: units and parameter groups do not hold the same trainable parameters; or the
+            optimizer may not be cut, in a dtype that it steps, though it is said to be ``elementwise``.
         UnsupportedOptimizerError: the optimizer cannot be streamed.
     """
 
@@ -61,8 +62,11 @@ class OptimizerLayout:
         self.optimizer = optimizer
         self.param_groups = optimizer.param_groups
         self._master_weights = master_weights
-        self._cuts = {} if elementwise is False else self._find_cuts()
-        self.elementwise = None not in self._cuts.values() if elementwise is None else elementwise
+        self._cuts = (
+            {} if elementwise is False else cuts_of_groups(optimizer, master_weights=self._master_weights)
+        )
+        """How state is cut, by number of the group and dtype that is stepped; None where it may not be."""
+        self.elementwise = self._is_elementwise(elementwise)
         self.index = FlatIndex(units, shard_elements, whole_parameters=not self.elementwise)
         self.unplanned = {id(p): name for _, members in units for name, p in members if not p.requires_grad}
         """Names of parameters that were frozen when the plan was made, by ``id``: for messages."""
@@ -71,7 +75,7 @@ class OptimizerLayout:
         self.masters = frozenset(
             name
             for name, parameter in self.index.parameters.items()
-            if self._work_dtype(parameter) != parameter.dtype
+            if self._stepped_dtype(parameter) != parameter.dtype
         )
         """Parameters that have fp32 masters."""
         self.halves = self._find_halves() if split_masters and self.elementwise else frozenset[str]()
@@ -98,19 +102,20 @@ class OptimizerLayout:
                     f"optimizer"
                 )
 
-    def _work_dtype(self, parameter: Tensor) -> torch.dtype:
-        narrow = parameter.dtype in (torch.bfloat16, torch.float16)
-        return torch.float32 if self._master_weights and narrow else parameter.dtype
+    def _stepped_dtype(self, parameter: Tensor) -> torch.dtype:
+        return stepped_dtype(parameter, master_weights=self._master_weights)
 
-    def _find_cuts(self) -> dict[tuple[int, torch.dtype], Cuts | None]:
-        """How state is cut, by number of the group and dtype that is stepped; None where it may not be."""
-        kinds = {
-            (number, self._work_dtype(parameter)): group
-            for number, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-            if parameter.requires_grad
-        }
-        return {kind: state_cuts(self.optimizer, group, kind[1]) for kind, group in kinds.items()}
+    def _is_elementwise(self, asked: bool | None) -> bool:
+        refused = [kind for kind, cuts in self._cuts.items() if cuts is None]
+        if asked and refused:
+            number, dtype = refused[0]
+            raise PlanMismatchError(
+                f"OptimizerConfig(elementwise=True), but {type(self.optimizer).__name__} with the settings "
+                f"of parameter group {number} steps flat pieces of {dtype} to other bits than the whole, or "
+                f"is not seen to step at all: leave elementwise at None, or set it to False, which streams "
+                f"whole parameters"
+            )
+        return asked is not False and not refused
 
     def _match_groups(self) -> dict[str, int]:
         numbers = {id(p): number for number, group in enumerate(self.param_groups) for p in group["params"]}
@@ -143,8 +148,8 @@ class OptimizerLayout:
         found: dict[Any, StateSpec] = {}
         specs = {}
         for name, parameter in self.index.parameters.items():
-            group, dtype = self.group_of[name], self._work_dtype(parameter)
-            cuts = (self._cuts[group, dtype] or {}) if self.elementwise else None
+            group, dtype = self.group_of[name], self._stepped_dtype(parameter)
+            cuts = self._cuts[group, dtype] if self.elementwise else None
             shape = _probed_shape(tuple(parameter.shape), cuts)
             key = (group, dtype, shape)
             if key not in found:

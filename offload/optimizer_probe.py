@@ -2,8 +2,8 @@
 
 An optimizer is *elementwise* when a step on a parameter equals, bit for bit, steps on flat pieces of it that
 begin at multiples of ``PIECE_ALIGNMENT``: also one whose state is quantised in blocks, which then lie within
-pieces. That is a property of the class and of its hyper-parameters, so it is tried on the very instance's
-class, per parameter group.
+pieces. That is a property of the class, of its hyper-parameters and of the dtype, so it is tried on the very
+instance's class, for each of them.
 """
 
 from __future__ import annotations
@@ -126,6 +126,30 @@ def hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
         for key, value in group.items()
         if key not in ("params", "param_names")
     }
+
+
+def stepped_dtype(parameter: Tensor, *, master_weights: bool) -> torch.dtype:
+    """In which dtype a parameter is stepped: that of its master, where it has one."""
+    narrow = parameter.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if master_weights and narrow else parameter.dtype
+
+
+def cuts_of_groups(
+    optimizer: torch.optim.Optimizer, *, master_weights: bool
+) -> dict[tuple[int, torch.dtype], Cuts | None]:
+    """``state_cuts`` by number of the group and dtype that trainable parameters of it are stepped in."""
+    kinds = {
+        (number, stepped_dtype(parameter, master_weights=master_weights)): group
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
+    return {kind: state_cuts(optimizer, group, kind[1]) for kind, group in kinds.items()}
+
+
+def may_be_cut(optimizer: torch.optim.Optimizer, *, master_weights: bool) -> bool:
+    """Whether steps may be cut into flat pieces, bit for bit, of every group and in every dtype."""
+    return None not in cuts_of_groups(optimizer, master_weights=master_weights).values()
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer, group: dict[str, Any], dtype: torch.dtype) -> bool:

@@ -387,10 +387,7 @@ class StateAccess:
         """The same as records hold it, for a file, each tensor in parts, in the order of its elements, and at
         least one: a part is as large as a shard, and lies in the slot until the next is asked for.
 
-        Raises:
-            WeightsWrittenError: no weights belong to it.
-        """
-        self._records.check_weights(self._index.parameters, thorough=True)
+        That weights still belong to lower halves is not looked at: whoever writes both has done so before."""
         with self._cursor() as cursor:
             for name in self._index.parameters:
                 for tensor in self._records.stored(name):
@@ -428,6 +425,26 @@ class StateAccess:
             name: {key: self._scalar(name, key, value) for key, value in values.items()}
             for name, values in scalars.items()
         }
+
+    def restart_masters(self, names: Iterable[str]) -> list[str]:
+        """Where of a master the lower half is stored, and its weight was written since: have it be the
+        weight, all of it. Which those were, of ``names``."""
+        halves, found = self._records.halves, []
+        with self._cursor() as cursor:
+            for name in names:
+                if name not in halves.names or name not in self._records.initialised:
+                    continue
+                pieces = self._index.pieces[name]
+                with halves.hold(name):
+                    if not any(halves.is_written(piece) for _, piece in pieces):
+                        continue
+                    for shard, piece in pieces:
+                        cursor.at(shard)  # raises where moments cannot be read; a change would begin at zeros
+                        record = cursor.at(shard, change=True)
+                        halves.restart(piece, self._layouts[shard].state(record, piece))
+                self._records.weight_versions[name] = self._index.parameters[name]._version
+                found.append(name)
+        return found
 
     def _scalar(self, name: str, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):

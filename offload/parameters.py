@@ -117,6 +117,8 @@ class ParameterStreamer:
         self._latest: StreamedUnit | None = None
         """What was used last, and whether everything that follows it has been asked for."""
         self._asked = False
+        self._made_anew: set[StreamedUnit] = set()
+        """What pending updates write all of before its next use, and do not read."""
         placed = dict(placed or {})
         with ExitStack() as undo:
             self._units = self._make_units(units, tiers, engine, placed, undo)
@@ -397,7 +399,8 @@ class ParameterStreamer:
         if found is None or not any(weight.parameter.requires_grad for weight in found.weights):
             yield  # what is updated of a frozen unit is small, and in memory
             return
-        blind = found.window is None and all(weight.name in replaced for weight in found.weights)
+        self._made_anew.discard(found)
+        blind = found.window is None and _is_made_anew(found, replaced)
         bring = (lambda each: self._pool.use(each, read=False)) if blind else self._bring
         try:
             with self._pool.using([found], bring):
@@ -408,6 +411,12 @@ class ParameterStreamer:
                 self._pool.drop(found)
             raise
         self._pool.send(found)
+
+    def await_updating(self, units: Collection[str], replaced: Collection[str]) -> None:
+        """``updating`` of these units, with these ``replaced``, comes before their next use: what it would
+        not read is not read ahead either."""
+        found = (self._find(unit) for unit in units)
+        self._made_anew = {unit for unit in found if unit is not None and _is_made_anew(unit, replaced)}
 
     def mark_dirty(self, unit: str) -> None:
         """All weights of the unit are written back before it leaves, and masters of them follow, where they
@@ -470,7 +479,8 @@ class ParameterStreamer:
 
     def _following(self, unit: StreamedUnit) -> list[StreamedUnit]:
         """What is used after ``unit``: as many units as there may be windows for, and of each size no more
-        than there are of that."""
+        than there are of that. What an update makes anew before its use is left out, but its window is not
+        given to another one."""
         classes = self._pool.classes
         count = sum(each.slots for each in classes) - 1
         places = [place for place, each in enumerate(self._schedule) if each is unit]
@@ -486,5 +496,10 @@ class ParameterStreamer:
         for each in coming:
             if room[each.window_bytes]:
                 room[each.window_bytes] -= 1
-                found.append(each)
+                if each not in self._made_anew:
+                    found.append(each)
         return found
+
+
+def _is_made_anew(unit: StreamedUnit, replaced: Collection[str]) -> bool:
+    return all(weight.name in replaced for weight in unit.weights)

@@ -33,8 +33,8 @@ from memtrain.offload.snapshot_weights import (
     SmallFiles,
     StreamedWeights,
     load_weights,
+    names_in_files,
     raise_differences,
-    weight_files,
     write_pretrained_files,
     write_weights,
 )
@@ -257,29 +257,24 @@ def _upper_halves(session: Session) -> dict[str, str]:
     """By parameter of which the lower half of the master is stored, the name of its weight in the model's
     files."""
     records, index = session.optimizer.records, session.optimizer.index
-    names = [name for name in index.parameters if any(t.key == LOWER_KEY for t in records.stored(name))]
-    if not names:
+    halves = {
+        name: parameter
+        for name, parameter in index.parameters.items()
+        if any(tensor.key == LOWER_KEY for tensor in records.stored(name))
+    }
+    if not halves:
         return {}
-    if tiles := TiledNames(session.model).whole_of.keys() & set(names):
+    if tiles := TiledNames(session.model).whole_of.keys() & halves.keys():
         raise CheckpointError(
             f"{min(tiles)} is a tile, and of its fp32 master the optimizer keeps the lower half only: pass "
             f"split_masters=False to OptimizerConfig"
         )
-    weights = weights_of(session)
-    stored = weight_files(session.model, weights).tensors
-    by_tensor = {id(tensor): name for name, tensor in stored.items()}
-    if weights is None:
-        by_tensor = {tensor.data_ptr(): name for name, tensor in stored.items()}
-    found = {}
-    for name in names:
-        parameter = index.parameters[name]
-        key = id(parameter) if weights is not None else parameter.data_ptr()
-        if key not in by_tensor:
-            raise CheckpointError(
-                f"{name} is not in the model's state dict, and of its fp32 master the optimizer keeps the "
-                f"lower half only: pass split_masters=False to prepare() or OptimizerConfig"
-            )
-        found[name] = by_tensor[key]
+    found = names_in_files(session.model, weights_of(session), halves)
+    if missing := halves.keys() - found.keys():
+        raise CheckpointError(
+            f"{min(missing)} is not in the model's state dict, and of its fp32 master the optimizer keeps "
+            f"the lower half only: pass split_masters=False to prepare() or OptimizerConfig"
+        )
     return found
 
 

@@ -274,9 +274,32 @@ def _groups(model: nn.Module, weights: StreamedWeights | None) -> list[tuple[lis
                 f"{name} in the model's state dict is {'meta' if type(value) is Tensor else type(value)}: "
                 f"only tensors with values can be checkpointed"
             )
-        here = (value.data_ptr(), value.dtype, value.shape, value.stride()) if value.numel() else name
-        groups.setdefault(here, ([], value))[0].append(name)
+        groups.setdefault(place_of(value) if value.numel() else name, ([], value))[0].append(name)
     return list(groups.values())
+
+
+def place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for tensors that are the same bytes, seen in the same way; not for a part, or another view, of a
+    tensor, which may begin at its address. Says nothing of empty ones, which have none."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def names_in_files(
+    model: nn.Module, weights: StreamedWeights | None, parameters: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """By name of ``parameters`` under which name ``weight_files`` stores it; those that are not stored are
+    left out."""
+    stored = weight_files(model, weights).tensors
+    objects = {id(tensor): name for name, tensor in stored.items()}
+    places = {} if weights is not None else {place_of(t): name for name, t in stored.items() if t.numel()}
+    found = {}
+    for name, parameter in parameters.items():
+        key = objects.get(id(parameter))
+        if key is None and weights is None and parameter.numel():
+            key = places.get(place_of(parameter))
+        if key is not None:
+            found[name] = key
+    return found
 
 
 def _saved_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -163,15 +163,16 @@ class Update:
                 continue
             master = views.pop(MASTER_KEY, None)
             work = piece.weight() if master is None else master
-            if piece.name in self._records.initialised:
-                if master is not None and piece.name in self._rewritten:
-                    _follow(master, piece.weight())
-                scalars = self._records.scalars[piece.name]
-                if self._step_in_one_pass(shard, piece, slot, master, views, scalars):
-                    continue
-                state[work] = {**views, **{key: _copy_scalar(value) for key, value in scalars.items()}}
-            elif master is not None:
+            first = piece.name not in self._records.initialised
+            if master is not None and first:
                 master.copy_(piece.weight())
+            elif master is not None and piece.name in self._rewritten:
+                _follow(master, piece.weight())
+            if self._step_in_one_pass(shard, piece, slot, master, views):
+                continue
+            if not first:
+                scalars = self._records.scalars[piece.name]
+                state[work] = {**views, **{key: _copy_scalar(value) for key, value in scalars.items()}}
             work.grad = self._gradient(shard, piece, slot, self.gradients[piece.name])
             number = self._layout.group_of[piece.name]
             groups.setdefault(number, {**self._groups[number], "params": []})["params"].append(work)
@@ -197,10 +198,12 @@ class Update:
         first = piece.name not in self._records.initialised
         views = {key: view for key, view in stored.items() if key != LOWER_KEY}
         scalars = {} if first else self._records.scalars[piece.name]
-        if not first:
+        if first:
+            stored[LOWER_KEY].zero_()
+        else:
             self._records.halves.check_piece(piece)
-            if self._step_in_one_pass(shard, piece, slot, stored[LOWER_KEY], views, scalars):
-                return
+        if self._step_in_one_pass(shard, piece, slot, stored[LOWER_KEY], views):
+            return
         found = self.gradients[piece.name]
         gradient = self._narrow_gradient(shard, piece, slot, found)
         if found.value is not None:
@@ -231,15 +234,16 @@ class Update:
         slot: Tensor | None,
         master: Tensor | None,
         views: dict[str, Tensor],
-        scalars: dict[str, Any],
     ) -> bool:
         """Whether the piece could be stepped without the optimizer's own code, to the same bits; and has
-        been."""
+        been. ``master``, or the lower half of it, is that of the weight."""
         number, found, weight = self._layout.group_of[piece.name], self.gradients[piece.name], piece.weight()
         if self.refusals[number] is not None or views.keys() != fused_adamw.STATE:
             return False
         if piece.name in self._unmoved:
             return False
+        first = piece.name not in self._records.initialised
+        scalars = fused_adamw.first_scalars() if first else self._records.scalars[piece.name]
         if scalars.keys() != {"step"} or not isinstance(scalars["step"], Tensor):
             return False
         gradient = self._narrow_gradient(shard, piece, slot, found)
@@ -247,6 +251,9 @@ class Update:
             return False
         if found.value is not None:
             found.value.apply(gradient)
+        if first:
+            for moment in views.values():
+                moment.zero_()
         after = scalars["step"] + 1
         fused_adamw.step(
             weight,

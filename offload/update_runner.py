@@ -27,9 +27,15 @@ class WeightHome(Protocol):
     def updating(self, unit: str, replaced: Collection[str]) -> AbstractContextManager[None]:
         """The unit's weights may be changed inside; those of ``replaced`` are overwritten, and not read."""
 
+    def await_updating(self, units: Collection[str], replaced: Collection[str]) -> None:
+        """``updating`` will be called of each of ``units`` before its weights are used again."""
+
 
 class InMemory:
     """Weights that are always there."""
+
+    def await_updating(self, units: Collection[str], replaced: Collection[str]) -> None:
+        """Nothing to do."""
 
     def updating(self, unit: str, replaced: Collection[str]) -> AbstractContextManager[None]:
         """Nothing to do."""
@@ -127,6 +133,7 @@ class UpdateRunner:
         elif not ahead:
             self.flush()
         else:
+            self._weights.await_updating(update.waiting, update.replaced)
             self._read_ahead()
 
     def advance(self, update: Update, unit: str, following: list[Shard]) -> None:

@@ -331,9 +331,9 @@ def _right_beside_update(plan: Plan, moments: Moments, place: int) -> bool:
 
 
 def _without_read(plan: Plan, unit: UnitProfile, event: str) -> bool:
-    """An update that nothing follows at once makes weights anew where it has masters."""
-    after_backward = plan.update_schedule is UpdateSchedule.SEQUENTIAL and event == f"update {unit.name}"
-    return after_backward and unit.overwritten
+    """An update that does not come right behind a backward pass makes weights anew where it has masters."""
+    by_itself = plan.update_schedule is not UpdateSchedule.IN_BACKWARD and event == f"update {unit.name}"
+    return by_itself and unit.overwritten
 
 
 def _reads(plan: Plan, profile: ModelProfile) -> dict[str, int]:

@@ -178,6 +178,8 @@ class Program(Choices):
                 for t in tiers:
                     if t not in self.space.weights[u]:
                         continue
+                    if runs_ahead and self.profile.units[u].overwritten:
+                        continue  # its update makes them anew
                     held[t]["weights"] = self._held(t, read=True, in_use=before)
                     weights, there = self.weights.read(t, u), self.time()
                     self.add(there >= now)

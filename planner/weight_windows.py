@@ -7,7 +7,7 @@ when backward turns round, the first ones when the next forward begins, and thos
 
 Of ``n`` windows one holds what is used and the others are read ahead into. So the read for a turn begins when
 all turns are over but the last ``n - 1`` that use weights before it. An update that makes weights anew from
-masters takes a window without a read.
+masters takes a window without a read: at a turn of its own, or at the first forward that it runs ahead of.
 
 Windows have one size or two. A model's units are blocks, mostly alike, and tables around them which can be
 many times as large. With two sizes the tables have one window, which is theirs alone, and the blocks have the
@@ -177,6 +177,7 @@ def step_turns(
     evicts: list[list[int]] = [[] for _ in uses]
     above, together = 0, sum(each.slots for each in windows)
     tiled = {index for index, unit in enumerate(profile.units) if unit.tiled}
+    anew = set(_made_anew(profile, uses, passes=len(passes), schedule=schedule))
     for each in windows:  # which share nothing
         members = range(above + 1, each.slot_bytes + 1)
         own = [tuple(u for u in units if profile.units[u].largest_window_bytes in members) for units in uses]
@@ -184,20 +185,36 @@ def step_turns(
         for units in own:  # the step before: it leaves in the windows what this one finds there
             found.use(units)
         for index, units in enumerate(own):
-            missing, evicted = found.use(units)
-            if index >= len(passes) and all(profile.units[unit].overwritten for unit in missing):
-                missing = ()
+            gone, evicted = found.use(units)
+            missing = tuple(unit for unit in gone if (index, unit) not in anew)
             begins = None
             if missing:
                 room = (own, each.slots), (uses, together)
                 ends = [_begins_after(turns, index, slots, missing) for turns, slots in room]
                 begins = max((end for end in ends if end is not None), default=None)
             if index < len(passes) and twice[index]:
-                missing = (*missing, *(unit for unit in missing if unit in tiled))
+                missing = (*missing, *(unit for unit in gone if unit in tiled))
             reads[index] += [Read(unit, begins, evicted) for unit in missing]
             evicts[index] += evicted
         above = each.slot_bytes
     return [Turn(reads=tuple(r), evicts=tuple(e)) for r, e in zip(reads, evicts, strict=True)]
+
+
+def _made_anew(
+    profile: ModelProfile, uses: Sequence[tuple[int, ...]], *, passes: int, schedule: UpdateSchedule
+) -> Iterator[tuple[int, int]]:
+    """Turns and units whose update writes all weights and reads none, before anything else uses them there.
+
+    Args:
+        passes: turns in ``uses`` that are of forward or backward passes; behind them are updates.
+    """
+    seen: set[int] = set()
+    for index, units in enumerate(uses):
+        for unit in units:
+            first = schedule is UpdateSchedule.AHEAD and unit not in seen
+            if profile.units[unit].overwritten and (first or index >= passes):
+                yield index, unit
+        seen.update(units)
 
 
 class _Windows:

@@ -86,6 +86,11 @@ def serves(weight: Tensor, gradient: Tensor, master: Tensor | None, clips: Seque
     )
 
 
+def first_scalars() -> dict[str, Tensor]:
+    """Beside moments of zeros what torch's step makes for a parameter that has no state, on a CPU."""
+    return {"step": torch.zeros((), dtype=torch.float32, device="cpu")}
+
+
 def step(
     weight: Tensor,
     gradient: Tensor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import nn
 from memtrain.offload import lower_halves, snapshot
 from memtrain.offload.async_snapshot import AsyncCheckpointer, snapshot_bytes
 from memtrain.offload.atomic import CheckpointError
-from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
+from memtrain.offload.in_backward import HalfDoneStepError
 from memtrain.offload.lower_halves import LOWER_KEY, WeightsWrittenError
+from memtrain.offload.optimizer_state import StaleStateError
 from memtrain.offload.snapshot import load_checkpoint, load_optimizer_state, save_checkpoint
 from memtrain.optim.kernels import fused_adamw
 from memtrain.optim.kernels.fused_adamw import same_bits
@@ -46,7 +49,7 @@ from tests.offload.training import (
 pytestmark = pytest.mark.skipif(
     not fused_adamw.agrees(), reason="this build of torch rounds in another order, or there is no compiler"
 )
-WRITTEN = r"of first.weight were written.*split_masters=False"
+WRITTEN = r"of first.weight were written.*call weights_written\(\).*split_masters=False"
 FUSED = OPTIMIZERS["adamw fused"]
 LARGE = {"embed.weight", "first.weight", "second.weight", "unused"}
 PAGE = 4096
@@ -262,6 +265,95 @@ def test_weights_that_were_written_are_refused_and_nothing_is_changed(counted: b
             run.optimizer.read_state("embed.weight", "master_weight")
 
 
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_that_are_said_to_count_are_the_masters(plan: str, counted: bool, tmp_path: Path) -> None:
+    """All of a parameter of which one element was written, and nothing of any other."""
+    data = batches(6)
+    with fused_run(PLANS[plan]) as run, fused_run(split_masters=False) as reference:
+        for one in (run, reference):
+            one.train(data[:3])
+            one.flush()
+            weight = one.model.first.weight
+            with torch.no_grad():
+                (weight if counted else weight.data)[-1, -1] = -0.0
+        entries = states(reference.optimizer)
+        master = entries["first.weight", "master_weight"]
+        assert not torch.equal(master, reference.model.first.weight.float())
+        entries["first.weight", "master_weight"] = reference.model.first.weight.detach().float()
+        reference.optimizer.load_state(entries, reference.optimizer.scalar_state())
+        handle = run.optimizer.state_dict()["state"][1]["master_weight"]
+        assert run.optimizer.weights_written() == ["first.weight"]
+        with pytest.raises(StaleStateError):
+            handle.materialize()
+        found = states(run.optimizer)
+        assert all(same_bits(found[place], tensor) for place, tensor in entries.items())
+        assert run.optimizer.weights_written() == []
+        folder = save_checkpoint(tmp_path / "at", run, progress={})
+        run.train(data[3:])
+        reference.train(data[3:])
+        assert_same(run, reference)
+        load_checkpoint(folder, run)
+        run.train(data[3:])
+        assert_same(run, reference)
+
+
+def test_a_checkpoint_looks_at_weights_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fused_run(PLANS["small shards"]) as run:
+        run.train(batches(2))
+        run.flush()
+        weights = [p for name in LARGE - {"unused"} for _, p in run.optimizer.index.pieces[name]]
+        looked_at: list[int] = []
+
+        def digest(weight: torch.Tensor) -> bytes:
+            looked_at.append(weight.data_ptr())
+            return original(weight)
+
+        original = lower_halves.digest
+        monkeypatch.setattr(lower_halves, "digest", digest)
+        save_checkpoint(tmp_path / "at", run, progress={})
+        assert sorted(looked_at) == sorted(piece.weight().data_ptr() for piece in weights)
+
+
+def test_what_is_said_to_count_may_be_named() -> None:
+    with fused_run() as run:
+        assert run.optimizer.weights_written() == []  # there is no state
+        run.train(batches(2))
+        run.flush()
+        with torch.no_grad():
+            run.model.first.weight.mul_(0.5)
+            run.model.second.weight.mul_(0.5)
+            run.model.second.bias.mul_(0.5)  # a whole master: it follows by itself
+        with pytest.raises(PlanMismatchError, match=r"shape \(683, 101\) is none of the 6 parameters"):
+            run.optimizer.weights_written([run.model.first.weight.detach()])
+        found = run.optimizer.weights_written([run.model.second.weight, run.model.second.bias])
+        assert found == ["second.weight"]
+        run.model(batches(1)[0]).backward()
+        with pytest.raises(WeightsWrittenError, match=WRITTEN):
+            run.optimizer.step()
+        assert run.optimizer.weights_written() == ["first.weight"]
+        run.optimizer.step()
+
+
+def test_moments_that_cannot_be_read_are_not_taken_for_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading replaces a record whose last write failed; here its moments are to stay."""
+    with fused_run() as run:
+        run.train(batches(2))
+        run.flush()
+        with torch.no_grad():
+            run.model.first.weight.mul_(0.5)
+
+        def unreadable(shard: Any, slot: Any) -> Any:
+            raise ExtentStateError("its last write failed")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run.optimizer.records, "read", unreadable)
+            with pytest.raises(ExtentStateError):
+                run.optimizer.weights_written()
+        assert run.optimizer.weights_written() == ["first.weight"]
+        assert states(run.optimizer)["first.weight", "exp_avg_sq"].all()
+
+
 def test_in_backward_they_are_refused_before_any_unit_is_updated() -> None:
     with fused_run(make_plan(UpdateSchedule.IN_BACKWARD)) as run:
         run.train(batches(2))
@@ -275,6 +367,14 @@ def test_in_backward_they_are_refused_before_any_unit_is_updated() -> None:
             weight.copy_(before)
         run.optimizer.zero_grad()
         run.train(batches(1))  # nothing was lost
+        with torch.no_grad():
+            weight.zero_()
+        run.model(batches(1)[0])
+        assert run.optimizer.weights_written() == ["first.weight"]
+        run.model(batches(1)[0]).backward()
+        with pytest.raises(HalfDoneStepError):
+            run.optimizer.weights_written()
+        run.optimizer.step()
 
 
 def test_state_of_other_weights_follows_the_weights_that_are_there() -> None:
@@ -344,6 +444,41 @@ def test_a_lower_half_without_its_weight_is_refused(tmp_path: Path, monkeypatch:
             folder = save_checkpoint(tmp_path / "at", run, progress={})
         with pytest.raises(CheckpointError, match=r"lower half of the master of embed.weight, and no bf16"):
             load_checkpoint(folder, run)
+
+
+def test_a_lower_half_is_never_taken_for_that_of_another_tensor_at_its_address(tmp_path: Path) -> None:
+    """Parts and views of a weight, empty tensors, and two weights in one storage."""
+    data = batches(4)
+
+    def with_views(run: Any) -> None:
+        weight = run.model.first.weight
+        for name, value in {
+            "row": weight.detach()[0],
+            "flat": weight.detach().view(-1),
+            "transposed": weight.detach().t(),
+            "bits": weight.detach().view(torch.int16),
+            "nothing": weight.detach()[:0],
+            "nothing_either": torch.empty(0, dtype=torch.bfloat16),
+        }.items():
+            run.model.second.register_buffer(name, value)  # behind the weight in the state dict
+
+    with fused_run() as run, fused_run(seed_weights=False) as resumed:
+        with torch.no_grad():
+            first, second = run.model.first.weight, run.model.second.weight
+            both = torch.cat([first.view(-1), second.view(-1)])
+            first.data = both[: first.numel()].view_as(first)
+            second.data = both[first.numel() :].view_as(second)
+        with_views(run)
+        with_views(resumed)
+        run.train(data[:2])
+        folder = save_checkpoint(tmp_path / "at", run, progress={})
+        document = json.loads((folder / "optimizer.json").read_text())
+        names = LARGE - {"unused"}
+        assert document["upper_halves"] == {name: name for name in names}
+        load_checkpoint(folder, resumed)
+        run.train(data[2:])
+        resumed.train(data[2:])
+        assert_same(run, resumed)
 
 
 @pytest.mark.parametrize("schedule", [SEQUENTIAL, AHEAD])

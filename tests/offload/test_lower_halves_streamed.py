@@ -119,3 +119,11 @@ def test_a_weight_that_was_changed_in_its_window_is_refused(tmp_path: Path) -> N
             weight.copy_(before)
         run.optimizer.step()
         save_checkpoint(tmp_path / "at", run, progress={})
+        with run.weights.hold("model.layers.1"):
+            weight.data[3, 4] += 1.0
+            run.weights.mark_dirty("model.layers.1")
+            written = weight.detach().clone()
+        assert run.optimizer.weights_written() == ["model.layers.1.mlp.up_proj.weight"]
+        master = run.optimizer.read_state("model.layers.1.mlp.up_proj.weight", "master_weight")
+        assert torch.equal(master, written.float())
+        run.train(data[2:])

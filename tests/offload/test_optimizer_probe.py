@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from memtrain.offload.optimizer_probe import is_elementwise
+from memtrain.offload.errors import PlanMismatchError
+from memtrain.offload.optimizer_layout import OptimizerLayout
+from memtrain.offload.optimizer_probe import is_elementwise, may_be_cut
 
 
 class TrustRatio(torch.optim.SGD):
@@ -59,3 +61,48 @@ def test_a_learning_rate_of_zero_hides_nothing(
     assert is_elementwise(optimizer, optimizer.param_groups[0], dtype) is expected
     now = optimizer.param_groups[0]["lr"]
     assert float(now) == float(rate)
+
+
+class TrustRatioInHalfPrecision(torch.optim.SGD):
+    """Elementwise in fp32, and in bf16 not."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    scale = p.norm() if p.dtype == torch.bfloat16 else 1.0
+                    p.sub_(p.grad * group["lr"] * scale)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_every_dtype_that_is_stepped_is_tried(apart: bool) -> None:
+    """Also one that is not the first of its group; and no other."""
+    wide, narrow = (nn.Parameter(torch.ones(64, 80, dtype=d)) for d in (torch.float32, torch.bfloat16))
+    groups = [{"params": [wide]}, {"params": [narrow]}] if apart else [wide, narrow]
+    optimizer = TrustRatioInHalfPrecision(groups, lr=1e-2)
+    units = [("unit", [("wide", wide), ("narrow", narrow)])]
+
+    def layout(elementwise: bool | None, master_weights: bool = False) -> OptimizerLayout:
+        return OptimizerLayout(
+            optimizer,
+            units,
+            4096,
+            master_weights=master_weights,
+            split_masters=True,
+            elementwise=elementwise,
+        )
+
+    assert is_elementwise(optimizer, optimizer.param_groups[0], torch.float32)
+    assert not may_be_cut(optimizer, master_weights=False)
+    assert may_be_cut(optimizer, master_weights=True)
+    assert not layout(None).elementwise
+    assert not layout(False).elementwise
+    assert layout(True, master_weights=True).elementwise
+    refusal = rf"InHalfPrecision.*group {int(apart)} steps flat pieces of torch.bfloat16.*elementwise at None"
+    with pytest.raises(PlanMismatchError, match=refusal):
+        layout(True)
+    narrow.requires_grad_(False)
+    units[0] = ("unit", [("wide", wide)])
+    assert may_be_cut(optimizer, master_weights=False)
+    assert layout(True).elementwise

@@ -197,6 +197,35 @@ def test_passes_read_each_unit_no_more_than_they_must() -> None:
         assert reads() == 3 + 3
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_masters_make_anew_ahead_of_a_forward_is_not_read_ahead(accumulate: int) -> None:
+    plain, model = (llama(dtype=torch.bfloat16) for _ in range(2))
+    expected = plain_steps(plain, adamw, steps=4, accumulate=accumulate, master=True)
+    found, reads = [], []
+    data = iter(batches(4 * accumulate))
+    with open_engine() as engine:
+        streamer = stream(model, engine, slots=3)
+        with streamed_optimizer(
+            model, streamer, engine, adamw, schedule=AHEAD, master_weights=True
+        ) as optimizer:
+            for _ in range(4):
+                before = streamer.statistics().reads
+                for _ in range(accumulate):
+                    tokens = next(data)
+                    loss = model(input_ids=tokens, labels=tokens).loss
+                    (loss / accumulate).backward()
+                    found.append(loss.detach())
+                optimizer.step()
+                optimizer.zero_grad()
+                reads.append(streamer.statistics().reads - before)
+            optimizer.flush()
+            assert_same(expected, found)
+            assert_same_weights(plain, streamer, model)
+    # The update of the second step is the first that makes weights anew: of the first it made masters. A pass
+    # reads three forward, which the first of a step need not, and three behind it.
+    assert reads[2:] == [6 * accumulate - 3] * 2
+
+
 def resident_bytes(start: int, nbytes: int) -> int:
     """Of an address range, in memory now."""
     libc = ctypes.CDLL(None, use_errno=True)

@@ -109,6 +109,18 @@ def test_two_tables_in_their_one_window_are_named(monkeypatch: pytest.MonkeyPatc
     assert f"there are 1 windows of {16 * MiB} bytes" in found[Rule.WINDOWS]
 
 
+def test_reads_that_an_update_ahead_spares_or_does_not_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
+    units = tuple(replace(u, overwritten=u.written_extent_bytes > 0) for u in FAULTY.units)
+    anew = replace(FAULTY, units=units)
+    machine = make_machine()
+    for planned, real in ((FAULTY, anew), (anew, FAULTY)):
+        plan = plan_for(planned, EVERYTHING, update_schedule="ahead")
+        assert not check(plan, planned, machine, BUDGET)
+        found = check(replace(plan, profile_digest=real.digest), real, machine, BUDGET)
+        assert {Rule.DEPENDENCY, Rule.BYTES_MOVED} <= {violation.rule for violation in found}
+
+
 def test_weights_that_may_not_leave_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memtrain.planner.bounding._in_child", lambda search, deadline: [])
     plan = plan_for(FAULTY, EVERYTHING, update_schedule="sequential")
