@@ -169,4 +169,4 @@ def _described(batch: Any) -> tuple[Hashable, ...]:
 def _leaf(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.dtype
-    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf)
+    return leaf if isinstance(leaf, (bool, int, float, str, type(None))) else type(leaf).__qualname__
