@@ -6,23 +6,19 @@ have them pass the blocks together (``offload/vertical.py``). So the order is pl
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from memtrain.offload.errors import PlanMismatchError
-from memtrain.offload.surroundings import Surroundings
+from memtrain.draws import Draws
+from memtrain.offload.errors import PlanMismatchError, RandomDrawsError
 from memtrain.offload.vertical import VerticalPass
 from memtrain.planner.actions import MicroBatchOrder
-from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.plan import Plan
 from memtrain.planner.trace import loss_runner
-from memtrain.planner.vertical import OrderError
 
 
 def accumulate(
@@ -32,6 +28,7 @@ def accumulate(
     batches: Iterable[Any],
     loss_fn: Callable[[Any, Any], Tensor] | None,
     device: torch.device,
+    draws: Draws,
 ) -> list[Tensor]:
     """``Session.accumulate``."""
     given = list(batches)
@@ -47,51 +44,18 @@ def accumulate(
             f"{len(given)} micro-batches were given, the plan has memory for {plan.micro_batches} at once: "
             "give so many to accumulate(), or call prepare with more micro_batches"
         )
-    return VerticalPass[Tensor](blocks, device).run(passes)
+    kinds = draws.kinds(given)
+    advances = draws.of(kinds)
+    if advances is None:
+        return [draws.measured(kind, each) for kind, each in zip(kinds, passes, strict=True)]
+    try:
+        return VerticalPass[Tensor](blocks, device).run(passes, advances)
+    except RandomDrawsError:
+        draws.forget()
+        raise
 
 
 def _pass(run: Callable[[], Tensor], count: int) -> Tensor:
     loss = run()
     (loss / count).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-
-class RandomWatch:
-    """Whether a model's forward draws random numbers, as dropout does in training."""
-
-    def __init__(self) -> None:
-        self.drawn = False
-
-    @contextmanager
-    def watching(self, model: nn.Module, device: torch.device) -> Iterator[RandomWatch]:
-        """Looks at every forward inside."""
-        began: list[Surroundings] = []
-
-        def leave(*_: Any) -> None:
-            self.drawn = self.drawn or began.pop().random_numbers_drawn
-
-        hooks = [
-            model.register_forward_pre_hook(lambda *_: began.append(Surroundings(device))),
-            model.register_forward_hook(leave),
-        ]
-        try:
-            yield self
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def possible(self, options: PlannerOptions) -> PlannerOptions:
-        """``options`` without an order that would not be exact.
-
-        Raises:
-            OrderError: it was asked for.
-        """
-        if not self.drawn or options.micro_batch_order == "horizontal":
-            return options
-        if options.micro_batch_order == "vertical":
-            raise OrderError(
-                "micro_batch_order is vertical, but the model's forward draws random numbers, as dropout "
-                "does in training: the micro-batches would draw others than one after the other. Set dropout "
-                "to 0, or micro_batch_order to horizontal"
-            )
-        return dataclasses.replace(options, micro_batch_order="horizontal")

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtrain.accumulation import RandomWatch, accumulate
+from memtrain.accumulation import accumulate
 from memtrain.arena import library as arena_library
 from memtrain.arena.passes import PlannedPasses
 from memtrain.coding import codecs_for, codecs_of_plan, refuse_other_codecs, weight_coding_of, weight_dtype
+from memtrain.draws import Draws, RandomWatch
 from memtrain.endurance import WriteMeter, written_rows
 from memtrain.forms import BlockForms
 from memtrain.installing import (
@@ -167,7 +168,7 @@ def prepare(
             measured with.
         MissingZstandardError: a codec's library is not installed.
         OrderError: vertical order of micro-batches was asked for with nothing to order, or for a model whose
-            forward draws random numbers.
+            forward draws random numbers that cannot be counted.
     """
     coding, stored = codecs_for(codecs or {}, budget), stored_weights(model)
     weight_coding = weight_coding_of(weight_codecs or {}, budget, stored)
@@ -268,6 +269,7 @@ def prepare(
             began_peak_bytes=peak.before_bytes,
             spare_state_bytes=spare_state_bytes,
             allocator=allocator,
+            draws=Draws(model, place, drawn=random_watch.drawn),
         )
     except BaseException as error:
         if handle is not None:
@@ -311,9 +313,11 @@ class Session:
         weight_codecs: Mapping[Tier, Codec],
         began_peak_bytes: int,
         spare_state_bytes: int,
+        draws: Draws,
         allocator: str = "default",
     ) -> None:
         self.model = model
+        self._draws = draws
         self.passes: PlannedPasses | None = None
         self._allocator = allocator
         self._codecs, self._weight_codecs = codecs, weight_codecs
@@ -408,7 +412,9 @@ class Session:
         """Forward and backward of all micro-batches of one optimizer step, in the plan's order.
 
         Gradients are those of the mean of the losses, bit for bit what this loop adds up:
-        ``for batch in batches: (loss(batch) / len(batches)).backward()``.
+        ``for batch in batches: (loss(batch) / len(batches)).backward()``, and so are random numbers that are
+        drawn, as by dropout, and the generators afterwards. In vertical order a step with a batch of a new
+        shape then runs as that loop, which counts what is drawn (``memtrain.draws``).
 
         Args:
             batches: as ``sample_batch`` of ``prepare``; in vertical order ``plan.micro_batches`` at most.
@@ -420,9 +426,12 @@ class Session:
         Raises:
             ValueError: no batches, or no gradients may be made here.
             PlanMismatchError: more batches than vertical order was planned for.
+            RandomDrawsError: in vertical order a batch draws more or fewer random numbers than one of equal
+                shapes did.
             OffloadError: a tier failed; or vertical order cannot be exact, for what the message names.
         """
-        return accumulate(self.model, self._blocks, self.plan, batches, loss_fn, self.engine.device.place)
+        place = self.engine.device.place
+        return accumulate(self.model, self._blocks, self.plan, batches, loss_fn, place, self._draws)
 
     def flush(self) -> None:
         """Finish an update that runs ahead of the next forward.
@@ -471,7 +480,7 @@ class Session:
         if self._reclaimer is not None:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         lines += [] if self.passes is None else self.passes.lines()
-        lines += [*weight_lines(self.weights), *tiling_lines(self.model)]
+        lines += [*weight_lines(self.weights), *tiling_lines(self.model), *self._draws.lines()]
         lines += tier_lines(self.engine)
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))

@@ -190,20 +190,20 @@ def tiles_of(model: nn.Module) -> list[Tile]:
     return [module for module in model.modules() if isinstance(module, Tile)]
 
 
-def windows_in_tiles(model: nn.Module) -> Callable[[Sequence[nn.Parameter]], int] | None:
-    """What of a unit's parameters is in a window at once: its largest tile, or what is no tile; None for a
-    model without tiles."""
+def windows_in_tiles(model: nn.Module) -> Callable[[Sequence[nn.Parameter]], list[int]] | None:
+    """Of a unit's parameters what comes into a window by itself, in bytes: each tile, and all that is no
+    tile; nothing of a unit that comes as a whole. None for a model without tiles."""
     of = {id(p): number for number, tile in enumerate(tiles_of(model)) for p in tile.parameters()}
     if not of:
         return None
 
-    def largest(parameters: Sequence[nn.Parameter]) -> int:
+    def pieces(parameters: Sequence[nn.Parameter]) -> list[int]:
         groups: dict[int | None, list[tuple[str, nn.Parameter]]] = {}
         for parameter in parameters:
             groups.setdefault(of.get(id(parameter)), []).append(("", parameter))
-        return max(map(window_bytes, groups.values()), default=0) if len(groups) > 1 else 0
+        return list(map(window_bytes, groups.values())) if len(groups) > 1 else []
 
-    return largest
+    return pieces
 
 
 def split_units(model: nn.Module, units: Sequence[Unit]) -> list[Unit]:

@@ -67,6 +67,10 @@ class TokenRangeError(PlanMismatchError):
     """A block's tokens cannot be treated apart: names the block, the tensor and the remedy."""
 
 
+class RandomDrawsError(OffloadError):
+    """A micro-batch drew more or fewer random numbers than its like did: names where, and the remedy."""
+
+
 class WeightAwayError(OffloadError):
     """A weight was used while its bytes are on a tier: names parameter, tier and what to do."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -18,7 +18,7 @@ class Surroundings:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._device_types = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
-        self._random = _random_state(device)
+        self._random = random_states(device)
         self._autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
             for kind in self._device_types
@@ -28,14 +28,14 @@ class Surroundings:
     @property
     def random_numbers_drawn(self) -> bool:
         """Whether a generator has moved on since."""
-        now = _random_state(self._device)
+        now = random_states(self._device)
         return not all(torch.equal(a, b) for a, b in zip(self._random, now, strict=True))
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Same RNG and autocast inside; the present ones again afterwards."""
-        now = _random_state(self._device)
-        _set_random_state(self._device, self._random)
+        now = random_states(self._device)
+        set_random_states(self._device, self._random)
         try:
             with contextlib.ExitStack() as stack:
                 for kind, (enabled, dtype) in self._autocast.items():
@@ -44,17 +44,19 @@ class Surroundings:
                     )
                 yield
         finally:
-            _set_random_state(self._device, now)
+            set_random_states(self._device, now)
 
 
-def _random_state(device: torch.device) -> list[torch.Tensor]:
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU's generator and, beside a CUDA device, of its."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     return states
 
 
-def _set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
+def set_random_states(device: torch.device, states: Sequence[torch.Tensor]) -> None:
+    """Have the generators go on from ``states``."""
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

@@ -14,8 +14,10 @@ boundary activations and saved tensors. Here
   single pass, and what was stored last is needed first. A snake that turned round in backward too, as the
   paper's, would add up gradients in another order.
 
-Random numbers that a forward draws would be others than in the horizontal order, which is refused, as are
-blocks that change their buffers. The micro-batches must go through the blocks in one order.
+Random numbers are those of the horizontal order too: each micro-batch begins where the one before it will
+leave the generators, and has them to itself during its turns. How far each moves them must be known
+beforehand (``random_advance.py``); one that moves them otherwise is an error, and so are blocks that change
+their buffers. The micro-batches must go through the blocks in one order.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memtrain.offload.errors import OffloadError
-from memtrain.offload.surroundings import Surroundings
+from memtrain.offload.errors import OffloadError, RandomDrawsError
+from memtrain.offload.random_advance import NOTHING, Advance, advanced
+from memtrain.offload.surroundings import random_states, set_random_states
 from memtrain.offload.thread_state import ThreadState
 from memtrain.offload.turns import Turns
 
@@ -61,35 +64,53 @@ class VerticalPass(Generic[_Result]):
         self._way: list[str] = []
         """What the micro-batches reach, in order: the same for each."""
         self._turns: Turns[_Result] | None = None
-        self._surroundings = Surroundings(device)
+        self._states: list[list[Tensor]] = []
+        """Of the generators, where each micro-batch begins; and where the last one ends."""
         self._buffers = [
             (f"{name}.{own}", buffer, buffer._version)
             for name, block in self._blocks
             for own, buffer in block.named_buffers()
         ]
 
-    def run(self, passes: Sequence[Callable[[], _Result]]) -> list[_Result]:
+    def run(
+        self, passes: Sequence[Callable[[], _Result]], draws: Sequence[Advance] | None = None
+    ) -> list[_Result]:
         """What each of ``passes`` returns; each is forward and backward of one micro-batch, in order.
 
+        Args:
+            draws: by how much each pass moves the random generators on; None: by nothing.
+
         Raises:
-            OffloadError: the micro-batches take different ways, draw random numbers, or change buffers.
-                As after any error in backward, gradients may be those of some of the micro-batches.
+            RandomDrawsError: a pass moves them by something else.
+            OffloadError: the micro-batches take different ways, or change buffers. As after any error in
+                backward, gradients may be those of some of the micro-batches; the generators are where they
+                were before this call.
             BaseException: what a pass raised, as it raised it. No thread is left, the others hold nothing.
         """
         state = ThreadState(self._device)
+        self._states = [random_states(self._device)]
+        for advance in draws or [NOTHING] * len(passes):
+            self._states.append(advanced(self._states[-1], advance))
 
         def travelling(number: int) -> Callable[[], _Result]:
             def work() -> _Result:
                 self._here.number = number
+                set_random_states(self._device, self._states[number])
                 result = passes[number]()
-                self._refuse_random()
+                self._refuse_other_draws(random_states(self._device), over=True)
                 return result
 
             return lambda: state.run(work)
 
         self._turns = Turns([travelling(number) for number in range(len(passes))], "micro-batch")
-        with self._watched():
-            return self._turns.run()
+        try:
+            with self._watched():
+                results = self._turns.run()
+        except BaseException:
+            set_random_states(self._device, self._states[0])
+            raise
+        set_random_states(self._device, self._states[-1])
+        return results
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -145,7 +166,8 @@ class VerticalPass(Generic[_Result]):
         me, turns = self._here, self._turns
         assert me.number is not None
         assert turns is not None
-        self._refuse_random()
+        mine = random_states(self._device)
+        self._refuse_other_draws(mine, over=False)
         me.stage, me.at = me.stage + 1, label
         if me.stage > len(self._way):
             self._way.append(label)
@@ -156,13 +178,25 @@ class VerticalPass(Generic[_Result]):
                 f"in one order; {_REMEDY}"
             )
         turns.reach(me.number, (me.stage, -me.number if last_first else me.number))
+        set_random_states(self._device, mine)
 
-    def _refuse_random(self) -> None:
-        if self._surroundings.random_numbers_drawn:
-            raise OffloadError(
-                f"the model draws random numbers ({self._here.at}), as dropout does in training: in vertical "
-                f"order the micro-batches would draw others than one after the other; {_REMEDY}, or have "
-                "nothing drawn (dropout 0)"
+    def _refuse_other_draws(self, now: Sequence[Tensor], *, over: bool) -> None:
+        """Where nothing is to be drawn the first number is one too many; else the end of the pass tells."""
+        number = self._here.number
+        assert number is not None
+        begin, end = self._states[number], self._states[number + 1]
+        quiet = _equal(begin, end)
+        if (over or quiet) and not _equal(now, end):
+            what = (
+                f"draws random numbers ({self._here.at}), as dropout does in training, where none were drawn"
+                if quiet
+                else "draws more or fewer random numbers than were drawn"
+            )
+            raise RandomDrawsError(
+                f"micro-batch {number} {what} for a batch of this kind before: in vertical order the "
+                "micro-batches would draw others than one after the other. Nothing has been updated, and the "
+                "generators are where they were: zero_grad() and the same batches again measure it anew; "
+                f"where what is drawn depends on values, {_REMEDY}, or have nothing drawn (dropout 0)"
             )
 
     def _refuse_changed_buffers(self) -> None:
@@ -172,3 +206,7 @@ class VerticalPass(Generic[_Result]):
                     f"the forward changes the buffer {name}: in vertical order the micro-batches would "
                     f"change it in another order than one after the other; {_REMEDY}"
                 )
+
+
+def _equal(states: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(states, others, strict=True))

@@ -4,7 +4,8 @@ Part of the independent checker (``check``). It knows nothing of how the timelin
 read before whatever uses it, unless no more other units were used since it was used last than windows can
 hold; at no time may more units be in memory than there are windows; and what an update has changed is written
 once. Where windows have several sizes, all of that holds of each size and of the units that need just that.
-A unit in tiles is read for every pass over it, and leaves nothing of other units in the windows.
+A unit in tiles is read for every pass over it, and leaves nothing of other units in the windows of its
+largest tile, nor in smaller ones that its smallest piece fits.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ def window_faults(plan: Plan, profile: ModelProfile) -> Iterator[str]:
     for name in units:
         kinds[_kind(plan, units[name])].add(name)
     for name, event, count in _moments(plan, profile):
-        at_once[event, count, _kind(plan, units[name])].add(name)
-    if len(windows) > 1 and any(_in_tiles(unit) for unit in units.values()):
-        yield f"windows of {sizes} bytes for weights in tiles, which go through windows of one size"
+        for size in sizes:
+            if _comes_into(plan, units[name], size):
+                at_once[event, count, size].add(name)
     for each in windows:
         members = kinds[each.slot_bytes]
         need = max((_in_window(units[name]) for name in members), default=0)
@@ -90,6 +91,13 @@ def _kind(plan: Plan, unit: UnitProfile) -> int:
     """The size of the windows that the unit takes turns in; 0 where it fits none."""
     fit = (w.slot_bytes for w in plan.staging.weight_windows if w.slot_bytes >= _in_window(unit))
     return min(fit, default=0)
+
+
+def _comes_into(plan: Plan, unit: UnitProfile, size: int) -> bool:
+    """Whether anything of the unit is ever in windows of that size: all of it, or some of its tiles."""
+    if not _in_tiles(unit):
+        return _kind(plan, unit) == size
+    return (unit.least_window_bytes or unit.window_bytes) <= size <= _kind(plan, unit)
 
 
 def _in_window(unit: UnitProfile) -> int:
@@ -298,8 +306,8 @@ def _computing(events: Events, name: str, count: int) -> list[Event]:
 
 def _missing(plan: Plan, profile: ModelProfile) -> Moments:
     """Uses of units that are in no window: as many others that need windows of the same size were used since
-    their last use as there are, or the tiles of another one, which go through all windows. Tiles themselves
-    are always gone."""
+    their last use as there are, or the tiles of another one, some of which come into windows of that size.
+    Tiles themselves are always gone."""
     moments, units = _moments(plan, profile), away(plan, profile)
     slots = {each.slot_bytes: each.slots for each in plan.staging.weight_windows}
     kinds = {name: _kind(plan, unit) for name, unit in units.items()}
@@ -308,15 +316,17 @@ def _missing(plan: Plan, profile: ModelProfile) -> Moments:
     missing = []
     for place, unit in enumerate(order):
         since: set[str] = set()
+        swept = False
         for other in (*reversed(order[:place]), *reversed(order[place:])):
             if other == unit:
                 break
             if kinds[other] == kinds[unit]:
                 since.add(other)
+            swept = swept or (other in tiles and _comes_into(plan, units[other], kinds[unit]))
         if unit in tiles:
             gone = not _right_beside_update(plan, moments, place)
         else:
-            gone = bool(since & tiles) or len(since) >= slots.get(kinds[unit], 0)
+            gone = swept or len(since) >= slots.get(kinds[unit], 0)
         if gone:
             missing.append(moments[place])
     return missing

@@ -243,6 +243,8 @@ class UnitProfile:
     window_bytes: int = 0
     """Of ``weight_extent_bytes`` the most that is in a window at once, where the unit's weights come in
     tiles, one after the other, at every use anew; 0: all of it comes together."""
+    least_window_bytes: int = 0
+    """Of what then comes by itself (each tile, and all that is no tile) the least; 0: as much as the most."""
     written_extent_bytes: int = 0
     """Of those the parameters that an update changes; the others are never written again."""
     overwritten: bool = False
@@ -258,6 +260,7 @@ class UnitProfile:
             ("movable_weight_bytes", "weight_extent_bytes"),
             ("written_extent_bytes", "weight_extent_bytes"),
             ("window_bytes", "weight_extent_bytes"),
+            ("least_window_bytes", "window_bytes"),
         ):
             if getattr(self, name) > getattr(self, most):
                 raise ValueError(
@@ -279,6 +282,11 @@ class UnitProfile:
     def largest_window_bytes(self) -> int:
         """What a window needs for it."""
         return self.window_bytes or self.weight_extent_bytes
+
+    @property
+    def smallest_window_bytes(self) -> int:
+        """What the smallest window that it uses needs."""
+        return self.least_window_bytes or self.largest_window_bytes
 
     @property
     def workspace_bytes(self) -> int:

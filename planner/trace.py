@@ -76,8 +76,8 @@ def profile_model(
         rehearsal: what will carry the plan out; without it the profile allows no nearly free recompute and no
             token prefixes.
         weights: brings those that are not in memory; each block is measured with its own there.
-        window_bytes: for a model with layers in tiles, what of some parameters, which are a unit's, would be
-            in memory at once if they were streamed; 0: all of them.
+        window_bytes: for a model with layers in tiles, what of some parameters, which are a unit's, would
+            come by itself if they were streamed, each tile and all that is no tile; nothing: all together.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pulp
 
-from memtrain.planner.actions import Tier
+from memtrain.planner.actions import StateDecision, Tier
+from memtrain.planner.plan import WindowClass
 from memtrain.planner.profile import UnitProfile
 from memtrain.planner.weight_coding import weight_room_bytes, weight_ways
-from memtrain.planner.weight_windows import WANTED_WINDOWS, WantedWindows, ordinary_bytes
+from memtrain.planner.weight_windows import WANTED_WINDOWS, WantedWindows, ordinary_bytes, weight_windows
 
 if TYPE_CHECKING:
     from memtrain.planner.choices import Request
@@ -54,16 +55,28 @@ class WeightChoices:
         """Per unit whether its weights are in a tier, in the order of ``Space.weights``."""
         movable = [u for u in range(len(self._units)) if set(self._open[u]) != {Tier.DEVICE}]
         sizes = {u: self._units[u].largest_window_bytes for u in movable}
-        self._largest = max((self._units[u].weight_extent_bytes for u in movable), default=0)
+        extents = {u: self._units[u].weight_extent_bytes for u in movable}
+        self._largest = max(extents.values(), default=0)
         ordinary = ordinary_bytes(request.profile)
         self._ordinary = max((size for size in sizes.values() if size <= ordinary), default=0)
         """Of the largest unit that goes through a small window, where there are two sizes."""
+        self._ordinary_extent = max((extents[u] for u in movable if sizes[u] <= ordinary), default=0)
+        """The most that one of those reads, in tiles or not."""
         self.ring: dict[WantedWindows | None, pulp.LpVariable] = {}
+        self._made: dict[WantedWindows, tuple[WindowClass, ...]] = {}
+        """The most windows that each comes to: those with all units away that may be."""
         if movable:
             two_sizes = 0 < self._ordinary < max(sizes.values())
             open_to = [wanted for wanted in WANTED_WINDOWS if two_sizes or not wanted.sized]
             self.ring[None] = self._binary("no_windows")
+            gone = tuple(
+                StateDecision(
+                    unit=unit.name, weight_tier=next((t for t in tiers if t is not Tier.DEVICE), Tier.DEVICE)
+                )
+                for unit, tiers in zip(self._units, self._open, strict=True)
+            )
             for wanted in open_to:
+                self._made[wanted] = weight_windows(request.profile, gone, wanted)
                 self.ring[wanted] = self._binary(f"windows_{wanted.slots}{'_sized' * wanted.sized}")
             self._add(pulp.lpSum(self.ring.values()) == 1)
             for index in movable:
@@ -148,19 +161,29 @@ class WeightChoices:
         if not sizes:
             return pulp.LpAffineExpression()
         equal = {n.slots: v for n, v in self.ring.items() if n is not None and not n.sized}
-        sized = {n.slots - 1: v for n, v in self.ring.items() if n is not None and n.sized}
         alike = self._problem.add_variable("window_megabytes", lowBound=0)
         self._ring_rows(alike, equal, sizes)
-        if not sized:
+        of_two = [v for n, v in self.ring.items() if n is not None and n.sized]
+        if not of_two:
             return 1e6 * alike
+        either = pulp.lpSum(of_two)
         small = {u: size for u, size in sizes.items() if size <= self._ordinary}
         large = {u: size for u, size in sizes.items() if u not in small}
         for kind in (small, large):  # two sizes only where units of both are away
-            self._add(pulp.lpSum(self.away(u) for u in kind) >= pulp.lpSum(sized.values()))
+            self._add(pulp.lpSum(self.away(u) for u in kind) >= either)
+        most = 1 + any(self._units[u].tiled for u in large)
+        sized: dict[int, Expression] = {}
+        for n, v in self.ring.items():
+            if n is not None and n.sized:
+                count = max(1, n.slots - most)
+                sized[count] = sized.get(count, 0) + v
         self._ring_rows(alike, sized, small)
-        one = self._problem.add_variable("large_window_megabytes", lowBound=0)
-        self._ring_rows(one, {1: pulp.lpSum(sized.values())}, large)
-        return 1e6 * (alike + one)
+        beside = self._problem.add_variable("large_window_megabytes", lowBound=0)
+        self._ring_rows(beside, {1: either}, large)
+        in_tiles = {u: size for u, size in large.items() if self._units[u].tiled}
+        for u, size in in_tiles.items():  # a tile, and the next or the rest of its unit
+            self._add(beside >= 2e-6 * size * (self.away(u) + either - 1))
+        return 1e6 * (alike + beside)
 
     def _ring_rows(self, total: Any, ring: dict[int, Expression], sizes: dict[int, int]) -> None:
         """``total``, in megabytes, is at least what the chosen windows take for units of these sizes."""
@@ -213,13 +236,16 @@ class WeightChoices:
             return Amount(queue=pulp.LpAffineExpression(), arithmetic=pulp.LpAffineExpression())
         link = self._machine.link(tier)
         rate = self._rate(tier, read=read)
-        most = {wanted: wanted.slots * self._largest for wanted in self.ring if wanted is not None}
-        most |= {n: self._largest + (n.slots - 1) * self._ordinary for n in most if n.sized}
+        most = {n: windows[-1].slots * self._largest for n, windows in self._made.items()}
+        for n, (first, *others) in self._made.items():
+            most[n] += first.slots * self._ordinary_extent if others else 0
         size = pulp.lpSum(most[n] * v for n, v in self.ring.items() if n is not None)
-        slots = pulp.lpSum(n.slots * v for n, v in self.ring.items() if n is not None)
+        slots = pulp.lpSum(
+            sum(each.slots for each in self._made[n]) * v for n, v in self.ring.items() if n is not None
+        )
         if in_use is not None:
-            small = self._units[in_use].weight_extent_bytes <= self._ordinary
-            size = size - (self._ordinary if small else self._largest) * self.away(in_use)
+            small = self._units[in_use].largest_window_bytes <= self._ordinary
+            size = size - (self._ordinary_extent if small else self._largest) * self.away(in_use)
             slots = slots - self.away(in_use)
         return Amount(
             queue=size * (1 / rate) + 2 * link.latency_seconds * slots,

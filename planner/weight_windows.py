@@ -10,17 +10,20 @@ all turns are over but the last ``n - 1`` that use weights before it. An update 
 masters takes a window without a read: at a turn of its own, or at the first forward that it runs ahead of.
 
 Windows have one size or two. A model's units are blocks, mostly alike, and tables around them which can be
-many times as large. With two sizes the tables have one window, which is theirs alone, and the blocks have the
-others: each size is a cache of its own, and all that is said above holds of each; but nothing is read before
-what is used before it, so a table comes when it is one of the next ``n - 1`` units of any size. More than two
-sizes would not take less memory: only what follows one another closely needs several windows, and whatever
-else is larger can share the one large window, whatever is smaller the small ones. What shares it is never
-used one right after the other (``ordinary_bytes``), so the next can come while blocks are used.
+many times as large. With two sizes the tables have one window (two, where they come in tiles), which is
+theirs alone, and the blocks have the others: each size is a cache of its own, and all that is said above
+holds of each; but nothing is read before what is used before it, so a table comes when it is one of the next
+``n - 1`` units of any size. More than two sizes would not take less memory: only what follows one another
+closely needs several windows, and whatever else is larger can share the one large window, whatever is smaller
+the small ones. What shares it is never used one right after the other (``ordinary_bytes``), so the next can
+come while blocks are used.
 
 A *tiled* unit never is in memory as a whole. Its tiles go through the windows one after the other, at every
-pass over them, and what others had left there is gone afterwards. A turn with two passes (the epilogue's
-forward and backward; a block that is computed again before its backward) reads it twice. Beside the tile that
-is used there is one window for the rest of its unit. To the queues it is one read ahead of the turn: tiles
+pass over them, and what others had left there is gone afterwards. Each goes through the smallest windows that
+hold it: those of its largest tile, where the unit's reads are counted, and the smaller ones where its
+smallest piece fits these. A turn with two passes (the epilogue's forward and backward; a block that is
+computed again before its backward) reads it twice. Beside the tile that is used there is one window of the
+same size for the rest of its unit, or the next tile. To the queues it is one read ahead of the turn: tiles
 are really read while their turn runs, behind each other, so that a pipeline of several turns takes as long.
 
 Index letters: ``u`` unit, ``n`` windows.
@@ -45,8 +48,8 @@ class WantedWindows:
     slots: int
     """In all."""
     sized: bool
-    """One of them as large as the largest unit and the others as the largest ordinary one, where units of
-    both kinds are away; False: all of them as large as the largest."""
+    """One of them, or two where such units are in tiles, as large as the largest unit and the others as the
+    largest ordinary one, where units of both kinds are away; False: all of them as large as the largest."""
 
 
 MOST_ALIKE = 4
@@ -87,12 +90,9 @@ def wanted_of(windows: Sequence[WindowClass]) -> WantedWindows | None:
 
 def ordinary_bytes(profile: ModelProfile) -> int:
     """Of the largest unit that is no large one: the least size above which units are never used together, nor
-    one right after another in a forward. 0 where no weights may leave. Tiles go through all windows, which
-    are then of one size."""
+    one right after another in a forward. 0 where no weights may leave."""
     forward = _pass(profile, [unit.weight_extent_bytes > 0 for unit in profile.units])
     sizes = sorted({unit.largest_window_bytes for unit in profile.units} - {0})
-    if any(unit.tiled for unit in profile.units):
-        return sizes[-1]
     for size in sizes:
         large = [{u for u in turn if profile.units[u].largest_window_bytes > size} for turn in forward]
         if all(len(one | following) <= 1 for one, following in itertools.pairwise(large)):
@@ -113,20 +113,26 @@ def weight_windows(
     small = [size for size in sizes if size <= ordinary]
     turns = _pass(profile, away)
 
-    def at_once(least: int, most: int) -> int:
+    def at_once(above: int, most: int) -> int:
         return max(
-            _at_once(profile, [u for u in turn if least < profile.units[u].largest_window_bytes <= most])
+            _at_once(profile, [u for u in turn if _goes_through(profile.units[u], above, most)])
             for turn in turns
         )
 
     if len(small) in (0, len(sizes)):
         count = max(min(wanted.slots, MOST_ALIKE, len(sizes)), at_once(-1, max(sizes)), 2)
         return (WindowClass(slots=count, slot_bytes=max(sizes)),)
-    count = max(min(wanted.slots - 1, len(small)), at_once(-1, ordinary))
+    large = at_once(max(small), max(sizes))
+    count = max(min(wanted.slots - large, len(small)), at_once(-1, max(small)))
     return (
         WindowClass(slots=count, slot_bytes=max(small)),
-        WindowClass(slots=at_once(ordinary, max(sizes)), slot_bytes=max(sizes)),
+        WindowClass(slots=large, slot_bytes=max(sizes)),
     )
+
+
+def _goes_through(unit: UnitProfile, above: int, most: int) -> bool:
+    """Whether any of the unit comes into windows of ``most`` bytes, the next smaller ones of ``above``."""
+    return unit.smallest_window_bytes <= most and unit.largest_window_bytes > above
 
 
 def _at_once(profile: ModelProfile, turn: Sequence[int]) -> int:
@@ -179,13 +185,15 @@ def step_turns(
     tiled = {index for index, unit in enumerate(profile.units) if unit.tiled}
     anew = set(_made_anew(profile, uses, passes=len(passes), schedule=schedule))
     for each in windows:  # which share nothing
-        members = range(above + 1, each.slot_bytes + 1)
-        own = [tuple(u for u in units if profile.units[u].largest_window_bytes in members) for units in uses]
+        through = {u for u, unit in enumerate(profile.units) if _goes_through(unit, above, each.slot_bytes)}
+        read_here = {u for u in through if profile.units[u].largest_window_bytes <= each.slot_bytes}
+        own = [tuple(u for u in units if u in through) for units in uses]
         found = _Windows(each.slots, tiled)
         for units in own:  # the step before: it leaves in the windows what this one finds there
             found.use(units)
         for index, units in enumerate(own):
             gone, evicted = found.use(units)
+            gone = tuple(unit for unit in gone if unit in read_here)
             missing = tuple(unit for unit in gone if (index, unit) not in anew)
             begins = None
             if missing:
@@ -194,8 +202,10 @@ def step_turns(
                 begins = max((end for end in ends if end is not None), default=None)
             if index < len(passes) and twice[index]:
                 missing = (*missing, *(unit for unit in gone if unit in tiled))
+            if not tiled.isdisjoint(missing):  # and what they turned out of smaller windows
+                evicted = (*evicts[index], *evicted)
             reads[index] += [Read(unit, begins, evicted) for unit in missing]
-            evicts[index] += evicted
+            evicts[index] = list(dict.fromkeys((*evicts[index], *evicted)))
         above = each.slot_bytes
     return [Turn(reads=tuple(r), evicts=tuple(e)) for r, e in zip(reads, evicts, strict=True)]
 

@@ -34,7 +34,7 @@ _PROBE_ELEMENTS = 1 << 20
 KeepsHalf = Callable[[dict[str, Any], Tensor], bool]
 """Of a parameter group and a large parameter in it: whether its record holds no more of its fp32 master than
 the lower half, for the upper one is the weight's."""
-WindowBytes = Callable[[Sequence[nn.Parameter]], int]
+WindowBytes = Callable[[Sequence[nn.Parameter]], Sequence[int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,7 @@ def parameter_units(
 
     Args:
         master_weights: weights of lower precision are rounded from fp32 copies.
-        window_bytes: what of a unit's movable parameters is in memory at once; None: all of them.
+        window_bytes: what of a unit's movable parameters comes by itself; None, or nothing: all together.
         whole: parameters are not cut: what the update of each takes is listed where it is known.
     """
 
@@ -288,8 +288,10 @@ def _movable(
         found = steps.of.get(id(parameter))
         return found is not None and found.keeps_half  # its new weight depends on the old one
 
+    pieces = () if window_bytes is None else window_bytes(parameters)
     return {
-        "window_bytes": 0 if window_bytes is None else window_bytes(parameters),
+        "window_bytes": max(pieces, default=0),
+        "least_window_bytes": min(pieces, default=0),
         "movable_weight_bytes": sum(p.nbytes for p in parameters),
         "weight_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters),
         "written_extent_bytes": sum(round_up(p.nbytes, _PAGE_BYTES) for p in parameters if p.requires_grad),

@@ -30,6 +30,7 @@ from memtrain import train as train_module
 from memtrain.accumulation import accumulate
 from memtrain.cli.validate import validate_file
 from memtrain.data import Tokens, Windows
+from memtrain.draws import Draws
 from memtrain.endurance import Written
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
@@ -106,7 +107,10 @@ class PlainSession:
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)
 
     def accumulate(self, batches: Any) -> list[torch.Tensor]:
-        return accumulate(self.model, [], self.plan, batches, None, torch.device("cpu"))
+        place = torch.device("cpu")
+        return accumulate(
+            self.model, [], self.plan, batches, None, place, Draws(self.model, place, drawn=False)
+        )
 
     def coding_lines(self) -> list[str]:
         return ["nvme: optimizer state coded"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import memtrain
-from memtrain.offload.errors import OffloadError, PlanMismatchError
+from memtrain.offload.errors import PlanMismatchError
 from memtrain.planner.actions import MicroBatchOrder
 from memtrain.recipe import PlannerSection, Recipe, RecipeError
 from memtrain.report import plan_text
@@ -173,50 +173,6 @@ def test_what_accumulate_cannot_do_is_said(tmp_path: Path) -> None:
             session.accumulate(data(0, 4))
         session.accumulate(data(0, 2))  # the last step of an epoch
         session.optimizer.zero_grad()
-
-
-class Dropping(nn.Module):
-    """A model that drops a part of what stands before its blocks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(3))
-        self.p = 0.1
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = torch.nn.functional.dropout(hidden, self.p, self.training)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return hidden.square().mean()
-
-
-def test_dropout_is_refused_before_training_and_auto_does_without(tmp_path: Path) -> None:
-    def prepared(order: str, model: nn.Module) -> memtrain.Session:
-        return memtrain.prepare(
-            model,
-            optimizer_for(model),
-            torch.ones(4, 8, 256),
-            budget=memtrain.Budget(device="3GiB", nvme=f"{tmp_path}:256MiB"),
-            machine=MACHINE,
-            micro_batches=COUNT,
-            options=memtrain.PlannerOptions(
-                force={"state": {"weight_tier": "nvme"}}, micro_batch_order=order
-            ),
-        )
-
-    with pytest.raises(ValueError, match="draws random numbers, as dropout does"):
-        prepared("vertical", Dropping())
-    with prepared("auto", Dropping()) as session:
-        assert session.plan.micro_batch_order is MicroBatchOrder.HORIZONTAL
-        session.accumulate([torch.ones(4, 8, 256)] * COUNT)
-    quiet = Dropping()
-    quiet.p = 0.0
-    with prepared("vertical", quiet) as session:
-        session.accumulate([torch.ones(4, 8, 256)] * COUNT)
-        quiet.p = 0.1
-        with pytest.raises(OffloadError, match=r"draws random numbers \(the part before the blocks"):
-            session.accumulate([torch.ones(4, 8, 256)] * COUNT)
 
 
 # -- the trainer -------------------------------------------------------------------------------------

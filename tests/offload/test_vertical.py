@@ -196,36 +196,6 @@ def test_context_and_threads_are_the_callers() -> None:
 # -- what would not be exact -------------------------------------------------------------------------
 
 
-def test_random_numbers_are_refused_by_name() -> None:
-    model = llama()
-    model.model.layers[1].mlp.down_proj = nn.Sequential(nn.Linear(384, 256), nn.Dropout(0.1))
-    with (
-        no_thread_left(),
-        pytest.raises(OffloadError, match=r"random numbers \(forward of model\.layers\.1\)"),
-    ):
-        vertical(model, micro_batches(2))
-    assert not gradients(model)  # nothing was added up
-    model.eval()
-    vertical(model, micro_batches(2))
-
-
-def test_random_numbers_before_the_blocks_and_in_the_loss_are_refused() -> None:
-    model = llama()
-
-    def before(model: nn.Module, tokens: Tensor) -> Tensor:
-        torch.rand(1)
-        return hugging_face(model, tokens)
-
-    with pytest.raises(OffloadError, match=r"random numbers \(the part before the blocks"):
-        vertical(model, micro_batches(2), before)
-
-    def behind(model: nn.Module, tokens: Tensor) -> Tensor:
-        return hugging_face(model, tokens) + torch.rand(())
-
-    with pytest.raises(OffloadError, match=r"random numbers \(the part behind the blocks"):
-        vertical(model, micro_batches(2), behind)
-
-
 def test_a_block_that_changes_a_buffer_is_refused_by_name() -> None:
     model = llama()
     model.model.layers[2].register_buffer("seen", torch.zeros(()))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtrain.offload.random_advance import Advance
 from memtrain.offload.vertical import VerticalPass
 from tests.offload.streamed import VOCABULARY, blocks_of
 
@@ -47,6 +48,7 @@ def vertical(
     data: Sequence[Tensor],
     loss_of: Loss = hugging_face,
     blocks: Sequence[tuple[str, nn.Module]] | None = None,
+    draws: Sequence[Advance] | None = None,
 ) -> list[Tensor]:
     """The same by ``VerticalPass``."""
 
@@ -55,7 +57,7 @@ def vertical(
 
     order = VerticalPass[Tensor](blocks or blocks_of(model), torch.device("cpu"))
     with no_thread_left():
-        losses = order.run([one(tokens) for tokens in data])
+        losses = order.run([one(tokens) for tokens in data], draws)
     return losses + gradients(model)
 
 

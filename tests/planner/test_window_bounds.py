@@ -12,11 +12,13 @@ import pytest
 
 from memtrain.planner import baselines
 from memtrain.planner.actions import Tier
+from memtrain.planner.check import check
 from memtrain.planner.choices import Request
 from memtrain.planner.machine import Budget, Machine, StateCodec
 from memtrain.planner.options import PlannerOptions
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.program import solve_program
+from memtrain.planner.solve import make_plan
 from memtrain.planner.space import Space, open_space
 from memtrain.planner.units import MiB
 from memtrain.planner.weight_coding import coding_spaces
@@ -29,7 +31,8 @@ PLACEMENTS = 40
 """Of weights, at most, that are simulated."""
 
 
-def random_model(draw: random.Random) -> ModelProfile:
+def random_model(draw: random.Random, pieces: random.Random) -> ModelProfile:
+    """``pieces``: of what is in tiles."""
     profile = weighty(
         draw.randint(2, 7),
         around=draw.random() < 0.7,
@@ -39,13 +42,16 @@ def random_model(draw: random.Random) -> ModelProfile:
     tiles, units = draw.random() < 0.5, []
     for unit in profile.units:
         size = draw.choice([0, 1, 2, 4, 8, 8, 8, 24]) * MiB
+        window = draw.choice([0, size // 4]) if tiles and size else 0
+        window *= pieces.choice([1, 1, 2])
         written = size if unit.gradient_bytes and draw.random() < 0.8 else 0
         changed: dict[str, Any] = {
             "weight_bytes": size,
             "movable_weight_bytes": size,
             "weight_extent_bytes": size,
             "written_extent_bytes": written,
-            "window_bytes": draw.choice([0, size // 4]) if tiles and size else 0,
+            "window_bytes": window,
+            "least_window_bytes": window // pieces.choice([1, 2, 8]),
             "overwritten": bool(written) and draw.random() < 0.4,
         }
         units.append(replace(unit, **changed))
@@ -107,13 +113,22 @@ def least_seconds(search: baselines.Search, space: Space, draw: random.Random) -
 @pytest.mark.parametrize("seed", [513, 90, 19, 136, 245, 97, *range(8)])
 def test_no_choice_is_faster_than_the_bound(seed: int) -> None:
     draw = random.Random(seed)
-    profile, machine = random_model(draw), random_machine(draw)
+    profile, machine = random_model(draw, random.Random(~seed)), random_machine(draw)
     options = random_options(draw)
     for space in coding_spaces(open_space(profile, machine, BUDGET, options), machine, options):
         parts: dict[str, Any] = {"profile": profile, "machine": machine, "budget": BUDGET, "options": options}
         search = baselines.Search(**parts, space=space)
         answer = solve_program(Request(**parts, space=space), space.schedules[0], 10)
         assert answer.bound_seconds <= least_seconds(search, space, draw) * (1 + 1e-6) + 1e-9
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_of_random_tiles_are_approved(seed: int) -> None:
+    draw = random.Random(seed)
+    profile, machine = random_model(draw, random.Random(~seed)), random_machine(draw)
+    plan = make_plan(profile, machine, BUDGET, options=random_options(draw))
+    assert check(plan, profile, machine, BUDGET) == ()
 
 
 def test_equal_units_have_no_more_windows_than_the_program_knows() -> None:
