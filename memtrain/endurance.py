@@ -139,9 +139,7 @@ class WriteMeter:
             changed[key] = changed.get(key, 0) + size
         if self._tables is not None:
             tier = self._tables.store.tier
-            for content, size in zip(
-                (Content.WEIGHTS, Content.STATE), self._tables.changed_bytes(), strict=True
-            ):
+            for content, size in self._tables.changed_bytes().items():
                 changed[tier, content] = changed.get((tier, content), 0) + size
         written = {
             (tier, content): size

@@ -92,13 +92,13 @@ def refuse_with_tables(allocator: str, place: torch.device) -> None:
     """Raises PrepareError where tables by rows cannot be."""
     if allocator == "planned":
         raise PrepareError(
-            "allocator is 'planned', and sparse_optimizer has tables by rows, of which each batch uses another "
-            "number: its requests follow no plan. Use allocator 'default'"
+            "allocator is 'planned', and sparse_optimizer has tables by rows, of which each batch uses "
+            "another number: its requests follow no plan. Use allocator 'default'"
         )
     if place.type != "cpu":
         raise PrepareError(
-            f"sparse_optimizer has tables by rows, which are for models on the CPU, and the model is on {place}: "
-            "leave sparse_optimizer out, and the embeddings with sparse=False"
+            f"sparse_optimizer has tables by rows, which are for models on the CPU, and the model is on "
+            f"{place}: leave sparse_optimizer out, and the embeddings with sparse=False"
         )
 
 

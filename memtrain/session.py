@@ -127,11 +127,11 @@ def prepare(
             inside the same context: other tensors are saved under it.
         budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process. Beside a
             GPU, ``host`` covers what is sent there and all staging memory.
-        sparse_optimizer: over embeddings with ``sparse=True``, on a CPU, which are then in no other optimizer:
-            ``torch.optim.SparseAdam`` or one that leaves rows alone that a step does not use. Their weights and
-            state lie on the fastest tier of the budget beside the device that has room for both, and only rows
-            that are used are read and written; ``Session.optimizer`` steps them too. State that it already has
-            is taken over.
+        sparse_optimizer: over embeddings with ``sparse=True``, on a CPU, that are in no other optimizer:
+            ``torch.optim.SparseAdam`` or one that leaves rows alone that a step does not use. Weights and
+            state lie on the fastest tier of the budget beside the device that has room for both, and only
+            rows that are used are read and written; ``Session.optimizer`` steps them too. State that it
+            already has is taken over.
         micro_batches: forward-backward passes per optimizer step (gradient accumulation).
         master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
         split_masters: under ``AdamW(fused=True)`` on a CPU, keep only what a bf16 weight does not hold of its

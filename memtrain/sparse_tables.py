@@ -1,9 +1,9 @@
 """Embedding tables of a session that lie on a tier by rows, weight and optimizer state.
 
-``prepare(..., sparse_optimizer=torch.optim.SparseAdam([...]))`` names them: each ``nn.Embedding(sparse=True)``
-whose weight is in it leaves before the model is measured (``RowTable``), so that what is measured is what will
-run, and comes home when the session is closed. Tables of a streamed model are on its tier already, and stay.
-They are in no unit of the plan, which counts them as ``TableProfile`` says.
+``prepare(..., sparse_optimizer=torch.optim.SparseAdam([...]))`` names them: each embedding with
+``sparse=True`` whose weight is in it leaves before the model is measured (``RowTable``), so that what is
+measured is what will run, and comes home when the session is closed. Tables of a streamed model are on its
+tier already, and stay. They are in no unit of the plan, which counts them as ``TableProfile`` says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memtrain.offload.contents import Content
 from memtrain.offload.errors import OffloadError, TierFullError
 from memtrain.offload.row_probe import row_states, sparse_rows
 from memtrain.offload.row_records import NOTES_BYTES, RowState, extent_bytes
@@ -112,15 +113,16 @@ class SparseTables:
         """Slots."""
         return self.optimizer.staging_bytes + sum(t.staging_bytes for t in self.tables.values())
 
-    def changed_bytes(self) -> tuple[int, int]:
-        """Of rows that steps have changed so far: weights and state."""
-        return sum(t.changed_bytes for t in self.tables.values()), self.optimizer.changed_bytes
+    def changed_bytes(self) -> dict[Content, int]:
+        """Of rows that steps have changed so far."""
+        weights = sum(table.changed_bytes for table in self.tables.values())
+        return {Content.WEIGHTS: weights, Content.STATE: self.optimizer.changed_bytes}
 
     def lines(self) -> list[str]:
         """For people."""
         tier = self.store.tier.value
         return [
-            f"{name} on {tier} by rows: {table.num_embeddings} rows, at most {table.used_rows} used by a forward"
+            f"{name} on {tier} by rows: {table.num_embeddings} rows, at most {table.used_rows} in a forward"
             for name, table in self.tables.items()
         ]
 
@@ -225,8 +227,8 @@ def _modules_of(
     """By the weight's name the path and the module, in the order of the optimizer."""
     if isinstance(sparse_optimizer, RowSparseOptimizer):
         raise SparseTableError(
-            "sparse_optimizer is a RowSparseOptimizer: give the optimizer that it was made of, which a session "
-            "wraps itself"
+            "sparse_optimizer is a RowSparseOptimizer: give the optimizer that it was made of, which a "
+            "session wraps itself"
         )
     owners = {
         id(m.weight): (path, m)
@@ -306,8 +308,9 @@ def _tier_for(needs: int, budget: Budget) -> Tier:
     if tier is None:
         given = ", ".join(f"{tier.value} {size} bytes" for tier, size in room.items() if size) or "none"
         raise TierFullError(
-            f"the tables of sparse_optimizer and their state take {needs} bytes, and no tier beside the device "
-            f"has as much in the budget ({given}): give budget.nvme, or raise it, to at least {needs} bytes"
+            f"the tables of sparse_optimizer and their state take {needs} bytes, and no tier beside the "
+            f"device has as much in the budget ({given}): give budget.nvme, or raise it, to at "
+            f"least {needs} bytes"
         )
     return tier
 

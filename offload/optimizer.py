@@ -496,6 +496,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _refuse_scaler(self) -> None:
         if self._tables is not None and hasattr(self, "found_inf"):
+            for note in ("found_inf", "grad_scale"):  # the scaler leaves them where step() raises
+                self.__dict__.pop(note, None)
             raise PlanMismatchError(
                 "a loss scaler steps the optimizer, which steps tables too, whose gradients the scaler does "
                 "not see: train in bf16 or fp32 without one"

@@ -28,7 +28,7 @@ from memtrain.offload.lower_halves import LOWER_KEY
 from memtrain.offload.optimizer import OffloadedOptimizer
 from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.shards import MASTER_KEY
-from memtrain.offload.snapshot_rows import saved_rows, write_rows
+from memtrain.offload.snapshot_rows import refuse_other_tables, saved_rows, write_rows
 from memtrain.offload.snapshot_state import WEIGHT_FILE, StateFiles
 from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
 from memtrain.offload.snapshot_weights import (
@@ -107,6 +107,7 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     folder = Path(folder)
     session.flush()
     files = verify(folder)
+    refuse_other_tables(files, tables_of(session))
     optimizer, names = session.optimizer, TiledNames(session.model)
     saved = _split(_read_optimizer(folder), names, optimizer, session.model)
     _check_groups(saved, optimizer, session.model)
@@ -117,7 +118,7 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
 
     with (
         StateFiles(folder, files, saved, lambda file: names.cut(file, shape)) as state,
-        saved_rows(folder, files, tables_of(session)) as rows,
+        saved_rows(folder, tables_of(session)) as rows,
     ):
         _check_state(saved, state, optimizer, kept)
         optimizer.await_snapshot()

@@ -53,20 +53,12 @@ def write_rows(writer: FolderWriter, optimizer: RowSparseOptimizer) -> None:
 
 
 class SavedRows:
-    """The state of tables in a checkpoint, compared with a session's and not yet read.
+    """The state of tables in a checkpoint, compared with a session's and not yet read."""
 
-    Args:
-        files: names of all files of ``folder``.
-        optimizer: of the session's tables; None where it has none.
-
-    Raises:
-        PlanMismatchError: the checkpoint has tables and the session none, or the other way round; or other
-            ones. Lists what differs.
-    """
-
-    def __init__(self, file: TensorFile | None, document: dict[str, Any], optimizer: Any) -> None:
-        self._file, self._document = file, document
-        self._optimizer: RowSparseOptimizer | None = optimizer
+    def __init__(
+        self, file: TensorFile | None, document: dict[str, Any], optimizer: RowSparseOptimizer | None
+    ) -> None:
+        self._file, self._document, self._optimizer = file, document, optimizer
 
     def load(self) -> None:
         """Replace the session's state. Raises OffloadError."""
@@ -91,11 +83,8 @@ class SavedRows:
         return read
 
 
-@contextmanager
-def saved_rows(
-    folder: Path, files: Iterable[str], optimizer: RowSparseOptimizer | None
-) -> Iterator[SavedRows]:
-    """``SavedRows`` of a folder, with its file open. Raises as ``SavedRows``."""
+def refuse_other_tables(files: Iterable[str], optimizer: RowSparseOptimizer | None) -> None:
+    """Raises PlanMismatchError where one of a checkpoint, of ``files``, and a session has tables."""
     there = _DOCUMENT in set(files)
     if there != (optimizer is not None):
         has, lacks = ("the checkpoint", "the session") if there else ("the session", "the checkpoint")
@@ -103,6 +92,18 @@ def saved_rows(
             f"{has} has tables with a lazy optimizer (sparse_optimizer), {lacks} has none: prepare the model "
             f"{'with' if there else 'without'} a sparse_optimizer, as when the checkpoint was made"
         )
+
+
+@contextmanager
+def saved_rows(folder: Path, optimizer: RowSparseOptimizer | None) -> Iterator[SavedRows]:
+    """``SavedRows`` of a folder, with its file open.
+
+    Args:
+        optimizer: of the session's tables; None where it has none.
+
+    Raises:
+        PlanMismatchError: the tables are others. Lists what differs.
+    """
     if optimizer is None:
         yield SavedRows(None, {}, None)
         return
