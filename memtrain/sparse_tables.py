@@ -383,5 +383,5 @@ def sparse_inputs(model: nn.Module) -> nn.Embedding:
 def sparse_weights(model: nn.Module) -> list[nn.Parameter]:
     """Weights of the model's tables by rows, and of its embeddings with sparse gradients."""
     of_tables = [table.weight for table in row_tables(model).values()]
-    others = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
+    others: list[Any] = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.sparse]
     return of_tables + others
