@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memtrain.offload.activations import ActivationExecutor
     from memtrain.offload.engine import Engine
     from memtrain.offload.optimizer import OffloadedOptimizer
+    from memtrain.sparse_tables import SparseTables
 
 _DAY_SECONDS = 86_400
 _YEAR_DAYS = 365.25
@@ -79,7 +80,9 @@ class WriteMeter:
         plan: Plan,
         optimizer: OffloadedOptimizer,
         activations: ActivationExecutor,
+        tables: SparseTables | None = None,
     ) -> None:
+        self._tables = tables
         self._engine, self._optimizer, self._activations = engine, optimizer, activations
         self._weight_tiers = {state.unit: state.weight_tier for state in plan.states}
         self._marks: list[_Mark] = []
@@ -134,6 +137,10 @@ class WriteMeter:
         for unit, size in self._optimizer.records.changed_weight_bytes.items():
             key = self._weight_tiers[unit], Content.WEIGHTS
             changed[key] = changed.get(key, 0) + size
+        if self._tables is not None:
+            tier = self._tables.store.tier
+            for content, size in self._tables.changed_bytes().items():
+                changed[tier, content] = changed.get((tier, content), 0) + size
         written = {
             (tier, content): size
             for tier in self._engine.tiers

@@ -22,7 +22,7 @@ from memtrain.offload.offloaded_grad import OffloadedGrad
 from memtrain.offload.optimizer import OffloadedOptimizer
 from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.shards import Unit
-from memtrain.offload.stored_weights import StoredWeights
+from memtrain.offload.store import Store
 from memtrain.planner import resident
 from memtrain.planner.actions import PLAIN, Tier, UpdateSchedule
 from memtrain.planner.decisions import gradients_come_and_go
@@ -73,10 +73,14 @@ def open_tiers(
     *,
     codecs: Mapping[Tier, Codec],
     weight_codecs: Mapping[Tier, Codec],
-    stored: StoredWeights | None,
+    lent: Mapping[Tier, Store],
     spare_state_bytes: int,
 ) -> Engine:
-    """The stores of the tiers, with room for what the plan sends there and ``spare_state_bytes`` of nvme."""
+    """The stores of the tiers, with room for what the plan sends there and ``spare_state_bytes`` of nvme.
+
+    Args:
+        lent: those that are open already, and stay so.
+    """
     staged = sum(
         line.size_bytes for line in plan.bill if (line.tier, line.category) == (Tier.HOST, "staging")
     )
@@ -92,7 +96,7 @@ def open_tiers(
         host_bytes=min(sent[Tier.HOST], budget.host_bytes - staged),
         codecs=codecs,
         weight_codecs=weight_codecs,
-        lent={stored.store.tier: stored.store} if stored is not None else None,
+        lent=lent,
     )
 
 

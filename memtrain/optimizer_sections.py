@@ -59,6 +59,15 @@ class AdamWSection(Section):
     """Keep fp32 copies of weights that are narrower, and step those."""
 
 
+class SparseAdamSection(Section):
+    """torch.optim.SparseAdam, over tables by rows: a row's moments stand still while no token names it."""
+
+    lr: PositiveFloat | None = None
+    """None: the other optimizer's. The schedule is for both."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+
+
 class SGDSection(Section):
     """torch.optim.SGD."""
 

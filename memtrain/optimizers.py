@@ -33,6 +33,7 @@ from memtrain.optim import (
 from memtrain.optimizer_sections import GridSection, OptimizerSection, SGDSection
 from memtrain.planner.grid_rule import GridRule
 from memtrain.planner.optimizer_bytes import OptimizerRule, ParameterSpec, state_bytes
+from memtrain.sparse_tables import sparse_weights
 
 CLASSES: dict[str, type[GridOptimizer]] = {
     "adamw-8bit": AdamW8bit,
@@ -118,6 +119,7 @@ def predicted_state_bytes(
         roles: of ``make_optimizer``, for one of memtrain's own.
         optimizer: what is streamed, where of some masters no more than the lower half is kept.
     """
+    by_rows = set(map(id, sparse_weights(model)))  # of another optimizer
     specs = [
         ParameterSpec(
             name=name,
@@ -127,6 +129,7 @@ def predicted_state_bytes(
             trainable=parameter.requires_grad,
         )
         for name, parameter in model.named_parameters()
+        if id(parameter) not in by_rows
     ]
     if isinstance(section, GridSection):
         found = state_bytes(specs, grid_rule(section, roles))

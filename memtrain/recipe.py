@@ -23,7 +23,14 @@ import yaml
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from memtrain.endurance import parse_endurance
-from memtrain.optimizer_sections import SECTIONS, OptimizerSection, Positive, Section
+from memtrain.optimizer_sections import (
+    SECTIONS,
+    GridSection,
+    OptimizerSection,
+    Positive,
+    Section,
+    SparseAdamSection,
+)
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
 from memtrain.planner.units import parse_bytes
@@ -57,6 +64,10 @@ class ModelSection(Section):
     """Of a streamed model, the most that one window for weights holds: larger layers are cut into tiles of
     that size, which are streamed one after the other. auto: where the windows would take more than half of
     what the budget leaves."""
+
+    sparse_tables: bool = False
+    """The input embeddings lie on a tier by rows, weight and optimizer state, and a step reads and writes the
+    rows that its tokens name. ``sparse_optimizer`` steps them."""
 
     @property
     def tile_bytes(self) -> int | str | None:
@@ -307,6 +318,8 @@ class Recipe(Section):
     budget: BudgetSection
     training: TrainingSection
     optimizer: OptimizerSection
+    sparse_optimizer: SparseAdamSection | None = None
+    """Of ``model.sparse_tables``; None: its defaults."""
     planner: PlannerSection = PlannerSection()
     tiers: TiersSection = TiersSection()
     schedule: ScheduleSection = ScheduleSection()
@@ -320,6 +333,41 @@ class Recipe(Section):
         if self.model.streamed and not any(tiers):
             raise ValueError("model.streamed needs a tier for the weights: give budget.nvme")
         return self
+
+    @model_validator(mode="after")
+    def _tables_by_rows(self) -> Recipe:
+        if not self.model.sparse_tables:
+            if self.sparse_optimizer is not None:
+                raise ValueError(
+                    "sparse_optimizer is for tables by rows: set model.sparse_tables: true, or leave it out"
+                )
+            return self
+        masters = self.model.dtype != "float32" and self.optimizer.master_weights
+        for wrong, why in (
+            (not (self.budget.cxl or self.budget.nvme), "a tier for the tables: give budget.nvme"),
+            (isinstance(self.optimizer, GridSection), "optimizer AdamW or SGD for the other weights"),
+            (
+                self.training.max_grad_norm is not None,
+                "training.max_grad_norm: null, for torch has no norm of sparse gradients",
+            ),
+            (masters, "model.dtype: float32, or optimizer.master_weights: false, for tables have no masters"),
+            (
+                self.training.allocator == "planned",
+                "training.allocator: default, for each batch uses another number of rows",
+            ),
+            (
+                self.checkpoint.beside_training,
+                "checkpoint.asynchronous: false and no hold_every, for steps overwrite rows where they lie",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"model.sparse_tables needs {why}")
+        return self
+
+    @property
+    def sparse_section(self) -> SparseAdamSection:
+        """Of ``sparse_optimizer``, or its defaults."""
+        return self.sparse_optimizer or SparseAdamSection()
 
     @model_validator(mode="after")
     def _disk_that_wears(self) -> Recipe:
@@ -383,6 +431,10 @@ class Recipe(Section):
         for key in ("threads", "device", "allocator", "log_every"):
             del data["training"][key]
         del data["model"]["streamed"]
+        if self.model.sparse_tables:
+            data["sparse_optimizer"] = self.sparse_section.model_dump(mode="json")
+        else:
+            del data["model"]["sparse_tables"]
         if self.model.tile in ("auto", "off"):  # otherwise gradients are summed tile by tile
             del data["model"]["tile"]
         if self.planner.allow_lossy:

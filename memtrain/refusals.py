@@ -88,6 +88,20 @@ def refuse_allocator(allocator: str, place: torch.device) -> None:
         )
 
 
+def refuse_with_tables(allocator: str, place: torch.device) -> None:
+    """Raises PrepareError where tables by rows cannot be."""
+    if allocator == "planned":
+        raise PrepareError(
+            "allocator is 'planned', and sparse_optimizer has tables by rows, of which each batch uses "
+            "another number: its requests follow no plan. Use allocator 'default'"
+        )
+    if place.type != "cpu":
+        raise PrepareError(
+            f"sparse_optimizer has tables by rows, which are for models on the CPU, and the model is on "
+            f"{place}: leave sparse_optimizer out, and the embeddings with sparse=False"
+        )
+
+
 def refuse_in_backward(options: PlannerOptions | None, plan: Plan | None, nonfinite: str) -> None:
     """Raises PlanMismatchError where updates may come during backward, and gradients are looked at first."""
     chosen = plan.update_schedule.value if plan is not None else options and options.update_schedule

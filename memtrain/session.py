@@ -49,7 +49,10 @@ from memtrain.offload.measure import measure_machine
 from memtrain.offload.optimizer import OffloadedOptimizer, OptimizerConfig
 from memtrain.offload.optimizer_probe import may_be_cut
 from memtrain.offload.parameters import ParameterStreamer
+from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.slab import HighWater
+from memtrain.offload.store import Store
+from memtrain.offload.stored_weights import StoredWeights
 from memtrain.optim.autograd.causal_lm import ChunkedLossHandle
 from memtrain.optim.autograd.treatments import ChangedModuleError
 from memtrain.optim.grid import GridOptimizer
@@ -78,12 +81,14 @@ from memtrain.refusals import (
     refuse_in_backward,
     refuse_model,
     refuse_overlaid_tiles,
+    refuse_with_tables,
 )
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
 from memtrain.runfiles import write_documents
 from memtrain.session_report import SessionMeter, coding_lines, comparison_lines, tier_lines, weight_lines
-from memtrain.streamed_models import stored_weights
+from memtrain.sparse_tables import SparseTables, put_tables_away, refuse_left_out, take_over, with_tables
+from memtrain.streamed_models import open_store, stored_weights
 from memtrain.tiling import carried_out, split_units, tiles_of, tiling_lines, windows_in_tiles
 from memtrain.weight_streaming import plan_units, stream_weights
 
@@ -94,6 +99,7 @@ def prepare(
     sample_batch: Any,
     *,
     budget: Budget,
+    sparse_optimizer: torch.optim.Optimizer | None = None,
     micro_batches: int = 1,
     master_weights: bool = False,
     split_masters: bool = True,
@@ -122,6 +128,11 @@ def prepare(
             inside the same context: other tensors are saved under it.
         budget: bytes that the job may use in each tier. On a CPU, ``device`` is the whole process. Beside a
             GPU, ``host`` covers what is sent there and all staging memory.
+        sparse_optimizer: over embeddings with ``sparse=True``, on a CPU, that are in no other optimizer:
+            ``torch.optim.SparseAdam`` or one that leaves rows alone that a step does not use. Weights and
+            state lie on the fastest tier of the budget beside the device that has room for both, and only
+            rows that are used are read and written; ``Session.optimizer`` steps them too. State that it
+            already has is taken over.
         micro_batches: forward-backward passes per optimizer step (gradient accumulation).
         master_weights: keep fp32 masters of bf16 or fp16 weights, and update those with fp32 gradients.
         split_masters: under ``AdamW(fused=True)`` on a CPU, keep only what a bf16 weight does not hold of its
@@ -159,6 +170,7 @@ def prepare(
         BlocksNotFoundError, UnsupportedHeadError, UnsupportedOptimizerError: what is not supported, by name.
         OffloadError: a tier cannot serve.
         BudgetError: the budget gives a tier that the machine does not have.
+        SparseTableError: a table of ``sparse_optimizer`` cannot be used by rows, or has no such optimizer.
         RunFileError: a file of ``directory`` cannot be written.
         PrepareError: a session of the model is open; the allocator is unknown, or planned and the model not
             on a CPU or the order of micro-batches vertical; gradient checkpointing is on; apply_to() has
@@ -178,6 +190,10 @@ def prepare(
     device = make_device(str(place) if machine is None else machine.device)
     refuse_device(device, place, machine)
     refuse_allocator(allocator, place)
+    if sparse_optimizer is None:
+        refuse_left_out(model, ())
+    else:
+        refuse_with_tables(allocator, place)
     if allocator == "planned":
         options = in_one_thread(options or PlannerOptions(), plan)
         options = dataclasses.replace(options, overlay=not tiles_of(model))
@@ -192,7 +208,21 @@ def prepare(
     peak = PeakSinceNow(device)
     blocks = find_blocks(model, block_names)
     handle: ChunkedLossHandle | None = None
+    tables: SparseTables | None = None
     try:
+        if sparse_optimizer is not None:
+            lazy_state = dict(sparse_optimizer.state)
+            tables = put_tables_away(
+                model,
+                sparse_optimizer,
+                optimizer,
+                blocks=blocks,
+                budget=budget,
+                lent=None if stored is None else stored.store,
+                open_store=open_store,
+                master_weights=master_weights,
+            )
+            resident.trim()  # of what the tables took
         if machine is None:
             machine = measure_machine(
                 budget.nvme_directory if budget.nvme_bytes else None,
@@ -230,7 +260,11 @@ def prepare(
                     rehearsal=BlockRehearsal(model, forms),
                     weights=weights,
                     window_bytes=windows_in_tiles(model),
+                    apart=[] if tables is None else tables.weights,
                 )
+        if tables is not None:
+            profile = with_tables(profile, tables)
+            take_over(tables, lazy_state)
         libraries_bytes = 0 if machine.on_cpu else profile.baseline_bytes
         profile = dataclasses.replace(
             profile, prepare_peak_bytes=max(reached_bytes, peak.known_bytes(libraries_bytes))
@@ -270,10 +304,15 @@ def prepare(
             spare_state_bytes=spare_state_bytes,
             allocator=allocator,
             draws=Draws(model, place, drawn=random_watch.drawn),
+            tables=tables,
         )
     except BaseException as error:
         if handle is not None:
             handle.uninstall()
+        if tables is not None:
+            tables.close()
+            assert sparse_optimizer is not None
+            sparse_optimizer.state.update(lazy_state)
         if isinstance(error, ChangedModuleError):
             raise PrepareError(
                 f"{error}. A session watches modules that apply_to() passes by: call revert(model) first. "
@@ -293,6 +332,7 @@ class Session:
         writes: what steps write to the tiers, and how much of it had changed.
         weights: what streams weights that the plan has on tiers; None where all stay on the device.
         passes: what gives passes planned addresses; None with the default allocator.
+        tables: embeddings that are used by rows; None without ``sparse_optimizer``.
     """
 
     def __init__(
@@ -315,9 +355,11 @@ class Session:
         spare_state_bytes: int,
         draws: Draws,
         allocator: str = "default",
+        tables: SparseTables | None = None,
     ) -> None:
         self.model = model
         self._draws = draws
+        self.tables = tables
         self.passes: PlannedPasses | None = None
         self._allocator = allocator
         self._codecs, self._weight_codecs = codecs, weight_codecs
@@ -345,6 +387,8 @@ class Session:
     ) -> None:
         model, plan, profile, budget = self.model, self.plan, self.profile, self.budget
         undo = self._undo.callback
+        if self.tables is not None:
+            undo(self.tables.close)
         stored = stored_weights(model)
         undo(set_use_cache, model, set_use_cache(model, False))
         device.limit(budget.device_bytes - self._libraries_bytes)
@@ -359,7 +403,7 @@ class Session:
             device,
             codecs=self._codecs,
             weight_codecs=self._weight_codecs,
-            stored=stored,
+            lent={store.tier: store for store in self._lent(stored)},
             spare_state_bytes=self._spare_state_bytes,
         )
         undo(self.engine.close)
@@ -379,7 +423,13 @@ class Session:
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self._weights
+            optimizer,
+            engine=self.engine,
+            plan=plan,
+            units=units,
+            config=config,
+            weights=self._weights,
+            tables=self.sparse_optimizer,
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
@@ -394,8 +444,19 @@ class Session:
         if self.machine.on_cpu:
             self._reclaimer = make_reclaimer(model, blocks, self.optimizer, self.plan, profile, self.passes)
             undo(self._reclaimer.remove)
-        self.writes = WriteMeter(self.engine, plan, self.optimizer, self._activations)
+        self.writes = WriteMeter(self.engine, plan, self.optimizer, self._activations, self.tables)
         undo(self.optimizer.register_step_post_hook(self._note_step).remove)
+
+    def _lent(self, stored: StoredWeights | None) -> list[Store]:
+        """Stores that were open before the session."""
+        stores = [] if stored is None else [stored.store]
+        return stores + ([] if self.tables is None else [self.tables.store])
+
+    @property
+    def sparse_optimizer(self) -> RowSparseOptimizer | None:
+        """Stands for the one that was given, for schedulers and ``state_dict()``; ``optimizer.step()`` and
+        ``optimizer.zero_grad()`` are its too. None where none was given."""
+        return None if self.tables is None else self.tables.optimizer
 
     def _bring_gradients_back(self) -> None:
         self.flush()
@@ -481,6 +542,7 @@ class Session:
             lines.append(f"freed memory asked back {self._reclaimer.times} times")
         lines += [] if self.passes is None else self.passes.lines()
         lines += [*weight_lines(self.weights), *tiling_lines(self.model), *self._draws.lines()]
+        lines += [] if self.tables is None else self.tables.lines()
         lines += tier_lines(self.engine)
         if written := self.writes.per_step():
             lines.append(table(*written_rows(written)))
@@ -504,7 +566,8 @@ class Session:
         """Make the model plain PyTorch again, bit for bit, and give all tiers back. May be called twice.
 
         A pending update is finished. Gradients that had left become ordinary tensors, and weights that had
-        left are in memory again; those of a streamed model go back to its tier. Optimizer state is not
+        left are in memory again; those of a streamed model go back to its tier, and its tables stay there.
+        Optimizer state is not
         brought back into memory: take ``optimizer.state_dict()`` or a checkpoint before.
         """
         self._undo.close()

@@ -27,6 +27,7 @@ from memtrain.offload import away
 from memtrain.offload.codec import Codec
 from memtrain.offload.errors import OffloadError, TierFullError
 from memtrain.offload.measure import measure_machine
+from memtrain.offload.row_table import RowTable, as_rows, row_tables, table_of
 from memtrain.offload.shards import SMALL, Unit
 from memtrain.offload.store import Store
 from memtrain.offload.stored_weights import StoredWeights, room_bytes
@@ -36,6 +37,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Budget
 from memtrain.planner.tracing.blocks import BlocksNotFoundError, find_blocks
 from memtrain.planner.weight_coding import is_faster
+from memtrain.sparse_tables import tables_in, weight_bytes
 from memtrain.tiling import AUTO, Cuts, automatic_tile_bytes, choose_cuts, cut
 from memtrain.weight_folder import WeightFilesError, WeightFolder, match
 
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _KEY = "_memtrain_stored_weights"
+Tables = Mapping[str, tuple[str, nn.Embedding]]
+"""Embeddings that become tables by rows, with their paths, by the names of their weights."""
 
 
 class StreamedModelError(OffloadError):
@@ -58,6 +62,7 @@ class StreamedModel:
         weights: the tier's part of it.
         unexpected: tensors of the files that the model has no use for.
         cuts: which layers are in tiles, and what should have been and cannot.
+        tables: embeddings that are on the tier by rows, by the names of their weights.
     """
 
     model: nn.Module
@@ -65,9 +70,17 @@ class StreamedModel:
     unexpected: tuple[str, ...] = ()
     cuts: Cuts = field(default_factory=Cuts)
 
+    @property
+    def tables(self) -> dict[str, RowTable]:
+        """Read from the model."""
+        return row_tables(self.model)
+
     def close(self) -> None:
         """Give the tier back; the weights are gone. May be called twice."""
-        self.weights.close()
+        with ExitStack() as undo:
+            undo.callback(self.weights.close)
+            for table in self.tables.values():
+                undo.callback(table.close)
 
     def __enter__(self) -> StreamedModel:
         return self
@@ -83,6 +96,7 @@ def streamed_model(
     dtype: torch.dtype | None = None,
     weight_codecs: Mapping[str, str] | None = None,
     tile_bytes: int | str | None = AUTO,
+    sparse_tables: bool = False,
 ) -> StreamedModel:
     """Construct a model and put its weights on a tier, one by one.
 
@@ -97,6 +111,9 @@ def streamed_model(
             ``TiledLinear`` and ``TiledEmbedding``, whose tiles are streamed, differentiated and updated one
             after the other (``memtrain.tiling``). ``auto``: where the windows of the largest unit would take
             more than half of what the budget leaves, an eighth of that. None: every layer is whole.
+        sparse_tables: the input embeddings become a table that is read and written by rows: give its weight,
+            ``StreamedModel.tables``, to ``prepare(sparse_optimizer=...)`` and the others to the optimizer.
+            Embeddings that a constructor makes with ``sparse=True`` do so in any case.
 
     Raises:
         StreamedModelError: ``dtype`` was given for a constructor; a codec for another tier than the weights
@@ -107,16 +124,17 @@ def streamed_model(
         TierFullError, TierIOError, SwapDirectoryError: the tier cannot serve.
         TilingError: a layer cannot be cut into tiles of that size; names it.
         BlocksNotFoundError: a size was given, and the model has no repeated blocks.
+        SparseTableError: an embedding cannot be a table by rows.
     """
     if tile_bytes != AUTO and not (tile_bytes is None or (isinstance(tile_bytes, int) and tile_bytes > 0)):
         raise StreamedModelError(f"tile_bytes must be {AUTO!r}, None or bytes above 0, got {tile_bytes!r}")
     if isinstance(source, (str, Path)):
-        return _read(Path(source), budget, dtype, weight_codecs, tile_bytes)
+        return _read(Path(source), budget, dtype, weight_codecs, tile_bytes, sparse_tables)
     if not isinstance(source, nn.Module) and callable(source):
         if dtype is not None:
             raise StreamedModelError("dtype is the constructor's business: leave it out")
-        return _drawn(source, budget, weight_codecs, tile_bytes)
-    return _drawn(_constructor(source, dtype), budget, weight_codecs, tile_bytes)
+        return _drawn(source, budget, weight_codecs, tile_bytes, sparse_tables)
+    return _drawn(_constructor(source, dtype), budget, weight_codecs, tile_bytes, sparse_tables)
 
 
 def stored_weights(model: nn.Module) -> StoredWeights | None:
@@ -158,11 +176,14 @@ def traced_units(model: nn.Module, blocks: Sequence[tuple[str, nn.Module]]) -> l
     return [("prologue", list(before.values())), *of_blocks, ("epilogue", list(after.values()))]
 
 
-def _cuts(model: nn.Module, budget: Budget, tile_bytes: int | str | None) -> Cuts:
+def _cuts(model: nn.Module, budget: Budget, tile_bytes: int | str | None, tables: Tables) -> Cuts:
     if tile_bytes is None:
         return Cuts()
     try:
-        units = traced_units(model, find_blocks(model))
+        units = [
+            (unit, [(name, parameter) for name, parameter in members if name not in tables])
+            for unit, members in traced_units(model, find_blocks(model))
+        ]
     except BlocksNotFoundError:
         if tile_bytes == AUTO:
             return Cuts()
@@ -179,14 +200,20 @@ def _drawn(
     budget: Budget,
     codecs: Mapping[str, str] | None,
     tile_bytes: int | str | None,
+    sparse_tables: bool,
 ) -> StreamedModel:
     blueprint = Blueprint(make)
-    cuts = _cuts(blueprint.model, budget, tile_bytes)
+    tables = tables_in(blueprint.model, of_inputs=sparse_tables)
+    cuts = _cuts(blueprint.model, budget, tile_bytes, tables)
     cut(blueprint.model, cuts)
-    with _on_a_tier(blueprint.model, budget, codecs) as weights:
+    with _on_a_tier(blueprint.model, budget, codecs, tables) as weights:
         small: dict[str, Tensor] = {}
+        made: dict[str, RowTable] = {}
 
         def put(name: str, tensor: Tensor) -> None:
+            if name in tables:
+                made[name] = _table(tables[name][1], name, [tensor], weights)
+                return
             start = 0
             for part, shape in cuts.parts(name, tensor.shape):
                 values = tensor if shape == tensor.shape else tensor[start : start + shape[0]]
@@ -197,6 +224,7 @@ def _drawn(
                     weights.put(part, values)
 
         model = blueprint.draw(put)
+        _stand_in(model, tables, made)
         cut(model, cuts)
         _settle(model, weights, small)
     return StreamedModel(model=model, weights=weights, cuts=cuts)
@@ -208,6 +236,7 @@ def _read(
     dtype: torch.dtype | None,
     codecs: Mapping[str, str] | None,
     tile_bytes: int | str | None,
+    sparse_tables: bool,
 ) -> StreamedModel:
     from transformers import AutoConfig
 
@@ -223,11 +252,17 @@ def _read(
     with WeightFolder(folder) as files:
         found = match(model, files)
         wanted = [(name, p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
-        cuts = _cuts(model, budget, tile_bytes)
+        tables = tables_in(model, of_inputs=sparse_tables)
+        cuts = _cuts(model, budget, tile_bytes, tables)
         cut(model, cuts)
-        with _on_a_tier(model, budget, codecs) as weights:
+        with _on_a_tier(model, budget, codecs, tables) as weights:
             small: dict[str, Tensor] = {}
+            made: dict[str, RowTable] = {}
             for name, kind, shape in wanted:
+                if name in tables:
+                    rows = as_rows(files.parts(found.sources[name]), shape[1])
+                    made[name] = _table(tables[name][1], name, rows, weights)
+                    continue
                 elements = _Elements(files.parts(found.sources[name]))
                 for part, part_shape in cuts.parts(name, shape):
                     values = elements.take(math.prod(part_shape))
@@ -241,8 +276,29 @@ def _read(
                 if name in found.sources:
                     parts = [part.to(buffer.dtype, copy=True) for part in files.parts(found.sources[name])]
                     buffer.copy_(_joined(parts, buffer.shape, buffer.dtype))
+            _stand_in(model, tables, made)
             _settle(model, weights, small)
     return StreamedModel(model=model, weights=weights, unexpected=found.unexpected, cuts=cuts)
+
+
+def _table(embedding: nn.Embedding, name: str, rows: Iterable[Tensor], weights: StoredWeights) -> RowTable:
+    return RowTable(
+        embedding.num_embeddings,
+        embedding.embedding_dim,
+        rows,
+        store=weights.store,
+        dtype=embedding.weight.dtype,
+        padding_idx=embedding.padding_idx,
+        name=name,
+        trainable=embedding.weight.requires_grad,
+    )
+
+
+def _stand_in(model: nn.Module, tables: Tables, made: Mapping[str, RowTable]) -> None:
+    """Put tables in the place of embeddings."""
+    for name, table in made.items():
+        parent, _, own = tables[name][0].rpartition(".")
+        setattr(model.get_submodule(parent), own, table)
 
 
 def _joined(parts: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -281,18 +337,21 @@ def _constructor(config: Any, dtype: torch.dtype | None) -> Callable[[], nn.Modu
 
 
 @contextmanager
-def _on_a_tier(model: nn.Module, budget: Budget, codecs: Mapping[str, str] | None) -> Iterator[StoredWeights]:
+def _on_a_tier(
+    model: nn.Module, budget: Budget, codecs: Mapping[str, str] | None, tables: Tables
+) -> Iterator[StoredWeights]:
     """A tier with room for the model's weights, for what happens inside to fill; closed if that fails."""
     entries = [
         Entry(name=name, dtype=parameter.dtype, shape=tuple(parameter.shape))
         for name, parameter in model.named_parameters()
-        if parameter.numel() >= SMALL
+        if parameter.numel() >= SMALL and name not in tables
     ]
+    beside = sum(weight_bytes(e.weight.shape, e.weight.dtype) for _, e in tables.values())
     coding = weight_codecs_for(codecs or {}, budget)
-    tier, codec = _tier_for(entries, budget, coding)
+    tier, codec = _tier_for(entries, budget, coding, beside)
     if codec is not None and tier in coding.optional and not _pays(tier, codec, budget, weight_dtype(model)):
         codec = None
-    weights = StoredWeights(_open_store(budget, tier), codec)
+    weights = StoredWeights(open_store(budget, tier), codec)
     with ExitStack() as undo:
         undo.callback(weights.close)
         yield weights
@@ -300,15 +359,17 @@ def _on_a_tier(model: nn.Module, budget: Budget, codecs: Mapping[str, str] | Non
         undo.pop_all()
 
 
-def _tier_for(entries: Sequence[Entry], budget: Budget, coding: WeightCoding) -> tuple[Tier, Codec | None]:
-    """The fastest tier with room for ``entries``, and their codec there.
+def _tier_for(
+    entries: Sequence[Entry], budget: Budget, coding: WeightCoding, beside: int
+) -> tuple[Tier, Codec | None]:
+    """The fastest tier with room for ``entries`` and ``beside`` bytes, and the codec of the entries there.
 
     Raises:
         StreamedModelError: a codec for another tier than that.
         TierFullError: no tier has room.
     """
     room = {Tier.HOST: budget.host_bytes, Tier.CXL: budget.cxl_bytes, Tier.NVME: budget.nvme_bytes}
-    needs = {tier: room_bytes(entries, coding.codecs.get(tier)) for tier in room}
+    needs = {tier: room_bytes(entries, coding.codecs.get(tier)) + beside for tier in room}
     tier = next((tier for tier, size in room.items() if size >= max(1, needs[tier])), None)
     if tier is None:
         nbytes = needs[Tier.NVME]
@@ -341,7 +402,7 @@ def _pays(tier: Tier, codec: Codec, budget: Budget, dtype: torch.dtype) -> bool:
     return is_faster(machine.link(tier))
 
 
-def _open_store(budget: Budget, tier: Tier) -> Store:
+def open_store(budget: Budget, tier: Tier) -> Store:
     """All that the budget has of a tier: a session will put there what else belongs to the tier."""
     if tier is Tier.NVME:
         assert budget.nvme_directory is not None
@@ -358,6 +419,8 @@ def _settle(model: nn.Module, weights: StoredWeights, small: Mapping[str, Tensor
     for name, parameter in model.named_parameters():
         if name in small:
             parameter.data = small[name]
+            continue
+        if table_of(parameter) is not None:
             continue
         away.put(parameter, away.without_bytes(parameter))
         away.forbid(

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from memtrain.offload.away import is_away
 from memtrain.offload.device import Device
 from memtrain.offload.engine import Engine
 from memtrain.offload.parameters import ParameterStreamer
@@ -93,7 +94,7 @@ class TracedWeights:
 
     def key(self, tensor: Tensor) -> int:
         """Of a streamed weight its identity: it has a storage only for a while."""
-        if self._streamer.unit_of(tensor) is not None:
+        if self._streamer.unit_of(tensor) is not None or is_away(tensor):
             return id(tensor)
         weight = self._streamer.weight_at(tensor)
         return storage_id(tensor) if weight is None else id(weight)
@@ -102,6 +103,8 @@ class TracedWeights:
         """Of a streamed weight all its bytes, wherever they are."""
         if self._streamer.unit_of(tensor) is not None:
             return tensor.nbytes
+        if is_away(tensor):  # a table by rows
+            return 0
         weight = self._streamer.weight_at(tensor)
         return tensor.untyped_storage().nbytes() if weight is None else weight.nbytes
 

@@ -58,6 +58,7 @@ from memtrain.report import (
 from memtrain.runfiles import RunFileError, make_folder, write_text
 from memtrain.session import PrepareError, Session
 from memtrain.snapshots import RunSnapshots
+from memtrain.sparse_tables import sparse_weights
 from memtrain.streamed_models import StreamedModel
 from memtrain.tiling import tiles_of, tiling_lines
 from memtrain.weights import load_model, load_streamed
@@ -107,7 +108,8 @@ def build_optimizer(
             return make_optimizer(section.name, model, overrides=overrides, **section.arguments())
         except ValueError as error:
             raise RecipeError(f"optimizer: {error}") from error
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    by_rows = set(map(id, sparse_weights(model)))
+    parameters = [p for p in model.parameters() if p.requires_grad and id(p) not in by_rows]
     if isinstance(section, AdamWSection):
         adamw = torch.optim.AdamW(
             parameters,
@@ -126,6 +128,16 @@ def build_optimizer(
         fused=section.fused,
     )
     return sgd, []
+
+
+def build_sparse_optimizer(recipe: Recipe, model: torch.nn.Module) -> torch.optim.Optimizer | None:
+    """Of the model's tables by rows; None where the recipe has none."""
+    if not recipe.model.sparse_tables:
+        return None
+    section = recipe.sparse_section
+    return torch.optim.SparseAdam(
+        sparse_weights(model), lr=section.lr or recipe.optimizer.lr, betas=section.betas, eps=section.eps
+    )
 
 
 def pick_device(choice: str) -> torch.device:
@@ -228,6 +240,7 @@ class Trainer:
             optimizer,
             self._batch(self.train_windows, 0),
             budget=self._plan_budget(),
+            sparse_optimizer=build_sparse_optimizer(recipe, model),
             micro_batches=training.accumulation,
             master_weights=recipe.optimizer.master_weights,
             nonfinite=training.nonfinite,
@@ -360,10 +373,14 @@ class Trainer:
     def _step(self, step: int) -> StepRecord:
         """One optimizer step over ``accumulation`` micro-batches."""
         training, optimizer = self.recipe.training, self.session.optimizer
-        rate = self.recipe.optimizer.lr * learning_rate_factor(self.recipe.schedule, step, training.steps)
+        factor = learning_rate_factor(self.recipe.schedule, step, training.steps)
+        rate = self.recipe.optimizer.lr * factor
         start = time.perf_counter()
         for group in optimizer.param_groups:  # before backward, in which weights may be updated
             group["lr"] = rate
+        if (lazy := self.session.sparse_optimizer) is not None:
+            for group in lazy.param_groups:
+                group["lr"] = (self.recipe.sparse_section.lr or self.recipe.optimizer.lr) * factor
         first = step * training.accumulation
         losses = self.session.accumulate(
             self._batch(self.train_windows, first + micro) for micro in range(training.accumulation)

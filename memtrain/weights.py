@@ -22,6 +22,7 @@ from torch import nn
 from memtrain.offload.errors import OffloadError
 from memtrain.planner.machine import Budget
 from memtrain.recipe import ModelSection, RecipeError
+from memtrain.sparse_tables import sparse_inputs
 from memtrain.streamed_models import StreamedModel, streamed_model
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def load_model(section: ModelSection, device: torch.device) -> PreTrainedModel:
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path {section.path!r} cannot be loaded: {error}") from error
         own_weights(model)
+    if section.sparse_tables:
+        sparse_inputs(model)
     _ready_to_train(model)
     moved: PreTrainedModel = model.to(device)
     return moved
@@ -96,7 +99,11 @@ def load_streamed(
             return made
 
         streamed = streamed_model(
-            make, budget=budget, weight_codecs=weight_codecs, tile_bytes=section.tile_bytes
+            make,
+            budget=budget,
+            weight_codecs=weight_codecs,
+            tile_bytes=section.tile_bytes,
+            sparse_tables=section.sparse_tables,
         )
     else:
         assert section.path is not None
@@ -111,6 +118,7 @@ def load_streamed(
             budget=budget,
             weight_codecs=weight_codecs,
             tile_bytes=section.tile_bytes,
+            sparse_tables=section.sparse_tables,
         )
     _ready_to_train(streamed.model)
     return streamed

@@ -35,7 +35,7 @@ from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.placed import SnapshotWriter
 from memtrain.offload.slab import Slab
-from memtrain.offload.snapshot import Session, weights_of
+from memtrain.offload.snapshot import Session, tables_of, weights_of
 from memtrain.offload.snapshot_parts import SnapshotContents, gather, read_bytes
 from memtrain.offload.snapshot_weights import weight_files
 from memtrain.offload.spares import reserve_spares
@@ -83,10 +83,15 @@ class AsyncCheckpointer:
 
     Raises:
         TierFullError: no room for the spares.
-        CheckpointError: the session has a checkpointer already.
+        CheckpointError: the session has a checkpointer already, or tables that are used by rows.
     """
 
     def __init__(self, session: Session, *, spare_bytes: Mapping[Tier, int] | None = None) -> None:
+        if tables_of(session) is not None:
+            raise CheckpointError(
+                "a session with tables that are used by rows (sparse_optimizer) takes no snapshots beside "
+                "training: steps overwrite rows where they lie. Call save_checkpoint() between steps"
+            )
         self._session = session
         self._weights = weights_of(session)
         self._records: RecordStore = session.optimizer.records

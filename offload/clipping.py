@@ -78,6 +78,8 @@ def is_finite(grad: Tensor) -> bool:
     """Whether every element is finite."""
     if isinstance(grad, OffloadedGrad):
         return grad.finite()
+    if grad.layout is torch.sparse_coo:
+        return is_finite(grad.coalesce().values())
     if grad.numel() == 0 or getattr(grad, _FINITE, None) == grad._version:
         return True
     # Two numbers instead of a mask as large as the gradient.

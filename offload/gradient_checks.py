@@ -39,13 +39,18 @@ def refuse_unplanned(
             )
 
 
-def refuse_nonfinite(planned: Mapping[str, Tensor], nonfinite: str) -> bool:
-    """Whether to skip the step. Raises NonFiniteGradientError where ``nonfinite`` says so."""
+def refuse_nonfinite(planned: Mapping[str, Tensor], nonfinite: str, found: Sequence[str] = ()) -> bool:
+    """Whether to skip the step. Raises NonFiniteGradientError where ``nonfinite`` says so.
+
+    Args:
+        found: names of others whose gradients are not finite.
+    """
     names = [
         name
         for name, parameter in planned.items()
         if parameter.grad is not None and not is_finite(parameter.grad)
     ]
+    names += found
     if names and nonfinite == "raise":
         raise NonFiniteGradientError(
             f"NaN or inf in the gradients of {len(names)} parameters, first {names[0]}: lower the "

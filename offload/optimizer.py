@@ -33,6 +33,7 @@ from memtrain.offload.optimizer_config import OptimizerConfig
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
 from memtrain.offload.parameters import ParameterStreamer
+from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.shards import MASTER_KEY, Unit
 from memtrain.offload.slab import HighWater
 from memtrain.offload.state_dicts import from_state_dict, to_state_dict
@@ -59,6 +60,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         units: parameters in forward order; every trainable parameter of the optimizer must be in one.
         config: master weights and so on.
         weights: what streams weights of the units, where some are on tiers; installed before, removed after.
+        tables: a lazy optimizer of tables that are in no unit; ``step`` and ``zero_grad`` are theirs too.
 
     Raises:
         PlanMismatchError: units and optimizer do not fit each other or the plan, or the slots are too small.
@@ -78,11 +80,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         units: Sequence[Unit],
         config: OptimizerConfig | None = None,
         weights: ParameterStreamer | None = None,
+        tables: RowSparseOptimizer | None = None,
     ) -> None:
         self._complete = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.optimizer = optimizer
-        self._weights = weights
+        self._weights, self._tables = weights, tables
+        if tables is not None:
+            tables.lead("session.optimizer.step()")
+            self._step_supports_amp_scaling = True  # a loss scaler then says that it is there, and is refused
         self.config = config or OptimizerConfig()
         self.param_groups = optimizer.param_groups
         self.defaults = optimizer.defaults
@@ -198,11 +204,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """One update. Under the AHEAD schedule it is only begun, and done by ``ensure`` or ``flush``; under
         IN_BACKWARD this is the rest of it (``in_backward``).
 
+        Tables are stepped here whatever the schedule.
+
         Raises:
             NonFiniteGradientError: if so configured.
-            PlanMismatchError: a parameter that was frozen when the plan was made has a gradient now.
+            PlanMismatchError: a parameter that was frozen when the plan was made has a gradient now; or a
+                loss scaler steps tables.
             OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint.
         """
+        self._refuse_scaler()
         if self._in_backward is not None:
             return self._finish_step(self._in_backward, closure)
         self.flush()
@@ -214,9 +224,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._refuse_unplanned()
         try:
             self.last_step_skipped = self.config.nonfinite != "ignore" and refuse_nonfinite(
-                self.index.parameters, self.config.nonfinite
+                self.index.parameters,
+                self.config.nonfinite,
+                [] if self._tables is None else self._tables.nonfinite(),
             )
             if not self.last_step_skipped:
+                if self._tables is not None:
+                    self._tables.advance()
                 update = Update(self.layout, self._records, self.gradients)
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
@@ -235,6 +249,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         try:
             in_backward.finish(self._refuse_unplanned)
             self.state_count += 1
+            if self._tables is not None:
+                self._tables.advance()
         finally:
             forget_clips(self._all_parameters())
 
@@ -247,6 +263,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self.flush()
         forget_clips(self._all_parameters())
         super().zero_grad(set_to_none)
+        if self._tables is not None:
+            self._tables.zero_grad(set_to_none)
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -261,8 +279,14 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             parameters: order in which norms are summed; default: that of the parameter groups.
 
         Raises:
-            PlanMismatchError: the plan updates during backward.
+            PlanMismatchError: the plan updates during backward; or there are tables, whose gradients are
+                sparse, and ``parameters`` does not say that they are left out.
         """
+        if self._tables is not None and parameters is None:
+            raise PlanMismatchError(
+                "clip_grad_norm_() would leave out the tables, for torch has no norm of sparse gradients: "
+                "name the others, clip_grad_norm_(max_norm, parameters=[...]), or leave clipping out"
+            )
         if self._in_backward is not None:
             raise PlanMismatchError(
                 "clip_grad_norm_() needs the norm of all gradients before any weight changes, the plan "
@@ -508,6 +532,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     # -- odds and ends
     # -----------------------------------------------------------------------------------------
+
+    def _refuse_scaler(self) -> None:
+        if self._tables is not None and hasattr(self, "found_inf"):
+            for note in ("found_inf", "grad_scale"):  # the scaler leaves them where step() raises
+                self.__dict__.pop(note, None)
+            raise PlanMismatchError(
+                "a loss scaler steps the optimizer, which steps tables too, whose gradients the scaler does "
+                "not see: train in bf16 or fp32 without one"
+            )
 
     def _refuse_unplanned(self) -> None:
         refuse_unplanned(self._all_parameters(), self.index.parameters, self.layout.unplanned)

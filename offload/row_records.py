@@ -22,6 +22,9 @@ GROUP_BYTES = PAGE_BYTES
 """Rows that are used lie apart, so what a group has beside them is written for nothing: in groups of 16 KiB
 2.9 times the least, of SmolLM2's table under Zipf's tokens. A page is the least that direct I/O moves."""
 _ALIGNMENT = 64  # of each tensor in a group: a cache line, and a multiple of every dtype
+NOTES_BYTES = 448
+"""What a store and this note of a group that was written, in Python's heap: measured, 417 (a chunk with its
+numbers and checksum, its entry in the extent's dictionary, a byte here)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,19 +54,11 @@ class RowRecords:
         self.name, self.rows, self.row_shape = name, shape[0], tuple(shape[1:])
         self.states = tuple(states)
         self._store = store
-        row_elements = torch.Size(self.row_shape).numel()
-        row_bytes = row_elements * sum(state.dtype.itemsize for state in states)
-        self.group_rows = max(1, min(self.rows, GROUP_BYTES // row_bytes))
-        self._spans: dict[str, slice] = {}
-        start = 0
-        for state in states:
-            stop = start + self.group_rows * row_elements * state.dtype.itemsize
-            self._spans[state.key] = slice(start, stop)
-            start = round_up(stop, _ALIGNMENT)
-        self.group_bytes = round_up(start, PAGE_BYTES)
+        self.group_rows, self.group_bytes, self._spans = _cut(shape, states)
         self.groups = -(-self.rows // self.group_rows)
         self._extent = store.allocate(name, self.groups * self.group_bytes)
-        self._written: set[int] = set()
+        self._written = bytearray(self.groups)
+        """1 for each group that was."""
 
     @property
     def row_bytes(self) -> int:
@@ -76,7 +71,7 @@ class RowRecords:
         tickets = []
         for place, group in enumerate(groups):
             part = self._part(place, slot)
-            if group in self._written:
+            if self._written[group]:
                 tickets.append(self._store.read(self._extent, part, group * self.group_bytes))
             else:
                 part.zero_()  # padding, too, is written
@@ -88,7 +83,7 @@ class RowRecords:
         """Start writing groups from their places in the slot."""
         tickets = []
         for place, group in enumerate(groups):
-            self._written.add(group)  # also if this fails: a read then says that it was
+            self._written[group] = 1  # also if this fails: a read then says that it was
             tickets.append(self._store.write(self._extent, self._part(place, slot), group * self.group_bytes))
         return tickets
 
@@ -104,11 +99,11 @@ class RowRecords:
 
     def forget(self) -> None:
         """All rows are what a new optimizer has."""
-        self._written.clear()
+        self._written = bytearray(self.groups)
 
     def in_runs(self, count: int, *, written: bool) -> Iterator[list[int]]:
         """Groups in order, ``count`` at most at a time: all, or those that were written."""
-        groups = sorted(self._written) if written else list(range(self.groups))
+        groups = [group for group in range(self.groups) if self._written[group] or not written]
         for start in range(0, len(groups), count):
             yield groups[start : start + count]
 
@@ -127,6 +122,26 @@ class RowRecords:
 
     def _part(self, place: int, slot: Tensor) -> Tensor:
         return slot[place * self.group_bytes : (place + 1) * self.group_bytes]
+
+
+def extent_bytes(shape: Sequence[int], states: Sequence[RowState]) -> int:
+    """What ``RowRecords`` takes of its store."""
+    group_rows, group_bytes, _ = _cut(shape, states)
+    return -(-shape[0] // group_rows) * group_bytes
+
+
+def _cut(shape: Sequence[int], states: Sequence[RowState]) -> tuple[int, int, dict[str, slice]]:
+    """Rows and bytes of a group, and where each state is in it."""
+    row_elements = torch.Size(shape[1:]).numel()
+    row_bytes = row_elements * sum(state.dtype.itemsize for state in states)
+    group_rows = max(1, min(shape[0], GROUP_BYTES // row_bytes))
+    spans: dict[str, slice] = {}
+    start = 0
+    for state in states:
+        stop = start + group_rows * row_elements * state.dtype.itemsize
+        spans[state.key] = slice(start, stop)
+        start = round_up(stop, _ALIGNMENT)
+    return group_rows, round_up(start, PAGE_BYTES), spans
 
 
 def scalar_copy(value: Any) -> Any:

@@ -15,7 +15,7 @@ rows that were not used, and are refused.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtrain.offload.clipping import is_finite
 from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_ring import settle
 from memtrain.offload.optimizer_probe import Runner, hyperparameters
@@ -37,6 +38,9 @@ SLOTS = 3
 """One is read, one stepped, one written."""
 SLOT_BYTES = 1 << 20
 """64 groups: enough of them under way for a disk to sort them."""
+
+ReadRows = Callable[[str, slice], Tensor]
+"""Rows of a state tensor, by its key."""
 
 
 @dataclass(slots=True, eq=False)
@@ -111,8 +115,13 @@ class RowSparseOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
         self._runner = Runner(optimizer)
+        for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            setattr(self, hooks, getattr(optimizer, hooks))  # they fire here, once a step
         self._store, self._pid = store, os.getpid()
         self._failure: BaseException | None = None
+        self._leader: str | None = None
+        """What steps this one with the rest of a model."""
+        self._led_on = False
         self.changed_bytes = 0
         """State of rows that steps have changed so far; what is written are the groups that they are in."""
         with ExitStack() as made:
@@ -120,6 +129,7 @@ class RowSparseOptimizer(torch.optim.Optimizer):
             slot_bytes = max(SLOT_BYTES, *(table.records.group_bytes for table in self._tables))
             self._slab = Slab(SLOTS * slot_bytes)
             made.callback(self._slab.close)
+            self._slab.buffer.zero_()  # its pages are there from now on
             self._places = [_Place(part) for part in torch.split(self._slab.buffer, slot_bytes)]
             self._made = made.pop_all()
 
@@ -153,14 +163,25 @@ class RowSparseOptimizer(torch.optim.Optimizer):
 
         Raises:
             PlanMismatchError: a gradient is dense, or sparse in more than its rows.
-            OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint.
+            OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint. Or
+                something else steps this optimizer (``lead``).
         """
+        if self._leader is not None and not self._led_on:
+            raise OffloadError(
+                f"{self._leader} steps the tables with the rest of the model: leave this step() out"
+            )
         self._check_alive()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
+        self.update_rows()
+        return loss
+
+    @torch.no_grad()
+    def update_rows(self) -> None:
+        """What ``step`` does with the gradients that there are, without hooks."""
         found = [(table, _row_gradient(table)) for table in self._tables if table.parameter.grad is not None]
         try:
             for table, gradient in found:
@@ -170,7 +191,23 @@ class RowSparseOptimizer(torch.optim.Optimizer):
         except BaseException as error:
             self._abandon(error)
             raise
-        return loss
+
+    def lead(self, leader: str) -> None:
+        """From now on ``advance`` makes the steps; ``leader`` is what calls it, for the message of others."""
+        self._leader = leader
+
+    def advance(self) -> None:
+        """``step``, by whoever leads."""
+        self._led_on = True
+        try:
+            self.step()
+        finally:
+            self._led_on = False
+
+    def nonfinite(self) -> list[str]:
+        """Names of tables whose gradients, each row summed, hold NaN or inf."""
+        found = [t for t in self._tables if t.parameter.grad is not None]
+        return [table.name for table in found if not is_finite(_row_gradient(table).values())]
 
     def _step_table(self, table: _Table, gradient: Tensor) -> None:
         hyper = hyperparameters(self.param_groups[table.group])
@@ -277,13 +314,63 @@ class RowSparseOptimizer(torch.optim.Optimizer):
             _check_entry(table, entries[number])
         self.optimizer.load_state_dict({**state_dict, "state": {}})
         self.param_groups = self.optimizer.param_groups
+
+        def reader(entry: dict[str, Any]) -> ReadRows:
+            return lambda key, rows: entry[key][rows]
+
+        self._replace(
+            {t.name: reader(e) for n, t in enumerate(self._tables) if (e := entries[n]) is not None},
+            {t.name: e for n, t in enumerate(self._tables) if (e := entries[n]) is not None},
+        )
+
+    @property
+    def tables(self) -> dict[str, RowRecords]:
+        """Where the state of each table lies, by name."""
+        return {table.name: table.records for table in self._tables}
+
+    def scalar_state(self) -> dict[str, dict[str, Any]]:
+        """``step`` and the like by table; none of a table before its first step."""
+        return {t.name: dict(t.scalars) for t in self._tables if t.scalars is not None}
+
+    def state_parts(self, name: str, key: str) -> Iterator[Tensor]:
+        """A state tensor's rows from the first to the last, a slot's at a time; each valid until the next is
+        asked for. Raises OffloadError."""
+        self._check_alive()
+        records, place = self._named(name).records, self._places[0]
+        for groups in records.in_runs(self._room(records), written=False):
+            place.tickets = records.read(groups, place.buffer)
+            place.finish()
+            count = records.rows_of(groups[-1]).stop - records.rows_of(groups[0]).start
+            yield records.views(len(groups), place.buffer)[key].flatten(0, 1)[:count]
+
+    def load_rows(self, readers: Mapping[str, ReadRows], scalars: Mapping[str, Mapping[str, Any]]) -> None:
+        """Replace all state, some rows at a time.
+
+        Args:
+            readers: by table, its state tensors; a table without one has no state yet.
+            scalars: by table, what ``scalar_state`` gives.
+
+        Raises:
+            OffloadError: a transfer failed; the state is then undefined until loaded again.
+        """
+        self._replace(readers, scalars)
+
+    def forget(self) -> None:
+        """No table has made a step."""
+        self._replace({}, {})
+
+    @torch.no_grad()
+    def _replace(self, readers: Mapping[str, ReadRows], scalars: Mapping[str, Mapping[str, Any]]) -> None:
         self._failure = None
         try:
-            for number, table in enumerate(self._tables):
-                self._load(table, entries[number])
+            for table in self._tables:
+                self._load(table, readers.get(table.name), scalars.get(table.name, {}))
         except BaseException as error:
             self._abandon(error)
             raise
+
+    def _named(self, name: str) -> _Table:
+        return next(table for table in self._tables if table.name == name)
 
     def _read(self, table: _Table) -> dict[str, Tensor]:
         records, place = table.records, self._places[0]
@@ -297,19 +384,24 @@ class RowSparseOptimizer(torch.optim.Optimizer):
                     whole[key][rows] = view[index, : rows.stop - rows.start]
         return {key: value.to(table.parameter.device) for key, value in whole.items()}
 
-    def _load(self, table: _Table, entry: dict[str, Any] | None) -> None:
+    def _load(self, table: _Table, read: ReadRows | None, scalars: Mapping[str, Any]) -> None:
         records, place = table.records, self._places[0]
         records.forget()
         table.scalars = None
-        if entry is None:
+        if read is None:
             return
         for groups in records.in_runs(self._room(records), written=False):
             records.read(groups, place.buffer)  # as a new optimizer has them
             used = set()
+            first = records.rows_of(groups[0]).start
             for key, view in records.views(len(groups), place.buffer).items():
+                run = read(key, slice(first, records.rows_of(groups[-1]).stop)).to("cpu")
                 for index, group in enumerate(groups):
                     rows = records.rows_of(group)
-                    part, given = view[index, : rows.stop - rows.start], entry[key][rows].to("cpu")
+                    part, given = (
+                        view[index, : rows.stop - rows.start],
+                        run[rows.start - first : rows.stop - first],
+                    )
                     if not torch.equal(_bits(part), _bits(given)):
                         used.add(group)
                         part.copy_(given)
@@ -320,7 +412,7 @@ class RowSparseOptimizer(torch.optim.Optimizer):
                     place.tickets += records.write([group], place.buffer[at])
             place.finish()
         keys = {state.key for state in records.states}
-        table.scalars = {key: scalar_copy(value) for key, value in entry.items() if key not in keys}
+        table.scalars = {key: scalar_copy(value) for key, value in scalars.items() if key not in keys}
 
     def _room(self, records: RowRecords) -> int:
         return self._places[0].buffer.numel() // records.group_bytes
@@ -335,6 +427,9 @@ class RowSparseOptimizer(torch.optim.Optimizer):
     def _abandon(self, error: BaseException) -> None:
         """Nothing uses the slots any more, whatever became of the transfers."""
         self._failure = error
+        for table in self._tables:
+            if table.home is not None:
+                table.home.failure = error
         for place in self._places:
             for ticket in place.tickets:
                 settle(ticket)

@@ -13,6 +13,7 @@ gives: autograd sees a table of the rows in hand, and their numbers are put in w
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -26,6 +27,7 @@ from memtrain.offload.store import Store, wait_all
 
 SLOT_BYTES = 1 << 20
 _KEY = "weight"
+_TABLE = "_memtrain_row_table"  # key of a weight's __dict__
 
 
 class RowTable(nn.Module):
@@ -40,6 +42,11 @@ class RowTable(nn.Module):
         padding_idx: as of ``nn.Embedding``: a row that gets no gradient, counted from the end if negative.
         name: of the weight, for messages.
         trainable: whether gradients are wanted.
+        weight: the parameter that leaves, once its rows are on the tier; None: one is made.
+
+    Attributes:
+        lookups: the most tokens of a forward so far.
+        used_rows: the most different rows of a forward so far.
 
     Raises:
         PlanMismatchError: the parts have other rows, or ``padding_idx`` is none of them.
@@ -59,6 +66,7 @@ class RowTable(nn.Module):
         padding_idx: int | None = None,
         name: str = "table.weight",
         trainable: bool = True,
+        weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         if padding_idx is not None and not -rows <= padding_idx < rows:
@@ -68,29 +76,43 @@ class RowTable(nn.Module):
         self._name, self._device, self._pid = name, torch.device(device), os.getpid()
         self.changed_bytes = 0
         """Of rows that were given other values so far; what is written are the groups that they are in."""
+        self.lookups = self.used_rows = 0
+        self.failure: BaseException | None = None
+        """What left weights and state that do not belong together."""
         state = RowState(key=_KEY, dtype=dtype, initial=0.0)
-        self._records = RowRecords(store, f"weight {name}", (rows, width), [state])
-        self._slab = Slab(max(SLOT_BYTES, self._records.group_bytes))
+        self.records = RowRecords(store, f"weight {name}", (rows, width), [state])
+        self._slab = Slab(max(SLOT_BYTES, self.records.group_bytes))
         self._slot = self._slab.buffer
-        self._room = self._slot.numel() // self._records.group_bytes
+        self._room = self._slot.numel() // self.records.group_bytes
         try:
             with torch.no_grad():
                 self._fill(parts)
         except BaseException:
             self.close()
             raise
-        self.weight = nn.Parameter(
-            torch.empty(rows, width, dtype=dtype, device="meta"), requires_grad=trainable
+        where = (
+            f"{name}, which are on {store.tier.value} by rows: call the table, fetch(rows) or "
+            "to_embedding(); save_checkpoint() writes them"
         )
-        away.born_away(
-            self.weight,
-            self._device,
-            f"{name}, which are on {store.tier.value} by rows: call the table, fetch(rows) or to_embedding()",
-        )
+        if weight is None:
+            meta = torch.empty(rows, width, dtype=dtype, device="meta")
+            self.weight = nn.Parameter(meta, requires_grad=trainable)
+            away.born_away(self.weight, self._device, where)
+        else:
+            self.weight = weight
+            away.put(weight, away.without_bytes(weight))
+            away.forbid(weight, where)
+        self.weight.__dict__[_TABLE] = weakref.ref(self)
 
     @classmethod
-    def of(cls, embedding: nn.Embedding, *, store: Store, name: str = "table.weight") -> RowTable:
-        """A table with the rows of ``embedding``, which keeps its own.
+    def of(
+        cls, embedding: nn.Embedding, *, store: Store, name: str = "table.weight", leave: bool = False
+    ) -> RowTable:
+        """A table with the rows of ``embedding``.
+
+        Args:
+            leave: the embedding's own parameter is the table's, without bytes until ``bring_home``; else the
+                embedding keeps its weight, and the table has another one.
 
         Raises:
             PlanMismatchError: its gradients are dense, or it renormalises or scales them. Else as the class.
@@ -115,11 +137,23 @@ class RowTable(nn.Module):
             padding_idx=embedding.padding_idx,
             name=name,
             trainable=weight.requires_grad,
+            weight=weight if leave else None,
         )
+
+    @property
+    def name(self) -> str:
+        """Of the weight."""
+        return self._name
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory of the slot."""
+        return self._slab.nbytes
 
     def forward(self, tokens: Tensor) -> Tensor:
         """As ``nn.Embedding``. Raises IndexError: a token is no row; OffloadError: the tier failed."""
         rows, places = torch.unique(tokens, return_inverse=True)
+        self.lookups, self.used_rows = max(self.lookups, tokens.numel()), max(self.used_rows, len(rows))
         held = self.fetch(rows)
         padding = None
         if self.padding_idx is not None:
@@ -139,6 +173,8 @@ class RowTable(nn.Module):
                 rows[gradient._indices()], gradient._values(), self.weight.shape, check_invariants=False
             )
             self.weight.grad = whole if self.weight.grad is None else self.weight.grad + whole
+            for hook in (self.weight._post_accumulate_grad_hooks or {}).values():
+                hook(self.weight)
 
         return note
 
@@ -170,8 +206,23 @@ class RowTable(nn.Module):
         self._check(rows)
         for groups, span, at in self._runs(rows):
             self._read(groups)[at] = values[span].to("cpu")
-            wait_all(self._records.write(groups, self._slot))
-        self.changed_bytes += len(rows) * self._records.row_bytes
+            wait_all(self.records.write(groups, self._slot))
+        self.changed_bytes += len(rows) * self.records.row_bytes
+
+    @torch.no_grad()
+    def bring_home(self) -> None:
+        """The weight has its rows again, whole in memory, also after an update that failed, and the tier its
+        room. Raises OffloadError: the tier failed, or the process is another one; the weight stays away."""
+        self._refuse_child()
+        home = torch.empty(self.weight.shape, dtype=self.weight.dtype)
+        start = 0
+        for part in self._all_parts():
+            home[start : start + len(part)] = part
+            start += len(part)
+        away.put(self.weight, home.to(self._device))
+        away.permit(self.weight)
+        del self.weight.__dict__[_TABLE]
+        self.close()
 
     def to_embedding(self) -> nn.Embedding:
         """An ``nn.Embedding`` with these rows, whole in memory."""
@@ -191,27 +242,35 @@ class RowTable(nn.Module):
 
     def parts(self) -> Iterator[Tensor]:
         """The rows from the first to the last, a slot's at a time; each valid until the next is asked for."""
-        self._refuse_child()
-        for groups in self._records.in_runs(self._room, written=False):
-            last = self._records.rows_of(groups[-1]).stop
+        self._refuse_use()
+        yield from self._all_parts()
+
+    def _all_parts(self) -> Iterator[Tensor]:
+        for groups in self.records.in_runs(self._room, written=False):
+            last = self.records.rows_of(groups[-1]).stop
             whole = self._read(groups).reshape(-1, self.embedding_dim)
-            yield whole[: last - self._records.rows_of(groups[0]).start]
+            yield whole[: last - self.records.rows_of(groups[0]).start]
 
     @torch.no_grad()
     def load(self, parts: Iterable[Tensor]) -> None:
         """Replace all rows, as after a failed update. Args and raises: as the class."""
         self._refuse_child()
-        self._fill(parts)
+        try:
+            self._fill(parts)
+        except BaseException as error:
+            self.failure = error
+            raise
+        self.failure = None
 
     def close(self) -> None:
         """Give the tier its room and the slot its memory back. May be called twice."""
         if os.getpid() == self._pid and self._room:
             self._room = 0
-            self._records.close()
+            self.records.close()
             self._slab.close()
 
     def _fill(self, parts: Iterable[Tensor]) -> None:
-        records, start = self._records, 0
+        records, start = self.records, 0
         self._slot.zero_()  # padding, too, is written
         for rows in _in_runs(parts, self._room * records.group_rows):
             stop = start + len(rows)
@@ -231,7 +290,7 @@ class RowTable(nn.Module):
     def _runs(self, rows: Tensor) -> Iterator[tuple[list[int], slice, tuple[Tensor, Tensor]]]:
         """Groups that are in the slot together, which of ``rows`` are in them, and where in the view."""
         rows = rows.to("cpu")
-        size = self._records.group_rows
+        size = self.records.group_rows
         groups, counts = torch.unique_consecutive(rows // size, return_counts=True)
         start = 0
         for numbers, sizes in zip(groups.split(self._room), counts.split(self._room), strict=True):
@@ -246,11 +305,11 @@ class RowTable(nn.Module):
 
     def _read(self, groups: list[int]) -> Tensor:
         """The groups' rows in the slot."""
-        wait_all(self._records.read(groups, self._slot))
-        return self._records.views(len(groups), self._slot)[_KEY]
+        wait_all(self.records.read(groups, self._slot))
+        return self.records.views(len(groups), self._slot)[_KEY]
 
     def _check(self, rows: Tensor) -> None:
-        self._refuse_child()
+        self._refuse_use()
         if bool((rows[1:] <= rows[:-1]).any()):
             raise IndexError(f"rows of {self._name} are to be given in order, each once: see torch.unique")
         if len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_embeddings:
@@ -262,6 +321,40 @@ class RowTable(nn.Module):
     def _refuse_child(self) -> None:
         if os.getpid() != self._pid:
             raise OffloadError(f"{self._name} belongs to process {self._pid}; a forked child may not use it")
+
+    def _refuse_use(self) -> None:
+        self._refuse_child()
+        if self.failure is not None:
+            raise OffloadError(
+                f"an update of {self._name} failed half-way ({self.failure}): weights and state no longer "
+                "belong together. Restore the last checkpoint"
+            ) from self.failure
+
+
+def table_of(weight: Tensor) -> RowTable | None:
+    """Whose weight it is; None where it is no table's."""
+    found: weakref.ref[RowTable] | None = weight.__dict__.get(_TABLE)
+    return None if found is None else found()
+
+
+def row_tables(model: nn.Module) -> dict[str, RowTable]:
+    """The tables of a model, by the names of their weights in it."""
+    return {
+        f"{path}.weight" if path else "weight": module
+        for path, module in model.named_modules()
+        if isinstance(module, RowTable)
+    }
+
+
+def as_rows(parts: Iterable[Tensor], width: int) -> Iterator[Tensor]:
+    """Elements that come flat, each part perhaps in the memory of the one before, as whole rows, copied."""
+    rest: Tensor | None = None
+    for part in parts:
+        flat = part.reshape(-1).clone() if rest is None else torch.cat([rest, part.reshape(-1)])
+        whole = flat.numel() // width * width
+        if whole:
+            yield flat[:whole].view(-1, width)
+        rest = flat[whole:]
 
 
 def _in_runs(parts: Iterable[Tensor], count: int) -> Iterator[Tensor]:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from memtrain.offload.atomic import CheckpointError, FolderWriter, is_complete, publish, verify
 from memtrain.offload.lower_halves import LOWER_KEY
 from memtrain.offload.optimizer import OffloadedOptimizer
+from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.shards import MASTER_KEY
+from memtrain.offload.snapshot_rows import refuse_other_tables, saved_rows, write_rows
 from memtrain.offload.snapshot_state import WEIGHT_FILE, StateFiles
 from memtrain.offload.snapshot_values import decode, encode, rng_state, set_rng_state
 from memtrain.offload.snapshot_weights import (
@@ -41,8 +43,10 @@ from memtrain.offload.snapshot_weights import (
 from memtrain.offload.tensorfile import Entry, split, write_tensors
 from memtrain.offload.tiled_names import TiledNames
 
-FORMAT_VERSION = 2
-"""Of checkpoints with lower halves of masters, and the latest that is read here."""
+FORMAT_VERSION = 3
+"""The latest that is read here: of checkpoints with tables that are used by rows."""
+HALVES_VERSION = 2
+"""Of those with lower halves of masters."""
 WHOLE_VERSION = 1
 """Of the others: earlier readers know it."""
 OPTIMIZER_SHARD_BYTES = 512 << 20
@@ -81,6 +85,8 @@ def save_checkpoint(
         write_weights(writer, session.model, weights_of(session))
         write_small_files(writer, session, progress, source)  # first: it refuses what cannot be stored
         _write_state(writer, session)
+        if (tables := tables_of(session)) is not None:
+            write_rows(writer, tables)
     return folder
 
 
@@ -101,6 +107,7 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     folder = Path(folder)
     session.flush()
     files = verify(folder)
+    refuse_other_tables(files, tables_of(session))
     optimizer, names = session.optimizer, TiledNames(session.model)
     saved = _split(_read_optimizer(folder), names, optimizer, session.model)
     _check_groups(saved, optimizer, session.model)
@@ -109,12 +116,16 @@ def load_checkpoint(folder: Path | str, session: Session) -> dict[str, Any]:
     def shape(name: str, key: str) -> tuple[int, ...] | None:
         return kept[name, key].shape if (name, key) in kept else None
 
-    with StateFiles(folder, files, saved, lambda file: names.cut(file, shape)) as state:
+    with (
+        StateFiles(folder, files, saved, lambda file: names.cut(file, shape)) as state,
+        saved_rows(folder, tables_of(session)) as rows,
+    ):
         _check_state(saved, state, optimizer, kept)
         optimizer.await_snapshot()
         load_weights(_weight_files(folder, files), session.model, weights_of(session))
         entries = ((name, key, (lambda n=name, k=key: state.read(n, k))) for name, key in state.homes)
         optimizer.load_state(entries, decode(saved["scalars"]))
+        rows.load()
     _set_groups(optimizer, saved)
     set_rng_state(json.loads((folder / "rng.json").read_text()))
     progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
@@ -171,6 +182,11 @@ def latest_checkpoint(directory: Path | str) -> Path | None:
 def weights_of(session: Session) -> StreamedWeights | None:
     """What streams the session's weights; None where all are in memory."""
     return getattr(session, "weights", None)
+
+
+def tables_of(session: Session) -> RowSparseOptimizer | None:
+    """What steps the session's tables by rows; None where it has none."""
+    return getattr(session, "sparse_optimizer", None)
 
 
 # -- the optimizer's files ---------------------------------------------------------------------------------
@@ -236,7 +252,11 @@ def _optimizer_document(session: Session) -> dict[str, Any]:
     kind = type(optimizer.optimizer)
     halves = _upper_halves(session)
     return {
-        "format_version": FORMAT_VERSION if halves else WHOLE_VERSION,
+        "format_version": FORMAT_VERSION
+        if tables_of(session)
+        else HALVES_VERSION
+        if halves
+        else WHOLE_VERSION,
         **({"upper_halves": halves} if halves else {}),
         "optimizer": f"{kind.__module__}.{kind.__qualname__}",
         "master_weights": optimizer.config.master_weights,

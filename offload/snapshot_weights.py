@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from memtrain.offload.atomic import CheckpointError, FolderWriter
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.optimizer_state import Keeper
+from memtrain.offload.row_table import as_rows, row_tables, table_of
 from memtrain.offload.tensorfile import Entry, TensorFile, split, write_tensors
 from memtrain.offload.tiled_names import TiledNames
 from memtrain.offload.weight_units import StreamedWeight
@@ -123,7 +124,7 @@ def write_weights(writer: FolderWriter, model: nn.Module, weights: StreamedWeigh
     plan = weight_files(model, weights)
     for name, entries in plan.files.items():
         with writer.create(name) as file:
-            found = present((plan.tensors[e.name] for e in entries), weights)
+            found = _values((plan.tensors[e.name] for e in entries), weights)
             write_tensors(file, entries, found, plan.metadata[name])
     if plan.index is not None:
         writer.write_text(WEIGHT_INDEX, plan.index)
@@ -177,6 +178,13 @@ def present(tensors: Iterable[Tensor], weights: StreamedWeights | None) -> Itera
             yield tensor
 
 
+def _values(tensors: Iterable[Tensor], weights: StreamedWeights | None) -> Iterator[Tensor]:
+    """As ``present``; of tables that are used by rows their rows, some at a time."""
+    for tensor in present(tensors, weights):
+        table = table_of(tensor)
+        yield from [tensor] if table is None else table.parts()
+
+
 def load_weights(paths: Iterable[Path], model: nn.Module, weights: StreamedWeights | None = None) -> None:
     """Copy the tensors of ``paths`` into the model's own, one chunk at a time.
 
@@ -197,6 +205,9 @@ def load_weights(paths: Iterable[Path], model: nn.Module, weights: StreamedWeigh
         }
         work = _match(_groups(model, weights), model, home, aliases)
         for name, tensor in zip(work, present(work.values(), weights), strict=True):
+            if (table := table_of(tensor)) is not None:
+                table.load(as_rows(home[name].parts(name), table.embedding_dim))
+                continue
             home[name].read_into(name, tensor)
             if weights is not None and (unit := weights.unit_of(tensor)) is not None:
                 weights.mark_dirty(unit)
@@ -264,7 +275,9 @@ def _stored(model: nn.Module, weights: StreamedWeights | None) -> tuple[dict[str
 def _groups(model: nn.Module, weights: StreamedWeights | None) -> list[tuple[list[str], Tensor]]:
     """The state dict's tensors, each with all names that it has."""
     groups: dict[Any, tuple[list[str], Tensor]] = {}
-    if weights is not None or TiledNames(model).found:  # whose state dict has copies, joined
+    if (
+        weights is not None or TiledNames(model).found or row_tables(model)
+    ):  # whose state dict has copies, joined
         for name, tensor in _saved_tensors(model):
             groups.setdefault(id(tensor), ([], tensor))[0].append(name)
         return list(groups.values())

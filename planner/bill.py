@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from memtrain.planner import tables
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.block_parts import (
     activation_extents,
@@ -135,10 +136,22 @@ def device_positions(profile: ModelProfile, decisions: Decisions) -> list[Positi
             name="backward prologue",
             kept_bytes=waiting,
             gradient_bytes=gradients.at_end(),
-            transient_bytes=profile.persistent_backward_bytes + late + profile.prologue_peak_bytes,
+            transient_bytes=profile.persistent_backward_bytes
+            + late
+            + profile.prologue_peak_bytes
+            + tables.accumulating_bytes(profile),
         )
     )
     positions += _update_positions(profile, decisions, gradients, kept_before)
+    if profile.tables:
+        positions.append(
+            Position(
+                name="update tables",
+                kept_bytes=0,
+                gradient_bytes=gradients.at_end(),
+                transient_bytes=tables.update_bytes(profile),
+            )
+        )
     return positions
 
 
@@ -259,6 +272,7 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "staging": decisions.staging.total_bytes if own_rings else mirror_bytes(profile, decisions),
         "gradients": decisions.staging.gradient_slab_bytes - decisions.staging.overlaid_bytes,
         "activations": decisions.held_passes(profile) * decisions.staging.kept_slab_bytes,
+        "tables": tables.resident_bytes(profile),
     }
 
 
@@ -297,6 +311,7 @@ def tier_contents(profile: ModelProfile, decisions: Decisions, tier: Tier) -> di
             if d.weight_tier is tier
         ),
         "staging": rings if decisions.staging_tier is tier else 0,
+        "tables": tables.tier_bytes(profile, tier),
     }
 
 

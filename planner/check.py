@@ -13,6 +13,7 @@ from memtrain.planner.check_blocks import impossible, loses
 from memtrain.planner.check_peaks import peak_faults
 from memtrain.planner.check_rules import Fault, Rule, Violation
 from memtrain.planner.check_staging import coding_faults, slab_faults, staging_faults
+from memtrain.planner.check_tables import table_faults
 from memtrain.planner.check_timeline import timeline_faults
 from memtrain.planner.check_weights import impossible_weights
 from memtrain.planner.machine import Budget, Machine
@@ -80,6 +81,7 @@ def _structure(plan: Plan, profile: ModelProfile, machine: Machine, budget: Budg
     for state in plan.states:
         for tier in {state.gradient_tier, state.optimizer_tier, state.weight_tier} - usable:
             yield Rule.TIER_EXISTS, f"unit {state.unit} uses {tier.value}"
+    yield from table_faults(profile, machine, budget)
     if [s.unit for s in plan.states] == [u.name for u in profile.units]:
         yield from ((Rule.MOVABLE, reason) for reason in impossible_weights(plan, profile))
 

@@ -19,6 +19,7 @@ from memtrain.planner.check_blocks import (
     whole_pages,
 )
 from memtrain.planner.check_rules import Fault, Rule
+from memtrain.planner.check_tables import gradients_twice, stepping, tables_on, tables_resident
 from memtrain.planner.check_units import elements_of, is_on_cpu, one_by_one, parameters_of, tensors_of_state
 from memtrain.planner.check_weights import resident_weights, weights_on, window_bytes
 from memtrain.planner.machine import Budget, Machine
@@ -45,6 +46,8 @@ def peak_faults(plan: Plan, profile: ModelProfile, machine: Machine, budget: Bud
         (Tier.DEVICE, "weight windows", window_bytes(plan)),
         (Tier.DEVICE, "staging", staged[Tier.DEVICE]),
         (Tier.HOST, "staging", staged[Tier.HOST]),
+        (Tier.DEVICE, "tables", tables_resident(profile)),
+        *((tier, "tables", tables_on(profile, tier)) for tier in Tier if tier is not Tier.DEVICE),
     ):
         if (found := lines.get((tier, category), 0)) != size:
             yield Rule.BILL, f"{category} on {tier.value} is {found} bytes, should be {size}"
@@ -91,7 +94,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     resident = profile.baseline_bytes + resident_weights(plan, profile) + profile.allocator_slack_bytes
     s = plan.staging
     resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE]
-    resident += s.gradient_slab_bytes - s.overlaid_bytes
+    resident += s.gradient_slab_bytes - s.overlaid_bytes + tables_resident(profile)
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)
@@ -145,7 +148,9 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
         if at_once:
             peak = max(peak, held + kept + _beside_update(plan, profile, machine, index))
     held = gradient["start"] if alone else every
-    peak = max(peak, held + kept + profile.prologue_peak_bytes + graphs * late)
+    adding = gradients_twice(profile)
+    peak = max(peak, held + kept + profile.prologue_peak_bytes + graphs * late + adding)
+    peak = max(peak, held + stepping(profile)) if profile.tables else peak
     if at_once:
         return resident + max(peak, held + _beside_update(plan, profile, machine, None, "prologue"))
     places: list[tuple[int | None, str]] = [(None, "prologue")]
@@ -219,6 +224,7 @@ def _tier_need(plan: Plan, profile: ModelProfile, machine: Machine, tier: Tier) 
     """What a tier must hold: rings, an extent per block, those of weights and gradients, and the records of
     state."""
     total = _staged(plan, profile, machine).get(tier, 0) + weights_on(plan, profile, tier)
+    total += tables_on(profile, tier)
     for block, decision in zip(profile.blocks, plan.blocks, strict=True):
         if tier in sent(block, decision):
             # An extent for what goes there together; a swapped block has one even if it saved nothing.

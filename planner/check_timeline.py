@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from memtrain.planner.actions import Action, MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import again, joined, least_seconds_again, left_behind, running, sent
+from memtrain.planner.check_tables import step_faults, tables_moved
 from memtrain.planner.check_weights import moved_weights, weight_faults
 from memtrain.planner.machine import Machine
 from memtrain.planner.plan import Event, Plan
@@ -38,6 +39,7 @@ def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iter
         yield from _block(plan, profile, machine, events, index)
     yield from _units(plan, profile, machine, events)
     yield from weight_faults(plan, profile, machine, events)
+    yield from step_faults(plan, profile, events)
     yield from _bytes_moved(plan, profile, machine)
     end = max((event.end_seconds for event in plan.timeline), default=0.0)
     if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
@@ -297,7 +299,7 @@ def _sum_long_enough(name: str, events: list[Event], least: float) -> Iterator[F
 
 
 def _bytes_moved(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
-    moved = moved_weights(plan, profile, machine)
+    moved = moved_weights(plan, profile, machine) + tables_moved(profile)
     for index, (block, decision) in enumerate(zip(profile.blocks, plan.blocks, strict=True)):
         for tier, once in sent(block, decision).items():
             moved += (profile.micro_batches + _read_again(plan, index, tier, profile)) * once

@@ -15,6 +15,7 @@ from functools import partial
 
 import pulp
 
+from memtrain.planner import tables
 from memtrain.planner.actions import Action, BlockDecision, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.bill import beside_update_bytes, forward_bytes, lasting_bytes, slab_forward_bytes
 from memtrain.planner.block_parts import (
@@ -199,7 +200,7 @@ class Choices:
     def _memory(self) -> None:
         profile = self.profile
         fixed = profile.baseline_bytes + profile.weight_bytes + profile.allocator_slack_bytes
-        fixed += sum(unit.resident_state_bytes for unit in profile.units)
+        fixed += sum(unit.resident_state_bytes for unit in profile.units) + tables.resident_bytes(profile)
         units = range(len(profile.units))
         always = pulp.lpSum(
             self.unit_sum(u, lambda p, d: p.state_bytes * (d.optimizer_tier is Tier.DEVICE)) for u in units
@@ -256,7 +257,9 @@ class Choices:
                 profile.persistent_backward_bytes,
             )
         row(kept, gradients_from(BEYOND), profile.epilogue_peak_bytes)
-        row(gradients_at(-1), profile.persistent_backward_bytes + profile.prologue_peak_bytes)
+        adding = tables.accumulating_bytes(profile)
+        row(gradients_at(-1), profile.persistent_backward_bytes + profile.prologue_peak_bytes + adding)
+        row(gradients_at(-1), tables.update_bytes(profile))
         for u, unit in enumerate(profile.units):
             here = self.unit_sum(u, partial(_workspace, profile))
             if self.in_backward:
@@ -333,7 +336,8 @@ class Choices:
             in_tier = partial(_unit_extents, self.profile, tier, coded)
             used += [self.unit_sum(u, in_tier) for u in range(len(self.z))]
             used.append(self.weights.extent_bytes(tier))
-            self.add(pulp.lpSum(used) * 1e-6 <= self.request.budget.capacity(tier) * 1e-6)
+            room = self.request.budget.capacity(tier) - tables.tier_bytes(self.profile, tier)
+            self.add(pulp.lpSum(used) * 1e-6 <= room * 1e-6)
 
     def _errors(self) -> None:
         """What the chosen forms lose, over all that the blocks save."""

@@ -141,7 +141,7 @@ class BillLine:
 
     category: str
     """libraries, weights, weight windows, gradients, optimizer state, activations, transients, staging,
-    slack."""
+    tables, slack."""
     tier: Tier
     size_bytes: int
 

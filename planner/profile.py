@@ -13,10 +13,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from memtrain.planner.actions import PLAIN
+from memtrain.planner.actions import PLAIN, Tier
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 9
+PROFILE_VERSION = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,7 +296,51 @@ class UnitProfile:
         )
 
 
-_Record = TypeVar("_Record", NearlyFree, Prefixes, BlockForm, BlockProfile, UnitProfile, "ModelProfile")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableProfile:
+    """An embedding table whose weight and optimizer state lie on a tier, cut into groups of rows. It is in
+    no unit: what is said of weights, gradients and state elsewhere does not count it."""
+
+    name: str
+    """Of its weight."""
+    tier: Tier
+    rows: int
+    row_bytes: int
+    """Of the weight."""
+    weight_group_rows: int
+    weight_group_bytes: int
+    """In whole pages: what one row that is used moves."""
+    state_group_rows: int
+    state_group_bytes: int
+    lookups: int
+    """Tokens of a micro-batch: the most rows that it may use."""
+    used_rows: int
+    """Different ones among them in the sample batch."""
+    slot_bytes: int
+    """Staging, in the device's memory."""
+    note_bytes: int
+    """What is noted in memory of a group that was written."""
+    workspace_bytes: int
+    """Temporaries of its step."""
+    update_seconds: float
+    """Its step on the rows of all micro-batches, reading and writing included."""
+
+    def __post_init__(self) -> None:
+        _non_negative(self)
+        for name in ("rows", "weight_group_rows", "state_group_rows"):
+            if not getattr(self, name):
+                raise ValueError(f"table {self.name}: {name} must be > 0")
+        if self.used_rows > min(self.rows, self.lookups):
+            raise ValueError(
+                f"table {self.name}: {self.used_rows} rows are used by {self.lookups} lookups in {self.rows}"
+            )
+        if self.tier is Tier.DEVICE:
+            raise ValueError(f"table {self.name} is on the device: then it is a weight as any other")
+
+
+_Record = TypeVar(
+    "_Record", NearlyFree, Prefixes, BlockForm, BlockProfile, UnitProfile, TableProfile, "ModelProfile"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -344,6 +388,8 @@ class ModelProfile:
     largest_parameter_elements: int = 0
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator keeps (measured), part of what the process occupies."""
+    tables: tuple[TableProfile, ...] = ()
+    """Embeddings that are used by rows, in no unit."""
     prepare_peak_bytes: int = 0
     """The most that the job has occupied of the device until its model was measured: no plan can make a
     smaller budget work. 0: not known."""
@@ -377,6 +423,7 @@ class ModelProfile:
             _slowed(self, slowdown),
             blocks=tuple(_slowed_block(block, slowdown) for block in self.blocks),
             units=tuple(_slowed(unit, slowdown) for unit in self.units),
+            tables=tuple(_slowed(table, slowdown) for table in self.tables),
         )
 
     def to_json(self) -> str:
@@ -401,6 +448,7 @@ class ModelProfile:
                 )
                 for unit in data["units"]
             )
+            data["tables"] = tuple(TableProfile(**{**t, "tier": Tier(t["tier"])}) for t in data["tables"])
             return cls(**data)
 
     @property

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from memtrain.planner import tables
 from memtrain.planner.actions import Action, MicroBatchOrder, StateDecision, Tier, UpdateSchedule
 from memtrain.planner.block_parts import copied_bytes, is_recomputed, joined_bytes, recompute_seconds, traffic
 from memtrain.planner.decisions import Decisions, gradient_passes, unit_elements
@@ -133,6 +134,9 @@ class _Schedule:
                         self._add,
                     )
                 self._passes([micro_batch], update=ahead and micro_batch == 0)
+        if profile.tables:
+            self._add("update tables", COMPUTE, tables.update_seconds(profile), self._after_compute())
+            self.moved += tables.moved_bytes(profile)
         if schedule is UpdateSchedule.SEQUENTIAL:
             step_begins = self._after_compute()
             for index, (unit, decision) in enumerate(self._units):

@@ -16,7 +16,7 @@ incoming gradient and, where it is not saved, the block's input are transients.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,7 @@ def profile_model(
     rehearsal: Rehearsal | None = None,
     weights: Weights | None = None,
     window_bytes: WindowBytes | None = None,
+    apart: Collection[nn.Parameter] = (),
 ) -> ModelProfile:
     """Measure one micro-batch of ``model`` and one step of its optimizer.
 
@@ -78,6 +79,7 @@ def profile_model(
         weights: brings those that are not in memory; each block is measured with its own there.
         window_bytes: for a model with layers in tiles, what of some parameters, which are a unit's, would
             come by itself if they were streamed, each tile and all that is no tile; nothing: all together.
+        apart: parameters in no unit and without bytes in memory: tables that are used by rows.
 
     Raises:
         BlocksNotFoundError: no blocks, or blocks that do not each run once, one after the other.
@@ -108,9 +110,11 @@ def profile_model(
             whole=not elementwise,
             master_weights=master_weights,
             window_bytes=window_bytes,
+            apart=apart,
         )
-    parameters = list({id(p): p for p in model.parameters()}.values())
-    baseline, slack = _baseline(model, optimizer, weights)
+    beside = set(map(id, apart))
+    parameters = [p for p in {id(p): p for p in model.parameters()}.values() if id(p) not in beside]
+    baseline, slack = _baseline(parameters, model, optimizer, weights)
     trainable = [p for p in parameters if p.requires_grad]
     return ModelProfile(
         model=type(model).__name__,
@@ -157,7 +161,9 @@ def loss_runner(
     return run
 
 
-def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Weights) -> tuple[int, int]:
+def _baseline(
+    parameters: list[nn.Parameter], model: nn.Module, optimizer: torch.optim.Optimizer, weights: Weights
+) -> tuple[int, int]:
     """Resident bytes that are not tensors of the job, after a real step has loaded what it needs; and what
     the allocator keeps beyond them (CUDA).
 
@@ -165,7 +171,6 @@ def _baseline(model: nn.Module, optimizer: torch.optim.Optimizer, weights: Weigh
     first, and all their bytes can be subtracted.
     """
     gc.collect()
-    parameters = list(model.parameters())
     present = [parameter for parameter in parameters if weights.stays(parameter)]
     tensors = [*present, *model.buffers(), *(p.grad for p in parameters)]
     tensors += tensors_in(list(optimizer.state.values()))

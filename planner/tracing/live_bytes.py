@@ -17,8 +17,13 @@ def storage_id(tensor: Tensor) -> int:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors of nested containers."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    """The tensors of nested containers; of a sparse one its indices and values, which have the storages."""
+    found: list[Tensor] = []
+    for leaf in torch.utils._pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            sparse = leaf.layout is torch.sparse_coo
+            found += [leaf._indices(), leaf._values()] if sparse else [leaf]
+    return found
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,12 +221,14 @@ def parameter_units(
     whole: bool = False,
     master_weights: bool = False,
     window_bytes: WindowBytes | None = None,
+    apart: Collection[nn.Parameter] = (),
 ) -> list[UnitProfile]:
     """Every parameter once, in the first unit that needs it.
 
     Args:
         master_weights: weights of lower precision are rounded from fp32 copies.
         window_bytes: what of a unit's movable parameters comes by itself; None, or nothing: all together.
+        apart: parameters that are in no unit.
         whole: parameters are not cut: what the update of each takes is listed where it is known.
     """
 
@@ -242,7 +244,9 @@ def parameter_units(
 
     names = {id(p): name for name, p in model.named_parameters()}
     inside = {id(p) for _, block in blocks for p in block.parameters()}
+    beside = set(map(id, apart))
     others = [p for p in model.parameters() if id(p) not in inside or id(p) in trace.early]
+    others = [p for p in others if id(p) not in beside]
     early = [p for p in others if id(p) in trace.early]
     late = [p for p in others if id(p) not in trace.early]
     members: list[tuple[str, int | None, list[nn.Parameter]]] = [("prologue", None, early)]

@@ -113,9 +113,9 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run() as run:
         with monkeypatch.context() as patched:
-            patched.setattr(snapshot, "WHOLE_VERSION", 3)
+            patched.setattr(snapshot, "WHOLE_VERSION", 4)
             folder = save_checkpoint(tmp_path / "at", run, progress={})
-        with pytest.raises(CheckpointError, match="has format 3, this memtrain reads 1 to 2"):
+        with pytest.raises(CheckpointError, match="has format 4, this memtrain reads 1 to 3"):
             load_checkpoint(folder, run)
 
 

@@ -415,7 +415,7 @@ def test_the_checker_shares_nothing_with_what_makes_plans() -> None:
     import importlib.util
     from pathlib import Path
 
-    parts = ("blocks", "peaks", "rules", "staging", "timeline", "units", "weights")
+    parts = ("blocks", "peaks", "rules", "staging", "tables", "timeline", "units", "weights")
     checkers = ("check", *(f"check_{part}" for part in parts))
     allowed = {*checkers, "actions", "machine", "plan", "profile", "units"}
     for name in checkers:
