@@ -97,17 +97,34 @@ def open_tiers(
 
 
 def make_gradient_slab(
-    plan: Plan, profile: ModelProfile, optimizer: OffloadedOptimizer, overlaid: OverlaidSlab | None
+    plan: Plan,
+    profile: ModelProfile,
+    optimizer: OffloadedOptimizer,
+    overlaid: OverlaidSlab | None,
+    *,
+    planned: Sequence[Unit],
+    units: Sequence[Unit],
 ) -> GradientSlab:
-    """Where gradients lie that stay: in ``overlaid`` where the plan has them share what blocks keep."""
+    """Where gradients lie that stay: in ``overlaid`` where the plan has them share what blocks keep.
+
+    Args:
+        planned: the profile's units.
+        units: the optimizer's: tiles are units of their own, whose gradients come when their layer's do.
+    """
+    place = {unit.name: place_of(unit) for unit in profile.units}
+    comes = {id(parameter): place[unit] for unit, members in planned for _, parameter in members}
+
+    def when(unit: Unit) -> int:
+        return max((comes[id(parameter)] for _, parameter in unit[1]), default=-1)
+
     return GradientSlab(
         index=optimizer.index,
         tiers={decision.unit: decision.gradient_tier for decision in plan.states},
         slab_bytes=plan.staging.gradient_slab_bytes,
         before_overwrite=optimizer.ensure,
         one_unit_at_a_time=gradients_come_and_go(profile, plan.update_schedule),
-        overlaid=overlaid,
-        latest_first=[unit.name for unit in sorted(profile.units, key=place_of, reverse=True)],
+        overlaid=overlaid if overlaid is not None and overlaid.has_gradients else None,
+        latest_first=[unit for unit, _ in sorted(units, key=when, reverse=True)],
     )
 
 

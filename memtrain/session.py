@@ -76,7 +76,6 @@ from memtrain.refusals import (
     refuse_device,
     refuse_in_backward,
     refuse_model,
-    refuse_overlaid_tiles,
 )
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
@@ -148,9 +147,10 @@ def prepare(
         spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state and weights that
             a snapshot still needs (``AsyncCheckpointer``); reserved where the plan keeps either there.
         allocator: ``planned`` gives what passes and updates ask for addresses that were packed, once it is
-            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches, and gradients
-            those of activations (``options.overlay``): call ``zero_grad()`` before the next forward.
-            ``default`` leaves it to the process's allocator.
+            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches; and unless
+            ``options.overlay`` is False gradients those of activations, and an update's slots those of
+            passes: call ``zero_grad()`` before the next forward. ``default`` leaves it to the process's
+            allocator.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -179,7 +179,8 @@ def prepare(
     refuse_allocator(allocator, place)
     if allocator == "planned":
         options = in_one_thread(options or PlannerOptions(), plan)
-        options = dataclasses.replace(options, overlay=not tiles_of(model))
+        if options.overlay is None:
+            options = dataclasses.replace(options, overlay=True)
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -244,7 +245,6 @@ def prepare(
         if plan.status == "infeasible":
             raise InfeasibleError(with_largest_layer(plan, profile, model))
         refuse_broken(plan, profile, machine, budget)
-        refuse_overlaid_tiles(plan, model)
         check_spare(plan, budget, spare_state_bytes)
         if directory is not None:
             write_documents(
@@ -379,12 +379,21 @@ class Session:
         self._activations = ActivationExecutor(model, blocks, plan, self.engine)
         undo(self._activations.remove)
         self.optimizer = OffloadedOptimizer(
-            optimizer, engine=self.engine, plan=plan, units=units, config=config, weights=self._weights
+            optimizer,
+            engine=self.engine,
+            plan=plan,
+            units=units,
+            config=config,
+            weights=self._weights,
+            overlaid=self._activations.overlaid,
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
         if plan.staging.gradient_slab_bytes:
-            undo(make_gradient_slab(plan, profile, self.optimizer, self._activations.overlaid).close)
+            slab = make_gradient_slab(
+                plan, profile, self.optimizer, self._activations.overlaid, planned=planned, units=units
+            )
+            undo(slab.close)
         self._activations.install()
         if self._allocator == "planned":
             self.passes = PlannedPasses.of_session(self, blocks)

@@ -32,6 +32,7 @@ from memtrain.offload.lower_halves import LowerHalves
 from memtrain.offload.optimizer_config import OptimizerConfig
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.shards import MASTER_KEY, Unit
 from memtrain.offload.slab import HighWater
@@ -59,6 +60,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         units: parameters in forward order; every trainable parameter of the optimizer must be in one.
         config: master weights and so on.
         weights: what streams weights of the units, where some are on tiers; installed before, removed after.
+        overlaid: where rings lie that the plan has share memory with activations; closed after.
 
     Raises:
         PlanMismatchError: units and optimizer do not fit each other or the plan, or the slots are too small.
@@ -78,6 +80,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         units: Sequence[Unit],
         config: OptimizerConfig | None = None,
         weights: ParameterStreamer | None = None,
+        overlaid: OverlaidSlab | None = None,
     ) -> None:
         self._complete = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -133,6 +136,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 slot_bytes=staging.gradient_slot_bytes,
                 norm_dtype=torch.float32 if self.config.master_weights else None,
                 before_overwrite=self.ensure,
+                overlaid=overlaid,
             )
             made.callback(self.gradients.close)
             self._updates = UpdateRunner(
@@ -143,6 +147,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 weights or InMemory(),
                 slots=staging.update_slots,
                 slot_bytes=staging.update_slot_bytes,
+                overlaid=overlaid,
             )
             made.callback(self._updates.close)
             if self._schedule is UpdateSchedule.IN_BACKWARD:
