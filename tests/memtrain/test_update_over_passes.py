@@ -18,6 +18,9 @@ from memtrain.planner.actions import Tier
 from memtrain.session import Session
 from tests.memtrain.test_overlaid_session import large
 from tests.memtrain.test_session import MACHINE, build
+from tests.memtrain.test_session_weights import batch, optimizer_for
+from tests.memtrain.test_vertical_session import COUNT, accumulated, plain
+from tests.offload.streamed import llama
 
 STEPS = 4
 KEEP = {"action": "keep"}
@@ -191,6 +194,32 @@ def test_state_is_read_while_a_graph_is_there(kept: Session) -> None:
     assert found.keys() == plain.keys()
     assert all(torch.equal(found[key], plain[key]) for key in plain)
     held.backward()
+
+
+@pytest.mark.parametrize("action", ["keep", "swap"])
+def test_in_vertical_order_too(tmp_path: Path, action: str) -> None:
+    losses, weights = plain(llama(tied=True))
+    model = llama(tied=True)
+    state = {"weight_tier": "nvme", "optimizer_tier": "nvme", "gradient_tier": "device"}
+    with memtrain.prepare(
+        model,
+        optimizer_for(model),
+        batch(0),
+        budget=memtrain.Budget(device="3GiB", nvme=f"{tmp_path}:256MiB"),
+        machine=MACHINE,
+        options=memtrain.PlannerOptions(
+            force={"block": {"action": action}, "state": state},
+            update_schedule="sequential",
+            micro_batch_order="vertical",
+            overlay=True,
+        ),
+        micro_batches=COUNT,
+        chunked_loss=False,
+    ) as session:
+        staging = session.plan.staging
+        assert (staging.overlaid_bytes, staging.update_overlaid_bytes > 0) == (0, True)
+        assert accumulated(session) == losses
+    assert all(torch.equal(value, weights[name]) for name, value in session.model.state_dict().items())
 
 
 @pytest.mark.parametrize(
