@@ -222,6 +222,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.index.parameters, self.config.nonfinite
             )
             if not self.last_step_skipped:
+                self._updates.make_room()
                 update = Update(self.layout, self._records, self.gradients)
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)

@@ -104,6 +104,15 @@ class UpdateRunner:
         """Whether an update was begun that is not done yet."""
         return self._update is not None
 
+    def make_room(self) -> None:
+        """Before an update is taken up: whoever shares its slots' memory leaves.
+
+        Raises:
+            OffloadError: a transfer failed that was under way there; nothing of the update is done.
+        """
+        if self._slots is not None:
+            self._pipeline.use(self._slots.arrive())
+
     def begin(self, update: Update, *, ahead: bool) -> None:
         """Take up an update: done when this returns, or, ``ahead``, by ``ensure`` and ``flush``."""
         now: list[Shard] = []
@@ -120,9 +129,6 @@ class UpdateRunner:
             for unit, shards in update.waiting.items()
             if (streamed := [shard for shard in shards if update.needs_slot(shard)])
         }
-
-        if self._slots is not None and self._streamed:
-            self._pipeline.use(self._slots.arrive())
 
         def start() -> None:
             self._update = update
