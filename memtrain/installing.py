@@ -97,26 +97,9 @@ def open_tiers(
 
 
 def make_gradient_slab(
-    plan: Plan,
-    profile: ModelProfile,
-    optimizer: OffloadedOptimizer,
-    overlaid: OverlaidSlab | None,
-    *,
-    planned: Sequence[Unit],
-    units: Sequence[Unit],
+    plan: Plan, profile: ModelProfile, optimizer: OffloadedOptimizer, overlaid: OverlaidSlab | None
 ) -> GradientSlab:
-    """Where gradients lie that stay: in ``overlaid`` where the plan has them share what blocks keep.
-
-    Args:
-        planned: the profile's units.
-        units: the optimizer's: tiles are units of their own, whose gradients come when their layer's do.
-    """
-    place = {unit.name: place_of(unit) for unit in profile.units}
-    comes = {id(parameter): place[unit] for unit, members in planned for _, parameter in members}
-
-    def when(unit: Unit) -> int:
-        return max((comes[id(parameter)] for _, parameter in unit[1]), default=-1)
-
+    """Where gradients lie that stay: in ``overlaid`` where the plan has them share what blocks keep."""
     return GradientSlab(
         index=optimizer.index,
         tiers={decision.unit: decision.gradient_tier for decision in plan.states},
@@ -124,7 +107,7 @@ def make_gradient_slab(
         before_overwrite=optimizer.ensure,
         one_unit_at_a_time=gradients_come_and_go(profile, plan.update_schedule),
         overlaid=overlaid if overlaid is not None and overlaid.has_gradients else None,
-        latest_first=[unit for unit, _ in sorted(units, key=when, reverse=True)],
+        latest_first=[unit.name for unit in sorted(profile.units, key=place_of, reverse=True)],
     )
 
 

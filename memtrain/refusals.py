@@ -20,6 +20,7 @@ from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import format_gib
+from memtrain.tiling import tiles_of
 
 
 class PrepareError(ValueError):
@@ -124,6 +125,16 @@ def refuse_broken(plan: Plan, profile: ModelProfile, machine: Machine, budget: B
 def overwrites_disk(plan: Plan) -> bool:
     """Whether optimizer state or weights lie on nvme, where steps write them again."""
     return any(Tier.NVME in (state.optimizer_tier, state.weight_tier) for state in plan.states)
+
+
+def refuse_overlaid_tiles(plan: Plan, model: nn.Module) -> None:
+    """Raises PlanMismatchError where gradients would lie where activations were, for a model in tiles."""
+    if plan.staging.overlaid_bytes and tiles_of(model):
+        raise PlanMismatchError(
+            f"the plan has gradients share {plan.staging.overlaid_bytes} bytes with activations "
+            "(options.overlay), and the model has layers in tiles, whose gradients have a slab of their own: "
+            "plan with overlay=False"
+        )
 
 
 def check_spare(plan: Plan, budget: Budget, spare_bytes: int) -> None:

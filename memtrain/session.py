@@ -76,6 +76,7 @@ from memtrain.refusals import (
     refuse_device,
     refuse_in_backward,
     refuse_model,
+    refuse_overlaid_tiles,
 )
 from memtrain.rehearsal import BlockRehearsal
 from memtrain.report import form_facts, own_step_lines, recompute_facts, staging_lines, table
@@ -180,7 +181,7 @@ def prepare(
     if allocator == "planned":
         options = in_one_thread(options or PlannerOptions(), plan)
         if options.overlay is None:
-            options = dataclasses.replace(options, overlay=True)
+            options = dataclasses.replace(options, overlay=not tiles_of(model))
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -245,6 +246,7 @@ def prepare(
         if plan.status == "infeasible":
             raise InfeasibleError(with_largest_layer(plan, profile, model))
         refuse_broken(plan, profile, machine, budget)
+        refuse_overlaid_tiles(plan, model)
         check_spare(plan, budget, spare_state_bytes)
         if directory is not None:
             write_documents(
@@ -390,10 +392,7 @@ class Session:
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)
         if plan.staging.gradient_slab_bytes:
-            slab = make_gradient_slab(
-                plan, profile, self.optimizer, self._activations.overlaid, planned=planned, units=units
-            )
-            undo(slab.close)
+            undo(make_gradient_slab(plan, profile, self.optimizer, self._activations.overlaid).close)
         self._activations.install()
         if self._allocator == "planned":
             self.passes = PlannedPasses.of_session(self, blocks)
