@@ -110,7 +110,7 @@ def make_gradient_slab(
         slab_bytes=plan.staging.gradient_slab_bytes,
         before_overwrite=optimizer.ensure,
         one_unit_at_a_time=gradients_come_and_go(profile, plan.update_schedule),
-        overlaid=overlaid,
+        overlaid=overlaid if overlaid is not None and overlaid.has_gradients else None,
         latest_first=[unit.name for unit in sorted(profile.units, key=place_of, reverse=True)],
     )
 

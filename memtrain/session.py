@@ -160,9 +160,10 @@ def prepare(
         spare_state_bytes: of the nvme budget, to be left beyond the plan for optimizer state and weights that
             a snapshot still needs (``AsyncCheckpointer``); reserved where the plan keeps either there.
         allocator: ``planned`` gives what passes and updates ask for addresses that were packed, once it is
-            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches, and gradients
-            those of activations (``options.overlay``): call ``zero_grad()`` before the next forward.
-            ``default`` leaves it to the process's allocator.
+            known (``memtrain.arena.passes``), on a CPU, in horizontal order of micro-batches; and unless
+            ``options.overlay`` is False gradients those of activations, and an update's slots those of
+            passes: call ``zero_grad()`` before the next forward. ``default`` leaves it to the process's
+            allocator.
 
     Raises:
         InfeasibleError: no plan fits.
@@ -196,7 +197,8 @@ def prepare(
         refuse_with_tables(allocator, place)
     if allocator == "planned":
         options = in_one_thread(options or PlannerOptions(), plan)
-        options = dataclasses.replace(options, overlay=not tiles_of(model))
+        if options.overlay is None:
+            options = dataclasses.replace(options, overlay=not tiles_of(model))
         arena_library.compile_ahead()
     if place.type == "cpu" and isinstance(optimizer, GridOptimizer):
         native.compile_missing()  # not inside the budget: a compiler takes more than many a slack
@@ -430,6 +432,7 @@ class Session:
             config=config,
             weights=self._weights,
             tables=self.sparse_optimizer,
+            overlaid=self._activations.overlaid,
         )
         undo(self.optimizer.close)
         undo(self._bring_gradients_back)

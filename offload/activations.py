@@ -38,7 +38,7 @@ from torch.utils.hooks import RemovableHandle
 from memtrain.offload.block_survey import BlockSurvey
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError, PlanMismatchError
-from memtrain.offload.overlaid_slab import OverlaidSlab
+from memtrain.offload.overlaid_slab import OverlaidSlab, OverlayWarning
 from memtrain.offload.recompute import RecomputeFrame
 from memtrain.offload.saved_group import (
     SavedGroup,
@@ -52,13 +52,9 @@ from memtrain.offload.staging import SlotCache, Ticket
 from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.unmoved import FixedTensors, shared_storages, unchanged
 from memtrain.planner.actions import Action, BlockDecision, Tier
-from memtrain.planner.plan import Plan, Staging
+from memtrain.planner.plan import Plan
 
 _MIN_MOVED_BYTES = 4096  # below one page a copy costs more than the memory it frees
-
-
-class OverlayWarning(RuntimeWarning):
-    """A loop holds gradients for longer than the plan has room for them."""
 
 
 class ActivationExecutor:
@@ -97,9 +93,13 @@ class ActivationExecutor:
         }
         staging = plan.staging
         with ExitStack() as made:
-            self._saved = self._make_cache(made, staging.saved_slots, staging.saved_slot_bytes, "saved")
-            self._input = self._make_cache(made, staging.input_slots, staging.input_slot_bytes, "input")
-            self.overlaid = self._make_overlaid(made, staging)
+            self.overlaid = shared = self._make_overlaid(made, plan)
+            self._saved = self._make_cache(
+                made, staging.saved_slots, staging.saved_slot_bytes, "saved", shared and shared.saved_offsets
+            )
+            self._input = self._make_cache(
+                made, staging.input_slots, staging.input_slot_bytes, "input", shared and shared.input_offsets
+            )
             self._kept = self._make_kept(made, staging.kept_bytes, plan.held_passes)
             self._caches = made.pop_all()
         self._groups: dict[int, weakref.ref[SavedGroup]] = {}
@@ -125,16 +125,25 @@ class ActivationExecutor:
         if not count or not slot_bytes:
             return None
         shared = None if offsets is None else self.overlaid
-        cache = SlotCache(count, slot_bytes, name, self.lock, self.device, shared=shared, offsets=offsets)
+        cache = SlotCache(
+            count,
+            slot_bytes,
+            name,
+            self.lock,
+            self.device,
+            shared=shared,
+            offsets=offsets,
+            before_leaving=self.release_held,
+        )
         made.callback(cache.close)
         return cache
 
-    def _make_overlaid(self, made: ExitStack, staging: Staging) -> OverlaidSlab | None:
-        """What both slabs of what stays are, where the plan has them overlap."""
-        if not staging.overlaid_bytes:
+    def _make_overlaid(self, made: ExitStack, plan: Plan) -> OverlaidSlab | None:
+        """What slabs and rings are together, where the plan has them overlap."""
+        if not (plan.staging.overlaid_bytes or plan.staging.update_overlaid_bytes):
             return None
-        overlaid = OverlaidSlab(staging.kept_bytes, staging.gradient_slab_bytes, staging.overlaid_bytes)
-        made.callback(overlaid.slab.close)
+        overlaid = OverlaidSlab(plan.staging, plan.held_passes)
+        made.callback(overlaid.close)
         return overlaid
 
     def _make_kept(
@@ -152,7 +161,7 @@ class ActivationExecutor:
         if self.overlaid is None:
             return None
         places = zip(places_bytes, self.overlaid.kept_offsets, strict=True)
-        return [offset for nbytes, offset in places if nbytes == size]
+        return [offset for nbytes, offsets in places if nbytes == size for offset in offsets]
 
     @property
     def token_probes(self) -> dict[str, TokenProbe]:
@@ -287,9 +296,9 @@ class ActivationExecutor:
             return
         self._has_told = True
         warnings.warn(
-            f"gradients are still there when {name} runs forward, in memory that the plan gives to what it "
-            "saves; that now takes more than was planned. Call optimizer.zero_grad() before the forward, or "
-            "use allocator 'default' (options.overlay off)",
+            f"gradients are still there (or optimizer state is being read) when {name} runs forward, in "
+            "memory that the plan gives to what it saves; that now takes more than was planned. Call "
+            "optimizer.zero_grad() and end the reading before the forward, or plan with options.overlay off",
             OverlayWarning,
             stacklevel=2,
         )

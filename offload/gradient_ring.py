@@ -17,6 +17,7 @@ from torch import Tensor
 from memtrain.offload.device import Device, Event
 from memtrain.offload.errors import UnsupportedGradientOperation
 from memtrain.offload.gradient_home import Chunk, OffloadedGradient, Ticket
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.slab import HighWater, Ring, Slot
 
 
@@ -83,12 +84,20 @@ class _Coming:
 
 
 class GradientRing:
-    """``slots`` chunks of ``slot_bytes`` under way at once, to and from ``device``."""
+    """``slots`` chunks of ``slot_bytes`` under way at once, to and from ``device``; in ``overlaid`` where the
+    plan has them share its memory."""
 
-    def __init__(self, slots: int, slot_bytes: int, device: Device) -> None:
+    def __init__(
+        self, slots: int, slot_bytes: int, device: Device, overlaid: OverlaidSlab | None = None
+    ) -> None:
         self._device = device
         self._slots = slots
-        self._ring = Ring(slots, slot_bytes, device=device)
+        offsets = None if overlaid is None else overlaid.gradient_ring_offsets
+        if overlaid is None or offsets is None:
+            self._ring = Ring(slots, slot_bytes, device=device)
+        else:
+            is_taken = overlaid.let(offsets[0], slots * slot_bytes, self._in_use, self._give_way)
+            self._ring = Ring(slots, slot_bytes, slab=overlaid.slab, offsets=offsets, is_taken=is_taken)
         self._leaving: deque[_Leaving] = deque()
         self._in_flight: deque[tuple[Slot, Ticket]] = deque()
         self._ahead: dict[OffloadedGradient, deque[_Coming]] = {}
@@ -97,11 +106,21 @@ class GradientRing:
     @property
     def size_bytes(self) -> int:
         """What the ring occupies."""
-        return self._ring.slab.nbytes
+        return self._ring.size_bytes
 
     def high_water(self) -> HighWater:
         """What was used of the slots so far."""
         return self._ring.high_water("gradient")
+
+    def _in_use(self) -> bool:
+        return self._ring.in_use()
+
+    def _give_way(self) -> bool:
+        """Let go of all slots; whether they are free."""
+        self.drain()
+        for home in list(self._ahead):
+            self.forget(home)
+        return not self._in_use()
 
     def send(self, home: OffloadedGradient, flat: Tensor) -> None:
         """Start writing a gradient (1-D, contiguous).

@@ -24,6 +24,7 @@ from memtrain.offload.gradient_home import Chunk, Engine, GradientValue, Offload
 from memtrain.offload.gradient_ring import GradientRing
 from memtrain.offload.norms import float_norm
 from memtrain.offload.offloaded_grad import Fingerprint, OffloadedGrad
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.shards import PAGE_BYTES, PIECE_ALIGNMENT, SMALL, FlatIndex, Piece
 from memtrain.offload.slab import HighWater
 from memtrain.planner.actions import Tier
@@ -44,6 +45,7 @@ class GradientStore:
         norm_dtype: of the 2-norm that is kept: float32 (``norms.float_norm``) where clipping is done on fp32
             gradients, None for the gradient's own dtype. The other is computed from the bytes when asked for.
         before_overwrite: called with the unit before a gradient's bytes are replaced.
+        overlaid: where the ring lies, if the plan has it share memory with others.
 
     Raises:
         PlanMismatchError: gradients leave but there is no ring.
@@ -63,6 +65,7 @@ class GradientStore:
         slot_bytes: int,
         norm_dtype: torch.dtype | None = None,
         before_overwrite: Callable[[str], None] = lambda unit: None,
+        overlaid: OverlaidSlab | None = None,
     ) -> None:
         self.norm_dtype = norm_dtype
         self._before_overwrite = before_overwrite
@@ -90,7 +93,7 @@ class GradientStore:
             for name in leaving:
                 self._adopt(engine, index, name, tiers[index.unit_of[name]])
             if leaving:
-                self._ring = GradientRing(slots, self._slot_bytes, engine.device)
+                self._ring = GradientRing(slots, self._slot_bytes, engine.device, overlaid)
                 self._exclusive = exclusive_fingerprints(engine.device.place)
             for home in self.homes.values():
                 # A closure of each parameter's own would take a kilobyte more.

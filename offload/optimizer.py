@@ -32,6 +32,7 @@ from memtrain.offload.lower_halves import LowerHalves
 from memtrain.offload.optimizer_config import OptimizerConfig
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.parameters import ParameterStreamer
 from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.shards import MASTER_KEY, Unit
@@ -61,6 +62,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         config: master weights and so on.
         weights: what streams weights of the units, where some are on tiers; installed before, removed after.
         tables: a lazy optimizer of tables that are in no unit; ``step`` and ``zero_grad`` are theirs too.
+        overlaid: where rings lie that the plan has share memory with activations; closed after.
 
     Raises:
         PlanMismatchError: units and optimizer do not fit each other or the plan, or the slots are too small.
@@ -81,6 +83,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         config: OptimizerConfig | None = None,
         weights: ParameterStreamer | None = None,
         tables: RowSparseOptimizer | None = None,
+        overlaid: OverlaidSlab | None = None,
     ) -> None:
         self._complete = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
@@ -139,6 +142,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 slot_bytes=staging.gradient_slot_bytes,
                 norm_dtype=torch.float32 if self.config.master_weights else None,
                 before_overwrite=self.ensure,
+                overlaid=overlaid,
             )
             made.callback(self.gradients.close)
             self._updates = UpdateRunner(
@@ -149,6 +153,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 weights or InMemory(),
                 slots=staging.update_slots,
                 slot_bytes=staging.update_slot_bytes,
+                overlaid=overlaid,
             )
             made.callback(self._updates.close)
             if self._schedule is UpdateSchedule.IN_BACKWARD:
@@ -229,6 +234,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 [] if self._tables is None else self._tables.nonfinite(),
             )
             if not self.last_step_skipped:
+                self._updates.make_room()
                 if self._tables is not None:
                     self._tables.advance()
                 update = Update(self.layout, self._records, self.gradients)

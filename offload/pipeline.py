@@ -111,6 +111,11 @@ class ShardPipeline:
         )
         """Those not in use, the longest unused first, each with the copy that last read it."""
 
+    def use(self, ring: Ring) -> None:
+        """Take slots from ``ring``, of equal slots, from now on. Only while nothing is under way."""
+        assert ring is self._ring or not (self._loads or self._leaving or self._writing)
+        self._ring = ring
+
     def prefetch(self, shards: Iterable[Shard], *, patient: bool = False) -> None:
         """Start reading shards as far as slots are free, in order; ``patient``: also wait for the last write
         but one, where two are under way."""

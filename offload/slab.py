@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -220,6 +220,7 @@ class Ring:
         count, slot_bytes: how many, and of what size.
         device: one that copies to and from the slots, and wants their memory registered.
         slab, offsets: where the slots lie, in memory that others use too; None: in a slab of its own.
+        is_taken: whether others have any of that memory now; no slot is then given away.
     """
 
     def __init__(
@@ -230,12 +231,16 @@ class Ring:
         device: Device | None = None,
         slab: Slab | None = None,
         offsets: Sequence[int] | None = None,
+        is_taken: Callable[[], bool] = lambda: False,
     ) -> None:
         if count < 1:
             raise ValueError(f"a ring needs count >= 1, got {count}")
         self.count = count
         self.slot_bytes = round_up(slot_bytes, PAGE_BYTES)
         self.slab = Slab(count * self.slot_bytes) if slab is None else slab
+        self._is_lent = slab is not None
+        self._is_taken = is_taken
+        self._closed = False
         self._device = device
         if device is not None:
             device.register(self.slab)
@@ -251,6 +256,16 @@ class Ring:
         self._slots_held = 0
         self._bytes_used = 0
         self._changed = threading.Condition()
+
+    @property
+    def size_bytes(self) -> int:
+        """What the slots occupy."""
+        return self.count * self.slot_bytes
+
+    def in_use(self) -> bool:
+        """Whether any slot is held, or a transfer lingers in one. No lock: others' rings ask under theirs."""
+        lingering = any(not transfer.done() for _, transfers in [*self._lingering] for transfer in transfers)
+        return lingering or any(slot._holder is not None for slot in [*self._slots])
 
     @property
     def free_count(self) -> int:
@@ -310,19 +325,23 @@ class Ring:
         """Give the memory back, also where the device fails; whoever waits gets StagingError. May be called
         twice."""
         with self._changed:
+            was_closed, self._closed = self._closed, True
             self._free.clear()
             self._lingering.clear()
             self._slots.clear()
             try:
-                if self._device is not None and not self.slab.closed:
+                if self._device is not None and not was_closed:
                     self._device.unregister(self.slab)
             finally:
-                self.slab.close()
+                if not self._is_lent:
+                    self.slab.close()
                 self._changed.notify_all()
 
     def _take(self) -> Slot | None:
-        if self.slab.closed:
+        if self._closed:
             raise StagingError("the staging ring is closed")
+        if self._is_taken():
+            return None
         if not self._free:
             self._collect()
         if not self._free:
@@ -341,11 +360,11 @@ class Ring:
         with self._changed:
             if slot._holder is None:
                 raise StagingError(f"staging slot {slot.index} was released twice")
-            slot._holder = None
-            self._moved_at = time.monotonic()
             if transfers:
                 self._lingering.append((slot, transfers))
-            elif not self.slab.closed:
+            slot._holder = None
+            self._moved_at = time.monotonic()
+            if not transfers and not self._closed:
                 self._free.append(slot)
             self._changed.notify()
 
@@ -362,6 +381,12 @@ class Ring:
     def _refuse_hang(self, began: float) -> None:
         """Nothing is free. Where nobody who holds a slot can give it back: wait for a transfer that lingers
         in one, or say that it has stalled, or that there is none."""
+        if self._is_taken():
+            raise StagingError(
+                f"the memory of {self.count} staging slots is in use for something else, which the plan has "
+                "take turns with them: end the iteration over optimizer state (iter_state), let go of graphs "
+                "that were kept (retain_graph), or plan with options.overlay off"
+            )
         holders = [slot._holder for slot in self._slots if slot._holder is not None]
         if any(holder.is_alive() and holder not in self._waiting for holder in holders):
             still = time.monotonic() - max(began, self._moved_at)

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -149,8 +150,8 @@ class SlotCache:
         name: for error messages, such as ``saved``.
         lock: the executor's, held while slots change hands.
         device: what copies to and from the slots.
-        shared, offsets: where the slots lie, if not in a slab of their own. What is in one of those never
-            leaves it for a tier.
+        shared, offsets: where the slots lie, if not in a slab of their own.
+        before_leaving: called before what lies in a slot is asked to go: another tenant's turn has come.
     """
 
     def __init__(
@@ -163,6 +164,7 @@ class SlotCache:
         *,
         shared: OverlaidSlab | None = None,
         offsets: Sequence[int] | None = None,
+        before_leaving: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.slot_bytes = slot_bytes
@@ -171,7 +173,9 @@ class SlotCache:
         self._slots = [StagedSlot(self._ring.acquire()) for _ in range(count)]
         if shared is not None and offsets is not None:
             for slot, offset in zip(self._slots, offsets, strict=True):
-                slot.is_taken = shared.let(offset, self._ring.slot_bytes, slot.holds)
+                leave = partial(self._leave, slot)
+                slot.is_taken = shared.let(offset, self._ring.slot_bytes, slot.holds, leave)
+        self._before_leaving = before_leaving
         self._lock = lock
         self._slots_held = 0
 
@@ -190,6 +194,19 @@ class SlotCache:
         """Whether somebody who shares the memory has bytes of a slot that is otherwise empty."""
         return any(slot.occupant is None and not slot.aliased and slot.is_taken() for slot in self._slots)
 
+    def _leave(self, slot: StagedSlot) -> bool:
+        """Finish what is under way in ``slot``, and turn out what is safe on a tier; whether it is empty."""
+        self._before_leaving()
+        with self._lock:
+            holder = slot.occupant
+            if slot.aliased or (holder is not None and not holder.may_leave()):
+                return False
+            if holder is not None:
+                holder.leave()
+                slot.vacate()
+            slot.settle()
+            return True
+
     def take(self, occupant: Occupant) -> StagedSlot:
         """A slot for ``occupant``, waiting for writes if need be.
 
@@ -197,6 +214,12 @@ class SlotCache:
             OffloadError: every slot holds memory that is in use right now.
         """
         slot = self.try_take(occupant, patient=True)
+        if slot is None and self.is_taken:
+            raise OffloadError(
+                f"the {self.name} staging slots lie where optimizer state is being read, which the plan has "
+                "take turns with the passes: end the iteration over optimizer state (iter_state) before the "
+                "forward, or plan with options.overlay off"
+            )
         if slot is None:
             raise OffloadError(
                 f"all {len(self._slots)} {self.name} staging slots of {self.slot_bytes} bytes are in use at "

@@ -15,10 +15,12 @@ from memtrain.offload.errors import OffloadError
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import RecordStore
+from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.pipeline import ShardPipeline, Stages
 from memtrain.offload.shards import Shard
-from memtrain.offload.slab import HighWater, Ring, Slot
+from memtrain.offload.slab import HighWater, Slot
 from memtrain.offload.update import Update
+from memtrain.offload.update_slots import UpdateSlots
 
 
 class WeightHome(Protocol):
@@ -50,6 +52,7 @@ class UpdateRunner:
         layout, records, gradients: what is stepped.
         weights: has those of a unit there while it is stepped.
         slots, slot_bytes: the ring; 0 slots where no shard moves.
+        overlaid: where the ring lies, if the plan has it share memory with the passes.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class UpdateRunner:
         *,
         slots: int,
         slot_bytes: int,
+        overlaid: OverlaidSlab | None = None,
     ) -> None:
         self._index = layout.index
         self._weights = weights
@@ -81,20 +85,20 @@ class UpdateRunner:
             outgoing=records.span,
         )
         with ExitStack() as undo:
-            self._ring = Ring(slots, slot_bytes, device=device) if slots else None
-            if self._ring is not None:
-                undo.callback(self._ring.close)
-            self._pipeline = ShardPipeline(self._ring, stages, device)
+            self._slots = UpdateSlots(slots, slot_bytes, device, overlaid) if slots else None
+            if self._slots is not None:
+                undo.callback(self._slots.ring.close)
+            self._pipeline = ShardPipeline(self._slots and self._slots.ring, stages, device)
             undo.pop_all()
 
     @property
     def ring_bytes(self) -> int:
         """What the slots occupy."""
-        return 0 if self._ring is None else self._ring.slab.nbytes
+        return 0 if self._slots is None else self._slots.ring.size_bytes
 
     def high_water(self) -> tuple[HighWater, ...]:
         """What was used of the slots so far; empty where there are none."""
-        return () if self._ring is None else (self._ring.high_water("update"),)
+        return () if self._slots is None else (self._slots.ring.high_water("update"),)
 
     @property
     def holds_tensors(self) -> bool:
@@ -105,6 +109,15 @@ class UpdateRunner:
     def waits(self) -> bool:
         """Whether an update was begun that is not done yet."""
         return self._update is not None
+
+    def make_room(self) -> None:
+        """Before an update is taken up: whoever shares its slots' memory leaves.
+
+        Raises:
+            OffloadError: a transfer failed that was under way there; nothing of the update is done.
+        """
+        if self._slots is not None:
+            self._pipeline.use(self._slots.arrive())
 
     def begin(self, update: Update, *, ahead: bool) -> None:
         """Take up an update: done when this returns, or, ``ahead``, by ``ensure`` and ``flush``."""
@@ -214,6 +227,8 @@ class UpdateRunner:
         while self._update is not None:
             self.ensure(next(iter(self._update.waiting)))
         self._guarded(self._pipeline.drain)
+        if self._slots is not None:
+            self._pipeline.use(self._slots.ring)
 
     def settle(self) -> None:
         """Nothing pending; after a failure, what is on the tiers may still be looked at."""
@@ -222,16 +237,16 @@ class UpdateRunner:
 
     def borrow(self) -> Slot | None:
         """A slot for other use, which the caller releases; None where no record is on a tier."""
-        return None if self._ring is None else self._pipeline.borrow()
+        return None if self._slots is None else self._slots.borrow() or self._pipeline.borrow()
 
     def close(self) -> None:
         """Finish what is pending, and give the memory back."""
         try:
             self.settle()
         finally:
-            if self._ring is not None:
-                self._ring.close()
-                self._ring = None
+            if self._slots is not None:
+                self._slots.ring.close()
+                self._slots = None
 
     def _step(self, shard: Shard, slot: Tensor | None) -> None:
         self._records.before_step(shard)

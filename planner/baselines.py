@@ -114,7 +114,7 @@ class Search:
             wanted_windows=windows,
             schedule=schedule,
             held_passes=self.profile.micro_batches if self.order is MicroBatchOrder.VERTICAL else 1,
-            overlay=self.space.overlay and self.order is MicroBatchOrder.HORIZONTAL,
+            overlay=self.space.overlay,
         )
         return Decisions(
             blocks=blocks,

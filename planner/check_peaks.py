@@ -193,7 +193,7 @@ def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, i
     whole = sum(slots * size for slots, size, _ in rings)
     whole += sum(c.staging_bytes for codings in (s.coded, s.coded_weights) for c in codings)
     if is_on_cpu(machine):
-        return {Tier.DEVICE: whole, Tier.HOST: 0}
+        return {Tier.DEVICE: whole - s.update_overlaid_bytes, Tier.HOST: 0}
     again = sum(copies * size for slots, size, copies in rings if slots)
     again += profile.largest_gradient_bytes if s.gradient_slots else 0
     # What weights pass through lies on both sides.

@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import MicroBatchOrder, Tier
+from memtrain.planner.actions import MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import PAGE, again, left_behind, room, sent, whole_pages
 from memtrain.planner.check_rules import Fault, Rule
 from memtrain.planner.check_units import is_on_cpu, one_by_one, parameters_of, tensors_of_state
@@ -118,8 +118,39 @@ def slab_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator
         or sum(staging.kept_bytes) + staging.gradient_slab_bytes - overlaid < least
     ):
         yield Rule.STAGING, f"slabs overlap by {overlaid} bytes; at once {least} bytes of them are in use"
+    yield from _update_over_passes(plan, profile, machine)
     if staging.gradient_slab_bytes % PAGE:
         yield Rule.STAGING, f"gradient slab of {staging.gradient_slab_bytes} bytes, not a multiple of {PAGE}"
+
+
+def _update_over_passes(plan: Plan, profile: ModelProfile, machine: Machine) -> Iterator[Fault]:
+    """Where the update's ring lies over memory of the passes, they take turns; all there is must do for
+    either of both: rings, places and gradients of a pass; all gradients and the ring of an update."""
+    s = plan.staging
+    shared = s.update_overlaid_bytes
+    if not shared:
+        return
+    ring = s.update_slots * s.update_slot_bytes
+    others = s.saved_slots * s.saved_slot_bytes + s.input_slots * s.input_slot_bytes
+    others += s.gradient_slots * s.gradient_slot_bytes
+    waiting = (
+        (plan.micro_batches - 1) * sum(s.kept_bytes) * (plan.micro_batch_order is MicroBatchOrder.VERTICAL)
+    )
+    there = others + ring + waiting + sum(s.kept_bytes) + s.gradient_slab_bytes - s.overlaid_bytes - shared
+    in_pass = others + waiting + _used_at_once(plan, profile)
+    in_update = ring + s.gradient_slab_bytes
+    if not is_on_cpu(machine) or plan.update_schedule is not UpdateSchedule.SEQUENTIAL:
+        yield (
+            Rule.STAGING,
+            f"the update's ring shares {shared} bytes with the passes, but is in use while they run "
+            f"(update_schedule {plan.update_schedule.value} on {machine.device})",
+        )
+    if not 0 < shared <= ring or shared % PAGE or there < max(in_pass, in_update):
+        yield (
+            Rule.STAGING,
+            f"the update's ring of {ring} bytes shares {shared} with the passes: {there} bytes are left, "
+            f"a pass needs {in_pass} and an update {in_update}",
+        )
 
 
 def _used_at_once(plan: Plan, profile: ModelProfile) -> int:
@@ -135,10 +166,10 @@ def _used_at_once(plan: Plan, profile: ModelProfile) -> int:
             when = len(plan.blocks) if unit.name == "epilogue" else unit.block
             new[when] += _resident_gradient(profile, unit)
     most = alive = alive + new[len(plan.blocks)]
-    for block in reversed(range(len(plan.staging.kept_bytes))):
+    for block, place in reversed(list(enumerate(plan.staging.kept_bytes or (0,) * len(plan.blocks)))):
         alive += new[block]
         most = max(most, alive)
-        alive -= plan.staging.kept_bytes[block]
+        alive -= place
     return max(most, alive + new[None])
 
 

@@ -40,6 +40,8 @@ def timeline_faults(plan: Plan, profile: ModelProfile, machine: Machine) -> Iter
     yield from _units(plan, profile, machine, events)
     yield from weight_faults(plan, profile, machine, events)
     yield from step_faults(plan, profile, events)
+    if plan.staging.update_overlaid_bytes:
+        yield from _slots_are_left(plan)
     yield from _bytes_moved(plan, profile, machine)
     end = max((event.end_seconds for event in plan.timeline), default=0.0)
     if abs(end - plan.step_seconds) > ROUNDING_SECONDS:
@@ -241,6 +243,19 @@ def _units(plan: Plan, profile: ModelProfile, machine: Machine, events: Events) 
                     yield "DEPENDENCY", f"update {unit.name} starts before its state is read"
         if state.gradient_tier is not Tier.DEVICE and unit.gradient_bytes:
             yield from _leaving_gradient(unit, state.gradient_tier, profile.micro_batches, machine, events)
+
+
+def _slots_are_left(plan: Plan) -> Iterator[Fault]:
+    """Where an update's slots lie over those of the passes, it fills none before these are written."""
+    left = [
+        e.end_seconds
+        for e in plan.timeline
+        if e.resource.startswith("write") and not e.name.startswith(("write update", "write weights"))
+    ]
+    for e in plan.timeline:
+        if e.name.startswith("read update") and e.start_seconds < max(left, default=0.0) - ROUNDING_SECONDS:
+            yield "DEPENDENCY", f"{e.name} starts before the passes have left the memory that it goes to"
+            return
 
 
 def _in_backward(

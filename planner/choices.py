@@ -48,7 +48,7 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
-from memtrain.planner.staging import overlays
+from memtrain.planner.staging import overlays, updates_overlay
 from memtrain.planner.weight_choices import Expression, WeightChoices
 from memtrain.planner.weight_windows import BEYOND, place_of
 
@@ -206,14 +206,14 @@ class Choices:
             self.unit_sum(u, lambda p, d: p.state_bytes * (d.optimizer_tier is Tier.DEVICE)) for u in units
         )
         on_cpu = self.machine.on_cpu
-        self.rings = self._rings()
-        always += self.rings if on_cpu else self._mirrors()
+        coding = sum(each.staging_bytes for each in self.space.coded) + self.weights.coding_bytes()
+        of_passes, of_updates = self._pass_rings(), self._update_ring()
+        self.rings = of_passes + of_updates + coding
         always += self.weights.window_bytes - self.weights.freed_bytes()
-        if on_cpu and overlays(profile, self.schedule, self.space.overlay):
-            always += self._overlaid_slab()
-        elif on_cpu:
-            always += self.kept_slabs()
-            always += self._gradient_slab()
+        if on_cpu:
+            always += self._slabs(of_passes, of_updates) + coding
+        else:
+            always += self._mirrors()
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
         lasting = witness_bytes if on_cpu else lasting_bytes
         limit = need_limit(self.request.budget.device_bytes, self.request.options.safety_margin) - fixed
@@ -298,20 +298,33 @@ class Choices:
             self.add(slab * 1e-6 >= pulp.lpSum([kept, *made]) * 1e-6)
         return pulp.LpAffineExpression(slab)
 
+    def _slabs(self, of_passes: Expression, of_updates: Expression) -> Expression:
+        """Bytes of a CPU's slabs and rings: what passes need, and what an update does, where these take turns
+        in one slab the larger of both."""
+        overlaid = overlays(self.profile, self.schedule, self.space.overlay)
+        gradients = self._gradient_slab()
+        of_passes = of_passes + (self._overlaid_slab() if overlaid else self.kept_slabs() + gradients)
+        if not updates_overlay(self.schedule, self.space.overlay):
+            return of_passes + of_updates
+        slab = self.problem.add_variable("pass_and_update_bytes", lowBound=0)
+        self.add(slab * 1e-6 >= of_passes * 1e-6)
+        self.add(slab * 1e-6 >= (of_updates + gradients) * 1e-6)
+        return pulp.LpAffineExpression(slab)
+
     def kept_slabs(self) -> Expression:
         """Bytes of a CPU's slabs: each block has a place of its own size."""
         return pulp.lpSum(self.block_sum(index, kept_slot_bytes) for index in range(len(self.x)))
 
-    def _rings(self) -> Expression:
-        """Bytes of all rings, wherever they lie, and of coding."""
-        profile = self.profile
-        coding = sum(each.staging_bytes for each in self.space.coded) + self.weights.coding_bytes()
+    def _pass_rings(self) -> Expression:
+        """Bytes of the rings that forward and backward use, wherever they lie."""
         total = self._ring_bytes(self.saved_ring, saved_slot_bytes, "saved")
         total += self._ring_bytes(self.input_ring, input_slot_bytes, "input")
-        total += GRADIENT_SLOTS * gradient_slot_bytes(profile) * self.gradient_ring
-        return (total + coding) + pulp.lpSum(
-            update_slots(profile) * update_slot_bytes(profile, s) * v for s, v in self.shard.items() if s
-        )
+        return total + GRADIENT_SLOTS * gradient_slot_bytes(self.profile) * self.gradient_ring
+
+    def _update_ring(self) -> Expression:
+        """Bytes of the ring that updates use."""
+        slots = update_slots(self.profile)
+        return pulp.lpSum(slots * update_slot_bytes(self.profile, s) * v for s, v in self.shard.items() if s)
 
     def _mirrors(self) -> Expression:
         """Bytes of ``decisions.mirror_bytes``: what a GPU holds of rings in host memory."""

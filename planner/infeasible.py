@@ -172,7 +172,8 @@ def _sequence_remedy(search: baselines.Search, nearest: Decisions, excess: dict[
     scalable += (staging.saved_slots if on_cpu else MIRRORED_SLOTS) * staging.saved_slot_bytes
     scalable += (staging.input_slots if on_cpu else MIRRORED_SLOTS) * staging.input_slot_bytes
     scalable += nearest.held_passes(search.profile) * staging.kept_slab_bytes
-    scalable -= staging.overlaid_bytes  # Gradients do not shrink, and have come to bind the slab by then.
+    # Neither gradients nor updates shrink, and they have come to bind the slab by then.
+    scalable -= staging.overlaid_bytes + staging.update_overlaid_bytes
     if not short or set(excess) != {Tier.DEVICE} or scalable <= short:
         return ""
     assert device_need_bytes(search.profile, nearest) >= scalable

@@ -54,10 +54,12 @@ class PlannerOptions:
     micro_batch_order: str = "horizontal"
     """``horizontal``, ``vertical`` or ``auto``: the faster of both, where weights are streamed. Only
     ``Session.accumulate`` carries vertical order out; a loop that calls the model itself is horizontal."""
-    overlay: bool = False
+    overlay: bool | None = None
     """On a CPU, give gradients addresses in memory that activations have left by then
-    (``Staging.overlaid_bytes``). For loops that let go of a step's gradients (``zero_grad()``) before the
-    next forward."""
+    (``Staging.overlaid_bytes``), and the slots of a sequential update those that passes have left
+    (``Staging.update_overlaid_bytes``). For loops that let go of a step's gradients (``zero_grad()``) before
+    the next forward, and of graphs before ``step()``. None: as whoever plans wants it; ``prepare`` does under
+    ``allocator="planned"``, and ``make_plan`` does not."""
 
     def __post_init__(self) -> None:
         if self.time_limit_seconds <= 0:

@@ -24,7 +24,7 @@ from memtrain.planner.actions import (
 from memtrain.planner.canonical import digest, plain, read_signed_plan, signed_plan
 from memtrain.planner.units import MiB
 
-PLAN_VERSION = 8
+PLAN_VERSION = 9
 _DIGITS = 9
 """Of seconds in a plan."""
 
@@ -85,6 +85,9 @@ class Staging:
     """Bytes that both slabs share, for what lies there is not there at the same time: one slab, so much
     shorter than both, with blocks' places in their order from its low end up, and gradients in the order in
     which backward makes them from its high end down."""
+    update_overlaid_bytes: int = 0
+    """Bytes of the update's ring that lie where the other rings and blocks' places are, which an update
+    inside of ``step()`` finds empty: from the low end of that slab up, at most to where gradients begin."""
     weight_windows: tuple[WindowClass, ...] = ()
     """Windows of the device for weights that live on tiers, the smallest first."""
     coded: tuple[CodedTier, ...] = ()
@@ -113,14 +116,27 @@ class Staging:
 
     @property
     def total_bytes(self) -> int:
-        """The four rings of transfers together, and what coding takes."""
+        """The four rings of transfers together, as far as they lie by themselves, and what coding takes."""
+        return (
+            self.pass_ring_bytes
+            + self.update_ring_bytes
+            - self.update_overlaid_bytes
+            + sum(each.staging_bytes for each in (*self.coded, *self.coded_weights))
+        )
+
+    @property
+    def pass_ring_bytes(self) -> int:
+        """The rings that forward and backward use."""
         return (
             self.saved_slots * self.saved_slot_bytes
             + self.input_slots * self.input_slot_bytes
             + self.gradient_slots * self.gradient_slot_bytes
-            + self.update_slots * self.update_slot_bytes
-            + sum(each.staging_bytes for each in (*self.coded, *self.coded_weights))
         )
+
+    @property
+    def update_ring_bytes(self) -> int:
+        """The ring that the optimizer uses, wherever it lies."""
+        return self.update_slots * self.update_slot_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

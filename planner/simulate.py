@@ -138,7 +138,7 @@ class _Schedule:
             self._add("update tables", COMPUTE, tables.update_seconds(profile), self._after_compute())
             self.moved += tables.moved_bytes(profile)
         if schedule is UpdateSchedule.SEQUENTIAL:
-            step_begins = self._after_compute()
+            step_begins = self._after_compute() + self._slab_free()
             for index, (unit, decision) in enumerate(self._units):
                 self._update(index, unit, decision, step_begins)
                 self._weights.over(self._after_compute())
@@ -155,6 +155,13 @@ class _Schedule:
 
     def _after_compute(self) -> tuple[int, ...]:
         return () if self._last_compute is None else (self._last_compute,)
+
+    def _slab_free(self) -> tuple[int, ...]:
+        """What must be over before the update's slots are filled, where they lie in those of the passes."""
+        if not self.decisions.staging.update_overlaid_bytes:
+            return ()
+        rings = (self._saved_ring, self._input_ring, self._gradient_ring)
+        return tuple(job for ring in rings for jobs in ring.free_after for job in jobs)
 
     def _of(self, block: int | None, name: str) -> Iterator[tuple[UnitProfile, StateDecision]]:
         for _, unit, decision in self._numbered(block, name):

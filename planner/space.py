@@ -37,7 +37,7 @@ class Space:
     coded_weights: tuple[CodedTier, ...] = ()
     """Of ``tiers`` those whose weights are coded (``weight_coding.coding_spaces`` has others too)."""
     overlay: bool = False
-    """Gradients come to lie where activations were; on a CPU, in horizontal order."""
+    """Gradients come to lie where activations were, and updates where passes were; on a CPU."""
 
     @property
     def staging_tier(self) -> Tier:
@@ -103,7 +103,7 @@ def open_space(profile: ModelProfile, machine: Machine, budget: Budget, options:
             for tier in tiers
             if (codec := machine.link(tier).weight_codec) is not None and tier not in options.coding_optional
         ),
-        overlay=options.overlay and machine.on_cpu,
+        overlay=bool(options.overlay) and machine.on_cpu,
     )
 
 

@@ -7,6 +7,7 @@ Index letters: ``l`` block, ``u`` unit, ``t`` tier.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from memtrain.planner.actions import BlockDecision, StateDecision, Tier, UpdateSchedule
@@ -217,8 +218,10 @@ def staging_for(
         if d.gradient_tier is not Tier.DEVICE
     ]
     updates = any(streams_update(d) for d in states)
-    overlaid = on_cpu and overlays(profile, schedule, overlay)
-    return Staging(
+    overlaid_bytes = 0
+    if on_cpu and overlays(profile, schedule, overlay):
+        overlaid_bytes = _overlaid_bytes(profile, kept, resident)
+    staging = Staging(
         saved_slots=min(saved_slots, len(saved) * held_passes),
         saved_slot_bytes=max(saved, default=0),
         input_slots=max(min(input_slots, sum(taken) * held_passes), max(taken, default=0)),
@@ -230,11 +233,22 @@ def staging_for(
         update_shard_elements=shard_elements if updates else default_shard_elements(profile),
         kept_bytes=kept if any(kept) else (),
         gradient_slab_bytes=together(resident) * on_cpu if resident else 0,
-        overlaid_bytes=_overlaid_bytes(profile, kept, resident) if overlaid else 0,
+        overlaid_bytes=overlaid_bytes,
         weight_windows=weight_windows(profile, states, wanted_windows),
         coded=coded,
         coded_weights=tuple(c for c in coded_weights if any(d.weight_tier is c.tier for d in states)),
     )
+    if not (on_cpu and updates_overlay(schedule, overlay)):
+        return staging
+    # While gradients lie at the high end, all of the slab below them is free.
+    left = staging.pass_ring_bytes + held_passes * staging.kept_slab_bytes - overlaid_bytes
+    return dataclasses.replace(staging, update_overlaid_bytes=min(staging.update_ring_bytes, left))
+
+
+def updates_overlay(schedule: UpdateSchedule, wanted: bool) -> bool:
+    """Whether the update's slots may lie where activations and transfers of the passes were: where the whole
+    update comes behind the last backward, and is over before the next forward."""
+    return wanted and schedule is UpdateSchedule.SEQUENTIAL
 
 
 def overlays(profile: ModelProfile, schedule: UpdateSchedule, wanted: bool) -> bool:

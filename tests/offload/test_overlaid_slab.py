@@ -11,6 +11,7 @@ from memtrain.offload.gradient_slab import GradientSlab
 from memtrain.offload.overlaid_slab import OverlaidSlab
 from memtrain.offload.staging import SlotCache
 from memtrain.planner.actions import Tier
+from memtrain.planner.plan import Staging
 from tests.offload.test_gradient_slab import address, make
 
 PAGE = 4096
@@ -31,6 +32,12 @@ class Group:
         raise AssertionError("it has no tier")
 
 
+def slab_of(kept_bytes: tuple[int, ...], gradient_bytes: int, overlaid_bytes: int) -> OverlaidSlab:
+    return OverlaidSlab(
+        Staging(kept_bytes=kept_bytes, gradient_slab_bytes=gradient_bytes, overlaid_bytes=overlaid_bytes)
+    )
+
+
 def cache_of(overlaid: OverlaidSlab, offsets: list[int], size: int) -> SlotCache:
     return SlotCache(
         len(offsets), size, "kept", threading.RLock(), CpuDevice(), shared=overlaid, offsets=offsets
@@ -38,13 +45,13 @@ def cache_of(overlaid: OverlaidSlab, offsets: list[int], size: int) -> SlotCache
 
 
 def test_places_lie_one_behind_the_other_and_the_slab_is_so_much_shorter() -> None:
-    overlaid = OverlaidSlab((2 * PAGE, PAGE, 3 * PAGE), 4 * PAGE, 3 * PAGE)
-    assert overlaid.kept_offsets == [0, 2 * PAGE, 3 * PAGE]
+    overlaid = slab_of((2 * PAGE, PAGE, 3 * PAGE), 4 * PAGE, 3 * PAGE)
+    assert overlaid.kept_offsets == [[0], [2 * PAGE], [3 * PAGE]]
     assert overlaid.slab.nbytes == 7 * PAGE
 
 
 def test_a_tenant_is_told_of_those_that_overlap_whoever_came_first() -> None:
-    overlaid = OverlaidSlab((4 * PAGE,), 4 * PAGE, 2 * PAGE)
+    overlaid = slab_of((4 * PAGE,), 4 * PAGE, 2 * PAGE)
     there: set[str] = set()
 
     def let(name: str, begin: int, pages: int) -> object:
@@ -63,8 +70,8 @@ def test_a_tenant_is_told_of_those_that_overlap_whoever_came_first() -> None:
 def test_a_place_is_not_given_while_a_gradient_lies_there_and_the_other_way_round() -> None:
     model, index = make()
     # Two places of a page each; both gradients' 176 pages lie over the second one.
-    overlaid = OverlaidSlab((PAGE, PAGE), 2 * WEIGHT, PAGE)
-    cache = cache_of(overlaid, overlaid.kept_offsets, PAGE)
+    overlaid = slab_of((PAGE, PAGE), 2 * WEIGHT, PAGE)
+    cache = cache_of(overlaid, [0, PAGE], PAGE)
     slab = GradientSlab(
         index=index,
         tiers=dict.fromkeys(index.shards, Tier.DEVICE),
@@ -102,7 +109,7 @@ def test_a_place_is_not_given_while_a_gradient_lies_there_and_the_other_way_roun
 
 
 def test_a_slot_that_is_read_still_keeps_gradients_away() -> None:
-    overlaid = OverlaidSlab((PAGE,), 2 * PAGE, PAGE)
+    overlaid = slab_of((PAGE,), 2 * PAGE, PAGE)
     cache = cache_of(overlaid, [0], PAGE)
     taken = overlaid.let(0, PAGE, lambda: False)
     group = Group(1)
@@ -118,7 +125,7 @@ def test_a_slot_that_is_read_still_keeps_gradients_away() -> None:
 
 def test_gradients_outlive_the_slab() -> None:
     model, index = make()
-    overlaid = OverlaidSlab((PAGE,), 2 * WEIGHT, PAGE)
+    overlaid = slab_of((PAGE,), 2 * WEIGHT, PAGE)
     slab = GradientSlab(
         index=index,
         tiers=dict.fromkeys(index.shards, Tier.DEVICE),

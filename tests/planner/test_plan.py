@@ -40,7 +40,7 @@ def test_an_edited_plan_is_refused() -> None:
     with pytest.raises(ValueError, match="not a plan"):
         Plan.from_json(json.dumps(document))
     document["plan"]["version"] = 3
-    with pytest.raises(ValueError, match="plan version 3, this memtrain reads 8"):
+    with pytest.raises(ValueError, match="plan version 3, this memtrain reads 9"):
         Plan.from_json(json.dumps(document))
 
 
