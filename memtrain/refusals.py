@@ -143,9 +143,10 @@ def overwrites_disk(plan: Plan) -> bool:
 
 def refuse_overlaid_tiles(plan: Plan, model: nn.Module) -> None:
     """Raises PlanMismatchError where gradients would lie where activations were, for a model in tiles."""
-    if plan.staging.overlaid_bytes and tiles_of(model):
+    shared_bytes = plan.staging.overlaid_bytes + plan.staging.update_overlaid_bytes
+    if shared_bytes and tiles_of(model):
         raise PlanMismatchError(
-            f"the plan has gradients share {plan.staging.overlaid_bytes} bytes with activations "
+            f"the plan has gradients and updates share {shared_bytes} bytes with activations "
             "(options.overlay), and the model has layers in tiles, whose gradients have a slab of their own: "
             "plan with overlay=False"
         )
