@@ -235,9 +235,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
             if not self.last_step_skipped:
                 self._updates.make_room()
+                update = Update(self.layout, self._records, self.gradients)  # refuses before anything is done
                 if self._tables is not None:
                     self._tables.advance()
-                update = Update(self.layout, self._records, self.gradients)
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
         finally:

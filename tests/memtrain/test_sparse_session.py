@@ -365,3 +365,21 @@ def test_the_plan_counts_tables(tmp_path: Path) -> None:
         loop(session.model, session.optimizer)
         found = session.measure()
         assert found["peak_bytes"] == pytest.approx(found["predicted_peak_bytes"], rel=0.08)
+
+
+def test_what_the_other_weights_refuse_leaves_tables_alone(tmp_path: Path) -> None:
+    model = sparse_llama()
+    with prepare(model, tmp_path, micro=1, options={"force": RESIDENT}) as session:
+        loop(session.model, session.optimizer, micro=1, steps=1)
+        head = model.get_parameter("lm_head.weight")
+        session.model(**batch(1)).loss.backward()
+        kept, head.grad = head.grad, torch.zeros_like(head).to_sparse()
+        assert session.sparse_optimizer is not None
+        before = session.sparse_optimizer.scalar_state()
+        with pytest.raises(PlanMismatchError, match="only dense gradients"):
+            session.optimizer.step()
+        assert session.sparse_optimizer.scalar_state() == before
+        head.grad = kept
+        session.optimizer.step()
+    _, weights, _ = plain(micro=1, steps=2)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
