@@ -98,14 +98,17 @@ class SparseTables:
     def _step(self, table: RowTable, count: int) -> float:
         """A step with a gradient of zeros on rows that are far from each other; its seconds."""
         rows = torch.arange(count) * table.num_embeddings // max(1, count)
-        before, kept = table.fetch(rows), table.weight.grad
+        before, kept = table.fetch(rows), [weight.grad for weight in self.weights]
         try:
+            for weight in self.weights:  # the caller's, for a step of its own
+                weight.grad = None
             table.weight.grad = sparse_rows(rows, torch.zeros_like(before), table.weight.shape)
             began = time.perf_counter()
             self.optimizer.update_rows()
             seconds = time.perf_counter() - began
         finally:
-            table.weight.grad = kept
+            for weight, gradient in zip(self.weights, kept, strict=True):
+                weight.grad = gradient
         table.put(rows, before)
         return seconds
 

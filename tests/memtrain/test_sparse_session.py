@@ -383,3 +383,46 @@ def test_what_the_other_weights_refuse_leaves_tables_alone(tmp_path: Path) -> No
         session.optimizer.step()
     _, weights, _ = plain(micro=1, steps=2)
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+class TwoTables(nn.Module):
+    """The first table is looked up twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Embedding(700, 128, sparse=True)
+        self.second = nn.Embedding(500, 128, sparse=True)
+        self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.first(tokens) + self.second(tokens) + self.first(tokens // 2)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden.square().mean()
+
+
+def prepare_two(model: TwoTables, folder: Path, tokens: Tensor) -> memtrain.Session:
+    return memtrain.prepare(
+        model,
+        torch.optim.AdamW(model.layers.parameters()),
+        tokens,
+        budget=memtrain.Budget(device="3GiB", nvme=f"{folder}:64MiB"),
+        sparse_optimizer=torch.optim.SparseAdam([model.first.weight, model.second.weight], lr=0.1),
+        machine=MACHINE,
+    )
+
+
+def test_gradients_that_there_are_wait_for_their_step(tmp_path: Path) -> None:
+    tokens = torch.arange(64).view(4, 16)
+    model, twin = TwoTables(), TwoTables()
+    for each in (model, twin):
+        each(tokens).backward()
+    with prepare_two(model, tmp_path, tokens):
+        pass
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, twin.get_parameter(name))
+        gradient = twin.get_parameter(name).grad
+        assert gradient is not None
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad.to_dense(), gradient.to_dense())
