@@ -279,11 +279,10 @@ def _unusual(module: nn.Module) -> str | None:
     """What of the module a ``RowTable`` in its place would lose."""
     if isinstance(module, RowTable):
         return None
-    weight: Any = module.weight
     if type(module) is not nn.Embedding or "forward" in module.__dict__:
         return f"belongs to a {type(module).__name__} with a forward of its own"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name) for name in hooks) or weight._backward_hooks:
+    if any(getattr(module, name) for name in hooks):
         return "has hooks, which would not be called"
     return None
 

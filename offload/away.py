@@ -113,7 +113,7 @@ def put(parameter: nn.Parameter, data: Tensor) -> None:
         parameter.__class__ = used
 
 
-def without_bytes(parameter: nn.Parameter, place: torch.device | None = None) -> Tensor:
+def without_bytes(parameter: Tensor, place: torch.device | None = None) -> Tensor:
     """A tensor of the parameter's shape, strides and dtype, on its device or ``place``, whose storage has no
     bytes."""
     place = parameter.device if place is None else place

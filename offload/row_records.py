@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memtrain.offload.gradient_ring import settle
 from memtrain.offload.shards import PAGE_BYTES
-from memtrain.offload.store import Store, Ticket
+from memtrain.offload.store import Store, Ticket, wait_all
 from memtrain.planner.units import round_up
 
 GROUP_BYTES = PAGE_BYTES
@@ -142,6 +143,16 @@ def _cut(shape: Sequence[int], states: Sequence[RowState]) -> tuple[int, int, di
         spans[state.key] = slice(start, stop)
         start = round_up(stop, _ALIGNMENT)
     return group_rows, round_up(start, PAGE_BYTES), spans
+
+
+def finish(tickets: Sequence[Ticket]) -> None:
+    """``wait_all``; where that is interrupted, too, nothing uses the slot any more when this raises."""
+    try:
+        wait_all(tickets)
+    except BaseException:
+        for ticket in tickets:
+            settle(ticket)
+        raise
 
 
 def scalar_copy(value: Any) -> Any:

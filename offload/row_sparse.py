@@ -28,11 +28,11 @@ from memtrain.offload.errors import OffloadError, PlanMismatchError
 from memtrain.offload.gradient_ring import settle
 from memtrain.offload.optimizer_probe import Runner, hyperparameters
 from memtrain.offload.row_probe import row_states, sparse_rows
-from memtrain.offload.row_records import RowRecords, scalar_copy
+from memtrain.offload.row_records import RowRecords, finish, scalar_copy
 from memtrain.offload.row_table import RowTable
 from memtrain.offload.slab import Slab
 from memtrain.offload.state_cuts import same_scalar
-from memtrain.offload.store import Store, Ticket, wait_all
+from memtrain.offload.store import Store, Ticket
 
 SLOTS = 3
 """One is read, one stepped, one written."""
@@ -67,7 +67,7 @@ class _Place:
     def finish(self) -> None:
         """Return when nothing uses it. Raises what went wrong."""
         tickets, self.tickets = self.tickets, []
-        wait_all(tickets)
+        finish(tickets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,6 +422,7 @@ class RowSparseOptimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Give the tier its room and the slots their memory back. May be called twice."""
         if os.getpid() == self._pid:
+            self._places = []
             self._made.close()
 
     def _abandon(self, error: BaseException) -> None:
@@ -440,6 +441,8 @@ class RowSparseOptimizer(torch.optim.Optimizer):
             raise OffloadError(
                 f"the row-sparse optimizer belongs to process {self._pid}; a forked child may not use it"
             )
+        if not self._places:
+            raise OffloadError("the row-sparse optimizer is closed, and its state has left the tier")
         if self._failure is not None:
             raise OffloadError(
                 f"an earlier update failed half-way ({self._failure}): weights and state no longer belong "

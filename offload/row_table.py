@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from memtrain.offload import away
 from memtrain.offload.errors import OffloadError, PlanMismatchError
-from memtrain.offload.row_records import RowRecords, RowState
+from memtrain.offload.row_records import RowRecords, RowState, finish
 from memtrain.offload.slab import Slab
-from memtrain.offload.store import Store, wait_all
+from memtrain.offload.store import Store
 
 SLOT_BYTES = 1 << 20
 _KEY = "weight"
@@ -161,7 +161,10 @@ class RowTable(nn.Module):
             padding = int(found) if found.numel() else None
         if torch.is_grad_enabled() and self.weight.requires_grad:
             held.requires_grad_().register_post_accumulate_grad_hook(self._note_gradient(rows))
-        return nn.functional.embedding(places, held, padding_idx=padding, sparse=True)
+        found = nn.functional.embedding(places, held, padding_idx=padding, sparse=True)
+        if held.requires_grad:  # autograd keeps it until backward, and asks for its shape alone
+            held.data = away.without_bytes(held)
+        return found
 
     def _note_gradient(self, rows: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()
@@ -172,6 +175,9 @@ class RowTable(nn.Module):
             whole = torch.sparse_coo_tensor(
                 rows[gradient._indices()], gradient._values(), self.weight.shape, check_invariants=False
             )
+            for hook in (self.weight._backward_hooks or {}).values():
+                changed = hook(whole)
+                whole = whole if changed is None else changed
             self.weight.grad = whole if self.weight.grad is None else self.weight.grad + whole
             for hook in (self.weight._post_accumulate_grad_hooks or {}).values():
                 hook(self.weight)
@@ -206,14 +212,14 @@ class RowTable(nn.Module):
         self._check(rows)
         for groups, span, at in self._runs(rows):
             self._read(groups)[at] = values[span].to("cpu")
-            wait_all(self.records.write(groups, self._slot))
+            finish(self.records.write(groups, self._slot))
         self.changed_bytes += len(rows) * self.records.row_bytes
 
     @torch.no_grad()
     def bring_home(self) -> None:
         """The weight has its rows again, whole in memory, also after an update that failed, and the tier its
         room. Raises OffloadError: the tier failed, or the process is another one; the weight stays away."""
-        self._refuse_child()
+        self._refuse_gone()
         home = torch.empty(self.weight.shape, dtype=self.weight.dtype)
         start = 0
         for part in self._all_parts():
@@ -254,7 +260,7 @@ class RowTable(nn.Module):
     @torch.no_grad()
     def load(self, parts: Iterable[Tensor]) -> None:
         """Replace all rows, as after a failed update. Args and raises: as the class."""
-        self._refuse_child()
+        self._refuse_gone()
         try:
             self._fill(parts)
         except BaseException as error:
@@ -266,8 +272,9 @@ class RowTable(nn.Module):
         """Give the tier its room and the slot its memory back. May be called twice."""
         if os.getpid() == self._pid and self._room:
             self._room = 0
-            self.records.close()
+            self._slot = self._slot.new_empty(0)
             self._slab.close()
+            self.records.close()
 
     def _fill(self, parts: Iterable[Tensor]) -> None:
         records, start = self.records, 0
@@ -280,7 +287,7 @@ class RowTable(nn.Module):
                 at = numbers // records.group_rows, numbers % records.group_rows
                 view = records.views(len(groups), self._slot)[_KEY]
                 view[at] = rows.to("cpu", view.dtype)
-                wait_all(records.write(groups, self._slot))
+                finish(records.write(groups, self._slot))
             start = stop
         if start != self.num_embeddings:
             raise PlanMismatchError(
@@ -305,7 +312,7 @@ class RowTable(nn.Module):
 
     def _read(self, groups: list[int]) -> Tensor:
         """The groups' rows in the slot."""
-        wait_all(self.records.read(groups, self._slot))
+        finish(self.records.read(groups, self._slot))
         return self.records.views(len(groups), self._slot)[_KEY]
 
     def _check(self, rows: Tensor) -> None:
@@ -318,12 +325,14 @@ class RowTable(nn.Module):
                 "were asked for"
             )
 
-    def _refuse_child(self) -> None:
+    def _refuse_gone(self) -> None:
         if os.getpid() != self._pid:
             raise OffloadError(f"{self._name} belongs to process {self._pid}; a forked child may not use it")
+        if not self._room:
+            raise OffloadError(f"the table of {self._name} is closed, and its rows have left the tier")
 
     def _refuse_use(self) -> None:
-        self._refuse_child()
+        self._refuse_gone()
         if self.failure is not None:
             raise OffloadError(
                 f"an update of {self._name} failed half-way ({self.failure}): weights and state no longer "

@@ -21,7 +21,7 @@ from memtrain.offload.errors import (
     WeightAwayError,
 )
 from memtrain.offload.io import Fault, FaultyBackend, ThreadPoolBackend
-from memtrain.offload.row_records import GROUP_BYTES
+from memtrain.offload.row_records import GROUP_BYTES, finish
 from memtrain.offload.row_sparse import RowSparseOptimizer
 from memtrain.offload.row_table import RowTable
 from memtrain.offload.tiers import MemoryStore, NvmeStore
@@ -227,3 +227,60 @@ def test_a_failed_transfer_is_named_and_loading_mends_it() -> None:
         assert torch.equal(table.to_embedding().weight, plain.weight)
         optimizer.close()
         table.close()
+
+
+def test_hooks_of_the_weight_see_its_gradient_before_it_is_added() -> None:
+    plain, seen = embedding(), []
+    with MemoryStore(Tier.HOST, 8 << 20) as store:
+        table = RowTable.of(embedding(), store=store)
+        for each in (plain, table):
+            each.weight.register_hook(lambda gradient: gradient * 2)
+            each.weight.register_hook(lambda gradient: seen.append(gradient.coalesce()))
+            each(torch.tensor([3, 5, 3])).sin().sum().backward()
+            each(torch.tensor([5])).sin().sum().backward()
+        assert torch.equal(table.weight.grad.to_dense(), plain.weight.grad.to_dense())  # type: ignore[union-attr]
+        assert [gradient._nnz() for gradient in seen] == [2, 1, 2, 1]
+        table.close()
+
+
+def test_rows_in_hand_are_given_up_when_they_are_looked_up() -> None:
+    with MemoryStore(Tier.HOST, 8 << 20) as store:
+        table = RowTable.of(embedding(), store=store)
+        found = table(torch.tensor([3, 5, 3]))
+        assert found.grad_fn is not None
+        held = found.grad_fn.next_functions[0][0].variable  # type: ignore[union-attr]
+        assert held.shape == (2, WIDTH)
+        assert held.untyped_storage().nbytes() == 0
+        table.close()
+
+
+def test_a_table_that_is_closed_says_so() -> None:
+    with MemoryStore(Tier.HOST, 8 << 20) as store:
+        table = RowTable.of(embedding(), store=store)
+        optimizer = RowSparseOptimizer(torch.optim.SparseAdam([table.weight]), store=store, tables=[table])
+        optimizer.close()
+        table.close()
+        for use in (optimizer.step, optimizer.state_dict):
+            with pytest.raises(OffloadError, match="the row-sparse optimizer is closed"):
+                use()
+        for use in (lambda: table(torch.tensor([3])), table.bring_home, table.to_embedding):
+            with pytest.raises(OffloadError, match="the table of table.weight is closed"):
+                use()
+
+
+def test_an_interrupt_leaves_no_transfer_under_way() -> None:
+    waits: list[str] = []
+
+    class Interrupted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait(self) -> None:
+            waits.append(self.name)
+            if waits == ["first"]:
+                raise KeyboardInterrupt
+
+    tickets: list[Any] = [Interrupted("first"), Interrupted("second")]
+    with pytest.raises(KeyboardInterrupt):
+        finish(tickets)
+    assert waits == ["first", "first", "second"]
