@@ -176,6 +176,8 @@ def put_tables_away(
                 continue
             assert isinstance(module, nn.Embedding)
             tables[name] = _replaced(model, path, module, name, store, undo)
+        for table in tables.values():
+            undo.callback(model.register_forward_pre_hook(lambda *_, each=table: each.begin_forward()).remove)
         kept = dict(sparse_optimizer.state)
         sparse_optimizer.state.clear()
         try:

@@ -45,8 +45,8 @@ class RowTable(nn.Module):
         weight: the parameter that leaves, once its rows are on the tier; None: one is made.
 
     Attributes:
-        lookups: the most tokens of a forward so far.
-        used_rows: the most different rows of a forward so far.
+        lookups: the most tokens of a model's forward so far, all calls of the table together.
+        used_rows: the most rows of one, a call's different ones, and no more than the table has.
 
     Raises:
         PlanMismatchError: the parts have other rows, or ``padding_idx`` is none of them.
@@ -77,6 +77,8 @@ class RowTable(nn.Module):
         self.changed_bytes = 0
         """Of rows that were given other values so far; what is written are the groups that they are in."""
         self.lookups = self.used_rows = 0
+        self._calls = 0, 0
+        """Tokens and rows of the calls since ``begin_forward``."""
         self.failure: BaseException | None = None
         """What left weights and state that do not belong together."""
         state = RowState(key=_KEY, dtype=dtype, initial=0.0)
@@ -153,7 +155,7 @@ class RowTable(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """As ``nn.Embedding``. Raises IndexError: a token is no row; OffloadError: the tier failed."""
         rows, places = torch.unique(tokens, return_inverse=True)
-        self.lookups, self.used_rows = max(self.lookups, tokens.numel()), max(self.used_rows, len(rows))
+        self._note_call(tokens.numel(), len(rows))
         held = self.fetch(rows)
         padding = None
         if self.padding_idx is not None:
@@ -165,6 +167,15 @@ class RowTable(nn.Module):
         if held.requires_grad:  # autograd keeps it until backward, and asks for its shape alone
             held.data = away.without_bytes(held)
         return found
+
+    def begin_forward(self) -> None:
+        """A forward of the model begins, which may call the table several times."""
+        self._calls = 0, 0
+
+    def _note_call(self, tokens: int, rows: int) -> None:
+        self._calls = self._calls[0] + tokens, self._calls[1] + rows
+        self.lookups = max(self.lookups, self._calls[0])
+        self.used_rows = max(self.used_rows, min(self._calls[1], self.num_embeddings))
 
     def _note_gradient(self, rows: Tensor) -> Callable[[Tensor], None]:
         @torch.no_grad()

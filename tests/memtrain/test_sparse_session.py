@@ -396,7 +396,7 @@ class TwoTables(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.first(tokens) + self.second(tokens) + self.first(tokens // 2)
+        hidden = self.first(tokens) + self.second(tokens) + self.first(tokens // 2 + 100)
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden.square().mean()
@@ -426,3 +426,18 @@ def test_gradients_that_there_are_wait_for_their_step(tmp_path: Path) -> None:
         assert gradient is not None
         assert parameter.grad is not None
         assert torch.equal(parameter.grad.to_dense(), gradient.to_dense())
+
+
+def test_a_table_that_is_called_twice_has_both_calls_on_the_bill(tmp_path: Path) -> None:
+    model, tokens = TwoTables(), torch.arange(64).view(4, 16)
+    with prepare_two(model, tmp_path, tokens) as session:
+        first, second = session.profile.tables
+        assert (first.lookups, first.used_rows) == (128, 64 + 32)
+        assert (second.lookups, second.used_rows) == (64, 64)
+        for _ in range(2):
+            session.model(tokens).backward()
+            assert model.first.weight.grad is not None
+            assert model.first.weight.grad._nnz() == first.lookups
+            session.optimizer.zero_grad()
+        assert "first.weight on nvme by rows: 700 rows, at most 96 in a forward" in session.report()
+    assert not model._forward_pre_hooks
