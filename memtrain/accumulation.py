@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from memtrain.draws import Draws
 from memtrain.offload.errors import PlanMismatchError, RandomDrawsError
+from memtrain.offload.surroundings import random_states, set_random_states
 from memtrain.offload.vertical import VerticalPass
 from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.plan import Plan
@@ -45,13 +46,14 @@ def accumulate(
             "give so many to accumulate(), or call prepare with more micro_batches"
         )
     kinds = draws.kinds(given)
-    advances = draws.of(kinds)
-    if advances is None:
-        return [draws.measured(kind, each) for kind, each in zip(kinds, passes, strict=True)]
+    advances, began = draws.of(kinds), random_states(device)
     try:
+        if advances is None:
+            return [draws.measured(kind, each) for kind, each in zip(kinds, passes, strict=True)]
         return VerticalPass[Tensor](blocks, device).run(passes, advances)
     except RandomDrawsError:
         draws.forget()
+        set_random_states(device, began)
         raise
 
 

@@ -198,6 +198,25 @@ def test_dropout_that_is_switched_on_is_measured_when_the_step_is_repeated(tmp_p
     assert [loss.item() for loss in losses] == [twin(each).item() for each in given * 2]
 
 
+def test_a_change_that_shows_while_measuring_is_measured_when_the_step_is_repeated(tmp_path: Path) -> None:
+    known = torch.ones(4, 8, 256)
+    model = Noisy(lambda hidden: F.dropout(hidden, 0.1))
+    with prepared(tmp_path, "vertical", model) as session:
+        session.accumulate([known] * COUNT)
+        session.optimizer.zero_grad()
+        model.draw = lambda hidden: F.dropout(F.dropout(hidden, 0.1), 0.1)
+        given = [known, torch.ones(4, 6, 256), known]
+        state = torch.get_rng_state()
+        with pytest.raises(RandomDrawsError, match="same batches again measure it anew"):
+            session.accumulate(given)
+        assert torch.equal(state, torch.get_rng_state())
+        session.optimizer.zero_grad()
+        session.accumulate(given)
+        session.accumulate(given)
+        assert "2 of 4 steps" not in session.report()
+        assert "3 of 4 steps" in session.report()
+
+
 def test_kinds_are_shapes_types_modes_and_precision() -> None:
     model = Noisy(half_a_pair)
     draws = Draws(model, torch.device("cpu"), drawn=True)
