@@ -195,13 +195,13 @@ def step_turns(
             gone, evicted = found.use(units)
             gone = tuple(unit for unit in gone if unit in read_here)
             missing = tuple(unit for unit in gone if (index, unit) not in anew)
+            if index < len(passes) and twice[index]:
+                missing = (*missing, *(unit for unit in gone if unit in tiled))
             begins = None
             if missing:
                 room = (own, each.slots), (uses, together)
                 ends = [_begins_after(turns, index, slots, missing) for turns, slots in room]
                 begins = max((end for end in ends if end is not None), default=None)
-            if index < len(passes) and twice[index]:
-                missing = (*missing, *(unit for unit in gone if unit in tiled))
             if not tiled.isdisjoint(missing):  # and what they turned out of smaller windows
                 evicted = (*evicts[index], *evicted)
             reads[index] += [Read(unit, begins, evicted) for unit in missing]

@@ -243,3 +243,16 @@ def test_faults_are_named() -> None:
     assert Rule.STAGING in {
         v.rule for v in check(replace(plan, staging=small), profile, machine, BUDGET)
     }  # the untiled blocks need 8
+
+
+def test_a_second_pass_over_tiles_that_an_update_made_anew_waits_for_a_window() -> None:
+    """Masters make the first pass's weights; the second one, of backward, is the only read."""
+    profile = in_tiles(weighty(1, around=True), "epilogue")
+    made = {"gradient_bytes": 4 * MiB, "state_bytes": 12 * MiB, "written_extent_bytes": 4 * MiB}
+    head = replace(profile.units[-1], **made, overwritten=True)
+    profile = replace(profile, units=(*profile.units[:-1], head))
+    states = states_of(profile, everybody)
+    windows = weight_windows(profile, states, WantedWindows(2, sized=False))
+    turns = step_turns(profile, states, AHEAD, windows)
+    (read,) = turns[2].reads
+    assert (profile.units[read.unit].name, read.begins_after) == ("epilogue", 0)
