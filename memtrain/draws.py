@@ -137,8 +137,8 @@ class Draws:
             raise RandomDrawsError(
                 f"the model draws random numbers by what is in a batch: {_of(advance)} where another batch "
                 f"of equal shapes drew {_of(self._known[kind])}, so that in vertical order the micro-batches "
-                "would draw others than one after the other. Where the model was changed, zero_grad() and the "
-                "same batches again measure it anew; else plan with micro_batch_order='horizontal'"
+                "would draw others than one after the other. Where the model was changed, zero_grad() and "
+                "the same batches again measure it anew; else plan with micro_batch_order='horizontal'"
             )
         return result
 

@@ -396,7 +396,7 @@ class TwoTables(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(128, 128) for _ in range(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.first(tokens) + self.second(tokens) + self.first(tokens // 2 + 100)
+        hidden: Tensor = self.first(tokens) + self.second(tokens) + self.first(tokens // 2 + 100)
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden.square().mean()

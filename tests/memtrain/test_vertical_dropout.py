@@ -207,7 +207,7 @@ def test_a_change_that_shows_while_measuring_is_measured_when_the_step_is_repeat
         model.draw = lambda hidden: F.dropout(F.dropout(hidden, 0.1), 0.1)
         given = [known, torch.ones(4, 6, 256), known]
         state = torch.get_rng_state()
-        with pytest.raises(RandomDrawsError, match="same batches again measure it anew"):
+        with pytest.raises(RandomDrawsError, match="the same batches again measure it anew"):
             session.accumulate(given)
         assert torch.equal(state, torch.get_rng_state())
         session.optimizer.zero_grad()

@@ -230,12 +230,14 @@ def test_a_failed_transfer_is_named_and_loading_mends_it() -> None:
 
 
 def test_hooks_of_the_weight_see_its_gradient_before_it_is_added() -> None:
-    plain, seen = embedding(), []
+    plain = embedding()
+    seen: list[Tensor] = []
     with MemoryStore(Tier.HOST, 8 << 20) as store:
         table = RowTable.of(embedding(), store=store)
         for each in (plain, table):
-            each.weight.register_hook(lambda gradient: gradient * 2)
-            each.weight.register_hook(lambda gradient: seen.append(gradient.coalesce()))
+            weight: Any = each.weight
+            weight.register_hook(lambda gradient: gradient * 2)
+            weight.register_hook(lambda gradient: seen.append(gradient.coalesce()))
             each(torch.tensor([3, 5, 3])).sin().sum().backward()
             each(torch.tensor([5])).sin().sum().backward()
         assert torch.equal(table.weight.grad.to_dense(), plain.weight.grad.to_dense())  # type: ignore[union-attr]
@@ -248,7 +250,7 @@ def test_rows_in_hand_are_given_up_when_they_are_looked_up() -> None:
         table = RowTable.of(embedding(), store=store)
         found = table(torch.tensor([3, 5, 3]))
         assert found.grad_fn is not None
-        held = found.grad_fn.next_functions[0][0].variable  # type: ignore[union-attr]
+        held = found.grad_fn.next_functions[0][0].variable
         assert held.shape == (2, WIDTH)
         assert held.untyped_storage().nbytes() == 0
         table.close()
@@ -260,11 +262,13 @@ def test_a_table_that_is_closed_says_so() -> None:
         optimizer = RowSparseOptimizer(torch.optim.SparseAdam([table.weight]), store=store, tables=[table])
         optimizer.close()
         table.close()
-        for use in (optimizer.step, optimizer.state_dict):
+        of_state: list[Any] = [optimizer.step, optimizer.state_dict]
+        for use in of_state:
             with pytest.raises(OffloadError, match="the row-sparse optimizer is closed"):
                 use()
-        for use in (lambda: table(torch.tensor([3])), table.bring_home, table.to_embedding):
-            with pytest.raises(OffloadError, match="the table of table.weight is closed"):
+        of_rows: list[Any] = [lambda: table(torch.tensor([3])), table.bring_home, table.to_embedding]
+        for use in of_rows:
+            with pytest.raises(OffloadError, match=r"the table of table\.weight is closed"):
                 use()
 
 
