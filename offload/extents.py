@@ -230,7 +230,7 @@ class Extent:
         return Chunk(offset, nbytes, chunk.generation, chunk.piece_bytes, checksums)
 
     def _touching(self, start: int, end: int) -> list[Chunk]:
-        """Those that share a byte with the range or begin where it does. Chunks share none with each other."""
+        """Those that share a byte with the range or begin where it does. Chunks share none with others."""
         found: list[Chunk] = []
         for index in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self._starts)):
             chunk = self.chunks[self._starts[index]]
