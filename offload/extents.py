@@ -113,6 +113,7 @@ class Extent:
     """
 
     __slots__ = (
+        "_starts",
         "arena_offset",
         "chunks",
         "dtype",
@@ -155,6 +156,7 @@ class Extent:
         self.generation = 0
         self.next_generation = 1
         self.chunks: dict[int, Chunk] = {}
+        self._starts: list[int] = []  # their offsets in order: a table by rows has tens of thousands
         self.failures: dict[int, OffloadError] = {}
         self.freed = False
 
@@ -200,30 +202,43 @@ class Extent:
         """Forget the chunks that a write of the range is about to replace."""
         for chunk in self._touching(offset, offset + nbytes):
             del self.chunks[chunk.offset]
+            del self._starts[bisect.bisect_left(self._starts, chunk.offset)]
         for start in [s for s in self.failures if offset <= s < offset + max(nbytes, 1)]:
             del self.failures[start]
 
     def publish(self, chunk: Chunk) -> None:
-        """Every byte of ``chunk`` is on the tier: readers may have it."""
+        """Every byte of ``chunk`` is on the tier, and of no other one: readers may have it."""
+        if chunk.offset not in self.chunks:
+            bisect.insort(self._starts, chunk.offset)
         self.chunks[chunk.offset] = chunk
         self.generation = max(self.generation, chunk.generation)
 
     def _pieces_of_one(self, offset: int, nbytes: int) -> Chunk | None:
         """The range as a chunk of its own, where it is whole pieces of a longer one: each piece has its
         checksum, so they can be read apart."""
-        end = offset + nbytes
-        for chunk in self.chunks.values():
-            if nbytes and chunk.offset <= offset and end <= chunk.end and nbytes < chunk.nbytes:
-                first, before = divmod(offset - chunk.offset, chunk.piece_bytes)
-                count, after = divmod(nbytes, chunk.piece_bytes)
-                if before or (after and end != chunk.end):
-                    return None
-                checksums = chunk.checksums[first : first + count + bool(after)]
-                return Chunk(offset, nbytes, chunk.generation, chunk.piece_bytes, checksums)
-        return None
+        before = bisect.bisect_right(self._starts, offset) - 1
+        if before < 0 or not nbytes:
+            return None
+        chunk, end = self.chunks[self._starts[before]], offset + nbytes
+        if end > chunk.end or nbytes == chunk.nbytes:
+            return None
+        first, rest_before = divmod(offset - chunk.offset, chunk.piece_bytes)
+        count, rest_behind = divmod(nbytes, chunk.piece_bytes)
+        if rest_before or (rest_behind and end != chunk.end):
+            return None
+        checksums = chunk.checksums[first : first + count + bool(rest_behind)]
+        return Chunk(offset, nbytes, chunk.generation, chunk.piece_bytes, checksums)
 
     def _touching(self, start: int, end: int) -> list[Chunk]:
-        return [c for c in self.chunks.values() if (c.offset < end and start < c.end) or c.offset == start]
+        """Those that share a byte with the range or begin where it does. Chunks share none with others."""
+        found: list[Chunk] = []
+        for index in range(max(0, bisect.bisect_right(self._starts, start) - 1), len(self._starts)):
+            chunk = self.chunks[self._starts[index]]
+            if chunk.offset >= max(end, start + 1):
+                break
+            if start < chunk.end or chunk.offset == start:
+                found.append(chunk)
+        return found
 
     def _why_not(self, start: int, end: int, position: int) -> str:
         where = f"tensor {self.name} on {self.tier.value}: bytes {start}..{end}"

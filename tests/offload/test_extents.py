@@ -126,3 +126,27 @@ def test_the_seed_tells_tensor_generation_offset_place_and_type_apart():
     seeds = {base.seed(1, 0), base.seed(2, 0), base.seed(1, U), *(o.seed(1, 0) for o in others)}
     assert len(seeds) == 7
     assert all(0 <= seed < 1 << 64 for seed in seeds)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 15), st.integers(0, 16)), max_size=40))
+def test_chunks_are_found_as_a_look_at_each_of_them_finds_them(steps):
+    e = extent(16 * U)
+    for generation, (write, first, count) in enumerate(steps, 1):
+        start, end = first * U, min(first + count, 16) * U
+        every = sorted(e.chunks.values(), key=lambda chunk: chunk.offset)
+        touching = [c for c in every if (c.offset < end and start < c.end) or c.offset == start]
+        cut = any(c.offset < start or c.end > end for c in touching)
+        if cut:
+            with pytest.raises(ExtentStateError, match="cuts the chunk"):
+                e.check_replaceable(start, end - start)
+        else:
+            e.check_replaceable(start, end - start)
+        whole = [c for c in every if end > start and c.offset <= start and end <= c.end]
+        inner = whole and whole[0].nbytes > end - start
+        if inner:
+            assert e.covering(start, end - start) == [Chunk(start, end - start, whole[0].generation, U, ())]
+        if write:
+            e.retract(start, end - start)
+            publish(e, (start, end), generation=generation)
+            assert e.chunks == {c.offset: c for c in every if c not in touching} | {start: e.chunks[start]}
+            assert e.covering(start, end - start) == [e.chunks[start]]
