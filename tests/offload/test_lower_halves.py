@@ -335,6 +335,31 @@ def test_what_is_said_to_count_may_be_named() -> None:
         run.optimizer.step()
 
 
+def test_a_step_that_was_refused_is_made_with_clipped_gradients() -> None:
+    """Clipping leaves its factor with the gradient: it is to be there still when the step is made."""
+    data = batches(3)
+    found = []
+    for refused in (False, True):
+        with fused_run() as run:
+            run.train(data[:2])
+            run.flush()
+            with torch.no_grad():
+                run.model.first.weight.mul_(0.5)
+            if not refused:
+                run.optimizer.weights_written()
+            run.model(data[2]).backward()
+            assert run.optimizer.clip_grad_norm_(1e-3) > 1e-3
+            if refused:
+                with pytest.raises(WeightsWrittenError, match=WRITTEN):
+                    run.optimizer.step()
+                run.optimizer.weights_written()
+            run.optimizer.step()
+            run.flush()
+            found.append({name: state.clone() for name, state in states(run.optimizer).items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(same_bits(state, found[1][place]) for place, state in found[0].items())
+
+
 def test_moments_that_cannot_be_read_are_not_taken_for_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading replaces a record whose last write failed; here its moments are to stay."""
     with fused_run() as run:
