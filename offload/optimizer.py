@@ -244,7 +244,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
         except WeightsWrittenError:
-            clips_hold = True  # after weights_written() the same gradients may be stepped, clipped as they are
+            clips_hold = True  # after weights_written() the step may be made, with gradients as they are
             raise
         finally:
             if not clips_hold:
