@@ -229,7 +229,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
         self._refuse_unplanned()
-        self._updates.make_room()
         clips_hold = False
         try:
             self.last_step_skipped = self.config.nonfinite != "ignore" and refuse_nonfinite(
@@ -238,16 +237,19 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 [] if self._tables is None else self._tables.nonfinite(),
             )
             if not self.last_step_skipped:
+                clips_hold = True
+                self._updates.make_room()
+                clips_hold = False
                 update = Update(self.layout, self._records, self.gradients)
                 if self._tables is not None:
                     self._tables.advance()  # not before: an update that is refused has changed nothing
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
         except WeightsWrittenError:
-            clips_hold = True  # after weights_written() the step may be made, with gradients as they are
+            clips_hold = True
             raise
         finally:
-            if not clips_hold:
+            if not clips_hold:  # as they do where nothing was done, and the step may be made after all
                 forget_clips(self._all_parameters())
         return loss
 
