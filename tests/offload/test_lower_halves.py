@@ -379,6 +379,34 @@ def test_moments_that_cannot_be_read_are_not_taken_for_zeros(monkeypatch: pytest
         assert states(run.optimizer)["first.weight", "exp_avg_sq"].all()
 
 
+def test_what_a_failure_has_left_undone_is_done_when_it_is_said_again() -> None:
+    """Two parameters of one record, which was not written when the second's weights could not be had."""
+    staging = replace(STAGING, update_shard_elements=200_000, update_slot_bytes=16 << 20)
+    with fused_run(make_plan(gradient_tier=Tier.DEVICE, staging=staging)) as run:
+        unused, halves = run.model.unused, run.optimizer.records.halves
+        run.model(batches(1)[0]).backward()
+        unused.grad = torch.ones_like(unused)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        with torch.no_grad():
+            unused.mul_(0.3)
+            run.model.embed.weight.mul_(0.3)
+        hold = halves._hold
+
+        def failing(name: str) -> Any:
+            if name == "embed.weight":
+                raise OSError("the weights cannot be read")
+            return hold(name)
+
+        halves._hold = failing
+        with pytest.raises(OSError, match="cannot be read"):
+            run.optimizer.weights_written()
+        halves._hold = hold
+        assert run.optimizer.weights_written() == ["unused", "embed.weight"]
+        master = states(run.optimizer)["unused", "master_weight"]
+        assert same_bits(master, unused.detach().float())
+
+
 def test_in_backward_they_are_refused_before_any_unit_is_updated() -> None:
     with fused_run(make_plan(UpdateSchedule.IN_BACKWARD)) as run:
         run.train(batches(2))
