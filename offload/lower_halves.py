@@ -93,6 +93,10 @@ class LowerHalves:
         """The piece's lower half belongs to its weights as they are now."""
         self._digests[piece] = digest(piece.weight())
 
+    def forget(self, piece: Piece) -> None:
+        """Nobody knows which weights the piece's lower half belongs to: to none, until it is made anew."""
+        self._digests.pop(piece, None)
+
     def is_written(self, piece: Piece) -> bool:
         """Whether the weights, which are in memory, are not those of ``note``."""
         return digest(piece.weight()) != self._digests.get(piece)

@@ -28,7 +28,7 @@ from memtrain.offload.gradient_checks import NonFiniteGradientError, refuse_nonf
 from memtrain.offload.gradient_home import Engine
 from memtrain.offload.gradients import GradientStore
 from memtrain.offload.in_backward import REMEDY, InBackward, refuse_combination
-from memtrain.offload.lower_halves import LowerHalves
+from memtrain.offload.lower_halves import LowerHalves, WeightsWrittenError
 from memtrain.offload.optimizer_config import OptimizerConfig
 from memtrain.offload.optimizer_layout import OptimizerLayout
 from memtrain.offload.optimizer_state import OffloadedState, RecordStore, StateAccess
@@ -215,6 +215,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             NonFiniteGradientError: if so configured.
             PlanMismatchError: a parameter that was frozen when the plan was made has a gradient now; or a
                 loss scaler steps tables.
+            WeightsWrittenError: nothing has been done; after ``weights_written`` the step may be made, with
+                gradients clipped as they are.
             OffloadError: a transfer failed. The update is then incomplete: restore the last checkpoint.
         """
         self._refuse_scaler()
@@ -227,6 +229,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers ask
         self._refuse_unplanned()
+        clips_hold = False
         try:
             self.last_step_skipped = self.config.nonfinite != "ignore" and refuse_nonfinite(
                 self.index.parameters,
@@ -234,14 +237,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 [] if self._tables is None else self._tables.nonfinite(),
             )
             if not self.last_step_skipped:
+                clips_hold = True
                 self._updates.make_room()
-                update = Update(self.layout, self._records, self.gradients)  # refuses before anything is done
+                clips_hold = False
+                update = Update(self.layout, self._records, self.gradients)
                 if self._tables is not None:
-                    self._tables.advance()
+                    self._tables.advance()  # not before: an update that is refused has changed nothing
                 self.state_count += 1
                 self._updates.begin(update, ahead=self._schedule is UpdateSchedule.AHEAD)
+        except WeightsWrittenError:
+            clips_hold = True
+            raise
         finally:
-            forget_clips(self._all_parameters())
+            if not clips_hold:  # as they do where nothing was done, and the step may be made after all
+                forget_clips(self._all_parameters())
         return loss
 
     def _finish_step(self, in_backward: InBackward, closure: Callable[[], Any] | None) -> None:

@@ -430,20 +430,28 @@ class StateAccess:
         """Where of a master the lower half is stored, and its weight was written since: have it be the
         weight, all of it. Which those were, of ``names``."""
         halves, found = self._records.halves, []
-        with self._cursor() as cursor:
-            for name in names:
-                if name not in halves.names or name not in self._records.initialised:
-                    continue
-                pieces = self._index.pieces[name]
-                with halves.hold(name):
-                    if not any(halves.is_written(piece) for _, piece in pieces):
+        restarted: list[Piece] = []
+        try:
+            with self._cursor() as cursor:
+                for name in names:
+                    if name not in halves.names or name not in self._records.initialised:
                         continue
-                    for shard, piece in pieces:
-                        cursor.at(shard)  # raises where moments cannot be read; a change would begin at zeros
-                        record = cursor.at(shard, change=True)
-                        halves.restart(piece, self._layouts[shard].state(record, piece))
-                self._records.weight_versions[name] = self._index.parameters[name]._version
-                found.append(name)
+                    pieces = self._index.pieces[name]
+                    with halves.hold(name):
+                        if not any(halves.is_written(piece) for _, piece in pieces):
+                            continue
+                        for shard, piece in pieces:
+                            cursor.at(shard)  # raises where moments cannot be read; a change begins at zeros
+                            record = cursor.at(shard, change=True)
+                            halves.restart(piece, self._layouts[shard].state(record, piece))
+                            restarted.append(piece)
+                    self._records.weight_versions[name] = self._index.parameters[name]._version
+                    found.append(name)
+        except BaseException:
+            for piece in restarted:  # of which the record may not have been written
+                halves.forget(piece)
+                self._records.weight_versions.pop(piece.name, None)
+            raise
         return found
 
     def _scalar(self, name: str, key: str, value: Any) -> Any:

@@ -254,6 +254,23 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     refused("sparse=False", PlanMismatchError)
 
 
+def test_a_step_that_is_refused_has_stepped_no_table(tmp_path: Path) -> None:
+    with prepare(sparse_llama(), tmp_path, micro=1, master_weights=True) as session:
+        optimizer, lazy = session.optimizer, session.sparse_optimizer
+        assert lazy is not None
+        head = session.model.get_parameter("lm_head.weight")
+        loop(session.model, optimizer, micro=1, steps=1)
+        session.model(**batch(1)).loss.backward()
+        optimizer.clip_grad_norm_(1e-3, parameters=[head])
+        assert head.grad is not None
+        head.grad.add_(1.0)
+        with pytest.raises(OffloadError, match="changed between clip_grad_norm_"):
+            optimizer.step()
+        assert lazy.state_dict()["state"][0]["step"] == 1
+        optimizer.step()
+        assert lazy.state_dict()["state"][0]["step"] == 2
+
+
 def test_what_looks_at_gradients(tmp_path: Path) -> None:
     model = sparse_llama()
     with prepare(model, tmp_path, micro=1, nonfinite="raise") as session:

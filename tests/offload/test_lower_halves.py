@@ -335,6 +335,31 @@ def test_what_is_said_to_count_may_be_named() -> None:
         run.optimizer.step()
 
 
+def test_a_step_that_was_refused_is_made_with_clipped_gradients() -> None:
+    """Clipping leaves its factor with the gradient: it is to be there still when the step is made."""
+    data = batches(3)
+    found = []
+    for refused in (False, True):
+        with fused_run() as run:
+            run.train(data[:2])
+            run.flush()
+            with torch.no_grad():
+                run.model.first.weight.mul_(0.5)
+            if not refused:
+                run.optimizer.weights_written()
+            run.model(data[2]).backward()
+            assert run.optimizer.clip_grad_norm_(1e-3) > 1e-3
+            if refused:
+                with pytest.raises(WeightsWrittenError, match=WRITTEN):
+                    run.optimizer.step()
+                run.optimizer.weights_written()
+            run.optimizer.step()
+            run.flush()
+            found.append({name: state.clone() for name, state in states(run.optimizer).items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(same_bits(state, found[1][place]) for place, state in found[0].items())
+
+
 def test_moments_that_cannot_be_read_are_not_taken_for_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading replaces a record whose last write failed; here its moments are to stay."""
     with fused_run() as run:
@@ -352,6 +377,34 @@ def test_moments_that_cannot_be_read_are_not_taken_for_zeros(monkeypatch: pytest
                 run.optimizer.weights_written()
         assert run.optimizer.weights_written() == ["first.weight"]
         assert states(run.optimizer)["first.weight", "exp_avg_sq"].all()
+
+
+def test_what_a_failure_has_left_undone_is_done_when_it_is_said_again() -> None:
+    """Two parameters of one record, which was not written when the second's weights could not be had."""
+    staging = replace(STAGING, update_shard_elements=200_000, update_slot_bytes=16 << 20)
+    with fused_run(make_plan(gradient_tier=Tier.DEVICE, staging=staging)) as run:
+        unused, halves = run.model.unused, run.optimizer.records.halves
+        run.model(batches(1)[0]).backward()
+        unused.grad = torch.ones_like(unused)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        with torch.no_grad():
+            unused.mul_(0.3)
+            run.model.embed.weight.mul_(0.3)
+        hold = halves._hold
+
+        def failing(name: str) -> Any:
+            if name == "embed.weight":
+                raise OSError("the weights cannot be read")
+            return hold(name)
+
+        halves._hold = failing
+        with pytest.raises(OSError, match="cannot be read"):
+            run.optimizer.weights_written()
+        halves._hold = hold
+        assert run.optimizer.weights_written() == ["unused", "embed.weight"]
+        master = states(run.optimizer)["unused", "master_weight"]
+        assert same_bits(master, unused.detach().float())
 
 
 def test_in_backward_they_are_refused_before_any_unit_is_updated() -> None:

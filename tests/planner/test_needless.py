@@ -186,6 +186,20 @@ def test_all_that_fits_comes_back_and_no_more() -> None:
         assert not search.excess(search.thrifty)
 
 
+def test_nothing_comes_back_when_the_time_is_up() -> None:
+    options = PlannerOptions(safety_margin=0.0, time_limit_seconds=1e-9)
+    machine = make_machine()
+    search = searching(weighty(6), machine, budget_for(machine, ROOM), options)
+    start = away_everywhere(search)
+    search.offer(start)
+    search.deadline = 0.0
+    bring_home(search)
+    assert search.thrifty is start
+    search.deadline = float("inf")
+    bring_home(search)
+    assert search.thrifty is not start
+
+
 def test_traffic_is_seconds_of_queues_and_writes_to_a_disk_count_twice() -> None:
     machine = make_machine(Tier.HOST, Tier.NVME, device="cuda:0")
     jobs = [
