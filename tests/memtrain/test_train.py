@@ -102,7 +102,7 @@ class PlainSession:
         self.closed = False
         self.measure = lambda: {"process_peak_bytes": device.peak_bytes()}
         self.writes = PlainWrites()
-        self.passes = None
+        self.passes = self.sparse_optimizer = None
         parameters = list(model.parameters())
         optimizer.clip_grad_norm_ = lambda norm: torch.nn.utils.clip_grad_norm_(parameters, norm)
 
