@@ -49,8 +49,6 @@ class WeightUsers:
         ]
         """Units outside the blocks whose weights are used when the last block is done: those behind it, and
         those that tied modules share."""
-        self._tiles_behind = {name for name in alone if place[name] > last}
-        """Which come while ``after_blocks`` are there."""
 
     def unit_of(self, parameter: Tensor) -> StreamedUnit | None:
         """Of a streamed weight; None for any other tensor."""
@@ -79,7 +77,7 @@ class WeightUsers:
     def _together(self) -> Iterator[set[str]]:
         def below(module: nn.Module, held: set[str]) -> Iterator[set[str]]:
             held = held | {unit.name for unit in self.of(module)}
-            yield held | behind if held & self._tiles_behind else held
+            yield held
             inner = (
                 self._tiles.intersection(module.modules()) if module in self._blocks else module.children()
             )
@@ -87,8 +85,7 @@ class WeightUsers:
                 if child is not module:
                     yield from below(child, held)
 
-        behind = {unit.name for unit in self.after_blocks}
-        yield behind.union(unit.name for unit in self.of(self._model))
+        yield {unit.name for unit in (*self.of(self._model), *self.after_blocks)}
         yield from below(self._model, set())
 
     def _around_tiles(self, block: nn.Module) -> Iterator[nn.Module]:
