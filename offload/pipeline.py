@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from memtrain.offload.device import Device, Event
+from memtrain.offload.errors import OffloadError
 from memtrain.offload.gradient_home import Ticket
 from memtrain.offload.gradient_ring import settle
 from memtrain.offload.shards import Shard
@@ -112,8 +113,16 @@ class ShardPipeline:
         """Those not in use, the longest unused first, each with the copy that last read it."""
 
     def use(self, ring: Ring) -> None:
-        """Take slots from ``ring``, of equal slots, from now on. Only while nothing is under way."""
-        assert ring is self._ring or not (self._loads or self._leaving or self._writing)
+        """Take slots from ``ring``, of equal slots, from now on.
+
+        Raises:
+            OffloadError: shards are under way in slots of another one.
+        """
+        under_way = len(self._loads) + len(self._leaving) + len(self._writing)
+        if ring is not self._ring and under_way:
+            raise OffloadError(
+                f"{under_way} shards of an update are under way: flush() before its slots move"
+            )
         self._ring = ring
 
     def prefetch(self, shards: Iterable[Shard], *, patient: bool = False) -> None:
