@@ -16,7 +16,7 @@ from memtrain.report import Summary, summary_text
 from tests.memtrain.plans import summary
 from tests.memtrain.test_report import write_run
 from tests.memtrain.test_session import WIDTH, build, loop, prepare
-from tests.memtrain.test_train import recipe_for
+from tests.memtrain.tiny_runs import recipe_for
 
 STATE = Written(tier="nvme", content="optimizer state", written_bytes=300e6, changed_bytes=240e6)
 WEIGHTS = Written(tier="nvme", content="weights", written_bytes=100e6, changed_bytes=100e6)

@@ -15,7 +15,7 @@ from memtrain.memory import MemoryLimit
 from memtrain.recipe import load_recipe
 from memtrain.report import Summary
 from memtrain.train import RunFinished, main
-from tests.memtrain.test_train import TINY, kill_after, metrics
+from tests.memtrain.tiny_runs import TINY, kill_after, metrics
 from tests.offload.async_runs import shared_memory_names
 
 STEPS = 8

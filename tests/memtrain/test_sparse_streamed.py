@@ -22,8 +22,8 @@ from memtrain.sparse_tables import SparseTableError, sparse_inputs
 from memtrain.streamed_models import StreamedModel, streamed_model
 from tests.memtrain.test_session import MACHINE
 from tests.memtrain.test_sparse_session import TABLE, batch, loop, optimizers, same_state
-from tests.memtrain.test_train import metrics, recipe_for
 from tests.memtrain.test_train_streamed import LLAMA
+from tests.memtrain.tiny_runs import metrics, recipe_for
 from tests.offload.streamed import llama
 
 

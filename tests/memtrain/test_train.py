@@ -9,26 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import memtrain
 from memtrain import checkpoints
 from memtrain import train as train_module
 from memtrain.accumulation import accumulate
-from memtrain.cli.validate import validate_file
 from memtrain.data import Tokens, Windows
 from memtrain.draws import Draws
 from memtrain.endurance import Written
@@ -36,48 +29,13 @@ from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import TierFullError
 from memtrain.planner.actions import Tier
-from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
 from memtrain.report import Summary
 from memtrain.train import build_optimizer, learning_rate_factor, main
 from memtrain.weights import load_model
 from tests.memtrain.plans import feasible_plan, infeasible_plan
+from tests.memtrain.tiny_runs import TINY, metrics, recipe_for, told_in_one_line
 from tests.planner.toys import make_profile
-
-CORPUS = Path(__file__).parents[1] / "data"
-TINY = Path("recipes/tiny_llama_cpu.yaml")
-
-
-def recipe_for(output: Path, **sections: dict[str, Any]) -> Recipe:
-    data: dict[str, Any] = {
-        "name": "test",
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 256,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-            },
-            "dtype": "float32",
-        },
-        "data": {
-            "train": str(CORPUS / "corpus_train.txt"),
-            "heldout": str(CORPUS / "corpus_heldout.txt"),
-            "sequence_length": 16,
-        },
-        "budget": {"device": "4GiB"},
-        "training": {"steps": 4, "accumulation": 2, "micro_batch_size": 2, "max_grad_norm": 0.5},
-        "optimizer": {"name": "AdamW", "lr": 1e-2, "weight_decay": 0.1, "master_weights": False},
-        "schedule": {"name": "cosine", "warmup_steps": 1, "final_fraction": 0.1},
-        "evaluation": {"batches": 2},
-        "output": {"directory": str(output)},
-    }
-    for name, values in sections.items():
-        data[name] = {**data.get(name, {}), **values}
-    return parse_recipe(data)
 
 
 class PlainWrites:
@@ -190,10 +148,6 @@ def by_hand(recipe: Recipe, steps: int) -> tuple[torch.nn.Module, list[float]]:
 def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None:
     for (name, a), b in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(a, b), name
-
-
-def metrics(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_loop_is_the_loop_that_one_would_write(tmp_path: Path, prepared: list[Any]) -> None:
@@ -321,13 +275,6 @@ def test_usage_errors_exit_with_1(
     assert told in capsys.readouterr().err
 
 
-def told_in_one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What went to stderr: one line, without the bar that transformers may draw."""
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
-
-
 @pytest.mark.parametrize(
     ("override", "told"),
     [
@@ -350,39 +297,6 @@ def test_a_run_file_that_cannot_be_written_is_named(
     assert main([str(TINY), f"output.directory={tmp_path}"]) == 1
     told = told_in_one_line(capsys)
     assert f"{tmp_path}/recipe.yaml cannot be written: No space left on device (errno 28). Free room" in told
-
-
-class FullAtStep3(ProgressDisplay):
-    """The disk has no more room from the third step on: the kernel itself refuses the line."""
-
-    def show(self, record: StepRecord) -> None:
-        if record.step == 3:
-            full = os.open("/dev/full", os.O_WRONLY)
-            os.dup2(full, self._file.fileno())
-            os.close(full)
-        super().show(record)
-
-
-def test_a_disk_that_fills_up_in_mid_run_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The real session: one line that names the file, nothing left behind, and the run goes on from step 2
-    as if nothing had happened."""
-    small = ["data.sequence_length=32", "training.steps=4", "checkpoint.every=2", "evaluation.batches=1"]
-    command = [str(TINY), *small, f"output.directory={tmp_path / 'full'}"]
-    with monkeypatch.context() as patched:
-        patched.setattr(train_module, "ProgressDisplay", FullAtStep3)
-        assert main(command) == 1
-    told = told_in_one_line(capsys)
-    assert f"{tmp_path}/full/metrics.jsonl cannot be written: No space left on device (errno 28)" in told
-    assert "checkpoints that were complete are intact" in told
-    assert list((tmp_path / "full" / "swap").iterdir()) == []
-    assert [path.name for path in (tmp_path / "full" / "checkpoint").iterdir()] == ["step-000002"]
-
-    assert main(command) == 0
-    assert "resumed after step 2" in capsys.readouterr().out
-    assert main([*command[:-1], f"output.directory={tmp_path / 'whole'}"]) == 0
-    assert [m["loss"] for m in metrics(tmp_path / "full")] == [m["loss"] for m in metrics(tmp_path / "whole")]
 
 
 def test_a_run_over_its_budget_before_step_0_exits_with_2(
@@ -474,43 +388,6 @@ def test_sgd_gets_its_own_options() -> None:
     assert group["params"] == [model.weight]
 
 
-def run_tiny(output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    small = ["data.sequence_length=32", "training.steps=4", "checkpoint.every=2", "checkpoint.keep=2"]
-    program = Path(sys.executable).with_name("memtrain")
-    return subprocess.run(
-        [program, "run", TINY, "--", f"output.directory={output}", *small, *overrides],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_end_to_end(tmp_path: Path) -> None:
-    """``memtrain run``, the real session, a run cut short and taken up again: the same losses and weights."""
-    whole = run_tiny(tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    for text in ("predicted peak", "step 4/4", "held-out loss after", "whole process: ", "report.html"):
-        assert text in whole.stdout
-    names = {path.name for path in (tmp_path / "whole").iterdir()}
-    assert names >= {"plan.json", "profile.json", "machine.json", "metrics.jsonl", "recipe.yaml"}
-    assert names >= {"summary.json", "report.html", "memory.csv", "checkpoint"}
-    assert list((tmp_path / "whole" / "swap").iterdir()) == []
-    assert validate_file(tmp_path / "whole" / "plan.json").startswith(str(tmp_path))
-
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoint" / "step-000004")
-    cut = run_tiny(tmp_path / "cut")
-    assert cut.returncode == 0, cut.stderr
-    assert "resumed after step 2" in cut.stdout
-    assert [m["loss"] for m in metrics(tmp_path / "cut")] == [m["loss"] for m in metrics(tmp_path / "whole")]
-    first, second = (
-        load_file(tmp_path / run / "checkpoint" / "step-000004" / "model.safetensors")
-        for run in ("whole", "cut")
-    )
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_what_steps_write_and_how_long_a_disk_lasts_are_told(
     tmp_path: Path, prepared: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -540,58 +417,3 @@ def test_a_codec_without_a_tier_is_told_in_one_line(
     arguments = ["tiers.host.codec=exponent", f"output.directory={tmp_path / 'run'}"]
     assert main([str(TINY), *arguments]) == 1
     assert "the budget has no bytes in host: give budget.host a size" in capsys.readouterr().err
-
-
-def kill_after(output: Path, steps: int, *overrides: str) -> None:
-    """Start the trainer, and kill -9 it as soon as so many steps stand in its metrics."""
-    command = [sys.executable, "-m", "memtrain.train", str(TINY), f"output.directory={output}", *overrides]
-    written = output / "metrics.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not written.exists() or written.read_text().count("\n") < steps:
-            assert process.poll() is None, f"the run ended before step {steps}"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-
-
-def test_a_run_killed_twice_ends_like_one_that_never_stopped(tmp_path: Path) -> None:
-    every = ["data.sequence_length=32", "training.steps=12", "checkpoint.every=1", "checkpoint.keep=2"]
-    whole = run_tiny(tmp_path / "whole", *every)
-    assert whole.returncode == 0, whole.stderr
-    killed = tmp_path / "killed"
-    kill_after(killed, 3, *every)
-    kill_after(killed, 8, *every)
-    rest = run_tiny(killed, *every)
-    assert rest.returncode == 0, rest.stderr
-    assert "resumed after step" in rest.stdout
-    assert [m["loss"] for m in metrics(killed)] == [m["loss"] for m in metrics(tmp_path / "whole")]
-    first, second = (
-        load_file(folder / "checkpoint" / "step-000012" / "model.safetensors")
-        for folder in (tmp_path / "whole", killed)
-    )
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert list((killed / "swap").iterdir()) == []  # what the dead runs left has been reaped
-
-
-def test_memtrain_run_passes_on_exit_code_2(tmp_path: Path) -> None:
-    result = run_tiny(tmp_path, "budget.device=64MiB")
-    assert result.returncode == 2
-    assert "device: short by" in result.stderr
-
-
-@pytest.mark.slow
-def test_the_remedy_of_a_budget_that_cannot_work_works(tmp_path: Path) -> None:
-    """With exactly the budget that is named the run ends well, and the whole process was inside it."""
-    refused = run_tiny(tmp_path / "refused", "data.sequence_length=128", "budget.device=128MiB")
-    assert refused.returncode == 2
-    remedy = re.search(r"1\. device at least ([0-9.]+ GiB) instead of 0.125 GiB", refused.stderr)
-    assert remedy is not None, refused.stderr
-    budget = f"budget.device={remedy[1].replace(' ', '')}"
-    run = run_tiny(tmp_path / "run", "data.sequence_length=128", budget)
-    assert run.returncode == 0, run.stderr
-    assert f"of {remedy[1]}" in run.stdout
-    assert "OVER" not in run.stdout
-    summary = Summary.read(tmp_path / "run" / "summary.json")
-    assert summary.measured_peak_bytes <= summary.process_peak_bytes <= summary.budget_bytes

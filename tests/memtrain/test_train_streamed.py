@@ -18,7 +18,7 @@ from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.plan import Plan
 from memtrain.recipe import PlannerSection
 from memtrain.report import Summary
-from tests.memtrain.test_train import metrics, recipe_for
+from tests.memtrain.tiny_runs import metrics, recipe_for
 
 LLAMA = {
     "model_type": "llama",

@@ -23,8 +23,8 @@ from memtrain.recipe import PlannerSection
 from memtrain.train import train
 from tests.memtrain.test_session import MACHINE
 from tests.memtrain.test_session_weights import optimizer_for
-from tests.memtrain.test_train import recipe_for
 from tests.memtrain.test_vertical_session import COUNT, prepare, recipe
+from tests.memtrain.tiny_runs import recipe_for
 from tests.offload.test_vertical_random import dropping
 
 LENGTHS = (16, 16, 12, 16)

@@ -20,7 +20,7 @@ from memtrain.report import plan_text
 from memtrain.train import train
 from tests.memtrain.test_session import MACHINE
 from tests.memtrain.test_session_weights import batch, optimizer_for
-from tests.memtrain.test_train import recipe_for
+from tests.memtrain.tiny_runs import recipe_for
 from tests.offload.streamed import llama
 
 STEPS, COUNT = 2, 3

@@ -8,7 +8,7 @@ import pytest
 
 from memtrain.arena import ArenaSettings, ArenaWarning, PlannedAllocator
 from memtrain.arena.allocator import DEVIATIONS, PLANS, RECORDINGS
-from tests.memtrain.arena.test_allocator import block, go, go_under, learn, three
+from tests.memtrain.arena.steps import block, go, go_under, learn, three
 
 
 def leave_again_and_again(arena: PlannedAllocator, key: str, first: int) -> None:
