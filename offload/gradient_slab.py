@@ -82,6 +82,8 @@ class GradientSlab:
             self._slab: Slab | None = overlaid.slab
         else:
             self._slab = Slab(used) if used else None
+            if self._slab is not None:
+                self._slab.populate()
         self._is_lent = overlaid is not None
         self._bytes = self._slab.buffer.numpy() if self._slab is not None else None
         self._hooks: list[Any] = [

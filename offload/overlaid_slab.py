@@ -78,6 +78,7 @@ class OverlaidSlab:
         if staging.update_overlaid_bytes:
             end += staging.update_ring_bytes - staging.update_overlaid_bytes
         self.slab = Slab(end)
+        self.slab.populate()
         self._tenants: list[_Tenant] = []
 
     def let(

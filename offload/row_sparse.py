@@ -129,7 +129,7 @@ class RowSparseOptimizer(torch.optim.Optimizer):
             slot_bytes = max(SLOT_BYTES, *(table.records.group_bytes for table in self._tables))
             self._slab = Slab(SLOTS * slot_bytes)
             made.callback(self._slab.close)
-            self._slab.buffer.zero_()  # its pages are there from now on
+            self._slab.populate()
             self._places = [_Place(part) for part in torch.split(self._slab.buffer, slot_bytes)]
             self._made = made.pop_all()
 

@@ -83,6 +83,7 @@ class WindowPool:
             sizes = [each.slot_bytes for each in classes for _ in range(each.slots)]
             self._slab = Slab(sum(sizes))
             made.callback(self._slab.close)
+            self._slab.populate()
             device.register(self._slab)
             made.callback(device.unregister, self._slab)
             parts = torch.split(self._slab.buffer, sizes)
