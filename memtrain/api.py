@@ -16,25 +16,25 @@ if TYPE_CHECKING:
     from memtrain.planner.plan import Plan as Plan
     from memtrain.planner.profile import ModelProfile as ModelProfile
     from memtrain.planner.solve import PlannerOptions as PlannerOptions
-    from memtrain.session import InfeasibleError as InfeasibleError
-    from memtrain.session import PrepareError as PrepareError
+    from memtrain.preparing import prepare as prepare
+    from memtrain.refusals import InfeasibleError as InfeasibleError
+    from memtrain.refusals import PrepareError as PrepareError
     from memtrain.session import Session as Session
-    from memtrain.session import prepare as prepare
     from memtrain.streamed_models import StreamedModel as StreamedModel
     from memtrain.streamed_models import streamed_model as streamed_model
 
 _HOMES = {
     "Budget": "memtrain.planner.machine",
-    "InfeasibleError": "memtrain.session",
+    "InfeasibleError": "memtrain.refusals",
     "Machine": "memtrain.planner.machine",
     "ModelProfile": "memtrain.planner.profile",
     "Plan": "memtrain.planner.plan",
     "PlannerOptions": "memtrain.planner.solve",
-    "PrepareError": "memtrain.session",
+    "PrepareError": "memtrain.refusals",
     "Session": "memtrain.session",
     "StreamedModel": "memtrain.streamed_models",
     "Tier": "memtrain.planner.actions",
-    "prepare": "memtrain.session",
+    "prepare": "memtrain.preparing",
     "streamed_model": "memtrain.streamed_models",
 }
 

@@ -46,6 +46,7 @@ from memtrain.planner.tracing.blocks import BlocksNotFoundError
 from memtrain.planner.vertical import OrderError
 from memtrain.progress import ProgressDisplay, StepRecord
 from memtrain.recipe import Recipe, RecipeError, ScheduleSection, load_recipe
+from memtrain.refusals import PrepareError
 from memtrain.report import (
     Phase,
     Summary,
@@ -56,7 +57,7 @@ from memtrain.report import (
     summary_text,
 )
 from memtrain.runfiles import RunFileError, make_folder, write_text
-from memtrain.session import PrepareError, Session
+from memtrain.session import Session
 from memtrain.snapshots import RunSnapshots
 from memtrain.sparse_tables import sparse_weights
 from memtrain.streamed_models import StreamedModel

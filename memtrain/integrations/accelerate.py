@@ -39,7 +39,8 @@ from memtrain.offload.optimizer import OffloadedOptimizer
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.planner.machine import Budget
 from memtrain.planner.solve import PlannerOptions
-from memtrain.session import Session, prepare
+from memtrain.preparing import prepare
+from memtrain.session import Session
 
 STATE_FOLDER = "memtrain"
 """In a checkpoint of Accelerate's, where model and optimizer are."""

@@ -179,7 +179,7 @@ def no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
 def late(monkeypatch: pytest.MonkeyPatch) -> Iterator[LateDevice]:
     """The device that every session of the test gets; nothing was handed on too early, nothing is left."""
     device = LateDevice()
-    monkeypatch.setattr("memtrain.session.make_device", lambda name: device)
+    monkeypatch.setattr("memtrain.preparing.make_device", lambda name: device)
     yield device
     assert device.faults == []
     assert device.registered == {}
@@ -410,7 +410,7 @@ def test_a_model_on_another_device_than_the_machine_is_refused(tmp_path: Path) -
 
     model, optimizer = build(adamw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memtrain.session.make_device", lambda name: Elsewhere())
+        patch.setattr("memtrain.preparing.make_device", lambda name: Elsewhere())
         with pytest.raises(ValueError, match="the model is on cpu, machine late computes on cuda:0"):
             memtrain.prepare(
                 model, optimizer, (tokens(0),), budget=memtrain.Budget(device="4GiB"), machine=MACHINE

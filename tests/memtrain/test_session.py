@@ -375,7 +375,7 @@ def test_a_peak_of_preparing_refuses_and_an_older_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permitted: bool, taken_bytes: int, known_bytes: int
 ) -> None:
     device = MarkedDevice(permitted=permitted)
-    monkeypatch.setattr("memtrain.session.make_device", lambda name: device)
+    monkeypatch.setattr("memtrain.preparing.make_device", lambda name: device)
     model, optimizer = build()
     model.register_forward_pre_hook(lambda *_: device.take(taken_bytes))
     if known_bytes > 3 << 30:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import memtrain
-from memtrain import session as session_module
+from memtrain import preparing
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import FRUGAL, AdamW8bit, Apollo, GaLore, classify, param_groups
@@ -158,8 +158,8 @@ def test_kernels_are_compiled_before_anything_is_measured(
     def measured(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was measured first")
 
-    monkeypatch.setattr(session_module.native, "compile_missing", stop)
-    monkeypatch.setattr(session_module, "profile_model", measured)
+    monkeypatch.setattr(preparing.native, "compile_missing", stop)
+    monkeypatch.setattr(preparing, "profile_model", measured)
     model, optimizer = build("adamw 8-bit")
     with pytest.raises(_Stop):
         prepare(model, optimizer, tmp_path)

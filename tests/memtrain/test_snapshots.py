@@ -14,7 +14,7 @@ from memtrain.offload.atomic import CheckpointError
 from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.planner.actions import Tier
 from memtrain.recipe import RecipeError, parse_recipe
-from memtrain.session import PrepareError
+from memtrain.refusals import PrepareError
 from memtrain.snapshots import MEMORY_BYTES, RunSnapshots
 from tests.memtrain.test_coding import RECIPE, coding_machine
 from tests.memtrain.test_coding import build as build_kind
