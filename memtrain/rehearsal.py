@@ -28,10 +28,13 @@ from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
+from memtrain.planner.block_choices import may_be_nearly_free, may_cut, may_take_forms
+from memtrain.planner.options import PlannerOptions
 from memtrain.planner.profile import NearlyFree, Prefixes
 from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
+RULED_OUT = "the options of this plan rule it out, so it was not measured"
 _REPETITIONS = 3
 """Of a second forward that is timed; the median counts."""
 
@@ -42,15 +45,21 @@ class BlockRehearsal:
     Args:
         model: for its parameters and buffers, which are never stored.
         forms: of its blocks; None: they have the plain one alone.
+        options: of the plan that is to be made: what they rule out for every block is not rehearsed. Prefixes
+            alone are 15 forwards of a block, each of which brings its weights where they are streamed. None:
+            all is.
     """
 
-    def __init__(self, model: nn.Module, forms: BlockForms | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, forms: BlockForms | None = None, options: PlannerOptions | None = None
+    ) -> None:
         self._fixed = FixedTensors(model)
         self._forms = forms
+        self._options = options or PlannerOptions()
 
     def forms(self, name: str) -> Mapping[str, Hashable]:
         """Those of block ``name`` beside the plain one, and what each treats."""
-        return {} if self._forms is None else self._forms.of(name)
+        return self._forms.of(name) if self._forms is not None and may_take_forms(self._options) else {}
 
     def missing_forms(self, name: str) -> Mapping[str, str]:
         """Those that it cannot have, and why."""
@@ -63,8 +72,10 @@ class BlockRehearsal:
 
     def nearly_free(
         self, name: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> NearlyFree:
+    ) -> NearlyFree | None:
         """With results of products and attention kernels stored, and the rest computed again."""
+        if not may_be_nearly_free(self._options):
+            return None
         is_fixed = self._fixed.__contains__
         wanted = wanted_results(PRODUCTS_AND_ATTENTION, forward, args, kwargs, is_fixed=is_fixed)
 
@@ -104,6 +115,8 @@ class BlockRehearsal:
         largest_bytes: int,
     ) -> Prefixes | str:
         """With the first tokens alone computed again, as many as ``lengths`` says of all; or why not."""
+        if not may_cut(self._options):
+            return RULED_OUT
         tokens = token_count(args, kwargs)
         tried = lengths(tokens) if tokens else ()
         if not tried:

@@ -163,7 +163,7 @@ def uniform(search: Search) -> None:
 
     For every action and every placement of gradients and state the least m that fits is tried: from there
     on more blocks of the same action only cost time. Weights stay, as far as they may; where nothing fits so,
-    they go.
+    they go. When the time is up the first that fits is enough.
     """
     for placed in weight_placements(search.space):
         for states in _state_placements(search.space):
@@ -178,6 +178,8 @@ def _uniform_blocks(search: Search, states: States) -> None:
     used = UpdateSchedule.SEQUENTIAL if _all_on_device(states) and len(space.schedules) > 1 else schedule
     tried = dict.fromkeys([used, *(s for s in space.schedules if s is UpdateSchedule.IN_BACKWARD)])
     for wanted, each in itertools.product(_block_wishes(space), tried):
+        if search.best is not None and time.monotonic() > search.deadline:
+            return
         for knobs in (default_knobs(space, each), least_knobs(space, each)):
             least = _least_prefix(search, wanted, states, knobs)
             if least is not None:

@@ -68,9 +68,7 @@ def block_choices(
     if block.recomputable:
         choices += _recomputed(index, block, places)
         choices += _cut(index, block, places, options, wanted, copy_seconds_per_byte if mixes else None)
-    found = tuple(
-        c for c in choices if (c.action in options.allow or "action" in wanted) and matches(c, wanted)
-    )
+    found = tuple(c for c in choices if _any_open([c.action], wanted, options) and matches(c, wanted))
     if not found:
         raise ValueError(
             f"block {index} ({block.name}): no action is left by "
@@ -78,6 +76,43 @@ def block_choices(
             f"and tiers {[t.value for t in places]}{_reason(block, wanted, options)}"
         )
     return found
+
+
+def may_cut(options: PlannerOptions) -> bool:
+    """Whether any block may compute a prefix of its tokens again, as far as options say."""
+    return any(
+        _any_open((Action.RECOMPUTE, Action.RECOMPUTE_EXCEPT_ATTENTION), wanted, options)
+        and ("action" not in wanted or any(name in wanted for name in TOKEN_FIELDS))
+        and (wanted.get("recomputed_tokens", 1) is not None or wanted.get("attention_tokens") != 0)
+        for wanted in _block_wishes(options)
+    )
+
+
+def may_be_nearly_free(options: PlannerOptions) -> bool:
+    """Whether any block may store what its products leave, as far as options say."""
+    return any(
+        _any_open((Action.RECOMPUTE_NEARLY_FREE,), wanted, options) for wanted in _block_wishes(options)
+    )
+
+
+def may_take_forms(options: PlannerOptions) -> bool:
+    """Whether any block may be in another form than the plain one, as far as options say."""
+    return any(
+        _any_open((Action.KEEP, Action.SWAP), wanted, options)
+        and ("action" not in wanted if "form" not in wanted else wanted["form"] != PLAIN)
+        for wanted in _block_wishes(options)
+    )
+
+
+def _block_wishes(options: PlannerOptions) -> list[Wish]:
+    """What is forced of blocks: in general, and of some."""
+    own = [wanted for key, wanted in options.force.items() if key.startswith("block.")]
+    return [options.force.get("block", {}), *own]
+
+
+def _any_open(actions: Iterable[Action], wanted: Wish, options: PlannerOptions) -> bool:
+    """Whether one of ``actions`` is allowed, or wished for."""
+    return any(wanted["action"] == a.value if "action" in wanted else a in options.allow for a in actions)
 
 
 def _open_forms(block: BlockProfile, options: PlannerOptions, wanted: Wish) -> list[str]:

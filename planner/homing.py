@@ -64,12 +64,11 @@ def _one_by_one(search: Search, deadline: float) -> None:
                 candidate = search.build(*moved, knobs_of(now, search.space))
                 if time.monotonic() > deadline:
                     return
-                if search.excess(candidate):
-                    continue
                 if not left:
                     return
-                left -= 1
+                before = search.simulations_left
                 search.offer(candidate)
+                left -= before - search.simulations_left
                 if search.thrifty is candidate:
                     break
 

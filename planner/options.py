@@ -24,7 +24,8 @@ class PlannerOptions:
     """Restricts choices: ``{"block": {"action": "swap"}, "block.3": {"action": "keep"},
     "state": {"optimizer_tier": "nvme"}, "state.prologue": {"weight_tier": "device"}}``. An entry for one
     block or unit replaces the general one. Keys inside are those of BlockDecision and StateDecision; a
-    number of tokens must be one of the profile's prefixes, or None for ``recomputed_tokens``: all."""
+    number of tokens must be one of the profile's prefixes, or None for ``recomputed_tokens``: all. What no
+    block may choose ``prepare`` does not measure: with an action forced it is done sooner."""
     exact_only: bool = True
     """Compute a token prefix again only where it was found bit-equal to the whole forward's first rows, as
     all else that a plan does is in any case. So a budget decides how fast a model trains, not to which

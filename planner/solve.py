@@ -89,9 +89,9 @@ def _searched(search: baselines.Search, began: float) -> tuple[baselines.Search,
 def _search_horizontal(search: baselines.Search, began: float) -> Bound:
     """Heuristics, then the program, until the time is up."""
     limit_seconds = search.options.time_limit_seconds
-    baselines.uniform(search)
     # The solver gets at least 70 % of the time, however busy the machine is.
     search.deadline = began + 0.3 * limit_seconds
+    baselines.uniform(search)
     baselines.greedy(search)
     search.deadline = began + limit_seconds
     bound = improve_and_bound(search, began + limit_seconds)

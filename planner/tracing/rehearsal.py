@@ -21,8 +21,8 @@ class Rehearsal(Protocol):
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-    ) -> NearlyFree:
-        """With outputs of products stored, and the rest computed again."""
+    ) -> NearlyFree | None:
+        """With outputs of products stored, and the rest computed again; None: nobody asks."""
         ...
 
     def prefixes(

@@ -1,4 +1,4 @@
-"""A plan and a summary that the tests of the front door read, with numbers to be found again by hand."""
+"""What plans are made to do in tests; and a plan and a summary with numbers to be found again by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from memtrain.planner.plan import BillLine, Plan, Staging
 from memtrain.report import Phase, Summary
 
 GIB = 1 << 30
+WHOLE = {"recomputed_tokens": None, "attention_tokens": 0}
+"""Of blocks: no prefix of the tokens. Prefixes take most of a profile's time, and have tests of their own."""
+AWAY: dict[str, dict[str, str | int | None]] = {
+    "block": WHOLE,
+    "state": {"weight_tier": "nvme", "gradient_tier": "nvme", "optimizer_tier": "nvme"},
+}
+"""What the planner is made to send to the disk: all that outlives a pass."""
 
 
 def feasible_plan() -> Plan:

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import memtrain
 from memtrain.planner import resident
 from memtrain.streamed_models import streamed_model
+from tests.memtrain.plans import AWAY
 from tests.memtrain.test_session import MACHINE
 
 MiB = 1 << 20
@@ -21,7 +22,6 @@ SHAPE = {
     "vocab_size": 300,
 }
 """A block of 3 x 32 MiB and 4 x 128 KiB in bf16."""
-AWAY = {"state": {"weight_tier": "nvme", "gradient_tier": "nvme", "optimizer_tier": "nvme"}}
 
 
 @pytest.mark.parametrize("whole", [False, True])

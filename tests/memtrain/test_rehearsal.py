@@ -17,6 +17,7 @@ from memtrain.offload.token_kinds import TokenProbe
 from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.unmoved import FixedTensors
 from memtrain.planner.actions import Action, BlockDecision
+from memtrain.planner.options import PlannerOptions
 from memtrain.planner.profile import BlockProfile, Prefixes
 from memtrain.planner.trace import profile_model
 from memtrain.planner.tracing.live_bytes import LiveBytes
@@ -192,6 +193,19 @@ def test_nothing_outlives_a_rehearsal(model: Net) -> None:
         assert not isinstance(found, str)
         gc.collect()
         assert live.now_bytes == 0
+
+
+def test_what_the_options_rule_out_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch, model: Net) -> None:
+    monkeypatch.setattr(rehearsal, "probe_tokens", None)  # whoever calls them fails
+    monkeypatch.setattr(rehearsal, "wanted_results", None)
+    options = PlannerOptions(force={"block": {"action": "swap"}})
+    tokens = torch.zeros(2, TOKENS, dtype=torch.long)
+    optimizer = torch.optim.SGD(model.parameters())
+    least = BlockRehearsal(model, options=options)
+    profile = profile_model(model, (tokens,), optimizer=optimizer, elementwise=True, rehearsal=least)
+    for block in profile.blocks:
+        assert (block.nearly_free, block.prefixes) == (None, None)
+        assert "the options of this plan rule it out" in block.prefix_reason
 
 
 def test_without_a_rehearsal_nothing_is_cut(model: Net) -> None:

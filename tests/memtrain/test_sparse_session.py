@@ -20,6 +20,7 @@ from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 from memtrain.sparse_tables import SparseTableError, sparse_inputs
+from tests.memtrain.plans import AWAY
 from tests.memtrain.test_session import MACHINE
 from tests.offload.streamed import llama
 
@@ -89,7 +90,6 @@ def same_state(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     )
 
 
-AWAY = {"state": {"weight_tier": "nvme", "optimizer_tier": "nvme", "gradient_tier": "nvme"}}
 RESIDENT = {"state": {"weight_tier": "device", "optimizer_tier": "device", "gradient_tier": "device"}}
 
 

@@ -26,6 +26,7 @@ from memtrain.rehearsal import BlockRehearsal
 from memtrain.streamed_models import StreamedModelError, streamed_model
 from memtrain.streamed_tracing import traced_weights
 from memtrain.weight_streaming import stream_weights
+from tests.memtrain.plans import AWAY
 from tests.memtrain.test_session import MACHINE
 from tests.offload.async_runs import assert_same_folders
 
@@ -37,7 +38,6 @@ SHAPE = {
     "num_key_value_heads": 4,
     "vocab_size": 300,
 }
-AWAY = {"state": {"weight_tier": "nvme", "gradient_tier": "nvme", "optimizer_tier": "nvme"}}
 
 
 def llama(tie):

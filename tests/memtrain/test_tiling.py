@@ -32,6 +32,7 @@ from memtrain.tiling import (
     tiles_of,
     tiling_lines,
 )
+from tests.memtrain.plans import AWAY
 from tests.memtrain.test_session import MACHINE
 from tests.offload.async_runs import assert_same_folders
 
@@ -47,7 +48,6 @@ SHAPE = {
 }
 """An odd number of rows: table and head."""
 TILE_BYTES = 300 << 10
-AWAY = {"state": {"weight_tier": "nvme", "gradient_tier": "nvme", "optimizer_tier": "nvme"}}
 
 
 def config(**changes):

@@ -28,6 +28,7 @@ from memtrain.recipe import RecipeError, parse_recipe
 from memtrain.report import plan_text
 from memtrain.streamed_models import StreamedModel, StreamedModelError, streamed_model
 from tests.memtrain import test_streamed_session as streamed_session
+from tests.memtrain.plans import AWAY
 from tests.memtrain.test_coding import RECIPE
 from tests.memtrain.test_session import MACHINE
 from tests.memtrain.test_session_weights import batch, loop, optimizer_for, plain
@@ -36,7 +37,6 @@ from tests.offload.streamed import llama
 
 __all__ = ["away"]
 CODING = {"nvme": "exponent"}
-AWAY = {"state": {"weight_tier": "nvme", "optimizer_tier": "nvme", "gradient_tier": "nvme"}}
 
 
 @pytest.fixture(autouse=True)
