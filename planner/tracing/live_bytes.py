@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memtrain.planner.tracing.kernel_bytes import with_peak
+
 
 def storage_id(tensor: Tensor) -> int:
     """What tells the storage of ``tensor`` from every other one that lives."""
@@ -27,7 +29,8 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages born while the mode was on and still alive, and their peak.
+    """Bytes of the storages born while the mode was on and still alive, and their peak, on a CPU with what
+    kernels take for themselves.
 
     Also the outputs of attention kernels and the seconds spent in them.
     """
@@ -52,7 +55,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         known = {storage_id(t) for t in tensors_in((args, kwargs))}
         started = time.perf_counter()
-        out = func(*args, **kwargs)
+        before_bytes = self.now_bytes
+        out, inside_bytes = with_peak(lambda: func(*args, **kwargs))
         name = func._schema.name
         fresh = {storage_id(t): t for t in tensors_in(out) if storage_id(t) not in known}
         if name == "aten::set_":  # a view of a storage that was there before
@@ -61,7 +65,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             self._born[weakref.ref(storage, self._died)] = storage.nbytes()
             self.now_bytes += storage.nbytes()
-        self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        self.peak_bytes = max(self.peak_bytes, self.now_bytes, before_bytes + inside_bytes)
         if "attention" in name and "backward" not in name:
             self.attention_seconds += time.perf_counter() - started
             self.attention.update((key, t.untyped_storage().nbytes()) for key, t in fresh.items())

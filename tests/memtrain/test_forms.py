@@ -357,7 +357,8 @@ def test_a_session_of_a_model_that_was_treated_by_hand_names_the_remedy(tmp_path
 def test_what_no_block_can_have_is_reported(tmp_path: Path) -> None:
     model = llama(layers=2)
     model.model.layers[0].mlp.act_fn = nn.Hardswish()
-    with prepare(model, tmp_path, {"block": {"form": "plain"}}) as session:
+    plain = {f"block.{index}": {"form": "plain"} for index in range(2)}  # the general wish leaves forms open
+    with prepare(model, tmp_path, plain) as session:
         assert session.profile.blocks[0].forms[0].saved_bytes > session.profile.blocks[1].forms[0].saved_bytes
     profile = profiled(llama(), EXACT, forms=Off)
     facts = form_facts(session.plan, ModelProfile(**{**_fields(profile), "blocks": profile.blocks[:2]}))
