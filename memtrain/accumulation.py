@@ -30,8 +30,9 @@ def accumulate(
     loss_fn: Callable[[Any, Any], Tensor] | None,
     device: torch.device,
     draws: Draws,
+    before_waiting: Callable[[], None],
 ) -> list[Tensor]:
-    """``Session.accumulate``."""
+    """``Session.accumulate``. ``before_waiting`` is called by a micro-batch that is to wait for others."""
     given = list(batches)
     if not given:
         raise ValueError("accumulate() was given no batches: give those of one optimizer step")
@@ -50,7 +51,7 @@ def accumulate(
     try:
         if advances is None:
             return [draws.measured(kind, each) for kind, each in zip(kinds, passes, strict=True)]
-        return VerticalPass[Tensor](blocks, device).run(passes, advances)
+        return VerticalPass[Tensor](blocks, device, before_waiting).run(passes, advances)
     except RandomDrawsError:
         draws.forget()
         set_random_states(device, began)

@@ -110,6 +110,17 @@ class Reclaimer:
         left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 
+    def leave(self) -> None:
+        """This thread is about to wait for others. An allocator keeps what is freed by thread, so nobody else
+        could use it."""
+        if not self._hooks:
+            return
+        self._kind = ""  # whoever comes next has been served nothing
+        room = max(self._transients.values(), default=0) + self._limit_bytes // _CREEP
+        if self._rss_bytes() + room > self._limit_bytes:
+            self.times += 1
+            self._trim()
+
     def _before(self, name: str, *, first: bool) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.enter(f"forward {name}")

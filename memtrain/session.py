@@ -222,7 +222,8 @@ class Session:
             OffloadError: a tier failed; or vertical order cannot be exact, for what the message names.
         """
         place = self.engine.device.place
-        return accumulate(self.model, self._blocks, self.plan, batches, loss_fn, place, self._draws)
+        waits = (lambda: None) if self._reclaimer is None else self._reclaimer.leave
+        return accumulate(self.model, self._blocks, self.plan, batches, loss_fn, place, self._draws, waits)
 
     def flush(self) -> None:
         """Finish an update that runs ahead of the next forward.

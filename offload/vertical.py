@@ -55,11 +55,18 @@ class VerticalPass(Generic[_Result]):
     Args:
         blocks: ``(name, module)`` in forward order.
         device: the one that is computed on.
+        before_waiting: called by a micro-batch when it is about to hand over, or has ended.
     """
 
-    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], device: torch.device) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[str, nn.Module]],
+        device: torch.device,
+        before_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
         self._blocks = list(blocks)
         self._device = device
+        self._before_waiting = before_waiting
         self._here = _Traveller()
         self._way: list[str] = []
         """What the micro-batches reach, in order: the same for each."""
@@ -97,6 +104,7 @@ class VerticalPass(Generic[_Result]):
                 self._here.number = number
                 set_random_states(self._device, self._states[number])
                 result = passes[number]()
+                self._before_waiting()
                 self._refuse_other_draws(random_states(self._device), over=True)
                 return result
 
@@ -177,6 +185,7 @@ class VerticalPass(Generic[_Result]):
                 f"{self._way[me.stage - 1]}: vertical order needs micro-batches that go through the blocks "
                 f"in one order; {_REMEDY}"
             )
+        self._before_waiting()
         turns.reach(me.number, (me.stage, -me.number if last_first else me.number))
         set_random_states(self._device, mine)
 

@@ -133,6 +133,24 @@ def test_another_kind_of_work_needs_room_for_its_transients(before: str, after: 
     assert heap.trimmed == [5301]
 
 
+def test_whoever_waits_keeps_nothing_that_is_free_where_the_next_one_needs_room() -> None:
+    reclaimer, heap, _, _ = make(6400, forward_0=1000, forward_1=1000)
+    heap.rss_bytes, heap.left_bytes = 5200, 4000
+    reclaimer.enter("forward 0")
+    reclaimer.leave()
+    assert heap.trimmed == []
+    heap.rss_bytes = 5301  # less than 1000 and a 64th are left
+    reclaimer.leave()
+    assert heap.trimmed == [5301]
+    heap.rss_bytes = 5350
+    reclaimer.enter("forward 1")  # of another thread, which has been served nothing
+    assert heap.trimmed == [5301, 5350]
+    reclaimer.remove()
+    heap.rss_bytes = 6400
+    reclaimer.leave()
+    assert len(heap.trimmed) == 2
+
+
 def test_code_is_unmapped_where_a_trim_is_not_enough() -> None:
     reclaimer, heap, _, _ = make(6400)
     heap.left_bytes, heap.code_bytes, heap.rss_bytes = 6250, 60, 6390

@@ -67,7 +67,14 @@ class PlainSession:
     def accumulate(self, batches: Any) -> list[torch.Tensor]:
         place = torch.device("cpu")
         return accumulate(
-            self.model, [], self.plan, batches, None, place, Draws(self.model, place, drawn=False)
+            self.model,
+            [],
+            self.plan,
+            batches,
+            None,
+            place,
+            Draws(self.model, place, drawn=False),
+            lambda: None,
         )
 
     def coding_lines(self) -> list[str]:

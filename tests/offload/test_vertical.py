@@ -42,13 +42,18 @@ def test_blocks_are_passed_last_first_and_backward_first_first() -> None:
     model = llama(depth=2)
     seen: list[tuple[str, str]] = []
     data = micro_batches(3)
-    order = VerticalPass[None](blocks_of(model), torch.device("cpu"))
+    waits: list[str] = []
+    order = VerticalPass[None](
+        blocks_of(model), torch.device("cpu"), lambda: waits.append(threading.current_thread().name)
+    )
     with noting(blocks_of(model), seen):
         order.run([lambda t=tokens: hugging_face(model, t).backward() for tokens in data])
     short = [(name.replace("model.layers.", ""), int(who[-1])) for name, who in seen]
     down = [(f"forward {block}", number) for block in (0, 1) for number in (2, 1, 0)]
     up = [(f"backward {block}", number) for block in (1, 0) for number in (0, 1, 2)]
     assert short == down + up
+    # Before each turn (two forwards, loss, two backwards, the part before the blocks), and at the end.
+    assert Counter(waits) == {f"micro-batch {number}": 7 for number in range(3)}
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
