@@ -255,6 +255,7 @@ def prepare(
             write_documents(
                 Path(directory), profile=profile.to_json(), machine=machine.to_json(), plan=plan.to_json()
             )
+        resident.trim()  # what planning has freed does not stand beside the slabs
         return Session(
             model,
             optimizer,
