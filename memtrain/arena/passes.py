@@ -74,7 +74,6 @@ class PlannedPasses:
         optimizer: whose ``step`` is planned too.
         micro_batches: passes per update.
         update_waits: whether an update is still to be done that the next pass will do.
-        billed_bytes: what the plan's bill has for what passes and updates ask for.
         most_bytes: that the arena may take.
         together: what the plan's slabs, rings and transients are together.
     """
@@ -87,11 +86,10 @@ class PlannedPasses:
         *,
         micro_batches: int,
         update_waits: Callable[[], bool],
-        billed_bytes: int,
         most_bytes: int,
         together: Together,
     ) -> None:
-        self.billed_bytes, self.most_bytes = billed_bytes, most_bytes
+        self.most_bytes = most_bytes
         self._together = together
         self._micro_batches = micro_batches
         self._update_waits = update_waits
@@ -123,20 +121,17 @@ class PlannedPasses:
     @classmethod
     def of_session(cls, session: Session, blocks: Sequence[tuple[str, nn.Module]]) -> PlannedPasses:
         """For a session on a CPU whose optimizer stands. The arena may take what the plan's bill has for
-        transients and slack, and what the budget has left: temporaries inside of torch's kernels, such as
-        fp32 sums where the processor has no bf16 arithmetic, are on no bill."""
+        transients and slack."""
         plan = session.plan
         varying = ("transients", "slack")
         lines = (line for line in plan.bill if line.tier is Tier.DEVICE and line.category in varying)
-        billed_bytes = sum(line.size_bytes for line in lines)
         return cls(
             session.model,
             blocks,
             session.optimizer,
             micro_batches=plan.micro_batches,
             update_waits=lambda: session.optimizer.update_waits,
-            billed_bytes=billed_bytes,
-            most_bytes=billed_bytes + max(0, dict(plan.capacities)[Tier.DEVICE] - plan.peak(Tier.DEVICE)),
+            most_bytes=sum(line.size_bytes for line in lines),
             together=together(session.profile, Decisions.of(plan, on_cpu=True)),
         )
 
@@ -165,10 +160,9 @@ class PlannedPasses:
         return self._arena.follows
 
     def occupied_bytes(self) -> int:
-        """Resident memory of this process, without what the arena has beyond the bill, and where no plan is
-        followed without what it has free for the next part of a step."""
-        beyond = max(0, self.report().arena_bytes - self.billed_bytes)
-        return resident.rss_bytes() - (beyond if self.follows else self._arena.vacant_bytes())
+        """Resident memory of this process; where no plan is followed, without what the arena has free for the
+        next part of a step."""
+        return resident.rss_bytes() - (0 if self.follows else self._arena.vacant_bytes())
 
     def lines(self) -> list[str]:
         """For a session's report."""
@@ -181,7 +175,7 @@ class PlannedPasses:
         text = (
             f"planned addresses: {found.planned_requests} requests of a pass in "
             f"{format_gib(found.arena_bytes)}, alive at once {format_gib(found.load_bytes)}, on the bill "
-            f"{format_gib(self.billed_bytes)}; passes and updates as planned {found.planned_steps}, recorded "
+            f"{format_gib(self.most_bytes)}; passes and updates as planned {found.planned_steps}, recorded "
             f"{found.recorded_steps}, left the plan {found.deviating_steps}, ordinary {found.ordinary_steps}"
         )
         return [text, self._together_line(), *(f"  {deviation}" for deviation in found.deviations[:3])]
