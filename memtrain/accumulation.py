@@ -32,7 +32,7 @@ def accumulate(
     draws: Draws,
     before_waiting: Callable[[], None],
 ) -> list[Tensor]:
-    """``Session.accumulate``. ``before_waiting`` is called by a micro-batch that is to wait for others."""
+    """``Session.accumulate``. ``before_waiting``: as of ``VerticalPass``."""
     given = list(batches)
     if not given:
         raise ValueError("accumulate() was given no batches: give those of one optimizer step")

@@ -115,11 +115,15 @@ class Reclaimer:
         could use it."""
         if not self._hooks:
             return
-        self._kind = ""  # whoever comes next has been served nothing
-        room = max(self._transients.values(), default=0) + self._limit_bytes // _CREEP
-        if self._rss_bytes() + room > self._limit_bytes:
-            self.times += 1
-            self._trim()
+        self._served_bytes = 0  # whoever comes next has been served nothing
+        creep = self._limit_bytes // _CREEP
+        room, now = creep + max(self._transients.values(), default=0), self._rss_bytes()
+        if now + room <= self._limit_bytes or (self._left_bytes and now < self._left_bytes + creep):
+            return
+        self.times += 1
+        self._trim()
+        left = self._rss_bytes()
+        self._left_bytes = left if left + room > self._limit_bytes else 0
 
     def _before(self, name: str, *, first: bool) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

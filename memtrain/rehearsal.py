@@ -28,13 +28,12 @@ from memtrain.offload.token_probe import probe_tokens
 from memtrain.offload.token_rows import token_count
 from memtrain.offload.unmoved import FixedTensors, Unmoved, shared_storages
 from memtrain.planner.actions import Action, BlockDecision
-from memtrain.planner.block_choices import may_be_nearly_free, may_cut, may_take_forms
+from memtrain.planner.block_choices import RULED_OUT, may_be_nearly_free, may_cut, may_take_forms
 from memtrain.planner.options import PlannerOptions
 from memtrain.planner.profile import NearlyFree, Prefixes
 from memtrain.planner.tracing import clock
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
-RULED_OUT = "the options of this plan rule it out, so it was not measured"
 _REPETITIONS = 3
 """Of a second forward that is timed; the median counts."""
 
@@ -63,7 +62,10 @@ class BlockRehearsal:
 
     def missing_forms(self, name: str) -> Mapping[str, str]:
         """Those that it cannot have, and why."""
-        return {} if self._forms is None else self._forms.missing(name)
+        if self._forms is None:
+            return {}
+        ruled_out = () if may_take_forms(self._options) else self._forms.of(name)
+        return {**self._forms.missing(name), **dict.fromkeys(ruled_out, RULED_OUT)}
 
     def in_form(self, name: str, form: str) -> AbstractContextManager[None]:
         """Block ``name`` runs in ``form`` for a while."""

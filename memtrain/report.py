@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from memtrain.endurance import Written, endurance_facts, written_rows
 from memtrain.planner.actions import Action, BlockDecision, Tier
+from memtrain.planner.block_choices import RULED_OUT
 from memtrain.planner.block_parts import is_cut, largest_difference
 from memtrain.planner.checkpoint_interval import SnapshotOutcome
 from memtrain.planner.plan import Plan, describe_windows
@@ -118,7 +119,11 @@ def form_facts(plan: Plan, profile: ModelProfile) -> list[str]:
                 f"{{}} in {form.name} form: {form.saved_bytes / MiB:.1f} MiB saved instead of "
                 f"{block.saved_bytes / MiB:.1f} MiB, {1000 * extra:+.1f} ms each; {exact}"
             ] += 1
-        missing.update(f"{{}} cannot have form {name}: {reason}" for name, reason in block.missing_forms)
+        missing.update(
+            f"{{}} cannot have form {name}: {reason}"
+            for name, reason in block.missing_forms
+            if reason != RULED_OUT
+        )
     lines = [text.format(_blocks(n)) for text, n in (counts + missing).items()]
     if plan.error:
         limit = "not limited" if plan.error_budget is None else f"budget {plan.error_budget:.2g}"

@@ -169,6 +169,7 @@ class CodedStore:
         self.tier = store.tier
         self._slot_bytes = segment_room(codec, SEGMENT_BYTES)
         self._slab = Slab(2 * WORKERS * self._slot_bytes)
+        self._slab.populate()
         slots = torch.split(self._slab.buffer, self._slot_bytes)
         self._coders = [codec.coder() for _ in slots]
         self._benches: dict[Direction, queue.SimpleQueue[_Bench]] = {}

@@ -140,7 +140,7 @@ class Slab:
         return self._buffer is None
 
     def populate(self) -> None:
-        """Take all pages now, while they hold nothing yet.
+        """Take all pages of anonymous memory now, while they hold nothing yet.
 
         Memory that is planned, but only taken when it is first used, is for so long invisible to whoever
         looks at what is resident: what a heap has freed lay where an update's slots came to be, 89 MiB beyond
@@ -153,12 +153,14 @@ class Slab:
         address, nbytes = ctypes.c_void_p(self.address), ctypes.c_size_t(self.nbytes)
         if libc.madvise(address, nbytes, _POPULATE_WRITE) == 0:
             return
-        if ctypes.get_errno() != errno.EINVAL:
-            raise StagingError(
-                f"the kernel has no {self.nbytes} bytes of memory ({os.strerror(ctypes.get_errno())}): lower "
-                "the budget, or free memory on this machine"
-            )
-        self.buffer[::PAGE_BYTES].zero_()  # an older kernel
+        reason = ctypes.get_errno()
+        if reason == errno.EINVAL:  # an older kernel
+            self.buffer[::PAGE_BYTES].zero_()
+            return
+        libc.madvise(address, nbytes, mmap.MADV_DONTNEED)  # at once: the error's traceback keeps the mapping
+        self.close()
+        remedy = ": lower the budget, or free memory on this machine" if reason == errno.ENOMEM else ""
+        raise StagingError(f"the kernel does not give {nbytes.value} bytes ({os.strerror(reason)}){remedy}")
 
     def close(self) -> None:
         """Let go of the memory; views that are still in use keep it. May be called twice."""

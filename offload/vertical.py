@@ -104,8 +104,8 @@ class VerticalPass(Generic[_Result]):
                 self._here.number = number
                 set_random_states(self._device, self._states[number])
                 result = passes[number]()
-                self._before_waiting()
                 self._refuse_other_draws(random_states(self._device), over=True)
+                self._before_waiting()
                 return result
 
             return lambda: state.run(work)

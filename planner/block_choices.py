@@ -78,6 +78,10 @@ def block_choices(
     return found
 
 
+RULED_OUT = "the options of this plan rule it out, so it was not measured"
+"""Of prefixes and forms that no block may have, in a profile that was made for one plan."""
+
+
 def may_cut(options: PlannerOptions) -> bool:
     """Whether any block may compute a prefix of its tokens again, as far as options say."""
     return any(
@@ -233,8 +237,10 @@ def _reason(block: BlockProfile, wanted: Wish, options: PlannerOptions) -> str:
 def _no_form(block: BlockProfile, name: str, options: PlannerOptions) -> str:
     """Why a form cannot be had."""
     missing = dict(block.missing_forms)
-    if name in missing:
+    if missing.get(name, RULED_OUT) != RULED_OUT:
         return f"it has no form {name}: {missing[name]}"
+    if name in missing:
+        return f"form {name} is only for keep and swap"
     if name not in {form.name for form in block.forms}:
         return f"its forms are {', '.join([PLAIN, *(form.name for form in block.forms)])}"
     if name not in _open_forms(block, options, {}):

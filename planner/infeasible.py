@@ -7,6 +7,7 @@ import dataclasses
 from memtrain.planner import baselines
 from memtrain.planner.actions import Action, Tier
 from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
+from memtrain.planner.block_choices import RULED_OUT
 from memtrain.planner.block_parts import plan_error
 from memtrain.planner.decisions import MIRRORED_SLOTS, Decisions, open_space
 from memtrain.planner.plan import Plan
@@ -130,7 +131,10 @@ def _allow_remedy(search: baselines.Search) -> str:
         return ""
     other = dataclasses.replace(search, options=freed, space=space, best=None)
     if other.excess(baselines.smallest(other)):
-        return ""
+        reasons = [b.prefix_reason for b in search.profile.blocks]
+        reasons += [reason for b in search.profile.blocks for _, reason in b.missing_forms]
+        unknown = RULED_OUT in reasons
+        return "force or forbid less: what the options rule out was not measured, and may fit" * unknown
     return f"allow {', '.join(missing)}" if missing else "drop the forced choices"
 
 

@@ -47,7 +47,8 @@ def measure_blocks(
         with weights.present(block.parameters()):
             kind = _kind(block, call, hidden, needs)
             if rehearsal is not None:
-                kind = kind, tuple(rehearsal.forms(name).items())
+                forms_of = tuple(rehearsal.forms(name).items()), tuple(rehearsal.missing_forms(name))
+                kind = kind, forms_of
             if kind not in counted:
                 excluded = outside | {storage_id(t) for t in call.shared()}
                 reason = _not_recomputable(block, call, hidden, needs)

@@ -369,6 +369,21 @@ def _fields(profile: ModelProfile) -> dict[str, Any]:
     return {name: getattr(profile, name) for name in ModelProfile.__dataclass_fields__}
 
 
+@pytest.mark.parametrize("wish", [{"action": "swap"}, {"action": "recompute", "form": "exact"}])
+def test_what_is_forced_may_leave_an_allowed_form_unused(tmp_path: Path, wish: dict[str, str]) -> None:
+    lossy: dict[str, Any] = {"exact_only": False, "allow_lossy": ("int8",)}
+    if "form" in wish:
+        with pytest.raises(ValueError, match="form exact is only for keep and swap"):
+            prepare(llama(layers=2), tmp_path, {"block": wish}, **lossy)
+        return
+    with prepare(llama(layers=2), tmp_path, {"block": wish}, **lossy) as session:
+        assert session.profile.blocks[0].forms == ()
+        assert dict(session.profile.blocks[0].missing_forms)["int8"].startswith(
+            "the options of this plan rule"
+        )
+        assert "cannot have form" not in session.report()
+
+
 def test_a_form_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(memtrain.PrepareError, match="no form 'int2'; lossy ones are int8, int4"):
         prepare(llama(), tmp_path, {}, exact_only=False, allow_lossy=("int2",))

@@ -1,3 +1,5 @@
+import ctypes
+import errno
 import faulthandler
 import os
 import random
@@ -93,6 +95,66 @@ def test_memory_is_forgotten_before_its_address_can_be_anothers(monkeypatch):
     slab.close()
     assert known == {}
     assert mapped == [True]
+
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def resident(address, nbytes):
+    """Pages that are there, by the kernel."""
+    vector = (ctypes.c_ubyte * (nbytes // 4096))()
+    assert LIBC.mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), vector) == 0
+    return sum(page & 1 for page in vector)
+
+
+class Kernel:
+    """libc, but for an ``madvise`` that takes the pages and says that it could not."""
+
+    def __init__(self, reason):
+        self._reason = reason
+
+    def madvise(self, address, nbytes, advice):
+        done = LIBC.madvise(address, nbytes, advice)
+        if advice != slab_module._POPULATE_WRITE:
+            return done
+        ctypes.set_errno(self._reason)
+        return -1
+
+
+def test_a_populated_slab_is_there_before_anything_is_written():
+    with Slab(64 * 4096, huge_pages=False) as slab:
+        assert resident(slab.address, slab.nbytes) == 0
+        slab.populate()
+        assert resident(slab.address, slab.nbytes) == 64
+        assert not slab.buffer.any()
+    ring = Ring(3, 4096)
+    assert resident(ring.slab.address, ring.slab.nbytes) == 3
+
+
+def test_an_older_kernel_is_helped(monkeypatch):
+    monkeypatch.setattr(slab_module.ctypes, "CDLL", lambda *_, **__: Kernel(errno.EINVAL))
+    with Slab(64 * 4096, huge_pages=False) as slab:
+        slab.populate()
+        monkeypatch.undo()
+        assert resident(slab.address, slab.nbytes) == 64
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (errno.ENOMEM, r"\(Cannot allocate memory\): lower the budget"),
+        (errno.EPERM, r"\(Operation not permitted\)$"),
+    ],
+)
+def test_pages_that_cannot_be_had_are_an_error_that_holds_none(monkeypatch, reason, told):
+    slab = Slab(64 * 4096, huge_pages=False)
+    address, held = slab.address, slab.buffer
+    monkeypatch.setattr(slab_module.ctypes, "CDLL", lambda *_, **__: Kernel(reason))
+    with pytest.raises(StagingError, match=f"does not give 262144 bytes {told}"):
+        slab.populate()
+    monkeypatch.undo()
+    assert slab.closed
+    assert resident(address, held.nbytes) == 0
 
 
 def test_slab_on_a_node_lies_there():

@@ -8,10 +8,25 @@ from typing import Any
 import pytest
 
 from memtrain.planner.actions import EXACT, PLAIN, Action, Tier
-from memtrain.planner.block_choices import block_choices, may_be_nearly_free, may_cut, may_take_forms
+from memtrain.planner.block_choices import (
+    RULED_OUT,
+    block_choices,
+    may_be_nearly_free,
+    may_cut,
+    may_take_forms,
+)
 from memtrain.planner.block_parts import is_cut
+from memtrain.planner.machine import Budget
 from memtrain.planner.options import PlannerOptions
-from tests.planner.toys import make_block, make_form, make_nearly_free, make_prefixes
+from memtrain.planner.solve import make_plan
+from tests.planner.toys import (
+    make_block,
+    make_form,
+    make_machine,
+    make_nearly_free,
+    make_prefixes,
+    make_profile,
+)
 
 WISHES: list[dict[str, Any]] = [
     {},
@@ -84,6 +99,16 @@ def test_what_is_ruled_out(force: dict[str, dict[str, Any]], expected: tuple[boo
 def test_actions_that_are_not_allowed_rule_out() -> None:
     assert found(PlannerOptions(allow=frozenset({Action.KEEP}))) == (False, False, True)
     assert found(PlannerOptions(allow=frozenset({Action.RECOMPUTE}))) == (True, False, False)
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(("reason", "told"), [(RULED_OUT, True), ("too few tokens", False)])
+def test_a_budget_that_nothing_measured_fits_is_told_of_what_was_not(reason: str, told: bool) -> None:
+    profile = make_profile(block_profiles=tuple(make_block(i, prefix_reason=reason) for i in range(3)))
+    options = PlannerOptions(force={"block": {"action": "keep"}})
+    plan = make_plan(profile, make_machine(), Budget(device=64 << 20), options=options)
+    assert plan.status == "infeasible"
+    assert told is any("was not measured, and may fit" in remedy for remedy in plan.remedies)
 
 
 def choices(index: int, options: PlannerOptions) -> Any:
