@@ -2,8 +2,8 @@
 
 A CPU without bf16 arithmetic sums a product in fp32 and rounds it at the end: three times the bytes of its
 output are there meanwhile, 113 MB more for the gradient of SmolLM2-135M's head. torch's allocator reports
-every request of a thread to the profiler; the legacy one costs 30 microseconds an operator and writes nothing to
-the terminal. What a library asks of the system itself is not seen.
+every request of a thread to the profiler; the legacy one costs 30 microseconds an operator and writes nothing
+to the terminal. What a library asks of the system itself is not seen.
 """
 
 from __future__ import annotations
