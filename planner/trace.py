@@ -5,9 +5,10 @@ is given; then each block runs alone, forward and backward, on the output of the
 model runs with its blocks passing a known hidden state through, for what stands before and after them.
 
 Bytes are counted, not estimated. *Saved* bytes are the storages that autograd packs; *peaks* come from a
-dispatch mode that sees every storage born by an operator and, by weak reference, its death. Both are exact
-and repeatable, unlike the resident memory of a process, in which the allocator's habits are mixed. Blocks of
-one kind (class, configuration, shapes) are counted once and timed each; the median of their times is used.
+dispatch mode that sees every storage born by an operator and, by weak reference, its death, and on a CPU what
+a kernel takes for itself meanwhile. Both are exact and repeatable, unlike the resident memory of a process,
+in which the allocator's habits are mixed. Blocks of one kind (class, configuration, shapes) are counted once
+and timed each; the median of their times is used.
 
 The resting state to which transients refer holds weights and saved tensors, so that a block's output, the
 incoming gradient and, where it is not saved, the block's input are transients.
@@ -16,6 +17,7 @@ incoming gradient and, where it is not saved, the block's input are transients.
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,7 @@ from memtrain.planner.profile import ModelProfile
 from memtrain.planner.tracing.around_blocks import measure_around
 from memtrain.planner.tracing.block_measures import measure_blocks
 from memtrain.planner.tracing.blocks import find_blocks, first_pass
+from memtrain.planner.tracing.kernel_bytes import hidden
 from memtrain.planner.tracing.left_as_found import left_as_found
 from memtrain.planner.tracing.live_bytes import tensors_in
 from memtrain.planner.tracing.rehearsal import Rehearsal
@@ -88,6 +91,12 @@ def profile_model(
     """
     weights = weights or InMemory()
     blocks = find_blocks(model, block_names)
+    if (reason := hidden()) and all(parameter.device.type == "cpu" for parameter in model.parameters()):
+        warnings.warn(
+            f"what torch's kernels take for themselves is not on the bill, because {reason}: measure and "
+            "prepare outside of it, or leave the budget some room",
+            stacklevel=2,
+        )
     inside = {id(p) for _, block in blocks for p in block.parameters()}
     run = loss_runner(model, sample_batch, loss_fn)
     with left_as_found(model):

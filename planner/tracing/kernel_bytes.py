@@ -14,30 +14,41 @@ from typing import Any, TypeVar
 import torch
 
 _Result = TypeVar("_Result")
+_NEEDED = (
+    "ProfilerConfig",
+    "ProfilerState",
+    "_disable_profiler_legacy",
+    "_enable_profiler_legacy",
+    "_profiler_enabled",
+)
+"""Of ``torch.autograd``: no public name of torch's tells what a kernel asks for."""
 
 
 def with_peak(call: Callable[[], _Result]) -> tuple[_Result, int]:
     """What ``call`` returns, and the most that it had of the CPU's memory at once, its results included,
     beyond what was there before; 0 where nobody can tell: under somebody's profiler, or another torch."""
-    profiler: Any = torch.autograd
-    try:
-        config = _config()
-        if profiler._profiler_enabled():
-            return call(), 0
-        begin, end = profiler._enable_profiler_legacy, profiler._disable_profiler_legacy
-    except AttributeError:
+    if hidden():
         return call(), 0
-    begin(config)
+    profiler: Any = torch.autograd
+    profiler._enable_profiler_legacy(_config())
     try:
         result = call()
     finally:
-        records = end()
+        records = profiler._disable_profiler_legacy()
     now_bytes = peak_bytes = 0
     for record in (record for thread in records for record in thread):
         if record.kind() == "memory_alloc":
             now_bytes += record.cpu_memory_usage()
             peak_bytes = max(peak_bytes, now_bytes)
     return result, peak_bytes
+
+
+def hidden() -> str:
+    """Why nothing can be seen in this thread now; empty where it can."""
+    profiler: Any = torch.autograd
+    if not all(hasattr(profiler, name) for name in _NEEDED):
+        return f"torch {torch.__version__} has no legacy profiler"
+    return "a profiler is running" if profiler._profiler_enabled() else ""
 
 
 def _config() -> Any:

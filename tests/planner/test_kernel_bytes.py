@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from memtrain.planner.tracing.kernel_bytes import with_peak
+from memtrain.planner.trace import profile_model
+from memtrain.planner.tracing.kernel_bytes import hidden, with_peak
 from memtrain.planner.tracing.live_bytes import LiveBytes
 
 MiB = 1 << 20
@@ -51,6 +52,22 @@ def test_under_somebodys_profiler_nothing_is_known_and_theirs_goes_on() -> None:
         assert with_peak(two_of_three)[1] == 0
         assert torch.autograd._profiler_enabled()
     assert any(event.name == "aten::empty" for event in theirs.events())
+
+
+def test_a_model_that_is_measured_under_a_profiler_is_warned_of() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    optimizer, batch = torch.optim.SGD(model.parameters()), torch.zeros(2, 8)
+    with (
+        torch.profiler.profile(),
+        pytest.warns(UserWarning, match="not on the bill, because a profiler is running"),
+    ):
+        profile_model(model, batch, optimizer=optimizer, elementwise=True, block_names=["0", "1", "2"])
+
+
+def test_another_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.autograd, "_enable_profiler_legacy")
+    assert hidden() == f"torch {torch.__version__} has no legacy profiler"
+    assert with_peak(block)[1] == 0
 
 
 def test_live_bytes_counts_what_an_operator_has_beside_its_result() -> None:
