@@ -13,6 +13,8 @@ from contextlib import suppress
 from typing import Generic, TypeVar
 
 _Result = TypeVar("_Result")
+_SIGNAL_SECONDS = 0.5
+"""How long a Ctrl-C may go unnoticed."""
 Place = tuple[int, ...]
 """Compared as tuples are; no two participants are at the same one."""
 
@@ -57,7 +59,9 @@ class Turns(Generic[_Result]):
                 started.append(thread)
             with self._changed:
                 while self._failure is None and len(self._results) < len(self._work):
-                    self._changed.wait()
+                    # Not for ever: a signal between the interpreter's look and the wait would be noticed by
+                    # nobody before somebody's next turn, and whoever is at work may wait for that one.
+                    self._changed.wait(_SIGNAL_SECONDS)
         finally:
             for number in range(len(started), len(self._threads)):  # nobody waits for one who never came
                 self._waiting.pop(number, None)
