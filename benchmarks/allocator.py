@@ -130,6 +130,7 @@ def main() -> None:
     text, summary, details = "", {}, {}
     if args.only != "sessions":
         text, summary, details = passes(args)
+        print(text, summary, sep="\n", flush=True)  # half an hour's work, should the sessions fail
     if args.only != "passes":
         lines, found, children = sessions(args)
         text, summary = f"{text}\n\n{lines}".strip(), summary | found
