@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 
+from memtrain import malloc
 from memtrain.arena import library
 from memtrain.arena.library import Outcome
 from memtrain.arena.patterns import Pattern, Patterns
@@ -221,6 +222,7 @@ class PlannedAllocator:
             else:
                 self._open(self._library, pattern)
         self._step = _OpenStep(key=key, pattern=pattern, ordinary=ordinary)
+        malloc.keep_freed(self.follows)
 
     def end(self, *, completed: bool = True) -> None:
         """End the open step, in any thread; in a child that was forked in it nothing happens.
@@ -266,6 +268,7 @@ class PlannedAllocator:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""
         if self._step is None and self._library is not None and self._is_here:
             self._library.memtrain_arena_vacate(self._arena)
+            malloc.keep_freed(False)
 
     def vacant_bytes(self) -> int:
         """Resident, and free for what the plan foresees."""
@@ -297,6 +300,7 @@ class PlannedAllocator:
         """
         if self._step is not None and os.getpid() == self._process:
             raise ArenaError("the arena has an open step: leave it before the arena is closed")
+        malloc.keep_freed(False)
         self._closed = True
         if self._library is not None:
             self._finalizer()

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memtrain import malloc
 from memtrain.arena.allocator import ArenaError, ArenaReport, ArenaSettings, ArenaWarning, PlannedAllocator
 from memtrain.planner import resident
 from memtrain.planner.actions import Tier
@@ -142,7 +141,6 @@ class PlannedPasses:
         self._hooks.clear()
         self._end(completed=False)
         self._arena.close()
-        malloc.keep_freed(False)
 
     def report(self) -> ArenaReport:
         """How it went so far."""
@@ -151,8 +149,6 @@ class PlannedPasses:
     def vacate(self) -> None:
         """Outside of passes: give the arena's memory back until the next one, to what is done meanwhile."""
         self._arena.vacate()
-        if self._open is None:
-            malloc.keep_freed(False)
 
     @property
     def follows(self) -> bool:
@@ -240,7 +236,6 @@ class PlannedPasses:
             self._warned = True
             return
         self._open, self._queued = ends_with, False
-        malloc.keep_freed(self.follows)
 
     def _end(self, *, completed: bool = True) -> None:
         if self._open is not None:
