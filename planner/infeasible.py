@@ -133,8 +133,9 @@ def _allow_remedy(search: baselines.Search) -> str:
     if other.excess(baselines.smallest(other)):
         reasons = [b.prefix_reason for b in search.profile.blocks]
         reasons += [reason for b in search.profile.blocks for _, reason in b.missing_forms]
-        unknown = RULED_OUT in reasons
-        return "force or forbid less: what the options rule out was not measured, and may fit" * unknown
+        if RULED_OUT in reasons:
+            return "force or forbid less: what the options rule out was not measured, and may fit"
+        return ""
     return f"allow {', '.join(missing)}" if missing else "drop the forced choices"
 
 

@@ -207,6 +207,9 @@ class PlannedAllocator:
     def begin(self, key: Hashable = None) -> None:
         """Open a step of this thread; ``step`` is made of this and ``end``.
 
+        While steps follow plans, mimalloc keeps what it frees of all else (``malloc.keep_freed``), until an
+        ordinary step, ``vacate`` or ``close``: what it gave back came again as page faults.
+
         Raises:
             ArenaError: a step is open in this thread or of this arena, the arena is closed or another
                 process's, or another allocator has taken torch's.
