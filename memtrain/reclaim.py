@@ -100,24 +100,28 @@ class Reclaimer:
         creep = self._limit_bytes // _CREEP
         room = 0 if self._is_served() else creep + max(0, need - self._served_bytes)
         self._served_bytes = max(self._served_bytes, need)
-        self._make_room(room, drops_code=True)
+        self._make_room(room)
 
     def leave(self) -> None:
         """This thread is about to wait for others. An allocator keeps what is freed by thread, so nobody else
         could use it."""
-        if self._hooks:
-            self._served_bytes = 0  # whoever comes next has been served nothing
-            most = max(self._transients.values(), default=0)
-            self._make_room(self._limit_bytes // _CREEP + most, drops_code=False)
+        if not self._hooks:
+            return
+        # Whoever comes next has been served nothing; and what one thread's trim has left, another's may give.
+        self._served_bytes = self._left_bytes = 0
+        room = max(self._transients.values(), default=0) + self._limit_bytes // _CREEP
+        if self._rss_bytes() + room > self._limit_bytes:
+            self.times += 1
+            self._trim()
 
-    def _make_room(self, room: int, *, drops_code: bool) -> None:
+    def _make_room(self, room: int) -> None:
         """Ask freed memory back where ``room`` bytes would not fit, unless that has just been of no use."""
         now, creep = self._rss_bytes(), self._limit_bytes // _CREEP
         if now + room <= self._limit_bytes or (self._left_bytes and now < self._left_bytes + creep):
             return
         self.times += 1
         self._trim()
-        if drops_code and self._rss_bytes() + room > self._limit_bytes:
+        if self._rss_bytes() + room > self._limit_bytes:
             self._drop_library_pages()
         left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
