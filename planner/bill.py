@@ -273,6 +273,7 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "gradients": decisions.staging.gradient_slab_bytes - decisions.staging.overlaid_bytes,
         "activations": decisions.held_passes(profile) * decisions.staging.kept_slab_bytes,
         "tables": tables.resident_bytes(profile),
+        "threads": decisions.thread_bytes(profile),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from memtrain.planner.actions import Action, MicroBatchOrder, Tier, UpdateSchedule
+from memtrain.planner.actions import THREAD_BYTES, Action, MicroBatchOrder, Tier, UpdateSchedule
 from memtrain.planner.check_blocks import (
     PAGE,
     compared,
@@ -47,6 +47,7 @@ def peak_faults(plan: Plan, profile: ModelProfile, machine: Machine, budget: Bud
         (Tier.DEVICE, "staging", staged[Tier.DEVICE]),
         (Tier.HOST, "staging", staged[Tier.HOST]),
         (Tier.DEVICE, "tables", tables_resident(profile)),
+        (Tier.DEVICE, "threads", _threads(plan, machine)),
         *((tier, "tables", tables_on(profile, tier)) for tier in Tier if tier is not Tier.DEVICE),
     ):
         if (found := lines.get((tier, category), 0)) != size:
@@ -95,6 +96,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     s = plan.staging
     resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE]
     resident += s.gradient_slab_bytes - s.overlaid_bytes + tables_resident(profile)
+    resident += _threads(plan, machine)
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)
@@ -178,6 +180,12 @@ def _beside_update(
 def _graphs(plan: Plan) -> int:
     """How many micro-batches lie between their forward and their backward at one time."""
     return plan.micro_batches if plan.micro_batch_order is MicroBatchOrder.VERTICAL else 1
+
+
+def _threads(plan: Plan, machine: Machine) -> int:
+    """In vertical order each micro-batch is a thread of the host, which on a CPU is the device."""
+    vertical = plan.micro_batch_order is MicroBatchOrder.VERTICAL
+    return plan.micro_batches * THREAD_BYTES if vertical and is_on_cpu(machine) else 0
 
 
 def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, int]:

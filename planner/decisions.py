@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memtrain.planner.actions import BlockDecision, MicroBatchOrder, StateDecision, Tier, UpdateSchedule
+from memtrain.planner.actions import (
+    THREAD_BYTES,
+    BlockDecision,
+    MicroBatchOrder,
+    StateDecision,
+    Tier,
+    UpdateSchedule,
+)
 from memtrain.planner.options import PlannerOptions
 from memtrain.planner.plan import Plan, Staging
 from memtrain.planner.profile import ModelProfile
@@ -85,6 +92,11 @@ class Decisions:
     def held_passes(self, profile: ModelProfile) -> int:
         """Micro-batches whose activations are held at the same time."""
         return profile.micro_batches if self.micro_batch_order is MicroBatchOrder.VERTICAL else 1
+
+    def thread_bytes(self, profile: ModelProfile) -> int:
+        """On the device, of the threads that vertical order runs micro-batches in."""
+        threads = profile.micro_batches if self.micro_batch_order is MicroBatchOrder.VERTICAL else 0
+        return threads * THREAD_BYTES if self.staging_tier is Tier.DEVICE else 0
 
     @classmethod
     def of(cls, plan: Plan, *, on_cpu: bool) -> Decisions:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from memtrain.planner.actions import Action, BlockDecision, MicroBatchOrder, Tier
+from memtrain.planner.actions import THREAD_BYTES, Action, BlockDecision, MicroBatchOrder, Tier
 from memtrain.planner.actions import UpdateSchedule as Schedule
 from memtrain.planner.check import Rule, check
 from memtrain.planner.decisions import Decisions, PlannerOptions, staging_for
@@ -244,8 +244,8 @@ def test_vertical_order_without_anything_to_order_is_refused() -> None:
 @pytest.mark.usefixtures("solver_here")
 def test_what_does_not_fit_in_vertical_order_is_said_with_its_bytes() -> None:
     profile = weighty(4, micro_batches=4, boundary_bytes=20 * MiB, **FROZEN)
-    # 102 MiB, two windows, 14 of backward, a slot of 1 MiB and a page, and three who wait with 20.
-    need = 102 * MiB + 4 * 64 + 2 * (8 * MiB + PAGE) + MiB + PAGE + 14 * MiB + 60 * MiB
+    # 102 MiB, two windows, 14 of backward, a slot of 1 MiB and a page, three who wait with 20, four threads.
+    need = 102 * MiB + 4 * 64 + 2 * (8 * MiB + PAGE) + MiB + PAGE + 14 * MiB + 60 * MiB + 4 * THREAD_BYTES
     fits = plan_for(profile, budget=Budget(device=need, nvme="/x:1GiB"))
     assert fits.peak(Tier.DEVICE) == need
     short = plan_for(profile, budget=Budget(device=need - 1, nvme="/x:1GiB"))
