@@ -1,9 +1,10 @@
 """Addresses for buffers whose lifetimes are known (offline dynamic storage allocation), with a certificate.
 
 The most bytes that live at once are a lower bound of every packing. A portfolio stops as soon as it reaches
-the bound: greedy passes (``packing.greedy``), then an exact search (``packing.exact``), over parts of time
-that do not touch each other and in units of the sizes' greatest common divisor. Without a capacity the
-search is repeated between the bound and the best height known, as long as there is time.
+the bound: greedy passes (``packing.greedy``), then an exact search (``packing.exact``) of what is not too
+large for one, over parts of time that do not touch each other and in units of the sizes' greatest common
+divisor. Without a capacity the search is repeated between the bound and the best height known, as long as
+there is time.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import chain, islice
 
 from memtrain.planner.buffers import Buffer
 from memtrain.planner.packing import greedy
-from memtrain.planner.packing.exact import search
+from memtrain.planner.packing.exact import is_searched, search
 from memtrain.planner.packing.grid import Component, Grid, components
 from memtrain.planner.packing.skyline import Outcome
 from memtrain.planner.units import round_up
@@ -138,8 +140,14 @@ class _Part:
         self.height = 0
 
     def pack_greedily(self, goal: int, deadline: float) -> None:
-        """The lowest of the greedy passes, or the first within ``goal``."""
-        for offsets in greedy.passes(self.grid, deadline):
+        """The lowest of the greedy passes, or the first within ``goal``.
+
+        What is too large to be searched is complained about instead, before the passes take all the time.
+        """
+        attempts = greedy.passes(self.grid, deadline)
+        if not is_searched(self.grid):
+            attempts = chain(islice(attempts, 1), greedy.complaints(self.grid, goal, deadline), attempts)
+        for offsets in attempts:
             self._keep(offsets)
             if self.height <= goal:
                 return

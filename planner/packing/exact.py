@@ -23,6 +23,11 @@ SEARCHED_CELLS = 1_000_000
 """Buffers times sections. Above, building the search takes longer than a second, a node 5 ms."""
 
 
+def is_searched(grid: Grid) -> bool:
+    """Whether ``search`` takes on so large a grid."""
+    return len(grid.intervals) * grid.sections <= SEARCHED_CELLS
+
+
 def search(grid: Grid, ceiling: int, *, seed: int, deadline: float) -> tuple[Outcome, list[int]]:
     """Pack below ``ceiling`` units, or prove that it cannot be done.
 
@@ -34,7 +39,7 @@ def search(grid: Grid, ceiling: int, *, seed: int, deadline: float) -> tuple[Out
     """
     if grid.load > ceiling:
         return Outcome.IMPOSSIBLE, []
-    if len(grid.intervals) * grid.sections > SEARCHED_CELLS:
+    if not is_searched(grid):
         return Outcome.STOPPED, []
     skyline = SkylineSearch(grid, ceiling)
     orders = [_contended_first(grid), *(order_by(grid, name) for name in ("area", "size", "duration"))]

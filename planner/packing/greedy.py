@@ -1,7 +1,8 @@
 """One buffer after the other to the lowest, or to the tightest, gap between those already placed.
 
 Four orders times two rules, as compilers do it (XLA's heap simulator: size then duration, best fit; TFLite:
-size, first fit). Each pass takes a millisecond per hundred buffers and is optimal on most transformer steps.
+size, first fit), and one of our own that begins with the fullest moment. Each pass takes a millisecond per
+hundred buffers and is optimal on most transformer steps.
 """
 
 from __future__ import annotations
@@ -17,18 +18,41 @@ from memtrain.planner.packing.grid import Grid, Interval
 
 Addresses = npt.NDArray[np.int64]
 
-ORDERS: dict[str, Callable[[Interval], tuple[int, ...]]] = {
-    "size": lambda i: (-i.size, i.first - i.last),
-    "area": lambda i: (-i.size * (i.last - i.first), -i.size),
-    "duration": lambda i: (i.first - i.last, -i.size),
-    "start": lambda i: (i.first, i.first - i.last, -i.size),
+Key = Callable[[Interval], tuple[int, ...]]
+
+
+def _from_the_fullest(grid: Grid) -> Key:
+    """Whoever lives in the fullest section, earliest first; then all others, largest first.
+
+    Where one moment stands out, as the loss of a language model does, no gap may be left in it: so its
+    buffers become a stack, which by birth is full from the ground at every moment before. The rest has room.
+    """
+    fullest = grid.live.index(grid.load)
+
+    def key(interval: Interval) -> tuple[int, ...]:
+        if interval.first <= fullest < interval.last:
+            return 0, interval.first, -interval.last, -interval.size
+        return 1, -interval.size, interval.first - interval.last, 0
+
+    return key
+
+
+ORDERS: dict[str, Callable[[Grid], Key]] = {
+    "size": lambda grid: lambda i: (-i.size, i.first - i.last),
+    "area": lambda grid: lambda i: (-i.size * (i.last - i.first), -i.size),
+    "duration": lambda grid: lambda i: (i.first - i.last, -i.size),
+    "start": lambda grid: lambda i: (i.first, i.first - i.last, -i.size),
+    "fullest": _from_the_fullest,
 }
-"""Largest first, largest size times duration first, longest first, earliest first."""
+"""Largest first, largest size times duration first, longest first, earliest first, fullest moment first."""
+
+ROUNDS = 8
+"""Of complaints. SmolLM2's 7,780 requests at sequence 512 need four."""
 
 
 def order_by(grid: Grid, name: str) -> list[int]:
     """Buffers in the order ``name`` of ``ORDERS``; ties keep the order of the grid."""
-    key = ORDERS[name]
+    key = ORDERS[name](grid)
     return sorted(range(len(grid.intervals)), key=lambda i: key(grid.intervals[i]))
 
 
@@ -76,3 +100,19 @@ def passes(grid: Grid, deadline: float) -> Iterator[list[int]]:
         yield place(grid, order_by(grid, name), best_fit=best_fit)
         if time.perf_counter() > deadline:
             return
+
+
+def complaints(grid: Grid, goal: int, deadline: float) -> Iterator[list[int]]:
+    """From the fullest moment, again and again: what came to lie above ``goal`` units goes first the next
+    time (squeaky wheel optimisation, Joslin and Clements 1999). Ends at the goal, after ``ROUNDS``, or at the
+    ``deadline``, before which there may be none."""
+    order = order_by(grid, "fullest")
+    for _ in range(ROUNDS):
+        if time.perf_counter() > deadline:
+            return
+        offsets = place(grid, order, best_fit=False)
+        yield offsets
+        if height(grid, offsets) <= goal:
+            return
+        above = {i for i in order if offsets[i] + grid.intervals[i].size > goal}
+        order = sorted(order, key=lambda i: i not in above)

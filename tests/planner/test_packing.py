@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 
 from benchmarks._rectangles import cut_rectangle
+from memtrain.planner.addresses import pack
+from memtrain.planner.packing import exact
 from memtrain.planner.packing.exact import SEARCHED_CELLS, search
-from memtrain.planner.packing.greedy import height, order_by, passes, place
+from memtrain.planner.packing.greedy import ROUNDS, complaints, height, order_by, passes, place
 from memtrain.planner.packing.grid import Grid, Interval, components
 from memtrain.planner.packing.skyline import Outcome, SkylineSearch
-from tests.planner.packings import Span, load, lowest, spans
+from tests.planner.packings import Span, load, lowest, named, spans
 
 NEVER = math.inf
 # Rarer than one in 5,000 among dense random instances of this size.
@@ -82,6 +84,43 @@ def test_first_fit_takes_the_lowest_gap_and_best_fit_the_tightest() -> None:
     # What is free in one section only does not hold a buffer that lives in both.
     both = Grid(intervals=(Interval(0, 2, 2), *intervals[1:]), sections=2, live=(13, 6))
     assert place(both, [1, 2, 3, 4, 0], best_fit=False)[0] == 11
+
+
+STUBBORN: list[Span] = [
+    *((5, 6, 5), (6, 8, 6), (7, 8, 4), (4, 7, 3)),
+    *((0, 3, 6), (2, 5, 6), (5, 8, 6), (5, 6, 2)),
+]
+"""No pass reaches what lives at once, and the fifth round of complaints does."""
+
+
+def test_complaints_close_the_gap_that_every_pass_leaves() -> None:
+    (part,) = components(STUBBORN)
+    grid = part.grid
+    assert min(height(grid, offsets) for offsets in passes(grid, NEVER)) > grid.load
+    *others, last = complaints(grid, grid.load, NEVER)
+    assert len(others) == 4
+    assert not overlapping(grid, last)
+    assert height(grid, last) == grid.load
+    assert all(height(grid, offsets) > grid.load for offsets in others)
+
+
+@settings(max_examples=200)
+@given(spans(12, times=12))
+def test_complaints_never_overlap_and_end_at_the_goal(items: list[Span]) -> None:
+    for part in components(items):
+        heights = []
+        for offsets in complaints(part.grid, part.grid.load, NEVER):
+            assert not overlapping(part.grid, offsets)
+            heights.append(height(part.grid, offsets))
+        assert 1 <= len(heights) <= ROUNDS
+        assert all(found > part.grid.load for found in heights[:-1])
+        assert heights[-1] == part.grid.load or len(heights) == ROUNDS
+
+
+def test_what_is_too_large_to_be_searched_is_complained_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "SEARCHED_CELLS", 0)
+    packing = pack(named(STUBBORN), time_limit_seconds=5)
+    assert packing.height == packing.load == load(STUBBORN)
 
 
 @given(spans(12, times=12))
