@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ from memtrain.offload.errors import CorruptExtentError, ExtentStateError, Offloa
 from memtrain.offload.extents import Extent
 from memtrain.offload.io import Direction
 from memtrain.offload.slab import Slab
-from memtrain.offload.store import Store, Ticket
+from memtrain.offload.store import PIECE_BYTES, Store, Ticket
 
 
 @dataclass(slots=True, eq=False)
@@ -389,3 +390,14 @@ class CodedStore:
     def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the coded {self.tier.value} store is closed")
+
+
+def piece_bytes(store: Any) -> int:
+    """What parts of an extent begin and end at multiples of: pieces, or segments where it is coded."""
+    return SEGMENT_BYTES if isinstance(store, CodedStore) else int(store.piece_bytes)
+
+
+def read_bytes(store: Any) -> int:
+    """How much of an extent is read at once by whoever reads all of it: pieces, about ``PIECE_BYTES``."""
+    piece = piece_bytes(store)
+    return max(1, PIECE_BYTES // piece) * piece

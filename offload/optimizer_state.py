@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memtrain.offload.coded import piece_bytes
 from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.lower_halves import SECOND_KEY, LowerHalves, write_second
@@ -253,6 +254,10 @@ class RecordStore:
         store, extent = self._extents[shard]
         return [store.read(extent, record)]
 
+    def is_written(self, shard: Shard) -> bool:
+        """Whether the record on a tier holds anything yet."""
+        return shard in self._written
+
     def span(self, shard: Shard) -> list[slice]:
         """The record's bytes in a slot: none where the record is in memory."""
         return [slice(0, self._layouts[shard].record_bytes)] if shard in self._extents else []
@@ -329,6 +334,20 @@ class RecordCursor:
                 self._shard = shard
         self._dirty |= change and self._shard is shard
         return self._records.memory(shard, self._slot)
+
+    def part(self, shard: Shard, span: slice) -> Tensor:
+        """The shard's record, of which bytes ``span`` alone are to be looked at: no more is read, or hardly."""
+        home = self._records.home(shard)
+        if self._shard is shard or home is None or not self._records.is_written(shard):
+            return self.at(shard)
+        self.leave()
+        assert self._slot is not None
+        store, extent = home
+        unit = piece_bytes(store)
+        start = span.start // unit * unit
+        stop = min(round_up(span.stop, unit), self._layouts[shard].record_bytes)
+        self._finish([store.read(extent, self._slot[start:stop], start)])
+        return self._slot
 
     def leave(self) -> None:
         """Write the record back if it changed."""
@@ -476,8 +495,7 @@ class StateAccess:
     def _collect(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Tensor:
         whole = torch.empty(self._records.shape(name, tensor), dtype=tensor.dtype)
         for shard, piece in self._index.pieces[name]:
-            part = self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
-            tensor.part_of(whole, piece).copy_(part)
+            tensor.part_of(whole, piece).copy_(self._stored(cursor, tensor, shard, piece))
         return whole
 
     def _parts(self, cursor: RecordCursor, name: str, tensor: StateTensor) -> Iterator[Tensor]:
@@ -486,7 +504,16 @@ class StateAccess:
             yield self._collect(cursor, name, tensor)
             return
         for shard, piece in pieces:
-            yield self._layouts[shard].state(cursor.at(shard), piece)[tensor.key]
+            yield self._stored(cursor, tensor, shard, piece)
+
+    def _stored(self, cursor: RecordCursor, tensor: StateTensor, shard: Shard, piece: Piece) -> Tensor:
+        """A piece of a state tensor in its record. Of a parameter in many records it is read alone: before
+        its neighbours are asked for the others come by."""
+        layout, pieces = self._layouts[shard], self._index.pieces[piece.name]
+        start = layout.state_offsets[piece.start, f"{piece.name}/{tensor.key}"]
+        span = slice(start, start + tensor.bytes_for(piece.shape))
+        record = cursor.part(shard, span) if len(pieces) > 1 else cursor.at(shard)
+        return layout.state(record, piece)[tensor.key]
 
     def _scatter(self, cursor: RecordCursor, name: str, key: str, value: Tensor) -> None:
         if name not in self._index.parameters:

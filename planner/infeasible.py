@@ -7,7 +7,7 @@ import dataclasses
 from memtrain.planner import baselines
 from memtrain.planner.actions import Action, Tier
 from memtrain.planner.bill import device_need_bytes, device_positions, make_bill, tier_peaks
-from memtrain.planner.block_choices import RULED_OUT
+from memtrain.planner.block_choices import RULED_OUT, may_be_nearly_free
 from memtrain.planner.block_parts import plan_error
 from memtrain.planner.decisions import MIRRORED_SLOTS, Decisions, open_space
 from memtrain.planner.plan import Plan
@@ -131,12 +131,20 @@ def _allow_remedy(search: baselines.Search) -> str:
         return ""
     other = dataclasses.replace(search, options=freed, space=space, best=None)
     if other.excess(baselines.smallest(other)):
-        reasons = [b.prefix_reason for b in search.profile.blocks]
-        reasons += [reason for b in search.profile.blocks for _, reason in b.missing_forms]
-        if RULED_OUT in reasons:
+        if _is_unmeasured(search):
             return "force or forbid less: what the options rule out was not measured, and may fit"
         return ""
     return f"allow {', '.join(missing)}" if missing else "drop the forced choices"
+
+
+def _is_unmeasured(search: baselines.Search) -> bool:
+    """Whether a block may have had a choice that the profile lacks for these options alone."""
+    blocks = search.profile.blocks
+    reasons = [b.prefix_reason for b in blocks] + [why for b in blocks for _, why in b.missing_forms]
+    nearly_free = may_be_nearly_free(search.options) or all(
+        b.nearly_free is not None or not b.recomputable for b in blocks
+    )
+    return RULED_OUT in reasons or not nearly_free
 
 
 def _error_remedy(search: baselines.Search) -> str:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload.device import make_device
+from memtrain.offload.engine import Engine
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import OffloadedState, StaleStateError
+from memtrain.offload.tiers import MemoryStore
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.plan import Staging
 from tests.offload.optimizer_runs import (
@@ -207,3 +210,21 @@ def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
     state = OffloadedState(Owner(), "weight", "exp_avg", (2, 3), torch.float32, 0, torch.device("cpu"))
     with pytest.raises(OffloadError, match=r"weight/exp_avg.*save_checkpoint"):
         torch.save({"state": state}, io.BytesIO())
+
+
+def test_a_tensor_of_many_records_is_read_without_its_neighbours() -> None:
+    model = make_model()
+    store = MemoryStore(Tier.HOST, 64 << 20, piece_bytes=4096)
+    with Engine({Tier.HOST: store}, make_device("cpu")) as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        train(model, optimizer, steps=2)
+        records = sum(extent.nbytes for _, extent in optimizer.records.extents().values())
+        parameter = optimizer.index.parameters["embed.weight"]
+        assert len(optimizer.index.pieces["embed.weight"]) > 1
+        before = store.statistics().bytes_read
+        parts = [(name, key, part.clone()) for name, key, part in optimizer.stored_parts()]
+        read = store.statistics().bytes_read - before
+        assert parameter.numel() * 8 < read < records + parameter.numel()  # once, and pieces at edges twice
+        for name, key, whole in optimizer.iter_state():
+            found = [part for other, kind, part in parts if (other, kind) == (name, key)]
+            assert torch.equal(torch.cat([part.flatten() for part in found]), whole.flatten())

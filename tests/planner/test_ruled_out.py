@@ -102,9 +102,19 @@ def test_actions_that_are_not_allowed_rule_out() -> None:
 
 
 @pytest.mark.usefixtures("solver_here")
-@pytest.mark.parametrize(("reason", "told"), [(RULED_OUT, True), ("too few tokens", False)])
-def test_a_budget_that_nothing_measured_fits_is_told_of_what_was_not(reason: str, told: bool) -> None:
-    profile = make_profile(block_profiles=tuple(make_block(i, prefix_reason=reason) for i in range(3)))
+@pytest.mark.parametrize(
+    ("told", "measured"),
+    [
+        (True, {"prefix_reason": RULED_OUT, "nearly_free": make_nearly_free()}),
+        (True, {"prefix_reason": "too few tokens"}),
+        (False, {"prefix_reason": "too few tokens", "nearly_free": make_nearly_free()}),
+        (False, {"prefix_reason": "too few tokens", "recomputable": False}),
+    ],
+)
+def test_a_budget_that_nothing_measured_fits_is_told_of_what_was_not(
+    told: bool, measured: dict[str, Any]
+) -> None:
+    profile = make_profile(block_profiles=tuple(make_block(i, **measured) for i in range(3)))
     options = PlannerOptions(force={"block": {"action": "keep"}})
     plan = make_plan(profile, make_machine(), Budget(device=64 << 20), options=options)
     assert plan.status == "infeasible"
