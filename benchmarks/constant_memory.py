@@ -1,13 +1,15 @@
 """Peak memory of training Llama-like models of 8, 16, 32 and 64 equal blocks whose weights are streamed.
 
-    python benchmarks/constant_memory.py                   # six minutes on two idle cores
+    python benchmarks/constant_memory.py                   # seven minutes on two idle cores
     python benchmarks/constant_memory.py --blocks 2 4      # for trying; nothing is published
 
 Every model is built straight to the disk and trained for three steps with AdamW, bf16 weights and fp32
-masters, in a process and a memory group of its own with the same hard limit, and the same budget: weights,
-gradients and optimizer state of every block on the disk, activations swapped. What may grow with depth is
-small: norms and their state, a few objects for each block, and the blocks' boundaries in the swap queue.
-``growth`` is the peak of the deepest over that of the shallowest, less one; 0.03 is allowed.
+masters, in a process and a memory group of its own with the same hard limit, and the same budget: the least
+in which the deepest of them can be trained. In a larger one each takes what makes its step faster, such as
+larger shards, and peaks tell of that and not of depth. Weights, gradients and optimizer state of every block
+are on the disk, activations swapped. What may grow with depth is small: norms and their state, a few objects
+for each block, and the blocks' boundaries in the swap queue. ``growth`` is the peak of the deepest over that
+of the shallowest, less one; 0.03 is allowed.
 
 Beside them SmolLM2-135M, streamed, at sequence length 1024 under a hard limit of 0.8 GiB: what leaves memory
 there, and what stays, is the planner's choice.
@@ -36,7 +38,10 @@ from _harness import (
 )
 
 BLOCKS = (8, 16, 32, 64)
-LIMIT_BYTES = 900 * MiB
+TOO_SMALL_BYTES = 448 * MiB
+"""Hardly more than the libraries: no plan can fit, and the answer names the shortfall."""
+UNLIKE_THE_NEXT = 64
+"""Part of the least budget by which another process may need more: of its libraries other pages are there."""
 RESERVE_BYTES = 64 * MiB
 """Of the limit, which the page cache of files that are read takes."""
 SMOLLM2_LIMIT_BYTES = int(0.8 * GiB)
@@ -47,20 +52,30 @@ TIMEOUT_SECONDS = 900.0
 CHILD = Path(__file__).with_name("_streamed_child.py")
 
 
-def run(swap: str, limit_bytes: int, reserve_bytes: int, *options: str) -> ChildRun:
-    """One model, with libraries and weights cold. Raises BenchmarkError where it does not finish."""
+def run(
+    swap: str, budget_bytes: int, reserve_bytes: int, *options: str, outcome: str = "finished"
+) -> ChildRun:
+    """One model, with libraries and weights cold. Raises BenchmarkError where it ends otherwise."""
     command = [sys.executable, str(CHILD), *options, "--swap", swap]
-    command += ["--budget", str(limit_bytes - reserve_bytes)]
+    command += ["--budget", str(budget_bytes)]
     evict(child_files("memtrain"))
     found = run_child(
         command,
-        limit_bytes=limit_bytes,
+        limit_bytes=budget_bytes + reserve_bytes,
         environment=child_environment("memtrain"),
         timeout_seconds=TIMEOUT_SECONDS,
     )
-    if not found.finished:
+    if found.outcome != outcome:
         raise BenchmarkError(f"{' '.join(options)}: {found.outcome}\n{dict(found.report)}\n{found.log_tail}")
     return found
+
+
+def least_budget_bytes(swap: str, blocks: int) -> int:
+    """In which so many blocks can be trained, by the planner's own account."""
+    options = ("--blocks", str(blocks))
+    found = run(swap, TOO_SMALL_BYTES, TOO_SMALL_BYTES, *options, outcome="infeasible")  # twice the budget
+    least = TOO_SMALL_BYTES + int(found.report["shortfall_bytes"])
+    return least + least // UNLIKE_THE_NEXT
 
 
 def row(name: object, found: ChildRun) -> tuple[str, ...]:
@@ -89,16 +104,17 @@ def main() -> None:
     found: dict[int, ChildRun] = {}
     smollm2: ChildRun | None = None
     with tempfile.TemporaryDirectory(prefix="memtrain_bench_", dir=args.swap) as swap:
+        budget = least_budget_bytes(swap, max(args.blocks)) if args.blocks else 0
         for blocks in args.blocks:
-            found[blocks] = run(swap, LIMIT_BYTES, RESERVE_BYTES, "--blocks", str(blocks))
+            found[blocks] = run(swap, budget, RESERVE_BYTES, "--blocks", str(blocks))
         if not args.without_smollm2:
             options = ("--model", str(model_directory()), "--sequence", str(SMOLLM2_SEQUENCE))
-            smollm2 = run(swap, SMOLLM2_LIMIT_BYTES, SMOLLM2_RESERVE_BYTES, *options)
+            smollm2 = run(swap, SMOLLM2_LIMIT_BYTES - SMOLLM2_RESERVE_BYTES, SMOLLM2_RESERVE_BYTES, *options)
     rows = [row(f"{blocks} blocks", one) for blocks, one in found.items()]
     summary: dict[str, Any] = {}
     if found:
         peaks = [found[blocks].report["peak_bytes"] for blocks in sorted(found)]
-        summary["growth"] = round(peaks[-1] / peaks[0] - 1, 4)
+        summary |= {"growth": round(peaks[-1] / peaks[0] - 1, 4), "budget_bytes": budget}
     if smollm2 is not None:
         rows.append(row("SmolLM2-135M", smollm2))
         summary |= {

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from memtrain.offload.atomic import CheckpointError, publish
+from memtrain.offload.coded import read_bytes
 from memtrain.offload.copy_on_write import CopyOnWrite
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import RecordStore

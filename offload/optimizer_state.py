@@ -336,7 +336,8 @@ class RecordCursor:
         return self._records.memory(shard, self._slot)
 
     def part(self, shard: Shard, span: slice) -> Tensor:
-        """The shard's record, of which bytes ``span`` alone are to be looked at: no more is read, or hardly."""
+        """The shard's record, of which only bytes ``span`` are to be looked at: no more than their pieces is
+        read."""
         home = self._records.home(shard)
         if self._shard is shard or home is None or not self._records.is_written(shard):
             return self.at(shard)

@@ -21,7 +21,7 @@ from memtrain.optim.storage.lossless import ExponentCodec, MissingZstandardError
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Machine, StateCodec
 from memtrain.recipe import RecipeError, parse_recipe
-from tests.memtrain.test_session import EVERYTHING_AWAY, MACHINE, Net, loop, tokens
+from tests.memtrain.sessions import EVERYTHING_AWAY, MACHINE, Net, loop, tokens
 
 CODING = {"nvme": "exponent"}
 

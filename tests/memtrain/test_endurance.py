@@ -14,8 +14,8 @@ from memtrain.planner.actions import Tier
 from memtrain.recipe import RecipeError
 from memtrain.report import Summary, summary_text
 from tests.memtrain.plans import summary
+from tests.memtrain.sessions import WIDTH, build, loop, prepare
 from tests.memtrain.test_report import write_run
-from tests.memtrain.test_session import WIDTH, build, loop, prepare
 from tests.memtrain.tiny_runs import recipe_for
 
 STATE = Written(tier="nvme", content="optimizer state", written_bytes=300e6, changed_bytes=240e6)

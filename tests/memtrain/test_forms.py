@@ -27,7 +27,7 @@ from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.tracing.live_bytes import LiveBytes
 from memtrain.rehearsal import BlockRehearsal, _Elsewhere
 from memtrain.report import form_facts
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 
 WIDTH, INNER, HEADS, TOKENS, ROWS = 64, 176, 4, 64, 2
 HIDDEN = ROWS * TOKENS * WIDTH * 4

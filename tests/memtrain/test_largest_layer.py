@@ -10,7 +10,7 @@ import memtrain
 from memtrain.planner import resident
 from memtrain.streamed_models import streamed_model
 from tests.memtrain.plans import AWAY
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 
 MiB = 1 << 20
 SHAPE = {

@@ -15,15 +15,10 @@ import memtrain
 from memtrain.offload.activations import OverlayWarning
 from memtrain.planner.actions import Tier
 from memtrain.session import Session
-from tests.memtrain.test_session import MACHINE, build, tokens
+from tests.memtrain.sessions import MACHINE, build, large, tokens
 
 STEPS = 6
 Loop = Callable[[nn.Module, torch.optim.Optimizer], list[float]]
-
-
-def large(step: int) -> torch.Tensor:
-    """Tokens of which a block saves more bytes than its weights have."""
-    return torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(step))
 
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:

@@ -19,9 +19,10 @@ from memtrain.arena.passes import PlannedPasses
 from memtrain.optim.kernels import native
 from memtrain.planner.actions import Tier
 from memtrain.recipe import RecipeError, load_recipe
-from tests.memtrain.test_session import EVERYTHING_AWAY, Net, build, prepare, tokens
-from tests.memtrain.test_session_weights import batch, llama, optimizer_for
-from tests.memtrain.test_session_weights import prepare as prepare_streamed
+from tests.memtrain.sessions import EVERYTHING_AWAY, Net, build, prepare, tokens
+from tests.memtrain.streamed_sessions import batch, optimizer_for
+from tests.memtrain.streamed_sessions import prepare as prepare_streamed
+from tests.offload.streamed import llama
 
 STEPS = 7
 

@@ -13,7 +13,7 @@ import memtrain
 from memtrain.offload.errors import OffloadError, PlanMismatchError, UnsupportedGradientOperation
 from memtrain.offload.in_backward import HalfDoneStepError
 from memtrain.planner.actions import Tier, UpdateSchedule
-from tests.memtrain.test_session import MACHINE, build, tokens
+from tests.memtrain.sessions import MACHINE, build, tokens
 
 
 def loop(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: int) -> list[float]:

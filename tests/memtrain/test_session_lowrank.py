@@ -17,7 +17,7 @@ from memtrain.offload.snapshot import load_checkpoint, save_checkpoint
 from memtrain.optim import FRUGAL, AdamW8bit, Apollo, GaLore, classify, param_groups
 from memtrain.optimizers import measured_state_bytes
 from memtrain.planner.decisions import state_extent_bytes
-from tests.memtrain.test_session import EVERYTHING_AWAY, Net, loop, prepare
+from tests.memtrain.sessions import EVERYTHING_AWAY, Net, loop, prepare
 
 GAP = 4
 

@@ -16,9 +16,9 @@ from memtrain.planner.actions import Tier
 from memtrain.recipe import RecipeError, parse_recipe
 from memtrain.refusals import PrepareError
 from memtrain.snapshots import MEMORY_BYTES, RunSnapshots
+from tests.memtrain.sessions import EVERYTHING_AWAY, MACHINE, tokens
 from tests.memtrain.test_coding import RECIPE, coding_machine
 from tests.memtrain.test_coding import build as build_kind
-from tests.memtrain.test_session import EVERYTHING_AWAY, MACHINE, tokens
 from tests.offload.async_runs import assert_same_folders
 
 

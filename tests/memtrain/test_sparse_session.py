@@ -21,7 +21,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan
 from memtrain.sparse_tables import SparseTableError, sparse_inputs
 from tests.memtrain.plans import AWAY
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 from tests.offload.streamed import llama
 
 STEPS = 3

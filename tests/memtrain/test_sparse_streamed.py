@@ -20,7 +20,7 @@ from memtrain.optim.autograd.tiled_linear import TiledLinear
 from memtrain.recipe import RecipeError
 from memtrain.sparse_tables import SparseTableError, sparse_inputs
 from memtrain.streamed_models import StreamedModel, streamed_model
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 from tests.memtrain.test_sparse_session import TABLE, batch, loop, optimizers, same_state
 from tests.memtrain.test_train_streamed import LLAMA
 from tests.memtrain.tiny_runs import metrics, recipe_for

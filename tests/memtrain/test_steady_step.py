@@ -15,8 +15,7 @@ import resource, sys
 import torch
 import memtrain
 from memtrain.planner.actions import Action
-from tests.memtrain.test_overlaid_session import large
-from tests.memtrain.test_session import MACHINE, build
+from tests.memtrain.sessions import MACHINE, build, large
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -27,7 +27,7 @@ from memtrain.streamed_models import StreamedModelError, streamed_model
 from memtrain.streamed_tracing import traced_weights
 from memtrain.weight_streaming import stream_weights
 from tests.memtrain.plans import AWAY
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 from tests.offload.async_runs import assert_same_folders
 
 SHAPE = {

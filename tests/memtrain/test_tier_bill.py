@@ -24,8 +24,8 @@ from memtrain.planner.decisions import (
 )
 from memtrain.planner.machine import Budget
 from memtrain.planner.profile import UnitProfile
+from tests.memtrain.sessions import MACHINE
 from tests.memtrain.test_separate_memory import ByNorm, Net, tokens
-from tests.memtrain.test_session import MACHINE
 from tests.planner.toys import make_machine, make_profile
 
 PAGE = 4096

@@ -33,7 +33,7 @@ from memtrain.tiling import (
     tiling_lines,
 )
 from tests.memtrain.plans import AWAY
-from tests.memtrain.test_session import MACHINE
+from tests.memtrain.sessions import MACHINE
 from tests.offload.async_runs import assert_same_folders
 
 MiB = 1 << 20

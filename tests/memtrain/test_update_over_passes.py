@@ -16,10 +16,9 @@ from memtrain.offload.errors import OffloadError
 from memtrain.offload.overlaid_slab import OverlaidSlab, OverlayWarning
 from memtrain.planner.actions import Tier
 from memtrain.session import Session
-from tests.memtrain.test_overlaid_session import large
-from tests.memtrain.test_session import MACHINE, build
-from tests.memtrain.test_session_weights import batch, optimizer_for
-from tests.memtrain.test_vertical_session import COUNT, accumulated, plain
+from tests.memtrain.sessions import MACHINE, build, large
+from tests.memtrain.streamed_sessions import batch, optimizer_for
+from tests.memtrain.vertical_sessions import COUNT, accumulated, plain
 from tests.offload.streamed import llama
 
 STEPS = 4

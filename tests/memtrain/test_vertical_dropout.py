@@ -21,10 +21,10 @@ from memtrain.planner.actions import MicroBatchOrder
 from memtrain.planner.vertical import OrderError
 from memtrain.recipe import PlannerSection
 from memtrain.train import train
-from tests.memtrain.test_session import MACHINE
-from tests.memtrain.test_session_weights import optimizer_for
-from tests.memtrain.test_vertical_session import COUNT, prepare, recipe
+from tests.memtrain.sessions import MACHINE
+from tests.memtrain.streamed_sessions import optimizer_for
 from tests.memtrain.tiny_runs import recipe_for
+from tests.memtrain.vertical_sessions import COUNT, prepare, recipe
 from tests.offload.test_vertical_random import dropping
 
 LENGTHS = (16, 16, 12, 16)

@@ -10,72 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 import memtrain
 from memtrain.offload.errors import PlanMismatchError
 from memtrain.planner.actions import MicroBatchOrder
-from memtrain.recipe import PlannerSection, Recipe, RecipeError
+from memtrain.recipe import PlannerSection, RecipeError
 from memtrain.report import plan_text
 from memtrain.train import train
-from tests.memtrain.test_session import MACHINE
-from tests.memtrain.test_session_weights import batch, optimizer_for
 from tests.memtrain.tiny_runs import recipe_for
+from tests.memtrain.vertical_sessions import COUNT, accumulated, data, plain, prepare, recipe
 from tests.offload.streamed import llama
-
-STEPS, COUNT = 2, 3
-
-
-def data(step: int, count: int = COUNT) -> list[dict[str, torch.Tensor]]:
-    return [batch(COUNT * step + micro) for micro in range(count)]
-
-
-def plain(model: nn.Module) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """An ordinary loop with accumulation and clipping."""
-    optimizer, found = optimizer_for(model), []
-    for step in range(STEPS):
-        for each in data(step):
-            loss = model(**each).loss
-            (loss / COUNT).backward()
-            found.append(loss.item())
-        found.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
-        optimizer.step()
-        optimizer.zero_grad()
-    return found, model.state_dict()
-
-
-def accumulated(session: memtrain.Session) -> list[float]:
-    """The same with ``accumulate``."""
-    found = []
-    for step in range(STEPS):
-        found += [loss.item() for loss in session.accumulate(data(step))]
-        found.append(float(session.optimizer.clip_grad_norm_(0.5)))
-        session.optimizer.step()
-        session.optimizer.zero_grad()
-    return found
-
-
-def prepare(
-    model: nn.Module,
-    folder: Path,
-    order: str = "vertical",
-    *,
-    schedule: str = "auto",
-    force: dict[str, Any] | None = None,
-    **arguments: Any,
-) -> memtrain.Session:
-    away = {"block": {"action": "keep"}, "state": {"weight_tier": "nvme"}}
-    return memtrain.prepare(
-        model,
-        optimizer_for(model),
-        batch(0),
-        budget=memtrain.Budget(device="3GiB", nvme=f"{folder}:256MiB"),
-        machine=MACHINE,
-        options=memtrain.PlannerOptions(
-            force=away if force is None else force, update_schedule=schedule, micro_batch_order=order
-        ),
-        **({"micro_batches": COUNT, "chunked_loss": False} | arguments),
-    )
 
 
 @pytest.mark.parametrize(
@@ -176,26 +120,6 @@ def test_what_accumulate_cannot_do_is_said(tmp_path: Path) -> None:
 
 
 # -- the trainer -------------------------------------------------------------------------------------
-
-
-def recipe(folder: Path, order: str, **planner: Any) -> Recipe:
-    sections: dict[str, dict[str, Any]] = {
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "vocab_size": 256,
-                "hidden_size": 256,
-                "intermediate_size": 272,
-                "num_hidden_layers": 3,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
-            }
-        },
-        "budget": {"nvme": "256MiB"},
-        "planner": {"micro_batch_order": order, **planner},
-        "training": {"steps": 2, "accumulation": 3},
-    }
-    return recipe_for(folder / order, **sections)
 
 
 def test_a_recipe_trains_to_the_same_weights_wherever_they_are_and_in_either_order(

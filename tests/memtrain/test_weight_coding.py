@@ -29,9 +29,9 @@ from memtrain.report import plan_text
 from memtrain.streamed_models import StreamedModel, StreamedModelError, streamed_model
 from tests.memtrain import test_streamed_session as streamed_session
 from tests.memtrain.plans import AWAY
+from tests.memtrain.sessions import MACHINE
+from tests.memtrain.streamed_sessions import batch, loop, optimizer_for, plain
 from tests.memtrain.test_coding import RECIPE
-from tests.memtrain.test_session import MACHINE
-from tests.memtrain.test_session_weights import batch, loop, optimizer_for, plain
 from tests.memtrain.test_train_streamed import away, run, same_run
 from tests.offload.streamed import llama
 
