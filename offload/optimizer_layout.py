@@ -83,8 +83,9 @@ class OptimizerLayout:
         self.specs = self._find_specs()
         """What the optimizer keeps, by parameter, with masters as it sees them."""
         stored = {name: _stored(spec) if name in self.halves else spec for name, spec in self.specs.items()}
+        widened = self.masters - self.halves
         self.shards: dict[Shard, ShardLayout] = {
-            shard: ShardLayout(shard=shard, specs=stored, widened=self.masters - self.halves)
+            shard: ShardLayout(shard=shard, specs=stored, widened=widened)
             for shard in self.index.all_shards()
         }
 

@@ -511,7 +511,7 @@ class StateAccess:
         """A piece of a state tensor in its record. Of a parameter in many records it is read alone: before
         its neighbours are asked for the others come by."""
         layout, pieces = self._layouts[shard], self._index.pieces[piece.name]
-        start = layout.state_offsets[piece.start, f"{piece.name}/{tensor.key}"]
+        start = layout.state_offset(piece, tensor.key)
         span = slice(start, start + tensor.bytes_for(piece.shape))
         record = cursor.part(shard, span) if len(pieces) > 1 else cursor.at(shard)
         return layout.state(record, piece)[tensor.key]

@@ -250,9 +250,10 @@ def region(buffer: Tensor, offset_bytes: int, shape: tuple[int, ...], dtype: tor
     return buffer[offset_bytes : offset_bytes + nbytes].view(dtype).view(shape)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class ShardLayout:
-    """Byte offsets of a shard's record, and of its gradients behind the record, in an update slot.
+    """Byte offsets of a shard's record, and of its gradients behind the record, in an update slot. There are
+    thousands of shards: what each takes in memory counts.
 
     Gradients that must be widened to fp32 get a region of twice their padded size, and are read into its
     upper
@@ -264,39 +265,52 @@ class ShardLayout:
     """By parameter what is stored; master weights, or their lower halves, included."""
     widened: frozenset[str]
     """Parameters whose gradients become fp32."""
-    state_offsets: dict[tuple[int, str], int] = field(init=False, default_factory=dict)
-    gradient_offsets: dict[int, int] = field(init=False, default_factory=dict)
+    _state_offsets: tuple[tuple[int, ...], ...] = field(init=False, default=())
+    """By piece, of its state tensors in their order."""
+    _gradient_offsets: tuple[int, ...] = field(init=False, default=())
+    """By piece."""
     record_bytes: int = field(init=False, default=0)
     slot_bytes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         alignment = _RESIDENT_ALIGNMENT_BYTES if self.shard.small else PAGE_BYTES
         offset = 0
+        state: list[tuple[int, ...]] = []
         for piece in self.shard.pieces:
+            found = []
             for tensor in self.specs[piece.name].tensors:
-                self.state_offsets[piece.start, f"{piece.name}/{tensor.key}"] = offset
+                found.append(offset)
                 offset += round_up(tensor.bytes_for(piece.shape), alignment)
+            state.append(tuple(found))
         object.__setattr__(self, "record_bytes", offset)
         offset = round_up(offset, PAGE_BYTES)
-        for number, piece in enumerate(self.shard.pieces):
-            self.gradient_offsets[number] = offset
+        gradients = []
+        for piece in self.shard.pieces:
+            gradients.append(offset)
             offset += self.gradient_region_bytes(piece)
         object.__setattr__(self, "slot_bytes", offset)
+        object.__setattr__(self, "_state_offsets", tuple(state))
+        object.__setattr__(self, "_gradient_offsets", tuple(gradients))
 
     def gradient_region_bytes(self, piece: Piece) -> int:
         """Bytes of the piece's gradient region in a slot."""
         padded = round_up(piece.elements * piece.parameter.dtype.itemsize, PAGE_BYTES)
         return 2 * padded if piece.name in self.widened else padded
 
+    def state_offset(self, piece: Piece, key: str) -> int:
+        """Where in the record a state tensor of the piece begins. Raises KeyError where it has none such."""
+        return self._offsets_of(piece)[key]
+
+    def _offsets_of(self, piece: Piece) -> dict[str, int]:
+        offsets = self._state_offsets[self.shard.pieces.index(piece)]
+        tensors = self.specs[piece.name].tensors
+        return {tensor.key: offset for tensor, offset in zip(tensors, offsets, strict=True)}
+
     def state(self, record: Tensor, piece: Piece) -> dict[str, Tensor]:
         """The piece's state tensors as views of ``record`` (uint8)."""
+        offsets = self._offsets_of(piece)
         return {
-            tensor.key: region(
-                record,
-                self.state_offsets[piece.start, f"{piece.name}/{tensor.key}"],
-                tensor.shape_for(piece.shape),
-                tensor.dtype,
-            )
+            tensor.key: region(record, offsets[tensor.key], tensor.shape_for(piece.shape), tensor.dtype)
             for tensor in self.specs[piece.name].tensors
         }
 
@@ -306,7 +320,7 @@ class ShardLayout:
 
     def gradient_span(self, piece: Piece) -> slice:
         """The same as a range of the slot's bytes."""
-        start = self.gradient_offsets[self.shard.pieces.index(piece)]
+        start = self._gradient_offsets[self.shard.pieces.index(piece)]
         size = self.gradient_region_bytes(piece)
         return slice(start + (size // 2 if piece.name in self.widened else 0), start + size)
 
@@ -321,7 +335,7 @@ class ShardLayout:
         as
         ``b <= (n + a) / 2``. The blocks shrink by halves; the last one is copied aside.
         """
-        start = self.gradient_offsets[self.shard.pieces.index(piece)]
+        start = self._gradient_offsets[self.shard.pieces.index(piece)]
         narrow = self.gradient(slot, piece).view(-1)
         wide = region(slot, start, (piece.elements,), torch.float32)
         done, count = 0, piece.elements

@@ -255,7 +255,7 @@ def _ranges(session: Session, shard: Shard, places: Mapping[tuple[str, str], _Pl
         for tensor in records.stored(piece.name):
             nbytes = tensor.bytes_for(piece.shape)
             before = tensor.start_of(piece) * tensor.dtype.itemsize
-            start = layout.state_offsets[piece.start, f"{piece.name}/{tensor.key}"]
+            start = layout.state_offset(piece, tensor.key)
             place = places["optimizer", f"{piece.name}/{tensor.key}"]
             place = _Place(file=place.file, offset=place.offset + before)
             if nbytes:

@@ -421,6 +421,8 @@ class _Schedule:
         written = tuple(
             job for (name, _), job in self._gradient_written.items() if name == unit.name and after
         )
+        # One name for all pieces: a plan keeps an event of each, of which there may be thousands.
+        reading, stepping, writing = (f"{what}update {unit.name}" for what in ("read ", "", "write "))
         for _ in range(pieces):
             early = None if self._in_backward is None else self._in_backward.take(unit.name)
             if early is not None:
@@ -429,17 +431,15 @@ class _Schedule:
                 slot, free = self._update_ring.take()
                 needs = (*free, *after, *written)
                 fetched = tuple(
-                    self._add(
-                        f"read update {unit.name}", f"read:{tier.value}", load / pieces, needs, moved / pieces
-                    )
+                    self._add(reading, f"read:{tier.value}", load / pieces, needs, moved / pieces)
                     for tier, load, moved in reads
                 )
-            step = self._add(f"update {unit.name}", COMPUTE, seconds / pieces, (*fetched, *weights))
+            step = self._add(stepping, COMPUTE, seconds / pieces, (*fetched, *weights))
             self._update_ring.free_after[slot] = (step,)
             if streamed:
                 where, load = f"write:{link.tier.value}", link.state_load(state, read=False)
                 moved = state * link.state_ratio / pieces
-                write = self._add(f"write update {unit.name}", where, load / pieces, (step,), moved)
+                write = self._add(writing, where, load / pieces, (step,), moved)
                 self._update_ring.free_after[slot] = (write,)
             if self._in_backward is not None:
                 self._in_backward.go_on()

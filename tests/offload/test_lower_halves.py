@@ -63,7 +63,7 @@ def test_records_and_slots_in_bytes() -> None:
         assert layout.halves == LARGE
         for shard, found in layout.shards.items():
             if shard.small:
-                assert not any(LOWER_KEY in key for _, key in found.state_offsets)
+                assert not any(t.key == LOWER_KEY for p in shard.pieces for t in found.specs[p.name].tensors)
                 continue
             record = sum(pages(2 * p.elements) + 2 * pages(4 * p.elements) for p in shard.pieces)
             assert found.record_bytes == record
@@ -94,7 +94,8 @@ def test_everything_else_keeps_whole_masters(make: Callable[[Any], Any], config:
     with open_run(plan, torch.bfloat16, make, master_weights=True, **config) as run:
         assert not run.optimizer.layout.halves
         shard = run.optimizer.index.all_shards()[-1]
-        assert all(LOWER_KEY not in key for _, key in run.optimizer.layout.shards[shard].state_offsets)
+        specs = run.optimizer.layout.shards[shard].specs
+        assert all(tensor.key != LOWER_KEY for p in shard.pieces for tensor in specs[p.name].tensors)
 
 
 @pytest.mark.parametrize("plan", PLANS)
