@@ -132,7 +132,8 @@ def refuse_broken(plan: Plan, profile: ModelProfile, machine: Machine, budget: B
     broken = check(plan, profile, machine, budget)
     if broken:
         raise PlanMismatchError(
-            "the plan does not hold for this model, machine and budget: " + "; ".join(map(str, broken[:3]))
+            "the plan does not hold for this model, machine and budget: "
+            f"{'; '.join(map(str, broken[:3]))}. Plan again"
         )
 
 

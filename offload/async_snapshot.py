@@ -30,14 +30,13 @@ from typing import Any
 import torch
 
 from memtrain.offload.atomic import CheckpointError, publish
-from memtrain.offload.coded import read_bytes
 from memtrain.offload.copy_on_write import CopyOnWrite
 from memtrain.offload.errors import OffloadError
 from memtrain.offload.optimizer_state import RecordStore
 from memtrain.offload.placed import SnapshotWriter
 from memtrain.offload.slab import Slab
 from memtrain.offload.snapshot import Session, tables_of, weights_of
-from memtrain.offload.snapshot_parts import SnapshotContents, gather
+from memtrain.offload.snapshot_parts import SnapshotContents, gather, read_bytes
 from memtrain.offload.snapshot_weights import weight_files
 from memtrain.offload.spares import reserve_spares
 from memtrain.offload.store import PIECE_BYTES

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ from memtrain.offload.errors import CorruptExtentError, ExtentStateError, Offloa
 from memtrain.offload.extents import Extent
 from memtrain.offload.io import Direction
 from memtrain.offload.slab import Slab
-from memtrain.offload.store import PIECE_BYTES, Store, Ticket
+from memtrain.offload.store import Store, Ticket
 
 
 @dataclass(slots=True, eq=False)
@@ -190,6 +189,11 @@ class CodedStore:
         self._pid = os.getpid()
 
     @property
+    def piece_bytes(self) -> int:
+        """What parts of an extent begin and end at multiples of: segments."""
+        return SEGMENT_BYTES
+
+    @property
     def staging_bytes(self) -> int:
         """Memory that coding takes: segments on their way, and the coders' own."""
         return staging_bytes(self.codec)
@@ -292,6 +296,9 @@ class CodedStore:
         try:
             for earlier in ticket.after:
                 earlier.settle()
+            if ticket.direction is Direction.WRITE:
+                # What was there must not be read beside new segments, whatever fails from here on.
+                ticket.extent.lengths[number] = None
             if self._closed:
                 raise OffloadError(f"{ticket.what} was given up: the store is closed")
             bench = benches.get()
@@ -309,7 +316,6 @@ class CodedStore:
 
     def _write_segment(self, ticket: CodedTicket, number: int, bench: _Bench) -> int:
         extent, plain = ticket.extent, ticket.segment(number)
-        extent.lengths[number] = None  # what was there must not be read beside new segments if this fails
         began = time.thread_time()
         coded = bench.coder.encode(plain, bench.slot)
         self._worked(ticket.direction, began)
@@ -390,14 +396,3 @@ class CodedStore:
     def _check_open(self) -> None:
         if self._closed:
             raise OffloadError(f"the coded {self.tier.value} store is closed")
-
-
-def piece_bytes(store: Any) -> int:
-    """What parts of an extent begin and end at multiples of: pieces, or segments where it is coded."""
-    return SEGMENT_BYTES if isinstance(store, CodedStore) else int(store.piece_bytes)
-
-
-def read_bytes(store: Any) -> int:
-    """How much of an extent is read at once by whoever reads all of it: pieces, about ``PIECE_BYTES``."""
-    piece = piece_bytes(store)
-    return max(1, PIECE_BYTES // piece) * piece

@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from memtrain.offload.coded import piece_bytes
 from memtrain.offload.errors import ExtentStateError, OffloadError, PlanMismatchError
 from memtrain.offload.gradient_home import Engine, Store, Ticket
 from memtrain.offload.lower_halves import SECOND_KEY, LowerHalves, write_second
@@ -243,24 +242,32 @@ class RecordStore:
             return self._memory[shard]
         return slot if slot is not None else torch.empty(0, dtype=torch.uint8)
 
-    def read(self, shard: Shard, slot: Tensor) -> list[Ticket]:
-        """Start reading the record into the slot."""
+    def read(self, shard: Shard, slot: Tensor, part: slice | None = None) -> list[Ticket]:
+        """Start reading the record, or a ``part`` of it (``pieces_of``), into its place in the slot."""
         if shard not in self._extents:
             return []
-        record = slot[: self._layouts[shard].record_bytes]
         if shard not in self._written:
-            record.zero_()  # whatever else passed through the slot does not belong on the tier
+            # Whatever else passed through the slot does not belong on the tier.
+            slot[: self._layouts[shard].record_bytes].zero_()
             return []
         store, extent = self._extents[shard]
-        return [store.read(extent, record)]
+        part = part or self.whole(shard)
+        return [store.read(extent, slot[part], part.start)]
 
-    def is_written(self, shard: Shard) -> bool:
-        """Whether the record on a tier holds anything yet."""
-        return shard in self._written
+    def whole(self, shard: Shard) -> slice:
+        """All bytes of the record."""
+        return slice(0, self._layouts[shard].record_bytes)
+
+    def pieces_of(self, shard: Shard, span: slice) -> slice:
+        """The bytes of the record that are read where those of ``span`` are wanted."""
+        if shard not in self._extents:
+            return self.whole(shard)
+        unit = self._extents[shard][0].piece_bytes
+        return slice(span.start // unit * unit, min(round_up(span.stop, unit), self.whole(shard).stop))
 
     def span(self, shard: Shard) -> list[slice]:
         """The record's bytes in a slot: none where the record is in memory."""
-        return [slice(0, self._layouts[shard].record_bytes)] if shard in self._extents else []
+        return [self.whole(shard)] if shard in self._extents else []
 
     def write(self, shard: Shard, slot: Tensor) -> Ticket | None:
         """Start writing the record from the slot."""
@@ -337,17 +344,16 @@ class RecordCursor:
 
     def part(self, shard: Shard, span: slice) -> Tensor:
         """The shard's record, of which only bytes ``span`` are to be looked at: no more than their pieces is
-        read."""
-        home = self._records.home(shard)
-        if self._shard is shard or home is None or not self._records.is_written(shard):
+        read, where that is not all of it."""
+        pieces = self._records.pieces_of(shard, span)
+        if self._shard is shard or pieces == self._records.whole(shard):
             return self.at(shard)
         self.leave()
         assert self._slot is not None
-        store, extent = home
-        unit = piece_bytes(store)
-        start = span.start // unit * unit
-        stop = min(round_up(span.stop, unit), self._layouts[shard].record_bytes)
-        self._finish([store.read(extent, self._slot[start:stop], start)])
+        try:
+            self._finish(self._records.read(shard, self._slot, pieces))
+        except ExtentStateError:
+            return self.at(shard)  # nothing can be read of it, and only the whole tells why
         return self._slot
 
     def leave(self) -> None:

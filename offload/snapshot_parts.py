@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from memtrain.offload.atomic import CheckpointError
-from memtrain.offload.coded import read_bytes
 from memtrain.offload.copy_on_write import CopyOnWrite, Part
 from memtrain.offload.gradient_home import Store
 from memtrain.offload.gradient_ring import settle
@@ -18,6 +17,7 @@ from memtrain.offload.placed import PlacedFile, SnapshotWriter, byte_views, sett
 from memtrain.offload.shards import Shard
 from memtrain.offload.snapshot import Session, state_files, weights_of, write_small_files
 from memtrain.offload.snapshot_weights import WEIGHT_INDEX, weight_files
+from memtrain.offload.store import PIECE_BYTES
 from memtrain.offload.tensorfile import Entry, header
 
 _COPY_BYTES = 8 << 20  # between two looks at the window, and of a tensor that is on another device
@@ -274,6 +274,11 @@ def _copy_memory(
                 moved()
 
     return copy
+
+
+def read_bytes(store: Store) -> int:
+    """How much of an extent is read at once: whole pieces, about ``PIECE_BYTES``."""
+    return max(1, PIECE_BYTES // store.piece_bytes) * store.piece_bytes
 
 
 def _copy_tier(

@@ -104,8 +104,8 @@ def passes(grid: Grid, deadline: float) -> Iterator[list[int]]:
 
 def complaints(grid: Grid, goal: int, deadline: float) -> Iterator[list[int]]:
     """From the fullest moment, again and again: what came to lie above ``goal`` units goes first the next
-    time (squeaky wheel optimisation, Joslin and Clements 1999). Ends at the goal, after ``ROUNDS``, or at the
-    ``deadline``, before which there may be none."""
+    time (squeaky wheel optimisation, Joslin and Clements 1999). Ends at the goal, where nothing changes,
+    after ``ROUNDS``, or at the ``deadline``, before which there may be none."""
     order = order_by(grid, "fullest")
     for _ in range(ROUNDS):
         if time.perf_counter() > deadline:
@@ -115,4 +115,6 @@ def complaints(grid: Grid, goal: int, deadline: float) -> Iterator[list[int]]:
         if height(grid, offsets) <= goal:
             return
         above = {i for i in order if offsets[i] + grid.intervals[i].size > goal}
-        order = sorted(order, key=lambda i: i not in above)
+        before, order = order, sorted(order, key=lambda i: i not in above)
+        if order == before:
+            return

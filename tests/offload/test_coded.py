@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from memtrain.offload import coded
 from memtrain.offload.codec import SEGMENT_BYTES, WORKERS, segment_room, staging_bytes
 from memtrain.offload.coded import CodedStore, CodedTicket
 from memtrain.offload.errors import (
@@ -293,6 +294,30 @@ def test_a_failed_write_is_named_and_what_it_replaced_is_not_read(tmp_path: Path
         with pytest.raises(ExtentStateError, match="last write failed"):
             following.wait()
         there_and_back(store, extent, moments(nbytes, 2))  # and it goes on when the cause is gone
+        store.close()
+
+
+def test_a_write_that_never_begins_replaces_nothing_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transfer that stalls may keep a segment from being coded at all: the old one is not read then."""
+    inner, store = faulty(tmp_path, {})
+    with inner:
+        nbytes = SEGMENT_BYTES + 9000
+        extent, found = store.allocate("w", nbytes), torch.empty(nbytes, dtype=torch.uint8)
+        store.write(extent, moments(nbytes)).wait()
+        settle, turns = coded._Bench.settle, iter([True])
+
+        def stalled(bench: Any) -> None:
+            if next(turns, False):
+                raise TierIOError("stalled", errno=errno.ETIMEDOUT)
+            settle(bench)
+
+        monkeypatch.setattr(coded._Bench, "settle", stalled)
+        with pytest.raises(TierIOError, match="stalled"):
+            store.write(extent, moments(nbytes, 1)).wait()
+        with pytest.raises(ExtentStateError, match=r"never written|last write failed"):
+            store.read(extent, found).wait()
         store.close()
 
 

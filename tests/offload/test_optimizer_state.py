@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.offload import codec, coded
 from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
-from memtrain.offload.errors import OffloadError
-from memtrain.offload.optimizer_state import OffloadedState, StaleStateError
+from memtrain.offload.errors import ExtentStateError, OffloadError
+from memtrain.offload.optimizer_state import OffloadedState, RecordCursor, StaleStateError
 from memtrain.offload.tiers import MemoryStore
+from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier, UpdateSchedule
 from memtrain.planner.plan import Staging
 from tests.offload.optimizer_runs import (
@@ -22,6 +24,7 @@ from tests.offload.optimizer_runs import (
     OPTIMIZERS,
     SEQUENTIAL,
     assert_equal_models,
+    assert_equal_state,
     train,
 )
 from tests.offload.training import (
@@ -225,6 +228,49 @@ def test_a_tensor_of_many_records_is_read_without_its_neighbours() -> None:
         parts = [(name, key, part.clone()) for name, key, part in optimizer.stored_parts()]
         read = store.statistics().bytes_read - before
         assert parameter.numel() * 8 < read < records + parameter.numel()  # once, and pieces at edges twice
+        expected, plain, _ = plain_run(OPTIMIZERS["adamw"], steps=2)
+        assert_equal_state(optimizer, expected, plain)
         for name, key, whole in optimizer.iter_state():
             found = [part for other, kind, part in parts if (other, kind) == (name, key)]
             assert torch.equal(torch.cat([part.flatten() for part in found]), whole.flatten())
+
+
+def test_a_coded_record_is_read_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("zstandard")
+    for module in (codec, coded):
+        monkeypatch.setattr(module, "SEGMENT_BYTES", 16384)
+    model = make_model()
+    store = MemoryStore(Tier.HOST, 64 << 20)
+    with Engine({Tier.HOST: store}, make_device("cpu"), {Tier.HOST: ExponentCodec()}) as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        train(model, optimizer, steps=2)
+        expected, plain, _ = plain_run(OPTIMIZERS["adamw"], steps=2)
+        assert_equal_state(optimizer, expected, plain)
+
+
+def test_a_record_of_one_piece_is_held_for_its_neighbours() -> None:
+    model = make_model()
+    with open_engine() as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        train(model, optimizer, steps=2)
+        shard, _ = optimizer.index.pieces["embed.weight"][0]
+        slot = torch.empty(optimizer.layout.shards[shard].slot_bytes, dtype=torch.uint8)
+        cursor = RecordCursor(optimizer.records, optimizer.layout.shards, slot)
+        cursor.part(shard, slice(0, 8))
+        read = engine.store(Tier.HOST).statistics().bytes_read
+        cursor.at(shard)
+        assert engine.store(Tier.HOST).statistics().bytes_read == read
+
+
+def test_what_cannot_be_read_says_that_its_write_failed() -> None:
+    model = make_model()
+    store = MemoryStore(Tier.HOST, 64 << 20, piece_bytes=4096)
+    with Engine({Tier.HOST: store}, make_device("cpu")) as engine:
+        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
+        train(model, optimizer, steps=2)
+        _, extent = optimizer.records.home(optimizer.index.pieces["embed.weight"][0][0])
+        extent.failures = {0: OffloadError("the disk died")}
+        for chunk in list(extent.chunks.values()):
+            extent.retract(chunk.offset, chunk.nbytes)
+        with pytest.raises(ExtentStateError, match="last write failed: the disk died"):
+            optimizer.read_state("embed.weight", "exp_avg_sq")

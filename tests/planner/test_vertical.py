@@ -383,9 +383,18 @@ def earliest(plan: Plan, name: str, resource: str, after: float = 0.0) -> Plan:
     return replace(plan, timeline=tuple(event if e is old else e for e in plan.timeline))
 
 
+def as_if_horizontal(plan: Plan) -> Plan:
+    """Its threads are off bill and peak, so that what else is wrong is seen."""
+    peaks = dict(plan.peaks)
+    peaks[Tier.DEVICE] -= plan.micro_batches * THREAD_BYTES
+    bill = tuple(line for line in plan.bill if line.category != "threads")
+    return replace(plan, micro_batch_order=HORIZONTAL, bill=bill, peaks=tuple(peaks.items()))
+
+
 FAULTS: list[tuple[str, Rule, Callable[[Plan], Plan]]] = [
     ("horizontal events", Rule.DEPENDENCY, lambda p: replace(p, micro_batch_order=HORIZONTAL)),
-    ("horizontal bytes", Rule.DEVICE_PEAK, lambda p: replace(p, micro_batch_order=HORIZONTAL)),
+    ("horizontal bytes", Rule.DEVICE_PEAK, as_if_horizontal),
+    ("threads billed as slack", Rule.BILL, lambda p: billed(p, "threads", "slack")),
     ("horizontal extents", Rule.TIER_PEAK, lambda p: replace(p, micro_batch_order=HORIZONTAL)),
     (
         "updates in backward",
