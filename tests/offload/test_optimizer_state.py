@@ -15,6 +15,7 @@ from memtrain.offload.device import make_device
 from memtrain.offload.engine import Engine
 from memtrain.offload.errors import ExtentStateError, OffloadError
 from memtrain.offload.optimizer_state import OffloadedState, RecordCursor, StaleStateError
+from memtrain.offload.slab import Slab
 from memtrain.offload.tiers import MemoryStore
 from memtrain.optim.storage.lossless import ExponentCodec
 from memtrain.planner.actions import Tier, UpdateSchedule
@@ -254,12 +255,13 @@ def test_a_record_of_one_piece_is_held_for_its_neighbours() -> None:
         optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
         train(model, optimizer, steps=2)
         shard, _ = optimizer.index.pieces["embed.weight"][0]
-        slot = torch.empty(optimizer.layout.shards[shard].slot_bytes, dtype=torch.uint8)
-        cursor = RecordCursor(optimizer.records, optimizer.layout.shards, slot)
+        slab = Slab(optimizer.layout.shards[shard].slot_bytes)
+        cursor = RecordCursor(optimizer.records, optimizer.layout.shards, slab.buffer)
         cursor.part(shard, slice(0, 8))
         read = engine.store(Tier.HOST).statistics().bytes_read
         cursor.at(shard)
         assert engine.store(Tier.HOST).statistics().bytes_read == read
+        slab.close()
 
 
 def test_what_cannot_be_read_says_that_its_write_failed() -> None:
@@ -269,8 +271,8 @@ def test_what_cannot_be_read_says_that_its_write_failed() -> None:
         optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
         train(model, optimizer, steps=2)
         _, extent = optimizer.records.home(optimizer.index.pieces["embed.weight"][0][0])
-        extent.failures = {0: OffloadError("the disk died")}
         for chunk in list(extent.chunks.values()):
             extent.retract(chunk.offset, chunk.nbytes)
+        extent.failures = {0: OffloadError("the disk died")}
         with pytest.raises(ExtentStateError, match="last write failed: the disk died"):
             optimizer.read_state("embed.weight", "exp_avg_sq")
