@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -216,12 +218,19 @@ def test_pickling_offloaded_state_is_refused_with_the_remedy() -> None:
         torch.save({"state": state}, io.BytesIO())
 
 
-def test_a_tensor_of_many_records_is_read_without_its_neighbours() -> None:
+@contextmanager
+def trained_in_pieces() -> Iterator[tuple[MemoryStore, Any]]:
+    """Two steps; records lie in pieces that are much smaller than they."""
     model = make_model()
     store = MemoryStore(Tier.HOST, 64 << 20, piece_bytes=4096)
     with Engine({Tier.HOST: store}, make_device("cpu")) as engine:
         optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
         train(model, optimizer, steps=2)
+        yield store, optimizer
+
+
+def test_a_tensor_of_many_records_is_read_without_its_neighbours() -> None:
+    with trained_in_pieces() as (store, optimizer):
         records = sum(extent.nbytes for _, extent in optimizer.records.extents().values())
         parameter = optimizer.index.parameters["embed.weight"]
         assert len(optimizer.index.pieces["embed.weight"]) > 1
@@ -265,11 +274,7 @@ def test_a_record_of_one_piece_is_held_for_its_neighbours() -> None:
 
 
 def test_what_cannot_be_read_says_that_its_write_failed() -> None:
-    model = make_model()
-    store = MemoryStore(Tier.HOST, 64 << 20, piece_bytes=4096)
-    with Engine({Tier.HOST: store}, make_device("cpu")) as engine:
-        optimizer = wrap(model, OPTIMIZERS["adamw"](trainable(model)), engine)
-        train(model, optimizer, steps=2)
+    with trained_in_pieces() as (_, optimizer):
         _, extent = optimizer.records.home(optimizer.index.pieces["embed.weight"][0][0])
         for chunk in list(extent.chunks.values()):
             extent.retract(chunk.offset, chunk.nbytes)
