@@ -26,6 +26,7 @@ from memtrain.planner.actions import (
 )
 from memtrain.planner.bill import tier_peaks
 from memtrain.planner.block_parts import is_cut, plan_error
+from memtrain.planner.bookkeeping import least_shard
 from memtrain.planner.decisions import (
     SLOT_COUNTS,
     Decisions,
@@ -153,9 +154,10 @@ def default_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
     return 2, 2, DEFAULT_WINDOWS, space.shards[min(1, len(space.shards) - 1)], schedule
 
 
-def least_knobs(space: Space, schedule: UpdateSchedule) -> Knobs:
-    """Those that take the least memory."""
-    return 1, 1, FEWEST_WINDOWS, space.shards[0], schedule
+def least_knobs(search: Search, schedule: UpdateSchedule) -> Knobs:
+    """Those that take the least memory, where slots of the update lie nowhere but in memory of their own."""
+    shard = least_shard(search.profile, search.space.shards, on_cpu=search.space.on_cpu)
+    return 1, 1, FEWEST_WINDOWS, shard, schedule
 
 
 def uniform(search: Search) -> None:
@@ -180,7 +182,7 @@ def _uniform_blocks(search: Search, states: States) -> None:
     for wanted, each in itertools.product(_block_wishes(space), tried):
         if search.best is not None and time.monotonic() > search.deadline:
             return
-        for knobs in (default_knobs(space, each), least_knobs(space, each)):
+        for knobs in (default_knobs(space, each), least_knobs(search, each)):
             least = _least_prefix(search, wanted, states, knobs)
             if least is not None:
                 search.offer(search.build(_prefix(space, wanted, least), states, knobs))
@@ -207,17 +209,28 @@ def smallest(search: Search) -> Decisions:
     """
     space = search.space
     in_backward = UpdateSchedule.IN_BACKWARD  # under which the fewest gradients are there at once
-    knobs = least_knobs(space, in_backward if in_backward in space.schedules else space.schedules[0])
+    knobs = least_knobs(search, in_backward if in_backward in space.schedules else space.schedules[0])
     candidates = [search.build(blocks, states, knobs) for blocks, states in wishes(space)]
     best = min(candidates, key=lambda d: _shortness(search, d))
     changed = True
     while changed:
         changed = False
-        for blocks, states in _flips(best, space):
-            other = search.build(blocks, states, least_knobs(space, best.update_schedule))
+        shard = best.staging.update_shard_elements if best.staging.update_slots else knobs[3]
+        knobs = (*knobs[:3], shard, knobs[4])
+        others = itertools.chain(
+            (search.build(*flipped, knobs) for flipped in _flips(best, space)),
+            # Slots that lie where passes were may cost nothing, and then larger shards take less.
+            _in_other_shards(search, best, knobs),
+        )
+        for other in others:
             if _shortness(search, other) < _shortness(search, best):
                 best, changed = other, True
     return best
+
+
+def _in_other_shards(search: Search, decisions: Decisions, knobs: Knobs) -> Iterator[Decisions]:
+    for shard in search.space.shards:
+        yield search.build(decisions.blocks, decisions.states, (*knobs[:3], shard, knobs[4]))
 
 
 def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:

@@ -33,6 +33,7 @@ from memtrain.planner.block_parts import (
     probe_bytes,
     witness_bytes,
 )
+from memtrain.planner.bookkeeping import bookkeeping_bytes
 from memtrain.planner.decisions import (
     Decisions,
     gradient_extent_bytes,
@@ -274,6 +275,7 @@ def constant_bytes(profile: ModelProfile, decisions: Decisions) -> dict[str, int
         "activations": decisions.held_passes(profile) * decisions.staging.kept_slab_bytes,
         "tables": tables.resident_bytes(profile),
         "threads": decisions.thread_bytes(profile),
+        "bookkeeping": own_rings * bookkeeping_bytes(profile, decisions.staging.update_shard_elements),
     }
 
 

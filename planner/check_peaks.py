@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
@@ -48,6 +49,7 @@ def peak_faults(plan: Plan, profile: ModelProfile, machine: Machine, budget: Bud
         (Tier.HOST, "staging", staged[Tier.HOST]),
         (Tier.DEVICE, "tables", tables_resident(profile)),
         (Tier.DEVICE, "threads", _threads(plan, machine)),
+        (Tier.DEVICE, "bookkeeping", _bookkeeping(plan, profile, machine)),
         *((tier, "tables", tables_on(profile, tier)) for tier in Tier if tier is not Tier.DEVICE),
     ):
         if (found := lines.get((tier, category), 0)) != size:
@@ -96,7 +98,7 @@ def _device_need(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     s = plan.staging
     resident += window_bytes(plan) + _staged(plan, profile, machine)[Tier.DEVICE]
     resident += s.gradient_slab_bytes - s.overlaid_bytes + tables_resident(profile)
-    resident += _threads(plan, machine)
+    resident += _threads(plan, machine) + _bookkeeping(plan, profile, machine)
     graphs = _graphs(plan)
     others = graphs - 1  # micro-batches that wait at an edge of the block that is worked on
     resident += graphs * sum(s.kept_bytes)
@@ -186,6 +188,20 @@ def _threads(plan: Plan, machine: Machine) -> int:
     """In vertical order each micro-batch is a thread of the host, which on a CPU is the device."""
     vertical = plan.micro_batch_order is MicroBatchOrder.VERTICAL
     return plan.micro_batches * THREAD_BYTES if vertical and is_on_cpu(machine) else 0
+
+
+def _bookkeeping(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
+    """Of the session's objects, which are in the host's memory. Shards end within 2 Ki elements of their size
+    where parameters may be cut; where not, each parameter may have one to itself."""
+    if not is_on_cpu(machine):
+        return 0
+    filled = max(plan.staging.update_shard_elements - 2048, 2048)
+    parameters = shards = 0
+    for unit in profile.units:
+        named = parameters_of(profile, unit)
+        parameters += named
+        shards += math.ceil(elements_of(profile, unit) / filled) if profile.elementwise else named
+    return parameters * profile.parameter_object_bytes + shards * profile.shard_object_bytes
 
 
 def _staged(plan: Plan, profile: ModelProfile, machine: Machine) -> dict[Tier, int]:

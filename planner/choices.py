@@ -29,6 +29,7 @@ from memtrain.planner.block_parts import (
     saved_slot_bytes,
     witness_bytes,
 )
+from memtrain.planner.bookkeeping import bookkeeping_bytes
 from memtrain.planner.decisions import (
     GRADIENT_SLOTS,
     MIRRORED_SLOTS,
@@ -48,7 +49,7 @@ from memtrain.planner.decisions import (
 from memtrain.planner.machine import Budget, Machine
 from memtrain.planner.plan import CodedTier
 from memtrain.planner.profile import BlockProfile, ModelProfile, UnitProfile
-from memtrain.planner.staging import overlays, updates_overlay
+from memtrain.planner.staging import default_shard_elements, overlays, updates_overlay
 from memtrain.planner.weight_choices import Expression, WeightChoices
 from memtrain.planner.weight_windows import BEYOND, place_of
 
@@ -211,7 +212,7 @@ class Choices:
         self.rings = of_passes + of_updates + coding
         always += self.weights.window_bytes - self.weights.freed_bytes()
         if on_cpu:
-            always += self._slabs(of_passes, of_updates) + coding
+            always += self._slabs(of_passes, of_updates) + coding + self._bookkeeping()
         else:
             always += self._mirrors()
         during_forward = slab_forward_bytes if on_cpu else forward_bytes
@@ -325,6 +326,12 @@ class Choices:
         """Bytes of the ring that updates use."""
         slots = update_slots(self.profile)
         return pulp.lpSum(slots * update_slot_bytes(self.profile, s) * v for s, v in self.shard.items() if s)
+
+    def _bookkeeping(self) -> Expression:
+        """Bytes of a session's own objects. Where no update streams, the state is cut into shards all the
+        same."""
+        cut = ((s or default_shard_elements(self.profile), v) for s, v in self.shard.items())
+        return pulp.lpSum(bookkeeping_bytes(self.profile, elements) * v for elements, v in cut)
 
     def _mirrors(self) -> Expression:
         """Bytes of ``decisions.mirror_bytes``: what a GPU holds of rings in host memory."""

@@ -41,7 +41,7 @@ def bring_home(search: Search) -> None:
         if start is None or time.monotonic() > deadline:
             return
         for knobs in dict.fromkeys(
-            [knobs_of(start, search.space), least_knobs(search.space, start.update_schedule)]
+            [knobs_of(start, search.space), least_knobs(search, start.update_schedule)]
         ):
             search.offer(_brought(search, start, knobs, deadline))
         if search.thrifty is start:

@@ -166,7 +166,7 @@ def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tup
         return []
     needs = []
     for blocks, states in baselines.wishes(search.space):
-        knobs = baselines.least_knobs(search.space, search.space.schedules[0])
+        knobs = baselines.least_knobs(search, search.space.schedules[0])
         other = search.build(blocks, states, knobs)
         over = search.excess(other)
         if set(over) <= {Tier.DEVICE}:

@@ -157,7 +157,7 @@ class BillLine:
 
     category: str
     """libraries, weights, weight windows, gradients, optimizer state, activations, transients, staging,
-    tables, threads, slack."""
+    tables, threads, bookkeeping, slack."""
     tier: Tier
     size_bytes: int
 

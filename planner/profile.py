@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from memtrain.planner.actions import PLAIN, Tier
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 10
+PROFILE_VERSION = 11
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -388,6 +388,10 @@ class ModelProfile:
     largest_parameter_elements: int = 0
     allocator_slack_bytes: int = 0
     """Freed memory that the allocator keeps (measured), part of what the process occupies."""
+    parameter_object_bytes: int = 0
+    """What a session's own objects take in the host's memory for each parameter (``bookkeeping``)."""
+    shard_object_bytes: int = 0
+    """The same for each shard of the optimizer's state."""
     tables: tuple[TableProfile, ...] = ()
     """Embeddings that are used by rows, in no unit."""
     prepare_peak_bytes: int = 0

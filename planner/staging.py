@@ -86,12 +86,12 @@ def gradient_slab_bytes(profile: ModelProfile, unit: UnitProfile, decision: Stat
     """A CPU's slab for the gradients of ``unit`` that stay: every parameter's begins on a page."""
     if decision.gradient_tier is not Tier.DEVICE or not unit.gradient_bytes:
         return 0
-    return round_up(unit.gradient_bytes + PAGE_BYTES * _most_parameters(profile, unit), PAGE_BYTES)
+    return round_up(unit.gradient_bytes + PAGE_BYTES * most_parameters(profile, unit), PAGE_BYTES)
 
 
 def gradient_extent_bytes(profile: ModelProfile, unit: UnitProfile) -> int:
     """The most that the unit's gradients take on a tier: an extent for each parameter."""
-    return _whole_pages(unit.gradient_bytes, _most_parameters(profile, unit))
+    return _whole_pages(unit.gradient_bytes, most_parameters(profile, unit))
 
 
 def state_extent_bytes(profile: ModelProfile, unit: UnitProfile, coded: CodedTier | None = None) -> int:
@@ -116,7 +116,7 @@ def state_extent_bytes(profile: ModelProfile, unit: UnitProfile, coded: CodedTie
 
 def _most_pieces(profile: ModelProfile, unit: UnitProfile) -> int:
     cuts = unit_elements(profile, unit) // (SHARD_ELEMENTS[0] - SHARD_GRANULE) if profile.elementwise else 0
-    return _most_parameters(profile, unit) + cuts
+    return most_parameters(profile, unit) + cuts
 
 
 def _whole_pages(size_bytes: int, parts: int) -> int:
@@ -124,7 +124,7 @@ def _whole_pages(size_bytes: int, parts: int) -> int:
     return (size_bytes + parts * (PAGE_BYTES - 1)) // PAGE_BYTES * PAGE_BYTES if size_bytes else 0
 
 
-def _most_parameters(profile: ModelProfile, unit: UnitProfile) -> int:
+def most_parameters(profile: ModelProfile, unit: UnitProfile) -> int:
     """The parameters of a unit, small and frozen ones among them. A profile without names does not know them:
     one per 64 Ki elements."""
     return len(unit.parameters) or max(1, -(-unit_elements(profile, unit) // SMALLEST_PIECE_ELEMENTS))

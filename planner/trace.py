@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from memtrain.planner import resident
+from memtrain.planner.bookkeeping import PARAMETER_OBJECT_BYTES, SHARD_OBJECT_BYTES
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.tracing.around_blocks import measure_around
 from memtrain.planner.tracing.block_measures import measure_blocks
@@ -133,6 +134,8 @@ def profile_model(
         micro_batches=micro_batches,
         baseline_bytes=baseline,
         allocator_slack_bytes=slack,
+        parameter_object_bytes=PARAMETER_OBJECT_BYTES,
+        shard_object_bytes=SHARD_OBJECT_BYTES,
         weight_bytes=unique_bytes([*parameters, *model.buffers()], weights),
         **around,
         update_workspace_bytes_per_element=step.workspace,

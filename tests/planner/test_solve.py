@@ -495,6 +495,8 @@ def adversarial(draw: st.DrawFn) -> ModelProfile:
         weight_bytes=2 * elements,
         update_workspace_bytes_per_element=draw(st.sampled_from([0.0, 2.0, 4.5])),
         persistent_backward_bytes=draw(SIZES),
+        parameter_object_bytes=draw(st.integers(0, 10_000)),
+        shard_object_bytes=draw(st.sampled_from([0, 4096, MiB])),
     )
 
 

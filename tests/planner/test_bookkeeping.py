@@ -1,0 +1,173 @@
+"""What a session's own objects take: on the bill by parameters and shards, in the program, to the checker."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtrain.offload.shards import SMALL, FlatIndex
+from memtrain.planner.actions import Action, Tier
+from memtrain.planner.bookkeeping import bookkeeping_bytes
+from memtrain.planner.check import Rule, check
+from memtrain.planner.decisions import PlannerOptions
+from memtrain.planner.machine import Budget
+from memtrain.planner.plan import BillLine, Plan
+from memtrain.planner.profile import ModelProfile, UnitProfile
+from memtrain.planner.solve import make_plan
+from memtrain.planner.units import MiB
+from tests.planner.test_solve import brute_force
+from tests.planner.toys import make_machine, make_profile
+
+BUDGET = Budget(device=400 * MiB, nvme="/x:1GiB")
+AWAY: dict[str, dict[str, str]] = {"state": {"optimizer_tier": "nvme", "gradient_tier": "nvme"}}
+COSTLY = PlannerOptions(force=AWAY, safety_margin=0.0, allow=frozenset({Action.KEEP, Action.SWAP}))
+
+
+def noted(blocks: int = 3, **changes: Any) -> ModelProfile:
+    """Units of two parameters with 512 Ki elements: three shards of 256 Ki, for each may end 2 Ki short, or
+    two of 512 Ki."""
+    plain = make_profile(blocks, trainable=True)
+    fields = {
+        "units": tuple(replace(u, parameters=(f"{u.name}.a", f"{u.name}.b")) for u in plain.units),
+        "parameter_object_bytes": 500,
+        "shard_object_bytes": 10,
+    }
+    return replace(plain, **(fields | changes))
+
+
+def bookkeeping(plan: Plan) -> int | None:
+    """The line of the bill."""
+    lines = {line.category: line.size_bytes for line in plan.bill if line.tier is Tier.DEVICE}
+    return lines.get("bookkeeping")
+
+
+@pytest.mark.parametrize(("shard", "shards"), [(1 << 18, 9), (1 << 19, 6), (1 << 20, 3)])
+def test_bytes_by_hand(shard: int, shards: int) -> None:
+    assert bookkeeping_bytes(noted(), shard) == 3 * 1000 + shards * 10
+
+
+def test_parameters_that_are_not_cut_have_a_shard_each_at_most() -> None:
+    units = tuple(replace(unit, parameters=("a", "b", "c", "d")) for unit in noted().units)
+    profile = noted(units=units, elementwise=False, largest_parameter_elements=1 << 18)
+    assert bookkeeping_bytes(profile, 1 << 20) == 3 * 4 * (500 + 10)
+
+
+@pytest.mark.parametrize("force", [{}, AWAY])
+def test_the_bill_has_what_the_shards_of_the_plan_take(force: dict[str, dict[str, str]]) -> None:
+    """Where no state moves it is cut all the same."""
+    machine, profile = make_machine(), noted()
+    plan = make_plan(profile, machine, BUDGET, options=PlannerOptions(force=force))
+    assert check(plan, profile, machine, BUDGET) == ()
+    least = plan.staging.update_shard_elements - 2048
+    assert bookkeeping(plan) == 3 * 1000 + 3 * math.ceil((1 << 19) / least) * 10
+    without = make_plan(
+        make_profile(3, trainable=True), machine, BUDGET, options=PlannerOptions(force=force, safety_margin=0)
+    )
+    assert bookkeeping(without) is None
+
+
+def test_a_gpu_has_none_of_it() -> None:
+    machine = make_machine(Tier.HOST, Tier.NVME, device="cuda")
+    budget = Budget(device=400 * MiB, host=str(400 * MiB), nvme="/x:1GiB")
+    plan = make_plan(noted(), machine, budget)
+    assert bookkeeping(plan) is None
+    assert check(plan, noted(), machine, budget) == ()
+
+
+def test_the_least_budget_is_that_of_the_shards_that_take_the_least() -> None:
+    """Not of the smallest ones."""
+    profile, machine = noted(2, shard_object_bytes=16 * MiB), make_machine()
+    plan = make_plan(profile, machine, Budget(device=200 * MiB, nvme="/x:1GiB"), options=COSTLY)
+    least = 200 * MiB + dict(plan.shortfall_bytes)[Tier.DEVICE]
+    fits = make_plan(profile, machine, Budget(device=least, nvme="/x:1GiB"), options=COSTLY)
+    assert (plan.status, plan.staging.update_shard_elements) == ("infeasible", 1 << 19)
+    assert fits.status != "infeasible"
+    assert fits.peak(Tier.DEVICE) == least
+
+
+@pytest.mark.usefixtures("solver_here")
+@pytest.mark.parametrize(("device", "shard"), [(254, 1 << 19), (270, 1 << 19), (280, 1 << 18)])
+def test_nothing_beats_a_plan_whose_shards_cost_memory(device: int, shard: int) -> None:
+    """Six slots of 256 Ki elements take 22 MiB less than those of 512 Ki, and two more shards of 16 MiB."""
+    profile, machine = noted(2, shard_object_bytes=16 * MiB), make_machine()
+    budget = Budget(device=device * MiB, nvme="/x:1GiB")
+    best = brute_force(profile, machine, budget, COSTLY)
+    plan = make_plan(profile, machine, budget, options=COSTLY)
+    assert plan.staging.update_shard_elements == shard
+    assert plan.step_seconds <= best * (1 + COSTLY.gap)
+    assert best < math.inf
+    assert plan.lower_bound_seconds <= best + 1e-9
+    assert check(plan, profile, machine, budget) == ()
+
+
+def billed(plan: Plan, from_: str, to: str) -> Plan:
+    """A line's bytes on another line."""
+    moved = sum(line.size_bytes for line in plan.bill if line.category == from_)
+    lines = [line for line in plan.bill if line.category != from_]
+    lines.append(BillLine(category=to, tier=Tier.DEVICE, size_bytes=moved))
+    merged: dict[tuple[str, Tier], int] = {}
+    for line in lines:
+        merged[line.category, line.tier] = merged.get((line.category, line.tier), 0) + line.size_bytes
+    bill = tuple(BillLine(category=c, tier=tier, size_bytes=size) for (c, tier), size in merged.items())
+    return replace(plan, bill=bill)
+
+
+def left_out(plan: Plan) -> Plan:
+    """As if there were no objects."""
+    peaks = dict(plan.peaks)
+    peaks[Tier.DEVICE] -= bookkeeping(plan) or 0
+    bill = tuple(line for line in plan.bill if line.category != "bookkeeping")
+    return replace(plan, bill=bill, peaks=tuple(peaks.items()))
+
+
+@pytest.mark.parametrize(
+    ("fault", "rules"),
+    [
+        (lambda plan: billed(plan, "bookkeeping", "slack"), {Rule.BILL, Rule.DEVICE_PEAK}),
+        (left_out, {Rule.BILL, Rule.DEVICE_PEAK}),
+    ],
+    ids=["billed as slack", "left out"],
+)
+def test_the_checker_counts_it_by_itself(fault: Callable[[Plan], Plan], rules: set[Rule]) -> None:
+    plan = make_plan(noted(), make_machine(), BUDGET)
+    assert {fault.rule for fault in check(fault(plan), noted(), make_machine(), BUDGET)} == rules
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 3 * SMALL), min_size=1, max_size=12),
+    st.sampled_from([2048, 4096, SMALL, SMALL + 2048, 4 * SMALL]),
+    st.booleans(),
+)
+def test_never_fewer_shards_than_the_index_cuts(sizes: list[int], shard: int, elementwise: bool) -> None:
+    """Small parameters have one of their own, which its parameters' bytes stand for."""
+    parameters = [(f"p{i}", torch.nn.Parameter(torch.empty(size))) for i, size in enumerate(sizes)]
+    index = FlatIndex([("layers.0", parameters)], shard, whole_parameters=not elementwise)
+    cut = [each for each in index.all_shards() if not each.small]
+    large = sum(size for size in sizes if size >= SMALL)
+    unit = UnitProfile(
+        name="layers.0",
+        block=0,
+        weight_bytes=MiB,
+        gradient_bytes=4 * large,
+        state_bytes=8 * large,
+        parameters=tuple(name for name, _ in parameters),
+    )
+    profile = make_profile(
+        1,
+        units=(unit,),
+        elementwise=elementwise,
+        state_bytes_per_element=8.0,
+        gradient_bytes_per_element=4.0,
+        shard_object_bytes=1,
+    )
+    most = bookkeeping_bytes(profile, index.shard_elements)
+    assert len(cut) <= most
+    assert not elementwise or most <= len(cut) * (1 + 2 * 2048 / max(shard - 2048, 2048)) + 1
