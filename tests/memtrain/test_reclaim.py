@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from memtrain.planner import resident
 from memtrain.reclaim import Reclaimer
 
 
@@ -20,6 +25,11 @@ class Heap:
         self.code_bytes = 0
         self.trimmed: list[int] = []
         self.buffer_bytes = 0
+        self.in_small_pages: list[int] = []
+
+    def avoid_huge_pages(self) -> list[tuple[int, int]]:
+        self.in_small_pages.append(self.rss_bytes)
+        return []
 
     def give_back_buffers(self) -> None:
         self.rss_bytes -= self.buffer_bytes
@@ -53,9 +63,18 @@ def make(
         rss_bytes=lambda: heap.rss_bytes,
         trim=heap.trim,
         drop_library_pages=heap.drop,
+        avoid_huge_pages=heap.avoid_huge_pages,
         give_back_buffers=heap.give_back_buffers,
     )
     return reclaimer, heap, model, optimizer
+
+
+def wants_huge_pages(address: int) -> bool:
+    """What the kernel says of the mapping."""
+    return any(
+        each.start <= address < each.stop and each.asks_for_huge_pages
+        for each in resident._mappings(Path("/proc/self/smaps"))
+    )
 
 
 def test_one_block_after_another_may_come_within_a_64th() -> None:
@@ -84,6 +103,31 @@ def test_where_all_that_is_needed_is_resident_only_the_limit_counts() -> None:
     heap.rss_bytes = 6350
     reclaimer.enter("backward 1")
     assert heap.trimmed == [6401, 6350]
+
+
+def test_there_are_huge_pages_as_long_as_asking_back_is_enough() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    heap.rss_bytes, heap.left_bytes = 6390, 6300
+    reclaimer.enter("forward 0")
+    assert (heap.trimmed, heap.in_small_pages) == ([6390], [])
+    heap.rss_bytes, heap.left_bytes, heap.code_bytes = 6391, 6350, 100
+    reclaimer.enter("forward 1")
+    assert (heap.trimmed, heap.in_small_pages) == ([6390, 6391], [6250])
+
+
+def test_huge_pages_come_back_with_the_end_of_a_session() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    size = 8 << 20
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        gc.collect()
+        reclaimer._avoid_huge_pages = resident.avoid_huge_pages
+        heap.rss_bytes = heap.left_bytes = 6390
+        reclaimer.enter("forward 0")
+        assert not wants_huge_pages(address)
+        reclaimer.remove()
+        assert wants_huge_pages(address)
 
 
 def test_a_block_that_needs_more_than_those_before_it_gets_room_for_the_rest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ Anonymous:             0 kB
 d000-e000 r-xp 00000000 00:00 0
 Rss:                   4 kB
 Anonymous:             0 kB
+e000-f000 rw-p 00000000 00:00 0
+Rss:                   4 kB
+VmFlags: rd wr mr mw me ac hg
+f000-f800 rw-p 00000000 00:00 0 [anon:heap]
+VmFlags: rd wr hg
+f800-f900 rw-p 00000000 08:01 13 /tmp/file
+VmFlags: rd wr hg
+fa00-fb00 rw-p 00000000 00:00 0
+VmFlags: rd wr nh
 """
 
 
@@ -89,6 +99,26 @@ def test_only_clean_code_of_files_is_found(tmp_path: Path) -> None:
     (tmp_path / "smaps").write_text(SMAPS)
     assert resident.clean_code(tmp_path / "smaps") == [(0x1000, 0x5000, 12 * 1024)]
     assert resident.clean_code(tmp_path / "missing") == []
+
+
+def test_anonymous_memory_that_asks_for_huge_pages_is_found(tmp_path: Path) -> None:
+    (tmp_path / "smaps").write_text(SMAPS)
+    found = [m.start for m in resident._mappings(tmp_path / "smaps") if m.asks_for_huge_pages]
+    assert found == [0xE000, 0xF000]
+    assert resident.avoid_huge_pages(tmp_path / "missing") == []
+
+
+def test_what_is_touched_after_huge_pages_were_given_up_is_small() -> None:
+    size, page = 16 << 20, 4096
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        spans = resident.avoid_huge_pages()
+        before = resident.read().anonymous_bytes
+        for offset in range(0, size, 2 << 20):
+            memory[offset] = 1
+        grown = resident.read().anonymous_bytes - before
+        resident.allow_huge_pages(spans)
+    assert grown < 64 * page
 
 
 def test_library_pages_come_back_when_they_are_used() -> None:
