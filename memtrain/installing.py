@@ -162,4 +162,6 @@ def make_reclaimer(
         transients=transients_of(plan, profile),
         is_served=lambda: passes is not None and passes.follows,
         rss_bytes=resident.rss_bytes if passes is None else passes.occupied_bytes,
+        # A planned arena takes no more than it is large, and would be populated in small pages for good.
+        avoid_huge_pages=resident.avoid_huge_pages if passes is None else lambda: False,
     )

@@ -12,8 +12,8 @@ all of it back where a part of the step begins and what is resident comes within
 Where all of that has its place already, because a step follows planned addresses, what is resident is all
 that there will be, and nothing is asked back below the peak.
 
-Where that was not enough, code of libraries that is not in use is unmapped too, and the allocator gets no
-more huge pages: with 2 MiB each, what is asked for next would take more than it is large.
+Where that was not enough, code of libraries that is not in use is unmapped too, and until the session ends
+the process gets no more huge pages: with 2 MiB each, what is asked for next would take more than it is large.
 
 A thread that is about to wait, as micro-batches in vertical order do, gives back what is kept for it alone:
 by the allocator, and by MKL for its products (``memtrain.kernel_buffers``).
@@ -52,8 +52,8 @@ class Reclaimer:
         limit_bytes: what must not be exceeded: the plan's peak.
         transients: bytes that each part needs for a moment: ``transients_of``.
         is_served: whether what a part needs for a moment is resident by now.
-        rss_bytes, trim, drop_library_pages, avoid_huge_pages, give_back_buffers: read, and reduce, what is or
-            will be resident.
+        rss_bytes, trim, drop_library_pages, give_back_buffers: read, and reduce, what is resident.
+        avoid_huge_pages, allow_huge_pages: what is touched from then on takes less, until ``remove``.
     """
 
     def __init__(
@@ -68,15 +68,17 @@ class Reclaimer:
         rss_bytes: Callable[[], int] = resident.rss_bytes,
         trim: Callable[[], bool] = resident.trim,
         drop_library_pages: Callable[[], int] = resident.drop_library_pages,
-        avoid_huge_pages: Callable[[], list[resident.Span]] = resident.avoid_huge_pages,
+        avoid_huge_pages: Callable[[], bool] = resident.avoid_huge_pages,
+        allow_huge_pages: Callable[[], None] = resident.allow_huge_pages,
         give_back_buffers: Callable[[], None] = kernel_buffers.give_back,
     ) -> None:
         self._limit_bytes = limit_bytes
         self._transients = transients
         self._is_served = is_served
         self._rss_bytes, self._trim, self._drop_library_pages = rss_bytes, trim, drop_library_pages
-        self._avoid_huge_pages, self._give_back_buffers = avoid_huge_pages, give_back_buffers
-        self._in_small_pages: list[resident.Span] = []
+        self._give_back_buffers = give_back_buffers
+        self._avoid_huge_pages, self._allow_huge_pages = avoid_huge_pages, allow_huge_pages
+        self._in_small_pages = False
         self._kind = ""
         self._served_bytes = 0
         """Transients that there has been room for since this kind of work began."""
@@ -95,12 +97,13 @@ class Reclaimer:
 
     def remove(self) -> None:
         """Take the hooks off the model and the optimizer; those on graphs that still live do nothing. The
-        allocator may have huge pages again."""
+        process may have huge pages again."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        resident.allow_huge_pages(self._in_small_pages)
-        self._in_small_pages.clear()
+        if self._in_small_pages:
+            self._allow_huge_pages()
+            self._in_small_pages = False
 
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
@@ -136,7 +139,7 @@ class Reclaimer:
         self._trim()
         if self._rss_bytes() + room > self._limit_bytes:
             self._drop_library_pages()
-            self._in_small_pages += self._avoid_huge_pages()
+            self._in_small_pages |= self._avoid_huge_pages()
         left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 

@@ -209,28 +209,28 @@ def smallest(search: Search) -> Decisions:
     """
     space = search.space
     in_backward = UpdateSchedule.IN_BACKWARD  # under which the fewest gradients are there at once
-    knobs = least_knobs(search, in_backward if in_backward in space.schedules else space.schedules[0])
-    candidates = [search.build(blocks, states, knobs) for blocks, states in wishes(space)]
-    best = min(candidates, key=lambda d: _shortness(search, d))
+    schedule = in_backward if in_backward in space.schedules else space.schedules[0]
+    best = min(small_choices(search, schedule), key=lambda d: _shortness(search, d))
     changed = True
     while changed:
         changed = False
-        shard = best.staging.update_shard_elements if best.staging.update_slots else knobs[3]
-        knobs = (*knobs[:3], shard, knobs[4])
-        others = itertools.chain(
-            (search.build(*flipped, knobs) for flipped in _flips(best, space)),
-            # Slots that lie where passes were may cost nothing, and then larger shards take less.
-            _in_other_shards(search, best, knobs),
-        )
-        for other in others:
+        knobs = least_knobs(search, schedule)
+        if best.staging.update_slots:
+            knobs = (*knobs[:3], best.staging.update_shard_elements, schedule)
+        for blocks, states in _flips(best, space):
+            other = search.build(blocks, states, knobs)
             if _shortness(search, other) < _shortness(search, best):
                 best, changed = other, True
     return best
 
 
-def _in_other_shards(search: Search, decisions: Decisions, knobs: Knobs) -> Iterator[Decisions]:
-    for shard in search.space.shards:
-        yield search.build(decisions.blocks, decisions.states, (*knobs[:3], shard, knobs[4]))
+def small_choices(search: Search, schedule: UpdateSchedule) -> Iterator[Decisions]:
+    """All ``wishes`` with the least knobs, in every size of shards: slots of the update that lie where passes
+    were may cost nothing, and then the largest shards take the least."""
+    knobs = least_knobs(search, schedule)
+    for blocks, states in wishes(search.space):
+        for shard in search.space.shards:
+            yield search.build(blocks, states, (*knobs[:3], shard, schedule))
 
 
 def wishes(space: Space) -> Iterator[tuple[Blocks, States]]:

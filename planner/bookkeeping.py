@@ -27,7 +27,7 @@ SHARD_OBJECT_BYTES = 4 << 10
 def bookkeeping_bytes(profile: ModelProfile, shard_elements: int) -> int:
     """Of all parameters, and of all shards of ``shard_elements``: state that stays is cut all the same."""
     parameters = sum(most_parameters(profile, unit) for unit in profile.units)
-    shards = sum(_most_shards(profile, unit, shard_elements) for unit in profile.units)
+    shards = sum(_shards(profile, unit, shard_elements) for unit in profile.units)
     return parameters * profile.parameter_object_bytes + shards * profile.shard_object_bytes
 
 
@@ -42,9 +42,12 @@ def least_shard(profile: ModelProfile, sizes: tuple[int, ...], *, on_cpu: bool) 
     )
 
 
-def _most_shards(profile: ModelProfile, unit: UnitProfile, shard_elements: int) -> int:
-    """A parameter that may be cut fills what its shard has left, but for less than a granule."""
+def _shards(profile: ModelProfile, unit: UnitProfile, shard_elements: int) -> int:
+    """A parameter that may be cut fills what its shard has left, but for less than a granule; tiles are units
+    of their own, each with a shard that may not be full. At most so many where all parameters have one
+    dtype: where not, bytes do not tell how many elements they are."""
     if not profile.elementwise:
         return most_parameters(profile, unit)
     least = max(shard_elements - SHARD_GRANULE, SHARD_GRANULE)
-    return -(-unit_elements(profile, unit) // least)
+    ends = most_parameters(profile, unit) - 1 if unit.tiled else 0
+    return -(-unit_elements(profile, unit) // least) + ends

@@ -192,7 +192,7 @@ def _threads(plan: Plan, machine: Machine) -> int:
 
 def _bookkeeping(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
     """Of the session's objects, which are in the host's memory. Shards end within 2 Ki elements of their size
-    where parameters may be cut; where not, each parameter may have one to itself."""
+    where parameters may be cut, and where a tile does; where not, each parameter may have one to itself."""
     if not is_on_cpu(machine):
         return 0
     filled = max(plan.staging.update_shard_elements - 2048, 2048)
@@ -201,6 +201,7 @@ def _bookkeeping(plan: Plan, profile: ModelProfile, machine: Machine) -> int:
         named = parameters_of(profile, unit)
         parameters += named
         shards += math.ceil(elements_of(profile, unit) / filled) if profile.elementwise else named
+        shards += named - 1 if profile.elementwise and unit.tiled else 0
     return parameters * profile.parameter_object_bytes + shards * profile.shard_object_bytes
 
 

@@ -135,8 +135,10 @@ class Choices:
             self.add(self.moved(index) <= 1 - self.input_ring[0])
             if len(self.space.tiers) > 1:  # otherwise the row before says so
                 self.add(self.groups(index) <= pulp.lpSum(n * v for n, v in self.input_ring.items()))
+        streamed = [self.unit_sum(u, lambda _, d: float(streams_update(d))) for u in range(len(self.z))]
+        self.add(pulp.lpSum(streamed) >= 1 - self.shard[0])
         for index in range(len(self.z)):
-            self.add(self.unit_sum(index, lambda _, d: float(streams_update(d))) <= 1 - self.shard[0])
+            self.add(streamed[index] <= 1 - self.shard[0])
             self.add(
                 self.unit_sum(index, lambda _, d: d.gradient_tier is not Tier.DEVICE) <= self.gradient_ring
             )

@@ -165,9 +165,7 @@ def _device_alone(search: baselines.Search, excess: dict[Tier, int]) -> list[tup
     if set(excess) == {Tier.DEVICE}:
         return []
     needs = []
-    for blocks, states in baselines.wishes(search.space):
-        knobs = baselines.least_knobs(search, search.space.schedules[0])
-        other = search.build(blocks, states, knobs)
+    for other in baselines.small_choices(search, search.space.schedules[0]):
         over = search.excess(other)
         if set(over) <= {Tier.DEVICE}:
             needs.append(over.get(Tier.DEVICE, 0))

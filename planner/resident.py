@@ -7,21 +7,17 @@ mapped: no sampling thread can miss it.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SMAPS = Path("/proc/self/smaps")
-_MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_NOHUGEPAGE = 4, 14, 15  # mman.h
+_MADV_DONTNEED = 4  # mman.h
+_PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42  # prctl.h
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _HEAP_BLOCK_BYTES = 256 << 10  # 64 KiB to 1 MiB were tried: same peak within 1 %, fewer mappings than 64 KiB
-
-
-Span = tuple[int, int]
-"""First address of a mapping, and the first behind it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,90 +106,60 @@ def drop_library_pages(smaps: Path = _SMAPS) -> int:
     Returns:
         Bytes that were resident in those mappings; 0 where the kernel does not tell or refuses.
     """
+    madvise = _c_function("madvise")
+    if madvise is None:
+        return 0
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     dropped = 0
     for start, stop, resident_bytes in clean_code(smaps):
-        if _advise((start, stop), _MADV_DONTNEED):
+        if madvise(start, stop - start, _MADV_DONTNEED) == 0:
             dropped += resident_bytes
     return dropped
 
 
 def clean_code(smaps: Path = _SMAPS) -> list[tuple[int, int, int]]:
     """(start, stop, resident bytes) of each mapping of file code that has no page of its own."""
-    return [
-        (each.start, each.stop, each.sizes["Rss"])
-        for each in _mappings(smaps)
-        if each.permissions == "r-xp" and each.path.startswith("/") and each.sizes.get("Rss")
-        if each.sizes.get("Anonymous") == 0
-    ]
-
-
-def avoid_huge_pages(smaps: Path = _SMAPS) -> list[Span]:
-    """Have what is touched from now on of anonymous memory take pages of 4 KiB, not of 2 MiB.
-
-    An allocator may ask for huge pages (mimalloc does), and the kernel gives as many as it has at hand. Then
-    each block of some MiB takes up to 2 MiB more than it is large: 65 MiB were seen where 42 were asked for,
-    and 45 of a kernel that had none left. What is resident stays as it is.
-
-    Returns:
-        Where this was changed, for ``allow_huge_pages``; none where the kernel does not tell or refuses.
-    """
-    spans = [(each.start, each.stop) for each in _mappings(smaps) if each.asks_for_huge_pages]
-    return [span for span in spans if _advise(span, _MADV_NOHUGEPAGE)]
-
-
-def allow_huge_pages(spans: Iterable[Span]) -> None:
-    """Take ``avoid_huge_pages`` back, where the mappings are still there."""
-    for span in spans:
-        _advise(span, _MADV_HUGEPAGE)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Mapping:
-    """An entry of ``/proc/self/smaps``."""
-
-    start: int
-    stop: int
-    permissions: str
-    path: str
-    """Empty where it is of no file and has no name."""
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Bytes, by the kernel's name."""
-    flags: set[str] = field(default_factory=set)
-
-    @property
-    def asks_for_huge_pages(self) -> bool:
-        """Whether it is anonymous memory, for which somebody has advised them."""
-        anonymous = not self.path or self.path.startswith("[anon")
-        return anonymous and self.permissions == "rw-p" and "hg" in self.flags
-
-
-def _mappings(smaps: Path) -> list[_Mapping]:
-    """None where the kernel does not tell."""
     try:
         lines = smaps.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    found: list[_Mapping] = []
+    found: list[tuple[int, int, int]] = []
+    start = stop = resident_bytes = 0
+    code = False
     for line in lines:
         words = line.split()
         if not words[0].endswith(":"):  # "7f00-7f20 r-xp offset device inode path"
+            code = words[1] == "r-xp" and len(words) > 5 and words[5].startswith("/")
             start, stop = (int(part, 16) for part in words[0].split("-"))
-            path = words[5] if len(words) > 5 else ""
-            found.append(_Mapping(start=start, stop=stop, permissions=words[1], path=path))
-        elif words[0] == "VmFlags:":
-            found[-1].flags.update(words[1:])
-        elif words[-1] == "kB":
-            found[-1].sizes[words[0][:-1]] = int(words[1]) * 1024
+        elif code and words[0] == "Rss:":
+            resident_bytes = int(words[1]) * 1024
+        elif code and words[0] == "Anonymous:" and words[1] == "0" and resident_bytes:
+            found.append((start, stop, resident_bytes))
     return found
 
 
-def _advise(span: Span, advice: int) -> bool:
-    madvise = _c_function("madvise")
-    if madvise is None:
+def avoid_huge_pages() -> bool:
+    """Have what this process touches from now on take pages of 4 KiB, not of 2 MiB; what is resident stays.
+
+    An allocator may ask for huge pages (mimalloc does), and the kernel gives as many as it has at hand. Then
+    each block of some MiB takes up to 2 MiB more than it is large: 65 MiB were seen where 42 were asked for,
+    and 45 of a kernel that had few left. Processes that are started meanwhile are without them too.
+
+    Returns:
+        Whether this changed anything, and ``allow_huge_pages`` is to be called in the end: not where somebody
+        has ruled them out before, or the kernel refuses.
+    """
+    prctl = _c_function("prctl")
+    if prctl is None or prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0) != 0:
         return False
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    start, stop = span
-    return bool(madvise(start, stop - start, advice) == 0)
+    return bool(prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0)
+
+
+def allow_huge_pages() -> None:
+    """Take ``avoid_huge_pages`` back."""
+    prctl = _c_function("prctl")
+    if prctl is not None:
+        prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def limit_heap() -> bool:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import mmap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from memtrain.planner import resident
 from memtrain.reclaim import Reclaimer
 
 
@@ -26,10 +21,15 @@ class Heap:
         self.trimmed: list[int] = []
         self.buffer_bytes = 0
         self.in_small_pages: list[int] = []
+        self.allowed = 0
 
-    def avoid_huge_pages(self) -> list[tuple[int, int]]:
+    def avoid_huge_pages(self) -> bool:
+        """As the kernel does: what is so already does not change."""
         self.in_small_pages.append(self.rss_bytes)
-        return []
+        return len(self.in_small_pages) == 1
+
+    def allow_huge_pages(self) -> None:
+        self.allowed += 1
 
     def give_back_buffers(self) -> None:
         self.rss_bytes -= self.buffer_bytes
@@ -64,17 +64,10 @@ def make(
         trim=heap.trim,
         drop_library_pages=heap.drop,
         avoid_huge_pages=heap.avoid_huge_pages,
+        allow_huge_pages=heap.allow_huge_pages,
         give_back_buffers=heap.give_back_buffers,
     )
     return reclaimer, heap, model, optimizer
-
-
-def wants_huge_pages(address: int) -> bool:
-    """What the kernel says of the mapping."""
-    return any(
-        each.start <= address < each.stop and each.asks_for_huge_pages
-        for each in resident._mappings(Path("/proc/self/smaps"))
-    )
 
 
 def test_one_block_after_another_may_come_within_a_64th() -> None:
@@ -117,17 +110,23 @@ def test_there_are_huge_pages_as_long_as_asking_back_is_enough() -> None:
 
 def test_huge_pages_come_back_with_the_end_of_a_session() -> None:
     reclaimer, heap, _, _ = make(6400)
-    size = 8 << 20
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        gc.collect()
-        reclaimer._avoid_huge_pages = resident.avoid_huge_pages
-        heap.rss_bytes = heap.left_bytes = 6390
+    heap.rss_bytes = heap.left_bytes = 6390
+    for _ in range(2):
         reclaimer.enter("forward 0")
-        assert not wants_huge_pages(address)
-        reclaimer.remove()
-        assert wants_huge_pages(address)
+        reclaimer.enter("epilogue")
+    assert heap.allowed == 0
+    reclaimer.remove()
+    reclaimer.remove()
+    assert heap.allowed == 1
+
+
+def test_huge_pages_that_somebody_else_has_ruled_out_stay_so() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    heap.rss_bytes = heap.left_bytes = 6390
+    heap.in_small_pages.append(0)
+    reclaimer.enter("forward 0")
+    reclaimer.remove()
+    assert heap.allowed == 0
 
 
 def test_a_block_that_needs_more_than_those_before_it_gets_room_for_the_rest() -> None:
