@@ -78,7 +78,8 @@ class Reclaimer:
         self._rss_bytes, self._trim, self._drop_library_pages = rss_bytes, trim, drop_library_pages
         self._give_back_buffers = give_back_buffers
         self._avoid_huge_pages, self._allow_huge_pages = avoid_huge_pages, allow_huge_pages
-        self._in_small_pages = False
+        self.in_small_pages = False
+        """Whether huge pages were given up."""
         self._kind = ""
         self._served_bytes = 0
         """Transients that there has been room for since this kind of work began."""
@@ -101,9 +102,9 @@ class Reclaimer:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._in_small_pages:
+        if self.in_small_pages:
             self._allow_huge_pages()
-            self._in_small_pages = False
+            self.in_small_pages = False
 
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
@@ -139,7 +140,7 @@ class Reclaimer:
         self._trim()
         if self._rss_bytes() + room > self._limit_bytes:
             self._drop_library_pages()
-            self._in_small_pages |= self._avoid_huge_pages()
+            self.in_small_pages |= self._avoid_huge_pages()
         left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 

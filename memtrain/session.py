@@ -270,7 +270,8 @@ class Session:
         seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
-            lines.append(f"freed memory asked back {self._reclaimer.times} times")
+            small = ", huge pages given up" if self._reclaimer.in_small_pages else ""
+            lines.append(f"freed memory asked back {self._reclaimer.times} times{small}")
         lines += [] if self.passes is None else self.passes.lines()
         lines += [*weight_lines(self.weights), *tiling_lines(self.model), *self._draws.lines()]
         lines += [] if self.tables is None else self.tables.lines()

@@ -142,8 +142,8 @@ def avoid_huge_pages() -> bool:
     """Have what this process touches from now on take pages of 4 KiB, not of 2 MiB; what is resident stays.
 
     An allocator may ask for huge pages (mimalloc does), and the kernel gives as many as it has at hand. Then
-    each block of some MiB takes up to 2 MiB more than it is large: 65 MiB were seen where 42 were asked for,
-    and 45 of a kernel that had few left. Processes that are started meanwhile are without them too.
+    each block of some MiB takes up to 2 MiB more than it is large. How much of a peak that is differs from
+    run to run (docs/log.md). Processes that are started meanwhile are without them too.
 
     Returns:
         Whether this changed anything, and ``allow_huge_pages`` is to be called in the end: not where somebody

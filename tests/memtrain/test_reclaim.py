@@ -102,10 +102,10 @@ def test_there_are_huge_pages_as_long_as_asking_back_is_enough() -> None:
     reclaimer, heap, _, _ = make(6400)
     heap.rss_bytes, heap.left_bytes = 6390, 6300
     reclaimer.enter("forward 0")
-    assert (heap.trimmed, heap.in_small_pages) == ([6390], [])
+    assert (heap.trimmed, heap.in_small_pages, reclaimer.in_small_pages) == ([6390], [], False)
     heap.rss_bytes, heap.left_bytes, heap.code_bytes = 6391, 6350, 100
     reclaimer.enter("forward 1")
-    assert (heap.trimmed, heap.in_small_pages) == ([6390, 6391], [6250])
+    assert (heap.trimmed, heap.in_small_pages, reclaimer.in_small_pages) == ([6390, 6391], [6250], True)
 
 
 def test_huge_pages_come_back_with_the_end_of_a_session() -> None:
