@@ -18,12 +18,13 @@ from memtrain.planner.bookkeeping import bookkeeping_bytes
 from memtrain.planner.check import Rule, check
 from memtrain.planner.decisions import PlannerOptions
 from memtrain.planner.machine import Budget
-from memtrain.planner.plan import BillLine, Plan
+from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
 from memtrain.planner.units import MiB
 from tests.planner.test_solve import brute_force
 from tests.planner.toys import make_block, make_machine, make_profile
+from tests.planner.weighty import billed
 
 BUDGET = Budget(device=400 * MiB, nvme="/x:1GiB")
 AWAY: dict[str, dict[str, str]] = {"state": {"optimizer_tier": "nvme", "gradient_tier": "nvme"}}
@@ -143,18 +144,6 @@ def test_nothing_beats_a_plan_whose_shards_cost_memory(device: int, shard: int) 
     assert check(plan, profile, machine, budget) == ()
 
 
-def billed(plan: Plan, from_: str, to: str) -> Plan:
-    """A line's bytes on another line."""
-    moved = sum(line.size_bytes for line in plan.bill if line.category == from_)
-    lines = [line for line in plan.bill if line.category != from_]
-    lines.append(BillLine(category=to, tier=Tier.DEVICE, size_bytes=moved))
-    merged: dict[tuple[str, Tier], int] = {}
-    for line in lines:
-        merged[line.category, line.tier] = merged.get((line.category, line.tier), 0) + line.size_bytes
-    bill = tuple(BillLine(category=c, tier=tier, size_bytes=size) for (c, tier), size in merged.items())
-    return replace(plan, bill=bill)
-
-
 def left_out(plan: Plan) -> Plan:
     """As if there were no objects."""
     peaks = dict(plan.peaks)
@@ -172,8 +161,9 @@ def left_out(plan: Plan) -> Plan:
     ids=["billed as slack", "left out"],
 )
 def test_the_checker_counts_it_by_itself(fault: Callable[[Plan], Plan], rules: set[Rule]) -> None:
-    plan = make_plan(noted(), make_machine(), BUDGET)
-    assert {fault.rule for fault in check(fault(plan), noted(), make_machine(), BUDGET)} == rules
+    profile, machine = noted(parameter_object_bytes=MiB), make_machine()  # more than the page that is moved
+    plan = make_plan(profile, machine, BUDGET)
+    assert {fault.rule for fault in check(fault(plan), profile, machine, BUDGET)} == rules
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
