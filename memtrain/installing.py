@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 from torch import nn
 
+from memtrain import malloc
 from memtrain.arena.passes import PlannedPasses
 from memtrain.copy_guard import CopyGuard
 from memtrain.forms import BlockForms
@@ -162,6 +163,6 @@ def make_reclaimer(
         transients=transients_of(plan, profile),
         is_served=lambda: passes is not None and passes.follows,
         rss_bytes=resident.rss_bytes if passes is None else passes.occupied_bytes,
-        # A planned arena takes no more than it is large, and would be populated in small pages for good.
-        avoid_huge_pages=resident.avoid_huge_pages if passes is None else lambda: False,
+        # Under planned addresses the arena decides how long the rest of what is freed is kept.
+        keep_freed=malloc.keep_freed if passes is None else lambda _: False,
     )

@@ -25,7 +25,10 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Mapping
+from enum import Enum
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 _DONE = "MEMTRAIN_MALLOC_TUNED"
 _PURGE_DELAY_MILLISECONDS = "1000"
@@ -35,32 +38,52 @@ pages again. With 10 ms a step of SmolLM2-135M had 570,000 page faults and took 
 
 _PURGE_DELAY_OPTION = 15
 """``mi_option_purge_delay`` in mimalloc.h, 2.1 to 3.1; looked at before it is set."""
-_KEPT_MILLISECONDS = 24 * 3600 * 1000
+_NEVER_MILLISECONDS = 24 * 3600 * 1000
 """Not for ever (-1): then asking for memory back (``resident.trim``) would find nothing to give."""
 
 
-def keep_freed(keeps: bool) -> bool:
-    """Have mimalloc keep what is freed until it is asked back, or no longer than it was started with.
+class Keep(Enum):
+    """How long mimalloc keeps what is freed before it gives the pages back to the kernel."""
 
-    Under planned addresses all that it serves in a step it serves again in the next: what it gave back in
-    between came again as page faults, 200 to 500 a step of a model of 8 blocks.
+    NOTHING = "nothing"
+    """It gives them back at once: a page fault for every 4 KiB of every temporary, and least memory."""
+    A_WHILE = "a while"
+    """As long as it was started with."""
+    ALL = "all"
+    """Until it is asked."""
+
+
+def keep_freed(keep: Keep) -> bool:
+    """Have mimalloc keep what is freed so long, from now on, in every thread.
 
     Returns:
         Whether this process has mimalloc, as ``restart_with_allocator`` starts it.
     """
-    if os.environ.get(_DONE) != "1":
+    write = _purge_delay_writer()
+    if write is None:
         return False
+    kept = {Keep.NOTHING: 0, Keep.A_WHILE: _began_milliseconds(), Keep.ALL: _NEVER_MILLISECONDS}
+    write(_PURGE_DELAY_OPTION, ctypes.c_long(kept[keep]))
+    return True
+
+
+@cache
+def _purge_delay_writer() -> Any:
+    """``mi_option_set``, or None where the option is not what this process was started with: another version,
+    whose options have other numbers."""
+    if os.environ.get(_DONE) != "1":
+        return None
     here = ctypes.CDLL(None)
     try:
         read, write = here.mi_option_get, here.mi_option_set
     except AttributeError:
-        return False
-    began = int(os.environ.get("MIMALLOC_PURGE_DELAY", _PURGE_DELAY_MILLISECONDS))
+        return None
     read.restype, write.restype = ctypes.c_long, None
-    if read(_PURGE_DELAY_OPTION) not in (began, _KEPT_MILLISECONDS):
-        return False  # Another version, whose options have other numbers.
-    write(_PURGE_DELAY_OPTION, ctypes.c_long(_KEPT_MILLISECONDS if keeps else began))
-    return True
+    return write if read(_PURGE_DELAY_OPTION) == _began_milliseconds() else None
+
+
+def _began_milliseconds() -> int:
+    return int(os.environ.get("MIMALLOC_PURGE_DELAY", _PURGE_DELAY_MILLISECONDS))
 
 
 def mimalloc_library() -> Path | None:

@@ -12,8 +12,9 @@ all of it back where a part of the step begins and what is resident comes within
 Where all of that has its place already, because a step follows planned addresses, what is resident is all
 that there will be, and nothing is asked back below the peak.
 
-Where that was not enough, code of libraries that is not in use is unmapped too, and until the session ends
-the process gets no more huge pages: with 2 MiB each, what is asked for next would take more than it is large.
+Where that was not enough, code of libraries that is not in use is unmapped too. Where it was barely enough,
+what is freed goes back at once until a part has room without asking: a heap that has just been emptied takes
+up to half as much again as is alive, for what it keeps does not fit the sizes that are asked for next.
 
 A thread that is about to wait, as micro-batches in vertical order do, gives back what is kept for it alone:
 by the allocator, and by MKL for its products (``memtrain.kernel_buffers``).
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from memtrain import kernel_buffers
+from memtrain import kernel_buffers, malloc
 from memtrain.planner import resident
 from memtrain.planner.actions import UpdateSchedule
 from memtrain.planner.bill import device_positions
@@ -40,6 +41,8 @@ from memtrain.planner.profile import ModelProfile
 
 _CREEP = 64
 """Part of the peak that is kept free for what no bill foresees: fragments of a pass over one block."""
+_SCATTER = 2
+"""Part of what is needed that an empty heap takes on top while it keeps what is freed: 65 MiB for 42."""
 
 
 class Reclaimer:
@@ -53,7 +56,7 @@ class Reclaimer:
         transients: bytes that each part needs for a moment: ``transients_of``.
         is_served: whether what a part needs for a moment is resident by now.
         rss_bytes, trim, drop_library_pages, give_back_buffers: read, and reduce, what is resident.
-        avoid_huge_pages, allow_huge_pages: what is touched from then on takes less, until ``remove``.
+        keep_freed: how long the allocator keeps what is freed; returns whether it can be told.
     """
 
     def __init__(
@@ -68,8 +71,7 @@ class Reclaimer:
         rss_bytes: Callable[[], int] = resident.rss_bytes,
         trim: Callable[[], bool] = resident.trim,
         drop_library_pages: Callable[[], int] = resident.drop_library_pages,
-        avoid_huge_pages: Callable[[], bool] = resident.avoid_huge_pages,
-        allow_huge_pages: Callable[[], None] = resident.allow_huge_pages,
+        keep_freed: Callable[[malloc.Keep], bool] = malloc.keep_freed,
         give_back_buffers: Callable[[], None] = kernel_buffers.give_back,
     ) -> None:
         self._limit_bytes = limit_bytes
@@ -77,9 +79,8 @@ class Reclaimer:
         self._is_served = is_served
         self._rss_bytes, self._trim, self._drop_library_pages = rss_bytes, trim, drop_library_pages
         self._give_back_buffers = give_back_buffers
-        self._avoid_huge_pages, self._allow_huge_pages = avoid_huge_pages, allow_huge_pages
-        self.in_small_pages = False
-        """Whether huge pages were given up."""
+        self._keep_freed = keep_freed
+        self._keeps_nothing = False
         self._kind = ""
         self._served_bytes = 0
         """Transients that there has been room for since this kind of work began."""
@@ -87,6 +88,8 @@ class Reclaimer:
         """What a trim that was not enough has left: another is of no use before more is resident."""
         self.times = 0
         """How often memory was asked back."""
+        self.short_times = 0
+        """How often that left so little that freed memory was not kept for a while."""
         self._hooks: list[Any] = [
             model.register_forward_pre_hook(lambda *_: self.enter("forward prologue")),
             optimizer.register_step_pre_hook(lambda *_: self.enter("update")),
@@ -97,14 +100,11 @@ class Reclaimer:
             self._hooks.append(block.register_forward_hook(self._after(name, last=index == len(blocks) - 1)))
 
     def remove(self) -> None:
-        """Take the hooks off the model and the optimizer; those on graphs that still live do nothing. The
-        process may have huge pages again."""
+        """Take the hooks off the model and the optimizer; those on graphs that still live do nothing."""
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self.in_small_pages:
-            self._allow_huge_pages()
-            self.in_small_pages = False
+        self._keep_for_a_while()
 
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
@@ -134,15 +134,31 @@ class Reclaimer:
     def _make_room(self, room: int) -> None:
         """Ask freed memory back where ``room`` bytes would not fit, unless that has just been of no use."""
         now, creep = self._rss_bytes(), self._limit_bytes // _CREEP
-        if now + room <= self._limit_bytes or (self._left_bytes and now < self._left_bytes + creep):
+        if now + room <= self._limit_bytes:
+            self._keep_for_a_while()
+            return
+        if self._left_bytes and now < self._left_bytes + creep:
             return
         self.times += 1
         self._trim()
-        if self._rss_bytes() + room > self._limit_bytes:
-            self._drop_library_pages()
-            self.in_small_pages |= self._avoid_huge_pages()
         left = self._rss_bytes()
+        if left + room + room // _SCATTER > self._limit_bytes:
+            self._keep_nothing()
+        if left + room > self._limit_bytes:
+            self._drop_library_pages()
+            left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
+
+    def _keep_nothing(self) -> None:
+        """What is freed goes back at once."""
+        if self._keep_freed(malloc.Keep.NOTHING):
+            self._keeps_nothing = True
+            self.short_times += 1
+
+    def _keep_for_a_while(self) -> None:
+        if self._keeps_nothing:
+            self._keep_freed(malloc.Keep.A_WHILE)
+            self._keeps_nothing = False
 
     def _before(self, name: str, *, first: bool) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

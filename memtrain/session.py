@@ -270,8 +270,9 @@ class Session:
         seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
-            small = ", huge pages given up" if self._reclaimer.in_small_pages else ""
-            lines.append(f"freed memory asked back {self._reclaimer.times} times{small}")
+            asked, short = self._reclaimer.times, self._reclaimer.short_times
+            at_once = f", and {short} times given back at once for a while" if short else ""
+            lines.append(f"freed memory asked back {asked} times{at_once}")
         lines += [] if self.passes is None else self.passes.lines()
         lines += [*weight_lines(self.weights), *tiling_lines(self.model), *self._draws.lines()]
         lines += [] if self.tables is None else self.tables.lines()

@@ -15,7 +15,6 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _SMAPS = Path("/proc/self/smaps")
 _MADV_DONTNEED = 4  # mman.h
-_PR_SET_THP_DISABLE, _PR_GET_THP_DISABLE = 41, 42  # prctl.h
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
 _HEAP_BLOCK_BYTES = 256 << 10  # 64 KiB to 1 MiB were tried: same peak within 1 %, fewer mappings than 64 KiB
 
@@ -136,30 +135,6 @@ def clean_code(smaps: Path = _SMAPS) -> list[tuple[int, int, int]]:
         elif code and words[0] == "Anonymous:" and words[1] == "0" and resident_bytes:
             found.append((start, stop, resident_bytes))
     return found
-
-
-def avoid_huge_pages() -> bool:
-    """Have what this process touches from now on take pages of 4 KiB, not of 2 MiB; what is resident stays.
-
-    An allocator may ask for huge pages (mimalloc does), and the kernel gives as many as it has at hand. Then
-    each block of some MiB takes up to 2 MiB more than it is large. How much of a peak that is differs from
-    run to run (docs/log.md). Processes that are started meanwhile are without them too.
-
-    Returns:
-        Whether this changed anything, and ``allow_huge_pages`` is to be called in the end: not where somebody
-        has ruled them out before, or the kernel refuses.
-    """
-    prctl = _c_function("prctl")
-    if prctl is None or prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0) != 0:
-        return False
-    return bool(prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0)
-
-
-def allow_huge_pages() -> None:
-    """Take ``avoid_huge_pages`` back."""
-    prctl = _c_function("prctl")
-    if prctl is not None:
-        prctl(_PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def limit_heap() -> bool:

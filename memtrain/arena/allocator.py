@@ -225,7 +225,7 @@ class PlannedAllocator:
             else:
                 self._open(self._library, pattern)
         self._step = _OpenStep(key=key, pattern=pattern, ordinary=ordinary)
-        malloc.keep_freed(self.follows)
+        malloc.keep_freed(malloc.Keep.ALL if self.follows else malloc.Keep.A_WHILE)
 
     def end(self, *, completed: bool = True) -> None:
         """End the open step, in any thread; in a child that was forked in it nothing happens.
@@ -271,7 +271,7 @@ class PlannedAllocator:
         """Give back what nothing lives in, until a step follows a plan again: for work between steps."""
         if self._step is None and self._library is not None and self._is_here:
             self._library.memtrain_arena_vacate(self._arena)
-            malloc.keep_freed(False)
+            malloc.keep_freed(malloc.Keep.A_WHILE)
 
     def vacant_bytes(self) -> int:
         """Resident, and free for what the plan foresees."""
@@ -303,7 +303,7 @@ class PlannedAllocator:
         """
         if self._step is not None and os.getpid() == self._process:
             raise ArenaError("the arena has an open step: leave it before the arena is closed")
-        malloc.keep_freed(False)
+        malloc.keep_freed(malloc.Keep.A_WHILE)
         self._closed = True
         if self._library is not None:
             self._finalizer()

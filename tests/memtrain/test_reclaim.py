@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from memtrain.malloc import Keep
 from memtrain.reclaim import Reclaimer
 
 
@@ -20,16 +21,13 @@ class Heap:
         self.code_bytes = 0
         self.trimmed: list[int] = []
         self.buffer_bytes = 0
-        self.in_small_pages: list[int] = []
-        self.allowed = 0
+        self.kept: list[Keep] = []
+        self.can_be_told = True
 
-    def avoid_huge_pages(self) -> bool:
-        """As the kernel does: what is so already does not change."""
-        self.in_small_pages.append(self.rss_bytes)
-        return len(self.in_small_pages) == 1
-
-    def allow_huge_pages(self) -> None:
-        self.allowed += 1
+    def keep_freed(self, keep: Keep) -> bool:
+        if self.can_be_told:
+            self.kept.append(keep)
+        return self.can_be_told
 
     def give_back_buffers(self) -> None:
         self.rss_bytes -= self.buffer_bytes
@@ -63,8 +61,7 @@ def make(
         rss_bytes=lambda: heap.rss_bytes,
         trim=heap.trim,
         drop_library_pages=heap.drop,
-        avoid_huge_pages=heap.avoid_huge_pages,
-        allow_huge_pages=heap.allow_huge_pages,
+        keep_freed=heap.keep_freed,
         give_back_buffers=heap.give_back_buffers,
     )
     return reclaimer, heap, model, optimizer
@@ -98,35 +95,43 @@ def test_where_all_that_is_needed_is_resident_only_the_limit_counts() -> None:
     assert heap.trimmed == [6401, 6350]
 
 
-def test_there_are_huge_pages_as_long_as_asking_back_is_enough() -> None:
+def test_what_is_freed_is_kept_where_asking_back_leaves_half_as_much_again() -> None:
+    reclaimer, heap, _, _ = make(6400, forward_0=900, epilogue=900)
+    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1500
+    reclaimer.enter("forward 0")  # needs 900 and a 64th
+    assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (1, [], 0)
+    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1499
+    reclaimer.enter("epilogue")
+    assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (2, [Keep.NOTHING], 1)
+
+
+def test_what_is_freed_is_kept_again_from_where_there_is_room_without_asking() -> None:
     reclaimer, heap, _, _ = make(6400)
-    heap.rss_bytes, heap.left_bytes = 6390, 6300
+    heap.rss_bytes, heap.left_bytes = 6390, 6350
     reclaimer.enter("forward 0")
-    assert (heap.trimmed, heap.in_small_pages, reclaimer.in_small_pages) == ([6390], [], False)
-    heap.rss_bytes, heap.left_bytes, heap.code_bytes = 6391, 6350, 100
-    reclaimer.enter("forward 1")
-    assert (heap.trimmed, heap.in_small_pages, reclaimer.in_small_pages) == ([6390, 6391], [6250], True)
+    reclaimer.enter("forward 1")  # a trim has just been of no use
+    assert heap.kept == [Keep.NOTHING]
+    heap.rss_bytes = 6300
+    reclaimer.enter("epilogue")
+    reclaimer.enter("backward 1")
+    assert heap.kept == [Keep.NOTHING, Keep.A_WHILE]
 
 
-def test_huge_pages_come_back_with_the_end_of_a_session() -> None:
+def test_what_is_freed_is_kept_again_behind_the_session() -> None:
     reclaimer, heap, _, _ = make(6400)
     heap.rss_bytes = heap.left_bytes = 6390
-    for _ in range(2):
-        reclaimer.enter("forward 0")
-        reclaimer.enter("epilogue")
-    assert heap.allowed == 0
-    reclaimer.remove()
-    reclaimer.remove()
-    assert heap.allowed == 1
-
-
-def test_huge_pages_that_somebody_else_has_ruled_out_stay_so() -> None:
-    reclaimer, heap, _, _ = make(6400)
-    heap.rss_bytes = heap.left_bytes = 6390
-    heap.in_small_pages.append(0)
     reclaimer.enter("forward 0")
     reclaimer.remove()
-    assert heap.allowed == 0
+    reclaimer.remove()
+    assert heap.kept == [Keep.NOTHING, Keep.A_WHILE]
+
+
+def test_an_allocator_that_cannot_be_told_is_not_said_to_have_kept_nothing() -> None:
+    reclaimer, heap, _, _ = make(6400)
+    heap.rss_bytes = heap.left_bytes = 6390
+    heap.can_be_told = False
+    reclaimer.enter("forward 0")
+    assert (reclaimer.times, reclaimer.short_times) == (1, 0)
 
 
 def test_a_block_that_needs_more_than_those_before_it_gets_room_for_the_rest() -> None:

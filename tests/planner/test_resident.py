@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from pathlib import Path
 
 import pytest
@@ -90,33 +89,6 @@ def test_only_clean_code_of_files_is_found(tmp_path: Path) -> None:
     (tmp_path / "smaps").write_text(SMAPS)
     assert resident.clean_code(tmp_path / "smaps") == [(0x1000, 0x5000, 12 * 1024)]
     assert resident.clean_code(tmp_path / "missing") == []
-
-
-def grown_by_touching_one_page_in_512(*, without_huge_pages: bool) -> int:
-    size = 64 << 20
-    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        if without_huge_pages:
-            assert resident.avoid_huge_pages()
-            assert not resident.avoid_huge_pages()  # nothing more to change, nothing more to take back
-        before = resident.read().anonymous_bytes
-        try:
-            for offset in range(0, size, 2 << 20):
-                memory[offset] = 1
-            return resident.read().anonymous_bytes - before
-        finally:
-            if without_huge_pages:
-                resident.allow_huge_pages()
-
-
-@pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no huge pages"
-)
-def test_what_is_touched_without_huge_pages_takes_small_ones() -> None:
-    if grown_by_touching_one_page_in_512(without_huge_pages=False) < 32 << 20:
-        pytest.skip("the kernel gives no huge pages here")
-    assert grown_by_touching_one_page_in_512(without_huge_pages=True) < 1 << 20
-    assert grown_by_touching_one_page_in_512(without_huge_pages=False) > 16 << 20
 
 
 def test_library_pages_come_back_when_they_are_used() -> None:
