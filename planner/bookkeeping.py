@@ -44,8 +44,7 @@ def least_shard(profile: ModelProfile, sizes: tuple[int, ...], *, on_cpu: bool) 
 
 def _shards(profile: ModelProfile, unit: UnitProfile, shard_elements: int) -> int:
     """A parameter that may be cut fills what its shard has left, but for less than a granule; tiles are units
-    of their own, each with a shard that may not be full. At most so many where all parameters have one
-    dtype: where not, bytes do not tell how many elements they are."""
+    of their own, each with a shard that may not be full."""
     if not profile.elementwise:
         return most_parameters(profile, unit)
     least = max(shard_elements - SHARD_GRANULE, SHARD_GRANULE)

@@ -32,6 +32,8 @@ def parameters_of(profile: ModelProfile, unit: UnitProfile) -> int:
 
 def elements_of(profile: ModelProfile, unit: UnitProfile) -> float:
     """Elements of a unit's parameters that may leave, whole."""
+    if unit.movable_elements:
+        return float(unit.movable_elements)
     counts = [0.0]
     if profile.state_bytes_per_element:
         counts.append(unit.state_bytes / profile.state_bytes_per_element)

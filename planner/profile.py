@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from memtrain.planner.actions import PLAIN, Tier
 from memtrain.planner.canonical import canonical_json, check_version, plain, reading, short_digest
 
-PROFILE_VERSION = 11
+PROFILE_VERSION = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +226,9 @@ class UnitProfile:
     """Trainable parameters only."""
     state_bytes: int
     """Optimizer state (moments, and master weights where the regime has them) that may leave memory."""
+    movable_elements: int = 0
+    """Of the parameters that ``gradient_bytes`` and ``state_bytes`` are of. 0 in a profile that was written
+    by hand: then the bytes tell, as if all had the profile's bytes per element."""
     resident_state_bytes: int = 0
     """State and gradients too small to be worth moving; always in memory."""
     update_seconds: float = 0.0

@@ -52,6 +52,8 @@ def staging_tier(*, on_cpu: bool) -> Tier:
 
 def unit_elements(profile: ModelProfile, unit: UnitProfile) -> int:
     """Elements of a unit whose state or gradients may leave memory."""
+    if unit.movable_elements:
+        return unit.movable_elements
     by_state = unit.state_bytes / profile.state_bytes_per_element if profile.state_bytes_per_element else 0
     by_gradient = (
         unit.gradient_bytes / profile.gradient_bytes_per_element if profile.gradient_bytes_per_element else 0

@@ -268,6 +268,7 @@ def parameter_units(
                 weight_bytes=sum(p.nbytes for p in own),
                 gradient_bytes=sum(p.nbytes for p in large),
                 state_bytes=round(sum(map(state_of, large))),
+                movable_elements=sum(p.numel() for p in large),
                 resident_state_bytes=round(sum(p.nbytes + state_of(p) for p in small)),
                 update_seconds=sum(map(seconds_of, (*large, *small))),
                 parameters=tuple(names[id(p)] for p in own),

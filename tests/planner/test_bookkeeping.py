@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from memtrain.offload.shards import SMALL, FlatIndex
 from memtrain.planner.actions import Action, Tier
@@ -21,7 +22,9 @@ from memtrain.planner.machine import Budget
 from memtrain.planner.plan import Plan
 from memtrain.planner.profile import ModelProfile, UnitProfile
 from memtrain.planner.solve import make_plan
-from memtrain.planner.units import MiB
+from memtrain.planner.staging import state_extent_bytes
+from memtrain.planner.trace import profile_model
+from memtrain.planner.units import MiB, round_up
 from tests.planner.test_solve import brute_force
 from tests.planner.toys import make_block, make_machine, make_profile
 from tests.planner.weighty import billed
@@ -73,6 +76,50 @@ def test_every_tile_may_end_in_a_shard_that_is_not_full() -> None:
     for shard in (1 << 18, 1 << 20, 1 << 22):
         cut = FlatIndex([(f"unit {name}", [(name, tile)]) for name, tile in tiles], shard).all_shards()
         assert len(cut) <= bookkeeping_bytes(profile, shard) <= len(cut) + 40
+
+
+class Mixed(nn.Module):
+    """A block in bf16 and a head in fp32, as many a model keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16)
+        self.head = nn.Linear(1024, 700, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.head(self.block(hidden).float()))
+
+
+def test_units_of_several_dtypes_have_no_more_shards_and_pieces_than_are_billed() -> None:
+    """Without masters the state has its parameter's dtype, and the bf16 unit's bytes are those of half as
+    many fp32 elements."""
+    model = Mixed()
+    optimizer = torch.optim.AdamW(model.parameters())
+    profile = profile_model(
+        model,
+        torch.ones(2, 1024, dtype=torch.bfloat16, requires_grad=True),
+        optimizer=optimizer,
+        elementwise=True,
+        block_names=["block"],
+    )
+    assert {unit.name: unit.movable_elements for unit in profile.units} == {
+        "prologue": 0,
+        "block": 1 << 20,
+        "epilogue": 700 << 10,
+    }
+    assert (profile.gradient_bytes_per_element, profile.state_bytes_per_element) == (4, 8)
+    units = [(unit.name, [(n, model.get_parameter(n)) for n in unit.parameters]) for unit in profile.units]
+    noted = replace(profile, parameter_object_bytes=0, shard_object_bytes=1)
+    for shard in (1 << 18, 1 << 19, 1 << 20):
+        index = FlatIndex(units, shard)
+        assert len(index.all_shards()) <= bookkeeping_bytes(noted, shard) <= len(index.all_shards()) + 2
+        for unit in profile.units:
+            pieces = [piece for s in index.shards[unit.name] for piece in s.pieces]
+            pages = sum(
+                2 * round_up(piece.elements * unit.state_bytes // (2 * unit.movable_elements), 4096)
+                for piece in pieces
+            )
+            assert pages <= state_extent_bytes(profile, unit)
 
 
 def test_parameters_that_are_not_cut_have_a_shard_each_at_most() -> None:
