@@ -87,7 +87,10 @@ def main() -> None:
 
     budget = memtrain.Budget(device=args.budget, nvme=f"{args.swap}:{args.swap_size}")
     torch.manual_seed(0)
-    with memtrain.streamed_model(source_of(args), dtype=torch.bfloat16, budget=budget) as streamed:
+    # Equal blocks stay whole: what is compared is depth, and automatic tiles depend on what is free at first.
+    tiles = "auto" if args.blocks is None else None
+    made = memtrain.streamed_model(source_of(args), dtype=torch.bfloat16, budget=budget, tile_bytes=tiles)
+    with made as streamed:
         built_peak_bytes = memory_bytes("VmHWM")
         model = streamed.model.train()
         model.config.use_cache = False
