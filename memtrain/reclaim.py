@@ -130,6 +130,7 @@ class Reclaimer:
             self.times += 1
             self._give_back_buffers()
             self._trim()
+            self._keep_nothing_if_short(self._rss_bytes(), room)
 
     def _make_room(self, room: int) -> None:
         """Ask freed memory back where ``room`` bytes would not fit, unless that has just been of no use."""
@@ -142,15 +143,16 @@ class Reclaimer:
         self.times += 1
         self._trim()
         left = self._rss_bytes()
-        if left + room + room // _SCATTER > self._limit_bytes:
-            self._keep_nothing()
+        self._keep_nothing_if_short(left, room)
         if left + room > self._limit_bytes:
             self._drop_library_pages()
             left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 
-    def _keep_nothing(self) -> None:
-        """What is freed goes back at once."""
+    def _keep_nothing_if_short(self, left: int, room: int) -> None:
+        """What is freed goes back at once where beside the ``left`` bytes of a trim little more than ``room`` is free."""
+        if left + room + room // _SCATTER <= self._limit_bytes:
+            return
         if self._keep_freed(malloc.Keep.NOTHING):
             self._keeps_nothing = True
             self.short_times += 1

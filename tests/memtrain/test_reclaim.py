@@ -205,6 +205,16 @@ def test_whoever_waits_keeps_nothing_that_is_free_where_the_next_one_needs_room(
     assert len(heap.trimmed) == 2
 
 
+def test_what_those_who_wait_leave_is_not_kept_either_where_it_is_short() -> None:
+    reclaimer, heap, _, _ = make(6400, forward_0=1000)
+    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1650  # 1000, a 64th, and half as much again
+    reclaimer.leave()
+    assert (len(heap.trimmed), heap.kept) == (1, [])
+    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1649
+    reclaimer.leave()
+    assert (len(heap.trimmed), heap.kept) == (2, [Keep.NOTHING])
+
+
 def test_code_is_unmapped_where_a_trim_is_not_enough() -> None:
     reclaimer, heap, _, _ = make(6400)
     heap.left_bytes, heap.code_bytes, heap.rss_bytes = 6250, 60, 6390
