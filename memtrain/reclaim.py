@@ -150,7 +150,7 @@ class Reclaimer:
         self._left_bytes = left if left + room > self._limit_bytes else 0
 
     def _keep_nothing_if_short(self, left: int, room: int) -> None:
-        """What is freed goes back at once where beside the ``left`` bytes of a trim little more than ``room`` is free."""
+        """What is freed goes back at once where a trim has left little more than ``room`` free."""
         if left + room + room // _SCATTER <= self._limit_bytes:
             return
         if self._keep_freed(malloc.Keep.NOTHING):
