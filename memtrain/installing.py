@@ -163,6 +163,6 @@ def make_reclaimer(
         transients=transients_of(plan, profile),
         is_served=lambda: passes is not None and passes.follows,
         rss_bytes=resident.rss_bytes if passes is None else passes.occupied_bytes,
-        # Under planned addresses the arena decides how long the rest of what is freed is kept.
-        keep_freed=malloc.keep_freed if passes is None else lambda _: False,
+        # While a step follows planned addresses all that it frees elsewhere is kept (``PlannedAllocator``).
+        keep_freed=lambda keep: not (passes is not None and passes.follows) and malloc.keep_freed(keep),
     )

@@ -54,36 +54,35 @@ class Keep(Enum):
 
 
 def keep_freed(keep: Keep) -> bool:
-    """Have mimalloc keep what is freed so long, from now on, in every thread.
+    """Have mimalloc keep what is freed so long, from now on, in every thread; the last caller is obeyed.
 
     Returns:
         Whether this process has mimalloc, as ``restart_with_allocator`` starts it.
     """
-    write = _purge_delay_writer()
-    if write is None:
+    option = _purge_delay()
+    if option is None:
         return False
-    kept = {Keep.NOTHING: 0, Keep.A_WHILE: _began_milliseconds(), Keep.ALL: _NEVER_MILLISECONDS}
+    write, began = option
+    kept = {Keep.NOTHING: 0, Keep.A_WHILE: began, Keep.ALL: _NEVER_MILLISECONDS}
     write(_PURGE_DELAY_OPTION, ctypes.c_long(kept[keep]))
     return True
 
 
 @cache
-def _purge_delay_writer() -> Any:
-    """``mi_option_set``, or None where the option is not what this process was started with: another version,
-    whose options have other numbers."""
+def _purge_delay() -> tuple[Any, int] | None:
+    """``mi_option_set``, and the milliseconds that this process was started with. None without mimalloc,
+    where somebody else has chosen it, and where the option is not what it was started with: another
+    version, whose options have other numbers."""
     if os.environ.get(_DONE) != "1":
         return None
     here = ctypes.CDLL(None)
     try:
         read, write = here.mi_option_get, here.mi_option_set
-    except AttributeError:
+        began = int(os.environ.get("MIMALLOC_PURGE_DELAY", _PURGE_DELAY_MILLISECONDS))
+    except (AttributeError, ValueError):
         return None
     read.restype, write.restype = ctypes.c_long, None
-    return write if read(_PURGE_DELAY_OPTION) == _began_milliseconds() else None
-
-
-def _began_milliseconds() -> int:
-    return int(os.environ.get("MIMALLOC_PURGE_DELAY", _PURGE_DELAY_MILLISECONDS))
+    return (write, began) if read(_PURGE_DELAY_OPTION) == began else None
 
 
 def mimalloc_library() -> Path | None:

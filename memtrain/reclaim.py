@@ -13,8 +13,8 @@ Where all of that has its place already, because a step follows planned addresse
 that there will be, and nothing is asked back below the peak.
 
 Where that was not enough, code of libraries that is not in use is unmapped too. Where it was barely enough,
-what is freed goes back at once until a part has room without asking: a heap that has just been emptied takes
-up to half as much again as is alive, for what it keeps does not fit the sizes that are asked for next.
+what is freed goes back at once until a part has ample room without asking: a heap that has just been emptied
+takes half as much again as is alive, for what it keeps does not fit the sizes that are asked for next.
 
 A thread that is about to wait, as micro-batches in vertical order do, gives back what is kept for it alone:
 by the allocator, and by MKL for its products (``memtrain.kernel_buffers``).
@@ -89,10 +89,12 @@ class Reclaimer:
         self.times = 0
         """How often memory was asked back."""
         self.short_times = 0
-        """How often that left so little that freed memory was not kept for a while."""
+        """Behind how many of those freed memory was not kept."""
         self._hooks: list[Any] = [
             model.register_forward_pre_hook(lambda *_: self.enter("forward prologue")),
             optimizer.register_step_pre_hook(lambda *_: self.enter("update")),
+            # What the caller does between steps, and the children it starts, are none of a step's parts.
+            optimizer.register_step_post_hook(lambda *_: self._keep_for_a_while()),
         ]
         for index, (name, block) in enumerate(blocks):
             before = self._before(name, first=index == 0)
@@ -113,11 +115,12 @@ class Reclaimer:
         kind = part if part.endswith("prologue") else part.partition(" ")[0]
         if kind != self._kind:
             self._kind, self._served_bytes, self._left_bytes = kind, 0, 0
-        need = self._transients.get(part, 0)
-        creep = self._limit_bytes // _CREEP
-        room = 0 if self._is_served() else creep + max(0, need - self._served_bytes)
+        need = 0 if self._is_served() else self._transients.get(part, 0)
+        # What has gone back at once serves nobody again.
+        served = 0 if self._keeps_nothing else self._served_bytes
+        creep = 0 if self._is_served() else self._limit_bytes // _CREEP
         self._served_bytes = max(self._served_bytes, need)
-        self._make_room(room)
+        self._make_room(creep + max(0, need - served), creep + need + need // _SCATTER)
 
     def leave(self) -> None:
         """This thread is about to wait for others, and what is kept for it nobody else could use."""
@@ -125,35 +128,34 @@ class Reclaimer:
             return
         # Whoever comes next has been served nothing; and what one thread's trim has left, another's may give.
         self._served_bytes = self._left_bytes = 0
-        room = max(self._transients.values(), default=0) + self._limit_bytes // _CREEP
-        if self._rss_bytes() + room > self._limit_bytes:
+        need, creep = max(self._transients.values(), default=0), self._limit_bytes // _CREEP
+        if self._rss_bytes() + need + creep > self._limit_bytes:
             self.times += 1
             self._give_back_buffers()
             self._trim()
-            self._keep_nothing_if_short(self._rss_bytes(), room)
+            self._keep_nothing_without(creep + need + need // _SCATTER)
 
-    def _make_room(self, room: int) -> None:
-        """Ask freed memory back where ``room`` bytes would not fit, unless that has just been of no use."""
+    def _make_room(self, room: int, ample: int) -> None:
+        """Ask freed memory back where ``room`` bytes would not fit, unless that has just been of no use, and
+        keep none of it until ``ample`` bytes do."""
         now, creep = self._rss_bytes(), self._limit_bytes // _CREEP
         if now + room <= self._limit_bytes:
-            self._keep_for_a_while()
+            if now + ample <= self._limit_bytes:
+                self._keep_for_a_while()
             return
         if self._left_bytes and now < self._left_bytes + creep:
             return
         self.times += 1
         self._trim()
-        left = self._rss_bytes()
-        self._keep_nothing_if_short(left, room)
-        if left + room > self._limit_bytes:
+        self._keep_nothing_without(ample)  # code that is dropped below comes back as it is used
+        if self._rss_bytes() + room > self._limit_bytes:
             self._drop_library_pages()
-            left = self._rss_bytes()
+        left = self._rss_bytes()
         self._left_bytes = left if left + room > self._limit_bytes else 0
 
-    def _keep_nothing_if_short(self, left: int, room: int) -> None:
-        """What is freed goes back at once where a trim has left little more than ``room`` free."""
-        if left + room + room // _SCATTER <= self._limit_bytes:
-            return
-        if self._keep_freed(malloc.Keep.NOTHING):
+    def _keep_nothing_without(self, ample: int) -> None:
+        """What is freed goes back at once where a trim has not left ``ample`` bytes free."""
+        if self._rss_bytes() + ample > self._limit_bytes and self._keep_freed(malloc.Keep.NOTHING):
             self._keeps_nothing = True
             self.short_times += 1
 

@@ -97,10 +97,10 @@ def test_where_all_that_is_needed_is_resident_only_the_limit_counts() -> None:
 
 def test_what_is_freed_is_kept_where_asking_back_leaves_half_as_much_again() -> None:
     reclaimer, heap, _, _ = make(6400, forward_0=900, epilogue=900)
-    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1500
-    reclaimer.enter("forward 0")  # needs 900 and a 64th
+    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1450
+    reclaimer.enter("forward 0")  # needs 900, half of it again, and a 64th
     assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (1, [], 0)
-    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1499
+    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1449
     reclaimer.enter("epilogue")
     assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (2, [Keep.NOTHING], 1)
 
@@ -115,6 +115,27 @@ def test_what_is_freed_is_kept_again_from_where_there_is_room_without_asking() -
     reclaimer.enter("epilogue")
     reclaimer.enter("backward 1")
     assert heap.kept == [Keep.NOTHING, Keep.A_WHILE]
+
+
+def test_what_was_not_kept_serves_no_other_block() -> None:
+    """Blocks of the same kind need what the first one needed, anew."""
+    reclaimer, heap, _, _ = make(6400, forward_0=1000, forward_1=1000)
+    heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1599
+    reclaimer.enter("forward 0")
+    reclaimer.enter("forward 1")
+    assert (heap.kept, len(heap.trimmed)) == ([Keep.NOTHING], 1)
+    heap.rss_bytes = 6400 - 1600
+    reclaimer.enter("forward 1")
+    assert heap.kept == [Keep.NOTHING, Keep.A_WHILE]
+
+
+def test_what_is_freed_is_kept_again_between_steps() -> None:
+    _, heap, model, optimizer = make(6400)
+    heap.rss_bytes = heap.left_bytes = 6390
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    assert heap.kept[0] is Keep.NOTHING
+    assert heap.kept[-1] is Keep.A_WHILE
 
 
 def test_what_is_freed_is_kept_again_behind_the_session() -> None:
@@ -207,11 +228,12 @@ def test_whoever_waits_keeps_nothing_that_is_free_where_the_next_one_needs_room(
 
 def test_what_those_who_wait_leave_is_not_kept_either_where_it_is_short() -> None:
     reclaimer, heap, _, _ = make(6400, forward_0=1000)
-    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1650  # 1000, a 64th, and half as much again
+    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1600  # 1000, half of it again, and a 64th
     reclaimer.leave()
     assert (len(heap.trimmed), heap.kept) == (1, [])
-    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1649
+    heap.rss_bytes, heap.left_bytes = 5301, 6400 - 1599
     reclaimer.leave()
+    reclaimer.enter("forward 0")  # of another thread: there is room, but not ample room
     assert (len(heap.trimmed), heap.kept) == (2, [Keep.NOTHING])
 
 

@@ -485,6 +485,7 @@ def adversarial(draw: st.DrawFn) -> ModelProfile:
         weight_bytes=2 * elements,
         gradient_bytes=2 * elements,
         state_bytes=12 * elements,
+        movable_elements=draw(st.sampled_from([0, elements, 3 * elements])),
         update_seconds=0.001,
     )
     return make_profile(
