@@ -8,8 +8,8 @@ masters, in a process and a memory group of its own with the same hard limit, an
 in which the deepest of them can be trained. In a larger one each takes what makes its step faster, such as
 larger shards, and peaks tell of that and not of depth. Weights, gradients and optimizer state of every block
 are on the disk, activations swapped. What may grow with depth is small: norms and their state, a few objects
-for each block, and the blocks' boundaries in the swap queue. Equal blocks are not cut into tiles. ``growth`` is the peak of the deepest over that
-of the shallowest, less one; 0.03 is allowed.
+for each block, and the blocks' boundaries in the swap queue. Equal blocks are not cut into tiles. ``growth``
+is the peak of the deepest over that of the shallowest, less one; 0.03 is allowed.
 
 Beside them SmolLM2-135M, streamed, at sequence length 1024 under a hard limit of 0.8 GiB: what leaves memory
 there, and what stays, is the planner's choice.
