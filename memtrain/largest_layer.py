@@ -1,5 +1,5 @@
 """Why streamed weights do not fit: the layer that makes the windows, or the slots of the update, so large,
-and the size of tiles that would help."""
+and the size of tiles that would help, or has to be kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memtrain.planner.actions import Tier
 from memtrain.planner.plan import Plan, describe_windows
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import MiB, format_gib
-from memtrain.tiling import TILES_IN_FREE, TilingError, choose_cuts, tiles_of
+from memtrain.tiling import TILES_IN_FREE, TilingError, choose_cuts, cuts_of, tiles_of
 
 
 def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> Plan:
@@ -40,6 +40,30 @@ def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> P
     return dataclasses.replace(plan, remedies=(*plan.remedies, words))
 
 
+def with_automatic_tiles(plan: Plan, model: nn.Module) -> Plan:
+    """An infeasible ``plan``, whose remedies say how the tiles are kept that its budget has brought about:
+    the budget that is named holds with them, and under it layers may be left whole. Any other plan as it is.
+    """
+    cuts = cuts_of(model)
+    size = cuts.automatic_bytes
+    if size is None or not dict(plan.shortfall_bytes).get(Tier.DEVICE):
+        return plan
+    words = (
+        f"layers were cut into tiles of {format_gib(size)} for so small a budget, and another may leave them "
+        "whole, which needs more than is named here"
+    )
+    if not cuts.uncut:  # to ask for a size refuses what cannot be cut so far
+        words += f": keep them with {_asked_for(size)}"
+    return dataclasses.replace(plan, remedies=(*plan.remedies, words))
+
+
+def _asked_for(tile_bytes: int) -> str:
+    return (
+        f"streamed_model(..., tile_bytes={tile_bytes}), in a recipe model.streamed: true and model.tile: "
+        f"{tile_bytes // MiB}MiB"
+    )
+
+
 def _tiles(plan: Plan, profile: ModelProfile, model: nn.Module, limit_bytes: int) -> str:
     """What to set, where layers can be cut into tiles that are smaller than the windows are."""
     free = max(0, limit_bytes - profile.baseline_bytes)
@@ -54,8 +78,5 @@ def _tiles(plan: Plan, profile: ModelProfile, model: nn.Module, limit_bytes: int
             told = f", and tiles do not help: {error}"
             size *= 2
             continue
-        return (
-            f". Cut layers into tiles: streamed_model(..., tile_bytes={size}), in a recipe model.streamed: "
-            f"true and model.tile: {size // MiB}MiB"
-        )
+        return f". Cut layers into tiles: {_asked_for(size)}"
     return told

@@ -108,6 +108,11 @@ class Reclaimer:
         self._hooks.clear()
         self._keep_for_a_while()
 
+    def line(self) -> str:
+        """What it has done, for people."""
+        not_kept = f", and not kept behind {self.short_times} of them" if self.short_times else ""
+        return f"freed memory asked back {self.times} times{not_kept}"
+
     def enter(self, part: str) -> None:
         """``part``, such as ``backward model.layers.3``, is about to begin."""
         if not self._hooks:
@@ -115,10 +120,11 @@ class Reclaimer:
         kind = part if part.endswith("prologue") else part.partition(" ")[0]
         if kind != self._kind:
             self._kind, self._served_bytes, self._left_bytes = kind, 0, 0
-        need = 0 if self._is_served() else self._transients.get(part, 0)
+        need, creep = self._transients.get(part, 0), self._limit_bytes // _CREEP
+        if self._is_served():
+            need = creep = 0
         # What has gone back at once serves nobody again.
         served = 0 if self._keeps_nothing else self._served_bytes
-        creep = 0 if self._is_served() else self._limit_bytes // _CREEP
         self._served_bytes = max(self._served_bytes, need)
         self._make_room(creep + max(0, need - served), creep + need + need // _SCATTER)
 

@@ -270,9 +270,7 @@ class Session:
         seen = {name: probe.difference for name, probe in self._activations.token_probes.items()}
         lines += [*form_facts(self.plan, self.profile), *recompute_facts(self.plan, self.profile, seen)]
         if self._reclaimer is not None:
-            asked, short = self._reclaimer.times, self._reclaimer.short_times
-            not_kept = f", and not kept behind {short} of them" if short else ""
-            lines.append(f"freed memory asked back {asked} times{not_kept}")
+            lines.append(self._reclaimer.line())
         lines += [] if self.passes is None else self.passes.lines()
         lines += [*weight_lines(self.weights), *tiling_lines(self.model), *self._draws.lines()]
         lines += [] if self.tables is None else self.tables.lines()

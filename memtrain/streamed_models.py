@@ -11,6 +11,7 @@ and two pieces of 8 MiB. Buffers, and weights of fewer than ``SMALL`` elements, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -188,11 +189,12 @@ def _cuts(model: nn.Module, budget: Budget, tile_bytes: int | str | None, tables
         if tile_bytes == AUTO:
             return Cuts()
         raise
-    size = automatic_tile_bytes(units, budget) if tile_bytes == AUTO else tile_bytes
+    if isinstance(tile_bytes, int):
+        return choose_cuts(model, units, tile_bytes)
+    size = automatic_tile_bytes(units, budget)
     if size is None:
         return Cuts()
-    assert isinstance(size, int)
-    return choose_cuts(model, units, size, required=tile_bytes != AUTO)
+    return dataclasses.replace(choose_cuts(model, units, size, required=False), automatic_bytes=size)
 
 
 def _drawn(

@@ -33,6 +33,7 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.units import MiB
 
 AUTO = "auto"
+_KEY = "_memtrain_cuts"
 _ROWS = 64
 """Tiles begin at multiples of it: of whatever number of rows a matrix product works on at once."""
 _WINDOWS_SHARE = 2
@@ -53,10 +54,13 @@ class Cuts:
     Attributes:
         rows: of each tile, by the layer's name in the model.
         uncut: units that stay larger than a tile, and why.
+        automatic_bytes: the size of tiles where nobody asked for it, but for the budget; None where
+            somebody did.
     """
 
     rows: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     uncut: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    automatic_bytes: int | None = None
 
     def lines(self) -> list[str]:
         """What should have been cut and could not be, for people."""
@@ -180,9 +184,17 @@ def cut(model: nn.Module, cuts: Cuts) -> None:
             assert isinstance(layer, nn.Linear)
             made = TiledLinear.over(layer, rows)
         setattr(model.get_submodule(parent), name, made)
+    if cuts.rows:
+        model.__dict__[_KEY] = cuts
 
 
 # -- a model with tiles --------------------------------------------------------------------------------------
+
+
+def cuts_of(model: nn.Module) -> Cuts:
+    """What ``cut`` has made tiles in ``model``; nothing in one that it has not seen."""
+    cuts: Cuts = model.__dict__.get(_KEY, Cuts())
+    return cuts
 
 
 def tiles_of(model: nn.Module) -> list[Tile]:

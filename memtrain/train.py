@@ -30,6 +30,7 @@ import memtrain
 from memtrain.checkpoints import Checkpoints, RunFinished
 from memtrain.coding import CodecError
 from memtrain.data import DataError, Tokens, Windows
+from memtrain.largest_layer import with_automatic_tiles
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim import ParameterRole, role_table
@@ -266,7 +267,8 @@ class Trainer:
         """The budget covers installing the plan and taking up a checkpoint too, which no plan foresees."""
         reached = self._process_peak_bytes()
         if reached > self.recipe.memory_budget().device_bytes:
-            raise memtrain.InfeasibleError(overrun(self.session.plan, reached))
+            refused = overrun(self.session.plan, reached)
+            raise memtrain.InfeasibleError(with_automatic_tiles(refused, self.session.model))
 
     def _process_peak_bytes(self) -> int:
         """The most of what the device's budget covers: on a CPU all of this process, from its start."""

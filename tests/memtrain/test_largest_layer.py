@@ -1,5 +1,6 @@
 """The layer that is too large is named, with its bytes, the limit and what would help."""
 
+import dataclasses
 import re
 
 import pytest
@@ -7,9 +8,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import memtrain
+from memtrain.largest_layer import with_automatic_tiles
 from memtrain.planner import resident
+from memtrain.planner.actions import Tier
+from memtrain.planner.infeasible import overrun
 from memtrain.streamed_models import streamed_model
-from tests.memtrain.plans import AWAY
+from memtrain.tiling import Cuts, cut, cuts_of, tiles_of
+from tests.memtrain.plans import AWAY, infeasible_plan
 from tests.memtrain.sessions import MACHINE
 
 MiB = 1 << 20
@@ -53,6 +58,47 @@ def test_the_layer_is_named(tmp_path, whole):
     assert 8 * MiB <= int(found[1]) <= 16 * MiB  # 64 rows of the widest layer are 8 MiB
     assert f"model.streamed: true and model.tile: {int(found[1]) // MiB}MiB" in told
     assert told in str(raised.value)
+
+
+@pytest.mark.parametrize("asked", ["auto", 16 * MiB])
+def test_tiles_that_a_small_budget_has_brought_about_are_to_be_kept(tmp_path, asked):
+    config = AutoConfig.for_model("llama", **SHAPE)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 300, (1, 8))
+    # An eighth of it are 16 MiB, and two windows of 96 MiB more than half.
+    budget = memtrain.Budget(device=resident.rss_bytes() + 132 * MiB, nvme=f"{tmp_path}:2GiB")
+    with streamed_model(config, dtype=torch.bfloat16, budget=budget, tile_bytes=asked) as made:
+        size = cuts_of(made.model).automatic_bytes or 0
+        assert (12 * MiB <= size <= 16 * MiB) == (asked == "auto")
+        assert tiles_of(made.model)
+        with pytest.raises(memtrain.InfeasibleError) as raised:
+            memtrain.prepare(
+                made.model.train(),
+                torch.optim.AdamW(made.model.parameters()),
+                {"input_ids": ids, "labels": ids},
+                budget=memtrain.Budget(device=resident.rss_bytes() + 8 * MiB, nvme=f"{tmp_path}:2GiB"),
+                machine=MACHINE,
+                options=memtrain.PlannerOptions(force=AWAY),
+            )
+        overrun_too = with_automatic_tiles(overrun(raised.value.plan, 1 << 40), made.model)
+    for told in ("\n".join(raised.value.plan.remedies), "\n".join(overrun_too.remedies)):
+        assert (f"keep them with streamed_model(..., tile_bytes={size})" in told) == (asked == "auto")
+        assert (f"model.streamed: true and model.tile: {size // MiB}MiB" in told) == (asked == "auto")
+
+
+def test_what_could_not_be_cut_is_not_to_be_asked_for():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 128))
+    plan = infeasible_plan()
+    whole = Cuts(automatic_bytes=MiB)
+    cut(model, whole)
+    assert with_automatic_tiles(plan, model) is plan  # no tile, and nothing to keep
+    cut(model, Cuts(rows={"0": (64, 64)}, uncut={"prologue": "it cannot"}, automatic_bytes=MiB))
+    *others, told = with_automatic_tiles(plan, model).remedies
+    assert tuple(others) == plan.remedies
+    assert "layers were cut into tiles of 0.001 GiB" in told
+    assert "keep them" not in told
+    on_disk = dataclasses.replace(plan, shortfall_bytes=((Tier.NVME, 1),))
+    assert with_automatic_tiles(on_disk, model) is on_disk  # tiles take no less there
 
 
 def test_nothing_is_added_where_weights_stay(tmp_path):

@@ -100,9 +100,11 @@ def test_what_is_freed_is_kept_where_asking_back_leaves_half_as_much_again() -> 
     heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1450
     reclaimer.enter("forward 0")  # needs 900, half of it again, and a 64th
     assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (1, [], 0)
+    assert reclaimer.line() == "freed memory asked back 1 times"
     heap.rss_bytes, heap.left_bytes = 6390, 6400 - 1449
     reclaimer.enter("epilogue")
     assert (len(heap.trimmed), heap.kept, reclaimer.short_times) == (2, [Keep.NOTHING], 1)
+    assert reclaimer.line() == "freed memory asked back 2 times, and not kept behind 1 of them"
 
 
 def test_what_is_freed_is_kept_again_from_where_there_is_room_without_asking() -> None:
