@@ -271,11 +271,31 @@ def _fail_closed(request: IORequest) -> None:
     request.done(request)
 
 
+class Gate:
+    """For tests: calls stop at it until it is opened, and ``reached`` is set when one has come."""
+
+    def __init__(self) -> None:
+        self.reached, self._opened = threading.Event(), threading.Event()
+
+    def open(self) -> None:
+        self._opened.set()
+
+    def go_through(self) -> None:
+        """Raises:
+        TimeoutError: nobody has opened it for a minute.
+        """
+        self.reached.set()
+        if not self._opened.wait(60):
+            raise TimeoutError("the gate was never opened")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fault:
     """What goes wrong with one request."""
 
     delay_seconds: float = 0.0
+    gate: Gate | None = None
+    """A call stops at it before anything else happens."""
     times: int = 1 << 30
     """How many calls go wrong before the target does what it should again."""
     error: int | None = None
@@ -374,6 +394,8 @@ class FaultyTarget:
 
     def _before(self, nbytes: int) -> int:
         self._calls += 1
+        if self._fault.gate is not None:
+            self._fault.gate.go_through()
         time.sleep(self._fault.delay_seconds)
         if not self._wrong:
             return nbytes

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from memtrain.offload.errors import (
     ExtentStateError,
     TierIOError,
 )
-from memtrain.offload.io import Fault, FaultyBackend, ThreadPoolBackend
+from memtrain.offload.io import Fault, FaultyBackend, Gate, ThreadPoolBackend
 from memtrain.offload.tiers import NvmeStore, wait_all
 from tests.offload.tier_stores import CAPACITY, U, faulty_nvme, filled
 
@@ -65,12 +64,14 @@ def test_lost_torn_flipped_and_stale_bytes_are_found(tmp_path, fault_of_write, f
 
 
 def test_a_buffer_changed_while_it_is_written_is_found(tmp_path):
-    store, _ = faulty_nvme(tmp_path, {0: Fault(delay_seconds=0.1)})
+    gate = Gate()
+    store, _ = faulty_nvme(tmp_path, {0: Fault(gate=gate)})
     with store:
         extent, buffer = store.allocate("w", U), filled(U)
         ticket = store.write(extent, buffer)
-        time.sleep(0.05)
+        assert gate.reached.wait(20)
         buffer[5] ^= 1
+        gate.open()
         ticket.wait()
         with pytest.raises(CorruptExtentError):
             store.read(extent, filled(U, 1)).wait()
@@ -78,17 +79,21 @@ def test_a_buffer_changed_while_it_is_written_is_found(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EDQUOT])
 def test_a_failed_write_is_never_published(tmp_path, number):
-    store, _ = faulty_nvme(tmp_path, {3: Fault(error=number)})
+    gate = Gate()
+    store, _ = faulty_nvme(tmp_path, {3: Fault(error=number, gate=gate)})
     with store:
         extent, source, found = store.allocate("w", 4 * U), filled(4 * U, 1), filled(4 * U, 2)
         store.write(extent, source).wait()
-        failing, following = store.write(extent, filled(4 * U, 3)), None
-        following = store.read(extent, found)
+        failing = store.write(extent, filled(4 * U, 3))
+        following = store.read(extent, found)  # asked for before the write has failed
+        gate.open()
         with pytest.raises(TierIOError, match=f"tensor w on nvme at offset {2 * U}") as caught:
             failing.wait()
         assert caught.value.errno == number
         with pytest.raises(ExtentStateError, match="last write failed"):
             following.wait()
+        with pytest.raises(ExtentStateError, match="last write failed"):
+            store.read(extent, found)
         assert extent.generation == 1
         assert bool((found == filled(4 * U, 2)).all())  # nothing was read into it
         store.write(extent, source).wait()  # and it goes on when the cause is gone
@@ -110,27 +115,29 @@ def test_a_failed_read_leaves_the_extent_readable(tmp_path):
 
 
 def test_a_slow_disk_hits_the_deadline_and_then_finishes(tmp_path):
-    store, _ = faulty_nvme(tmp_path, {0: Fault(delay_seconds=0.3)})
+    gate = Gate()
+    store, _ = faulty_nvme(tmp_path, {0: Fault(gate=gate)})
     with store:
         ticket = store.write(store.allocate("w", U), filled(U))
         assert not ticket.done()
         with pytest.raises(TierIOError, match="write of tensor w on nvme is not finished"):
             ticket.wait(timeout_seconds=0.02)
+        gate.open()
         ticket.wait()
 
 
 def test_a_stalled_disk_is_reported_and_a_moving_one_is_not(tmp_path):
-    stuck = FaultyBackend(ThreadPoolBackend(1), {0: Fault(delay_seconds=0.4)})
-    with (
-        NvmeStore(tmp_path, CAPACITY, backend=stuck, stall_seconds=0.1) as store,
-        pytest.raises(TierIOError, match="the tier has moved nothing for"),
-    ):
-        store.write(store.allocate("w", U), filled(U)).wait()
-    slow = FaultyBackend(ThreadPoolBackend(1), dict.fromkeys(range(8), Fault(delay_seconds=0.05)))
-    with NvmeStore(tmp_path, CAPACITY, piece_bytes=U, backend=slow, stall_seconds=0.3) as store:
+    gate = Gate()
+    stuck = FaultyBackend(ThreadPoolBackend(1), {0: Fault(gate=gate)})
+    with NvmeStore(tmp_path, CAPACITY, backend=stuck, stall_seconds=0.1) as store:
+        with pytest.raises(TierIOError, match="the tier has moved nothing for"):
+            store.write(store.allocate("w", U), filled(U)).wait()
+        gate.open()
+    slow = FaultyBackend(ThreadPoolBackend(1), dict.fromkeys(range(8), Fault(delay_seconds=0.1)))
+    with NvmeStore(tmp_path, CAPACITY, piece_bytes=U, backend=slow, stall_seconds=0.6) as store:
         store.write(
             store.allocate("w", 8 * U), filled(8 * U)
-        ).wait()  # 0.4 s in all, never 0.3 s without a piece
+        ).wait()  # 0.8 s in all, never 0.6 s without a piece
 
 
 def test_wait_all_waits_for_every_ticket_before_it_raises(tmp_path):

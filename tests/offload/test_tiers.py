@@ -4,7 +4,6 @@ import contextlib
 import os
 import random
 import threading
-import time
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from memtrain.offload.errors import (
     PlacementError,
     TierFullError,
 )
-from memtrain.offload.io import Fault, FaultyBackend, ThreadPoolBackend
+from memtrain.offload.io import Fault, FaultyBackend, Gate, ThreadPoolBackend
 from memtrain.offload.slab import Ring
 from memtrain.offload.tiers import MemoryStore, NvmeStore, wait_all
 from memtrain.planner.actions import Tier
@@ -154,10 +153,12 @@ def test_statistics_count_bytes_and_peak(store):
 
 
 def test_close_fails_what_waits_and_hangs_nobody(tmp_path):
-    store, _ = faulty_nvme(tmp_path, {0: Fault(delay_seconds=0.2)}, threads=1)
+    gate = Gate()
+    store, _ = faulty_nvme(tmp_path, {0: Fault(gate=gate)}, threads=1)
     extent, buffer, found = store.allocate("w", U), filled(U), filled(U, 1)
     tickets = [store.write(extent, buffer), store.read(extent, found), store.write(extent, buffer)]
-    time.sleep(0.05)  # the first one is in a worker now
+    assert gate.reached.wait(20)  # the first one is in a worker now
+    threading.Timer(0.2, gate.open).start()  # and closing waits for it
     store.close()
     tickets[0].wait()
     for ticket in tickets[1:]:
@@ -218,11 +219,14 @@ def test_progress_with_one_slot_and_many_tensors(tmp_path):
 
 
 def test_space_freed_under_a_transfer_is_waited_for(tmp_path):
-    store, _ = faulty_nvme(tmp_path, {0: Fault(delay_seconds=0.1)})
+    gate = Gate()
+    store, _ = faulty_nvme(tmp_path, {0: Fault(gate=gate)})
     with store:
         extent, buffer = store.allocate("a", CAPACITY), filled(CAPACITY)
         ticket = store.write(extent, buffer)
         store.free(extent)
+        assert not ticket.done()
+        threading.Timer(0.1, gate.open).start()
         again = store.allocate("b", CAPACITY)
         assert ticket.done()
         assert again.arena_offset == 0

@@ -19,7 +19,7 @@ from memtrain.offload import store as store_module
 from memtrain.offload.coded import CodedStore
 from memtrain.offload.device import CpuDevice
 from memtrain.offload.errors import TierIOError
-from memtrain.offload.io import Fault, FaultyBackend, IORequest, ThreadPoolBackend
+from memtrain.offload.io import Fault, FaultyBackend, Gate, IORequest, ThreadPoolBackend
 from memtrain.offload.slab import Ring
 from memtrain.offload.staging import SlotCache
 from memtrain.offload.tiers import MemoryStore, NvmeStore
@@ -191,13 +191,15 @@ def test_a_staging_slot_with_a_transfer_that_hangs_is_kept_for_it() -> None:
 
 def test_a_coded_tier_that_hangs_for_a_while_loses_nothing_later() -> None:
     pytest.importorskip("zstandard")
-    slow = FaultyBackend(ThreadPoolBackend(2), {2: Fault(delay_seconds=0.5)})
+    gate = Gate()
+    slow = FaultyBackend(ThreadPoolBackend(2), {2: Fault(gate=gate)})
     plain = torch.randn(200_000).view(torch.uint8)
-    with MemoryStore(Tier.HOST, 64 * MiB, backend=slow, stall_seconds=0.1) as store:
+    with MemoryStore(Tier.HOST, 64 * MiB, backend=slow) as store:
         coded = CodedStore(store, ExponentCodec())
         extents = [coded.allocate(name, plain.numel()) for name in "ab"]
         for extent in extents:
             coded.write(extent, plain).wait()
+        patient, store.stall_seconds = store.stall_seconds, 0.1
         late, found = coded.read(extents[0], torch.empty_like(plain)), torch.empty_like(plain)
         with pytest.raises(TierIOError, match="the tier has moved nothing"):
             late.wait()
@@ -205,7 +207,8 @@ def test_a_coded_tier_that_hangs_for_a_while_loses_nothing_later() -> None:
             with contextlib.suppress(TierIOError):
                 coded.read(extents[1], found.zero_()).wait()
                 assert torch.equal(found, plain)
-        time.sleep(0.5)
+        gate.open()
+        store.stall_seconds = patient
         for extent in extents:
             coded.read(extent, found.zero_()).wait()
             assert torch.equal(found, plain)
