@@ -152,14 +152,23 @@ def test_statistics_count_bytes_and_peak(store):
     assert s.write_seconds > 0
 
 
+def open_behind(gate, tickets):
+    for ticket in tickets:
+        with contextlib.suppress(OffloadError):
+            ticket.wait()
+    gate.open()
+
+
 def test_close_fails_what_waits_and_hangs_nobody(tmp_path):
     gate = Gate()
     store, _ = faulty_nvme(tmp_path, {0: Fault(gate=gate)}, threads=1)
     extent, buffer, found = store.allocate("w", U), filled(U), filled(U, 1)
     tickets = [store.write(extent, buffer), store.read(extent, found), store.write(extent, buffer)]
     assert gate.reached.wait(20)  # the first one is in a worker now
-    threading.Timer(0.2, gate.open).start()  # and closing waits for it
-    store.close()
+    others = threading.Thread(target=open_behind, args=(gate, tickets[1:]))
+    others.start()
+    store.close()  # fails what waits, then waits for the worker
+    others.join()
     tickets[0].wait()
     for ticket in tickets[1:]:
         with pytest.raises(OffloadError, match="given up: the store is closed"):
