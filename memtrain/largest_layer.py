@@ -8,6 +8,7 @@ import dataclasses
 from torch import nn
 
 from memtrain.planner.actions import Tier
+from memtrain.planner.infeasible import MORE_DEVICE
 from memtrain.planner.plan import Plan, describe_windows
 from memtrain.planner.profile import ModelProfile
 from memtrain.planner.units import MiB, format_gib
@@ -40,21 +41,27 @@ def with_largest_layer(plan: Plan, profile: ModelProfile, model: nn.Module) -> P
     return dataclasses.replace(plan, remedies=(*plan.remedies, words))
 
 
-def with_automatic_tiles(plan: Plan, model: nn.Module) -> Plan:
-    """An infeasible ``plan``, whose remedies say how the tiles are kept that its budget has brought about:
-    the budget that is named holds with them, and under it layers may be left whole. Any other plan as it is.
+def with_tiles_kept(plan: Plan, model: nn.Module) -> Plan:
+    """An infeasible ``plan``, whose remedies that name a larger device budget say how the tiles are kept that
+    the budget has brought about: with them it holds, and by itself it cuts layers larger, or leaves them
+    whole. Any other plan as it is.
     """
     cuts = cuts_of(model)
     size = cuts.automatic_bytes
-    if size is None or not dict(plan.shortfall_bytes).get(Tier.DEVICE):
+    if size is None or not any(MORE_DEVICE in remedy for remedy in plan.remedies):
         return plan
     words = (
-        f"layers were cut into tiles of {format_gib(size)} for so small a budget, and another may leave them "
-        "whole, which needs more than is named here"
+        f", with layers in tiles of at most {format_gib(size)} as now: a larger budget by itself cuts "
+        "them larger or leaves them whole, which needs more"
     )
-    if not cuts.uncut:  # to ask for a size refuses what cannot be cut so far
-        words += f": keep them with {_asked_for(size)}"
-    return dataclasses.replace(plan, remedies=(*plan.remedies, words))
+    if cuts.uncut:  # to ask for a size refuses what cannot be cut so far
+        words += (
+            f". No size can be set that keeps them, for {', '.join(sorted(cuts.uncut))} cannot be cut so far"
+        )
+    else:
+        words += f". Keep them with {_asked_for(size)}"
+    told = tuple(remedy + words if MORE_DEVICE in remedy else remedy for remedy in plan.remedies)
+    return dataclasses.replace(plan, remedies=told)
 
 
 def _asked_for(tile_bytes: int) -> str:

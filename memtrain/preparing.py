@@ -25,7 +25,7 @@ from torch import nn
 from memtrain.arena import library as arena_library
 from memtrain.coding import codecs_for, codecs_of_plan, refuse_other_codecs, weight_coding_of, weight_dtype
 from memtrain.draws import Draws, RandomWatch
-from memtrain.largest_layer import with_automatic_tiles, with_largest_layer
+from memtrain.largest_layer import with_largest_layer, with_tiles_kept
 from memtrain.offload.device import make_device
 from memtrain.offload.lower_halves import keeps_lower_half
 from memtrain.offload.measure import measure_machine
@@ -248,7 +248,7 @@ def prepare(
             plan = make_plan(profile, machine, budget, options=options)
         if plan.status == "infeasible":
             named = with_largest_layer(plan, profile, model)
-            raise InfeasibleError(with_automatic_tiles(named, model))
+            raise InfeasibleError(with_tiles_kept(named, model))
         refuse_broken(plan, profile, machine, budget)
         refuse_overlaid_tiles(plan, model)
         check_spare(plan, budget, spare_state_bytes)

@@ -30,7 +30,7 @@ import memtrain
 from memtrain.checkpoints import Checkpoints, RunFinished
 from memtrain.coding import CodecError
 from memtrain.data import DataError, Tokens, Windows
-from memtrain.largest_layer import with_automatic_tiles
+from memtrain.largest_layer import with_tiles_kept
 from memtrain.memory import MemorySampler, PeakMeter
 from memtrain.offload.errors import OffloadError
 from memtrain.optim import ParameterRole, role_table
@@ -268,7 +268,7 @@ class Trainer:
         reached = self._process_peak_bytes()
         if reached > self.recipe.memory_budget().device_bytes:
             refused = overrun(self.session.plan, reached)
-            raise memtrain.InfeasibleError(with_automatic_tiles(refused, self.session.model))
+            raise memtrain.InfeasibleError(with_tiles_kept(refused, self.session.model))
 
     def _process_peak_bytes(self) -> int:
         """The most of what the device's budget covers: on a CPU all of this process, from its start."""

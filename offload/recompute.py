@@ -98,6 +98,8 @@ class RecomputeFrame:
         self._tape = tape
         self._cut = cut
         self._holes: list[weakref.ref[_Hole]] = []
+        self._walks = 0
+        """How often the second forward has run."""
         self._expected: list[tuple[torch.Size | None, torch.dtype]] = []
         """What the second forward will save; None for a shape that does not matter."""
         self._leaves, self._spec = pytree.tree_flatten((args, kwargs))
@@ -118,7 +120,12 @@ class RecomputeFrame:
         assert self._call is not None
         (args, kwargs), self._call = self._call, None
         recording = contextlib.nullcontext() if self._tape is None else self._tape.recording()
-        with torch.autograd.graph.saved_tensors_hooks(self._dig, self._look_into), recording:
+
+        def dig(tensor: torch.Tensor) -> Any:
+            return self._dig(tensor)
+
+        dig.before_weights = self.begin_walk  # type: ignore[attr-defined]  # saved_weights.py asks
+        with torch.autograd.graph.saved_tensors_hooks(dig, self._look_into), recording:
             output = self._function(*args, **kwargs)
         if self._cut is not None:
             self._cut.seal()
@@ -149,6 +156,16 @@ class RecomputeFrame:
         if not saved.is_filled:
             self.compute_again()
         return saved.take(self._unpack)
+
+    def begin_walk(self, number: int) -> None:
+        """Backward is about to bring a weight for its ``number``-th walk over the graph: run the second
+        forward before, if it is still to come. Behind, it would lack the window that the weight is in.
+
+        Raises:
+            OffloadError: as ``compute_again``.
+        """
+        if self._walks < number and any(hole() is not None for hole in self._holes):
+            self.compute_again()
 
     def compute_again(self) -> None:
         """Run the second forward and fill every hole that is still wanted. Backward does so by itself.
@@ -198,6 +215,7 @@ class RecomputeFrame:
             self._function(*args, **kwargs)
         if filled < len(self._holes):
             raise differs(self.name, f"only {filled} of {len(self._holes)} tensors were saved")
+        self._walks += 1
 
     def _inputs(self) -> tuple[Any, Any]:
         leaves = list(self._leaves)

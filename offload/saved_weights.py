@@ -1,7 +1,9 @@
 """What autograd saves of a streamed weight: a description instead of the tensor.
 
 The hooks stand in front of those that were there before, an activation executor's, a checkpoint's or a
-user's: what is no streamed weight is theirs, and where there are none, is kept as it is.
+user's: what is no streamed weight is theirs, and where there are none, is kept as it is. The pack hook of a
+block that is computed again has an attribute ``before_weights``: its second forward, which takes windows too,
+comes before a weight is brought.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from memtrain.offload.weight_units import StreamedUnit, StreamedWeight
 _OWNER = "_memtrain_weights"  # attribute of our pack hook
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class SavedWeight:
     """A view of a streamed weight, without its bytes."""
 
@@ -35,6 +37,9 @@ class SavedWeight:
     dtype: torch.dtype
     shape: torch.Size
     stride: tuple[int, ...]
+    before: Callable[[int], None] | None
+    """What has to be done first, given how often backward has asked for the weight."""
+    walks: int = 0
 
     @classmethod
     def of(
@@ -42,12 +47,14 @@ class SavedWeight:
         tensor: Tensor,
         found: tuple[StreamedUnit, StreamedWeight],
         recall: Callable[[StreamedUnit, StreamedWeight], Tensor],
+        before: Callable[[int], None] | None,
     ) -> SavedWeight:
         """Describe ``tensor``, whose bytes are those of the weight that was found."""
         unit, weight = found
         assert weight.present is not None
         start = tensor.data_ptr() - weight.present.data_ptr()
-        return cls(unit, weight, recall, weight.version, start, tensor.dtype, tensor.shape, tensor.stride())
+        like = tensor.dtype, tensor.shape, tensor.stride()
+        return cls(unit, weight, recall, weight.version, start, *like, before)
 
     def get(self) -> Tensor:
         """The view as it was.
@@ -56,6 +63,9 @@ class SavedWeight:
             SavedTensorModifiedError: the weight has been changed in place since.
             OffloadError: the tier failed, every window is in use, or the session is closed.
         """
+        self.walks += 1
+        if self.before is not None:
+            self.before(self.walks)
         whole = self.recall(self.unit, self.weight)
         if self.weight.version != self.version:
             raise SavedTensorModifiedError(
@@ -79,11 +89,12 @@ def saving_weights(
     if outer is not None and getattr(outer[0], _OWNER, None) is owner:
         yield
         return
+    before = getattr(outer[0], "before_weights", None) if outer is not None else None
     outer_pack, outer_unpack = outer if outer is not None else (Unmoved.of, Unmoved.get)
 
     def pack(tensor: Tensor) -> Any:
         if _is_plain(tensor) and (found := find(tensor.data_ptr())) is not None:
-            return SavedWeight.of(tensor, found, recall)
+            return SavedWeight.of(tensor, found, recall, before)
         return outer_pack(tensor)
 
     def unpack(saved: Any) -> Tensor:

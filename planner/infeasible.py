@@ -14,6 +14,8 @@ from memtrain.planner.plan import Plan
 from memtrain.planner.simulate import simulate
 from memtrain.planner.units import MiB, format_gib
 
+MORE_DEVICE = "device at least "
+"""What a remedy says that names a larger device budget."""
 _UNLIKE_THE_NEXT = 100
 """Part of the device's need by which the next run may need more: what SmolLM2-135M's process held beside its
 tensors, and with it the least budget, differed by 3.4 of 680 MiB between two runs."""
@@ -103,7 +105,7 @@ def _more_device(need_bytes: int, capacity_bytes: int, prepare_bytes: int) -> st
     """In words. At least: under a hard limit the kernel takes pages of libraries away, and what is measured
     there is less than what a larger limit shows."""
     least_bytes = _up(need_bytes + need_bytes // _UNLIKE_THE_NEXT)
-    words = f"device at least {format_gib(least_bytes)} instead of {format_gib(capacity_bytes)}"
+    words = f"{MORE_DEVICE}{format_gib(least_bytes)} instead of {format_gib(capacity_bytes)}"
     if prepare_bytes > capacity_bytes:
         words += f" (loading and measuring the model took {format_gib(prepare_bytes)})"
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import memtrain
+from memtrain.planner import resident
 from memtrain.planner.actions import Tier
 from memtrain.planner.machine import Link, Machine
 
@@ -31,6 +33,13 @@ EVERYTHING_AWAY = {
     "block": {"action": "swap", "saved_tier": "nvme"},
     "state": {"gradient_tier": "nvme", "optimizer_tier": "nvme"},
 }
+
+
+def budget_beyond_now(room_bytes: int, directory: Path) -> memtrain.Budget:
+    """So much more than this process has in use. What other tests have freed may go at any time."""
+    gc.collect()
+    resident.trim()
+    return memtrain.Budget(device=resident.rss_bytes() + room_bytes, nvme=f"{directory}:2GiB")
 
 
 class Block(nn.Module):

@@ -19,7 +19,7 @@ from memtrain.offload.snapshot_weights import load_weights, write_weights
 from memtrain.offload.weight_units import window_bytes
 from memtrain.optim import AdamW8bit
 from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
-from memtrain.planner import resident, staging
+from memtrain.planner import baselines, resident, staging, weight_choices
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.weight_windows import WantedWindows, weight_windows
 from memtrain.streamed_models import StreamedModelError, streamed_model, traced_units
@@ -33,7 +33,7 @@ from memtrain.tiling import (
     tiling_lines,
 )
 from tests.memtrain.plans import AWAY
-from tests.memtrain.sessions import MACHINE
+from tests.memtrain.sessions import MACHINE, budget_beyond_now
 from tests.offload.async_runs import assert_same_folders
 
 MiB = 1 << 20
@@ -213,6 +213,28 @@ def test_under_every_action(budget, action):
         assert train(session, range(2)) == expected
 
 
+@pytest.mark.parametrize("action", ["keep", "swap", "recompute", "recompute_nearly_free"])
+def test_under_every_action_with_the_fewest_windows(budget, action, monkeypatch):
+    """Backward looks at a tile of a block that it has computed again in the same two windows."""
+    fewest = (WantedWindows(2, sized=False),)
+    monkeypatch.setattr(baselines, "WANTED_WINDOWS", fewest)
+    monkeypatch.setattr(baselines, "DEFAULT_WINDOWS", *fewest)
+    monkeypatch.setattr(weight_choices, "WANTED_WINDOWS", fewest)
+    expected, _ = in_the_device(in_tiles(in_memory(config())), steps=range(1))
+    force = {**AWAY, "block": {"action": action}}
+    with streamed(config(), budget) as made, prepare(made.model, budget, force=force) as session:
+        assert [each.slots for each in session.plan.staging.weight_windows] == [2]
+        assert train(session, range(1)) == expected
+        for _ in range(2):  # each walk of a graph computes again
+            ids = batch(7)
+            loss = session.model(**ids).loss
+            loss.backward(retain_graph=True)
+            once = session.model.model.norm.weight.grad.clone()
+            loss.backward()
+            assert torch.equal(session.model.model.norm.weight.grad, 2 * once)
+            session.optimizer.zero_grad()
+
+
 def test_near_to_the_untiled_model(budget):
     expected, _ = in_the_device(in_memory(config()))
     with streamed(config(), budget) as made, prepare(made.model, budget) as session:
@@ -331,7 +353,7 @@ def test_a_budget_that_whole_layers_do_not_fit_and_tiles_do(tmp_path):
     room = memtrain.Budget(device="4GiB", nvme=f"{tmp_path}:2GiB")
     reached = {}
     for tile_bytes in (None, 8 * MiB):
-        tight = memtrain.Budget(device=resident.rss_bytes() + 150 * MiB, nvme=f"{tmp_path}:2GiB")
+        tight = budget_beyond_now(150 * MiB, tmp_path)
         with streamed(kind, room, tile_bytes) as made:
             try:
                 session = prepare(made.model, tight)

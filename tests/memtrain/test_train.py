@@ -31,6 +31,7 @@ from memtrain.offload.errors import TierFullError
 from memtrain.planner.actions import Tier
 from memtrain.recipe import Recipe, ScheduleSection, parse_recipe
 from memtrain.report import Summary
+from memtrain.tiling import Cuts, cut
 from memtrain.train import build_optimizer, learning_rate_factor, main
 from memtrain.weights import load_model
 from tests.memtrain.plans import feasible_plan, infeasible_plan
@@ -196,6 +197,26 @@ def test_what_a_run_leaves_behind(tmp_path: Path, prepared: list[Any]) -> None:
     assert len(rows) > 2
     assert (tmp_path / "recipe.yaml").read_text() == recipe_for(tmp_path).to_yaml()
     assert summary.checkpoint == str(tmp_path / "checkpoint" / "step-000004")
+
+
+def test_a_budget_that_beginning_has_overrun_is_refused_and_tiles_are_to_be_kept(
+    tmp_path: Path, prepared: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module.Trainer, "_process_peak_bytes", lambda self: (4 << 30) + 1)
+    real = train_module.load_model
+
+    def load_in_tiles(*arguments: Any) -> torch.nn.Module:
+        model = real(*arguments)
+        head = model.get_output_embeddings().weight
+        cut(model, Cuts(rows={"lm_head": (64, len(head) - 64)}, automatic_bytes=3 << 20))
+        return model
+
+    with pytest.raises(memtrain.InfeasibleError) as raised:
+        train_module.train(recipe_for(tmp_path))
+    assert "model.tile" not in str(raised.value)
+    monkeypatch.setattr(train_module, "load_model", load_in_tiles)
+    with pytest.raises(memtrain.InfeasibleError, match=r"device at least 4\.\d+ GiB .* model\.tile: 3MiB"):
+        train_module.train(recipe_for(tmp_path))
 
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, prepared: list[Any]) -> None:

@@ -133,11 +133,11 @@ def test_a_stalled_disk_is_reported_and_a_moving_one_is_not(tmp_path):
         with pytest.raises(TierIOError, match="the tier has moved nothing for"):
             store.write(store.allocate("w", U), filled(U)).wait()
         gate.open()
-    slow = FaultyBackend(ThreadPoolBackend(1), dict.fromkeys(range(8), Fault(delay_seconds=0.1)))
-    with NvmeStore(tmp_path, CAPACITY, piece_bytes=U, backend=slow, stall_seconds=0.6) as store:
+    slow = FaultyBackend(ThreadPoolBackend(1), dict.fromkeys(range(12), Fault(delay_seconds=0.1)))
+    with NvmeStore(tmp_path, CAPACITY, piece_bytes=U, backend=slow, stall_seconds=1.0) as store:
         store.write(
-            store.allocate("w", 8 * U), filled(8 * U)
-        ).wait()  # 0.8 s in all, never 0.6 s without a piece
+            store.allocate("w", 12 * U), filled(12 * U)
+        ).wait()  # 1.2 s in all, never 1 s without a piece
 
 
 def test_wait_all_waits_for_every_ticket_before_it_raises(tmp_path):

@@ -207,8 +207,8 @@ def test_a_coded_tier_that_hangs_for_a_while_loses_nothing_later() -> None:
             with contextlib.suppress(TierIOError):
                 coded.read(extents[1], found.zero_()).wait()
                 assert torch.equal(found, plain)
-        gate.open()
         store.stall_seconds = patient
+        gate.open()
         for extent in extents:
             coded.read(extent, found.zero_()).wait()
             assert torch.equal(found, plain)
