@@ -19,7 +19,7 @@ from memtrain.offload.snapshot_weights import load_weights, write_weights
 from memtrain.offload.weight_units import window_bytes
 from memtrain.optim import AdamW8bit
 from memtrain.optim.autograd.tiled_linear import TiledEmbedding, TiledLinear
-from memtrain.planner import baselines, resident, staging, weight_choices
+from memtrain.planner import resident, staging
 from memtrain.planner.tracing.blocks import find_blocks
 from memtrain.planner.weight_windows import WantedWindows, weight_windows
 from memtrain.streamed_models import StreamedModelError, streamed_model, traced_units
@@ -216,10 +216,8 @@ def test_under_every_action(budget, action):
 @pytest.mark.parametrize("action", ["keep", "swap", "recompute", "recompute_nearly_free"])
 def test_under_every_action_with_the_fewest_windows(budget, action, monkeypatch):
     """Backward looks at a tile of a block that it has computed again in the same two windows."""
-    fewest = (WantedWindows(2, sized=False),)
-    monkeypatch.setattr(baselines, "WANTED_WINDOWS", fewest)
-    monkeypatch.setattr(baselines, "DEFAULT_WINDOWS", *fewest)
-    monkeypatch.setattr(weight_choices, "WANTED_WINDOWS", fewest)
+    fewest = WantedWindows(2, sized=False)
+    monkeypatch.setattr(staging, "weight_windows", lambda *given: weight_windows(*given[:2], fewest))
     expected, _ = in_the_device(in_tiles(in_memory(config())), steps=range(1))
     force = {**AWAY, "block": {"action": action}}
     with streamed(config(), budget) as made, prepare(made.model, budget, force=force) as session:
