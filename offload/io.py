@@ -61,8 +61,9 @@ class IORequest:
     target: Target
     offset: int
     """In the target."""
-    buffer: torch.Tensor
-    """1-D uint8; owns the memory while the request lives."""
+    buffer: torch.Tensor | None
+    """1-D uint8; keeps the memory while bytes move. None before ``done`` is called: whoever then gives the
+    memory back must not find it kept by a worker that has yet to leave."""
     tensor_name: str
     tier: Tier
     seed: int
@@ -73,6 +74,11 @@ class IORequest:
     error: OffloadError | None = None
     reread: bool = False
     """The first read failed, or found other bytes; the second did not."""
+    nbytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.buffer is not None
+        self.nbytes = self.buffer.numel()
 
     @property
     def where(self) -> str:
@@ -88,7 +94,8 @@ def transfer(request: IORequest) -> None:
         TierIOError: the target refused, or ended short; a read twice.
         CorruptExtentError: a read found other bytes than were written, twice.
     """
-    address, nbytes = request.buffer.data_ptr(), request.buffer.numel()
+    assert request.buffer is not None
+    address, nbytes = request.buffer.data_ptr(), request.nbytes
     if request.direction is Direction.WRITE:
         # Before the bytes leave, so that what changes on the way is noticed when they come back.
         request.checksum = xxhash.xxh3_64_intdigest(view_at(address, nbytes), request.seed)
@@ -157,6 +164,11 @@ def perform(request: IORequest) -> None:
     except BaseException as error:  # a waiter must hear of it, whatever it is
         request.error = OffloadError(f"{request.where} failed: {error!r}")
         request.error.__cause__ = error
+    _report(request)
+
+
+def _report(request: IORequest) -> None:
+    request.buffer = None
     request.done(request)
 
 
@@ -251,7 +263,7 @@ class ThreadPoolBackend:
             finally:
                 with self._wake:
                     self._running[request.direction] -= 1
-            del request  # or an idle worker would keep the last buffer alive
+            del request  # or an idle worker would keep the last target and its ticket alive
 
     def _next(self) -> IORequest | None:
         with self._wake:
@@ -268,7 +280,7 @@ class ThreadPoolBackend:
 
 def _fail_closed(request: IORequest) -> None:
     request.error = OffloadError(f"{request.where} was given up: the store is closed")
-    request.done(request)
+    _report(request)
 
 
 class Gate:

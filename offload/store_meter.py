@@ -49,7 +49,7 @@ class StoreMeter:
 
     def note_piece(self, request: IORequest) -> None:
         """One piece has been moved."""
-        self.moved_bytes[request.direction] += request.buffer.numel()
+        self.moved_bytes[request.direction] += request.nbytes
         self._second_reads += request.reread
 
     def end(self, direction: Direction) -> None:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -254,6 +255,23 @@ def test_whatever_a_target_raises_reaches_the_waiter(backend):
         request(Direction.WRITE, MemoryTarget(memory.address), slab.buffer, done=lambda r: again.set())
     )
     assert again.wait(10)
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["moved", "given up"])
+def test_whoever_hears_of_the_end_finds_the_buffer_let_go(closed):
+    """Or the memory that it gives back then would be there until the worker is scheduled again."""
+    memory, pool, finished, kept = filled(N), ThreadPoolBackend(1), threading.Event(), []
+    buffer = torch.zeros(N, dtype=torch.uint8)
+    known = weakref.ref(buffer)
+    write = request(Direction.WRITE, MemoryTarget(memory.address), buffer)
+    write.done = lambda r: (kept.append(known()), finished.set())
+    del buffer
+    if closed:
+        pool.close()
+    pool.submit(write)
+    assert finished.wait(60)
+    assert kept == [None]
+    pool.close()
 
 
 def test_close_fails_what_has_not_begun_and_ends_the_threads():
